@@ -1,0 +1,190 @@
+"""Grade the demo checkpoint: `python -m benchmarks.demo.evaluate`.
+
+Every line of the table is exact match of the delivered answer over fresh prompts, whose names,
+codes and filler come from seeds that training never used. Finished lines are kept in the JSON
+file, so an interrupted grading goes on where it stopped (for the same weights and settings).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import tokenizer as tok
+from .decoding import answers
+from .model import load_checkpoint
+from .tasks import DEPTHS, SMALL_TASKS, Filler, Sample, recall
+from .train import ROOT
+
+EVALUATION_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    draw: Callable[[np.random.Generator, Filler], Sample]
+    canvas: int
+    bar: float | None = None  # exact match to reach; None where a line is only reported
+    ceiling: float | None = None  # for lines that must fail
+    block_length: int = 8
+    stale_prompt: bool = False
+    share: float = 1.0  # of the number of prompts asked for
+
+
+def _recall(name: str, length: int, canvas: int = 16, bar: float | None = None, share: float = 1.0,
+            stale_prompt: bool = False, ceiling: float | None = None, **options) -> Line:
+    return Line(name, lambda rng, filler: recall(rng, filler, length, **options), canvas, bar,
+                ceiling, stale_prompt=stale_prompt, share=share)
+
+
+def _small(task: str, bar: float | None, block_length: int = 8, stale_prompt: bool = False) -> Line:
+    note = ", block 32" * (block_length == 32) + ", stale prompt" * stale_prompt
+    return Line(task + note, lambda rng, _: SMALL_TASKS[task](rng), 32, bar,
+                block_length=block_length, stale_prompt=stale_prompt)
+
+
+def lines() -> list[Line]:
+    bars = {"copy": 0.98, "reverse": 0.98, "sort": 0.9, "add": 0.9, "totals": 0.9, "follow": None}
+    table = [_small(task, bar) for task, bar in bars.items()]
+    table += [
+        _recall("512 tokens, 1 needle", 512, bar=0.98),
+        _recall("1024 tokens, 1 needle", 1024, bar=0.95),
+        *[_recall(f"1024 tokens, 1 needle at depth {d:g}", 1024, bar=0.95, depth=d) for d in DEPTHS],
+        _recall("512 tokens, needle removed", 512, ceiling=0.01, omit=True),
+        _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, needles=8, omit=True),
+        *[_recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, needles=8, queried=q)
+          for q in (2, 3, 4)],
+        _recall("512 tokens, 16 needles", 512, bar=0.95, needles=16),
+        _recall("1024 tokens, 16 needles", 1024, bar=0.95, needles=16),
+        _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, needles=16, queried=4, share=0.25),
+        _recall("64 tokens, 1 needle", 64, share=0.5),
+        _recall("128 tokens, 4 needles", 128, needles=4, share=0.5),
+        _recall("256 tokens, 8 needles", 256, needles=8, share=0.5),
+        _recall("2048 tokens, 1 needle", 2048, share=0.25),
+        _recall("512 tokens, 8 needles, stale prompt", 512, needles=8, stale_prompt=True, share=0.5),
+    ]
+    table += [_small(task, None, block_length=32) for task in bars]
+    return table + [_small(task, None, stale_prompt=True) for task in bars]
+
+
+@dataclass
+class Result:
+    name: str
+    n: int
+    right: int
+    bar: float | None
+    ceiling: float | None
+    canvas: int
+    block_length: int
+    seconds: float
+    digit_accuracy: float | None = None  # share of code digits right, for lines that must fail
+    misses: list[str] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def met(self) -> bool | None:
+        if self.ceiling is not None:
+            return self.accuracy <= self.ceiling
+        return None if self.bar is None else self.accuracy >= self.bar
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        z, p, n = 1.96, self.accuracy, self.n
+        middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def grade(model, line: Line, prompts: int, progress=lambda count: None) -> Result:
+    seed = int.from_bytes(hashlib.sha256(line.name.split(",")[0].encode()).digest()[:4], "little")
+    rng = np.random.default_rng([EVALUATION_SEED, seed])
+    filler = Filler(EVALUATION_SEED, sentences=5_000)
+    samples = [line.draw(rng, filler) for _ in range(round(prompts * line.share))]
+    began = time.perf_counter()
+    found = answers(model, samples, line.canvas, line.block_length, line.stale_prompt, progress)
+    right = [answer == sample.answer_ids for answer, sample in zip(found, samples)]
+    result = Result(line.name, len(samples), sum(right), line.bar, line.ceiling, line.canvas,
+                    line.block_length, round(time.perf_counter() - began, 1))
+    wrong = [(tok.decode(s.answer_ids), tok.decode(a)) for s, a, r in zip(samples, found, right)
+             if not r]
+    result.misses = [f"wanted{wanted!r} got{got!r}" for wanted, got in wrong[:5]]
+    if line.ceiling is not None:
+        result.digit_accuracy = round(_digit_accuracy(samples, found), 3)
+    return result
+
+
+def _digit_accuracy(samples, found) -> float:
+    pairs = [(w, g) for s, a in zip(samples, found) for w, g in
+             zip(s.answer_ids, a + [tok.MASK] * len(s.answer_ids)) if w in tok.DIGIT_IDS]
+    return sum(w == g for w, g in pairs) / len(pairs)
+
+
+def markdown(results: list[Result], conditions: dict) -> str:
+    text = ["# Demo checkpoint: exact match", ""]
+    text += [f"* {name}: {value}" for name, value in conditions.items()]
+    text += ["", "| prompts | n | exact | 95 % interval | bar | met |", "|---|---|---|---|---|---|"]
+    for r in results:
+        low, high = r.interval()
+        bar = f"<= {r.ceiling:g}" if r.ceiling is not None else "" if r.bar is None else f"{r.bar:g}"
+        note = f" (digits {r.digit_accuracy:.3f})" if r.digit_accuracy is not None else ""
+        met = {True: "yes", False: "**no**", None: ""}[r.met]
+        text.append(f"| {r.name} | {r.n} | {r.accuracy:.4f}{note} | {low:.3f}-{high:.3f} |"
+                    f" {bar} | {met} |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "vllm_dlm/demo/checkpoint")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/demo.json")
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--only", default="", help="grade only lines whose name contains this")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="ignore lines already graded")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    weights = (options.checkpoint / "model.safetensors").read_bytes()
+    conditions = {
+        "weights sha256": hashlib.sha256(weights).hexdigest()[:16], "compute dtype": options.dtype,
+        "decoding": "low-confidence, blocks of 8 unless named, 1 token per step, full recomputation",
+        "counted as right": "the delivered tokens, end of turn included, equal the answer",
+        "prompts per line": options.prompts,
+    }
+    model = load_checkpoint(options.checkpoint, getattr(torch, options.dtype))
+    results: list[Result] = []
+    if options.output.exists() and not options.fresh:
+        old = json.loads(options.output.read_text())
+        if old["conditions"] == conditions:
+            results = [Result(**entry) for entry in old["results"]]
+    graded = {result.name for result in results}
+    wanted = [line for line in lines() if options.only in line.name and line.name not in graded]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(round(options.prompts * line.share) for line in wanted)
+    with tqdm(total=total, unit="prompt") as bar:
+        for line in wanted:
+            bar.set_description(line.name)
+            results.append(grade(model, line, options.prompts, bar.update))
+            r = results[-1]
+            bar.write(f"{r.accuracy:.4f} of {r.n:4d}  {r.name}  ({r.seconds:.0f} s)"
+                      f"{'' if r.met is not False else '  BELOW THE BAR'}")
+            options.output.write_text(json.dumps(
+                {"conditions": conditions, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+            options.output.with_suffix(".md").write_text(markdown(results, conditions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What every decoding algorithm shares: blocks, quotas, and which of the proposed tokens are committed.
+
+A denoising step has a device half and a host half. `propose` turns the
+logits of all rows of all requests that use one algorithm into one token,
+one score and one probability per row. `choose` then picks, per request and
+on the host, the positions to fill. Nothing larger than [rows] crosses over.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Rows:
+    """What `propose` must know of each logits row; R rows of several requests."""
+
+    temperature: torch.Tensor  # [R] float32, 0 = greedy
+    top_p: torch.Tensor  # [R] float32, 1 = off
+    top_k: torch.Tensor  # [R] int64, vocabulary size = off
+    suppress: torch.Tensor  # [R] bool: the EOS logit is removed
+    confidence_eos_eot_inf: torch.Tensor  # [R] bool
+    eos_id: int
+    eot_id: int | None
+    sampled: bool  # any row has a temperature
+    filtered: bool  # any row has top_p or top_k
+    exponential: Callable[[], torch.Tensor]  # draws Exp(1) noise [R, V], float64
+    uniform: Callable[[], torch.Tensor]  # draws uniform noise [R], float32
+
+
+@dataclass
+class Proposal:
+    """One proposed token per row. As tensors from `propose`, as numpy arrays in `choose`."""
+
+    token: torch.Tensor  # [R] int64
+    score: torch.Tensor  # [R] float32: what the algorithm ranks by
+    prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
+
+
+class Turn(NamedTuple):
+    """Where a block stands in its schedule."""
+
+    step: int  # counts the forwards of the block, from 0
+    steps: int  # how many are scheduled
+    quota: int  # positions the schedule wants filled by now and are not
+
+    @property
+    def last(self) -> bool:
+        return self.step >= self.steps - 1
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Fields are the options a server or (as `dlm_<field>`) a request may set."""
+
+    name: ClassVar[str | None] = None
+    #: what ranks the positions cannot be compared with a probability threshold
+    random_order: ClassVar[bool] = False
+    #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
+    schedules_prompt_masks: ClassVar[bool] = False
+
+    steps: int | None = None  # denoising steps for the whole canvas; None: one token per step
+    block_length: int | None = None  # None: the whole canvas is one block
+    threshold: float | None = None  # Fast-dLLM: fill everything at least this probable
+    factor: float | None = None  # Fast-dLLM: n-th best is filled while (n+1)(1-p_n) < factor
+    cfg_scale: float = 0.0  # classifier-free guidance against the canvas with the prompt masked
+    suppress_eos: bool = False  # LLaDA's logits_eos_inf
+
+    def __post_init__(self):
+        for field in ("steps", "block_length"):
+            value = getattr(self, field)
+            check(value is None or value >= 1, field, value, "a whole number of at least 1")
+        check(self.threshold is None or 0 <= self.threshold, "threshold", self.threshold, "at least 0")
+        check(self.factor is None or 0 < self.factor, "factor", self.factor, "greater than 0")
+        check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0")
+        if self.threshold is not None:
+            check(self.factor is None, "factor", self.factor, "unset when threshold is set")
+        for field in ("threshold", "factor"):
+            if self.random_order:
+                value = getattr(self, field)
+                check(value is None, field, value, f"unset: {self.name} fills positions in random order")
+
+    # -- schedule, on the host -------------------------------------------------------------
+
+    @property
+    def parallel(self) -> bool:
+        """The number of positions filled per step depends on the probabilities."""
+        return self.threshold is not None or self.factor is not None
+
+    def blocks(self, length: int) -> list[tuple[int, int]]:
+        """[start, end) of each block of the response. The references demand that the block length divides
+        the response; here the last block may be shorter."""
+        width = self.block_length or length
+        return [(start, min(start + width, length)) for start in range(0, length, width)]
+
+    def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
+        """Steps spent on one block: the request's steps dealt evenly, the first blocks get the remainder."""
+        if self.steps is None:
+            return max(masks, 1)
+        return self.steps // num_blocks + (block < self.steps % num_blocks)
+
+    def quotas(self, masks: int, steps: int) -> list[int]:
+        """How many of `masks` positions each step fills. LLaDA's schedule: an even split, the remainder first.
+
+        The reference runs forwards that fill nothing once the masks run out; they are left away."""
+        share, rest = divmod(masks, steps)
+        return [share + (i < rest) for i in range(steps) if share + (i < rest)]
+
+    # -- the two halves of a step ----------------------------------------------------------
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
+        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten."""
+        raise NotImplementedError
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
+        """Indices (into the candidates, ascending positions) to fill now."""
+        if self.parallel:
+            return self._choose_parallel(proposal.prob)
+        return best(self.rank(proposal.score, rng), turn.quota)
+
+    def rank(self, score: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return score
+
+    def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:
+        order = best(prob, len(prob))
+        ranked = prob[order]
+        if self.threshold is not None:
+            keep = ranked >= self.threshold
+            keep[0] = True  # progress: the most probable one is always filled
+            return order[keep]
+        # Fast-dLLM's factor rule: the n-th best needs p_n >= 1 - factor / (n + 1); walk until one fails.
+        n = np.arange(1, len(ranked) + 1)
+        failed = np.flatnonzero(ranked < 1 - self.factor / (n + 1))
+        failed = failed[failed > 0]
+        count = int(failed[0]) if len(failed) else len(ranked)
+        # Its reference takes the last candidate even when that one alone failed.
+        return order[: len(ranked) if count == len(ranked) - 1 else count]
+
+
+def check(ok: bool, field: str, value, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: {value!r} is not valid, it must be {wanted}")
+
+
+def best(score: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` highest scores, ties to the lowest index."""
+    return np.argsort(-score, kind="stable")[:count]

@@ -1,0 +1,88 @@
+"""Dream's entropy order: the positions whose distribution has the lowest entropy are committed first.
+
+https://arxiv.org/abs/2508.15487, generation_utils.py of HKUNLP/Dream. Also the
+base of Dream's other algorithms: they differ in the score only.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check
+
+
+@dataclass(frozen=True)
+class Entropy(Decoding):
+    name: ClassVar[str] = "entropy"
+    schedules_prompt_masks: ClassVar[bool] = True
+
+    eps: float = 1e-3  # end of the time schedule
+    algorithm_temperature: float = 0.0  # alg_temp: > 0 draws positions instead of taking the best
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.eps < 1, "eps", self.eps, "between 0 and 1")
+        check(self.algorithm_temperature >= 0, "algorithm_temperature", self.algorithm_temperature, "at least 0")
+
+    def times(self, steps: int) -> torch.Tensor:
+        return torch.linspace(1, self.eps, steps + 1)  # [steps + 1]
+
+    def quotas(self, masks: int, steps: int) -> list[int]:
+        # The linear schedule in float32 as the reference has it: with one step per token the first step
+        # fills nothing and the last fills two. Steps that fill nothing need no forward.
+        if self.parallel:
+            return super().quotas(masks, steps)  # Fast-dLLM splits evenly when it tests a threshold
+        times, quotas = self.times(steps), []
+        for i in range(steps):
+            left = masks - sum(quotas)
+            share = 1 - times[i + 1] / times[i]
+            quotas.append(left if i == steps - 1 else int(torch.tensor(float(left)) * share))
+        return [quota for quota in quotas if quota]
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
+        logits_RV[rows.suppress, rows.eos_id] = -torch.inf
+        greedy_R = rows.temperature == 0
+        if rows.sampled:
+            logits_RV /= torch.where(greedy_R, 1.0, rows.temperature)[:, None]
+        if rows.filtered:
+            # Dream filters before it takes the confidence, greedy rows included.
+            filter_top_p_top_k(logits_RV, rows.top_p, rows.top_k)
+        prob_RV = logits_RV.softmax(-1)
+        token_R = prob_RV.argmax(-1)
+        if rows.sampled:
+            drawn_R = (prob_RV / rows.exponential()).argmax(-1)
+            token_R = torch.where(greedy_R, token_R, drawn_R)
+        prob_R = prob_RV.gather(1, token_R[:, None])[:, 0]
+        return Proposal(token_R, cls.score(prob_RV, prob_R), prob_R)
+
+    @staticmethod
+    def score(prob_RV: torch.Tensor, prob_R: torch.Tensor) -> torch.Tensor:
+        return (prob_RV * (prob_RV + 1e-10).log()).sum(-1)  # negative entropy
+
+    def rank(self, score: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.algorithm_temperature == 0:
+            return score
+        # Gumbel top-k draws without replacement from softmax(score / algorithm_temperature).
+        return score / self.algorithm_temperature + rng.gumbel(size=score.shape)
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
+        chosen = super().choose(proposal, turn, rng)
+        if self.threshold is not None and self.steps is not None:
+            # Fast-dLLM's threshold for Dream keeps the step budget: no step gets ahead of the even split.
+            chosen = chosen[: max(turn.quota, 1)]
+        return chosen
+
+
+def filter_top_p_top_k(logits_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tensor) -> None:
+    """In place: first nucleus, then top-k over what is left, as Dream orders them."""
+    sorted_RV, index_RV = logits_RV.sort(-1, descending=True)
+    before_RV = sorted_RV.softmax(-1)
+    before_RV = before_RV.cumsum(-1) - before_RV  # probability mass ahead of each token
+    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    drop_RV = (before_RV > top_p_R[:, None]) | (rank_V >= top_k_R[:, None])
+    drop_RV[:, 0] = False
+    sorted_RV.masked_fill_(drop_RV, torch.finfo(logits_RV.dtype).min)
+    logits_RV.scatter_(1, index_RV, sorted_RV)

@@ -1,0 +1,43 @@
+"""LLaDA's low-confidence remasking: block by block, the most probable tokens are committed first.
+
+https://arxiv.org/abs/2502.09992, generate.py of ML-GSAI/LLaDA.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows
+
+
+@dataclass(frozen=True)
+class LowConfidence(Decoding):
+    name: ClassVar[str] = "low_confidence"
+
+    block_length: int | None = 32
+    confidence_eos_eot_inf: bool = False  # EOS and EOT are committed last
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
+        logits_RV[rows.suppress, rows.eos_id] = -torch.inf
+        noisy_RV = logits_RV
+        if rows.sampled:
+            # argmax of exp(l) / E^T, the reference's Gumbel-max in float64. Temperature moves the choice
+            # of the token only: its confidence is read from the plain logits.
+            noise_RV = rows.exponential().log_().mul_(-rows.temperature[:, None].double())
+            noisy_RV = noise_RV.add_(logits_RV)
+        token_R = noisy_RV.argmax(-1)
+        # In the reference this option assigns -inf to the logits after the argmax and before the softmax
+        # (and only partly so when sampling): EOS and EOT get confidence 0, the others are renormalised.
+        # The same is done here at every temperature.
+        for special in (rows.eos_id, rows.eot_id):
+            if special is not None:
+                logits_RV[rows.confidence_eos_eot_inf, special] = -torch.inf
+        picked_R = logits_RV.gather(1, token_R[:, None])[:, 0]
+        prob_R = (picked_R - logits_RV.logsumexp(-1)).exp_()
+        return Proposal(token_R, cls.score(prob_R, rows), prob_R)
+
+    @staticmethod
+    def score(prob_R: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return prob_R

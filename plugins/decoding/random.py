@@ -1,0 +1,22 @@
+"""LLaDA's random remasking: the quota is filled at random positions of the block.
+
+https://arxiv.org/abs/2502.09992, generate.py of ML-GSAI/LLaDA.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_dlm.plugins.decoding.base import Rows
+from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+
+
+@dataclass(frozen=True)
+class Random(LowConfidence):
+    name: ClassVar[str] = "random"
+    random_order: ClassVar[bool] = True
+
+    @staticmethod
+    def score(prob_R: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return rows.uniform()

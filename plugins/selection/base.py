@@ -1,0 +1,9 @@
+"""What every selection of cached keys shares."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Selection:
+    name: ClassVar[str | None] = None

@@ -1,0 +1,1 @@
+"""The denoising engine: scheduler, worker, runner and what a step is made of."""

@@ -1,0 +1,51 @@
+"""Full attention inside each canvas of a packed batch, by the fastest kernel the device has."""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from vllm_dlm.kernels.varlen_attention import varlen_attention
+
+
+@cache
+def flash_attention():
+    """vLLM's varlen FlashAttention, or None. Read in vLLM 0.32: vllm_flash_attn."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@dataclass
+class CanvasAttention:
+    """One forward's layout: canvas i has `q_lens[i]` query rows and `kv_lens[i]` key rows."""
+
+    q_lens: list[int]
+    kv_lens: list[int]
+    scale: float
+    _starts: dict = field(default_factory=dict)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [Tq, H, D], k and v [Tk, Hkv, D] -> context [Tq, H * D]"""
+        flash = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+        if flash is None:
+            return varlen_attention(q, k, v, self.q_lens, self.kv_lens, self.scale).flatten(1)
+        context = flash(
+            q, k, v,
+            cu_seqlens_q=self._cumulative("q", self.q_lens, q.device),
+            cu_seqlens_k=self._cumulative("kv", self.kv_lens, q.device),
+            max_seqlen_q=max(self.q_lens),
+            max_seqlen_k=max(self.kv_lens),
+            softmax_scale=self.scale,
+            causal=False,
+        )
+        return context.flatten(1)
+
+    def _cumulative(self, name: str, lengths: list[int], device) -> torch.Tensor:
+        """Offsets on the device, uploaded once per forward and not once per layer."""
+        if name not in self._starts:
+            offsets = torch.tensor([0, *lengths]).cumsum(0)
+            self._starts[name] = offsets.to(device=device, dtype=torch.int32, non_blocking=True)
+        return self._starts[name]

@@ -1,0 +1,140 @@
+"""The output head: logits for the rows that need them, a bounded piece at a time, reduced at once.
+
+Rows that are decoded alike (same algorithm, greedy or not, guided or not) are
+taken together whoever they belong to. Never more than `max_logits` logits
+exist; that buffer is part of the memory profile.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.engine import noise
+from vllm_dlm.engine.request import Denoising
+from vllm_dlm.plugins.decoding.base import Proposal, Rows
+
+#: logits alive at once in float32; sampling adds two float64 buffers of that many elements
+MAX_LOGITS = 1 << 23
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of one proposed token: itself first, then the most probable ones."""
+
+    token_ids: np.ndarray  # [1 + n]
+    values: np.ndarray  # [1 + n]
+    rank: int
+
+
+@dataclass
+class HeadRequest:
+    """Candidate rows of one request."""
+
+    state: Denoising
+    positions: np.ndarray  # [C] canvas positions to decode
+    rows: np.ndarray  # [C] rows of the hidden states that predict them
+    guide_rows: np.ndarray | None  # [C] the same rows in the guidance stream
+    proposal: Proposal | None = None  # numpy arrays, set by Head.run
+    logprobs: list[Logprobs] | None = None
+
+    @property
+    def kind(self):
+        sampling, decoding = self.state.sampling, self.state.options.decoding
+        return type(decoding), sampling.greedy, sampling.filtered, decoding.cfg_scale > 0, sampling.num_logprobs
+
+
+class Head:
+    def __init__(self, compute_logits, vocab_size: int, eos_id: int, eot_id: int | None, max_logits: int = MAX_LOGITS):
+        self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
+        self.vocab_size = vocab_size
+        self.eos_id, self.eot_id = eos_id, eot_id
+        self.max_rows = max(1, max_logits // vocab_size)
+
+    def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
+        """Sets `proposal` (and `logprobs`) of every request."""
+        kinds = defaultdict(list)
+        for request in requests:
+            kinds[request.kind].append(request)
+        for alike in kinds.values():
+            self._run_alike(hidden_TD, alike)
+
+    def _run_alike(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
+        device = hidden_TD.device
+        decoding, _, _, guided, num_logprobs = requests[0].kind
+        rows = torch.from_numpy(np.concatenate([r.rows for r in requests])).to(device)
+        guide = torch.from_numpy(np.concatenate([r.guide_rows for r in requests])).to(device) if guided else None
+        table = _row_table(requests, self.vocab_size, device)
+        parts, logprobs = [], []
+        for start in range(0, len(rows), self.max_rows):
+            piece = slice(start, start + self.max_rows)
+            logits_RV = self.compute_logits(hidden_TD[rows[piece]]).float()
+            if guided:
+                guide_RV = self.compute_logits(hidden_TD[guide[piece]]).float()
+                scale_R1 = table["cfg_scale"][piece, None] + 1
+                logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
+            raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
+            proposal = decoding.propose(logits_RV, self._rows(table, piece, requests[0]))
+            # One transfer for all three; float64 holds every token id exactly.
+            parts.append(torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()]))
+            if num_logprobs is not None:
+                logprobs += _logprobs(raw_RV, proposal.token, num_logprobs)
+        token, score, prob = torch.cat(parts, 1).cpu().numpy()
+        token = token.astype(np.int64)
+        start = 0
+        for request in requests:
+            own = slice(start, start := start + len(request.rows))
+            request.proposal = Proposal(token[own], score[own], prob[own])
+            request.logprobs = logprobs[own] if num_logprobs is not None else None
+
+    def _rows(self, table: dict[str, torch.Tensor], piece: slice, like: HeadRequest) -> Rows:
+        keys_R = table["keys"][piece]
+        return Rows(
+            temperature=table["temperature"][piece],
+            top_p=table["top_p"][piece],
+            top_k=table["top_k"][piece],
+            suppress=table["suppress"][piece],
+            confidence_eos_eot_inf=table["confidence_eos_eot_inf"][piece],
+            eos_id=self.eos_id,
+            eot_id=self.eot_id,
+            sampled=not like.state.sampling.greedy,
+            filtered=like.state.sampling.filtered,
+            exponential=lambda: noise.exponential(keys_R, self.vocab_size),
+            uniform=lambda: noise.uniform(keys_R),
+        )
+
+
+def _row_table(requests: list[HeadRequest], vocab_size: int, device) -> dict[str, torch.Tensor]:
+    """Per-row parameters [R], one row per candidate."""
+    counts = [len(request.rows) for request in requests]
+
+    def column(value, dtype):
+        values = np.array([value(r.state) for r in requests], dtype=dtype)
+        return torch.from_numpy(np.repeat(values, counts)).to(device)
+
+    return {
+        "temperature": column(lambda s: s.sampling.temperature, np.float32),
+        "top_p": column(lambda s: s.sampling.top_p, np.float32),
+        "top_k": column(lambda s: s.sampling.top_k or vocab_size, np.int64),
+        "suppress": column(lambda s: s.options.decoding.suppress_eos, np.bool_),
+        "cfg_scale": column(lambda s: s.options.decoding.cfg_scale, np.float32),
+        "confidence_eos_eot_inf": column(
+            lambda s: getattr(s.options.decoding, "confidence_eos_eot_inf", False), np.bool_
+        ),
+        "keys": torch.cat(
+            [
+                noise.row_keys(r.state.sampling.seed, r.state.block, r.state.step, torch.from_numpy(r.positions))
+                for r in requests
+            ]
+        ).to(device),
+    }
+
+
+def _logprobs(logprobs_RV: torch.Tensor, token_R: torch.Tensor, count: int) -> list[Logprobs]:
+    own_R1 = logprobs_RV.gather(1, token_R[:, None])
+    rank_R = (logprobs_RV > own_R1).sum(-1) + 1
+    value_RN, token_RN = logprobs_RV.topk(min(count, logprobs_RV.shape[1]) if count >= 0 else logprobs_RV.shape[1])
+    token_ids = torch.cat([token_R[:, None], token_RN], 1).cpu().numpy()
+    values = torch.cat([own_R1, value_RN], 1).cpu().numpy()
+    return [Logprobs(*row) for row in zip(token_ids, values, rank_R.tolist(), strict=True)]

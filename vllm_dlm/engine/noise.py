@@ -1,0 +1,53 @@
+"""Counter-based noise: a pure function of (seed, block, step, position, token).
+
+No generator state is kept, so a request's samples do not depend on who shares
+its batch, on how rows are chunked, on preemption, on the device or on the
+tensor-parallel rank.
+"""
+
+import torch
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX1 = -0x40A7B892E31B1A47  # constants of the splitmix64 finaliser
+_MIX2 = -0x6B2FB644ECCEEE15
+_NOISE, _ORDER = 1, 2  # independent streams of one row
+
+
+def row_keys(seed: int, block: int, step: int, positions: torch.Tensor) -> torch.Tensor:
+    """positions [R] int64 -> one 64-bit key per row."""
+    key = torch.tensor(_signed(seed), dtype=torch.int64, device=positions.device)
+    for part in (block, step):
+        key = _mix(key * 31 + part + 1)
+    return _mix(key + positions * _GOLDEN)
+
+
+def exponential(keys_R: torch.Tensor, size: int) -> torch.Tensor:
+    """Exp(1) noise [R, size] in float64."""
+    return uniform_bits(_mix(keys_R + _NOISE)[:, None], torch.arange(size, device=keys_R.device)).log_().neg_()
+
+
+def uniform(keys_R: torch.Tensor) -> torch.Tensor:
+    """Uniform noise [R] in float32."""
+    return uniform_bits(_mix(keys_R + _ORDER), 0).float()
+
+
+def uniform_bits(key: torch.Tensor, counter) -> torch.Tensor:
+    """Uniform in (0, 1), float64 from the upper 53 bits."""
+    bits = _shift(_mix(key + counter * _GOLDEN), 11)
+    return bits.double().add_(0.5).mul_(2.0**-53)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value

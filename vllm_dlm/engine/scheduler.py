@@ -1,0 +1,184 @@
+"""The denoising scheduler: whose step runs now.
+
+A causal request advances a frontier; a diffusion request recomputes rows of a
+canvas of fixed length until nothing in it is masked. So `schedule()` is
+written anew and everything else (queues, KV blocks, stop checks, finishing,
+streaming) is inherited. Read in vLLM 0.32: v1/core/sched/scheduler.py.
+"""
+
+import time
+from dataclasses import dataclass
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEventType
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_dlm.integration.registration import resolved_options
+from vllm_dlm.metrics import StepCounts
+from vllm_dlm.options import request_options
+
+
+@dataclass
+class Canvas:
+    """What scheduling needs to know of a request."""
+
+    length: int  # prompt and response
+    streams: int  # 2 with classifier-free guidance
+    blocks: list[tuple[int, int]]
+    block: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.length * self.streams
+
+    @property
+    def block_width(self) -> int:
+        start, end = self.blocks[self.block]
+        return end - start
+
+
+class DenoisingScheduler(Scheduler):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dlm_options = resolved_options(self.vllm_config)
+        self.canvases: dict[str, Canvas] = {}
+        self.counts = StepCounts()
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.current_step += 1
+        now = time.monotonic()
+        self.kv_cache_manager.new_step_starts()
+        rows: dict[str, int] = {}
+        new: list[Request] = []
+        old: list[Request] = []
+        if self._pause_state != PauseState.PAUSED_ALL:
+            old, skipped = self._take_running(rows)
+            # Whoever had no room is first in line next time, and nobody new is let in before.
+            self.running = skipped + old
+            if not skipped and self._pause_state == PauseState.UNPAUSED:
+                new = self._admit_waiting(rows, now)
+        output = SchedulerOutput(
+            scheduled_new_reqs=[self._new_request_data(request) for request in new],
+            scheduled_cached_reqs=CachedRequestData(
+                req_ids=[request.request_id for request in old],
+                resumed_req_ids=set(),
+                new_token_ids=[],
+                all_token_ids={},
+                new_block_ids=[None] * len(old),
+                num_computed_tokens=[request.num_computed_tokens for request in old],
+                num_output_tokens=[request.num_output_tokens for request in old],
+            ),
+            num_scheduled_tokens=rows,
+            total_num_scheduled_tokens=sum(rows.values()),
+            scheduled_spec_decode_tokens={},
+            scheduled_encoder_inputs={},
+            preempted_req_ids=self.reset_preempted_req_ids,
+            finished_req_ids=self.finished_req_ids,
+            free_encoder_mm_hashes=[],
+            new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
+        )
+        self._update_after_schedule(output)
+        for request_id in rows:
+            # To the inherited code the whole known text is computed; masks are none of its business.
+            request = self.requests[request_id]
+            request.num_computed_tokens = request.num_tokens
+            request.is_prefill_chunk = False
+        return output
+
+    # -- who runs --------------------------------------------------------------------------
+
+    def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
+        # Alone, a request always runs: with guidance it may exceed the budget and the runner splits it.
+        return not rows or sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
+
+    def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request]]:
+        taken, skipped = [], []
+        for request in self.running:
+            canvas = self.canvases[request.request_id]
+            if self._fits(canvas, rows):
+                rows[request.request_id] = canvas.rows
+                taken.append(request)
+            else:
+                skipped.append(request)
+        return taken, skipped
+
+    def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
+        admitted = []
+        while self.waiting and len(self.running) < self.max_num_active_reqs:
+            request = self.waiting.peek_request()
+            canvas = self._canvas(request)
+            if not self._fits(canvas, rows):
+                break
+            # The whole canvas at once: its length is known, so a running request never lacks memory.
+            blocks = self.kv_cache_manager.allocate_slots(
+                request, canvas.length - request.num_computed_tokens, has_scheduled_reqs=bool(self.running)
+            )
+            if blocks is None:
+                break
+            self.waiting.pop_request()
+            self.running.append(request)
+            if self.log_stats:
+                request.record_event(EngineCoreEventType.SCHEDULED, now)
+            if request.prefill_stats is not None and request.num_preemptions == 0:
+                request.prefill_stats.set(
+                    num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
+                )
+            request.status = RequestStatus.RUNNING
+            self.canvases[request.request_id] = canvas
+            rows[request.request_id] = canvas.rows
+            admitted.append(request)
+        return admitted
+
+    def _canvas(self, request: Request) -> Canvas:
+        decoding = request_options(self.dlm_options, request.sampling_params.extra_args).decoding
+        length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        blocks = decoding.blocks(length - request.num_prompt_tokens)
+        canvas = Canvas(length, 2 if decoding.cfg_scale > 0 else 1, blocks)
+        self._advance(canvas, request.num_output_tokens)
+        return canvas
+
+    @staticmethod
+    def _advance(canvas: Canvas, num_output_tokens: int) -> None:
+        while canvas.block + 1 < len(canvas.blocks) and num_output_tokens >= canvas.blocks[canvas.block][1]:
+            canvas.block += 1
+
+    def _new_request_data(self, request: Request) -> NewRequestData:
+        blocks = self.kv_cache_manager.get_blocks(request.request_id)
+        return NewRequestData.from_request(
+            request, blocks.get_block_ids(), prefill_token_ids=list(request.all_token_ids)
+        )
+
+    # -- what came back --------------------------------------------------------------------
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
+        for request_id in scheduler_output.num_scheduled_tokens:
+            if canvas := self.canvases.get(request_id):
+                self.counts.denoising_steps += 1
+                self.counts.canvas_positions += canvas.block_width
+        self.counts.rows_recomputed += scheduler_output.total_num_scheduled_tokens
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _update_request_with_output(self, request: Request, new_token_ids: list[int], **kwargs):
+        tokens, stopped = super()._update_request_with_output(request, new_token_ids, **kwargs)
+        canvas = self.canvases[request.request_id]
+        # vLLM counts the pass that commits a block as a step of that block, and its benchmark takes
+        # those passes off again.
+        self.counts.denoising_steps += 1
+        self.counts.canvas_positions += canvas.block_width
+        self.counts.committed_tokens += len(tokens)
+        self._advance(canvas, request.num_output_tokens)
+        return tokens, stopped
+
+    def _free_request_blocks(self, request: Request) -> None:
+        # finished, aborted or preempted; a preempted request gets a new canvas when it is admitted again
+        self.canvases.pop(request.request_id, None)
+        super()._free_request_blocks(request)
+
+    def make_stats(self, *args, **kwargs):
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.spec_decoding_stats = self.counts.pack()
+            self.counts = StepCounts()
+        return stats

@@ -1,0 +1,43 @@
+"""vLLM's workers with the denoising runner in them. Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py."""
+
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_dlm.engine.runner import DenoisingRunner
+
+
+class DiffusionGPUWorker(Worker):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.use_v2_model_runner = False
+
+    def _make_model_runner(self) -> DenoisingRunner:
+        return DenoisingRunner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        # Nothing is compiled or captured; see "CUDA graphs" in the README for what it would take.
+        set_random_seed(self.model_config.seed)
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+
+if current_platform.is_cpu():
+
+    class DiffusionCPUWorker(cpu_worker.CPUWorker):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.use_v2_model_runner = False
+
+        def init_device(self) -> None:
+            # The CPU worker builds its runner inline; for the length of this call it finds ours.
+            theirs, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, DenoisingRunner
+            try:
+                super().init_device()
+            finally:
+                cpu_worker.CPUModelRunner = theirs
+
+        def compile_or_warm_up_model(self) -> CompilationTimes:
+            set_random_seed(self.model_config.seed)
+            return CompilationTimes(language_model=0.0, encoder=0.0)

@@ -1,0 +1,16 @@
+"""Everything that touches vLLM's private API outside the engine, and nothing else.
+
+`install()` runs in every vLLM process and may run more than once.
+"""
+
+
+def install() -> None:
+    from vllm_dlm import metrics
+    from vllm_dlm.integration import cli, cpu_wheel, requests
+    from vllm_dlm.integration.registration import register_models
+
+    cpu_wheel.alias_distribution()
+    register_models()
+    cli.install()
+    requests.install()
+    metrics.install()

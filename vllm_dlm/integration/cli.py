@@ -1,0 +1,59 @@
+"""`--plugin` and `--dlm-config` for `vllm serve` and friends.
+
+vLLM has no hook for flags of plugins, but it loads general plugins before it
+builds its parser (read in vLLM 0.32: engine/arg_utils.py, `add_cli_args`,
+`from_cli_args`); two static methods are wrapped, once.
+"""
+
+import functools
+import json
+
+
+def install() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs.add_cli_args, "_dlm", False):
+        return
+    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def add_with_dlm(parser):
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(title="vllm_dlm", description="Masked-diffusion language models.")
+        group.add_argument(
+            "--plugin",
+            choices=["vllm_dlm"],
+            help="Names the plugin that serves the model. It is active without this flag, too.",
+        )
+        group.add_argument(
+            "--dlm-config",
+            type=json_object,
+            metavar="JSON",
+            help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}}.',
+        )
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_with_dlm(cls, args):
+        engine_args = from_cli_args(cls, args)
+        if (given := getattr(args, "dlm_config", None)) is not None:
+            if "dlm" in (engine_args.additional_config or {}):
+                raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
+            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
+        return engine_args
+
+    add_with_dlm._dlm = True
+    EngineArgs.add_cli_args = staticmethod(add_with_dlm)
+    EngineArgs.from_cli_args = classmethod(from_with_dlm)
+
+
+def json_object(text: str) -> dict:
+    import argparse
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value

@@ -1,0 +1,85 @@
+"""The hub's config.json of LLaDA and Dream without trust_remote_code.
+
+Read in vLLM 0.32: transformers_utils/config.py (`_CONFIG_REGISTRY`).
+"""
+
+from transformers import PretrainedConfig
+
+
+class LLaDAConfig(PretrainedConfig):
+    """LLaDA spells Llama's fields in OLMo's words; the attribute map gives both names."""
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    def __init__(self, n_kv_heads=None, embedding_size=None, vocab_size=0, weight_tying=False, **kwargs):
+        self.n_heads = kwargs.get("n_heads")
+        self.n_kv_heads = n_kv_heads or self.n_heads
+        # The embedding may be padded beyond the vocabulary; the head has the same rows.
+        self.vocab_size = embedding_size or vocab_size
+        kwargs["tie_word_embeddings"] = weight_tying
+        super().__init__(**kwargs)
+
+    #: field -> the one value the architecture is implemented for
+    implemented = {
+        "block_type": "llama",
+        "rope": True,
+        "alibi": False,
+        "layer_norm_type": "rms",
+        "activation_type": "silu",
+        "attention_layer_norm": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "bias_for_layer_norm": False,
+        "input_emb_norm": False,
+        "scale_logits": False,
+        "block_group_size": 1,
+        "rope_full_precision": True,
+        "layer_norm_with_affine": True,
+        "multi_query_attention": None,
+        "clip_qkv": None,
+    }
+    required = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length", "rope_theta")
+
+
+class DreamConfig(PretrainedConfig):
+    model_type = "Dream"
+
+    implemented = {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "rope_scaling": None,
+        "use_mrope": False,
+        "attention_dropout": 0.0,
+    }
+    required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+                "max_position_embeddings", "rope_theta")
+
+
+def check_config(config) -> None:
+    """One clear line for a checkpoint this code would run wrongly."""
+    name = (config.architectures or [config.model_type])[0]
+    for field in (*config.required, "mask_token_id", "eos_token_id"):
+        if getattr(config, field, None) is None:
+            raise ValueError(f"{name}: config.json has no {field}, which this model needs")
+    for field, wanted in config.implemented.items():
+        value = getattr(config, field, wanted)
+        if value != wanted and not (wanted is None and not value):
+            raise ValueError(f"{name}: {field}={value!r} in config.json is not supported, only {wanted!r} is")
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise ValueError(
+            f"{name}: mask_token_id={config.mask_token_id} in config.json is outside the vocabulary "
+            f"of {config.vocab_size}"
+        )
+    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"{name}: {config.hidden_size} channels, {config.num_attention_heads} heads and "
+            f"{config.num_key_value_heads} key/value heads in config.json do not divide"
+        )

@@ -1,0 +1,125 @@
+"""Tells vLLM about the models and sets the engine that serves them.
+
+Read in vLLM 0.32: model_executor/models/config.py (`MODELS_CONFIG_MAP`),
+transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
+(`try_verify_and_update_config`).
+"""
+
+from vllm_dlm.options import OptionError, server_options
+
+#: architecture -> (module:class, default decoding, tokens that end a chat turn)
+FAMILIES = {
+    "LLaDAModelLM": ("vllm_dlm.models.llada:LLaDAModelLM", "low_confidence", "<|eot_id|>"),
+    "DreamModel": ("vllm_dlm.models.dream:DreamModel", "entropy", "<|im_end|>"),
+}
+
+WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
+
+
+def is_diffusion_lm(model_config) -> bool:
+    return model_config is not None and model_config.architecture in FAMILIES
+
+
+def resolved_options(vllm_config):
+    """The server's options of a model this plugin serves."""
+    _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
+    return server_options((vllm_config.additional_config or {}).get("dlm"), default_decoding)
+
+
+def register_models() -> None:
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from vllm_dlm.integration.configs import DreamConfig, LLaDAConfig
+
+    for config in (LLaDAConfig, DreamConfig):
+        _CONFIG_REGISTRY[config.model_type] = config
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    # Dream ships vocab.json and merges.txt for a tokenizer class of its own, which is Qwen2's.
+    AutoTokenizer.register(DreamConfig, slow_tokenizer_class=Qwen2Tokenizer, exist_ok=True)
+    for architecture, (model, _, _) in FAMILIES.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, model)
+        MODELS_CONFIG_MAP[architecture] = DiffusionConfigHook
+
+
+class DiffusionConfigHook:
+    """vLLM calls it in the front-end, before engine and workers get the pickled configuration."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:
+        from vllm_dlm.integration.configs import check_config
+
+        check_config(model_config.hf_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config) -> None:
+        from vllm.config import CompilationMode, CUDAGraphMode
+        from vllm.platforms import current_platform
+
+        from vllm_dlm.integration.configs import check_config
+
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        check_config(model.hf_config)
+        refuse_unsupported(vllm_config)
+        try:
+            resolved_options(vllm_config)
+        except OptionError as error:
+            raise ValueError(f"--dlm-config: {error}") from None
+
+        device = "cpu" if current_platform.is_cpu() else "cuda"
+        if vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = WORKERS[device]
+        if scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = "vllm_dlm.engine.scheduler.DenoisingScheduler"
+        # Every canvas is recomputed whole and its length is known from the start: nothing to chunk, no
+        # prefix to share (a prompt's keys depend on the response), and the next step needs this one's tokens.
+        scheduler.async_scheduling = False
+        scheduler.enable_chunked_prefill = False
+        vllm_config.cache_config.enable_prefix_caching = False
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+        if getattr(model.hf_config, "eot_token_id", None) is None:
+            model.hf_config.eot_token_id = find_token(model, FAMILIES[model.architecture][2])
+        # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
+        if "temperature" not in model.get_diff_sampling_param():
+            model.override_generation_config.setdefault("temperature", 0.0)
+
+
+def refuse_unsupported(vllm_config) -> None:
+    parallel = vllm_config.parallel_config
+    refused = {
+        "enable_lora": vllm_config.lora_config is not None,
+        "speculative_config": vllm_config.speculative_config is not None,
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
+        "enable_dbo": parallel.enable_dbo,
+        "kv_cache_dtype": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        "enable_sleep_mode": vllm_config.model_config.enable_sleep_mode,
+        "logits_processors": bool(vllm_config.model_config.logits_processors),
+        "runner": vllm_config.model_config.runner_type != "generate",
+    }
+    for field, wrong in refused.items():
+        if wrong:
+            raise ValueError(f"{field}: not supported with masked-diffusion language models; start without it")
+
+
+def find_token(model_config, token: str) -> int | None:
+    """Id of a special token from the checkpoint's tokenizer files, without building the tokenizer."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    for name, entries in (
+        ("tokenizer_config.json", lambda d: [(int(i), t["content"]) for i, t in d.get("added_tokens_decoder", {}).items()]),
+        ("tokenizer.json", lambda d: [(t["id"], t["content"]) for t in d.get("added_tokens", [])]),
+    ):
+        found = get_hf_file_to_dict(name, model_config.tokenizer, model_config.tokenizer_revision) or {}
+        for token_id, content in entries(found):
+            if content == token:
+                return token_id
+    return None

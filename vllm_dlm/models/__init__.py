@@ -1,0 +1,1 @@
+"""LLaDA and Dream as row-wise layers on vLLM's parallel linears."""

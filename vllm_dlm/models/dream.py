@@ -1,0 +1,14 @@
+"""Dream (Dream-v0, Dream-Coder, DiffuCoder): Qwen2's tensors, seen from all sides, predicting one position ahead."""
+
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_dlm.models.transformer import MaskedDiffusionLM
+
+
+class DreamModel(MaskedDiffusionLM):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)},
+    )
+    qkv_bias = True
+    rope_full_precision = False
+    shift = 1

@@ -1,0 +1,157 @@
+"""The decoder both families share: Llama's and Qwen2's, with attention left to the engine.
+
+A layer is a set of row-wise functions. Which rows go through which of them,
+and which keys a query sees, is decided per step by the engine; the layer only
+knows how to turn rows into other rows.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_dlm.models.rope import RotaryTable, rotate
+
+# (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DiffusionLayer(nn.Module):
+    """One transformer layer. H, Hkv: this rank's heads; E: model width; D: head width."""
+
+    def __init__(self, config, vllm_config: VllmConfig, qkv_bias: bool, prefix: str):
+        super().__init__()
+        quant = vllm_config.quant_config
+        ranks = get_tensor_model_parallel_world_size()
+        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        if heads % ranks or kv_heads % ranks:
+            raise ValueError(
+                f"tensor_parallel_size: {ranks} does not divide this model's {heads} query and {kv_heads} "
+                "key/value heads; choose a size that divides both"
+            )
+        self.head_dim = width // heads
+        self.num_heads, self.num_kv_heads = heads // ranks, kv_heads // ranks
+
+        def column(name: str, out: int, bias: bool = False):
+            return ColumnParallelLinear(width, out, bias=bias, quant_config=quant, prefix=f"{prefix}.self_attn.{name}")
+
+        self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
+        # Three projections instead of vLLM's fused one: reuse policies need values of other rows than queries.
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": column("q_proj", heads * self.head_dim, qkv_bias),
+                "k_proj": column("k_proj", kv_heads * self.head_dim, qkv_bias),
+                "v_proj": column("v_proj", kv_heads * self.head_dim, qkv_bias),
+                "o_proj": RowParallelLinear(
+                    heads * self.head_dim, width, bias=False, quant_config=quant, prefix=f"{prefix}.self_attn.o_proj"
+                ),
+            }
+        )
+        self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
+        inner = config.intermediate_size
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_up_proj": MergedColumnParallelLinear(
+                    width, [inner] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.mlp.gate_up_proj"
+                ),
+                "down_proj": RowParallelLinear(
+                    inner, width, bias=False, quant_config=quant, prefix=f"{prefix}.mlp.down_proj"
+                ),
+            }
+        )
+        self.act = SiluAndMul()
+
+    def query(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
+        return rotate(self.self_attn["q_proj"](h_TE)[0].unflatten(-1, (self.num_heads, self.head_dim)), *rope)
+
+    def key(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
+        return rotate(self.self_attn["k_proj"](h_TE)[0].unflatten(-1, (self.num_kv_heads, self.head_dim)), *rope)
+
+    def value(self, h_TE: torch.Tensor) -> torch.Tensor:
+        return self.self_attn["v_proj"](h_TE)[0].unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+    def attention_output(self, context: torch.Tensor) -> torch.Tensor:
+        return self.self_attn["o_proj"](context)[0]
+
+    def feed_forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.mlp["gate_up_proj"](self.post_attention_layernorm(x_TE))
+        return self.mlp["down_proj"](self.act(gate_up))[0]
+
+    def forward(self, x_TE: torch.Tensor, rope, attend: Attend) -> torch.Tensor:
+        """Every row through everything: the exact model."""
+        h_TE = self.input_layernorm(x_TE)
+        context = attend(self.query(h_TE, rope), self.key(h_TE, rope), self.value(h_TE))
+        x_TE = x_TE + self.attention_output(context)
+        return x_TE + self.feed_forward(x_TE)
+
+
+class DiffusionModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config, vllm_config: VllmConfig, qkv_bias: bool, rope_full_precision: bool, prefix: str):
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = nn.ModuleList(
+            DiffusionLayer(config, vllm_config, qkv_bias, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rope = RotaryTable(
+            config.hidden_size // config.num_attention_heads,
+            config.rope_theta,
+            vllm_config.model_config.max_model_len,
+            torch.float32 if rope_full_precision else vllm_config.model_config.dtype,
+        )
+
+
+class MaskedDiffusionLM(nn.Module, SupportsQuant):
+    """What vLLM's loader, quantisation and registry expect of a model. Subclasses name the family's tensors."""
+
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    qkv_bias = False
+    rope_full_precision = True
+    #: logits at position i predict token i + shift
+    shift = 0
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = DiffusionModel(
+            config, vllm_config, self.qkv_bias, self.rope_full_precision, maybe_prefix(prefix, "model")
+        )
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """The exact forward of packed rows -> hidden states before the final norm, [T, E]."""
+        x_TE, rope = self.embed_input_ids(input_ids), self.model.rope(positions)
+        for layer in self.model.layers:
+            x_TE = layer(x_TE, rope, attend)
+        return x_TE
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[R, E] before the final norm -> [R, V]; the norm is applied to the rows that need logits only."""
+        return self.logits_processor(self.lm_head, self.model.norm(hidden_states))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
