@@ -1,9 +1,10 @@
-"""The hub's config.json of LLaDA and Dream without trust_remote_code.
+"""The hub's config.json and tokenizer files of LLaDA and Dream without trust_remote_code.
 
 Read in vLLM 0.32: transformers_utils/config.py (`_CONFIG_REGISTRY`).
 """
 
 from transformers import PretrainedConfig
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 
 class LLaDAConfig(PretrainedConfig):
@@ -52,15 +53,23 @@ class LLaDAConfig(PretrainedConfig):
 class DreamConfig(PretrainedConfig):
     model_type = "Dream"
 
+    @property
+    def rope_type(self) -> str:
+        scaling = getattr(self, "rope_scaling", None) or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
     implemented = {
         "hidden_act": "silu",
         "use_sliding_window": False,
-        "rope_scaling": None,
+        "rope_type": "default",
         "use_mrope": False,
-        "attention_dropout": 0.0,
     }
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
                 "max_position_embeddings", "rope_theta")
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Dream ships vocab.json and merges.txt for a class of this name in its repository, which is Qwen2's."""
 
 
 def check_config(config) -> None:

@@ -28,18 +28,16 @@ def resolved_options(vllm_config):
 
 def register_models() -> None:
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from vllm_dlm.integration.configs import DreamConfig, LLaDAConfig
+    from vllm_dlm.integration.configs import DreamConfig, DreamTokenizer, LLaDAConfig
 
     for config in (LLaDAConfig, DreamConfig):
         _CONFIG_REGISTRY[config.model_type] = config
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    # Dream ships vocab.json and merges.txt for a tokenizer class of its own, which is Qwen2's.
-    AutoTokenizer.register(DreamConfig, slow_tokenizer_class=Qwen2Tokenizer, exist_ok=True)
+    AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
     for architecture, (model, _, _) in FAMILIES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, model)

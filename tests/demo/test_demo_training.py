@@ -1,0 +1,73 @@
+"""One small step of the recipe, its resumption, and the decoding that grades it."""
+
+import pytest
+import torch
+
+from benchmarks.demo import tokenizer as tok
+from benchmarks.demo.decoding import answered, decode
+from benchmarks.demo.lessons import Lessons
+from benchmarks.demo.train import Recipe, Training
+
+TINY = Recipe(steps=40, recall_tokens=200, small_tokens=150, warm_up=2)
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped():
+    through = Training(TINY)
+    for _ in range(3):
+        before = {k: v.clone() for k, v in through.model.state_dict().items()}
+        through.learn()
+    assert any(not torch.equal(before[k], v) for k, v in through.model.state_dict().items())
+
+    stopped = Training(TINY)
+    for _ in range(2):
+        stopped.learn()
+    resumed = Training(TINY)
+    resumed.restore(stopped.state())
+    resumed.learn()
+    for name, value in through.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_another_recipes_state_is_refused():
+    state = {"recipe": {"seed": 1}}
+    with pytest.raises(SystemExit, match="another recipe"):
+        Training(TINY).restore(state)
+
+
+@pytest.mark.parametrize("step", [0, 15, 39])
+def test_lessons_hide_answers_and_nothing_else(step):
+    lessons = Lessons(seed=1, steps=40, recall_tokens=400, small_tokens=300)
+    for batch, again in zip(lessons.batches(step), lessons.batches(step)):
+        assert torch.equal(batch.ids_BT, again.ids_BT)
+        prompt_part = batch.ids_BT[:, :-batch.tail]
+        assert (prompt_part != tok.MASK).all()
+        assert torch.equal(batch.ids_BT[:, -batch.tail:] == tok.MASK, batch.masked_BR)
+        assert len(batch.labels_N) == len(batch.weights_N) == batch.masked_BR.sum()
+        assert (batch.labels_N != tok.MASK).all() and (batch.weights_N > 0).all()
+
+
+def test_an_answer_ends_at_the_first_end_token_with_nothing_masked_before():
+    m, e = tok.MASK, tok.EOT
+    assert answered([9, 9, e, m]) == [9, 9, e]
+    assert answered([9, m, e, e]) is None
+    assert answered([9, 9, 9, 9]) == [9, 9, 9, 9]
+
+
+def test_a_stale_prompt_is_exact_in_the_first_step_only():
+    model = Training(TINY).model.eval()
+    prompts = torch.randint(6, 300, (2, 12))
+    canvas = torch.full((2, 4), tok.MASK)
+    with torch.no_grad():
+        seen = torch.cat([prompts, canvas], 1)
+        kept = [(k[:, :, :12], v[:, :, :12]) for k, v in model.keys_and_values(seen)]
+        torch.testing.assert_close(model.forward_on(kept, canvas), model(seen, tail=4),
+                                   rtol=1e-4, atol=1e-4)
+        canvas[:, 0] = 50
+        fresh = model(torch.cat([prompts, canvas], 1), tail=4)
+        assert not torch.allclose(model.forward_on(kept, canvas), fresh, atol=1e-4)
+
+
+def test_decoding_finishes_block_after_block():
+    model = Training(TINY).model.eval()
+    out = decode(model, torch.randint(6, 300, (3, 10)), canvas=8, block_length=4)
+    assert len(out) == 3 and all(tok.MASK not in row for row in out)
