@@ -1,0 +1,58 @@
+"""Engines shared by the whole run: each checkpoint is started once.
+
+They run inside the test process (no second start of vLLM, and tests can look
+into the worker); the server tests and the tensor-parallel test cover vLLM's
+multiprocess mode.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def start_engine(checkpoint: str, **kwargs):
+    from vllm import LLM
+
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 27,
+        "max_num_seqs": 64,
+        "disable_log_stats": True,
+    }
+    return LLM(str(GOLDEN / "checkpoints" / checkpoint), **(settings | kwargs))
+
+
+@pytest.fixture(scope="session")
+def engines():
+    """engines(name, **settings) -> a running engine, kept for the session (dropping one would end
+    torch.distributed for all)."""
+    started = {}
+
+    def get(checkpoint: str, **kwargs):
+        key = (checkpoint, json.dumps(kwargs, sort_keys=True))
+        if key not in started:
+            started[key] = start_engine(checkpoint, **kwargs)
+        return started[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def golden_runs() -> dict:
+    return json.loads((GOLDEN / "runs.json").read_text())["runs"]
+
+
+def golden_tensors(run: str) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / "runs" / f"{run}.safetensors")

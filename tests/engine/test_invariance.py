@@ -1,0 +1,114 @@
+"""The same tokens for a request whoever shares its batch, in whatever order, on however many ranks and blocks."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+from vllm import SamplingParams
+
+from tests.conftest import GOLDEN
+from tests.engine.worker_calls import open_requests
+
+ALGORITHMS = ["low_confidence", "random", "entropy", "maskgit_plus", "topk_margin", "origin"]
+
+
+def mixed_requests(count: int = 32, seed: int = 0):
+    """Prompts of 1 to 120 tokens, canvases of 3 to 48, every algorithm, greedy and sampled, guided and not."""
+    rng = random.Random(seed)
+    for index in range(count):
+        length = rng.randint(3, 48)
+        block = rng.choice([4, 8, 16, length])
+        blocks = -(-length // block)
+        algorithm = ALGORITHMS[index % len(ALGORITHMS)]
+        extra = {
+            "dlm_algorithm": algorithm,
+            "dlm_block_length": block,
+            "dlm_steps": rng.randint(blocks, max(blocks, length)),
+        }
+        if index % 5 == 0:
+            extra["dlm_cfg_scale"] = 1.5
+        if index % 7 == 0 and algorithm not in ("random", "origin"):
+            extra["dlm_threshold"] = 0.05
+        sampled = {"temperature": 0.8, "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 50])}
+        params = SamplingParams(
+            **(sampled if index % 2 else {"temperature": 0}),
+            max_tokens=length,
+            seed=index,
+            ignore_eos=index % 3 > 0,
+            extra_args=extra,
+            detokenize=False,
+        )
+        prompt = {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 120))]}
+        yield prompt, params
+
+
+def tokens(llm, requests) -> list[tuple[int, ...]]:
+    prompts, params = zip(*requests, strict=True)
+    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def together(engines):
+    """tokens of the 32 requests submitted at once, per checkpoint"""
+    return {name: tokens(engines(name), list(mixed_requests())) for name in ("llada-tiny", "dream-tiny")}
+
+
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
+class TestInvariance:
+    def test_the_requests_differ(self, together, checkpoint):
+        assert len(set(together[checkpoint])) == 32
+
+    def test_alone(self, engines, together, checkpoint):
+        for index, request in enumerate(mixed_requests()):
+            assert tokens(engines(checkpoint), [request]) == [together[checkpoint][index]], index
+
+    def test_another_order(self, engines, together, checkpoint):
+        order = list(range(32))
+        random.Random(1).shuffle(order)
+        requests = list(mixed_requests())
+        got = tokens(engines(checkpoint), [requests[i] for i in order])
+        assert got == [together[checkpoint][i] for i in order]
+
+    def test_few_blocks(self, engines, together, checkpoint):
+        """Room for one or two canvases: the others queue, and everything is free at the end."""
+        llm = engines(checkpoint, block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
+        assert tokens(llm, list(mixed_requests())) == together[checkpoint]
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 9
+        # the runner hears of the last finished requests with the next step
+        assert llm.collective_rpc(open_requests)[0] <= 2
+
+    def test_two_ranks(self, together, checkpoint):
+        """Tensor parallel, in processes of its own."""
+        code = (
+            "from tests.engine.test_invariance import two_ranks\n"
+            f"if __name__ == '__main__': two_ranks({checkpoint!r})"
+        )
+        path = GOLDEN.parent.parent
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=600,
+            env=two_rank_environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+        assert eval(lines[-1].removeprefix("TOKENS ")) == together[checkpoint]
+
+
+def two_rank_environment() -> dict[str, str]:
+    import os
+
+    first, second = sorted(os.sched_getaffinity(0))[:2] if len(os.sched_getaffinity(0)) > 1 else (0, 0)
+    return {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}",  # vLLM asserts on `auto` with one memory node
+    }
+
+
+def two_ranks(checkpoint: str) -> None:
+    from tests.conftest import start_engine
+
+    llm = start_engine(checkpoint, tensor_parallel_size=2)
+    print("TOKENS", tokens(llm, list(mixed_requests())), flush=True)
