@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-CACHE = Path(os.environ.get("DLM_BENCH_CACHE", Path(__file__).resolve().parents[1] / ".cache" / "checkpoints"))
+CACHE = Path(
+    os.environ.get("DLM_BENCH_CACHE", Path(__file__).resolve().parents[1] / ".cache" / "checkpoints")
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Shape:
     def dense_flops(self, rows: int, steps: int = 1) -> int:
         """Every row through every layer and the head, every query against every key."""
         attention = 4 * rows * rows * self.width
-        return steps * (self.layers * (2 * rows * self.layer_weights + attention) + 2 * rows * self.head_weights)
+        return steps * (
+            self.layers * (2 * rows * self.layer_weights + attention) + 2 * rows * self.head_weights
+        )
 
     def describe(self) -> dict:
         flops_512 = self.dense_flops(512)
@@ -153,7 +157,10 @@ def random_weights(shape: Shape, dtype: torch.dtype, seed: int) -> Iterator[tupl
 
 def write_tokenizer(shape: Shape, folder: Path) -> None:
     """A word per id: nothing is learned, but detokenisation costs what it costs."""
-    words = {f"w{i}": i for i in range(shape.vocabulary - 2)} | {"<eos>": shape.eos_id, "<mask>": shape.mask_id}
+    words = {f"w{i}": i for i in range(shape.vocabulary - 2)} | {
+        "<eos>": shape.eos_id,
+        "<mask>": shape.mask_id,
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<eos>", "<mask>"])

@@ -1,51 +1,56 @@
 """One vLLM engine under measurement, in vLLM's own multiprocess mode.
 
-Environment first: vLLM reads thread binding when its worker starts, and the
-reference loop is started with the same variables.
+vLLM binds its worker's threads from the environment; the reference loop's
+process is given the same OpenMP on the same cores.
 """
 
 import gc
+import itertools
 import os
 import time
 from pathlib import Path
 
 from benchmarks import probe
+from benchmarks.cells import BLOCK, Cell
 from benchmarks.checkpoints import Shape
 
 
-def thread_environment(threads: int) -> dict[str, str]:
-    """The same OpenMP on the same cores for whoever is measured.
+def cores(threads: int) -> list[int]:
+    return sorted(os.sched_getaffinity(0))[:threads]
 
-    Left to itself vLLM keeps a core for its scheduler, half of a machine of two.
-    """
+
+def engine_environment(threads: int) -> dict[str, str]:
+    return {
+        # Left to itself vLLM keeps a core for its scheduler, half of a machine of two.
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores(threads))),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the probe is sent to the worker as a function
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+
+
+def loop_environment(threads: int) -> dict[str, str]:
+    """What vLLM gives its worker: torch's own OpenMP, one thread bound to each core."""
     import torch
 
-    cores = sorted(os.sched_getaffinity(0))[:threads]
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+    preload = [os.environ.get("LD_PRELOAD"), str(library) if library.exists() else None]
+    return {
         "OMP_NUM_THREADS": str(threads),
-        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+        "GOMP_CPU_AFFINITY": " ".join(map(str, cores(threads))),
+        "LD_PRELOAD": ":".join(filter(None, preload)),
     }
-    if library.exists() and "libgomp" not in os.environ.get("LD_PRELOAD", ""):
-        # vLLM preloads torch's OpenMP into its worker, so the loop gets it, too.
-        environment["LD_PRELOAD"] = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
-    return environment
 
 
 class Engine:
-    def __init__(self, folder: Path, shape: Shape, server: dict, cells: list, threads: int):
-        os.environ.update(
-            thread_environment(threads),
-            VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # the probe is sent to the worker as a function
-            VLLM_ENABLE_V1_MULTIPROCESSING="1",
-            VLLM_NO_USAGE_STATS="1",
-        )
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    def __init__(self, folder: Path, shape: Shape, server: dict, cells: list[Cell], threads: int):
+        os.environ.update(engine_environment(threads))
         from vllm import LLM
 
         rows = max(cell.rows() for cell in cells)
         self.shape = shape
+        self.names = itertools.count()
         self.llm = LLM(
             str(folder),
             dtype="bfloat16",
@@ -54,38 +59,65 @@ class Engine:
             max_num_seqs=max(cell.batch for cell in cells),
             max_num_batched_tokens=rows,
             # keys and values of every row, and a page of slack per request
-            kv_cache_memory_bytes=2 * 2 * shape.layers * shape.width * (rows + 256 * (1 + max(c.batch for c in cells))),
+            kv_cache_memory_bytes=2
+            * 2
+            * shape.layers
+            * shape.width
+            * (rows + 256 * (1 + max(c.batch for c in cells))),
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         (used,) = self.llm.collective_rpc(probe.threads)
         if used != threads:
             raise RuntimeError(f"the worker computes with {used} threads instead of {threads}")
         self.llm.collective_rpc(probe.install)
 
-    def measure(self, cell, request: dict, block: int, repetitions: int, seconds: float) -> list[dict]:
-        """Per repetition: seconds, tokens delivered and what the probe counted."""
-        prompts = [{"prompt_token_ids": ids} for ids in cell.prompts(self.shape)]
-        # Few steps per block meet every shape of the exact engine once; allocators and oneDNN's caches are warm then.
-        self._generate(prompts, cell.new, block, steps=2 * cell.new // block, request=request)
+    def measure(self, cell: Cell, request: dict, repetitions: int, seconds: float) -> list[dict]:
+        """Per repetition: seconds and what the probe counted."""
+        prompts = cell.prompts(self.shape)
+        # Few steps per block meet the large shapes once: allocators and oneDNN's caches are warm then.
+        self._deliver(prompts, cell, request, steps_per_block=2)
         runs = []
         while len(runs) < repetitions and sum(run["seconds"] for run in runs) < seconds:
-            self.llm.collective_rpc(probe.take)
-            begin = time.perf_counter()
-            tokens = self._generate(prompts, cell.new, block, steps=cell.new, request=request)
-            elapsed = time.perf_counter() - begin
+            self.llm.collective_rpc(probe.start, args=(cell.steps,))
+            elapsed = self._deliver(prompts, cell, request, steps_per_block=BLOCK)
             (counts,) = self.llm.collective_rpc(probe.take)
-            if tokens != cell.batch * cell.new:
-                raise RuntimeError(f"{tokens} tokens came back instead of {cell.batch * cell.new}")
-            runs.append({"seconds": elapsed, "tokens": tokens} | counts)
+            runs.append({"seconds": elapsed} | counts)
         return runs
 
-    def _generate(self, prompts: list, new: int, block: int, steps: int, request: dict) -> int:
+    def _deliver(self, prompts: list[list[int]], cell: Cell, request: dict, steps_per_block: int) -> float:
+        """Seconds until every request has delivered the awaited blocks."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        options = {"dlm_steps": steps, "dlm_block_length": block} | request
-        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, extra_args=options)
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
+        options = {"dlm_steps": steps_per_block * cell.new // BLOCK, "dlm_block_length": BLOCK} | request
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=cell.new,
+            ignore_eos=True,
+            extra_args=options,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        engine = self.llm.llm_engine
+        self.llm.sleep(level=0)  # requests queue up, none starts before the last is there
+        begin = time.perf_counter()
+        missing, names = {}, []
+        for ids in prompts:
+            name = str(next(self.names))
+            names.append(engine.add_request(name, {"prompt_token_ids": ids}, params))
+            missing[name] = cell.steps
+        self.llm.wake_up(tags=["scheduling"])
+        while any(tokens > 0 for tokens in missing.values()):
+            for output in engine.step():
+                missing[output.request_id] -= len(output.outputs[0].token_ids)
+        elapsed = time.perf_counter() - begin
+        if cell.steps < cell.new:
+            engine.abort_request(names, internal=True)
+        elif any(missing.values()) or engine.has_unfinished_requests():
+            raise RuntimeError(
+                f"{cell.new} tokens were asked for, {missing} of them came back too few (or too many)"
+            )
+        return elapsed
 
     def close(self) -> None:
         """Frees cores and memory for whoever is measured next."""

@@ -11,9 +11,6 @@ import sys
 import time
 from collections import Counter
 
-#: per step, in the worker: the forward and the head are "the model", all else is overhead
-TIMED = ("forward", "head", "worker")
-
 
 def install(worker) -> None:
     from vllm.model_executor.layers.linear import LinearBase
@@ -21,7 +18,10 @@ def install(worker) -> None:
     from vllm_dlm.engine.attention import CanvasAttention
 
     runner = worker.model_runner
-    counts = worker.dlm_counts = Counter()
+    worker.dlm_awaited_steps = 0
+    counts = worker.dlm_counts = (
+        Counter()
+    )  # "forward" and "head" are the model, the rest of "worker" is overhead
 
     def timed(name, function):
         @functools.wraps(function)
@@ -34,19 +34,21 @@ def install(worker) -> None:
 
         return wrapper
 
-    def count_step(function):
+    def stepped(function):
         @functools.wraps(function)
         def wrapper(scheduler_output, *args, **kwargs):
+            result = function(scheduler_output, *args, **kwargs)
             counts["steps"] += bool(scheduler_output.num_scheduled_tokens)
-            counts["step_requests"] += len(scheduler_output.num_scheduled_tokens)
-            return function(scheduler_output, *args, **kwargs)
+            if counts["steps"] == worker.dlm_awaited_steps:
+                worker.dlm_taken = dict(counts)
+            return result
 
         return wrapper
 
     module = sys.modules[type(runner).__module__]
     module.denoise = timed("forward", module.denoise)  # embedding to the last layer
     runner.head.run = timed("head", runner.head.run)  # final norm, logits, token and confidence
-    runner.execute_model = count_step(timed("worker", runner.execute_model))
+    runner.execute_model = stepped(timed("worker", runner.execute_model))
 
     def linear(layer, args, _):
         rows = args[0].numel() // args[0].shape[-1]
@@ -76,11 +78,14 @@ def install(worker) -> None:
     CanvasAttention.__call__ = counted_attention
 
 
-def take(worker) -> dict[str, float]:
-    """What was counted since the last call."""
-    counts = dict(worker.dlm_counts)
+def start(worker, steps: int) -> None:
+    """Counts the next `steps` steps; what the engine does before it hears of an abort is left out."""
     worker.dlm_counts.clear()
-    return counts
+    worker.dlm_awaited_steps = steps
+
+
+def take(worker) -> dict[str, float]:
+    return worker.dlm_taken
 
 
 def threads(worker) -> int:

@@ -1,4 +1,4 @@
-"""The baseline: LLaDA's sampling loop as a user writes it on transformers, nothing dropped and nothing cached.
+"""The baseline: LLaDA's sampling loop as users write it on transformers, nothing dropped, nothing cached.
 
 LLaDA is Llama under other tensor names and without the causal mask. Every step
 runs all rows through all layers and the head, takes softmax and argmax over
@@ -8,9 +8,11 @@ As a program (`python -m benchmarks.reference_loop`, a job as JSON on stdin,
 results as JSON lines on stdout) it measures itself in a process of its own.
 """
 
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ def load(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config).to(dtype).eval()
-    model.load_state_dict({llama_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()})
+    model.load_state_dict(
+        {llama_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    )
     for layer in model.model.layers:
         # Together with the config's is_causal this means no mask at all, the cheapest way to see everything.
         layer.self_attn.is_causal = False
@@ -70,10 +74,18 @@ def quotas(masks: int, steps: int) -> list[int]:
     return [masks // steps + (i < masks % steps) for i in range(steps)]
 
 
+def generate(model, prompt: list[int], new: int, block: int, steps: int, mask_id: int) -> list[int]:
+    """Greedy low-confidence remasking -> the response. `steps` is for all of it, `block` divides it."""
+    *_, canvas = generate_steps(model, prompt, new, block, steps, mask_id)
+    return canvas[0, len(prompt) :].tolist()
+
+
 @torch.inference_mode()
-def generate(model, prompt: list[int], new: int, block: int, steps: int, mask_id: int, on_step=lambda: None) -> list[int]:
-    """Greedy low-confidence remasking -> the response. `steps` is for the whole response, `block` divides it."""
-    canvas = torch.full((1, len(prompt) + new), mask_id)  # [1, N]
+def generate_steps(
+    model, prompt: list[int], new: int, block: int, steps: int, mask_id: int
+) -> Iterator[torch.Tensor]:
+    """The canvas [1, N] after every step, the same tensor each time."""
+    canvas = torch.full((1, len(prompt) + new), mask_id)
     canvas[0, : len(prompt)] = torch.tensor(prompt)
     for start in range(len(prompt), canvas.shape[1], block):
         end = start + block
@@ -85,12 +97,12 @@ def generate(model, prompt: list[int], new: int, block: int, steps: int, mask_id
             confidence[:, end:] = -torch.inf
             chosen = confidence[0].topk(quota).indices
             canvas[0, chosen] = token[0, chosen]
-            on_step()
-    return canvas[0, len(prompt) :].tolist()
+            yield canvas
 
 
 def main() -> None:
-    """Job: checkpoint, dtype, threads, mask_id, block, repetitions, seconds, and cells of prompt ids, new and steps."""
+    """Job: checkpoint, dtype, threads, mask_id, block, repetitions, seconds, and cells of prompt ids, new and
+    blocks, the number of them that is awaited."""
     from tqdm import tqdm
 
     job = json.loads(sys.stdin.read())
@@ -98,16 +110,27 @@ def main() -> None:
     model = load(Path(job["checkpoint"]), getattr(torch, job["dtype"]))
     for cell in job["cells"]:
 
-        def run(steps: int, cell=cell) -> float:
-            with tqdm(total=steps, desc="loop", unit="step", leave=False, position=1) as bar:
+        def run(steps_per_block: int, cell=cell) -> float:
+            canvas_blocks = cell["new"] // job["block"]
+            stop_after = steps_per_block * cell["blocks"]
+            with tqdm(total=stop_after, desc="loop", unit="step", leave=False, position=1) as bar:
                 begin = time.perf_counter()
-                generate(model, cell["prompt"], cell["new"], job["block"], steps, job["mask_id"], bar.update)
+                steps = generate_steps(
+                    model,
+                    cell["prompt"],
+                    cell["new"],
+                    job["block"],
+                    steps_per_block * canvas_blocks,
+                    job["mask_id"],
+                )
+                for _ in itertools.islice(steps, stop_after):
+                    bar.update()
                 return time.perf_counter() - begin
 
-        run(2 * cell["new"] // job["block"])  # warms allocators and oneDNN's primitive cache
+        run(2)  # warms allocators and oneDNN's primitive cache
         seconds = []
         while len(seconds) < job["repetitions"] and sum(seconds) < job["seconds"]:
-            seconds.append(run(cell["steps"]))
+            seconds.append(run(job["block"]))
         print(json.dumps({"seconds": seconds}), flush=True)
 
 

@@ -70,8 +70,8 @@ class Report:
         for row in self.rows:
             table.add_row(*(column.show(row) for column in self.columns))
         # Wide even where the output is a file: a wrapped table cannot be read.
-        console = Console()
-        Console(width=max(console.width, 150)).print(table)
+        console = Console(width=max(Console().width, 150))
+        console.print(table)
         for note in self.notes:
             console.print(f"· {note}", style="dim", highlight=False)
 
@@ -136,7 +136,11 @@ def grouped_bars(axes, groups: dict[str, dict[str, float]], ylabel: str) -> None
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.8 / len(series)
     for i, name in enumerate(series):
-        at = [j + (i - (len(series) - 1) / 2) * width for j, group in enumerate(groups.values()) if name in group]
+        at = [
+            j + (i - (len(series) - 1) / 2) * width
+            for j, group in enumerate(groups.values())
+            if name in group
+        ]
         bars = axes.bar(at, [group[name] for group in groups.values() if name in group], width, label=name)
         axes.bar_label(bars, fmt="%.3g", fontsize=8)
     axes.set_xticks(range(len(groups)), groups)

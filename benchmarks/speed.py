@@ -1,4 +1,4 @@
-"""Tokens per second of the plain loop on transformers and of this engine, per policy, in one table of one run.
+"""Tokens per second of the plain loop on transformers and of this engine, per policy, in one table.
 
 Random LLaDA-shaped checkpoints, bfloat16 on the CPU, greedy, one token per
 step. The loop and the engine run one after the other on the same cores with
@@ -10,16 +10,15 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.cells import BLOCK, Cell, Policy
 from benchmarks.checkpoints import SHAPES, Shape, checkpoint
-from benchmarks.measure import Engine, thread_environment
-
-BLOCK = 32  # block_length of LLaDA's README and of the reference loop
+from benchmarks.measure import Engine, loop_environment
 
 COLUMNS = [
     report.Column("shape", "checkpoint"),
@@ -38,73 +37,18 @@ COLUMNS = [
 ]
 
 NOTES = [
-    "tokens/s: response tokens delivered, over the wall time of the whole call; prompts do not count. "
-    "Greedy, ignore_eos, one token per step, block length 32. Median of the repetitions after a warm-up.",
-    "loop: LLaDA's sampling loop on transformers (benchmarks/reference_loop.py), one request: all rows through all "
-    "layers and the head, softmax and argmax over [1, N, V], no attention mask, SDPA.",
-    "Several requests have ragged prompts from half to one and a half times the stated length (their mean), all "
-    "submitted at once; '× loop' compares with the loop's one request of the stated length.",
-    "rows recomputed: rows through the feed-forward, of canvas × layers × steps. FLOPs: multiply-adds × 2 of linears, "
-    "attention and head, counted where the rows arrive; for the loop by formula.",
-    "engine overhead: share of the call's wall time outside forward and head (scheduler, processes, packing, "
+    "tokens/s: response tokens delivered, over the wall time from submission to the last of them; prompts do "
+    "not count. Greedy, ignore_eos, one token per step, block length 32. Median of the repetitions after a "
+    "warm-up.",
+    "loop: LLaDA's sampling loop on transformers (benchmarks/reference_loop.py), one request: all rows "
+    "through all layers and the head, softmax and argmax over [1, N, V], no attention mask, SDPA.",
+    "Several requests have ragged prompts from half to one and a half times the stated length (their mean), "
+    "queued before the first step; '× loop' compares with the loop's one request of the stated length.",
+    "rows recomputed: rows through the feed-forward, of canvas × layers × steps. FLOPs: multiply-adds × 2 of "
+    "linears, attention and head, counted where the rows arrive; for the loop by formula.",
+    "engine overhead: share of the wall time outside forward and head (scheduler, processes, packing, "
     "committing, detokenising).",
 ]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How the engine is asked for a method: by the server's options or, by name, per request."""
-
-    label: str
-    server: dict = field(default_factory=dict)  # additional_config["dlm"]
-    request: dict = field(default_factory=dict)  # extra_args
-
-    @classmethod
-    def parse(cls, text: str) -> "Policy":
-        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server."""
-        from vllm_dlm.options import request_options, server_options
-
-        name, _, given = text.partition(":")
-        fields = dict(pair.split("=", 1) for pair in given.split(",")) if given else {}
-        if fields:
-            server = {"reuse": {"name": name} | {key: literal(value) for key, value in fields.items()}}
-            policy = cls(text, server=server)
-        else:
-            policy = cls(text, request={"dlm_reuse": name})
-        # An unknown name or field is refused here, with the list of valid ones, not after minutes of measuring.
-        request_options(server_options(policy.server, "low_confidence"), policy.request)
-        return policy
-
-
-@dataclass(frozen=True)
-class Cell:
-    prompt: int
-    new: int
-    batch: int
-
-    def lengths(self) -> list[int]:
-        """Ragged around the stated length, which is their mean."""
-        spread = [0.5 + i / (self.batch - 1) for i in range(self.batch)] if self.batch > 1 else [1.0]
-        return [round(self.prompt * share) for share in spread]
-
-    def prompts(self, shape: Shape) -> list[list[int]]:
-        import numpy as np
-
-        draw = np.random.default_rng(self.prompt)
-        return [draw.integers(0, shape.eos_id, length).tolist() for length in self.lengths()]
-
-    def rows(self) -> int:
-        return sum(self.lengths()) + self.batch * self.new
-
-    def dense_flops(self, shape: Shape) -> int:
-        return sum(shape.dense_flops(length + self.new, self.new) for length in self.lengths())
-
-
-def literal(text: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def listed(kind):
@@ -113,13 +57,24 @@ def listed(kind):
 
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--policy", action="append", help="reuse policy, NAME or NAME:field=value,…; repeatable")
+    parser.add_argument(
+        "--policy", action="append", help="reuse policy, NAME or NAME:field=value,…; repeatable"
+    )
     parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: the first two")
-    parser.add_argument("--prompts", type=listed(int), help="prompt lengths; default 480 (with --new: 512 positions)")
-    parser.add_argument("--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)")
+    parser.add_argument(
+        "--prompts", type=listed(int), help="prompt lengths; default 480 (with --new: 512 positions)"
+    )
+    parser.add_argument(
+        "--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)"
+    )
+    parser.add_argument(
+        "--blocks", type=int, help=f"time the first BLOCKS blocks of {BLOCK} tokens only (default all)"
+    )
     parser.add_argument("--batches", type=listed(int), default=[1, 8], help="requests at once (default 1,8)")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=40, help="no further repetition of a cell after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="no further repetition of a cell after this long"
+    )
     parser.add_argument("--threads", type=int, default=cores, help=f"for loop and engine (default {cores})")
     parser.add_argument("--no-loop", action="store_true", help="leave the reference loop away")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
@@ -130,10 +85,12 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     policies = [Policy.parse(text) for text in args.policy or ["none"]]
     shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:2])]
-    cells = [Cell(prompt, args.new, batch) for prompt in args.prompts or [96 if args.quick else 480] for batch in args.batches]
     if args.new % BLOCK:
         raise SystemExit(f"--new: {args.new} is not a multiple of the block length {BLOCK}")
-    load_before = report.load_average()
+    blocks = min(args.blocks or args.new, args.new // BLOCK)
+    prompts = args.prompts or [96 if args.quick else 480]
+    cells = [Cell(prompt, args.new, batch, blocks) for prompt in prompts for batch in args.batches]
+    about = settings(shapes, cells, policies, args)
     rows = []
     units = len(shapes) * (len(cells) * len(policies) + (not args.no_loop))
     with tqdm(total=units, desc="speed", unit="cell") as progress:
@@ -142,9 +99,9 @@ def run(args) -> None:
     result = report.Report(
         name=args.name or "speed-" + "-".join(policy.label.split(":")[0] for policy in policies),
         title="Speed of one-token-per-step denoising: " + ", ".join(policy.label for policy in policies),
-        settings=settings(shapes, cells, policies, args, load_before),
+        settings=about | {"load_average_after": report.load_average()},
         columns=[column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)],
-        notes=NOTES,
+        notes=NOTES + setting_notes(about, cells),
         rows=rows,
     )
     result.print()
@@ -152,20 +109,40 @@ def run(args) -> None:
         print(path)
 
 
-def settings(shapes, cells, policies, args, load_before: float) -> dict:
+def settings(shapes, cells, policies, args) -> dict:
     return {
         "model": {shape.name: shape.describe() for shape in shapes},
         "weights": "random, normal(0, 0.02), seed 0",
         "dtype": "bfloat16",
         "decoding": {"name": "low_confidence", "block_length": BLOCK, "steps": "= new", "temperature": 0},
-        "policies": {policy.label: {"server": policy.server, "request": policy.request} for policy in policies},
+        "policies": {
+            policy.label: {"server": policy.server, "request": policy.request} for policy in policies
+        },
         "prompt_lengths": {f"{cell.prompt} x {cell.batch}": str(cell.lengths()) for cell in cells},
         "repetitions": f"{args.repetitions}, fewer when a cell takes more than {args.seconds:g} s",
         "baseline": "reference loop on transformers, one request; for policies: none",
         "machine": report.machine(args.threads),
-        "load_average": {"before": load_before, "after": report.load_average()},
         "versions": report.versions(),
+        "load_average_before": report.load_average(),
     }
+
+
+def setting_notes(about: dict, cells: list[Cell]) -> list[str]:
+    notes = [
+        f"{name}: {shape['parameters'] / 1e6:.1f}M parameters, the head is "
+        f"{shape['head_share_of_parameters']:.1%} of them (LLaDA-8B: 6.5%) and "
+        f"{shape['head_share_of_dense_flops_at_512']:.1%} of the loop's FLOPs at 512 positions."
+        for name, shape in about["model"].items()
+    ]
+    machine = about["machine"]
+    notes.append(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads for loop and engine alike."
+    )
+    if about["load_average_before"] > 0.5:
+        notes.append(f"The machine was not idle: load average {about['load_average_before']} before the run.")
+    if any(cell.steps < cell.new for cell in cells):
+        notes.append(f"Timed up to the end of block {cells[0].blocks} of each response; the rest is aborted.")
+    return notes
 
 
 def measure_shape(shape: Shape, cells: list[Cell], policies: list[Policy], args, progress) -> list[dict]:
@@ -173,7 +150,7 @@ def measure_shape(shape: Shape, cells: list[Cell], policies: list[Policy], args,
     rows = []
     if not args.no_loop:
         progress.set_postfix_str(f"{shape.name} loop")
-        singles = [Cell(prompt, args.new, 1) for prompt in dict.fromkeys(cell.prompt for cell in cells)]
+        singles = [replace(cell, batch=1) for cell in {cell.prompt: cell for cell in cells}.values()]
         for cell, seconds in zip(singles, loop_seconds(shape, folder, singles, args), strict=True):
             rows.append(base_row(shape, "loop", cell, seconds) | {"flops": cell.dense_flops(shape)})
         progress.update()
@@ -182,7 +159,7 @@ def measure_shape(shape: Shape, cells: list[Cell], policies: list[Policy], args,
         for policy in (policy for policy in policies if policy.server == server):
             for cell in cells:
                 progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
-                runs = engine.measure(cell, policy.request, BLOCK, args.repetitions, args.seconds)
+                runs = engine.measure(cell, policy.request, args.repetitions, args.seconds)
                 rows.append(engine_row(shape, policy, cell, runs))
                 progress.update()
         engine.close()
@@ -199,7 +176,9 @@ def loop_seconds(shape: Shape, folder: Path, cells: list[Cell], args) -> list[li
         "block": BLOCK,
         "repetitions": args.repetitions,
         "seconds": args.seconds,
-        "cells": [{"prompt": cell.prompts(shape)[0], "new": cell.new, "steps": cell.new} for cell in cells],
+        "cells": [
+            {"prompt": cell.prompts(shape)[0], "new": cell.new, "blocks": cell.blocks} for cell in cells
+        ],
     }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.reference_loop"],
@@ -207,7 +186,7 @@ def loop_seconds(shape: Shape, folder: Path, cells: list[Cell], args) -> list[li
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=os.environ | thread_environment(args.threads),
+        env=os.environ | loop_environment(args.threads),
     )
     return [json.loads(line)["seconds"] for line in done.stdout.splitlines()]
 
@@ -219,8 +198,8 @@ def base_row(shape: Shape, method: str, cell: Cell, seconds: list[float]) -> dic
         "method": method,
         **asdict(cell),
         "seconds": [round(second, 4) for second in seconds],
-        "tokens_per_s": cell.batch * cell.new / middle,
-        "ms_per_step": 1000 * middle / cell.new,
+        "tokens_per_s": cell.batch * cell.steps / middle,
+        "ms_per_step": 1000 * middle / cell.steps,
     }
 
 
@@ -229,13 +208,11 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
         return statistics.median(value(run) for run in runs)
 
     counts = runs[0]  # greedy: every repetition runs the same steps
-    canvas_rows = shape.layers * cell.rows() * cell.new
     return base_row(shape, policy.label, cell, [run["seconds"] for run in runs]) | {
-        "ms_per_step": median(lambda run: 1000 * run["seconds"] / run["steps"]),
         "steps": counts["steps"],
         "flops": counts["flops"],
-        "rows_share": counts["rows"] / canvas_rows,
-        "head_rows_per_request_step": counts["head_rows"] / counts["step_requests"],
+        "rows_share": counts["rows"] / (shape.layers * cell.rows() * cell.steps),
+        "head_rows_per_request_step": counts["head_rows"] / (cell.batch * cell.steps),
         "overhead": median(lambda run: 1 - (run["forward"] + run["head"]) / run["seconds"]),
         "share_of_time": {
             "forward": median(lambda run: run["forward"] / run["seconds"]),
@@ -253,7 +230,7 @@ def with_ratios(rows: list[dict], shape: Shape) -> list[dict]:
     loop = {row["prompt"]: row for row in rows if row["method"] == "loop"}
     none = {(row["prompt"], row["batch"]): row for row in rows if row["method"] == "none"}
     for row in rows:
-        cell = Cell(row["prompt"], row["new"], row["batch"])
+        cell = Cell(row["prompt"], row["new"], row["batch"], row["blocks"])
         row["flops_vs_loop"] = row["flops"] / cell.dense_flops(shape)
         if base := loop.get(row["prompt"]):
             row["vs_loop"] = row["tokens_per_s"] / base["tokens_per_s"]

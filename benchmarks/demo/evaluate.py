@@ -13,7 +13,7 @@ import json
 import math
 import multiprocessing as mp
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -28,6 +28,7 @@ from .tasks import DEPTHS, SMALL_TASKS, Filler, Sample, recall
 from .train import ROOT
 
 EVALUATION_SEED = 1_000_003
+REFRESH_WORDS = {"step": "in every step", "block": "once per block", "never": "never"}
 STALE, BLOCK_32 = ", stale prompt", ", block 32"
 
 
@@ -39,7 +40,7 @@ class Line:
     bar: float | None = None  # exact match to reach; None where a line is only reported
     ceiling: float | None = None  # for lines that must fail
     block_length: int = 8
-    stale_prompt: bool = False
+    refresh: str = "step"  # when the prompt's K/V are recomputed: each step, each block, never
     share: float = 1.0  # of the number of prompts asked for
 
     def prompts(self, full: int) -> int:
@@ -47,15 +48,15 @@ class Line:
 
 
 def _recall(name: str, length: int, canvas: int = 16, bar: float | None = None, share: float = 1.0,
-            stale_prompt: bool = False, ceiling: float | None = None, **options) -> Line:
+            refresh: str = "step", ceiling: float | None = None, **options) -> Line:
     return Line(name, lambda rng, filler: recall(rng, filler, length, **options), canvas, bar,
-                ceiling, stale_prompt=stale_prompt, share=share)
+                ceiling, refresh=refresh, share=share)
 
 
-def _small(task: str, bar: float | None, block_length: int = 8, stale_prompt: bool = False) -> Line:
-    note = BLOCK_32 * (block_length == 32) + STALE * stale_prompt
+def _small(task: str, bar: float | None, block_length: int = 8, refresh: str = "step") -> Line:
+    note = BLOCK_32 * (block_length == 32) + STALE * (refresh == "never")
     return Line(task + note, lambda rng, _: SMALL_TASKS[task](rng), 32, bar,
-                block_length=block_length, stale_prompt=stale_prompt)
+                block_length=block_length, refresh=refresh)
 
 
 def lines() -> list[Line]:
@@ -64,23 +65,25 @@ def lines() -> list[Line]:
     table += [
         _recall("512 tokens, 1 needle", 512, bar=0.98),
         _recall("1024 tokens, 1 needle", 1024, bar=0.95),
-        *[_recall(f"1024 tokens, 1 needle at depth {d:g}", 1024, bar=0.95, depth=d) for d in DEPTHS],
+        *[_recall(f"1024 tokens, 1 needle at depth {depth:g}", 1024, bar=0.95, depth=depth)
+          for depth in DEPTHS],
         _recall("512 tokens, needle removed", 512, ceiling=0.01, omit=True),
-        _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, needles=8, omit=True),
+        _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, share=0.25,
+                needles=8, omit=True),
         *[_recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, 0.5, needles=8,
                   queried=q) for q in (2, 3, 4)],
-        _recall("512 tokens, 16 needles", 512, bar=0.95, needles=16),
+        _recall("512 tokens, 16 needles", 512, bar=0.95, share=0.5, needles=16),
         _recall("1024 tokens, 16 needles", 1024, bar=0.95, share=0.5, needles=16),
-        _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, None, 0.25, needles=16, queried=4),
-        _recall("64 tokens, 1 needle", 64, share=0.5),
-        _recall("128 tokens, 4 needles", 128, needles=4, share=0.5),
-        _recall("256 tokens, 8 needles", 256, needles=8, share=0.5),
-        _recall("2048 tokens, 1 needle", 2048, share=0.25),
-        _recall("512 tokens, 8 needles", 512, needles=8, share=0.5),
-        _recall("512 tokens, 8 needles" + STALE, 512, needles=8, stale_prompt=True, share=0.5),
+        _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, None, 0.125, needles=16, queried=4),
+        _recall("64 tokens, 1 needle", 64, share=0.25),
+        _recall("128 tokens, 4 needles", 128, needles=4, share=0.25),
+        _recall("256 tokens, 8 needles", 256, needles=8, share=0.25),
+        _recall("2048 tokens, 1 needle", 2048, share=0.125),
+        _recall("512 tokens, 8 needles", 512, needles=8, share=0.25),
+        _recall("512 tokens, 8 needles" + STALE, 512, needles=8, refresh="never", share=0.25),
     ]
     table += [_small(task, None, block_length=32) for task in bars]
-    return table + [_small(task, None, stale_prompt=True) for task in bars]
+    return table + [_small(task, None, refresh="never") for task in bars]
 
 
 @dataclass
@@ -92,6 +95,7 @@ class Result:
     ceiling: float | None
     canvas: int
     block_length: int
+    refresh: str
     seconds: float
     digit_accuracy: float | None = None  # share of code digits right, for lines that must fail
     misses: list[str] = field(default_factory=list)
@@ -121,10 +125,10 @@ def grade(model, line: Line, prompts: int) -> Result:
     filler = Filler(EVALUATION_SEED, sentences=5_000)
     samples = [line.draw(rng, filler) for _ in range(line.prompts(prompts))]
     began = time.perf_counter()
-    found = answers(model, samples, line.canvas, line.block_length, line.stale_prompt)
+    found = answers(model, samples, line.canvas, line.block_length, line.refresh)
     right = [answer == sample.answer_ids for answer, sample in zip(found, samples)]
     result = Result(line.name, len(samples), sum(right), line.bar, line.ceiling, line.canvas,
-                    line.block_length, round(time.perf_counter() - began, 1))
+                    line.block_length, line.refresh, round(time.perf_counter() - began, 1))
     wrong = [(tok.decode(s.answer_ids), tok.decode(a)) for s, a, r in zip(samples, found, right)
              if not r]
     result.misses = [f"wanted{wanted!r} got{got!r}" for wanted, got in wrong[:5]]
@@ -145,7 +149,8 @@ def markdown(results: list[Result], conditions: dict) -> str:
     text += ["", "| prompts | n | exact | 95 % interval | bar | met |", "|---|---|---|---|---|---|"]
     for r in results:
         low, high = r.interval()
-        bar = f"<= {r.ceiling:g}" if r.ceiling is not None else "" if r.bar is None else f"{r.bar:g}"
+        bar = "" if r.bar is None else f"{r.bar:g}"
+        bar = bar if r.ceiling is None else f"<= {r.ceiling:g}"
         note = f" (digits {r.digit_accuracy:.3f})" if r.digit_accuracy is not None else ""
         met = {True: "yes", False: "**no**", None: ""}[r.met]
         text.append(f"| {r.name} | {r.n} | {r.accuracy:.4f}{note} | {low:.3f}-{high:.3f} |"
@@ -158,15 +163,20 @@ class _Worker:
 
     model = None
     prompts = 0
+    refresh = "step"
 
     @classmethod
-    def start(cls, checkpoint: Path, dtype: str, prompts: int) -> None:
+    def start(cls, checkpoint: Path, dtype: str, prompts: int, refresh: str) -> None:
         torch.set_num_threads(1)
         cls.model, cls.prompts = load_checkpoint(checkpoint, getattr(torch, dtype)), prompts
+        cls.refresh = refresh
 
     @classmethod
     def grade(cls, name: str) -> Result:
-        return grade(cls.model, next(line for line in lines() if line.name == name), cls.prompts)
+        line = next(line for line in lines() if line.name == name)
+        if line.refresh == "step":
+            line = replace(line, refresh=cls.refresh)
+        return grade(cls.model, line, cls.prompts)
 
 
 def _report(path: Path, results: list[Result], conditions: dict) -> None:
@@ -184,6 +194,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--only", default="", help="grade only lines whose name contains this")
+    parser.add_argument("--refresh", choices=["step", "block", "never"], default="step",
+                        help="when the prompt's K/V are recomputed, unless the line says so")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--fresh", action="store_true", help="ignore lines already graded")
     options = parser.parse_args()
@@ -191,7 +203,8 @@ def main() -> None:
     weights = (options.checkpoint / "model.safetensors").read_bytes()
     conditions = {
         "weights sha256": hashlib.sha256(weights).hexdigest()[:16], "compute dtype": options.dtype,
-        "decoding": "low-confidence, blocks of 8 unless named, 1 token per step, full recomputation",
+        "decoding": "low-confidence, blocks of 8 unless named, 1 token per step",
+        "prompt recomputed": REFRESH_WORDS[options.refresh] + " (stale prompt: never)",
         "counted as right": "the delivered tokens, end of turn included, equal the answer",
         "prompts per full line": options.prompts,
     }
@@ -203,9 +216,10 @@ def main() -> None:
     graded = {result.name for result in results}
     wanted = [line for line in lines() if options.only in line.name and line.name not in graded]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = (options.checkpoint, options.dtype, options.prompts)
+    settings = (options.checkpoint, options.dtype, options.prompts, options.refresh)
     pool = mp.get_context("spawn").Pool(options.workers, _Worker.start, settings)
-    with pool, tqdm(total=sum(line.prompts(options.prompts) for line in wanted), unit="prompt") as bar:
+    prompts = sum(line.prompts(options.prompts) for line in wanted)
+    with pool, tqdm(total=prompts, unit="prompt") as bar:
         for result in pool.imap_unordered(_Worker.grade, [line.name for line in wanted]):
             results.append(result)
             bar.update(result.n)

@@ -50,7 +50,7 @@ def _orthogonal(rows: int, columns: int) -> Tensor:
 
 
 def _attend_at_offset(block: Block, head: int, offset: int, frequencies: Tensor) -> None:
-    """Score sum_i cos(f_i (j - i - offset)): both sides see only the constant, RoPE does the rest."""
+    """Score sum_i cos(f_i (j - i - offset)): both sides see the constant, RoPE does the rest."""
     rows = _rows(head, 2 * len(frequencies))
     turn = frequencies * offset
     size = POSITION_SHARPNESS * (frequencies > SLOWEST_FOR_OFFSETS)

@@ -25,8 +25,10 @@ RECITE_SHARE = [(288, 1.0), (768, 0.5), (END, 0.08)]
 SMALL_SHARES = [
     (850, {"copy": 0.07, "reverse": 0.07, "sort": 0.24, "add": 0.32, "totals": 0.22,
            "follow": 0.08}),
-    (END, {"copy": 0.05, "reverse": 0.09, "sort": 0.18, "add": 0.28, "totals": 0.30,
-           "follow": 0.10}),
+    (1450, {"copy": 0.05, "reverse": 0.09, "sort": 0.18, "add": 0.28, "totals": 0.30,
+            "follow": 0.10}),
+    (END, {"copy": 0.04, "reverse": 0.07, "sort": 0.20, "add": 0.32, "totals": 0.33,
+           "follow": 0.04}),
 ]
 MOST_NEEDLES, MOST_QUERIED = 16, 4
 TOKENS_PER_NEEDLE = 14
@@ -100,7 +102,7 @@ class Lessons:
 
     @staticmethod
     def _masked(rng, name: str, samples: list[Sample], canvas: int, values_only: float) -> Batch:
-        """LLaDA's SFT loss: mask the answer with probability t, weigh by 1/t; padding counts less."""
+        """LLaDA's SFT loss: mask the answer with probability t, weigh by 1/t, padding by less."""
         rows = len(samples)
         width = max(len(s.prompt_ids) + max(canvas, len(s.answer_ids) + 1) for s in samples)
         ids = np.full((rows, width), tok.EOS)
@@ -126,7 +128,8 @@ class Lessons:
         masked_BR = masked[:, -tail:]
 
         def take(array, dtype):
-            return torch.from_numpy(np.broadcast_to(array, ids.shape)[:, -tail:][masked_BR]).to(dtype)
+            chosen = np.broadcast_to(array, ids.shape)[:, -tail:][masked_BR]
+            return torch.from_numpy(chosen).to(dtype)
 
         return Batch(name, tail, torch.from_numpy(np.where(masked, tok.MASK, ids)),
                      torch.from_numpy(masked_BR), take(ids, torch.int64),

@@ -24,7 +24,7 @@ class Sample:
     task: str
     prompt_ids: list[int]  # as the chat template gives them
     answer_ids: list[int]  # up to and including the end-of-turn token
-    needle_spans: list[tuple[int, int]] = field(default_factory=list)  # of the queried, in prompt_ids
+    needle_spans: list[tuple[int, int]] = field(default_factory=list)  # only of those asked for
 
 
 def _sample(task: str, content: str, answer: str) -> Sample:
@@ -98,7 +98,7 @@ def recall(rng: np.random.Generator, filler: Filler, length: int, needles: int =
     chosen = {i: places[rng.integers(len(places))] for i in hidden}
     if depth is not None and not omit:
         chosen[0] = min(places + [room], key=lambda place: abs(place - depth * room))
-    # Needles that share a place stand in random order, except that depth 0 and 1 mean the very ends.
+    # Needles that share a place stand in random order, but depths 0 and 1 mean the very ends.
     tie = {i: rng.random() for i in hidden}
     if depth in (0.0, 1.0) and 0 in tie:
         tie[0] = 2 * depth - 0.5

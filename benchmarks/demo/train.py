@@ -33,14 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 0
-    steps: int = 2600
+    steps: int = 2200
     recall_tokens: int = 3000
     small_tokens: int = 4000
     matrix_lr: float = 0.01  # Muon, on the matrices inside the blocks
     other_lr: float = 3e-3  # AdamW, on embedding, norms and head
     weight_decay: float = 0.01
     warm_up: int = 50
-    decay_steps: int = 1000  # at the end, over which both rates fall linearly to zero
+    decay_steps: int = 750  # at the end, over which both rates fall linearly to zero
     layers: int = 4
     rope_theta: float = 100_000.0
 

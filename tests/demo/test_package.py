@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -127,16 +129,21 @@ def test_a_python_vllm_has_no_wheel_for_is_refused(bootstrap, monkeypatch, capsy
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_bootstraps_before_it_runs_anything(tmp_path):
+    def plan(target):
+        # these tests may themselves run under make
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(
+            ["make", "-n", target], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ).stdout
+
     for file in ("Makefile", "pyproject.toml", "tools/bootstrap.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     for target, program in {"demo": "-m vllm_dlm.demo", "test": "-m pytest"}.items():
-        planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
-        assert planned.index("tools/bootstrap.py") < planned.index(f".venv/bin/python {program}")
+        assert plan(target).index("tools/bootstrap.py") < plan(target).index(f".venv/bin/python {program}")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/ready").touch()
-    planned = subprocess.run(["make", "-n", "test"], cwd=tmp_path, capture_output=True, text=True).stdout
-    assert "bootstrap" not in planned
+    assert "tools/bootstrap.py" not in plan("test")
 
 
 # -- the demo ------------------------------------------------------------------------------------
@@ -174,9 +181,21 @@ def test_a_server_that_never_gets_ready_is_stopped():
     assert server.process.returncode is not None
 
 
-def test_a_taken_port_is_refused():
-    import socket
+def test_what_a_dead_server_leaves_behind_is_stopped():
+    helper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid"
+    with pytest.raises(ServerError) as died:
+        with script(0, f"import subprocess, sys; print({helper}); raise SystemExit(3)") as server:
+            server.wait(60)
+    status = Path(f"/proc/{str(died.value).split()[-1]}/stat")
+    for _ in range(100):
+        # nobody may have collected the orphan yet
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the helper still runs")
 
+
+def test_a_taken_port_is_refused():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -13,11 +13,11 @@ def server(tmp_path_factory):
         tmp_path_factory.mktemp("server") / "log.txt",
         *("--plugin", "vllm_dlm"),
         *("--max-model-len", "512"),
-        *("--kv-cache-memory-bytes", str(16 << 20)),  # a dozen of the longest canvases do not fit at once
+        *("--kv-cache-memory-bytes", str(16 << 20)),  # ten canvases of the longest kind
         *("--dlm-config", f'{{"decoding": {{"name": "low_confidence", "block_length": {BLOCK}}}}}'),
     )
     try:
-        server.wait_until_healthy(seconds=300)
+        server.wait_until_healthy(seconds=600)
         yield server
         assert server.process.poll() is None, f"the server died\n{server.log_tail()}"
     finally:
@@ -26,7 +26,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0) as client:
         yield client
 
 

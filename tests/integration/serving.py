@@ -101,6 +101,9 @@ FILLER = (
 )
 
 
+NEEDLE_TOKENS = 10  # of an answer to `needle`, with the end of turn
+
+
 def needle(name: str = "alice", code: str = "48213", repeats: int = 3) -> tuple[str, str]:
     """A question of about 40 tokens per repeat with the answer in its first half, and the answer."""
     sentences = list(FILLER * repeats)

@@ -14,6 +14,7 @@ from tests.integration.serving import (
     CHECKPOINT,
     COPIED,
     COPY,
+    NEEDLE_TOKENS,
     chat,
     chat_text,
     needle,
@@ -134,11 +135,12 @@ def test_a_stream_delivers_whole_blocks_of_the_same_answer(ask, width):
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content == answer
     assert choices[-1].finish_reason == "stop"
-    counts = [len(choice.token_ids) for choice in choices if choice.token_ids]
-    assert sum(counts) == whole.usage.completion_tokens == 9
+    tokens = [getattr(choice, "token_ids", None) or [] for choice in choices]
+    counts = [len(part) for part in tokens if part]
+    assert sum(counts) == whole.usage.completion_tokens == NEEDLE_TOKENS
     # One chunk per block; only a client that falls behind gets several blocks at once.
     assert all(count % width == 0 for count in counts[:-1])
-    if width < 9:
+    if width < NEEDLE_TOKENS:
         assert len(counts) >= 2
 
 
@@ -186,7 +188,7 @@ def test_chat_logprobs_are_sorted_and_cover_every_token(ask, stream):
     answer = ask(needle()[0], logprobs=True, top_logprobs=2, stream=stream)
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     tokens = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
-    assert len(tokens) == 9
+    assert len(tokens) == NEEDLE_TOKENS
     for entry in tokens:
         assert math.isfinite(entry.logprob) and entry.logprob <= 0
         values = [other.logprob for other in entry.top_logprobs]
@@ -203,7 +205,7 @@ def test_logprobs_beside_a_request_without_them_are_the_same(ask):
         ]
         two, without, five = (job.result().choices[0] for job in jobs)
     assert without.logprobs is None
-    assert [len(entry.top_logprobs) for entry in five.logprobs.content] == [5] * 9
+    assert [len(entry.top_logprobs) for entry in five.logprobs.content] == [5] * NEEDLE_TOKENS
     for a, b in zip(two.logprobs.content, five.logprobs.content, strict=True):
         assert a.token == b.token and a.logprob == pytest.approx(b.logprob, abs=0.05)  # bfloat16
 
@@ -219,20 +221,20 @@ def test_decoding_is_greedy_unless_asked(complete):
 
 
 def test_n_samples_differ_and_a_seed_brings_them_back(complete):
-    def sample(seed, temperature=1.0):
-        answer = complete("The", 24, {"ignore_eos": True, "return_token_ids": True}, n=3, seed=seed,
-                          temperature=temperature)
+    def sample(seed):
+        extra = {"ignore_eos": True, "return_token_ids": True} | options(dlm_suppress_eos=1)
+        answer = complete("What", 24, extra, n=3, seed=seed, temperature=1)
         return [tuple(choice.token_ids) for choice in sorted(answer.choices, key=lambda choice: choice.index)]
 
     first = sample(seed=5)
     assert len(set(first)) == 3
     assert sample(seed=5) == first
     assert set(sample(seed=600)).isdisjoint(first)
-    assert len(set(sample(seed=5, temperature=0))) == 1
 
 
 def test_without_a_seed_samples_differ(complete):
-    answers = {complete("The", 24, {"ignore_eos": True}, temperature=2.0).choices[0].text for _ in range(3)}
+    extra = {"ignore_eos": True} | options(dlm_suppress_eos=1)
+    answers = {complete("What", 24, extra, temperature=1).choices[0].text for _ in range(3)}
     assert len(answers) == 3
 
 
@@ -257,11 +259,12 @@ def test_steps_are_the_requests_own(complete, counted):
 
 def test_a_threshold_takes_fewer_steps_to_the_same_answer(ask, counted):
     question, answer = needle()
-    for threshold, steps in [(2.0, 9), (0.5, None)]:
+    forwards = {}
+    for threshold in (2.0, 0.5):  # no probability reaches 2
         chat, counts = counted(lambda: ask(question, extra=options(dlm_threshold=threshold)))
         assert chat.choices[0].message.content == answer
-        forwards = counts["denoising_steps"] - 2  # the blocks of this answer
-        assert forwards >= 9 if steps else forwards < 9
+        forwards[threshold] = counts["denoising_steps"] - 2  # the blocks of this answer
+    assert forwards[2.0] >= NEEDLE_TOKENS > forwards[0.5]
 
 
 def test_guidance_doubles_the_rows(complete, counted):
@@ -303,7 +306,7 @@ def test_requests_of_different_kinds_share_a_batch(ask):
         options(dlm_algorithm="maskgit_plus", dlm_threshold=0.9),
         {},
     ]
-    pairs = [(needle("bob", f"{10007 * (i + 3)}", 1 + i % 4), kind) for i, kind in enumerate(kinds * 2)]
+    pairs = [(needle("bob", f"{10007 + 5003 * i}", 1 + i % 4), kind) for i, kind in enumerate(kinds * 2)]
     with ThreadPoolExecutor(len(pairs)) as pool:
         jobs = [pool.submit(ask, question, extra=kind) for (question, _), kind in pairs]
         answers = [job.result().choices[0].message.content for job in jobs]
@@ -316,17 +319,23 @@ def test_requests_of_different_kinds_share_a_batch(ask):
 def test_streams_closed_halfway_leave_nothing_behind(server, client, model, complete, ask):
     """Some of the requests are running, some still wait for memory, when their clients go."""
     before = server.metrics()["vllm:generation_tokens_total"]
-    fields = {"model": model, "prompt": "The", "stream": True, "extra_body": {"ignore_eos": True}}
-    leaving = openai.OpenAI(base_url=client.base_url, api_key="none", timeout=120, max_retries=0)
-    streams = [leaving.completions.create(max_tokens=500, **fields) for _ in range(8)]
-    streams += [client.completions.create(max_tokens=500, **fields) for _ in range(8)]
-    assert next(iter(streams[0])).choices and next(iter(streams[8])).choices
-    assert server.metrics()["vllm:num_requests_running"] > 0
-    for stream in streams[8:]:
-        for _ in stream:
-            break
-        stream.close()
-    leaving.close()
+    fields = {"model": model, "prompt": "The", "max_tokens": 300, "stream": True, "extra_body": {"ignore_eos": True}}
+    leaving = openai.OpenAI(base_url=client.base_url, api_key="none", timeout=300, max_retries=0)
+    streams = []
+    try:
+        streams += [leaving.completions.create(**fields) for _ in range(2)]
+        streams += [client.completions.create(**fields) for _ in range(10)]
+        for stream in streams[1:4]:
+            for chunk in stream:
+                assert chunk.choices[0].finish_reason is None
+                break
+        metrics = server.metrics()
+        assert metrics["vllm:num_requests_running"] >= 4
+        assert metrics["vllm:num_requests_waiting"] >= 1
+    finally:
+        leaving.close()
+        for stream in streams[2:]:
+            stream.close()
     question, answer = needle()
     assert ask(question).choices[0].message.content == answer
     assert complete(chat_text(COPY)).choices[0].text == COPIED
@@ -334,7 +343,7 @@ def test_streams_closed_halfway_leave_nothing_behind(server, client, model, comp
     while (metrics := server.metrics())["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]:
         assert time.monotonic() < deadline, "aborted requests are still there"
         time.sleep(0.2)
-    assert metrics["vllm:generation_tokens_total"] - before < 16 * 500 / 2
+    assert metrics["vllm:generation_tokens_total"] - before < len(streams) * 300 / 2
     assert metrics["vllm:kv_cache_usage_perc"] == 0
 
 

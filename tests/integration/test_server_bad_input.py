@@ -138,7 +138,7 @@ UNUSUAL = {
     "huge top_k": {"top_k": 2**63, "temperature": 1},
     "tiny temperature": {"temperature": 1e-9},
     "tiny top_p": {"top_p": 1e-9, "temperature": 1},
-    "huge block": options(dlm_block_length=2**62),
+    "huge block": options(dlm_block_length=2**40),
     "a block per token and most steps": options(dlm_block_length=1, dlm_steps=512),
     "more steps than tokens in random order": options(dlm_algorithm="origin", dlm_steps=512),
     "infinite patience": options(dlm_factor=1e300),

@@ -53,9 +53,14 @@ class LLaDAConfig(PretrainedConfig):
 class DreamConfig(PretrainedConfig):
     model_type = "Dream"
 
+    def __init__(self, rope_scaling=None, **kwargs):
+        super().__init__(**kwargs)
+        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
+        self.rope_scaling = rope_scaling
+
     @property
     def rope_type(self) -> str:
-        scaling = getattr(self, "rope_scaling", None) or {}
+        scaling = self.rope_scaling or {}
         return scaling.get("rope_type", scaling.get("type", "default"))
 
     implemented = {

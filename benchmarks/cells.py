@@ -1,0 +1,70 @@
+"""What is measured: a method asked for in some way, on prompts of some lengths."""
+
+import json
+from dataclasses import dataclass, field
+
+from benchmarks.checkpoints import Shape
+
+BLOCK = 32  # block_length of LLaDA's README, for the engine and the reference loop
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the engine is asked for a method: by the server's options or, by name, per request."""
+
+    label: str
+    server: dict = field(default_factory=dict)  # additional_config["dlm"]
+    request: dict = field(default_factory=dict)  # extra_args
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy":
+        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server."""
+        from vllm_dlm.options import request_options, server_options
+
+        name, _, given = text.partition(":")
+        fields = dict(pair.split("=", 1) for pair in given.split(",")) if given else {}
+        if fields:
+            server = {"reuse": {"name": name} | {key: literal(value) for key, value in fields.items()}}
+            policy = cls(text, server=server)
+        else:
+            policy = cls(text, request={"dlm_reuse": name})
+        # An unknown name or field is refused here, with the list of valid ones, not after minutes.
+        request_options(server_options(policy.server, "low_confidence"), policy.request)
+        return policy
+
+
+@dataclass(frozen=True)
+class Cell:
+    prompt: int
+    new: int
+    batch: int
+    blocks: int  # blocks of the response that are awaited; the canvas always has all of them
+
+    @property
+    def steps(self) -> int:
+        """One token per step, so this is also the number of tokens a request delivers."""
+        return self.blocks * BLOCK
+
+    def lengths(self) -> list[int]:
+        """Ragged around the stated length, which is their mean."""
+        spread = [0.5 + i / (self.batch - 1) for i in range(self.batch)] if self.batch > 1 else [1.0]
+        return [round(self.prompt * share) for share in spread]
+
+    def prompts(self, shape: Shape) -> list[list[int]]:
+        import numpy as np
+
+        draw = np.random.default_rng(self.prompt)
+        return [draw.integers(0, shape.eos_id, length).tolist() for length in self.lengths()]
+
+    def rows(self) -> int:
+        return sum(self.lengths()) + self.batch * self.new
+
+    def dense_flops(self, shape: Shape) -> int:
+        return sum(shape.dense_flops(length + self.new, self.steps) for length in self.lengths())
+
+
+def literal(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
