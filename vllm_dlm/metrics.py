@@ -5,10 +5,12 @@ vLLM's SpecDecodingStats, which diffusion models reuse there too (read in vLLM
 0.32: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
 """
 
-from dataclasses import astuple, dataclass, fields
+import functools
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
-import prometheus_client
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
 from vllm_dlm.integration.registration import is_diffusion_lm
@@ -33,60 +35,47 @@ class StepCounts:
         return cls(*first, *stats.num_accepted_tokens_per_pos)
 
 
-COUNTERS = {
-    "denoising_steps": ("vllm:diffusion_num_denoising_steps", "Denoising steps, a block's commit counted as one."),
-    "canvas_positions": ("vllm:diffusion_num_canvas_positions", "Positions of the current block, summed over steps."),
-    "committed_tokens": ("vllm:diffusion_num_committed_tokens", "Tokens delivered."),
+#: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
+OWN_COUNTERS = {
     "rows_recomputed": ("vllm:diffusion_num_rows_recomputed", "Rows that went through the model."),
 }
 
 
-class DiffusionStatLogger(StatLoggerBase):
-    """Entry point of the group `vllm.stat_logger_plugins`; one per engine in the API server."""
+class DiffusionProm:
+    """In the place of a PrometheusStatLogger's SpecDecodingProm: vLLM's counters under diffusion's names, and ours."""
 
-    def __init__(self, vllm_config, engine_index: int = 0):
-        self.active = is_diffusion_lm(vllm_config.model_config)
-        if not self.active:
-            return
-        labels = {"model_name": vllm_config.model_config.served_model_name, "engine": str(engine_index)}
-        self.counters = {
-            field.name: counter(*COUNTERS[field.name], tuple(labels)).labels(**labels) for field in fields(StepCounts)
+    def __init__(self, logger: PrometheusStatLogger):
+        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
+        self.vllm = logger._spec_decoding_cls(None, labels, values, is_diffusion=True)
+        self.own = {
+            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
+            for field, (name, documentation) in OWN_COUNTERS.items()
         }
 
-    def record(self, scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx: int = 0):
-        if not self.active or scheduler_stats is None or scheduler_stats.spec_decoding_stats is None:
-            return
-        counts = StepCounts.unpack(scheduler_stats.spec_decoding_stats)
-        for name, child in self.counters.items():
-            child.inc(getattr(counts, name))
-
-    def log_engine_initialized(self):
-        pass
-
-
-_created: dict[str, prometheus_client.Counter] = {}
-
-
-def counter(name: str, documentation: str, labels: tuple[str, ...]) -> prometheus_client.Counter:
-    """One collector per name and process; vLLM unregisters its collectors when an engine is made anew."""
-    collector = _created.get(name)
-    if collector is None or collector not in prometheus_client.REGISTRY._collector_to_names:
-        collector = _created[name] = prometheus_client.Counter(name, documentation, labels)
-    return collector
+    def observe(self, stats: SpecDecodingStats, engine_idx: int = 0) -> None:
+        self.vllm.observe(stats, engine_idx)
+        counts = StepCounts.unpack(stats)
+        for field, engines in self.own.items():
+            engines[engine_idx].inc(getattr(counts, field))
 
 
 def install() -> None:
-    """vLLM's log line: diffusion's words instead of speculative decoding's."""
-    from vllm.v1.metrics.loggers import LoggingStatLogger
+    """vLLM decides by the model's `canvas_length`, which these models do not have, whether its log line and
+    its counters speak of diffusion; both are told so after they are made."""
+    _after_init(LoggingStatLogger, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True))
+    _after_init(PrometheusStatLogger, "spec_decoding_prom", DiffusionProm)
 
-    if getattr(LoggingStatLogger.__init__, "_dlm", False):
+
+def _after_init(cls: type, attribute: str, make: Callable) -> None:
+    init = cls.__init__
+    if getattr(init, "_dlm", False):
         return
-    init = LoggingStatLogger.__init__
 
+    @functools.wraps(init)
     def init_with_dlm(self, vllm_config, *args, **kwargs):
         init(self, vllm_config, *args, **kwargs)
         if is_diffusion_lm(vllm_config.model_config):
-            self.spec_decoding_logging = SpecDecodingLogging(is_diffusion=True)
+            setattr(self, attribute, make(self))
 
     init_with_dlm._dlm = True
-    LoggingStatLogger.__init__ = init_with_dlm
+    cls.__init__ = init_with_dlm

@@ -55,7 +55,7 @@ def decode(model: DemoLLaDA, prompts_BP: Tensor, canvas: int, block_length: int 
 
 
 def answers(model: DemoLLaDA, samples: list[Sample], canvas: int, block_length: int = 8,
-            stale_prompt: bool = False, progress=lambda count: None) -> list[list[int]]:
+            stale_prompt: bool = False) -> list[list[int]]:
     """Answers in the order of the samples, decoded in batches of equal prompt length."""
     by_length = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -68,5 +68,4 @@ def answers(model: DemoLLaDA, samples: list[Sample], canvas: int, block_length: 
             prompts = torch.tensor([samples[i].prompt_ids for i in part])
             for i, answer in zip(part, decode(model, prompts, canvas, block_length, stale_prompt)):
                 found[i] = answer
-            progress(len(part))
     return found

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing as mp
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from .tasks import DEPTHS, SMALL_TASKS, Filler, Sample, recall
 from .train import ROOT
 
 EVALUATION_SEED = 1_000_003
+STALE, BLOCK_32 = ", stale prompt", ", block 32"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Line:
     stale_prompt: bool = False
     share: float = 1.0  # of the number of prompts asked for
 
+    def prompts(self, full: int) -> int:
+        return max(1, round(full * self.share))
+
 
 def _recall(name: str, length: int, canvas: int = 16, bar: float | None = None, share: float = 1.0,
             stale_prompt: bool = False, ceiling: float | None = None, **options) -> Line:
@@ -48,7 +53,7 @@ def _recall(name: str, length: int, canvas: int = 16, bar: float | None = None, 
 
 
 def _small(task: str, bar: float | None, block_length: int = 8, stale_prompt: bool = False) -> Line:
-    note = ", block 32" * (block_length == 32) + ", stale prompt" * stale_prompt
+    note = BLOCK_32 * (block_length == 32) + STALE * stale_prompt
     return Line(task + note, lambda rng, _: SMALL_TASKS[task](rng), 32, bar,
                 block_length=block_length, stale_prompt=stale_prompt)
 
@@ -62,16 +67,17 @@ def lines() -> list[Line]:
         *[_recall(f"1024 tokens, 1 needle at depth {d:g}", 1024, bar=0.95, depth=d) for d in DEPTHS],
         _recall("512 tokens, needle removed", 512, ceiling=0.01, omit=True),
         _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, needles=8, omit=True),
-        *[_recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, needles=8, queried=q)
-          for q in (2, 3, 4)],
+        *[_recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, 0.5, needles=8,
+                  queried=q) for q in (2, 3, 4)],
         _recall("512 tokens, 16 needles", 512, bar=0.95, needles=16),
-        _recall("1024 tokens, 16 needles", 1024, bar=0.95, needles=16),
-        _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, needles=16, queried=4, share=0.25),
+        _recall("1024 tokens, 16 needles", 1024, bar=0.95, share=0.5, needles=16),
+        _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, None, 0.25, needles=16, queried=4),
         _recall("64 tokens, 1 needle", 64, share=0.5),
         _recall("128 tokens, 4 needles", 128, needles=4, share=0.5),
         _recall("256 tokens, 8 needles", 256, needles=8, share=0.5),
         _recall("2048 tokens, 1 needle", 2048, share=0.25),
-        _recall("512 tokens, 8 needles, stale prompt", 512, needles=8, stale_prompt=True, share=0.5),
+        _recall("512 tokens, 8 needles", 512, needles=8, share=0.5),
+        _recall("512 tokens, 8 needles" + STALE, 512, needles=8, stale_prompt=True, share=0.5),
     ]
     table += [_small(task, None, block_length=32) for task in bars]
     return table + [_small(task, None, stale_prompt=True) for task in bars]
@@ -107,13 +113,15 @@ class Result:
         return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
-def grade(model, line: Line, prompts: int, progress=lambda count: None) -> Result:
-    seed = int.from_bytes(hashlib.sha256(line.name.split(",")[0].encode()).digest()[:4], "little")
+def grade(model, line: Line, prompts: int) -> Result:
+    # Variants of decoding meet the same prompts as the line they vary.
+    prompts_name = line.name.removesuffix(STALE).removesuffix(BLOCK_32)
+    seed = int.from_bytes(hashlib.sha256(prompts_name.encode()).digest()[:4], "little")
     rng = np.random.default_rng([EVALUATION_SEED, seed])
     filler = Filler(EVALUATION_SEED, sentences=5_000)
-    samples = [line.draw(rng, filler) for _ in range(round(prompts * line.share))]
+    samples = [line.draw(rng, filler) for _ in range(line.prompts(prompts))]
     began = time.perf_counter()
-    found = answers(model, samples, line.canvas, line.block_length, line.stale_prompt, progress)
+    found = answers(model, samples, line.canvas, line.block_length, line.stale_prompt)
     right = [answer == sample.answer_ids for answer, sample in zip(found, samples)]
     result = Result(line.name, len(samples), sum(right), line.bar, line.ceiling, line.canvas,
                     line.block_length, round(time.perf_counter() - began, 1))
@@ -145,6 +153,30 @@ def markdown(results: list[Result], conditions: dict) -> str:
     return "\n".join(text) + "\n"
 
 
+class _Worker:
+    """One process of one thread: two of them grade faster than two threads on one line."""
+
+    model = None
+    prompts = 0
+
+    @classmethod
+    def start(cls, checkpoint: Path, dtype: str, prompts: int) -> None:
+        torch.set_num_threads(1)
+        cls.model, cls.prompts = load_checkpoint(checkpoint, getattr(torch, dtype)), prompts
+
+    @classmethod
+    def grade(cls, name: str) -> Result:
+        return grade(cls.model, next(line for line in lines() if line.name == name), cls.prompts)
+
+
+def _report(path: Path, results: list[Result], conditions: dict) -> None:
+    order = {line.name: place for place, line in enumerate(lines())}
+    results.sort(key=lambda result: order.get(result.name, len(order)))
+    text = json.dumps({"conditions": conditions, "results": [asdict(r) for r in results]}, indent=1)
+    path.write_text(text + "\n")
+    path.with_suffix(".md").write_text(markdown(results, conditions))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "vllm_dlm/demo/checkpoint")
@@ -152,19 +184,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--only", default="", help="grade only lines whose name contains this")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--fresh", action="store_true", help="ignore lines already graded")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
 
     weights = (options.checkpoint / "model.safetensors").read_bytes()
     conditions = {
         "weights sha256": hashlib.sha256(weights).hexdigest()[:16], "compute dtype": options.dtype,
         "decoding": "low-confidence, blocks of 8 unless named, 1 token per step, full recomputation",
         "counted as right": "the delivered tokens, end of turn included, equal the answer",
-        "prompts per line": options.prompts,
+        "prompts per full line": options.prompts,
     }
-    model = load_checkpoint(options.checkpoint, getattr(torch, options.dtype))
     results: list[Result] = []
     if options.output.exists() and not options.fresh:
         old = json.loads(options.output.read_text())
@@ -173,17 +203,16 @@ def main() -> None:
     graded = {result.name for result in results}
     wanted = [line for line in lines() if options.only in line.name and line.name not in graded]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(round(options.prompts * line.share) for line in wanted)
-    with tqdm(total=total, unit="prompt") as bar:
-        for line in wanted:
-            bar.set_description(line.name)
-            results.append(grade(model, line, options.prompts, bar.update))
-            r = results[-1]
-            bar.write(f"{r.accuracy:.4f} of {r.n:4d}  {r.name}  ({r.seconds:.0f} s)"
-                      f"{'' if r.met is not False else '  BELOW THE BAR'}")
-            options.output.write_text(json.dumps(
-                {"conditions": conditions, "results": [asdict(r) for r in results]}, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(markdown(results, conditions))
+    settings = (options.checkpoint, options.dtype, options.prompts)
+    pool = mp.get_context("spawn").Pool(options.workers, _Worker.start, settings)
+    with pool, tqdm(total=sum(line.prompts(options.prompts) for line in wanted), unit="prompt") as bar:
+        for result in pool.imap_unordered(_Worker.grade, [line.name for line in wanted]):
+            results.append(result)
+            bar.update(result.n)
+            below = "  BELOW THE BAR" if result.met is False else ""
+            bar.write(f"{result.accuracy:.4f} of {result.n:4d}  {result.name}"
+                      f"  ({result.seconds:.0f} s){below}")
+            _report(options.output, results, conditions)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,19 @@ from torch import Tensor
 from . import tokenizer as tok
 from .tasks import SMALL_TASKS, WORD_VALUES, Filler, Sample, recall, recite
 
-# (share of all steps after which it starts, longest prompt); before the first: recitation only
-LENGTHS = [(0.06, 64), (0.08, 96), (0.10, 128), (0.13, 192), (0.16, 256), (0.20, 384),
-           (0.26, 512), (0.34, 768), (0.44, 1024)]
-# (share of all steps until which it lasts, what the recited values are)
-RECITED = [(0.015, ["word"]), (0.03, ["word", "1", "2"]), (1.0, ["word", "2", "5"])]
-RECITE_SHARE = [(0.06, 1.0), (0.16, 0.5), (1.0, 0.08)]
-SMALL_SHARES = {"copy": 0.07, "reverse": 0.07, "sort": 0.24, "add": 0.32, "totals": 0.22,
-                "follow": 0.08}
+# (first step, longest prompt from then on); before the first entry there is only recitation
+LENGTHS = [(288, 64), (384, 96), (480, 128), (624, 192), (768, 256), (850, 384), (950, 512),
+           (1080, 768), (1250, 1024)]
+# (last step, what holds until then)
+END = float("inf")
+RECITED = [(72, ["word"]), (144, ["word", "1", "2"]), (END, ["word", "2", "5"])]
+RECITE_SHARE = [(288, 1.0), (768, 0.5), (END, 0.08)]
+SMALL_SHARES = [
+    (850, {"copy": 0.07, "reverse": 0.07, "sort": 0.24, "add": 0.32, "totals": 0.22,
+           "follow": 0.08}),
+    (END, {"copy": 0.05, "reverse": 0.09, "sort": 0.18, "add": 0.28, "totals": 0.30,
+           "follow": 0.10}),
+]
 MOST_NEEDLES, MOST_QUERIED = 16, 4
 TOKENS_PER_NEEDLE = 14
 PADDING_WEIGHT = 0.1
@@ -43,35 +48,34 @@ class Batch:
     graded_N: Tensor  # first-step predictions of real answer tokens, for the progress line
 
 
-def _until(table, progress: float):
-    return next(value for end, value in table if progress < end or end >= 1.0)
+def _until(table, step: int):
+    return next(value for end, value in table if step < end)
 
 
 class Lessons:
-    def __init__(self, seed: int, steps: int, recall_tokens: int, small_tokens: int):
-        self.seed, self.steps = seed, steps
+    def __init__(self, seed: int, recall_tokens: int, small_tokens: int):
+        self.seed = seed
         self.recall_tokens, self.small_tokens = recall_tokens, small_tokens
         self.filler = Filler(seed)
 
     def batches(self, step: int) -> list[Batch]:
         rng = np.random.default_rng([self.seed, step])
-        progress = step / self.steps
-        if rng.random() < _until(RECITE_SHARE, progress):
-            long = self._recital(rng, progress)
+        if rng.random() < _until(RECITE_SHARE, step):
+            long = self._recital(rng, step)
         else:
-            long = self._recall(rng, progress)
-        return [long, self._small(rng)]
+            long = self._recall(rng, step)
+        return [long, self._small(rng, step)]
 
-    def _recital(self, rng, progress: float) -> Batch:
+    def _recital(self, rng, step: int) -> Batch:
         pairs = int(rng.integers(6, 13))
-        value = str(rng.choice(_until(RECITED, progress)))
+        value = str(rng.choice(_until(RECITED, step)))
         first = recite(rng, pairs, value)
         rows = max(8, self.recall_tokens // (len(first.prompt_ids) + len(first.answer_ids)))
         samples = [first] + [recite(rng, pairs, value) for _ in range(rows - 1)]
         return self._masked(rng, "recite " + value, samples, canvas=1, values_only=1.0)
 
-    def _recall(self, rng, progress: float) -> Batch:
-        open_lengths = [length for start, length in LENGTHS if progress >= start]
+    def _recall(self, rng, step: int) -> Batch:
+        open_lengths = [length for start, length in LENGTHS if step >= start]
         length = open_lengths[-1] if rng.random() < 0.5 else int(rng.choice(open_lengths))
         canvas = int(rng.choice([8, 16, 24, 32, 48]))
         samples = []
@@ -84,10 +88,10 @@ class Lessons:
             samples.append(recall(rng, self.filler, length, needles, queried, depth))
         return self._masked(rng, f"recall {length}", samples, canvas, VALUES_ONLY_SHARE)
 
-    def _small(self, rng) -> Batch:
+    def _small(self, rng, step: int) -> Batch:
         canvas = int(rng.choice([4, 8, 16, 32], p=[0.4, 0.35, 0.2, 0.05]))
         samples, spent = [], 0
-        tasks, shares = list(SMALL_SHARES), list(SMALL_SHARES.values())
+        tasks, shares = zip(*_until(SMALL_SHARES, step).items())
         while spent < self.small_tokens:
             sample = SMALL_TASKS[str(rng.choice(tasks, p=shares))](rng)
             spent += len(sample.prompt_ids) + max(canvas, len(sample.answer_ids) + 1)

@@ -33,16 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 0
-    steps: int = 4000
+    steps: int = 2600
     recall_tokens: int = 3000
-    small_tokens: int = 1800
+    small_tokens: int = 4000
     matrix_lr: float = 0.01  # Muon, on the matrices inside the blocks
     other_lr: float = 3e-3  # AdamW, on embedding, norms and head
     weight_decay: float = 0.01
     warm_up: int = 50
-    decay_from: float = 0.5  # share of the steps after which both rates fall linearly to zero
+    decay_steps: int = 1000  # at the end, over which both rates fall linearly to zero
     layers: int = 4
-    rope_theta: float = 10_000.0
+    rope_theta: float = 100_000.0
 
 
 class Training:
@@ -52,7 +52,7 @@ class Training:
         self.worker, self.workers = worker, workers
         torch.manual_seed(recipe.seed)
         self.recipe, self.step, self.seconds = recipe, 0, 0.0
-        self.lessons = Lessons(recipe.seed, recipe.steps, recipe.recall_tokens, recipe.small_tokens)
+        self.lessons = Lessons(recipe.seed, recipe.recall_tokens, recipe.small_tokens)
         self.model = DemoLLaDA(Shape(layers=recipe.layers, rope_theta=recipe.rope_theta))
         build_lookup_circuit(self.model)
         matrices = [p for p in self.model.parts.blocks.parameters() if p.ndim == 2]
@@ -76,7 +76,7 @@ class Training:
             self._add_up_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rising = (self.step + 1) / self.recipe.warm_up
-        falling = (1 - self.step / self.recipe.steps) / (1 - self.recipe.decay_from)
+        falling = (self.recipe.steps - self.step) / self.recipe.decay_steps
         for optimiser, peak in zip(self.optimisers, self.peaks):
             for group in optimiser.param_groups:
                 group["lr"] = peak * min(1.0, rising, falling)
@@ -118,7 +118,9 @@ class Training:
                 "torch_rng": torch.get_rng_state()}
 
     def restore(self, state: dict) -> None:
-        if state["recipe"] != asdict(self.recipe):
+        # A run may be made longer or shorter while its rates are still constant; all else is fixed.
+        later = {"steps": 0, "decay_steps": 0}
+        if {**state["recipe"], **later} != {**asdict(self.recipe), **later}:
             raise SystemExit(f"the state file belongs to another recipe: {state['recipe']}; "
                              "pass --fresh to start over")
         self.step, self.seconds = state["step"], state["seconds"]

@@ -75,7 +75,8 @@ class Decoding:
             check(value is None or value >= 1, field, value, "a whole number of at least 1")
         check(self.threshold is None or 0 <= self.threshold, "threshold", self.threshold, "at least 0")
         check(self.factor is None or 0 < self.factor, "factor", self.factor, "greater than 0")
-        check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0")
+        # far beyond any use, and guided logits stay finite
+        check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
         if self.threshold is not None:
             check(self.factor is None, "factor", self.factor, "unset when threshold is set")
         for field in ("threshold", "factor"):

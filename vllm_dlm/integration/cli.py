@@ -5,8 +5,12 @@ builds its parser (read in vLLM 0.32: engine/arg_utils.py, `add_cli_args`,
 `from_cli_args`); two static methods are wrapped, once.
 """
 
+import argparse
 import functools
 import json
+
+from vllm_dlm.integration.registration import FAMILIES
+from vllm_dlm.options import OptionError, server_options
 
 
 def install() -> None:
@@ -27,7 +31,7 @@ def install() -> None:
         )
         group.add_argument(
             "--dlm-config",
-            type=json_object,
+            type=dlm_config,
             metavar="JSON",
             help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}}.',
         )
@@ -47,9 +51,22 @@ def install() -> None:
     EngineArgs.from_cli_args = classmethod(from_with_dlm)
 
 
-def json_object(text: str) -> dict:
-    import argparse
+def dlm_config(text: str) -> dict:
+    """Wrong in every family is wrong already here, where argparse ends with one line; what only one family
+    has is checked once the model is known."""
+    given = json_object(text)
+    errors = []
+    for _, default_decoding, _ in FAMILIES.values():
+        try:
+            server_options(given, default_decoding)
+        except OptionError as error:
+            errors.append(error)
+    if len(errors) == len(FAMILIES):
+        raise argparse.ArgumentTypeError(str(errors[0]))
+    return given
 
+
+def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -90,7 +90,7 @@ class DiffusionConfigHook:
 
 
 def refuse_unsupported(vllm_config) -> None:
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refused = {
         "enable_lora": vllm_config.lora_config is not None,
         "speculative_config": vllm_config.speculative_config is not None,
@@ -99,9 +99,14 @@ def refuse_unsupported(vllm_config) -> None:
         "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
         "enable_dbo": parallel.enable_dbo,
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        "enable_sleep_mode": vllm_config.model_config.enable_sleep_mode,
-        "logits_processors": bool(vllm_config.model_config.logits_processors),
-        "runner": vllm_config.model_config.runner_type != "generate",
+        "enable_sleep_mode": model.enable_sleep_mode,
+        "logits_processors": bool(model.logits_processors),
+        "logprobs_mode": model.logprobs_mode != "raw_logprobs",
+        "return_sampling_mask": model.return_sampling_mask,
+        "runner": model.runner_type != "generate",
+        # vLLM's own diffusion models read it; these read --dlm-config
+        "diffusion_config": vllm_config.diffusion_config is not None,
+        "watermark_config": vllm_config.watermark_config is not None,
     }
     for field, wrong in refused.items():
         if wrong:

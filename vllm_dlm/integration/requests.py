@@ -2,11 +2,13 @@
 
 An error in the scheduler or a worker would end the engine for everybody, so
 nothing may reach them unchecked. Read in vLLM 0.32: v1/engine/input_processor.py
-(`process_inputs` sees every request of `LLM` and of the servers; a
-VLLMValidationError there is answered with HTTP 400).
+(`process_inputs` sees every request of `LLM` and of the servers) and
+v1/engine/async_llm.py.
 """
 
 import functools
+
+from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, request_options
@@ -29,28 +31,51 @@ NEUTRAL = {
     "trace_decode_token_ids": None,
 }
 
+#: what a client of the OpenAI API may have written instead
+ALSO_SET_BY = {
+    "structured_outputs": "response_format and tool_choice",
+    "prompt_logprobs": "echo together with logprobs",
+}
+
 
 def install() -> None:
+    from vllm.sampling_params import BeamSearchParams
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
     if getattr(InputProcessor.process_inputs, "_dlm", False):
         return
-    process_inputs = InputProcessor.process_inputs
+    process_inputs, resolve_watermarking = InputProcessor.process_inputs, InputProcessor.resolve_watermarking
+    generate = AsyncLLM.generate
 
     @functools.wraps(process_inputs)
     def process_with_dlm(self, *args, **kwargs):
         request = process_inputs(self, *args, **kwargs)
         if is_diffusion_lm(self.model_config):
-            if not hasattr(self, "dlm_options"):
-                self.dlm_options = resolved_options(self.vllm_config)
-            prepare(request, self.dlm_options, self.vllm_config)
+            prepare(request, self)
         return request
 
+    # The headers of a stream are sent before its request is processed; here it can still be answered with 400.
+    @functools.wraps(generate)
+    def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if tokens is not None and is_diffusion_lm(self.model_config):
+            check(sampling_params, len(tokens), self.input_processor)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    # Beam search never sends its parameters to the engine; this is where both of its front-ends show them.
+    @functools.wraps(resolve_watermarking)
+    def resolve_with_dlm(self, params):
+        if isinstance(params, BeamSearchParams) and is_diffusion_lm(self.model_config):
+            refuse("use_beam_search", True, "beams grow token by token and a canvas does not")
+        return resolve_watermarking(self, params)
+
     process_with_dlm._dlm = True
-    InputProcessor.process_inputs = process_with_dlm
+    InputProcessor.process_inputs, InputProcessor.resolve_watermarking = process_with_dlm, resolve_with_dlm
+    AsyncLLM.generate = generate_with_dlm
 
 
-def prepare(request, server, vllm_config) -> None:
+def prepare(request, processor) -> None:
     """Checks a request and gives it the model's end-of-turn token."""
     params = request.sampling_params
     if params is None:
@@ -59,37 +84,60 @@ def prepare(request, server, vllm_config) -> None:
         refuse("prompt_embeds", None, "the canvas needs token ids")
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
-    for field, neutral in NEUTRAL.items():
-        value = getattr(params, field, neutral)
-        if value != neutral and value not in ([], {}):
-            refuse(field, value, "not supported with masked-diffusion language models")
-    try:
-        options = request_options(server, params.extra_args)
-    except OptionError as error:
-        refuse(error.field, (params.extra_args or {}).get(error.field), str(error), whole=True)
+    check(params, len(request.prompt_token_ids), processor)
 
-    config = vllm_config.model_config
+    config = processor.model_config
     eot = getattr(config.hf_config, "eot_token_id", None)
     if eot is not None and not params.ignore_eos and eot not in (params.stop_token_ids or []):
         params.stop_token_ids = [*(params.stop_token_ids or []), eot]
         params._all_stop_token_ids.add(eot)
+    # numpy counts in 64 bits and draws from seeds that are not negative; vLLM adds an index to them when n > 1.
+    params.top_k = min(params.top_k, config.get_vocab_size())
+    if params.seed is not None:
+        params.seed %= 1 << 63
 
-    prompt = len(request.prompt_token_ids)
-    length = min(params.max_tokens, config.max_model_len - prompt)
+
+def check(params, prompt: int, processor) -> None:
+    """Refuses what cannot be honoured for a prompt of that many tokens."""
+    for field, neutral in NEUTRAL.items():
+        value = getattr(params, field, neutral)
+        if value != neutral and value not in ([], {}):
+            also = f" (also set by {ALSO_SET_BY[field]})" if field in ALSO_SET_BY else ""
+            refuse(field, value, f"not supported with masked-diffusion language models{also}")
+    for field, value in (params.extra_args or {}).items():
+        if field.startswith("diffusion_"):
+            refuse(field, value, "options of masked-diffusion language models start with dlm_")
+    try:
+        options = request_options(server_options_of(processor), params.extra_args)
+    except OptionError as error:
+        refuse(error.field, (params.extra_args or {}).get(error.field), str(error), whole=True)
+
+    model, cache = processor.model_config, processor.cache_config
+    room = model.max_model_len - prompt
+    length = room if params.max_tokens is None else min(params.max_tokens, room)
     if length < 1:
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
-    blocks = len(options.decoding.blocks(length))
-    steps = options.decoding.steps
+    blocks, steps = len(options.decoding.blocks(length)), options.decoding.steps
     if steps is not None and steps < blocks:
         refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
-    blocks_needed = -(-(prompt + length) // vllm_config.cache_config.block_size)
-    available = vllm_config.cache_config.num_gpu_blocks
-    if available is not None and blocks_needed > available - 1:
+    if steps is not None and steps > model.max_model_len:
+        # Whoever lays out the schedule takes time and memory for every step of it.
+        refuse("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
+    blocks_needed = -(-(prompt + length) // cache.block_size)
+    if cache.num_gpu_blocks is not None and blocks_needed > cache.num_gpu_blocks - 1:
         refuse("max_tokens", params.max_tokens, f"a canvas of {prompt + length} tokens does not fit the KV cache")
 
 
-def refuse(field: str, value, why: str, whole: bool = False):
-    from vllm.exceptions import VLLMValidationError
+def server_options_of(processor):
+    if not hasattr(processor, "dlm_options"):
+        processor.dlm_options = resolved_options(processor.vllm_config)
+    return processor.dlm_options
 
+
+class Refusal(VLLMValidationError, ValueError):
+    """HTTP 400 to the clients of a server, a ValueError to the callers of LLM."""
+
+
+def refuse(field: str, value, why: str, whole: bool = False):
     message = why if whole else f"{field}: {value!r} cannot be honoured, {why}"
-    raise VLLMValidationError(message, parameter=field, value=value)
+    raise Refusal(message, parameter=field, value=value)

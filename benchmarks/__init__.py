@@ -1,0 +1,1 @@
+"""`python -m benchmarks …`: measurements whose tables and plots live in benchmarks/results/."""

@@ -1,0 +1,23 @@
+"""`python -m benchmarks COMMAND`: one module per command, with `add_arguments(parser)` and `run(args)`."""
+
+import argparse
+import importlib
+
+COMMANDS = {
+    "speed": "tokens per second of the reference loop and of this engine, per policy",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure vllm_dlm.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {}
+    for name, text in COMMANDS.items():
+        modules[name] = importlib.import_module(f"benchmarks.{name}")
+        modules[name].add_arguments(commands.add_parser(name, help=text, description=modules[name].__doc__))
+    args = parser.parse_args()
+    modules[args.command].run(args)
+
+
+if __name__ == "__main__":
+    main()

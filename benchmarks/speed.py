@@ -1,0 +1,272 @@
+"""Tokens per second of the plain loop on transformers and of this engine, per policy, in one table of one run.
+
+Random LLaDA-shaped checkpoints, bfloat16 on the CPU, greedy, one token per
+step. The loop and the engine run one after the other on the same cores with
+the same OpenMP and the same number of threads.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.checkpoints import SHAPES, Shape, checkpoint
+from benchmarks.measure import Engine, thread_environment
+
+BLOCK = 32  # block_length of LLaDA's README and of the reference loop
+
+COLUMNS = [
+    report.Column("shape", "checkpoint"),
+    report.Column("method", "method"),
+    report.Column("prompt", "prompt"),
+    report.Column("new", "new"),
+    report.Column("batch", "requests"),
+    report.Column("tokens_per_s", "tokens/s", "{:.2f}"),
+    report.Column("vs_loop", "× loop", "{:.2f}"),
+    report.Column("vs_none", "× none", "{:.2f}"),
+    report.Column("ms_per_step", "ms/step", "{:.1f}"),
+    report.Column("rows_share", "rows recomputed", "{:.1%}"),
+    report.Column("flops_vs_loop", "FLOPs / loop", "{:.1%}"),
+    report.Column("flops_vs_none", "FLOPs / none", "{:.1%}"),
+    report.Column("overhead", "engine overhead", "{:.1%}"),
+]
+
+NOTES = [
+    "tokens/s: response tokens delivered, over the wall time of the whole call; prompts do not count. "
+    "Greedy, ignore_eos, one token per step, block length 32. Median of the repetitions after a warm-up.",
+    "loop: LLaDA's sampling loop on transformers (benchmarks/reference_loop.py), one request: all rows through all "
+    "layers and the head, softmax and argmax over [1, N, V], no attention mask, SDPA.",
+    "Several requests have ragged prompts from half to one and a half times the stated length (their mean), all "
+    "submitted at once; '× loop' compares with the loop's one request of the stated length.",
+    "rows recomputed: rows through the feed-forward, of canvas × layers × steps. FLOPs: multiply-adds × 2 of linears, "
+    "attention and head, counted where the rows arrive; for the loop by formula.",
+    "engine overhead: share of the call's wall time outside forward and head (scheduler, processes, packing, "
+    "committing, detokenising).",
+]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the engine is asked for a method: by the server's options or, by name, per request."""
+
+    label: str
+    server: dict = field(default_factory=dict)  # additional_config["dlm"]
+    request: dict = field(default_factory=dict)  # extra_args
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy":
+        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server."""
+        from vllm_dlm.options import request_options, server_options
+
+        name, _, given = text.partition(":")
+        fields = dict(pair.split("=", 1) for pair in given.split(",")) if given else {}
+        if fields:
+            server = {"reuse": {"name": name} | {key: literal(value) for key, value in fields.items()}}
+            policy = cls(text, server=server)
+        else:
+            policy = cls(text, request={"dlm_reuse": name})
+        # An unknown name or field is refused here, with the list of valid ones, not after minutes of measuring.
+        request_options(server_options(policy.server, "low_confidence"), policy.request)
+        return policy
+
+
+@dataclass(frozen=True)
+class Cell:
+    prompt: int
+    new: int
+    batch: int
+
+    def lengths(self) -> list[int]:
+        """Ragged around the stated length, which is their mean."""
+        spread = [0.5 + i / (self.batch - 1) for i in range(self.batch)] if self.batch > 1 else [1.0]
+        return [round(self.prompt * share) for share in spread]
+
+    def prompts(self, shape: Shape) -> list[list[int]]:
+        import numpy as np
+
+        draw = np.random.default_rng(self.prompt)
+        return [draw.integers(0, shape.eos_id, length).tolist() for length in self.lengths()]
+
+    def rows(self) -> int:
+        return sum(self.lengths()) + self.batch * self.new
+
+    def dense_flops(self, shape: Shape) -> int:
+        return sum(shape.dense_flops(length + self.new, self.new) for length in self.lengths())
+
+
+def literal(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def listed(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def add_arguments(parser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--policy", action="append", help="reuse policy, NAME or NAME:field=value,…; repeatable")
+    parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: the first two")
+    parser.add_argument("--prompts", type=listed(int), help="prompt lengths; default 480 (with --new: 512 positions)")
+    parser.add_argument("--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)")
+    parser.add_argument("--batches", type=listed(int), default=[1, 8], help="requests at once (default 1,8)")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=40, help="no further repetition of a cell after this long")
+    parser.add_argument("--threads", type=int, default=cores, help=f"for loop and engine (default {cores})")
+    parser.add_argument("--no-loop", action="store_true", help="leave the reference loop away")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
+    parser.add_argument("--name", help="of the result files; default speed-POLICIES")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+
+
+def run(args) -> None:
+    policies = [Policy.parse(text) for text in args.policy or ["none"]]
+    shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:2])]
+    cells = [Cell(prompt, args.new, batch) for prompt in args.prompts or [96 if args.quick else 480] for batch in args.batches]
+    if args.new % BLOCK:
+        raise SystemExit(f"--new: {args.new} is not a multiple of the block length {BLOCK}")
+    load_before = report.load_average()
+    rows = []
+    units = len(shapes) * (len(cells) * len(policies) + (not args.no_loop))
+    with tqdm(total=units, desc="speed", unit="cell") as progress:
+        for shape in shapes:
+            rows += measure_shape(shape, cells, policies, args, progress)
+    result = report.Report(
+        name=args.name or "speed-" + "-".join(policy.label.split(":")[0] for policy in policies),
+        title="Speed of one-token-per-step denoising: " + ", ".join(policy.label for policy in policies),
+        settings=settings(shapes, cells, policies, args, load_before),
+        columns=[column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)],
+        notes=NOTES,
+        rows=rows,
+    )
+    result.print()
+    for path in result.write(args.results, plot):
+        print(path)
+
+
+def settings(shapes, cells, policies, args, load_before: float) -> dict:
+    return {
+        "model": {shape.name: shape.describe() for shape in shapes},
+        "weights": "random, normal(0, 0.02), seed 0",
+        "dtype": "bfloat16",
+        "decoding": {"name": "low_confidence", "block_length": BLOCK, "steps": "= new", "temperature": 0},
+        "policies": {policy.label: {"server": policy.server, "request": policy.request} for policy in policies},
+        "prompt_lengths": {f"{cell.prompt} x {cell.batch}": str(cell.lengths()) for cell in cells},
+        "repetitions": f"{args.repetitions}, fewer when a cell takes more than {args.seconds:g} s",
+        "baseline": "reference loop on transformers, one request; for policies: none",
+        "machine": report.machine(args.threads),
+        "load_average": {"before": load_before, "after": report.load_average()},
+        "versions": report.versions(),
+    }
+
+
+def measure_shape(shape: Shape, cells: list[Cell], policies: list[Policy], args, progress) -> list[dict]:
+    folder = checkpoint(shape)
+    rows = []
+    if not args.no_loop:
+        progress.set_postfix_str(f"{shape.name} loop")
+        singles = [Cell(prompt, args.new, 1) for prompt in dict.fromkeys(cell.prompt for cell in cells)]
+        for cell, seconds in zip(singles, loop_seconds(shape, folder, singles, args), strict=True):
+            rows.append(base_row(shape, "loop", cell, seconds) | {"flops": cell.dense_flops(shape)})
+        progress.update()
+    for server in {json.dumps(policy.server): policy.server for policy in policies}.values():
+        engine = Engine(folder, shape, server, cells, args.threads)
+        for policy in (policy for policy in policies if policy.server == server):
+            for cell in cells:
+                progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
+                runs = engine.measure(cell, policy.request, BLOCK, args.repetitions, args.seconds)
+                rows.append(engine_row(shape, policy, cell, runs))
+                progress.update()
+        engine.close()
+    return with_ratios(rows, shape)
+
+
+def loop_seconds(shape: Shape, folder: Path, cells: list[Cell], args) -> list[list[float]]:
+    """Of each cell's repetitions, from a process of its own."""
+    job = {
+        "checkpoint": str(folder),
+        "dtype": "bfloat16",
+        "threads": args.threads,
+        "mask_id": shape.mask_id,
+        "block": BLOCK,
+        "repetitions": args.repetitions,
+        "seconds": args.seconds,
+        "cells": [{"prompt": cell.prompts(shape)[0], "new": cell.new, "steps": cell.new} for cell in cells],
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.reference_loop"],
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | thread_environment(args.threads),
+    )
+    return [json.loads(line)["seconds"] for line in done.stdout.splitlines()]
+
+
+def base_row(shape: Shape, method: str, cell: Cell, seconds: list[float]) -> dict:
+    middle = statistics.median(seconds)
+    return {
+        "shape": shape.name,
+        "method": method,
+        **asdict(cell),
+        "seconds": [round(second, 4) for second in seconds],
+        "tokens_per_s": cell.batch * cell.new / middle,
+        "ms_per_step": 1000 * middle / cell.new,
+    }
+
+
+def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> dict:
+    def median(value) -> float:
+        return statistics.median(value(run) for run in runs)
+
+    counts = runs[0]  # greedy: every repetition runs the same steps
+    canvas_rows = shape.layers * cell.rows() * cell.new
+    return base_row(shape, policy.label, cell, [run["seconds"] for run in runs]) | {
+        "ms_per_step": median(lambda run: 1000 * run["seconds"] / run["steps"]),
+        "steps": counts["steps"],
+        "flops": counts["flops"],
+        "rows_share": counts["rows"] / canvas_rows,
+        "head_rows_per_request_step": counts["head_rows"] / counts["step_requests"],
+        "overhead": median(lambda run: 1 - (run["forward"] + run["head"]) / run["seconds"]),
+        "share_of_time": {
+            "forward": median(lambda run: run["forward"] / run["seconds"]),
+            "head": median(lambda run: run["head"] / run["seconds"]),
+            "worker, outside the model": median(
+                lambda run: (run["worker"] - run["forward"] - run["head"]) / run["seconds"]
+            ),
+            "outside the worker": median(lambda run: 1 - run["worker"] / run["seconds"]),
+        },
+    }
+
+
+def with_ratios(rows: list[dict], shape: Shape) -> list[dict]:
+    """Against the loop's one request of the same prompt, and against `none` in the same cell."""
+    loop = {row["prompt"]: row for row in rows if row["method"] == "loop"}
+    none = {(row["prompt"], row["batch"]): row for row in rows if row["method"] == "none"}
+    for row in rows:
+        cell = Cell(row["prompt"], row["new"], row["batch"])
+        row["flops_vs_loop"] = row["flops"] / cell.dense_flops(shape)
+        if base := loop.get(row["prompt"]):
+            row["vs_loop"] = row["tokens_per_s"] / base["tokens_per_s"]
+        if row["method"] != "loop" and (base := none.get((row["prompt"], row["batch"]))):
+            row["vs_none"] = row["tokens_per_s"] / base["tokens_per_s"]
+            row["flops_vs_none"] = row["flops"] / base["flops"]
+    return rows
+
+
+def plot(axes, rows: list[dict]) -> None:
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        group = groups.setdefault(f"{row['shape']}\nprompt {row['prompt']}, {row['new']} new", {})
+        requests = "1 request" if row["batch"] == 1 else f"{row['batch']} requests"
+        group[f"{row['method']}, {requests}"] = row["tokens_per_s"]
+    report.grouped_bars(axes, groups, "tokens/s")

