@@ -70,6 +70,9 @@ class Reuse:
     #: whether select_pre looks at the rows' values, and select_post at their contexts
     selects: ClassVar[str | None] = None
 
+    #: refresh steps of different requests are kept out of each other's forwards; results do not depend on it
+    stagger: ClassVar[bool] = False
+
     def plan(self, at: Progress) -> StepPlan:
         raise NotImplementedError
 

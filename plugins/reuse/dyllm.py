@@ -29,6 +29,7 @@ class DyLLM(Reuse):
     whole_interval: int = 4  # every so many steps the prompt's rows live, too; 0: never, and they need no features
     refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
     parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
+    stagger: bool = True  # refreshes of different requests do not share a forward
 
     def __post_init__(self):
         check(self.full_steps >= 1, "full_steps", self.full_steps, "at least 1")

@@ -18,6 +18,7 @@ class FastDLLM(Reuse):
     name: ClassVar[str] = "fast_dllm"
 
     cache: Literal["prefix", "dual"] = "dual"
+    stagger: bool = True  # refreshes of different requests do not share a forward
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:

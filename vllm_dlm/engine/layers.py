@@ -48,6 +48,9 @@ class LayerStep:
     def _phase(self, phase: str, wanted: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
         sizes = [len(inputs[0]) for inputs in wanted]
         self.counts.projected(phase, sum(sizes))
+        if not any(sizes):  # not every linear kernel takes an empty product
+            one = [tuple(part.new_zeros(1, *part.shape[1:]) for part in wanted[0])]
+            return [self._phase(phase, one)[0][:0]] * len(wanted)
         if phase in ("query", "key"):
             hidden, *rope = (torch.cat(parts) if len(wanted) > 1 else parts[0] for parts in zip(*wanted, strict=True))
             result = getattr(self.layer, phase)(hidden, rope)
