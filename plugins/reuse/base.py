@@ -60,6 +60,8 @@ class LayerRows(Protocol):
 @dataclass(frozen=True)
 class Reuse:
     name: ClassVar[str | None] = None
+    #: field values published for a model and task, chosen as "name/preset"
+    presets: ClassVar[dict[str, dict]] = {}
     #: "none", "sum" (attention + FFN output) or "context_ffn" (context before o_proj, FFN output)
     features: ClassVar[str] = "none"
     #: "exact_rows": recomputed rows attend, the others keep their cached output.

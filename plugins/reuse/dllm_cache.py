@@ -18,9 +18,35 @@ from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan, least_similar
 
 
+#: Kp / Kr of the official scripts; rho is 0.25 in all of them
+PUBLISHED = {
+    "llada-instruct": {
+        "gsm8k": (50, 7), "bbh": (50, 6), "gpqa": (50, 6), "humaneval": (25, 5), "mbpp": (100, 5), "math": (50, 1),
+        "mmlu": (100, 7), "mmlu-pro": (51, 3), "hotpotqa": (100, 8),
+    },
+    "llada-base": {
+        "gsm8k": (25, 5), "bbh": (50, 6), "gpqa": (100, 8), "humaneval": (50, 5), "mbpp": (25, 4), "math": (50, 8),
+        "mmlu": (100, 6), "mmlu-pro": (100, 6),
+    },
+    "dream-instruct": {
+        "gsm8k": (25, 2), "bbh": (10, 2), "gpqa": (10, 8), "humaneval": (50, 1), "mbpp": (10, 8), "math": (50, 1),
+        "mmlu": (100, 8), "mmlu-pro": (5, 1),
+    },
+    "dream-base": {
+        "gsm8k": (100, 8), "bbh": (25, 4), "gpqa": (100, 8), "humaneval": (5, 1), "mbpp": (25, 8), "math": (100, 4),
+        "mmlu": (100, 2), "mmlu-pro": (25, 2),
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DLLMCache(Reuse):
     name: ClassVar[str] = "dllm_cache"
+    presets: ClassVar[dict[str, dict]] = {
+        f"{model}-{task}": {"prompt_interval": prompt, "response_interval": response}
+        for model, tasks in PUBLISHED.items()
+        for task, (prompt, response) in tasks.items()
+    }
     features: ClassVar[str] = "sum"  # attention and FFN output are always renewed together
     selects: ClassVar[str | None] = "values"
 

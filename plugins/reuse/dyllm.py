@@ -20,6 +20,12 @@ from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan
 @dataclass(frozen=True)
 class DyLLM(Reuse):
     name: ClassVar[str] = "dyllm"
+    presets: ClassVar[dict[str, dict]] = {
+        "llada-quality": {"threshold": 0.995},
+        "llada-speed": {"threshold": 0.99},
+        "dream-quality": {"threshold": 0.9975},
+        "dream-speed": {"threshold": 0.995},
+    }
     features: ClassVar[str] = "context_ffn"
     attention: ClassVar[str] = "delta_v"
     selects: ClassVar[str | None] = "contexts"

@@ -16,6 +16,7 @@ from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
 @dataclass(frozen=True)
 class FastDLLM(Reuse):
     name: ClassVar[str] = "fast_dllm"
+    presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
 
     cache: Literal["prefix", "dual"] = "dual"
     stagger: bool = True  # refreshes of different requests do not share a forward
