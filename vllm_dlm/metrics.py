@@ -24,6 +24,10 @@ class StepCounts:
     canvas_positions: int = 0
     committed_tokens: int = 0
     rows_recomputed: int = 0
+    rows_live: int = 0
+    rows_dense: int = 0
+    refresh_steps: int = 0
+    kv_bytes_read: int = 0
 
     def pack(self) -> SpecDecodingStats:
         first = (self.denoising_steps, self.canvas_positions, self.committed_tokens)
@@ -37,7 +41,11 @@ class StepCounts:
 
 #: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
 OWN_COUNTERS = {
-    "rows_recomputed": ("vllm:diffusion_num_rows_recomputed", "Rows that went through the model."),
+    "rows_recomputed": ("vllm:diffusion_num_rows_recomputed", "Rows recomputed, averaged over the layers."),
+    "rows_live": ("vllm:diffusion_num_rows_live", "Rows carried from embedding to head."),
+    "rows_dense": ("vllm:diffusion_num_rows_dense", "Rows that recomputing everything would have taken."),
+    "refresh_steps": ("vllm:diffusion_num_refresh_steps", "Steps of a request that refreshed its caches."),
+    "kv_bytes_read": ("vllm:diffusion_kv_bytes_read", "Bytes of cached keys and values read (at two bytes each)."),
 }
 
 

@@ -75,7 +75,7 @@ def _part(kind: str, given: Any, default: str):
     if not isinstance(given, Mapping):
         raise OptionError(kind, f"dlm.{kind}: {given!r} is not an object with a name and fields")
     given = dict(given)
-    cls = _method(kind, given.pop("name", default), f"dlm.{kind}.name")
+    cls, preset = _method(kind, given.pop("name", default), f"dlm.{kind}.name")
     valid = [field.name for field in fields(cls)]
     for field in given:
         if field not in valid:
@@ -83,28 +83,34 @@ def _part(kind: str, given: Any, default: str):
             raise OptionError(field, f"dlm.{kind}.{field}: not a field of {cls.name!r}, valid fields are {listed}")
     values = {field: _typed(cls, field, value, f"dlm.{kind}.{field}") for field, value in given.items()}
     try:
-        return cls(**values)
+        return cls(**(preset | values))
     except ValueError as error:
         raise OptionError(f"dlm.{kind}.{_field_of(error)}", f"dlm.{kind}.{error}") from None
 
 
 def _named(kind: str, name: Any, key: str, current: Any):
     """Another method by name; fields that both have in common keep their server values."""
-    cls = _method(kind, name, key)
+    cls, preset = _method(kind, name, key)
     if cls is type(current):
-        return current
+        return replace(current, **preset)
     shared = {field.name for field in fields(cls)} & {field.name for field in fields(current)}
     try:
-        return cls(**{field: getattr(current, field) for field in shared})
+        return cls(**({field: getattr(current, field) for field in shared} | preset))
     except ValueError as error:
         raise OptionError(key, f"{key}: {name!r} does not go with this server's options: {error}") from None
 
 
-def _method(kind: str, name: Any, where: str) -> type:
+def _method(kind: str, name: Any, where: str) -> tuple[type, dict[str, Any]]:
+    """The class called `name`, and the field values of its preset if the name is "name/preset"."""
     known = methods(kind)
-    if not isinstance(name, str) or name not in known:
+    method, _, preset = name.partition("/") if isinstance(name, str) else (None, "", "")
+    if method not in known:
         raise OptionError(where, f"{where}: {name!r} is unknown, valid names are {', '.join(sorted(known))}")
-    return known[name]
+    presets = getattr(known[method], "presets", {})
+    if preset and preset not in presets:
+        listed = ", ".join(presets) or "none"
+        raise OptionError(where, f"{where}: {method!r} has no preset {preset!r}, valid presets are {listed}")
+    return known[method], presets.get(preset, {})
 
 
 def _field_of(error: ValueError) -> str:

@@ -10,16 +10,19 @@ import torch.nn.functional as F
 
 
 def varlen_attention(q, k, v, q_lens, kv_lens, scale):
-    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
-    group = heads // kv_heads
     out = torch.empty_like(q)
     q_parts, k_parts, v_parts = q.split(list(q_lens)), k.split(list(kv_lens)), v.split(list(kv_lens))
     for query, key, value, place in zip(q_parts, k_parts, v_parts, out.split(list(q_lens)), strict=True):
-        length = query.shape[0]
-        # [Lq, Hkv * G, D] -> [1, Hkv, G * Lq, D]
-        packed = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(1, kv_heads, group * length, dim)
-        context = F.scaled_dot_product_attention(
-            packed, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scale
-        )
-        place.copy_(context.view(kv_heads, group, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim))
+        place.copy_(attend(query, key.transpose(0, 1), value.transpose(0, 1), scale))
     return out
+
+
+def attend(query, key, value, scale):
+    """query [L, H, D], key and value [Hkv, N, D] -> [L, H, D]"""
+    length, heads, dim = query.shape
+    kv_heads = key.shape[0]
+    group = heads // kv_heads
+    # [L, Hkv * G, D] -> [1, Hkv, G * L, D]
+    packed = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(1, kv_heads, group * length, dim)
+    context = F.scaled_dot_product_attention(packed, key[None], value[None], scale=scale)
+    return context.view(kv_heads, group, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim)

@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+from vllm_dlm.kernels.delta_attention import delta_attention
+from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
 
 
@@ -42,6 +44,39 @@ class CanvasAttention:
             causal=False,
         )
         return context.flatten(1)
+
+    def over_pages(self, q: torch.Tensor, pages: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
+        """q [Tq, H, D] over the cached keys of each canvas -> context [Tq, H * D]"""
+        flash = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+        if flash is None:
+            return paged_attention(q, pages, tables, self.q_lens, self.kv_lens, self.scale).flatten(1)
+        keys, values = pages.transpose(1, 2).chunk(2, -1)  # [blocks, block_size, Hkv, D]
+        context = flash(
+            q, keys, values,
+            cu_seqlens_q=self._cumulative("q", self.q_lens, q.device),
+            seqused_k=torch.tensor(self.kv_lens, dtype=torch.int32, device=q.device),
+            max_seqlen_q=max(self.q_lens),
+            max_seqlen_k=max(self.kv_lens),
+            block_table=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).to(torch.int32),
+            softmax_scale=self.scale,
+            causal=False,
+        )
+        return context.flatten(1)
+
+    def delta_over_pages(
+        self, q: torch.Tensor, pages: torch.Tensor, tables: list[torch.Tensor], changed: torch.Tensor,
+        moved: torch.Tensor, counts: list[int],
+    ) -> torch.Tensor:
+        """What the `moved` values [S, Hkv, D] of the `changed` positions [S] add to each query's context;
+        canvas i has `counts[i]` of them -> [Tq, H * D]"""
+        parts = zip(
+            q.split(self.q_lens), tables, self.kv_lens, changed.split(counts), moved.split(counts), strict=True
+        )
+        added = [
+            delta_attention(query, gather(pages, table, length)[0], positions, values, self.scale)
+            for query, table, length, positions, values in parts
+        ]
+        return torch.cat(added).flatten(1)
 
     def _cumulative(self, name: str, lengths: list[int], device) -> torch.Tensor:
         """Offsets on the device, uploaded once per forward and not once per layer."""

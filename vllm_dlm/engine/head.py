@@ -34,7 +34,7 @@ class HeadRequest:
 
     state: Denoising
     positions: np.ndarray  # [C] canvas positions to decode
-    rows: np.ndarray  # [C] rows of the hidden states that predict them
+    rows: np.ndarray | None  # [C] rows of the hidden states that predict them
     guide_rows: np.ndarray | None  # [C] the same rows in the guidance stream
     proposal: Proposal | None = None  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.reuse.base import Progress
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,22 @@ class Denoising:
     emitted: int  # response tokens already handed to vLLM; always whole blocks
     blocks: list[tuple[int, int]]
     logprobs: list  # per response position: what was recorded when it was committed
+    shift: int = 0  # logits at i predict i + shift
     block: int = 0
     step: int = 0  # forwards of the current block so far
+    block_start_step: int = 0  # forwards of the request before the current block
+    cold: bool = True  # no forward since the start or a preemption
+    changed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by the last commit
     quotas: list[int] = field(default_factory=list)  # of the current block
     filled: int = 0  # positions filled since the current block was opened
 
     @classmethod
-    def start(cls, req_id, options, sampling, mask_id, prompt_len, token_ids, length) -> "Denoising":
+    def start(
+        cls, req_id, options, sampling, mask_id, prompt_len, token_ids, length, shift=0, steps_before=0
+    ) -> "Denoising":
         """A new request, or one resumed after preemption with the blocks it had already emitted.
 
-        `length` is that of the whole canvas. What a preempted request had committed in an unfinished
+        `length` is that of the whole canvas, `steps_before` the forwards spent before the current block. What a preempted request had committed in an unfinished
         block is gone; since noise depends on (seed, block, step, position) the block comes out the same.
         """
         canvas = np.full(length, mask_id, dtype=np.int64)
@@ -63,6 +70,7 @@ class Denoising:
         state = cls(
             req_id, options, sampling, mask_id, prompt_len, canvas,
             emitted=len(token_ids) - prompt_len, blocks=blocks, logprobs=[None] * (length - prompt_len),
+            shift=shift, block_start_step=steps_before,
         )
         state.block = next(i for i, (start, _) in enumerate(blocks) if start >= state.emitted)
         state._open_block()
@@ -84,6 +92,13 @@ class Denoising:
         steps = decoding.block_steps(self.block, len(self.blocks), masks)
         self.step, self.filled, self.quotas = 0, 0, decoding.quotas(masks, steps)
 
+    def progress(self) -> Progress:
+        start, end = self.blocks[self.block]
+        return Progress(
+            self.prompt_len, len(self), (self.prompt_len + start, self.prompt_len + end), self.step,
+            self.block_start_step + self.step, self.cold, self.shift,
+        )
+
     def _end(self) -> int:
         """First canvas position behind the current block."""
         return self.prompt_len + self.blocks[self.block][1]
@@ -103,6 +118,9 @@ class Denoising:
 
     def commit(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> None:
         """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward."""
+        if not len(positions):
+            self.step, self.cold, self.changed = self.step + 1, False, positions
+            return
         rng = np.random.default_rng((self.sampling.seed, self.block, self.step))
         turn = Turn(self.step, len(self.quotas), sum(self.quotas[: self.step + 1]) - self.filled)
         chosen = self.options.decoding.choose(proposal, turn, rng)
@@ -112,6 +130,7 @@ class Denoising:
             inside = np.flatnonzero(positions >= self.prompt_len)
             chosen = np.union1d(chosen, inside)
         self.canvas[positions[chosen]] = proposal.token[chosen]
+        self.changed, self.cold = positions[chosen], False
         if logprobs is not None:
             for index in chosen:
                 if positions[index] >= self.prompt_len:
@@ -135,5 +154,6 @@ class Denoising:
         self.emitted = start + known
         if not len(stops) and self.block + 1 < len(self.blocks):
             self.block += 1
+            self.block_start_step += self.step
             self._open_block()
         return pending[:known].tolist(), self.logprobs[start : self.emitted]

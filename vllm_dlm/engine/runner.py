@@ -7,6 +7,7 @@ the methods a worker calls.
 
 import zlib
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,13 +20,26 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 
-from vllm_dlm.engine.forward import Stream, denoise, split
+from vllm_dlm.cache.pages import Pages
+from vllm_dlm.engine.costs import Counts
+from vllm_dlm.engine.forward import denoise
 from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.engine.rows import Stream, pack, split
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.options import request_options
+from vllm_dlm.plugins.reuse.base import StepPlan
+from vllm_dlm.plugins.reuse.none import Dense
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
+
+
+@dataclass
+class DenoisingOutput(ModelRunnerOutput):
+    """vLLM's output, and what the step cost."""
+
+    counts: Counts | None = None
 
 
 class DenoisingRunner:
@@ -40,7 +54,12 @@ class DenoisingRunner:
         self.max_model_len = self.model_config.max_model_len
         self.options = resolved_options(vllm_config)
         self.requests: dict[str, Denoising] = {}
+        self.tables: dict[str, np.ndarray] = {}  # block ids of each request, as vLLM handed them out
+        self.shift = self.model_config.hf_config.logits_shift
+        self.preempted: dict[str, int] = {}  # forwards a preempted request had behind it at its current block
+        self.shape = BlockShape.of(vllm_config)
         self.kv_caches: list[torch.Tensor] = []
+        self.pages: Pages | None = None
         self.model_memory_usage = 0
 
     # -- set-up ----------------------------------------------------------------------------
@@ -78,14 +97,15 @@ class DenoisingRunner:
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
+        self.pages = Pages(self.kv_caches)
 
     @torch.inference_mode()
     def profile_run(self, **_) -> None:
         """The largest step there can be: every row of the budget, and a full piece of logits being sampled."""
-        rows = np.arange(self.max_rows)
-        canvases = [np.zeros(len(part), dtype=np.int64) for part in np.array_split(rows, -(-len(rows) // self.max_model_len))]
+        parts = np.array_split(np.arange(self.max_rows), -(-self.max_rows // self.max_model_len))
         # every row as a head row: then no row is dropped in the last layer
-        hidden = denoise(self.model, [Stream(ids, np.arange(len(ids))) for ids in canvases], self.device)
+        streams = [self._blank(len(part), np.arange(len(part))) for part in parts]
+        hidden = self._forward(streams, Counts())
         options = request_options(self.options, {"dlm_cfg_scale": 1.0})
         sampling = Sampling(temperature=1.0, top_p=0.9, top_k=0, seed=0, stop_ids=frozenset(), num_logprobs=0)
         count = min(len(hidden), self.head.max_rows)
@@ -97,24 +117,34 @@ class DenoisingRunner:
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
         """Data-parallel peers keep step with a forward nobody reads."""
-        count = max(1, min(num_tokens, self.max_model_len))
         with torch.inference_mode():
-            denoise(self.model, [Stream(np.zeros(count, dtype=np.int64), np.zeros(1, dtype=np.int64))], self.device)
+            self._forward([self._blank(max(1, min(num_tokens, self.max_model_len)), np.zeros(1, np.int64))], Counts())
+
+    @staticmethod
+    def _blank(length: int, heads: np.ndarray) -> Stream:
+        plan = StepPlan.dense((0, length))
+        return Stream(Dense(), plan, np.zeros(length, np.int64), heads, np.zeros(0, np.int64))
 
     # -- a step ----------------------------------------------------------------------------
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None) -> ModelRunnerOutput:
-        for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
-            self.requests.pop(request_id, None)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            if state := self.requests.pop(request_id, None):
+                self.preempted[request_id] = state.block_start_step
+        for request_id in scheduler_output.finished_req_ids:
+            for kept in (self.requests, self.tables, self.preempted):
+                kept.pop(request_id, None)
         for data in scheduler_output.scheduled_new_reqs:
             self.requests[data.req_id] = self._start(data)
+            self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
         states = [self.requests[request_id] for request_id in scheduler_output.num_scheduled_tokens]
         if not states:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        for request in self._denoise(states):
+        counts = Counts()
+        for request in self._denoise(states, counts):
             request.state.commit(request.positions, request.proposal, request.logprobs)
-        return self._output(states)
+        return self._output(states, counts)
 
     def _start(self, data: NewRequestData) -> Denoising:
         params = data.sampling_params
@@ -139,32 +169,69 @@ class DenoisingRunner:
             prompt_len,
             data.prefill_token_ids,
             min(prompt_len + params.max_tokens, self.max_model_len),
+            self.shift,
+            self.preempted.pop(data.req_id, 0),
         )
 
-    def _denoise(self, states: list[Denoising]) -> list[HeadRequest]:
-        streams, requests, row = [], [], 0
-        for state in states:
-            positions = state.candidates()
-            # Dream's logits at i predict i + 1; position 0 falls back on its own row.
-            heads = np.maximum(positions - self.model.shift, 0)
-            rows = [np.arange(row + i * len(heads), row + (i + 1) * len(heads)) for i in range(state.streams)]
-            row += state.streams * len(heads)
-            streams.append(Stream(state.canvas, heads))
-            if state.streams == 2:
-                streams.append(Stream(state.unconditional(), heads))
-            requests.append(HeadRequest(state, positions, rows[0], rows[1] if state.streams == 2 else None))
-        groups = split(streams, self.max_rows)
-        hidden = [denoise(self.model, group, self.device) for group in groups]
-        self.head.run(torch.cat(hidden) if len(hidden) > 1 else hidden[0], requests)
+    def _denoise(self, states: list[Denoising], counts: Counts) -> list[HeadRequest]:
+        streams = [stream for state in states for stream in self._streams(state)]
+        # Canvases treated alike stand together, so that they share a group of rows.
+        order = sorted(range(len(streams)), key=lambda i: (repr(streams[i][0].reuse), streams[i][0].whole))
+        hidden = self._forward([streams[i][0] for i in order], counts)
+        start = 0
+        for i in order:
+            stream, request, guides = streams[i]
+            rows = np.arange(start, start := start + len(stream.head_positions))
+            # several positions may be read at one row: Dream's position 0 and 1
+            rows = rows[np.searchsorted(stream.head_positions, self._head_positions(request.positions))]
+            request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+        requests = [request for _, request, guides in streams if not guides]
+        self.head.run(hidden, requests)
         return requests
 
-    def _output(self, states: list[Denoising]) -> ModelRunnerOutput:
+    def _head_positions(self, positions: np.ndarray) -> np.ndarray:
+        # Dream's logits at i predict i + 1; position 0 falls back on its own row.
+        return np.maximum(positions - self.shift, 0)
+
+    def _streams(self, state: Denoising) -> list[tuple[Stream, HeadRequest, bool]]:
+        """The request's canvas and, with guidance, its twin: two caches that never meet."""
+        at, reuse = state.progress(), state.options.reuse
+        plan = reuse.plan(at)
+        positions = reuse.candidates(state.candidates(), at)
+        heads = self._head_positions(positions)
+        seen = (heads >= plan.live[0]) & (heads < plan.live[1])
+        positions = positions[seen]
+        request = HeadRequest(state, positions, rows=None, guide_rows=None)
+        kv_blocks, feature_blocks = self.shape.blocks(state.options, at.prompt_len, at.length)
+        table, each = self.tables[state.req_id], kv_blocks + feature_blocks
+        streams = []
+        for twin in range(state.streams):
+            own = table[twin * each : (twin + 1) * each] if reuse.caches else table
+            stream = Stream(
+                reuse, plan, state.unconditional() if twin else state.canvas, np.unique(heads[seen]), state.changed,
+                reuse.feature_rows(at.prompt_len, at.length), own[:kv_blocks], own[kv_blocks:],
+            )
+            streams.append((stream, request, bool(twin)))
+        return streams
+
+    def _forward(self, streams: list[Stream], counts: Counts) -> torch.Tensor:
+        def features_per_block(reuse):
+            return self.shape.features_per_block(reuse.features)
+
+        hidden = [
+            denoise(self.model, pack(part, self.device, self.shape.block_size, features_per_block), self.pages, counts)
+            for part in split(streams, self.max_rows)
+        ]
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+    def _output(self, states: list[Denoising], counts: Counts) -> ModelRunnerOutput:
         outputs = [state.take_output() for state in states]
-        return ModelRunnerOutput(
+        return DenoisingOutput(
             req_ids=[state.req_id for state in states],
             req_id_to_index={state.req_id: index for index, state in enumerate(states)},
             sampled_token_ids=[tokens for tokens, _ in outputs],
             logprobs=logprobs_lists(states, outputs),
+            counts=counts,
         )
 
     # -- the rest of a runner's interface --------------------------------------------------

@@ -15,36 +15,70 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dlm.engine.costs import ModelShape
+from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
-from vllm_dlm.options import request_options
+from vllm_dlm.options import Options, request_options
+from vllm_dlm.plugins.reuse.base import Progress, StepPlan
+
+
+#: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
+LIVE_PER_ROW = 8
 
 
 @dataclass
 class Canvas:
-    """What scheduling needs to know of a request."""
+    """What scheduling needs to know of a request: where its canvas stands, and so what its next step will be."""
 
+    options: Options
+    prompt_len: int
     length: int  # prompt and response
-    streams: int  # 2 with classifier-free guidance
+    shift: int
     blocks: list[tuple[int, int]]
     block: int = 0
+    block_step: int = 0  # forwards of the current block
+    step: int = 0  # forwards of the request
+    cold: bool = True
 
     @property
-    def rows(self) -> int:
-        return self.length * self.streams
+    def streams(self) -> int:
+        return 2 if self.options.decoding.cfg_scale > 0 else 1
 
     @property
     def block_width(self) -> int:
         start, end = self.blocks[self.block]
         return end - start
 
+    def plan(self) -> StepPlan:
+        start, end = (self.prompt_len + edge for edge in self.blocks[self.block])
+        at = Progress(self.prompt_len, self.length, (start, end), self.block_step, self.step, self.cold, self.shift)
+        return self.options.reuse.plan(at)
+
+    def rows(self, plan: StepPlan) -> int:
+        """Rows the step recomputes; rows it merely carries weigh less."""
+        return self.streams * max(plan.rows, -(-(plan.live[1] - plan.live[0]) // LIVE_PER_ROW), 1)
+
+    def stepped(self) -> None:
+        self.block_step, self.step, self.cold = self.block_step + 1, self.step + 1, False
+
+    def emitted(self, num_output_tokens: int) -> None:
+        """Blocks leave whole, so the number of tokens tells the current one."""
+        while self.block + 1 < len(self.blocks) and num_output_tokens >= self.blocks[self.block][1]:
+            self.block, self.block_step = self.block + 1, 0
+
 
 class DenoisingScheduler(Scheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.dlm_options = resolved_options(self.vllm_config)
+        self.shape = BlockShape.of(self.vllm_config)
+        self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
         self.canvases: dict[str, Canvas] = {}
+        self.preempted: dict[str, int] = {}  # forwards behind a preempted request at its current block
         self.counts = StepCounts()
+        # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
+        self.kv_cache_manager.max_model_len = 1 << 40
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.current_step += 1
@@ -89,16 +123,29 @@ class DenoisingScheduler(Scheduler):
 
     # -- who runs --------------------------------------------------------------------------
 
-    def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
-        # Alone, a request always runs: with guidance it may exceed the budget and the runner splits it.
-        return not rows or sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
+    def _fits(self, canvas: Canvas, rows: dict[str, int], refreshing: bool) -> bool:
+        """Whether a request's next step goes into this one.
+
+        Refreshes are dear and come at intervals: no two of them in one step (unless the policy says
+        otherwise), and requests that started together fall out of step for good. Which step of the engine a
+        step of a request runs in changes nothing about its result.
+        """
+        if not rows:
+            return True  # alone, a request always runs: with guidance it may exceed the budget
+        plan = canvas.plan()
+        if plan.refresh and refreshing and canvas.options.reuse.stagger:
+            return False
+        return sum(rows.values()) + canvas.rows(plan) <= self.max_num_scheduled_tokens
 
     def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request]]:
         taken, skipped = [], []
+        refreshing = False
         for request in self.running:
             canvas = self.canvases[request.request_id]
-            if self._fits(canvas, rows):
-                rows[request.request_id] = canvas.rows
+            plan = canvas.plan()
+            if self._fits(canvas, rows, refreshing):
+                rows[request.request_id] = canvas.rows(plan)
+                refreshing |= plan.refresh
                 taken.append(request)
             else:
                 skipped.append(request)
@@ -106,18 +153,22 @@ class DenoisingScheduler(Scheduler):
 
     def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
         admitted = []
+        refreshing = any(self.canvases[request_id].plan().refresh for request_id in rows)
         while self.waiting and len(self.running) < self.max_num_active_reqs:
             request = self.waiting.peek_request()
             canvas = self._canvas(request)
-            if not self._fits(canvas, rows):
+            plan = canvas.plan()
+            if not self._fits(canvas, rows, refreshing):
                 break
             # The whole canvas at once: its length is known, so a running request never lacks memory.
+            tokens = self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length)
             blocks = self.kv_cache_manager.allocate_slots(
-                request, canvas.length - request.num_computed_tokens, has_scheduled_reqs=bool(self.running)
+                request, tokens - request.num_computed_tokens, has_scheduled_reqs=bool(self.running)
             )
             if blocks is None:
                 break
             self.waiting.pop_request()
+            self.preempted.pop(request.request_id, None)
             self.running.append(request)
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, now)
@@ -127,22 +178,20 @@ class DenoisingScheduler(Scheduler):
                 )
             request.status = RequestStatus.RUNNING
             self.canvases[request.request_id] = canvas
-            rows[request.request_id] = canvas.rows
+            rows[request.request_id] = canvas.rows(plan)
+            refreshing |= plan.refresh
             admitted.append(request)
         return admitted
 
     def _canvas(self, request: Request) -> Canvas:
-        decoding = request_options(self.dlm_options, request.sampling_params.extra_args).decoding
-        length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        blocks = decoding.blocks(length - request.num_prompt_tokens)
-        canvas = Canvas(length, 2 if decoding.cfg_scale > 0 else 1, blocks)
-        self._advance(canvas, request.num_output_tokens)
+        options = request_options(self.dlm_options, request.sampling_params.extra_args)
+        prompt_len = request.num_prompt_tokens
+        length = min(prompt_len + request.max_tokens, self.max_model_len)
+        blocks = options.decoding.blocks(length - prompt_len)
+        shift = self.vllm_config.model_config.hf_config.logits_shift
+        canvas = Canvas(options, prompt_len, length, shift, blocks, step=self.preempted.get(request.request_id, 0))
+        canvas.emitted(request.num_output_tokens)
         return canvas
-
-    @staticmethod
-    def _advance(canvas: Canvas, num_output_tokens: int) -> None:
-        while canvas.block + 1 < len(canvas.blocks) and num_output_tokens >= canvas.blocks[canvas.block][1]:
-            canvas.block += 1
 
     def _new_request_data(self, request: Request) -> NewRequestData:
         blocks = self.kv_cache_manager.get_blocks(request.request_id)
@@ -155,9 +204,16 @@ class DenoisingScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
         for request_id in scheduler_output.num_scheduled_tokens:
             if canvas := self.canvases.get(request_id):
+                plan = canvas.plan()
                 self.counts.denoising_steps += 1
                 self.counts.canvas_positions += canvas.block_width
-        self.counts.rows_recomputed += scheduler_output.total_num_scheduled_tokens
+                self.counts.rows_live += canvas.streams * (plan.live[1] - plan.live[0])
+                self.counts.rows_dense += canvas.streams * canvas.length
+                self.counts.refresh_steps += plan.refresh or plan.whole(canvas.length)
+                canvas.stepped()
+        if (counts := getattr(model_runner_output, "counts", None)) is not None:
+            self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
+            self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], **kwargs):
@@ -168,12 +224,19 @@ class DenoisingScheduler(Scheduler):
         self.counts.denoising_steps += 1
         self.counts.canvas_positions += canvas.block_width
         self.counts.committed_tokens += len(tokens)
-        self._advance(canvas, request.num_output_tokens)
+        canvas.emitted(request.num_output_tokens)
         return tokens, stopped
+
+    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+        canvas = self.canvases[request.request_id]
+        self.preempted[request.request_id] = canvas.step - canvas.block_step
+        super()._preempt_request(request, *args, **kwargs)
 
     def _free_request_blocks(self, request: Request) -> None:
         # finished, aborted or preempted; a preempted request gets a new canvas when it is admitted again
         self.canvases.pop(request.request_id, None)
+        if request.is_finished():
+            self.preempted.pop(request.request_id, None)
         super()._free_request_blocks(request)
 
     def make_stats(self, *args, **kwargs):

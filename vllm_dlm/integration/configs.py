@@ -11,6 +11,7 @@ class LLaDAConfig(PretrainedConfig):
     """LLaDA spells Llama's fields in OLMo's words; the attribute map gives both names."""
 
     model_type = "llada"
+    logits_shift = 0  # logits at position i predict the token at i + shift
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -52,6 +53,7 @@ class LLaDAConfig(PretrainedConfig):
 
 class DreamConfig(PretrainedConfig):
     model_type = "Dream"
+    logits_shift = 1
 
     def __init__(self, rope_scaling=None, **kwargs):
         super().__init__(**kwargs)

@@ -10,6 +10,7 @@ import functools
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, request_options
 
@@ -123,7 +124,8 @@ def check(params, prompt: int, processor) -> None:
     if steps is not None and steps > model.max_model_len:
         # Whoever lays out the schedule takes time and memory for every step of it.
         refuse("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
-    blocks_needed = -(-(prompt + length) // cache.block_size)
+    shape = BlockShape.of(processor.vllm_config)
+    blocks_needed = shape.tokens(options, prompt, prompt + length) // cache.block_size
     if cache.num_gpu_blocks is not None and blocks_needed > cache.num_gpu_blocks - 1:
         refuse("max_tokens", params.max_tokens, f"a canvas of {prompt + length} tokens does not fit the KV cache")
 

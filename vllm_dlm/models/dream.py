@@ -11,4 +11,3 @@ class DreamModel(MaskedDiffusionLM):
     )
     qkv_bias = True
     rope_full_precision = False
-    shift = 1

@@ -121,8 +121,6 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     qkv_bias = False
     rope_full_precision = True
-    #: logits at position i predict token i + shift
-    shift = 0
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()

@@ -1,0 +1,9 @@
+"""How much moved values move a context: sum over changed keys j of A[i, j] * dV[j].
+
+A is the softmax over all keys. DyLLM adds this to the cached context of rows
+that are not recomputed, which leaves out that A itself has changed.
+"""
+
+from vllm_dlm.kernels.delta_attention.dense import delta_attention
+
+__all__ = ["delta_attention"]

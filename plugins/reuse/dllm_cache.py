@@ -1,0 +1,85 @@
+"""dLLM-Cache: the prompt is recomputed at long intervals, the response where its values moved.
+
+https://arxiv.org/abs/2506.06295. At step s (from 1) the prompt is refreshed
+when (s-1) % Kp == 0 and the response when (s-1) % Kr == 0. In between every
+response row gets a new value vector; the share rho whose values are least
+similar to the cached ones is recomputed, the others keep what attention and
+FFN gave them last. The first layer always recomputes the whole response:
+that is how a newly committed token enters (a rule of the official code that
+the paper leaves out).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_dlm.plugins.decoding.base import check
+from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan, least_similar
+
+
+#: Kp / Kr of the official scripts; rho is 0.25 in all of them
+PUBLISHED = {
+    "llada-instruct": {
+        "gsm8k": (50, 7), "bbh": (50, 6), "gpqa": (50, 6), "humaneval": (25, 5), "mbpp": (100, 5), "math": (50, 1),
+        "mmlu": (100, 7), "mmlu-pro": (51, 3), "hotpotqa": (100, 8),
+    },
+    "llada-base": {
+        "gsm8k": (25, 5), "bbh": (50, 6), "gpqa": (100, 8), "humaneval": (50, 5), "mbpp": (25, 4), "math": (50, 8),
+        "mmlu": (100, 6), "mmlu-pro": (100, 6),
+    },
+    "dream-instruct": {
+        "gsm8k": (25, 2), "bbh": (10, 2), "gpqa": (10, 8), "humaneval": (50, 1), "mbpp": (10, 8), "math": (50, 1),
+        "mmlu": (100, 8), "mmlu-pro": (5, 1),
+    },
+    "dream-base": {
+        "gsm8k": (100, 8), "bbh": (25, 4), "gpqa": (100, 8), "humaneval": (5, 1), "mbpp": (25, 8), "math": (100, 4),
+        "mmlu": (100, 2), "mmlu-pro": (25, 2),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DLLMCache(Reuse):
+    name: ClassVar[str] = "dllm_cache"
+    presets: ClassVar[dict[str, dict]] = {
+        f"{model}-{task}": {"prompt_interval": prompt, "response_interval": response}
+        for model, tasks in PUBLISHED.items()
+        for task, (prompt, response) in tasks.items()
+    }
+    features: ClassVar[str] = "sum"  # attention and FFN output are always renewed together
+    selects: ClassVar[str | None] = "values"
+
+    prompt_interval: int = 50  # Kp
+    response_interval: int = 7  # Kr
+    transfer_ratio: float = 0.25  # rho
+    parity: bool = False  # exactly the official code: rows of new tokens are not forced in
+    stagger: bool = True  # refreshes of different requests do not share a forward
+
+    def __post_init__(self):
+        check(self.prompt_interval >= 1, "prompt_interval", self.prompt_interval, "at least 1")
+        check(self.response_interval >= 1, "response_interval", self.response_interval, "at least 1")
+        check(0 <= self.transfer_ratio <= 1, "transfer_ratio", self.transfer_ratio, "between 0 and 1")
+
+    def plan(self, at: Progress) -> StepPlan:
+        response = at.response
+        prompt_due = at.cold or at.step % self.prompt_interval == 0
+        response_due = at.cold or at.step % self.response_interval == 0
+        # The prompt's rows are read by nobody but themselves, so they live only while they are refreshed.
+        live = (0, at.length) if prompt_due else response
+        if response_due:
+            return StepPlan.dense(live, refresh=True)
+        # Dream's row before the response is a prompt row that the head reads: always recomputed.
+        forced = (0, at.prompt_len) if prompt_due else (response[0], at.prompt_len)
+        budget = int(self.transfer_ratio * (at.length - at.prompt_len))
+        return StepPlan(live, forced, budget, forced[1] - forced[0] + budget, refresh=prompt_due)
+
+    def feature_rows(self, prompt_len: int, length: int) -> int:
+        return length - prompt_len
+
+    @property
+    def force_changed(self) -> bool:
+        return not self.parity
+
+    def select_pre(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
+        return rows.forced | least_similar(rows, similarity_T.masked_fill(rows.forced, torch.inf))

@@ -1,0 +1,35 @@
+"""Fast-dLLM: keys and values outside the current block are frozen while the block is denoised.
+
+https://arxiv.org/abs/2505.22618. Each block starts with a full forward, which
+also fills its first positions. `prefix` then recomputes the block and all
+behind it, `dual` the block alone.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
+
+
+@dataclass(frozen=True)
+class FastDLLM(Reuse):
+    name: ClassVar[str] = "fast_dllm"
+    presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
+
+    cache: Literal["prefix", "dual"] = "dual"
+    stagger: bool = True  # refreshes of different requests do not share a forward
+
+    def plan(self, at: Progress) -> StepPlan:
+        if at.cold or at.block_step == 0:
+            return StepPlan.dense((0, at.length), refresh=True)
+        start, end = at.block
+        return StepPlan.dense((start, end if self.cache == "dual" else at.length))
+
+    def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+        if at.shift and at.block_step == 0:
+            # Dream reads position p at row p - 1. The first position of a block lies before the rows of the
+            # later steps, so the full forward fills it, and it alone.
+            return positions[positions == at.block[0]]
+        return positions

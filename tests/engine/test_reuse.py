@@ -1,0 +1,207 @@
+"""Reuse policies at their exact settings equal `none`; and requests of all policies share a batch unharmed."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engine.test_invariance import tokens
+from tests.engine.test_reuse_golden import Recorder, runner_of
+from vllm_dlm.engine.costs import Counts, ModelShape
+from vllm_dlm.plugins.reuse.base import Progress, least_similar
+from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
+from vllm_dlm.plugins.reuse.dyllm import DyLLM
+from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.none import Dense
+
+CHECKPOINTS = ["llada-tiny", "llada-tiny-gqa", "dream-tiny"]
+EXACT = {
+    "dllm_cache (1, 1)": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1},
+    "dllm_cache (1, 1) parity": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1, "parity": True},
+    "dllm_cache Kp=1 rho=1": {
+        "name": "dllm_cache", "prompt_interval": 1, "response_interval": 1000, "transfer_ratio": 1.0,
+    },
+    "dyllm all full": {"name": "dyllm", "full_steps": 1000},
+    "dyllm refreshed": {"name": "dyllm", "full_steps": 1, "refresh_interval": 1},
+}  # fmt: skip
+
+
+def engine(engines, checkpoint, reuse, **settings):
+    return engines(checkpoint, additional_config={"dlm": {"reuse": reuse}}, **settings)
+
+
+def requests(count=6, **extra):
+    rng = random.Random(5)
+    for index in range(count):
+        params = SamplingParams(
+            temperature=0.7 if index % 2 else 0, seed=index, max_tokens=24, ignore_eos=True, detokenize=False,
+            extra_args={"dlm_block_length": (8, 24)[index % 2], **extra},
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 90))]}, params
+
+
+def record(llm, request):
+    with Recorder(runner_of(llm)) as recorder:
+        got = tokens(llm, [request])
+    (steps,) = recorder.steps.values()
+    return got, steps
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("exact", EXACT)
+def test_exact_settings(engines, checkpoint, exact):
+    plain, cached = engines(checkpoint), engine(engines, checkpoint, EXACT[exact])
+    assert tokens(cached, list(requests())) == tokens(plain, list(requests()))
+    for request in list(requests(2)):
+        (want, dense_steps), (got, steps) = record(plain, request), record(cached, request)
+        assert got == want
+        for (_, dense), (_, logits) in zip(dense_steps, steps, strict=True):
+            np.testing.assert_allclose(logits, dense, atol=1e-5 * max(1, np.abs(dense).max()))
+
+
+@pytest.mark.parametrize("exact", ["dllm_cache (1, 1)", "dyllm all full"])
+def test_guidance_keeps_two_caches(engines, exact):
+    given = list(requests(4, dlm_cfg_scale=1.0))
+    assert tokens(engine(engines, "llada-tiny", EXACT[exact]), given) == tokens(engines("llada-tiny"), given)
+
+
+def test_prefix_is_dual_when_one_block_spans_the_response(engines):
+    given = [(prompt, params) for prompt, params in requests(6) if params.extra_args["dlm_block_length"] == 24]
+    results = [tokens(engine(engines, "llada-tiny", {"name": "fast_dllm", "cache": c}), given) for c in ("prefix", "dual")]
+    assert results[0] == results[1]
+
+
+def test_threshold_zero_fills_a_block_per_forward(engines):
+    llm = engine(engines, "llada-tiny", {"name": "fast_dllm"})
+    prompt = {"prompt_token_ids": [3, 4, 5]}
+    params = SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False,
+        extra_args={"dlm_block_length": 8, "dlm_threshold": 0.0},
+    )  # fmt: skip
+    _, steps = record(llm, (prompt, params))
+    assert len(steps) == 4
+
+
+POLICIES = [
+    "none", "fast_dllm/prefix", "fast_dllm/dual", "dllm_cache", "dllm_cache/llada-instruct-mmlu-pro",
+    "dllm_cache/dream-base-humaneval", "dyllm", "dyllm/llada-speed",
+]  # fmt: skip
+
+
+def mixed(count: int = 24):
+    rng = random.Random(11)
+    for index in range(count):
+        length = rng.randint(4, 40)
+        extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
+        if index % 5 == 1:
+            extra["dlm_threshold"] = 0.05
+        if index % 6 == 2:
+            extra["dlm_cfg_scale"] = 0.5
+        params = SamplingParams(
+            temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=index % 2 == 0,
+            detokenize=False, extra_args=extra,
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 100))]}, params
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_mixed_batch_invariance(engines, checkpoint):
+    """24 requests over all policies, parameters and phases give the tokens they give alone; caches and features
+    of freed requests leak into nobody (all memory is NaN before)."""
+    llm, given = engines(checkpoint), list(mixed())
+    together = tokens(llm, given)
+    for cache in runner_of(llm).kv_caches:
+        cache.fill_(torch.nan)
+    assert [tokens(llm, [request])[0] for request in given] == together
+    tight = engines(checkpoint, block_size=32, num_gpu_blocks_override=24, max_num_batched_tokens=256)
+    assert tokens(tight, given) == together
+    pool = tight.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == 23
+
+
+@pytest.mark.parametrize("name", ["dllm_cache", "dyllm", "fast_dllm"])
+def test_resumed_requests_start_full_at_the_same_step(engines, name):
+    """A cache reset in the middle: the next plan is a refresh, and the step count goes on from the block's start."""
+    llm = engines("llada-tiny")
+    core = llm.llm_engine.engine_core.engine_core
+    prompt, params = {"prompt_token_ids": list(range(1, 60))}, SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False,
+        extra_args={"dlm_reuse": name, "dlm_block_length": 8},
+    )  # fmt: skip
+    request_id = llm.llm_engine.add_request("r", prompt, params)
+    for _ in range(13):
+        llm.llm_engine.step()
+    assert core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    llm.llm_engine.step()
+    (state,) = runner_of(llm).requests.values()
+    (canvas,) = core.scheduler.canvases.values()
+    assert (state.block, state.block_start_step, state.step) == (1, 8, 1) == (canvas.block, canvas.step - 1, 1)
+    assert request_id is None or state.req_id
+    while llm.llm_engine.has_unfinished_requests():
+        (output,) = llm.llm_engine.step() or [None]
+    assert output.finished and len(output.outputs[0].token_ids) == 32
+
+
+def test_cold_plans_are_full():
+    cold = Progress(40, 72, (48, 56), block_step=3, step=11, cold=True, shift=0)
+    for policy in (FastDLLM(), DLLMCache(), DyLLM()):
+        assert policy.plan(cold).whole(72)
+
+
+class TestDLLMCachePlan:
+    def at(self, step, shift=0):
+        return Progress(40, 72, (40, 72), block_step=step, step=step, cold=step == 0, shift=shift)
+
+    def test_schedule(self):
+        policy = DLLMCache(prompt_interval=6, response_interval=4)
+        kinds = []
+        for step in range(13):
+            plan = policy.plan(self.at(step))
+            kinds.append("PR"[plan.live[0] > 0] + ("r" if plan.live == plan.forced else "."))
+        # P: the prompt lives, R: the response alone; r: everything alive is recomputed
+        assert kinds == ["Pr", "R.", "R.", "R.", "Rr", "R.", "P.", "R.", "Rr", "R.", "R.", "R.", "Pr"]
+
+    def test_dream_carries_the_row_before_the_response(self):
+        plan = DLLMCache().plan(self.at(1, shift=1))
+        assert plan.live == (39, 72) and plan.forced == (39, 40) and plan.budget == 8
+
+
+def test_counted_work_is_the_predicted_work(engines):
+    """Rows per projection, query-key pairs and keys read of every step, against the cost model."""
+    for reuse in (Dense(), FastDLLM(), DLLMCache(prompt_interval=7, response_interval=3)):
+        llm = engine(engines, "llada-tiny", {"name": reuse.name, **vars(reuse)})
+        shape = ModelShape.of(llm.llm_engine.model_config.hf_config)
+        runner, seen = runner_of(llm), []
+        denoise = runner._denoise
+
+        def watched(states, counts, denoise=denoise, seen=seen):
+            (state,) = states
+            at = state.progress()
+            plan, heads = state.options.reuse.plan(at), len(state.candidates())
+            done = denoise(states, counts)
+            kept = reuse.feature_rows(at.prompt_len, at.length)
+            seen.append((counts, shape.predict(plan, at.length, heads, reuse.selects, kept)))
+            return done
+
+        runner._denoise = watched
+        try:
+            tokens(llm, list(requests(1)))
+        finally:
+            runner._denoise = denoise
+        assert len(seen) == 24
+        for counted, predicted in seen:
+            assert counted == predicted
+        if reuse.name != "none":
+            whole = Counts()
+            assert sum(shape.macs(c) for c, _ in seen) < 0.8 * 24 * shape.macs(seen[0][0]) and whole != seen[0][0]
+
+
+def test_least_similar_per_canvas():
+    class Rows:
+        canvas = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+        budgets = torch.tensor([2, 0, 3])
+
+    similarity = torch.tensor([0.9, 0.1, 0.9, 0.0, 0.1, 0.5, 0.5, 0.4])
+    assert least_similar(Rows, similarity).tolist() == [True, True, False, False, False, True, True, True]

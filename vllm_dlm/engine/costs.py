@@ -1,0 +1,75 @@
+"""What a step costs: counted while it runs, and predicted from the plans.
+
+Unit: multiply-adds of the matrix products and bytes of K and V read. Element-wise
+work is left out; it is small beside both.
+"""
+
+from dataclasses import dataclass, field
+
+from vllm_dlm.plugins.reuse.base import StepPlan
+
+
+@dataclass
+class Counts:
+    """Rows per projection and query-key pairs, summed over layers."""
+
+    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("value", "query", "key", "output", "feed_forward"), 0))
+    pairs: int = 0  # query rows x keys
+    keys_read: int = 0  # keys (with their values) read back from pages
+    head_rows: int = 0
+
+    def projected(self, phase: str, rows: int) -> None:
+        self.rows[phase] += rows
+
+    def attended(self, q_lens: list[int], kv_lens: list[int], read: bool) -> None:
+        self.pairs += sum(q * kv for q, kv in zip(q_lens, kv_lens, strict=True))
+        if read:
+            self.keys_read += sum(kv for q, kv in zip(q_lens, kv_lens, strict=True) if q)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config) -> "ModelShape":
+        heads = config.num_attention_heads
+        return cls(
+            config.num_hidden_layers, config.hidden_size, heads, config.num_key_value_heads,
+            config.hidden_size // heads, config.intermediate_size, config.vocab_size,
+        )
+
+    def macs(self, counts: Counts) -> int:
+        """Multiply-adds of counted work."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        rows = counts.rows
+        linear = self.hidden * (rows["query"] * q + (rows["key"] + rows["value"]) * kv + rows["output"] * q)
+        return (
+            linear + 3 * self.hidden * self.ffn * rows["feed_forward"]
+            + 2 * q * counts.pairs + self.hidden * self.vocabulary * counts.head_rows
+        )
+
+    def kv_bytes(self, counts: Counts, element: int = 2) -> int:
+        return counts.keys_read * 2 * self.kv_heads * self.head_dim * element
+
+    def predict(self, plan: StepPlan, length: int, head_rows: int, selects: str | None, kept: int = 0) -> Counts:
+        """Counts of one canvas's step. Threshold policies are predicted at their most: every live row."""
+        live = plan.live[1] - plan.live[0]
+        counts = Counts(head_rows=head_rows)
+        dense = plan.whole(length)
+        some = live if plan.budget is None else plan.rows
+        for layer in range(self.layers):
+            last = layer == self.layers - 1
+            rows = live if dense or layer == 0 or selects is None else some
+            reads = max(head_rows, kept) if dense and last else rows
+            values = rows if selects == "contexts" else live
+            for phase, number in zip(counts.rows, (values, reads, rows, reads, reads), strict=True):
+                counts.projected(phase, number)
+            counts.attended([reads], [length], read=not dense)
+        return counts

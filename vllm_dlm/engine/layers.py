@@ -1,0 +1,194 @@
+"""One transformer layer over packed rows of several policies.
+
+Each kind of step is written down as the papers have it, as a generator: it
+yields the rows it wants projected and gets them back. The driver runs all
+generators of a layer in lockstep, phase by phase, so that rows of different
+policies share one matrix product.
+
+h: normalised input [T, E]; x: residual stream [T, E]; C: attention context
+[T, H * D] before o_proj; F: FFN output [T, E]. Rows are those of the group.
+"""
+
+from collections.abc import Generator
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from vllm_dlm.cache.pages import Pages
+from vllm_dlm.engine.attention import CanvasAttention
+from vllm_dlm.engine.costs import Counts
+from vllm_dlm.engine.rows import Group
+
+PHASES = ("value", "query", "key", "output", "feed_forward")
+Step = Generator[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
+
+
+class LayerStep:
+    """What the generators of one layer have in common."""
+
+    def __init__(self, index: int, last: bool, layer, pages: Pages | None, counts: Counts):
+        self.index, self.last, self.layer, self.pages, self.counts = index, last, layer, pages, counts
+        self.scale = layer.head_dim**-0.5
+        self.context_width = layer.num_heads * layer.head_dim
+
+    def run(self, groups: list[Group], x_TE: torch.Tensor, rope) -> list[torch.Tensor]:
+        """-> the groups' rows of the residual stream after this layer"""
+        h_TE = self.layer.input_layernorm(x_TE)
+        steps = []
+        for group in groups:
+            make = dense if group.whole else {"exact_rows": exact_rows, "delta_v": delta_v}[group.reuse.attention]
+            steps.append(make(self, group, x_TE[group.rows], h_TE[group.rows], [part[group.rows] for part in rope]))
+        wanted = [next(step) for step in steps]
+        for phase in PHASES:
+            results = self._phase(phase, wanted)
+            if phase == PHASES[-1]:
+                return [finish(step, result) for step, result in zip(steps, results, strict=True)]
+            wanted = [step.send(result) for step, result in zip(steps, results, strict=True)]
+
+    def _phase(self, phase: str, wanted: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        sizes = [len(inputs[0]) for inputs in wanted]
+        self.counts.projected(phase, sum(sizes))
+        if not any(sizes):  # not every linear kernel takes an empty product
+            one = [tuple(part.new_zeros(1, *part.shape[1:]) for part in wanted[0])]
+            return [self._phase(phase, one)[0][:0]] * len(wanted)
+        if phase in ("query", "key"):
+            hidden, *rope = (torch.cat(parts) if len(wanted) > 1 else parts[0] for parts in zip(*wanted, strict=True))
+            result = getattr(self.layer, phase)(hidden, rope)
+        else:
+            rows = torch.cat([inputs[0] for inputs in wanted]) if len(wanted) > 1 else wanted[0][0]
+            result = getattr(self.layer, PROJECTION.get(phase, phase))(rows)
+        return list(result.split(sizes)) if len(wanted) > 1 else [result]
+
+    # -- shared pieces ---------------------------------------------------------------------
+
+    def attend_pages(self, group: Group, q: torch.Tensor, q_lens: list[int]) -> torch.Tensor:
+        """Queries of canvas after canvas over all cached keys of their canvas -> [Tq, H * D]"""
+        self.counts.attended(q_lens, group.kv_lens, read=True)
+        attend = CanvasAttention(q_lens, group.kv_lens, self.scale)
+        return attend.over_pages(q, self.pages.layers[self.index], group.tables)
+
+    def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """Cosine of rows over all heads of all ranks, in float32: [T, …] x 2 -> [T]"""
+        new, old = new.flatten(1).float(), old.flatten(1).float()
+        parts = torch.stack([(new * old).sum(-1), new.square().sum(-1), old.square().sum(-1)])
+        if get_tensor_model_parallel_world_size() > 1:
+            parts = tensor_model_parallel_all_reduce(parts)
+        product, a, b = parts
+        return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
+
+
+PROJECTION = {"output": "attention_output"}
+
+
+def finish(step: Step, result: torch.Tensor) -> torch.Tensor:
+    try:
+        step.send(result)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("a layer step asked for more than one FFN")
+
+
+def dense(at: LayerStep, group: Group, x, h, rope) -> Step:
+    """Every row of the canvas through everything; keys and values are this step's own."""
+    # Nobody reads the last layer's output but the head and the features: only those rows are queried there.
+    rows = group.out if at.last else slice(None)
+    q_lens = group.out_lens if at.last else group.live_lens
+    v = yield (h,)
+    q = yield (h[rows], *(part[rows] for part in rope))
+    k = yield (h, *rope)
+    if group.reuse.caches:
+        at.pages.write_values(at.index, group.slots, v)
+        at.pages.write_keys(at.index, group.slots, k)
+    at.counts.attended(q_lens, group.kv_lens, read=False)
+    context = CanvasAttention(q_lens, group.kv_lens, at.scale)(q, k, v)
+    output = yield (context,)
+    x = x[rows] + output
+    ffn = yield (x,)
+    if len(group.featured):
+        kept = torch.searchsorted(group.out, group.featured) if at.last else group.featured
+        if group.reuse.features == "sum":
+            at.pages.write_features(at.index, group.feature_slots, (output + ffn)[kept], output.shape[1])
+        else:
+            both = torch.cat([context[kept], ffn[kept]], 1)
+            at.pages.write_features(at.index, group.feature_slots, both, both.shape[1])
+    return x + ffn
+
+
+def exact_rows(at: LayerStep, group: Group, x, h, rope) -> Step:
+    """Some rows are recomputed, the others add what attention and FFN gave them last."""
+    reuse = group.reuse
+    # Policies that look at values leave the first layer whole: it is where new tokens come in.
+    chooses = reuse.selects == "values" and at.index > 0
+    looked_at = everything(group)
+    if chooses and not reuse.transfer_ratio:
+        chooses, looked_at = False, group.forced.nonzero()[:, 0]
+    rows = looked_at
+    v = yield (pick(h, looked_at, group),)
+    if chooses:
+        moved = at.similarity(v, at.pages.read_values(at.index, group.slots))
+        rows = reuse.select_pre(group, moved).nonzero()[:, 0]
+    q = yield (pick(h, rows, group), *(pick(part, rows, group) for part in rope))
+    k = yield (pick(h, rows, group), *(pick(part, rows, group) for part in rope))
+    at.pages.write_values(at.index, group.slots[looked_at], v)
+    at.pages.write_keys(at.index, group.slots[rows], k)
+    context = at.attend_pages(group, q, group.split_counts(rows))
+    output = yield (context,)
+    x_rows = pick(x, rows, group) + output
+    ffn = yield (x_rows,)
+    if reuse.features == "none":
+        return x_rows + ffn
+    # write what was recomputed, then read all: rows without features are always among the recomputed
+    keeps = torch.zeros_like(group.forced)
+    keeps[group.featured] = True
+    own = keeps[rows]
+    slot = torch.cumsum(keeps, 0)[rows[own]] - 1  # index into `featured`
+    width = x.shape[1]
+    at.pages.write_features(at.index, group.feature_slots[slot], (output + ffn)[own], width)
+    x = x.clone()
+    x[group.featured] += at.pages.read_features(at.index, group.feature_slots, width, 0, width)
+    x[rows[~own]] = (x_rows + ffn)[~own]
+    return x
+
+
+def delta_v(at: LayerStep, group: Group, x, h, rope) -> Step:
+    """All rows attend; where a row is not salient only the moved values are added to its cached context."""
+    reuse, width = group.reuse, at.context_width + x.shape[1]
+    if at.index == 0:
+        group.salient = group.forced | group.changed
+    changed = group.salient.nonzero()[:, 0]
+    v = yield (h[changed],)
+    q = yield (h, *rope)
+    k = yield (h[changed], *(part[changed] for part in rope))
+    slots = group.slots[changed]
+    moved = v - at.pages.read_values(at.index, slots)
+    at.pages.write_values(at.index, slots, v)
+    at.pages.write_keys(at.index, slots, k)
+
+    cached = torch.zeros(len(x), width, dtype=x.dtype, device=x.device)
+    cached[group.featured] = at.pages.read_features(at.index, group.feature_slots, width, 0, width)
+    old = cached[:, : at.context_width]
+    counts = group.split_counts(changed)
+    at.counts.attended(group.live_lens, group.kv_lens, read=True)
+    attend = CanvasAttention(group.live_lens, group.kv_lens, at.scale)
+    pages = at.pages.layers[at.index]
+    context = old + attend.delta_over_pages(q, pages, group.tables, group.positions[changed], moved, counts)
+    exact = CanvasAttention(counts, group.kv_lens, at.scale).over_pages(q[changed], pages, group.tables)
+    context[changed] = exact
+    group.salient = reuse.select_post(group, at.similarity(context, old))
+    salient = group.salient.nonzero()[:, 0]
+    output = yield (context,)
+    x = x + output
+    ffn = yield (x[salient],)
+    cached[:, : at.context_width] = context
+    cached[salient, at.context_width :] = ffn
+    at.pages.write_features(at.index, group.feature_slots, cached[group.featured], width)
+    return x + cached[:, at.context_width :]
+
+
+def everything(group: Group) -> torch.Tensor:
+    return torch.arange(len(group.positions), device=group.positions.device)
+
+
+def pick(tensor: torch.Tensor, rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """Rows of a tensor, without a copy when all are meant (row lists have no repeats)."""
+    return tensor if len(rows) == len(group.positions) else tensor[rows]

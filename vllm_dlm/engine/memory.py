@@ -1,0 +1,55 @@
+"""Which blocks of vLLM's pool a request needs.
+
+Keys and values of each canvas, and the features a reuse policy keeps, come
+from the same blocks: one pool to admit by, to free and to count. A block
+holds `block_size` positions of K and V, or as many feature rows as fit into
+the same bytes.
+"""
+
+from dataclasses import dataclass
+
+from vllm_dlm.options import Options
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One layer's block on one rank."""
+
+    block_size: int
+    kv_heads: int
+    head_dim: int
+    context_width: int  # H * D of this rank
+    hidden_width: int
+
+    @classmethod
+    def of(cls, vllm_config) -> "BlockShape":
+        config = vllm_config.model_config.hf_config
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        head_dim = config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads // ranks
+        return cls(
+            vllm_config.cache_config.block_size, config.num_key_value_heads // ranks, head_dim, heads * head_dim,
+            config.hidden_size,
+        )
+
+    @property
+    def elements(self) -> int:
+        return self.block_size * self.kv_heads * 2 * self.head_dim
+
+    def feature_width(self, features: str) -> int:
+        return {"none": 0, "sum": self.hidden_width, "context_ffn": self.context_width + self.hidden_width}[features]
+
+    def features_per_block(self, features: str) -> int:
+        return self.elements // max(self.feature_width(features), 1)
+
+    def blocks(self, options: Options, prompt_len: int, length: int) -> tuple[int, int]:
+        """(blocks of keys and values, blocks of features) of one canvas."""
+        reuse = options.reuse
+        rows = reuse.feature_rows(prompt_len, length)
+        kv_blocks = -(-length // self.block_size)
+        return kv_blocks, -(-rows // self.features_per_block(reuse.features)) if rows else 0
+
+    def tokens(self, options: Options, prompt_len: int, length: int) -> int:
+        """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""
+        streams = 2 if options.decoding.cfg_scale > 0 and options.reuse.caches else 1
+        return streams * sum(self.blocks(options, prompt_len, length)) * self.block_size
