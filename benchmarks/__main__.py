@@ -5,6 +5,7 @@ import importlib
 
 COMMANDS = {
     "speed": "tokens per second of the reference loop and of this engine, per policy",
+    "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
 }
 
 

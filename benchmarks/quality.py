@@ -1,0 +1,229 @@
+"""What reuse costs in quality, on the demo checkpoint: exact match, and how far distributions drift from `none`.
+
+Exact match alone cannot rank refresh policies (a prompt cache that is never
+refreshed answers retrieval as well), so every step of every policy is also
+compared with a full forward over the same canvas: does the position it fills
+get the token the exact model would give, and what is the divergence of the
+two distributions?
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.cells import Policy
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "vllm_dlm" / "demo" / "checkpoint"
+CANVAS, BLOCK = 32, 8
+
+#: the policies at their defaults, which are held to the exact match of `none`
+DEFAULTS = ["none", "fast_dllm:cache=prefix", "fast_dllm:cache=dual", "dllm_cache", "dyllm"]
+#: one field varied at a time
+CURVES = {
+    "prompt interval": [f"dllm_cache:prompt_interval={n}" for n in (4, 16, 100)],
+    "response interval": [f"dllm_cache:response_interval={n}" for n in (2, 4, 16, 32)],
+    "ratio": [f"dllm_cache:transfer_ratio={share}" for share in (0.0, 0.1, 0.5, 1.0)],
+    "threshold": [f"dyllm:threshold={tau}" for tau in (0.9, 0.98, 0.99, 0.999)],
+    "drift control": [f"dyllm:refresh_interval={n}" for n in (4, 8, 16)],
+}
+
+COLUMNS = [
+    report.Column("policy", "policy"),
+    report.Column("prompts", "prompts"),
+    report.Column("exact_match", "exact match", "{:.1%}"),
+    report.Column("vs_none", "points vs none", "{:+.1f}"),
+    report.Column("agreement", "agreement", "{:.2%}"),
+    report.Column("kl", "mean KL", "{:.2e}"),
+    report.Column("rows_share", "rows recomputed", "{:.1%}"),
+]
+
+NOTES = [
+    f"Demo checkpoint, greedy, canvas of {CANVAS} tokens, blocks of {BLOCK}, one token per step, ended by the end "
+    "token. Exact match: the whole answer, end token included.",
+    "agreement: share of filled positions that got the token the exact model gives on the same canvas. mean KL: of the "
+    "exact model's distribution from the policy's, over all masked positions of the block, in nats.",
+    "rows recomputed: rows through the FFN, of canvas x layers x steps.",
+]
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--prompts", type=int, default=500, help="for the exact match of the defaults (default 500)")
+    parser.add_argument("--drift-prompts", type=int, default=100, help="for agreement and KL (default 100)")
+    parser.add_argument("--quick", action="store_true", help="a handful of prompts")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+
+
+def run(args) -> None:
+    many, some = (8, 4) if args.quick else (args.prompts, args.drift_prompts)
+    engine = Engine()
+    policies = [Policy.parse(text) for text in (*DEFAULTS, *(text for curve in CURVES.values() for text in curve))]
+    samples = questions(max(many, some))
+    rows = []
+    with tqdm(total=len(DEFAULTS) * many + len(policies) * some, desc="quality", unit="prompt") as progress:
+        for policy in policies:
+            progress.set_postfix_str(policy.label)
+            row = {"policy": policy.label} | engine.drift(policy, samples[:some], progress)
+            if policy.label in DEFAULTS:
+                row |= {"prompts": many, "exact_match": engine.exact_match(policy, samples[:many], progress)}
+            rows.append(row)
+    for row in rows:
+        if "exact_match" in row:
+            row["vs_none"] = 100 * (row["exact_match"] - rows[0]["exact_match"])
+    result = report.Report(
+        name="quality",
+        title="Quality of feature reuse on the demo checkpoint",
+        settings={
+            "model": "demo checkpoint", "dtype": "float32",
+            "tasks": "equal shares of recall at 256 tokens (8 needles, 2 asked for), copy, sort, addition, totals",
+            "prompts": {"exact match": many, "drift": some}, "machine": report.machine(torch.get_num_threads()),
+            "versions": report.versions(),
+        },
+        columns=COLUMNS, notes=NOTES, rows=rows,
+    )  # fmt: skip
+    result.print()
+    for path in result.write(args.results, plot):
+        print(path)
+
+
+def questions(count: int):
+    from benchmarks.demo import tasks
+
+    rng, filler = np.random.default_rng(31), tasks.Filler(7)
+    kinds = [
+        lambda: tasks.recall(rng, filler, 256, needles=8, queried=2),
+        *(lambda make=make: make(rng) for make in (tasks.copy, tasks.sort, tasks.add, tasks.totals)),
+    ]
+    return [kinds[index % len(kinds)]() for index in range(count)]
+
+
+@dataclass
+class Drift:
+    """Sums over the filled positions and the masked rows of all steps."""
+
+    filled: int = 0
+    agreed: int = 0
+    rows: int = 0
+    kl: float = 0.0
+    recomputed: int = 0
+    dense: int = 0
+    log: list = field(default_factory=list)
+
+
+class Engine:
+    """The served engine inside this process, so that each step can be looked at."""
+
+    def __init__(self):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(CHECKPOINT), dtype="float32", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=1 << 29,
+            max_num_seqs=16, max_num_batched_tokens=4096, disable_log_stats=True,
+        )  # fmt: skip
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler, self.runner = core.scheduler, core.model_executor.driver_worker.worker.model_runner
+
+    def generate(self, policy: Policy, samples) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        from vllm_dlm.options import server_options
+
+        options = server_options(policy.server, "low_confidence")
+        self.scheduler.dlm_options = self.runner.options = options
+        params = SamplingParams(
+            temperature=0, max_tokens=CANVAS, detokenize=False,
+            extra_args={"dlm_block_length": BLOCK, **policy.request},
+        )  # fmt: skip
+        outputs = self.llm.generate([{"prompt_token_ids": s.prompt_ids} for s in samples], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def exact_match(self, policy: Policy, samples, progress) -> float:
+        right = 0
+        for start in range(0, len(samples), 16):
+            part = samples[start : start + 16]
+            answers = self.generate(policy, part)
+            right += sum(got == sample.answer_ids for got, sample in zip(answers, part, strict=True))
+            progress.update(len(part))
+        return right / len(samples)
+
+    def drift(self, policy: Policy, samples, progress) -> dict:
+        sums, denoise = Drift(), self.runner._denoise
+
+        def compared(states, counts):
+            requests = self._compare(denoise, states, counts, sums)
+            return requests
+
+        self.runner._denoise = compared
+        try:
+            for start in range(0, len(samples), 16):
+                part = samples[start : start + 16]
+                self.generate(policy, part)
+                progress.update(len(part))
+        finally:
+            self.runner._denoise = denoise
+        return {
+            "agreement": sums.agreed / sums.filled, "kl": sums.kl / sums.rows,
+            "rows_share": sums.recomputed / sums.dense,
+        }  # fmt: skip
+
+    def _compare(self, denoise, states, counts, sums: Drift):
+        """One step as the policy does it, and the exact model over the same canvases."""
+        from vllm_dlm.engine.costs import Counts
+        from vllm_dlm.engine.rows import Stream
+        from vllm_dlm.plugins.reuse.base import StepPlan
+        from vllm_dlm.plugins.reuse.none import Dense
+
+        kept, run = {}, self.runner.head.run
+
+        def keep(hidden, requests):
+            for request in requests:
+                kept[request.state.req_id] = self.logprobs(hidden[request.rows])
+            run(hidden, requests)
+
+        self.runner.head.run = keep
+        try:
+            requests = denoise(states, counts)
+        finally:
+            self.runner.head.run = run
+        nothing = np.zeros(0, np.int64)
+        streams = [
+            Stream(Dense(), StepPlan.dense((0, len(r.state))), r.state.canvas, r.positions, nothing) for r in requests
+        ]
+        exact = self.logprobs(self.runner._forward(streams, Counts())).split([len(r.positions) for r in requests])
+        for request, want in zip(requests, exact, strict=True):
+            got = kept[request.state.req_id]
+            sums.kl += (want.exp() * (want - got)).sum().item()
+            sums.rows += len(want)
+            chosen = int(np.argmax(request.proposal.score))  # one token per step: the most confident one
+            sums.agreed += int(want[chosen].argmax() == request.proposal.token[chosen])
+            sums.filled += 1
+        layers = self.llm.llm_engine.model_config.hf_config.num_hidden_layers
+        sums.recomputed += counts.rows["feed_forward"]
+        sums.dense += layers * sum(len(state) for state in states)
+        return requests
+
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.runner.model.compute_logits(hidden).float().log_softmax(-1)
+
+
+def plot(axes, rows: list[dict]) -> None:
+    """Drift against the rows recomputed, all policies on one picture."""
+    families = {}
+    for row in rows:
+        families.setdefault(row["policy"].split(":")[0], []).append(row)
+    for name, members in families.items():
+        members = sorted(members, key=lambda row: row["rows_share"])
+        share = [row["rows_share"] for row in members]
+        drift = [max(row["kl"], 1e-9) for row in members]  # exact ones have no logarithm
+        axes.plot(share, drift, "o-", label=name)
+        for row, x, y in zip(members, share, drift, strict=True):
+            label = row["policy"].partition(":")[2]
+            axes.annotate(label, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="share of rows recomputed", ylabel="mean KL from the exact model (nats)")
+    axes.legend(frameon=False)
