@@ -1,7 +1,7 @@
 """What is measured: a method asked for in some way, on prompts of some lengths."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.checkpoints import Shape
 
@@ -39,11 +39,15 @@ class Cell:
     new: int
     batch: int
     blocks: int  # blocks of the response that are awaited; the canvas always has all of them
+    steps_per_block: int = BLOCK  # one token per step; fewer where only the time of a step is wanted
 
     @property
     def steps(self) -> int:
-        """One token per step, so this is also the number of tokens a request delivers."""
-        return self.blocks * BLOCK
+        return self.blocks * self.steps_per_block
+
+    def short(self, steps: int) -> "Cell":
+        """The first `steps` steps' worth of time: for `none`, whose steps all cost the same."""
+        return replace(self, blocks=1, steps_per_block=steps)
 
     def lengths(self) -> list[int]:
         """Ragged around the stated length, which is their mean."""

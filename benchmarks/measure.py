@@ -59,11 +59,8 @@ class Engine:
             max_num_seqs=max(cell.batch for cell in cells),
             max_num_batched_tokens=rows,
             # keys and values of every row, and a page of slack per request
-            kv_cache_memory_bytes=2
-            * 2
-            * shape.layers
-            * shape.width
-            * (rows + 256 * (1 + max(c.batch for c in cells))),
+            # keys and values of every row, as much again for what policies keep of it, and slack per request
+            kv_cache_memory_bytes=2 * 2 * shape.layers * shape.width * (2 * rows + 512 * (2 + max(c.batch for c in cells))),
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
@@ -76,11 +73,12 @@ class Engine:
         """Per repetition: seconds and what the probe counted."""
         prompts = cell.prompts(self.shape)
         # Few steps per block meet the large shapes once: allocators and oneDNN's caches are warm then.
-        self._deliver(prompts, cell, request, steps_per_block=2)
+        self._deliver(prompts, cell, request, min(2, cell.steps_per_block))
         runs = []
         while len(runs) < repetitions and sum(run["seconds"] for run in runs) < seconds:
-            self.llm.collective_rpc(probe.start, args=(cell.steps,))
-            elapsed = self._deliver(prompts, cell, request, steps_per_block=BLOCK)
+            # Requests cut short are counted up to the last step they are waited for.
+            self.llm.collective_rpc(probe.start, args=(cell.steps if cell.blocks * BLOCK < cell.new else 0,))
+            elapsed = self._deliver(prompts, cell, request, cell.steps_per_block)
             (counts,) = self.llm.collective_rpc(probe.take)
             runs.append({"seconds": elapsed} | counts)
         return runs
@@ -105,13 +103,13 @@ class Engine:
         for ids in prompts:
             name = str(next(self.names))
             names.append(engine.add_request(name, {"prompt_token_ids": ids}, params))
-            missing[name] = cell.steps
+            missing[name] = cell.blocks * BLOCK
         self.llm.wake_up(tags=["scheduling"])
         while any(tokens > 0 for tokens in missing.values()):
             for output in engine.step():
                 missing[output.request_id] -= len(output.outputs[0].token_ids)
         elapsed = time.perf_counter() - begin
-        if cell.steps < cell.new:
+        if cell.blocks * BLOCK < cell.new:
             engine.abort_request(names, internal=True)
         elif any(missing.values()) or engine.has_unfinished_requests():
             raise RuntimeError(

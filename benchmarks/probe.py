@@ -68,24 +68,35 @@ def install(worker) -> None:
         layer.mlp["gate_up_proj"].register_forward_hook(feed_forward)
     runner.model.logits_processor.register_forward_hook(head)
 
-    attend = CanvasAttention.__call__
+    def counted(name, cost):
+        attend = getattr(CanvasAttention, name)
 
-    def counted_attention(self, q, k, v):
-        pairs = sum(a * b for a, b in zip(self.q_lens, self.kv_lens, strict=True))
-        counts["flops"] += 4 * pairs * q.shape[1] * q.shape[2]
-        return attend(self, q, k, v)
+        def wrapper(self, q, *args):
+            counts["flops"] += cost(self, *args) * q.shape[1] * q.shape[2]
+            return attend(self, q, *args)
 
-    CanvasAttention.__call__ = counted_attention
+        setattr(CanvasAttention, name, wrapper)
+
+    def pairs(attention):
+        return sum(a * b for a, b in zip(attention.q_lens, attention.kv_lens, strict=True))
+
+    def scores_and_changed(attention, *args):
+        changed = sum(a * b for a, b in zip(attention.q_lens, args[-1], strict=True))
+        return 2 * pairs(attention) + 2 * changed
+
+    counted("__call__", lambda attention, *_: 4 * pairs(attention))
+    counted("over_pages", lambda attention, *_: 4 * pairs(attention))
+    counted("delta_over_pages", scores_and_changed)
 
 
 def start(worker, steps: int) -> None:
-    """Counts the next `steps` steps; what the engine does before it hears of an abort is left out."""
+    """Counts the next `steps` steps, or all (0); what the engine does before it hears of an abort is left out."""
     worker.dlm_counts.clear()
     worker.dlm_awaited_steps = steps
 
 
 def take(worker) -> dict[str, float]:
-    return worker.dlm_taken
+    return worker.dlm_taken if worker.dlm_awaited_steps else dict(worker.dlm_counts)
 
 
 def threads(worker) -> int:

@@ -71,6 +71,9 @@ def add_arguments(parser) -> None:
         "--blocks", type=int, help=f"time the first BLOCKS blocks of {BLOCK} tokens only (default all)"
     )
     parser.add_argument("--batches", type=listed(int), default=[1, 8], help="requests at once (default 1,8)")
+    parser.add_argument(
+        "--none-steps", type=int, help="time `none` over so many steps only (all of its steps cost the same)"
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=40, help="no further repetition of a cell after this long"
@@ -140,7 +143,7 @@ def setting_notes(about: dict, cells: list[Cell]) -> list[str]:
     )
     if about["load_average_before"] > 0.5:
         notes.append(f"The machine was not idle: load average {about['load_average_before']} before the run.")
-    if any(cell.steps < cell.new for cell in cells):
+    if any(cell.blocks * BLOCK < cell.new for cell in cells):
         notes.append(f"Timed up to the end of block {cells[0].blocks} of each response; the rest is aborted.")
     return notes
 
@@ -159,8 +162,9 @@ def measure_shape(shape: Shape, cells: list[Cell], policies: list[Policy], args,
         for policy in (policy for policy in policies if policy.server == server):
             for cell in cells:
                 progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
-                runs = engine.measure(cell, policy.request, args.repetitions, args.seconds)
-                rows.append(engine_row(shape, policy, cell, runs))
+                timed = cell.short(args.none_steps) if args.none_steps and policy.label == "none" else cell
+                runs = engine.measure(timed, policy.request, args.repetitions, args.seconds)
+                rows.append(engine_row(shape, policy, timed, runs))
                 progress.update()
         engine.close()
     return with_ratios(rows, shape)
@@ -198,6 +202,7 @@ def base_row(shape: Shape, method: str, cell: Cell, seconds: list[float]) -> dic
         "method": method,
         **asdict(cell),
         "seconds": [round(second, 4) for second in seconds],
+        # at one token per step, which is what every method is run at
         "tokens_per_s": cell.batch * cell.steps / middle,
         "ms_per_step": 1000 * middle / cell.steps,
     }
@@ -210,6 +215,7 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
     counts = runs[0]  # greedy: every repetition runs the same steps
     return base_row(shape, policy.label, cell, [run["seconds"] for run in runs]) | {
         "steps": counts["steps"],
+        "awaited": cell.steps,
         "flops": counts["flops"],
         "rows_share": counts["rows"] / (shape.layers * cell.rows() * cell.steps),
         "head_rows_per_request_step": counts["head_rows"] / (cell.batch * cell.steps),
@@ -230,13 +236,13 @@ def with_ratios(rows: list[dict], shape: Shape) -> list[dict]:
     loop = {row["prompt"]: row for row in rows if row["method"] == "loop"}
     none = {(row["prompt"], row["batch"]): row for row in rows if row["method"] == "none"}
     for row in rows:
-        cell = Cell(row["prompt"], row["new"], row["batch"], row["blocks"])
+        cell = Cell(row["prompt"], row["new"], row["batch"], row["blocks"], row["steps_per_block"])
         row["flops_vs_loop"] = row["flops"] / cell.dense_flops(shape)
         if base := loop.get(row["prompt"]):
             row["vs_loop"] = row["tokens_per_s"] / base["tokens_per_s"]
         if row["method"] != "loop" and (base := none.get((row["prompt"], row["batch"]))):
             row["vs_none"] = row["tokens_per_s"] / base["tokens_per_s"]
-            row["flops_vs_none"] = row["flops"] / base["flops"]
+            row["flops_vs_none"] = (row["flops"] / row["awaited"]) / (base["flops"] / base["awaited"])
     return rows
 
 

@@ -75,15 +75,17 @@ def make_venv():
 
 def install_vllm(cuda, requirement):
     title = f"Installing {requirement} for {'CUDA' if cuda else 'the CPU'} (some minutes)"
+    # Few of the modules are ever imported: compiling all of them takes longer than those few when they are.
+    install = pip("install", "--no-compile", requirement)
     if cuda:
-        return step(title, pip("install", requirement))
-    output = step(title, pip("install", requirement), may_fail=True)
+        return step(title, install)
+    output = step(title, install, may_fail=True)
     if output is not None:
         if not any(line.startswith("ERROR") and "torch==" in line for line in output.splitlines()):
             fail(output)
         step(
             f"No torch+cpu where pip looks; once more with {TORCH_CPU_INDEX}",
-            pip("install", requirement, "--extra-index-url", TORCH_CPU_INDEX),
+            [*install, "--extra-index-url", TORCH_CPU_INDEX],
         )
 
 

@@ -1,12 +1,10 @@
 import openai
 import pytest
 
-from tests.integration.serving import Server
-
-BLOCK = 8  # of the server under test, unless a request asks for another
+from tests.integration.serving import BLOCK, Server, chat
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory):
     """One server for the whole folder: starting it takes longer than all of its tests."""
     server = Server(
@@ -24,12 +22,49 @@ def server(tmp_path_factory):
         server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model(client) -> str:
     return client.models.list().data[0].id
+
+
+@pytest.fixture
+def complete(client, model):
+    """complete(prompt, **fields): fields that `openai` does not know go into the body."""
+
+    def create(prompt, max_tokens: int = 16, extra: dict | None = None, **fields):
+        return client.completions.create(
+            model=model, prompt=prompt, max_tokens=max_tokens, extra_body=extra, **fields
+        )
+
+    return create
+
+
+@pytest.fixture
+def ask(client, model):
+    def create(question: str, max_tokens: int | openai.Omit = 16, extra: dict | None = None, **fields):
+        return client.chat.completions.create(
+            model=model, messages=chat(question), max_tokens=max_tokens, extra_body=extra, **fields
+        )
+
+    return create
+
+
+@pytest.fixture
+def counted(server):
+    """counted(function) -> its result, and how far the `vllm:diffusion_*` counters went meanwhile."""
+
+    def count(function):
+        before = server.metrics()
+        result = function()
+        after = server.metrics()
+        names = ("denoising_steps", "canvas_positions", "committed_tokens", "rows_recomputed", "rows_dense")
+        full = {name: f"vllm:diffusion_num_{name}_total" for name in names}
+        return result, {name: after[full[name]] - before[full[name]] for name in names}
+
+    return count

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "vllm_dlm/demo/checkpoint"
 VLLM = Path(sys.executable).with_name("vllm")
+BLOCK = 8  # block length of the server under test, unless a request asks for another
 
 
 def vllm_command(*arguments: str) -> list[str]:
@@ -34,11 +35,17 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = vllm_command("serve", str(CHECKPOINT), "--host", "127.0.0.1", "--port", str(port), *arguments)
+        command = vllm_command(
+            "serve", str(CHECKPOINT), "--host", "127.0.0.1", "--port", str(port), *arguments
+        )
         with log.open("wb") as output:
             # A session of its own: if it will not end by itself, all of its processes can be ended together.
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=vllm_environment(), start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=vllm_environment(),
+                start_new_session=True,
             )
 
     def wait_until_healthy(self, seconds: float) -> None:
@@ -90,6 +97,11 @@ def chat_text(content: str) -> str:
         f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+
+
+def options(**values) -> dict:
+    """A request's `dlm_*` options, as they go into its body."""
+    return {"vllm_xargs": values}
 
 
 COPY, COPIED = "Copy: k b x e", " k b x e"

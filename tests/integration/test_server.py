@@ -1,71 +1,12 @@
 """One server over real HTTP, asked with the `openai` client."""
 
-import json
 import math
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
-from tests.integration.conftest import BLOCK
-from tests.integration.serving import (
-    CHECKPOINT,
-    COPIED,
-    COPY,
-    NEEDLE_TOKENS,
-    chat,
-    chat_text,
-    needle,
-    vllm_command,
-    vllm_environment,
-)
-from vllm_dlm.methods import methods
-
-EOS = 1  # of the bundled checkpoint, as is the padding behind an answer
-
-
-@pytest.fixture
-def complete(client, model):
-    """complete(prompt, **fields): fields that `openai` does not know go into the body."""
-
-    def create(prompt, max_tokens: int = 16, extra: dict | None = None, **fields):
-        return client.completions.create(
-            model=model, prompt=prompt, max_tokens=max_tokens, extra_body=extra, **fields
-        )
-
-    return create
-
-
-@pytest.fixture
-def ask(client, model):
-    def create(question: str, max_tokens: int | openai.Omit = 16, extra: dict | None = None, **fields):
-        return client.chat.completions.create(
-            model=model, messages=chat(question), max_tokens=max_tokens, extra_body=extra, **fields
-        )
-
-    return create
-
-
-@pytest.fixture
-def counted(server):
-    """Counts of the `vllm:diffusion_*` counters while a function ran. No other test may use the server meanwhile."""
-
-    def count(function):
-        before = server.metrics()
-        result = function()
-        after = server.metrics()
-        names = ("denoising_steps", "canvas_positions", "committed_tokens", "rows_recomputed")
-        full = {name: f"vllm:diffusion_num_{name}_total" for name in names}
-        return result, {name: after[full[name]] - before[full[name]] for name in names}
-
-    return count
-
-
-def options(**values) -> dict:
-    return {"vllm_xargs": values}
-
+from tests.integration.serving import COPIED, COPY, NEEDLE_TOKENS, chat_text, needle, options
 
 # -- answers ---------------------------------------------------------------------------------
 
@@ -91,7 +32,7 @@ def test_several_prompts_are_answered_in_order(complete):
     assert [choice.text for choice in answers] == [" c d", " h a g", COPIED]
 
 
-def test_a_prompt_may_be_token_ids(client, complete, server, model):
+def test_a_prompt_may_be_token_ids(complete):
     text = complete(chat_text(COPY), extra={"return_token_ids": True}).choices[0]
     ids = complete(text.prompt_token_ids, extra={"return_token_ids": True}).choices[0]
     assert ids.text == COPIED and ids.token_ids == text.token_ids
@@ -105,14 +46,14 @@ def test_ignoring_the_end_gives_exactly_max_tokens(complete):
 
 
 def test_without_max_tokens_the_canvas_reaches_to_the_model_length(ask):
-    question, answer = needle(repeats=10)
+    question, _ = needle(repeats=10)
     chat = ask(question, max_tokens=openai.omit, extra={"ignore_eos": True})
     assert chat.usage.total_tokens == 512
     assert chat.choices[0].finish_reason == "length"
 
 
 def test_max_tokens_is_cut_to_the_model_length(ask):
-    question, answer = needle(repeats=11)
+    question, _ = needle(repeats=11)
     chat = ask(question, max_tokens=200, extra={"ignore_eos": True})
     assert chat.usage.total_tokens == 512
     assert chat.choices[0].finish_reason == "length"
@@ -128,12 +69,19 @@ def test_a_stream_delivers_whole_blocks_of_the_same_answer(ask, width):
     whole = ask(question, extra=extra)
     chunks = list(
         ask(
-            question, stream=True, stream_options={"include_usage": True}, extra=extra | {"return_token_ids": True}
+            question,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra=extra | {"return_token_ids": True},
         )
     )
     assert chunks[-1].usage == whole.usage
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content == answer
+    assert (
+        "".join(choice.delta.content or "" for choice in choices)
+        == whole.choices[0].message.content
+        == answer
+    )
     assert choices[-1].finish_reason == "stop"
     tokens = [getattr(choice, "token_ids", None) or [] for choice in choices]
     counts = [len(part) for part in tokens if part]
@@ -177,7 +125,9 @@ def test_completion_logprobs_hold_the_chosen_and_the_best_tokens(complete):
     answer = complete(chat_text(needle()[0]), logprobs=3)
     logprobs = answer.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == answer.usage.completion_tokens
-    for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+    for token, value, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
         assert math.isfinite(value) and value <= 0
         assert 3 <= len(top) <= 4 and all(other <= 0 for other in top.values())
         assert top[token] == value == max(top.values())  # greedy
@@ -236,153 +186,3 @@ def test_without_a_seed_samples_differ(complete):
     extra = {"ignore_eos": True} | options(dlm_suppress_eos=1)
     answers = {complete("What", 24, extra, temperature=1).choices[0].text for _ in range(3)}
     assert len(answers) == 3
-
-
-# -- dlm_* -----------------------------------------------------------------------------------
-
-
-def test_steps_are_the_requests_own(complete, counted):
-    """`vllm:diffusion_num_denoising_steps` has one more per block, vLLM's step that commits it."""
-    prompt, ends = chat_text(COPY), {"ignore_eos": True}
-    rows = complete(prompt, 1).usage.prompt_tokens + 16
-    for extra, forwards, blocks in [
-        ({}, 16, 2),
-        (options(dlm_steps=4), 4, 2),
-        (options(dlm_block_length=16, dlm_steps=5), 5, 1),
-        (options(dlm_block_length=5), 16, 4),
-    ]:
-        answer, counts = counted(lambda: complete(prompt, 16, ends | extra))
-        assert counts["committed_tokens"] == answer.usage.completion_tokens == 16
-        assert counts["denoising_steps"] == forwards + blocks
-        assert counts["rows_recomputed"] == forwards * rows
-
-
-def test_a_threshold_takes_fewer_steps_to_the_same_answer(ask, counted):
-    question, answer = needle()
-    forwards = {}
-    for threshold in (2.0, 0.5):  # no probability reaches 2
-        chat, counts = counted(lambda: ask(question, extra=options(dlm_threshold=threshold)))
-        assert chat.choices[0].message.content == answer
-        forwards[threshold] = counts["denoising_steps"] - 2  # the blocks of this answer
-    assert forwards[2.0] >= NEEDLE_TOKENS > forwards[0.5]
-
-
-def test_guidance_doubles_the_rows(complete, counted):
-    prompt, extra = chat_text(COPY), {"ignore_eos": True}
-    _, plain = counted(lambda: complete(prompt, 8, extra))
-    _, guided = counted(lambda: complete(prompt, 8, extra | options(dlm_cfg_scale=0.5)))
-    assert guided["rows_recomputed"] == 2 * plain["rows_recomputed"]
-    assert guided["denoising_steps"] == plain["denoising_steps"]
-
-
-@pytest.mark.parametrize("true", [True, 1])
-def test_booleans_may_be_0_and_1(complete, true):
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    padded = complete(chat_text(COPY), extra=extra).choices[0].token_ids
-    suppressed = complete(chat_text(COPY), extra=extra | options(dlm_suppress_eos=true)).choices[0].token_ids
-    unchanged = complete(chat_text(COPY), extra=extra | options(dlm_suppress_eos=0)).choices[0].token_ids
-    assert EOS in padded and EOS not in suppressed and unchanged == padded
-
-
-@pytest.mark.parametrize("algorithm", sorted(methods("decoding")))
-def test_every_decoding_algorithm_can_be_asked_for(ask, algorithm):
-    answer = ask(COPY, 8, extra=options(dlm_algorithm=algorithm), seed=3)
-    assert answer.choices[0].message.content == COPIED
-
-
-@pytest.mark.parametrize("kind", ["reuse", "selection"])
-def test_the_exact_model_can_be_asked_for(ask, kind):
-    assert ask(COPY, extra=options(**{f"dlm_{kind}": "none"})).choices[0].message.content == COPIED
-
-
-def test_requests_of_different_kinds_share_a_batch(ask):
-    kinds = [
-        options(dlm_steps=8),
-        options(dlm_block_length=4),
-        options(dlm_algorithm="entropy", dlm_eps=0.01),
-        options(dlm_algorithm="topk_margin", dlm_block_length=16),
-        options(dlm_threshold=0.9),
-        options(dlm_factor=1.0),
-        options(dlm_algorithm="maskgit_plus", dlm_threshold=0.9),
-        {},
-    ]
-    pairs = [(needle("bob", f"{10007 + 5003 * i}", 1 + i % 4), kind) for i, kind in enumerate(kinds * 2)]
-    with ThreadPoolExecutor(len(pairs)) as pool:
-        jobs = [pool.submit(ask, question, extra=kind) for (question, _), kind in pairs]
-        answers = [job.result().choices[0].message.content for job in jobs]
-    assert answers == [answer for (_, answer), _ in pairs]
-
-
-# -- clients that go away --------------------------------------------------------------------
-
-
-def test_streams_closed_halfway_leave_nothing_behind(server, client, model, complete, ask):
-    """Some of the requests are running, some still wait for memory, when their clients go."""
-    before = server.metrics()["vllm:generation_tokens_total"]
-    fields = {"model": model, "prompt": "The", "max_tokens": 300, "stream": True, "extra_body": {"ignore_eos": True}}
-    leaving = openai.OpenAI(base_url=client.base_url, api_key="none", timeout=300, max_retries=0)
-    streams = []
-    try:
-        streams += [leaving.completions.create(**fields) for _ in range(2)]
-        streams += [client.completions.create(**fields) for _ in range(10)]
-        for stream in streams[1:4]:
-            for chunk in stream:
-                assert chunk.choices[0].finish_reason is None
-                break
-        metrics = server.metrics()
-        assert metrics["vllm:num_requests_running"] >= 4
-        assert metrics["vllm:num_requests_waiting"] >= 1
-    finally:
-        leaving.close()
-        for stream in streams[2:]:
-            stream.close()
-    question, answer = needle()
-    assert ask(question).choices[0].message.content == answer
-    assert complete(chat_text(COPY)).choices[0].text == COPIED
-    deadline = time.monotonic() + 60
-    while (metrics := server.metrics())["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]:
-        assert time.monotonic() < deadline, "aborted requests are still there"
-        time.sleep(0.2)
-    assert metrics["vllm:generation_tokens_total"] - before < len(streams) * 300 / 2
-    assert metrics["vllm:kv_cache_usage_perc"] == 0
-
-
-# -- counters --------------------------------------------------------------------------------
-
-
-def test_counters_agree_with_what_was_delivered(server, ask, counted):
-    delivered = server.metrics()["vllm:generation_tokens_total"]
-    questions = [needle("carol", f"{31 * i + 20000}", 1 + i % 3)[0] for i in range(6)]
-
-    def ask_all():
-        with ThreadPoolExecutor(3) as pool:
-            return sum(answer.usage.completion_tokens for answer in pool.map(ask, questions))
-
-    tokens, counts = counted(ask_all)
-    assert counts["committed_tokens"] == tokens
-    assert server.metrics()["vllm:generation_tokens_total"] - delivered == tokens
-    assert counts["denoising_steps"] >= tokens  # one token per step, and the commits
-    assert counts["canvas_positions"] == counts["denoising_steps"] * BLOCK
-    assert counts["rows_recomputed"] > counts["canvas_positions"]
-
-
-def test_vllms_benchmark_reports_diffusion(server, tmp_path):
-    prompts, tokens = 12, 32
-    command = vllm_command(
-        *("bench", "serve", "--base-url", server.url, "--model", str(CHECKPOINT), "--disable-tqdm"),
-        *("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", str(tokens)),
-        *("--num-prompts", str(prompts), "--max-concurrency", "4", "--ignore-eos"),
-        *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"),
-    )
-    run = subprocess.run(command, env=vllm_environment(), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "iffusion" in run.stdout
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["completed"] == prompts and result["failed"] == 0
-    assert result["total_output_tokens"] == prompts * tokens
-    assert result["diffusion_committed_tokens"] == prompts * tokens
-    # Every block of 8 takes 8 steps of one token each; the steps that commit are taken off.
-    assert result["diffusion_steps_per_canvas"] == pytest.approx(BLOCK)
-    assert result["diffusion_committed_per_step"] == pytest.approx(1)
-    assert result["diffusion_denoising_steps"] == prompts * tokens
-    assert result["diffusion_canvas_positions"] == prompts * tokens * (BLOCK + 1)

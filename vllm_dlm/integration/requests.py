@@ -56,7 +56,7 @@ def install() -> None:
             prepare(request, self)
         return request
 
-    # The headers of a stream are sent before its request is processed; here it can still be answered with 400.
+    # A stream's headers are sent before its request is processed; here it can still be answered with 400.
     @functools.wraps(generate)
     def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
@@ -92,7 +92,7 @@ def prepare(request, processor) -> None:
     if eot is not None and not params.ignore_eos and eot not in (params.stop_token_ids or []):
         params.stop_token_ids = [*(params.stop_token_ids or []), eot]
         params._all_stop_token_ids.add(eot)
-    # numpy counts in 64 bits and draws from seeds that are not negative; vLLM adds an index to them when n > 1.
+    # numpy counts in 64 bits and wants seeds that are not negative; vLLM adds an index to them when n > 1.
     params.top_k = min(params.top_k, config.get_vocab_size())
     if params.seed is not None:
         params.seed %= 1 << 63
