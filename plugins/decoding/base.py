@@ -25,6 +25,7 @@ class Rows:
     confidence_eos_eot_inf: torch.Tensor  # [R] bool
     eos_id: int
     eot_id: int | None
+    mask_id: int
     sampled: bool  # any row has a temperature
     filtered: bool  # any row has top_p or top_k
     exponential: Callable[[], torch.Tensor]  # draws Exp(1) noise [R, V], float64
@@ -140,6 +141,16 @@ class Decoding:
         count = int(failed[0]) if len(failed) else len(ranked)
         # Its reference takes the last candidate even when that one alone failed.
         return order[: len(ranked) if count == len(ranked) - 1 else count]
+
+
+def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """[R] the token of the highest score, the mask itself left out: the references may "fill" a position with
+    a mask and return it; here such a position would never be done. Probabilities are not touched."""
+    kept_R = score_RV[:, mask_id].clone()
+    score_RV[:, mask_id] = -torch.inf
+    token_R = score_RV.argmax(-1)
+    score_RV[:, mask_id] = kept_R
+    return token_R
 
 
 def check(ok: bool, field: str, value, wanted: str) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check
+from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check, most_likely
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Entropy(Decoding):
             # Dream filters before it takes the confidence, greedy rows included.
             filter_top_p_top_k(logits_RV, rows.top_p, rows.top_k)
         prob_RV = logits_RV.softmax(-1)
-        token_R = prob_RV.argmax(-1)
+        token_R = most_likely(prob_RV, rows.mask_id)
         if rows.sampled:
-            drawn_R = (prob_RV / rows.exponential()).argmax(-1)
+            drawn_R = most_likely(prob_RV / rows.exponential(), rows.mask_id)
             token_R = torch.where(greedy_R, token_R, drawn_R)
         prob_R = prob_RV.gather(1, token_R[:, None])[:, 0]
         return Proposal(token_R, cls.score(prob_RV, prob_R), prob_R)

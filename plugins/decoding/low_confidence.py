@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows
+from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, most_likely
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LowConfidence(Decoding):
             # of the token only: its confidence is read from the plain logits.
             noise_RV = rows.exponential().log_().mul_(-rows.temperature[:, None].double())
             noisy_RV = noise_RV.add_(logits_RV)
-        token_R = noisy_RV.argmax(-1)
+        token_R = most_likely(noisy_RV, rows.mask_id)
         # In the reference this option assigns -inf to the logits after the argmax and before the softmax
         # (and only partly so when sampling): EOS and EOT get confidence 0, the others are renormalised.
         # The same is done here at every temperature.

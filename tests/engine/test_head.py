@@ -1,5 +1,7 @@
 """The head: bounded memory, and chunks that change nothing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,8 @@ def run(weight, hidden, requests, max_logits):
         largest = max(largest, len(rows) * VOCABULARY)
         return rows @ weight.T
 
-    Head(logits, VOCABULARY, 1, 2, max_logits).run(hidden, requests)
+    config = SimpleNamespace(vocab_size=VOCABULARY, eos_token_id=1, eot_token_id=2, mask_token_id=0)
+    Head(logits, config, max_logits).run(hidden, requests)
     return largest
 
 
@@ -72,6 +75,17 @@ def peak_bytes(profile) -> int:
             alive += event.nbytes()
             peak = max(peak, alive)
     return peak
+
+
+@pytest.mark.parametrize("algorithm", ["low_confidence", "entropy"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_is_never_proposed(weight, algorithm, temperature):
+    """A model that finds the mask most likely still fills the position, with the next token."""
+    hidden = weight[0].expand(4, WIDTH) * 9  # the mask's own row: its logit is the largest by far
+    assert ((hidden @ weight.T).argmax(-1) == 0).all()
+    asked = request(4, 0, temperature, dlm_algorithm=algorithm)
+    run(weight, hidden, [asked], 1 << 30)
+    assert (asked.proposal.token != 0).all() and np.isfinite(asked.proposal.prob).all()
 
 
 def test_guidance_is_the_reference_formula(weight):

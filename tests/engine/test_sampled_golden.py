@@ -36,12 +36,12 @@ class ReferenceOrder:
         return torch.rand(count).numpy()
 
 
-def rows(draws, temperature=0.0, top_p=1.0, top_k=V):
+def rows(draws, mask_id, temperature=0.0, top_p=1.0, top_k=V):
     count = len(draws.candidates)
     full = lambda value, dtype: torch.full((count,), value, dtype=dtype)  # noqa: E731
     return Rows(
         temperature=full(temperature, torch.float32), top_p=full(top_p, torch.float32), top_k=full(top_k, torch.int64),
-        suppress=full(False, torch.bool), confidence_eos_eot_inf=full(False, torch.bool), eos_id=391, eot_id=395,
+        suppress=full(False, torch.bool), confidence_eos_eot_inf=full(False, torch.bool), eos_id=391, eot_id=395, mask_id=mask_id,
         sampled=temperature > 0, filtered=top_p < 1 or top_k < V,
         exponential=draws.exponential, uniform=draws.uniform,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_steps(engines, golden_runs, name):
         end = len(prompt) + (step // per_block + 1) * width
         candidates = np.flatnonzero(canvas[:end].numpy() == mask_id)
         draws = ReferenceOrder(family, len(canvas), candidates)
-        proposal = decoding.propose(logits[step][np.maximum(candidates - shift, 0)].float(), rows(draws, **sampling))
+        proposal = decoding.propose(logits[step][np.maximum(candidates - shift, 0)].float(), rows(draws, mask_id, **sampling))
         as_numpy = Proposal(proposal.token.numpy(), proposal.score.numpy(), proposal.prob.numpy())
         filled = np.flatnonzero((wanted != canvas).numpy()[candidates])  # the quota is what the recorded step filled
         assert (as_numpy.token[filled] == wanted.numpy()[candidates[filled]]).all(), f"step {step}"

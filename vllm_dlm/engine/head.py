@@ -46,11 +46,10 @@ class HeadRequest:
 
 
 class Head:
-    def __init__(self, compute_logits, vocab_size: int, eos_id: int, eot_id: int | None, max_logits: int = MAX_LOGITS):
+    def __init__(self, compute_logits, config, max_logits: int = MAX_LOGITS):
         self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
-        self.vocab_size = vocab_size
-        self.eos_id, self.eot_id = eos_id, eot_id
-        self.max_rows = max(1, max_logits // vocab_size)
+        self.config, self.vocab_size = config, config.vocab_size
+        self.max_rows = max(1, max_logits // config.vocab_size)
 
     def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
         """Sets `proposal` (and `logprobs`) of every request."""
@@ -96,8 +95,9 @@ class Head:
             top_k=table["top_k"][piece],
             suppress=table["suppress"][piece],
             confidence_eos_eot_inf=table["confidence_eos_eot_inf"][piece],
-            eos_id=self.eos_id,
-            eot_id=self.eot_id,
+            eos_id=self.config.eos_token_id,
+            eot_id=self.config.eot_token_id,
+            mask_id=self.config.mask_token_id,
             sampled=not like.state.sampling.greedy,
             filtered=like.state.sampling.filtered,
             exponential=lambda: noise.exponential(keys_R, self.vocab_size),

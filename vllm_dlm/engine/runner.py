@@ -74,8 +74,7 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        config = self.model_config.hf_config
-        self.head = Head(self.model.compute_logits, config.vocab_size, config.eos_token_id, config.eot_token_id)
+        self.head = Head(self.model.compute_logits, self.model_config.hf_config)
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
         config = self.model_config.hf_config
@@ -156,8 +155,7 @@ class DenoisingRunner:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
-            # Without a seed the request's own (random) name is one: the same on every tensor-parallel rank.
-            seed=params.seed if params.seed is not None else zlib.crc32(data.req_id.encode()) + self.model_config.seed,
+            seed=own_seed(data.req_id, self.model_config.seed) if params.seed is None else params.seed,
             stop_ids=frozenset(stop_ids),
             num_logprobs=params.logprobs,
         )
@@ -260,6 +258,11 @@ class DenoisingRunner:
 
     def shutdown(self) -> None:
         self.requests.clear()
+
+
+def own_seed(request_id: str, server_seed: int) -> int:
+    """Of a request without one: its (random) name makes it, so that all tensor-parallel ranks agree."""
+    return (zlib.crc32(request_id.encode()) + server_seed) % (1 << 63)
 
 
 def logprobs_lists(states: list[Denoising], outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
