@@ -18,16 +18,18 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> "Policy":
-        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server."""
+        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server. Fields
+        called dlm_… are options of the request."""
         from vllm_dlm.options import request_options, server_options
 
         name, _, given = text.partition(":")
         fields = dict(pair.split("=", 1) for pair in given.split(",")) if given else {}
-        if fields:
-            server = {"reuse": {"name": name} | {key: literal(value) for key, value in fields.items()}}
-            policy = cls(text, server=server)
+        values = {key: literal(value) for key, value in fields.items()}
+        request = {key: value for key, value in values.items() if key.startswith("dlm_")}
+        if own := {key: value for key, value in values.items() if key not in request}:
+            policy = cls(text, {"reuse": {"name": name} | own}, request)
         else:
-            policy = cls(text, request={"dlm_reuse": name})
+            policy = cls(text, {}, {"dlm_reuse": name} | request)
         # An unknown name or field is refused here, with the list of valid ones, not after minutes.
         request_options(server_options(policy.server, "low_confidence"), policy.request)
         return policy

@@ -82,9 +82,16 @@ def row(setting: Setting) -> dict:
     reference = reference_macs(setting)
     return {
         "name": setting.name, "shape": setting.shape, "prompt": setting.prompt, "new": setting.new,
-        "policy": repr(setting.reuse), "vs_none": none / policy, "vs_reference": reference / policy,
+        "policy": label(setting.reuse), "vs_none": none / policy, "vs_reference": reference / policy,
         "published": setting.published,
     }  # fmt: skip
+
+
+def label(reuse: Reuse) -> str:
+    """Its name, and the fields that are not at their defaults."""
+    default = type(reuse)()
+    changed = [f"{name}={value}" for name, value in vars(reuse).items() if value != getattr(default, name)]
+    return " ".join([reuse.name, *changed])
 
 
 def macs(setting: Setting, reuse: Reuse) -> int:
