@@ -1,0 +1,38 @@
+"""A fused attention for the normaliser, then the changed columns alone.
+
+The attention matrix is never whole in memory: the fused kernel gives each
+query's log-sum-exp over all keys, and with it the weights of the changed keys
+follow from their own scores.
+"""
+
+import torch
+
+#: queries scored at once where there is no fused kernel that returns the log-sum-exp
+CHUNK = 256
+
+
+def delta_attention(query, key, changed, delta, scale):
+    """query [L, H, D], key [Hkv, N, D], changed [S] key indices, delta [S, Hkv, D] -> [L, H, D]"""
+    length, heads, dim = query.shape
+    kv_heads = key.shape[0]
+    if not len(changed):
+        return torch.zeros_like(query)
+    # heads that share a key head are more queries of it: [L, Hkv * G, D] -> [Hkv, G * L, D]
+    packed = query.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+    lse = log_sum_exp(packed, key, scale)  # [Hkv, G * L]
+    score = torch.bmm(packed.float() * scale, key[:, changed].float().transpose(1, 2))  # [Hkv, G * L, S]
+    weight = (score - lse[..., None]).exp_()
+    moved = torch.bmm(weight, delta.float().transpose(0, 1))  # [Hkv, G * L, D]
+    moved = moved.view(kv_heads, -1, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim)
+    return moved.to(query.dtype)
+
+
+def log_sum_exp(packed: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    if packed.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # What goes in as values comes out as a context nobody reads; the keys serve.
+        return flash(packed[None], key[None], key[None], scale=scale)[1][0]
+    parts = [
+        torch.bmm(part.float() * scale, key.float().transpose(1, 2)).logsumexp(-1) for part in packed.split(CHUNK, 1)
+    ]
+    return torch.cat(parts, 1)
