@@ -7,7 +7,7 @@ follow from their own scores.
 
 import torch
 
-#: queries scored at once where there is no fused kernel that returns the log-sum-exp
+#: queries of a head scored at once
 CHUNK = 256
 
 
@@ -20,9 +20,12 @@ def delta_attention(query, key, changed, delta, scale):
     # heads that share a key head are more queries of it: [L, Hkv * G, D] -> [Hkv, G * L, D]
     packed = query.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     lse = log_sum_exp(packed, key, scale)  # [Hkv, G * L]
-    score = torch.bmm(packed.float() * scale, key[:, changed].float().transpose(1, 2))  # [Hkv, G * L, S]
-    weight = (score - lse[..., None]).exp_()
-    moved = torch.bmm(weight, delta.float().transpose(0, 1))  # [Hkv, G * L, D]
+    columns, moves = key[:, changed].float().transpose(1, 2), delta.float().transpose(0, 1)
+    parts = []
+    for part, norm in zip(packed.split(CHUNK, 1), lse.split(CHUNK, 1), strict=True):
+        score = torch.bmm(part.float() * scale, columns)  # [Hkv, chunk, S]
+        parts.append(torch.bmm((score - norm[..., None]).exp_(), moves))  # [Hkv, chunk, D]
+    moved = torch.cat(parts, 1)  # [Hkv, G * L, D]
     moved = moved.view(kv_heads, -1, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim)
     return moved.to(query.dtype)
 
