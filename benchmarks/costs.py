@@ -106,7 +106,7 @@ def macs(setting: Setting, reuse: Reuse) -> int:
         )  # fmt: skip
         plan = reuse.plan(at)
         masked = min(setting.block, length - start) - step % setting.block
-        kept = reuse.feature_rows(setting.prompt, length)
+        kept = min(reuse.feature_rows(setting.prompt, length), setting.new)
         total += shape.macs(shape.predict(plan, length, masked, reuse.selects, kept))
     return total
 

@@ -193,7 +193,8 @@ class Engine:
             self.runner.head.run = run
         nothing = np.zeros(0, np.int64)
         streams = [
-            Stream(Dense(), StepPlan.dense((0, len(r.state))), r.state.canvas, r.positions, nothing) for r in requests
+            Stream(Dense(), plan := StepPlan.dense((0, len(r.state))), r.state.canvas, r.positions, nothing, plan.live)
+            for r in requests
         ]
         exact = self.logprobs(self.runner._forward(streams, Counts())).split([len(r.positions) for r in requests])
         for request, want in zip(requests, exact, strict=True):

@@ -105,12 +105,10 @@ def dense(at: LayerStep, group: Group, x, h, rope) -> Step:
     x = x[rows] + output
     ffn = yield (x,)
     if len(group.featured):
-        kept = torch.searchsorted(group.out, group.featured) if at.last else group.featured
-        if group.reuse.features == "sum":
-            at.pages.write_features(at.index, group.feature_slots, (output + ffn)[kept], output.shape[1])
-        else:
-            both = torch.cat([context[kept], ffn[kept]], 1)
-            at.pages.write_features(at.index, group.feature_slots, both, both.shape[1])
+        kept, slots = group.features_of(group.out) if at.last else (group.featured, group.feature_slots)
+        sums = group.reuse.features == "sum"
+        features = (output + ffn)[kept] if sums else torch.cat([context[kept], ffn[kept]], 1)
+        at.pages.write_features(at.index, slots, features, features.shape[1])
     return x + ffn
 
 
@@ -152,37 +150,46 @@ def exact_rows(at: LayerStep, group: Group, x, h, rope) -> Step:
 
 def delta_v(at: LayerStep, group: Group, x, h, rope) -> Step:
     """All rows attend; where a row is not salient only the moved values are added to its cached context."""
-    reuse, width = group.reuse, at.context_width + x.shape[1]
+    reuse, split = group.reuse, at.context_width
+    width = split + x.shape[1]
     if at.index == 0:
         group.salient = group.forced | group.changed
     changed = group.salient.nonzero()[:, 0]
+    # What the prompt's rows become in the last layer is read by nobody.
+    rows = group.read if at.last else everything(group)
+    q_lens = group.split_counts(rows) if at.last else group.live_lens
     v = yield (h[changed],)
-    q = yield (h, *rope)
+    q = yield (pick(h, rows, group), *(pick(part, rows, group) for part in rope))
     k = yield (h[changed], *(part[changed] for part in rope))
     slots = group.slots[changed]
     moved = v - at.pages.read_values(at.index, slots)
     at.pages.write_values(at.index, slots, v)
     at.pages.write_keys(at.index, slots, k)
 
-    cached = torch.zeros(len(x), width, dtype=x.dtype, device=x.device)
-    cached[group.featured] = at.pages.read_features(at.index, group.feature_slots, width, 0, width)
-    old = cached[:, : at.context_width]
+    kept, feature_slots = group.features_of(rows)  # rows with features: where among `rows`, and where in pages
+    cached = at.pages.read_features(at.index, feature_slots, width, 0, width)
+    if len(kept) < len(rows):  # the others are recomputed in every layer
+        cached = torch.zeros(len(rows), width, dtype=x.dtype, device=x.device).index_copy_(0, kept, cached)
+    old, ffn = cached.split([split, x.shape[1]], 1)
     counts = group.split_counts(changed)
-    at.counts.attended(group.live_lens, group.kv_lens, read=True)
-    attend = CanvasAttention(group.live_lens, group.kv_lens, at.scale)
-    pages = at.pages.layers[at.index]
+    at.counts.attended(q_lens, group.kv_lens, read=True)
+    pages, attend = at.pages.layers[at.index], CanvasAttention(q_lens, group.kv_lens, at.scale)
     context = old + attend.delta_over_pages(q, pages, group.tables, group.positions[changed], moved, counts)
-    exact = CanvasAttention(counts, group.kv_lens, at.scale).over_pages(q[changed], pages, group.tables)
-    context[changed] = exact
-    group.salient = reuse.select_post(group, at.similarity(context, old))
-    salient = group.salient.nonzero()[:, 0]
+    exact = changed[torch.isin(changed, rows)] if at.last else changed
+    place = torch.searchsorted(rows, exact)
+    attend = CanvasAttention(group.split_counts(exact), group.kv_lens, at.scale)
+    context[place] = attend.over_pages(q[place], pages, group.tables)
+
+    similarity = torch.ones(len(x), device=x.device).index_copy_(0, rows, at.similarity(context, old))
+    group.salient = reuse.select_post(group, similarity)
+    salient = group.salient[rows].nonzero()[:, 0]
     output = yield (context,)
-    x = x + output
-    ffn = yield (x[salient],)
-    cached[:, : at.context_width] = context
-    cached[salient, at.context_width :] = ffn
-    at.pages.write_features(at.index, group.feature_slots, cached[group.featured], width)
-    return x + cached[:, at.context_width :]
+    x = pick(x, rows, group) + output
+    new = yield (x[salient],)
+    ffn = ffn.index_copy(0, salient, new)
+    at.pages.write_features(at.index, feature_slots, context[kept], width)
+    at.pages.write_features(at.index, feature_slots, ffn[kept], width, split)
+    return x + ffn
 
 
 def everything(group: Group) -> torch.Tensor:

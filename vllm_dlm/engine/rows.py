@@ -25,6 +25,7 @@ class Stream:
     token_ids: np.ndarray  # [N] the whole canvas
     head_positions: np.ndarray  # positions whose hidden state the head needs, ascending, all live
     changed: np.ndarray  # positions whose token changed since the last forward
+    response: tuple[int, int]  # positions from which the response is read
     feature_rows: int = 0  # the last so many positions keep features
     kv_table: np.ndarray | None = None  # block ids, in order
     feature_table: np.ndarray | None = None
@@ -62,8 +63,16 @@ class Group:
     feature_slots: Slots  # [F]
     out: torch.Tensor  # [O] rows anybody reads after the last layer of a dense step
     out_lens: list[int]
-    head: torch.Tensor  # [R] rows the head needs: into `out` after a dense step, else into all rows
+    read: torch.Tensor  # [P] rows of the response, and the row before it: all the head can ask for
+    head: torch.Tensor  # [R] rows the head needs: into what the last layer gives
     salient: torch.Tensor | None = None  # [T] bool, carried from layer to layer
+
+    def features_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, Slots]:
+        """Of ascending rows those that keep features: their places among `rows`, and their slots."""
+        if len(rows) == len(self.positions):
+            return self.featured, self.feature_slots
+        kept = torch.isin(self.featured, rows)
+        return torch.searchsorted(rows, self.featured[kept]), self.feature_slots[kept]
 
     def split_counts(self, rows: torch.Tensor) -> list[int]:
         """How many of the given rows each canvas has."""
@@ -107,7 +116,7 @@ def pack(streams: list[Stream], device, block_size: int, features_per_block) -> 
 
 def _group(reuse, whole, streams, rows, device, block_size, features_per_block) -> Group:
     columns = {name: [] for name in ("position", "canvas", "forced", "changed", "block", "offset")}
-    featured, feature_block, feature_offset, out, head = [], [], [], [], []
+    featured, feature_block, feature_offset, out, read, head = [], [], [], [], [], []
     first = 0
     for index, stream in enumerate(streams):
         live = np.arange(*stream.plan.live)
@@ -129,13 +138,17 @@ def _group(reuse, whole, streams, rows, device, block_size, features_per_block) 
             feature_offset.append(slot % features_per_block)
         is_head = np.isin(live, stream.head_positions)
         head.append(first + np.flatnonzero(is_head))
-        out.append(first + np.flatnonzero(is_head | keeps))
+        is_read = live >= stream.response[0]
+        # The last layer's features of prompt rows would feed nobody but those rows.
+        out.append(first + np.flatnonzero(is_head | (keeps & is_read)))
+        read.append(first + np.flatnonzero(is_read))
         first += len(live)
 
     def upload(parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(dtype)).to(device, non_blocking=True)
 
-    out_rows, head_rows = np.concatenate(out), np.concatenate(head)
+    head_rows = np.concatenate(head)
+    last_rows = np.concatenate(out if whole else read if reuse.attention == "delta_v" else [np.arange(first)])
     return Group(
         reuse=reuse,
         whole=whole,
@@ -153,7 +166,8 @@ def _group(reuse, whole, streams, rows, device, block_size, features_per_block) 
         feature_slots=Slots(upload(feature_block), upload(feature_offset)),
         out=upload(out),
         out_lens=[len(part) for part in out],
-        head=upload([np.searchsorted(out_rows, head_rows)] if whole else head),
+        read=upload(read),
+        head=upload([np.searchsorted(last_rows, head_rows)]),
     )
 
 

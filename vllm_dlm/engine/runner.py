@@ -122,7 +122,7 @@ class DenoisingRunner:
     @staticmethod
     def _blank(length: int, heads: np.ndarray) -> Stream:
         plan = StepPlan.dense((0, length))
-        return Stream(Dense(), plan, np.zeros(length, np.int64), heads, np.zeros(0, np.int64))
+        return Stream(Dense(), plan, np.zeros(length, np.int64), heads, np.zeros(0, np.int64), plan.live)
 
     # -- a step ----------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class DenoisingRunner:
             own = table[twin * each : (twin + 1) * each] if reuse.caches else table
             stream = Stream(
                 reuse, plan, state.unconditional() if twin else state.canvas, np.unique(heads[seen]), state.changed,
-                reuse.feature_rows(at.prompt_len, at.length), own[:kv_blocks], own[kv_blocks:],
+                at.response, reuse.feature_rows(at.prompt_len, at.length), own[:kv_blocks], own[kv_blocks:],
             )
             streams.append((stream, request, bool(twin)))
         return streams
