@@ -45,7 +45,7 @@ def main():
         have = distributions()
     if have.get(vllm) != VLLM_VERSION:
         install_vllm(cuda, f"{vllm}=={VLLM_VERSION}")
-    step("Installing vllm_dlm and what its tests need", pip("install", "--editable", f"{ROOT}[test]"))
+    step("Installing vllm_dlm and what its tests and benchmarks need", pip("install", "--editable", f"{ROOT}[test,bench]"))
     if not cuda:
         step(f"Removing {', '.join(MISMATCHED)}", pip("uninstall", "--yes", *MISMATCHED))
 
