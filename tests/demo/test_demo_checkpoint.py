@@ -57,7 +57,8 @@ def test_it_finds_needles_and_only_guesses_without_them(model, filler):
     assert sum(right[16:]) == 0
 
 
-@pytest.mark.parametrize("task", SMALL_TASKS)
+# `follow` is trained on and graded, but not solved (benchmarks/demo/README.md), and so not asked here.
+@pytest.mark.parametrize("task", sorted(set(SMALL_TASKS) - {"follow"}))
 def test_it_solves_small_tasks(model, task):
     rng = np.random.default_rng(21)
     samples = [SMALL_TASKS[task](rng) for _ in range(16)]
