@@ -29,6 +29,7 @@ CURVES = {
     "response interval": [f"dllm_cache:response_interval={n}" for n in (2, 4, 16, 32)],
     "ratio": [f"dllm_cache:transfer_ratio={share}" for share in (0.0, 0.1, 0.5, 1.0)],
     "threshold": [f"dyllm:threshold={tau}" for tau in (0.9, 0.98, 0.99, 0.999)],
+    "whole steps": [f"dyllm:whole_interval={n}" for n in (0, 4, 16)],
     "drift control": [f"dyllm:refresh_interval={n}" for n in (4, 8, 16)],
 }
 

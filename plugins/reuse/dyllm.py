@@ -16,15 +16,18 @@ import torch
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan
 
+#: the official code's constant: every fourth step, and the first four, let the prompt's rows live
+OFFICIAL_INTERVAL = 4
+
 
 @dataclass(frozen=True)
 class DyLLM(Reuse):
     name: ClassVar[str] = "dyllm"
     presets: ClassVar[dict[str, dict]] = {
-        "llada-quality": {"threshold": 0.995},
-        "llada-speed": {"threshold": 0.99},
-        "dream-quality": {"threshold": 0.9975},
-        "dream-speed": {"threshold": 0.995},
+        "llada-quality": {"threshold": 0.995, "whole_interval": OFFICIAL_INTERVAL},
+        "llada-speed": {"threshold": 0.99, "whole_interval": OFFICIAL_INTERVAL},
+        "dream-quality": {"threshold": 0.9975, "whole_interval": OFFICIAL_INTERVAL},
+        "dream-speed": {"threshold": 0.995, "whole_interval": OFFICIAL_INTERVAL},
     }
     features: ClassVar[str] = "context_ffn"
     attention: ClassVar[str] = "delta_v"
@@ -32,14 +35,16 @@ class DyLLM(Reuse):
 
     full_steps: int = 4
     threshold: float = 0.995  # tau
-    whole_interval: int = 4  # every so many steps the prompt's rows live, too; 0: never, and they need no features
+    # Every so many steps the prompt's rows live, too; 0: never, and they need no features. Null: the official
+    # code's 4 in parity mode, else 8, since a long prompt's attention makes each such step cost nearly a dense one.
+    whole_interval: int | None = None
     refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
     parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
     stagger: bool = True  # refreshes of different requests do not share a forward
 
     def __post_init__(self):
         check(self.full_steps >= 1, "full_steps", self.full_steps, "at least 1")
-        check(self.whole_interval >= 0, "whole_interval", self.whole_interval, "at least 0")
+        check((self.whole_interval or 0) >= 0, "whole_interval", self.whole_interval, "at least 0")
         check(self.refresh_interval >= 0, "refresh_interval", self.refresh_interval, "at least 0")
 
     def plan(self, at: Progress) -> StepPlan:
@@ -47,14 +52,21 @@ class DyLLM(Reuse):
         drifted = self.refresh_interval and at.step % self.refresh_interval == 0
         if at.cold or at.step < self.full_steps or drifted:
             return StepPlan.dense(everything, refresh=True)
-        step = at.step + 1  # the official code counts from 1, and its steps up to the interval are whole
-        whole = self.whole_interval and (step % self.whole_interval == 0 or step <= self.whole_interval)
+        step = at.step + 1  # the official code counts from 1, and its first four are whole
+        interval = self._interval
+        whole = interval and (step % interval == 0 or step <= OFFICIAL_INTERVAL)
         live = everything if whole else at.response
         forced = (at.response[0], at.prompt_len)  # Dream's row before the response
         return StepPlan(live, forced, None, live[1] - live[0], refresh=bool(whole))
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
-        return length if self.whole_interval else length - prompt_len
+        return length if self._interval else length - prompt_len
+
+    @property
+    def _interval(self) -> int:
+        if self.whole_interval is None:
+            return OFFICIAL_INTERVAL if self.parity else 2 * OFFICIAL_INTERVAL
+        return self.whole_interval
 
     @property
     def force_changed(self) -> bool:
