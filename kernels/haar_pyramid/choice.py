@@ -1,0 +1,31 @@
+"""Which implementation runs, and the pyramid's top stored as page statistics."""
+
+import torch
+
+from vllm_dlm.kernels.haar_pyramid import cpu
+from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics, spread_of
+
+
+def haar_pyramid(pages: torch.Tensor, page_ids: torch.Tensor, page_size: int, levels: tuple[int, ...]):
+    """Of pages [blocks, Hkv, block_size, 2 * D] those of `page_ids` [n]: for each level b mean and variance of runs
+    of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each."""
+    if pages.is_cuda:
+        from vllm_dlm.kernels.haar_pyramid import triton
+
+        return triton.haar_pyramid(pages, page_ids, page_size, levels)
+    return cpu.haar_pyramid(pages, page_ids, page_size, levels)
+
+
+def store_statistics(pages: torch.Tensor, page_ids: torch.Tensor, statistics: PageStatistics) -> None:
+    """Mean and spread of the named pages from the keys that lie there now. On CUDA ids below 0 are passed over, so
+    that callers need no data-dependent shapes; on CPU callers leave them out."""
+    if pages.is_cuda:
+        from vllm_dlm.kernels.haar_pyramid import triton
+
+        return triton.store_statistics(pages, page_ids, statistics)
+    if len(page_ids):
+        nodes = statistics.mean.shape[2]
+        level = (statistics.page_size // nodes).bit_length() - 1
+        ((mean, variance),) = cpu.haar_pyramid(pages, page_ids, statistics.page_size, (level,))
+        statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
+        statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)

@@ -1,0 +1,24 @@
+"""The pyramid by pairwise sums, in float32."""
+
+import torch
+
+
+def haar_pyramid(pages, page_ids, page_size, levels):
+    """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
+    blocks, kv_heads, block_size, width = pages.shape
+    per_block, dim = block_size // page_size, width // 2
+    runs = pages.view(blocks, kv_heads, per_block, page_size, width)
+    mean = runs[page_ids // per_block, :, page_ids % per_block, :, :dim].float()  # [n, Hkv, P, D]
+    variance = torch.zeros_like(mean[..., :1, :1])
+    out = {0: (mean, variance)}
+    for level in range(1, max(levels) + 1):
+        even, odd = mean[..., 0::2, :], mean[..., 1::2, :]
+        mean = (even + odd) / 2
+        # The detail coefficient of a pair is their difference over the root of 2; half the means' distance
+        # squared is what it adds to the variance of the run.
+        between = ((even - odd) / 2).square_()
+        if level > 1:
+            between += (variance[..., 0::2, :] + variance[..., 1::2, :]) / 2
+        variance = between
+        out[level] = (mean, variance)
+    return [out[level] for level in levels]

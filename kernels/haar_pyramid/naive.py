@@ -1,0 +1,33 @@
+"""The wavelet transform written down, in float64: bands, then means and variances from them."""
+
+import torch
+
+
+def haar_bands(keys: torch.Tensor, levels: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """keys [..., P, D] -> low-pass band [..., P / 2^levels, D] and the detail bands of scales 1 … levels"""
+    low, details = keys, []
+    for _ in range(levels):
+        even, odd = low[..., 0::2, :], low[..., 1::2, :]
+        low = (even + odd) / 2**0.5
+        details.append((even - odd) / 2**0.5)
+    return low, details
+
+
+def haar_pyramid(pages, page_ids, page_size, levels):
+    """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] each"""
+    blocks, kv_heads, block_size, width = pages.shape
+    per_block = block_size // page_size
+    keys = torch.stack(
+        [
+            pages[page // per_block, :, page % per_block * page_size :][:, :page_size, : width // 2].double()
+            for page in page_ids.tolist()
+        ]
+    )  # [n, Hkv, page_size, D]
+    out = []
+    for level in levels:
+        low, details = haar_bands(keys, level)
+        energy = sum(
+            band.square().unflatten(-2, (low.shape[-2], -1)).sum(-2) for band in details
+        )  # of all details below each node
+        out.append((low / 2 ** (level / 2), energy / 2**level if details else torch.zeros_like(low)))
+    return out

@@ -1,0 +1,55 @@
+"""What is kept of a page's keys, by physical page."""
+
+from dataclasses import dataclass
+
+import torch
+
+#: how far a page's keys lie from their mean: one number (root of the summed or of the mean variance of the
+#: channels), one per channel, or the mean variance of each quarter of the channels
+STD_KINDS = ("l2", "rms", "vector", "diag2")
+#: channel groups of "diag2"
+GROUPS = 4
+#: spread of a page nobody has computed statistics of: it is always read
+INVALID = float("inf")
+
+
+@dataclass
+class PageStatistics:
+    """One layer's. n: nodes per page, 1 if the page is described as a whole."""
+
+    mean: torch.Tensor  # [pages, Hkv, n, D] in the keys' dtype
+    spread: torch.Tensor  # [pages, Hkv, n, W] float32; W: 1 for l2 and rms, D for vector, GROUPS for diag2
+    page_size: int
+    std_kind: str
+
+    @classmethod
+    def empty(cls, pages: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
+        """For a cache [blocks, Hkv, block_size, 2 * D]: every page invalid."""
+        blocks, kv_heads, block_size, width = pages.shape
+        count, dim = blocks * (block_size // page_size), width // 2
+        mean = torch.zeros(count, kv_heads, nodes, dim, dtype=pages.dtype, device=pages.device)
+        spread = torch.full((count, kv_heads, nodes, spread_width(std_kind, dim)), INVALID, device=pages.device)
+        return cls(mean, spread, page_size, std_kind)
+
+    @property
+    def nbytes(self) -> int:
+        return self.mean.nbytes + self.spread.nbytes
+
+
+def spread_width(std_kind: str, dim: int) -> int:
+    return {"l2": 1, "rms": 1, "vector": dim, "diag2": GROUPS}[std_kind]
+
+
+def statistics_bytes(kv_heads: int, dim: int, element: int, std_kind: str, nodes: int = 1) -> int:
+    """Of one page in one layer."""
+    return kv_heads * nodes * (dim * element + 4 * spread_width(std_kind, dim))
+
+
+def spread_of(variance: torch.Tensor, std_kind: str) -> torch.Tensor:
+    """Channel variances [..., D] -> [..., W]"""
+    if std_kind == "vector":
+        return variance.sqrt()
+    if std_kind == "diag2":
+        return torch.stack([part.mean(-1) for part in variance.tensor_split(GROUPS, -1)], -1)
+    total = variance.sum(-1, keepdim=True)
+    return (total if std_kind == "l2" else total / variance.shape[-1]).sqrt()

@@ -1,0 +1,20 @@
+"""How much a page of keys promises to a query: UNIQUE's score, mean plus spread.
+
+For a query q and a page with key mean m and spread s, in units of a logit:
+
+    l2, rms   (q · m + lam * |q| * s) / sqrt(d)
+    vector    (q · m + lam * sum_c |q_c| * s_c) / sqrt(d)
+    diag2     q · m / sqrt(d) + lam * sum_g |q_g|^2 * s_g / d     (s_g: mean variance of channel group g)
+
+The score of a page for a key head is the max, the mean, or the sum of
+softmaxes over pages (`softmax_sum`), taken over the heads that share the key
+head and over all queries of the request: they all read the same pages.
+Pages in the first `sink_pages`, from `forced_from` on, and pages without
+statistics score FORCED; those from `num_pages` on -inf; a score that is not a
+number counts as the lowest there is.
+"""
+
+from vllm_dlm.kernels.page_scores.choice import page_scores
+from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST, REDUCTIONS
+
+__all__ = ["FORCED", "LOWEST", "REDUCTIONS", "page_scores"]

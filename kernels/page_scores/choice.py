@@ -1,0 +1,26 @@
+"""Which implementation runs."""
+
+import torch
+
+from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
+
+
+def page_scores(
+    q: torch.Tensor,  # [Tq, H, D], the queries of request after request
+    q_starts: torch.Tensor,  # [B + 1] where each request's queries start
+    statistics: PageStatistics,
+    page_table: torch.Tensor,  # [B, N] physical page of each logical one; anything beyond num_pages must be a page
+    num_pages: torch.Tensor,  # [B]
+    forced_from: torch.Tensor,  # [B] pages from here on are always read
+    sink_pages: int,
+    lam: float,
+    reduce: str,
+) -> torch.Tensor:
+    """-> [B, Hkv, N] float32"""
+    if q.is_cuda:
+        from vllm_dlm.kernels.page_scores import triton as device
+    else:
+        from vllm_dlm.kernels.page_scores import cpu as device
+    return device.page_scores(
+        q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce
+    )

@@ -1,0 +1,13 @@
+"""Which implementation runs."""
+
+import torch
+
+
+def top_pages(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """scores [B, Hkv, N] float32 -> [B, Hkv, k] int32, ascending, -1 at the end where fewer than k pages have a score
+    above -inf. Pages of score -inf must follow all others (they are those beyond the end)."""
+    if scores.is_cuda:
+        from vllm_dlm.kernels.top_pages import triton as device
+    else:
+        from vllm_dlm.kernels.top_pages import cpu as device
+    return device.top_pages(scores, k)
