@@ -7,3 +7,5 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class Selection:
     name: ClassVar[str | None] = None
+    #: also decodes autoregressive models (see vllm_dlm/attention)
+    autoregressive: ClassVar[bool] = False

@@ -104,7 +104,7 @@ class TestOptions:
             ({"reuse": {"name": "dllm_cache", "transfer_ratio": 1.5}}, "transfer_ratio"),
             ({"reuse": {"name": "dyllm", "full_steps": 0}}, "full_steps"),
             ({"decoding": {"steps": 1.5}}, "steps"),
-            ({"selection": {"name": "unique"}}, "unique"),
+            ({"selection": {"name": "keyhole"}}, "unique"),
             ([], "dlm"),
         ],
     )
