@@ -28,6 +28,7 @@ class StepCounts:
     rows_dense: int = 0
     refresh_steps: int = 0
     kv_bytes_read: int = 0
+    kv_bytes_dense: int = 0
 
     def pack(self) -> SpecDecodingStats:
         first = (self.denoising_steps, self.canvas_positions, self.committed_tokens)
@@ -46,6 +47,7 @@ OWN_COUNTERS = {
     "rows_dense": ("vllm:diffusion_num_rows_dense", "Rows that recomputing everything would have taken."),
     "refresh_steps": ("vllm:diffusion_num_refresh_steps", "Steps of a request that refreshed its caches."),
     "kv_bytes_read": ("vllm:diffusion_kv_bytes_read", "Bytes of cached keys and values read (at two bytes each)."),
+    "kv_bytes_dense": ("vllm:diffusion_kv_bytes_dense", "Bytes that the same steps had read without a selection."),
 }
 
 

@@ -34,6 +34,11 @@ class Options:
     reuse: Any
     selection: Any
 
+    @property
+    def caches(self) -> bool:
+        """Keys and values are written to pages: later steps read them, or the selection does in this one."""
+        return self.reuse.caches or self.selection.sparse
+
 
 def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Options:
     """The object of `--dlm-config` / `additional_config["dlm"]`."""

@@ -11,16 +11,17 @@ import torch
 CHUNK = 256
 
 
-def delta_attention(query, key, changed, delta, scale):
-    """query [L, H, D], key [Hkv, N, D], changed [S] key indices, delta [S, Hkv, D] -> [L, H, D]"""
+def delta_attention(query, key, columns, delta, scale):
+    """query [L, H, D], key [Hkv, N, D], columns [Hkv, S, D] the keys whose values moved, delta [S, Hkv, D]
+    -> [L, H, D]"""
     length, heads, dim = query.shape
     kv_heads = key.shape[0]
-    if not len(changed):
+    if not len(delta):
         return torch.zeros_like(query)
     # heads that share a key head are more queries of it: [L, Hkv * G, D] -> [Hkv, G * L, D]
     packed = query.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     lse = log_sum_exp(packed, key, scale)  # [Hkv, G * L]
-    columns, moves = key[:, changed].float().transpose(1, 2), delta.float().transpose(0, 1)
+    columns, moves = columns.float().transpose(1, 2), delta.float().transpose(0, 1)
     parts = []
     for part, norm in zip(packed.split(CHUNK, 1), lse.split(CHUNK, 1), strict=True):
         score = torch.bmm(part.float() * scale, columns)  # [Hkv, chunk, S]

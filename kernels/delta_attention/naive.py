@@ -1,11 +1,13 @@
-"""The definition, in float64: the whole attention matrix, then its changed columns."""
+"""The definition, in float64: each changed key's weight, normalised over all keys, times its value's move."""
 
 import torch
 
 
-def delta_attention(query, key, changed, delta, scale):
-    """query [L, H, D], key [Hkv, N, D], changed [S] key indices, delta [S, Hkv, D] -> [L, H, D]"""
+def delta_attention(query, key, columns, delta, scale):
+    """query [L, H, D], key [Hkv, N, D], columns [Hkv, S, D] the keys whose values moved, delta [S, Hkv, D]
+    -> [L, H, D]"""
     group = query.shape[1] // key.shape[0]
-    keys = key.double().repeat_interleave(group, 0)  # [H, N, D]
-    weight = torch.einsum("lhd,hnd->hln", query.double() * scale, keys).softmax(-1)[..., changed]
+    query_, key_, columns_ = query.double() * scale, *(part.double().repeat_interleave(group, 0) for part in (key, columns))
+    norm = torch.einsum("lhd,hnd->hln", query_, key_).logsumexp(-1, keepdim=True)
+    weight = (torch.einsum("lhd,hsd->hls", query_, columns_) - norm).exp()
     return torch.einsum("hls,shd->lhd", weight, delta.double().repeat_interleave(group, 1)).to(query.dtype)

@@ -29,3 +29,11 @@ def store_statistics(pages: torch.Tensor, page_ids: torch.Tensor, statistics: Pa
         ((mean, variance),) = cpu.haar_pyramid(pages, page_ids, statistics.page_size, (level,))
         statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
         statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)
+
+
+def runs_of(keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of keys that do not lie in pages: [N, Hkv, D] -> mean and variance of the runs of `size` (a power of
+    two) neighbours, [N // size, Hkv, D] float32 each; keys beyond the last whole run are left out."""
+    runs = keys[: len(keys) // size * size].unflatten(0, (-1, size)).transpose(1, 2)  # [R, Hkv, size, D]
+    ((mean, variance),) = cpu.pyramid(runs, (size.bit_length() - 1,))
+    return mean[:, :, 0], variance[:, :, 0]

@@ -8,8 +8,14 @@ def haar_pyramid(pages, page_ids, page_size, levels):
     blocks, kv_heads, block_size, width = pages.shape
     per_block, dim = block_size // page_size, width // 2
     runs = pages.view(blocks, kv_heads, per_block, page_size, width)
-    mean = runs[page_ids // per_block, :, page_ids % per_block, :, :dim].float()  # [n, Hkv, P, D]
-    variance = torch.zeros_like(mean[..., :1, :1])
+    keys = runs[page_ids // per_block, :, page_ids % per_block, :, :dim]  # [n, Hkv, P, D]
+    return pyramid(keys, levels)
+
+
+def pyramid(keys, levels):
+    """keys [..., P, D] -> for each level b: mean and variance of runs of 2^b keys, [..., P / 2^b, D] float32 each"""
+    mean = keys.float()
+    variance = torch.zeros_like(mean[..., :1, :1]).expand_as(mean)
     out = {0: (mean, variance)}
     for level in range(1, max(levels) + 1):
         even, odd = mean[..., 0::2, :], mean[..., 1::2, :]

@@ -14,10 +14,13 @@ project's reading, and fields.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vllm_dlm.kernels.haar_pyramid import STD_KINDS
-from vllm_dlm.kernels.page_scores import REDUCTIONS
+import torch
+
+from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics, runs_of, spread_of, spread_width
+from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
+from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Selection
+from vllm_dlm.plugins.selection.base import Asked, Selection
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Unique(Selection):
     recent_pages: int = 2  # and the last ones
     min_context: int = 8192  # shorter ones are read whole
     dense_layers: tuple[int, ...] = (0, 1)  # these layers read everything
+    select_every: int = 1  # denoising steps that a choice serves; a refresh of the prompt ends it before
 
     def __post_init__(self):
         size = self.page_size
@@ -42,6 +46,7 @@ class Unique(Selection):
         check(self.sink_pages >= 0, "sink_pages", self.sink_pages, "at least 0")
         check(self.recent_pages >= 1, "recent_pages", self.recent_pages, "at least 1: the last page may be unfinished")
         check(self.min_context >= 0, "min_context", self.min_context, "at least 0")
+        check(self.select_every >= 1, "select_every", self.select_every, "at least 1")
         least = (self.sink_pages + self.recent_pages + 1) * size
         check(
             self.budget_tokens >= least, "budget_tokens", self.budget_tokens,
@@ -51,3 +56,41 @@ class Unique(Selection):
     @property
     def budget_pages(self) -> int:
         return self.budget_tokens // self.page_size
+
+    # -- the prompt of a diffusion model ---------------------------------------------------
+
+    @property
+    def unit(self) -> int:
+        return self.page_size
+
+    def applies(self, prompt_len: int, length: int) -> bool:
+        return length >= self.min_context and prompt_len // self.page_size > self.budget_pages
+
+    def summary_rows(self, prompt_len: int) -> int:
+        return prompt_len // self.page_size
+
+    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
+        mean, variance = runs_of(keys, self.page_size)  # [R, Hkv, D]
+        spread = spread_of(variance, self.std_kind)
+        row = torch.zeros(*mean.shape[:2], 2 * mean.shape[2], dtype=keys.dtype, device=keys.device)
+        row[..., : mean.shape[2]] = mean
+        row[..., mean.shape[2] :][..., : spread.shape[2]] = spread
+        return row
+
+    def choose(self, asked: Asked) -> tuple[torch.Tensor, int]:
+        count, _, width = asked.summary.shape
+        dim = width // 2
+        spread = asked.summary[..., dim:][..., : spread_width(self.std_kind, dim)]
+        # The prompt's end counts as recent. Its unfinished page is read anyway.
+        forced_from = max(0, -(-asked.prompt_len // self.page_size) - self.recent_pages)
+        device = asked.q.device
+        scores = page_scores(
+            asked.q, torch.tensor([0, len(asked.q)], device=device),
+            PageStatistics(asked.summary[:, :, None, :dim], spread.float()[:, :, None], self.page_size, self.std_kind),
+            torch.arange(count, device=device)[None], torch.tensor([count], device=device),
+            torch.tensor([forced_from], device=device), self.sink_pages, self.lam, self.reduce,
+        )  # fmt: skip
+        return top_pages(scores, min(self.budget_pages, count))[0], count
+
+    def keeps(self, steps: int) -> bool:
+        return steps % self.select_every != 0

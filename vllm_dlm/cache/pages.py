@@ -36,6 +36,15 @@ class Pages:
         """-> [T, Hkv, D]"""
         return self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, self.head_dim :]
 
+    def read(self, layer: int, slots: Slots) -> torch.Tensor:
+        """Keys and values, [T, Hkv, 2 * D]"""
+        return self.layers[layer].transpose(1, 2)[slots.block, slots.offset]
+
+    def read_heads(self, layer: int, slots: Slots) -> torch.Tensor:
+        """Keys where each head has slots of its own, [Hkv, m] -> [Hkv, m, D]"""
+        head = torch.arange(len(slots.block), device=slots.block.device)[:, None]
+        return self.layers[layer][slots.block, head, slots.offset, : self.head_dim]
+
     def _features(self, layer: int, width: int) -> torch.Tensor:
         blocks = self.layers[layer].flatten(1)  # [blocks, elements]
         rows = blocks.shape[1] // width

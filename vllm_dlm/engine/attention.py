@@ -72,10 +72,10 @@ class CanvasAttention:
         parts = zip(
             q.split(self.q_lens), tables, self.kv_lens, changed.split(counts), moved.split(counts), strict=True
         )
-        added = [
-            delta_attention(query, gather(pages, table, length)[0], positions, values, self.scale)
-            for query, table, length, positions, values in parts
-        ]
+        added = []
+        for query, table, length, positions, values in parts:
+            keys = gather(pages, table, length)[0]
+            added.append(delta_attention(query, keys, keys[:, positions], values, self.scale))
         return torch.cat(added).flatten(1)
 
     def _cumulative(self, name: str, lengths: list[int], device) -> torch.Tensor:

@@ -16,15 +16,20 @@ class Counts:
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("value", "query", "key", "output", "feed_forward"), 0))
     pairs: int = 0  # query rows x keys
     keys_read: int = 0  # keys (with their values) read back from pages
+    keys_dense: int = 0  # those that would have been read without a selection
+    keys_scored: int = 0  # means a selection compared with queries
+    summaries: int = 0  # means it took
     head_rows: int = 0
 
     def projected(self, phase: str, rows: int) -> None:
         self.rows[phase] += rows
 
-    def attended(self, q_lens: list[int], kv_lens: list[int], read: bool) -> None:
+    def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
+        """`kv_lens` are the keys each canvas sees, `dense` those there are, if that is more."""
         self.pairs += sum(q * kv for q, kv in zip(q_lens, kv_lens, strict=True))
         if read:
             self.keys_read += sum(kv for q, kv in zip(q_lens, kv_lens, strict=True) if q)
+            self.keys_dense += sum(kv for q, kv in zip(q_lens, dense or kv_lens, strict=True) if q)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class ModelShape:
             + 2 * q * counts.pairs + self.hidden * self.vocabulary * counts.head_rows
         )
 
-    def kv_bytes(self, counts: Counts, element: int = 2) -> int:
-        return counts.keys_read * 2 * self.kv_heads * self.head_dim * element
+    def kv_bytes(self, keys: int, element: int = 2) -> int:
+        return keys * 2 * self.kv_heads * self.head_dim * element
 
     def predict(self, plan: StepPlan, length: int, head_rows: int, selects: str | None, kept: int = 0) -> Counts:
         """Counts of one canvas's step. Threshold policies are predicted at their most: every live row."""

@@ -61,11 +61,79 @@ class LayerStep:
 
     # -- shared pieces ---------------------------------------------------------------------
 
-    def attend_pages(self, group: Group, q: torch.Tensor, q_lens: list[int]) -> torch.Tensor:
-        """Queries of canvas after canvas over all cached keys of their canvas -> [Tq, H * D]"""
+    def selects(self, group: Group) -> bool:
+        """Whether the group's responses see only part of their canvas in this layer."""
+        return bool(group.views) and not group.views[0].sees_all(self.index)
+
+    def attend(self, group: Group, q, k, v, rows, q_lens: list[int]) -> torch.Tensor:
+        """Queries of canvas after canvas over this step's keys -> [Tq, H * D]"""
+        if group.filtered and self.selects(group):
+            return self._in_view(group, q, rows, q_lens)
+        self.counts.attended(q_lens, group.kv_lens, read=False)
+        return CanvasAttention(q_lens, group.kv_lens, self.scale)(q, k, v)
+
+    def attend_pages(self, group: Group, q: torch.Tensor, rows, q_lens: list[int]) -> torch.Tensor:
+        """Queries of canvas after canvas over the cached keys of their canvas -> [Tq, H * D]"""
+        if self.selects(group):
+            return self._in_view(group, q, rows, q_lens)
         self.counts.attended(q_lens, group.kv_lens, read=True)
         attend = CanvasAttention(q_lens, group.kv_lens, self.scale)
         return attend.over_pages(q, self.pages.layers[self.index], group.tables)
+
+    def _in_view(self, group: Group, q: torch.Tensor, rows, q_lens: list[int]) -> torch.Tensor:
+        """Rows of the prompt see everything, those of the response what their canvas's view shows them."""
+        out, pages = torch.empty_like(q), self.pages.layers[self.index]
+        for canvas, (prompt, response) in enumerate(self._parts(group, rows, q_lens)):
+            length, table = group.kv_lens[canvas], group.tables[canvas]
+            if (count := prompt.stop - prompt.start) > 0:
+                self.counts.attended([count], [length], read=True)
+                over = CanvasAttention([count], [length], self.scale).over_pages(q[prompt], pages, [table])
+                out[prompt] = over.view_as(out[prompt])
+            voters = group.voters[rows][response]
+            view = group.views[canvas]
+            out[response] = view.attend(self.index, self.pages, q[response], voters, self.scale, self.counts)
+        return out.flatten(1)
+
+    def _parts(self, group: Group, rows, q_lens: list[int]) -> list[tuple[slice, slice]]:
+        """Where each canvas's queries lie, prompt and response apart."""
+        if any(group.prompt_rows):
+            before = group.positions[rows] < torch.tensor(group.response_starts, device=rows.device)[group.canvas[rows]]
+            prompts = torch.bincount(group.canvas[rows][before], minlength=len(q_lens)).tolist()
+        else:
+            prompts = [0] * len(q_lens)
+        parts, start = [], 0
+        for count, prompt in zip(q_lens, prompts, strict=True):
+            parts.append((slice(start, start + prompt), slice(start + prompt, start + count)))
+            start += count
+        return parts
+
+    def add_moved(self, group: Group, q: torch.Tensor, rows, q_lens, changed: torch.Tensor, moved) -> torch.Tensor:
+        """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [Tq, H * D]"""
+        counts, positions = group.split_counts(changed), group.positions[changed]
+        pages = self.pages.layers[self.index]
+        if not self.selects(group):
+            self.counts.attended(q_lens, group.kv_lens, read=True)
+            attend = CanvasAttention(q_lens, group.kv_lens, self.scale)
+            return attend.delta_over_pages(q, pages, group.tables, positions, moved, counts)
+        out = torch.empty_like(q)
+        own = zip(self._parts(group, rows, q_lens), positions.split(counts), moved.split(counts), strict=True)
+        for canvas, ((prompt, response), where, values) in enumerate(own):
+            length, table = group.kv_lens[canvas], group.tables[canvas]
+            if (count := prompt.stop - prompt.start) > 0:
+                self.counts.attended([count], [length], read=True)
+                over = CanvasAttention([count], [length], self.scale)
+                added = over.delta_over_pages(q[prompt], pages, [table], where, values, [len(where)])
+                out[prompt] = added.view_as(out[prompt])
+            voters = group.voters[rows][response]
+            out[response] = group.views[canvas].delta(
+                self.index, self.pages, q[response], voters, where, values, self.scale, self.counts
+            )
+        return out.flatten(1)
+
+    def refresh_views(self, group: Group, k: torch.Tensor) -> None:
+        """Every row's keys are new: the selections describe their prompts again."""
+        for view, keys in zip(group.views, k.split(group.live_lens), strict=False):
+            view.refresh(self.index, self.pages, keys[: view.prompt_len], self.counts)
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """Cosine of rows over all heads of all ranks, in float32: [T, …] x 2 -> [T]"""
@@ -96,11 +164,11 @@ def dense(at: LayerStep, group: Group, x, h, rope) -> Step:
     v = yield (h,)
     q = yield (h[rows], *(part[rows] for part in rope))
     k = yield (h, *rope)
-    if group.reuse.caches:
+    if group.tables:
         at.pages.write_values(at.index, group.slots, v)
         at.pages.write_keys(at.index, group.slots, k)
-    at.counts.attended(q_lens, group.kv_lens, read=False)
-    context = CanvasAttention(q_lens, group.kv_lens, at.scale)(q, k, v)
+        at.refresh_views(group, k)
+    context = at.attend(group, q, k, v, group.out if at.last else everything(group), q_lens)
     output = yield (context,)
     x = x[rows] + output
     ffn = yield (x,)
@@ -129,7 +197,7 @@ def exact_rows(at: LayerStep, group: Group, x, h, rope) -> Step:
     k = yield (pick(h, rows, group), *(pick(part, rows, group) for part in rope))
     at.pages.write_values(at.index, group.slots[looked_at], v)
     at.pages.write_keys(at.index, group.slots[rows], k)
-    context = at.attend_pages(group, q, group.split_counts(rows))
+    context = at.attend_pages(group, q, rows, group.split_counts(rows))
     output = yield (context,)
     x_rows = pick(x, rows, group) + output
     ffn = yield (x_rows,)
@@ -153,7 +221,8 @@ def delta_v(at: LayerStep, group: Group, x, h, rope) -> Step:
     reuse, split = group.reuse, at.context_width
     width = split + x.shape[1]
     if at.index == 0:
-        group.salient = group.forced | group.changed
+        # A context is the sum over what was visible: where that changes, it is made anew.
+        group.salient = group.forced | group.changed | group.fresh
     changed = group.salient.nonzero()[:, 0]
     # What the prompt's rows become in the last layer is read by nobody.
     rows = group.read if at.last else everything(group)
@@ -171,17 +240,13 @@ def delta_v(at: LayerStep, group: Group, x, h, rope) -> Step:
     if len(kept) < len(rows):  # the others are recomputed in every layer
         cached = torch.zeros(len(rows), width, dtype=x.dtype, device=x.device).index_copy_(0, kept, cached)
     old, ffn = cached.split([split, x.shape[1]], 1)
-    counts = group.split_counts(changed)
-    at.counts.attended(q_lens, group.kv_lens, read=True)
-    pages, attend = at.pages.layers[at.index], CanvasAttention(q_lens, group.kv_lens, at.scale)
-    context = old + attend.delta_over_pages(q, pages, group.tables, group.positions[changed], moved, counts)
+    context = old + at.add_moved(group, q, rows, q_lens, changed, moved)
     exact = changed[torch.isin(changed, rows)] if at.last else changed
     place = torch.searchsorted(rows, exact)
-    attend = CanvasAttention(group.split_counts(exact), group.kv_lens, at.scale)
-    context[place] = attend.over_pages(q[place], pages, group.tables)
+    context[place] = at.attend_pages(group, q[place], exact, group.split_counts(exact))
 
     similarity = torch.ones(len(x), device=x.device).index_copy_(0, rows, at.similarity(context, old))
-    group.salient = reuse.select_post(group, similarity)
+    group.salient = reuse.select_post(group, similarity) | group.fresh
     salient = group.salient[rows].nonzero()[:, 0]
     output = yield (context,)
     x = pick(x, rows, group) + output

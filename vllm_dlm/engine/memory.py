@@ -1,7 +1,7 @@
 """Which blocks of vLLM's pool a request needs.
 
-Keys and values of each canvas, and the features a reuse policy keeps, come
-from the same blocks: one pool to admit by, to free and to count. A block
+Keys and values of each canvas, the features a reuse policy keeps and the
+summaries of a selection come from the same blocks: one pool to admit by, to free and to count. A block
 holds `block_size` positions of K and V, or as many feature rows as fit into
 the same bytes.
 """
@@ -42,14 +42,17 @@ class BlockShape:
     def features_per_block(self, features: str) -> int:
         return self.elements // max(self.feature_width(features), 1)
 
-    def blocks(self, options: Options, prompt_len: int, length: int) -> tuple[int, int]:
-        """(blocks of keys and values, blocks of features) of one canvas."""
-        reuse = options.reuse
+    def blocks(self, options: Options, prompt_len: int, length: int) -> tuple[int, int, int]:
+        """(blocks of keys and values, of features, of a selection's summaries) of one canvas."""
+        reuse, selection = options.reuse, options.selection
         rows = reuse.feature_rows(prompt_len, length)
         kv_blocks = -(-length // self.block_size)
-        return kv_blocks, -(-rows // self.features_per_block(reuse.features)) if rows else 0
+        features = -(-rows // self.features_per_block(reuse.features)) if rows else 0
+        # a summary fills the slots of one key and its value
+        summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
+        return kv_blocks, features, -(-summaries // self.block_size)
 
     def tokens(self, options: Options, prompt_len: int, length: int) -> int:
         """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""
-        streams = 2 if options.decoding.cfg_scale > 0 and options.reuse.caches else 1
+        streams = 2 if options.decoding.cfg_scale > 0 and options.caches else 1
         return streams * sum(self.blocks(options, prompt_len, length)) * self.block_size

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_dlm.engine.visible import View
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.reuse.base import Progress
@@ -54,6 +55,7 @@ class Denoising:
     changed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by the last commit
     quotas: list[int] = field(default_factory=list)  # of the current block
     filled: int = 0  # positions filled since the current block was opened
+    views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
 
     @classmethod
     def start(

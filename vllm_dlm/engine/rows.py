@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vllm_dlm.cache.pages import Slots
+from vllm_dlm.engine.visible import View
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
 
 
@@ -29,6 +30,9 @@ class Stream:
     feature_rows: int = 0  # the last so many positions keep features
     kv_table: np.ndarray | None = None  # block ids, in order
     feature_table: np.ndarray | None = None
+    view: View | None = None  # what a selection lets the response see; None: everything
+    filtered: bool = False  # even where every row is recomputed
+    chooses: bool = False  # the view changes in this step
 
     @property
     def whole(self) -> bool:
@@ -36,7 +40,7 @@ class Stream:
 
     @property
     def kind(self) -> tuple:
-        return self.reuse, self.whole
+        return self.reuse, self.whole, self.filtered, self.view and self.view.selection
 
     @property
     def num_rows(self) -> int:
@@ -49,11 +53,17 @@ class Group:
 
     reuse: Reuse
     whole: bool
+    filtered: bool
+    views: list[View]  # of the canvases; none, if they see everything
     rows: slice  # of the forward's packed rows
     positions: torch.Tensor  # [T]
     canvas: torch.Tensor  # [T] index of the row's canvas within the group
     forced: torch.Tensor  # [T] bool
     changed: torch.Tensor  # [T] bool
+    voters: torch.Tensor  # [T] bool: rows from which a token is to be read
+    fresh: torch.Tensor  # [T] bool: rows whose visible keys change in this step
+    prompt_rows: list[int]  # live rows of each canvas before its response
+    response_starts: list[int]
     budgets: torch.Tensor  # [canvases]
     live_lens: list[int]
     kv_lens: list[int]
@@ -103,19 +113,20 @@ def pack(streams: list[Stream], device, block_size: int, features_per_block) -> 
     ids = np.concatenate([s.token_ids[slice(*s.plan.live)] for s in streams])
     positions = np.concatenate([np.arange(*s.plan.live) for s in streams])
     groups, start = [], 0
-    for (reuse, whole), members in groupby(streams, key=lambda s: s.kind):
+    for (reuse, *_), members in groupby(streams, key=lambda s: s.kind):
         members = list(members)
         count = sum(s.num_rows for s in members)
         groups.append(
-            _group(reuse, whole, members, slice(start, start + count), device, block_size, features_per_block(reuse))
+            _group(reuse, members, slice(start, start + count), device, block_size, features_per_block(reuse))
         )
         start += count
     both = torch.from_numpy(np.stack([ids, positions])).to(device, non_blocking=True)
     return Packed(both[0], both[1], groups)
 
 
-def _group(reuse, whole, streams, rows, device, block_size, features_per_block) -> Group:
-    columns = {name: [] for name in ("position", "canvas", "forced", "changed", "block", "offset")}
+def _group(reuse, streams, rows, device, block_size, features_per_block) -> Group:
+    whole, cached = streams[0].whole, streams[0].kv_table is not None
+    columns = {name: [] for name in ("position", "canvas", "forced", "changed", "voter", "fresh", "block", "offset")}
     featured, feature_block, feature_offset, out, read, head = [], [], [], [], [], []
     first = 0
     for index, stream in enumerate(streams):
@@ -128,7 +139,7 @@ def _group(reuse, whole, streams, rows, device, block_size, features_per_block) 
         columns["changed"].append(changed)
         forced = (live >= stream.plan.forced[0]) & (live < stream.plan.forced[1])
         columns["forced"].append(forced | changed if reuse.force_changed else forced)
-        if reuse.caches:
+        if cached:
             columns["block"].append(stream.kv_table[live // block_size])
             columns["offset"].append(live % block_size)
         if stream.feature_rows:
@@ -139,6 +150,8 @@ def _group(reuse, whole, streams, rows, device, block_size, features_per_block) 
         is_head = np.isin(live, stream.head_positions)
         head.append(first + np.flatnonzero(is_head))
         is_read = live >= stream.response[0]
+        columns["voter"].append(is_head)
+        columns["fresh"].append(is_read & stream.chooses)
         # The last layer's features of prompt rows would feed nobody but those rows.
         out.append(first + np.flatnonzero(is_head | (keeps & is_read)))
         read.append(first + np.flatnonzero(is_read))
@@ -152,15 +165,21 @@ def _group(reuse, whole, streams, rows, device, block_size, features_per_block) 
     return Group(
         reuse=reuse,
         whole=whole,
+        filtered=streams[0].filtered,
+        views=[stream.view for stream in streams if stream.view],
         rows=rows,
         positions=upload(columns["position"]),
         canvas=upload(columns["canvas"]),
         forced=upload(columns["forced"], np.bool_),
         changed=upload(columns["changed"], np.bool_),
+        voters=upload(columns["voter"], np.bool_),
+        fresh=upload(columns["fresh"], np.bool_),
+        prompt_rows=[max(0, s.response[0] - s.plan.live[0]) for s in streams],
+        response_starts=[s.response[0] for s in streams],
         budgets=upload([np.array([_budget(stream) for stream in streams])]),
         live_lens=[stream.num_rows for stream in streams],
         kv_lens=[len(stream.token_ids) for stream in streams],
-        tables=[torch.from_numpy(s.kv_table).to(device) for s in streams] if reuse.caches else [],
+        tables=[torch.from_numpy(s.kv_table).to(device) for s in streams] if cached else [],
         slots=Slots(upload(columns["block"]), upload(columns["offset"])),
         featured=upload(featured),
         feature_slots=Slots(upload(feature_block), upload(feature_offset)),

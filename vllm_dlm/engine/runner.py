@@ -27,6 +27,7 @@ from vllm_dlm.engine.head import Head, HeadRequest
 from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.rows import Stream, pack, split
+from vllm_dlm.engine.visible import View
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.options import request_options
 from vllm_dlm.plugins.reuse.base import StepPlan
@@ -174,7 +175,7 @@ class DenoisingRunner:
     def _denoise(self, states: list[Denoising], counts: Counts) -> list[HeadRequest]:
         streams = [stream for state in states for stream in self._streams(state)]
         # Canvases treated alike stand together, so that they share a group of rows.
-        order = sorted(range(len(streams)), key=lambda i: (repr(streams[i][0].reuse), streams[i][0].whole))
+        order = sorted(range(len(streams)), key=lambda i: repr(streams[i][0].kind))
         hidden = self._forward([streams[i][0] for i in order], counts)
         start = 0
         for i in order:
@@ -200,17 +201,34 @@ class DenoisingRunner:
         seen = (heads >= plan.live[0]) & (heads < plan.live[1])
         positions = positions[seen]
         request = HeadRequest(state, positions, rows=None, guide_rows=None)
-        kv_blocks, feature_blocks = self.shape.blocks(state.options, at.prompt_len, at.length)
-        table, each = self.tables[state.req_id], kv_blocks + feature_blocks
+        kv_blocks, feature_blocks, summary_blocks = self.shape.blocks(state.options, at.prompt_len, at.length)
+        table, each = self.tables[state.req_id], kv_blocks + feature_blocks + summary_blocks
+        caches = state.options.caches
         streams = []
         for twin in range(state.streams):
-            own = table[twin * each : (twin + 1) * each] if reuse.caches else table
+            own = table[twin * each : (twin + 1) * each] if caches else table
+            kv_table, feature_table, summary_table = np.split(own, [kv_blocks, kv_blocks + feature_blocks])
+            if twin not in state.views:
+                state.views[twin] = self._view(state, kv_table, summary_table)
+            view = state.views[twin]
+            filtered = view is not None and not reuse.caches and not at.cold
+            chooses = view is not None and (filtered or not plan.whole(at.length)) and view.step_begins()
             stream = Stream(
                 reuse, plan, state.unconditional() if twin else state.canvas, np.unique(heads[seen]), state.changed,
-                at.response, reuse.feature_rows(at.prompt_len, at.length), own[:kv_blocks], own[kv_blocks:],
+                at.response, reuse.feature_rows(at.prompt_len, at.length), kv_table if caches else None,
+                feature_table, view, filtered, chooses,
             )
             streams.append((stream, request, bool(twin)))
         return streams
+
+    def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
+        selection = state.options.selection
+        if not selection.applies(state.prompt_len, len(state)):
+            return None
+        tables = (torch.from_numpy(table).to(self.device) for table in (kv_table, summary_table))
+        # What delta_v adds to cached contexts holds only as long as they are of the same keys.
+        frozen = state.options.reuse.attention == "delta_v"
+        return View(selection, state.prompt_len, len(state), self.shape.block_size, *tables, frozen)
 
     def _forward(self, streams: list[Stream], counts: Counts) -> torch.Tensor:
         def features_per_block(reuse):

@@ -213,7 +213,8 @@ class DenoisingScheduler(Scheduler):
                 canvas.stepped()
         if (counts := getattr(model_runner_output, "counts", None)) is not None:
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
-            self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts)
+            self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
+            self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], **kwargs):

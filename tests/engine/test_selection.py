@@ -1,0 +1,204 @@
+"""Selections over cached prompts: exact where everything is kept, batch-invariant, and equal to masks in float64."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engine.test_invariance import tokens
+from tests.engine.test_reuse import CHECKPOINTS, POLICIES
+from tests.engine.test_reuse_golden import runner_of
+from vllm_dlm.cache.pages import Pages
+from vllm_dlm.engine.costs import Counts
+from vllm_dlm.engine.visible import View
+from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
+from vllm_dlm.plugins.selection.base import Selection
+from vllm_dlm.plugins.selection.unique import Unique
+
+SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
+SELECTIONS = {"unique": SMALL, "unique/dense_layers": SMALL | {"dense_layers": [0]}, "unique/held": SMALL | {"select_every": 3}}
+
+
+def requests(count=24, longest=120):
+    rng = random.Random(3)
+    for index in range(count):
+        length = rng.randint(8, 40)
+        extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
+        if index % 6 == 2:
+            extra["dlm_cfg_scale"] = 0.5
+        params = SamplingParams(
+            temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            extra_args=extra,
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(90, longest))]}, params
+
+
+def engine(engines, checkpoint, selection, **settings):
+    return engines(checkpoint, additional_config={"dlm": {"selection": selection}}, **settings)
+
+
+class Counted:
+    """What the runner counts while it is inside."""
+
+    def __init__(self, llm):
+        self.runner = runner_of(llm)
+
+    def __enter__(self):
+        self.steps, self.denoise = [], self.runner._denoise
+        self.runner._denoise = lambda states, counts: (self.steps.append(counts), self.denoise(states, counts))[1]
+        return self
+
+    def __exit__(self, *_):
+        self.runner._denoise = self.denoise
+
+    def total(self, field):
+        return sum(getattr(counts, field) for counts in self.steps)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
+    llm = engine(engines, checkpoint, SELECTIONS[selection])
+    given = list(requests())
+    with Counted(llm) as counted:
+        together = tokens(llm, given)
+    assert together == [tokens(llm, [request])[0] for request in given]
+    assert 0 < counted.total("keys_read") < counted.total("keys_dense")
+    assert counted.total("keys_scored") > 0 and counted.total("summaries") > 0
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_keeping_every_page_is_the_host_policy(engines, checkpoint, monkeypatch):
+    """The sparse path itself, not the way around it: every page is chosen and read as chosen pages are."""
+    given = [(prompt, params) for prompt, params in requests()]
+    for _, params in given:
+        params.temperature = 0.0
+    want = tokens(engines(checkpoint), given)
+    llm = engine(engines, checkpoint, SMALL | {"budget_tokens": 4096})
+    with Counted(llm) as counted:
+        assert tokens(llm, given) == want
+    assert counted.total("keys_scored") == 0  # nothing to choose from, so nothing is chosen
+    monkeypatch.setattr(Unique, "applies", lambda self, prompt_len, length: True)
+    # all stays visible, so no cached context has to be made anew
+    begins = View.step_begins
+    monkeypatch.setattr(View, "step_begins", lambda self: begins(self) and False)
+    with Counted(llm) as counted:
+        assert tokens(llm, given) == want
+    assert counted.total("keys_scored") > 0
+
+
+def test_short_canvases_are_dense(engines):
+    llm = engine(engines, "llada-tiny", SMALL | {"min_context": 200})
+    given = list(requests(8))
+    with Counted(llm) as counted:
+        assert tokens(llm, given) == tokens(engines("llada-tiny"), given)
+    assert counted.total("keys_scored") == 0
+
+
+def test_freed_blocks_do_not_leak(engines):
+    """With few blocks every request gets those of others, full of NaN."""
+    llm = engine(engines, "llada-tiny", SMALL)
+    tight = engine(engines, "llada-tiny", SMALL, num_gpu_blocks_override=15)
+    for cache in runner_of(tight).kv_caches:
+        cache.fill_(torch.nan)
+    given = list(requests(16))
+    assert tokens(tight, given) == tokens(llm, given)
+
+
+# -- one view against masks over the whole canvas ---------------------------------------------
+
+
+def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32, block_size=32, frozen=False):
+    generator = torch.Generator().manual_seed(0)
+    blocks = -(-length // block_size)
+    order = torch.randperm(2 * blocks + 4, generator=generator)
+    pages = Pages([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
+    kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
+    view = View(selection, prompt_len, length, block_size, order[:blocks], order[blocks : 2 * blocks], frozen)
+    slots = view._positions(torch.arange(length))
+    pages.write_keys(0, slots, kv[..., :dim])
+    pages.write_values(0, slots, kv[..., dim:])
+    view.refresh(0, pages, kv[:prompt_len, :, :dim], Counts())
+    q = torch.randn(3, 2 * kv_heads, dim, generator=generator)
+    return view, pages, kv, q
+
+
+def seen_keys(view: View, kv_heads: int) -> torch.Tensor:
+    """[Hkv, N] bool, from what was chosen"""
+    unit = torch.arange(view.length) // view.selection.unit
+    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0]])
+    return chosen | (unit >= view.free)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("std_kind", ["l2", "rms", "vector", "diag2"])
+def test_view_is_a_mask(std_kind, reduce):
+    selection = Unique(page_size=16, budget_tokens=96, min_context=0, dense_layers=(), std_kind=std_kind, reduce=reduce)
+    view, pages, kv, q = view_of(selection)
+    counts = Counts()
+    got = view.attend(0, pages, q, torch.ones(3, dtype=torch.bool), 0.2, counts)
+
+    runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
+    mean, variance = runs.mean(1), runs.var(1, correction=0)
+    spread = {
+        "l2": lambda: variance.sum(-1, keepdim=True).sqrt(), "rms": lambda: variance.mean(-1, keepdim=True).sqrt(),
+        "vector": variance.sqrt, "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
+    }[std_kind]()  # fmt: skip
+    from vllm_dlm.kernels.haar_pyramid import PageStatistics
+
+    scores = naive.page_scores(
+        q, torch.tensor([0, 3]), PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),
+        torch.arange(12)[None], torch.tensor([12]), torch.tensor([13 - selection.recent_pages]), 1, 0.5, reduce,
+    )  # fmt: skip
+    want_pages = scores[0].sort(descending=True, stable=True)[1][:, :6].sort()[0]
+    assert torch.equal(view.chosen[0].long(), want_pages)
+
+    mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]  # [H, 1, N]
+    keys, values = (part.double().repeat_interleave(2, 1) for part in kv.split(32, -1))
+    weight = (torch.einsum("lhd,nhd->hln", q.double(), keys) * 0.2).masked_fill(~mask, -torch.inf).softmax(-1)
+    want = torch.einsum("hln,nhd->lhd", weight, values)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-6)
+    assert counts.keys_read < counts.keys_dense == 231
+
+
+def test_moved_values_add_what_a_mask_lets_through():
+    view, pages, kv, q = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)
+    changed = torch.tensor([5, 60, 130, 210, 230])
+    moved = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
+    got = view.delta(0, pages, q, torch.ones(3, dtype=torch.bool), changed, moved, 0.2, Counts())
+    mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]
+    assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
+    keys = kv[..., :32].double().repeat_interleave(2, 1)
+    weight = (torch.einsum("lhd,nhd->hln", q.double(), keys) * 0.2).masked_fill(~mask, -torch.inf).softmax(-1)
+    want = torch.einsum("hls,shd->lhd", weight[..., changed], moved.double().repeat_interleave(2, 1))
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-6)
+
+
+def test_choices_last_as_long_as_they_should():
+    view, pages, kv, q = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=(), select_every=2))
+    voters = torch.ones(3, dtype=torch.bool)
+    chose = []
+    for step in range(6):
+        chose.append(view.step_begins())
+        view.attend(0, pages, q * (-1) ** step, voters, 0.2, Counts())
+    assert chose == [True, False] * 3
+    view.refresh(0, pages, kv[:200, :, :32], Counts())
+    assert view.step_begins() and not view.chosen
+    frozen = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)[0]
+    assert frozen.step_begins()
+    frozen.chosen[0] = torch.zeros(2, 4, dtype=torch.int32)
+    assert not any(frozen.step_begins() for _ in range(5))
+
+
+def test_memory_of_summaries_is_asked_for(engines):
+    llm = engine(engines, "llada-tiny", SMALL)
+    shape = runner_of(llm).shape
+    from vllm_dlm.options import request_options
+
+    options = request_options(runner_of(llm).options, {})
+    kv, features, summaries = shape.blocks(options, 2000, 2100)
+    assert (features, summaries) == (0, -(-(2000 // 16) // shape.block_size))
+    assert shape.tokens(options, 2000, 2100) == (kv + summaries) * shape.block_size
+    assert np.array_equal(shape.blocks(options, 40, 60), (-(-60 // shape.block_size), 0, 0))
