@@ -1,0 +1,80 @@
+"""What training and serving must agree on, kept in the model's config."""
+
+from dataclasses import asdict, dataclass, fields
+
+from vllm_dlm.kernels.soft_page_attention import Gate
+from vllm_dlm.plugins.selection.unique import Unique
+
+#: name of the config's entry
+KEY = "unique"
+
+
+@dataclass(frozen=True)
+class PageSparsity:
+    """The fields of serving's `unique` selection, then those of the mask that trains it."""
+
+    budget_tokens: int = 2048
+    page_size: int = 64
+    lam: float = 0.5
+    std_kind: str = "l2"
+    reduce: str = "max"
+    sink_pages: int = 1
+    recent_pages: int = 2
+    min_context: int = 0  # unlike serving's default: a mask that never applies teaches nothing
+    dense_layers: tuple[int, ...] = (0, 1)
+
+    temperature: float = 1.0  # in units of a logit
+    hard: bool = False  # train on the mask of serving; outside of training it always is that
+    query_block: int = 0  # bidirectional queries that choose together; 0: all of the response
+
+    def __post_init__(self):
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        Unique(**self.serving())  # refuses what serving would refuse
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature!r} is not valid, it must be above 0; see `hard`")
+        if self.query_block < 0:
+            raise ValueError(f"query_block: {self.query_block!r} is not valid, it must be at least 0")
+
+    def serving(self) -> dict:
+        known = {field.name for field in fields(Unique)}
+        return {name: value for name, value in asdict(self).items() if name in known}
+
+    def gate(self, causal: bool, training: bool, dense: bool = False) -> Gate:
+        return Gate(
+            page_size=self.page_size,
+            budget_pages=1 << 40 if dense else self.budget_tokens // self.page_size,
+            lam=self.lam,
+            std_kind=self.std_kind,
+            reduce=self.reduce,
+            sink_pages=self.sink_pages,
+            recent_pages=self.recent_pages,
+            min_context=self.min_context,
+            temperature=0.0 if self.hard or not training else self.temperature,
+            causal=causal,
+            query_block=self.query_block,
+        )
+
+
+def configs_of(model) -> list:
+    """The config that is saved, and the one the text layers look at."""
+    config = model.config
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def configure(model, settings: PageSparsity | None = None, **changes) -> PageSparsity:
+    """Gives `model` these settings, or changes single ones. Takes effect with the next forward."""
+    settings = settings or settings_of(model.config)
+    values = asdict(settings) | changes
+    PageSparsity(**values)
+    values["dense_layers"] = list(values["dense_layers"])  # as JSON gives it back
+    for config in configs_of(model):
+        setattr(config, KEY, dict(values))
+    return settings_of(model.config)
+
+
+def settings_of(config) -> PageSparsity:
+    """Unknown entries are left to whoever wrote them."""
+    given = getattr(config, KEY, None) or {}
+    known = {field.name for field in fields(PageSparsity)}
+    return PageSparsity(**{name: value for name, value in given.items() if name in known})
