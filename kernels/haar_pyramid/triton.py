@@ -1,0 +1,146 @@
+"""The pyramid in registers: a program reads the keys of a page and head once, and climbs the tree of their runs.
+
+The tree is unrolled: a node is a row of channels spread over the threads, its
+children are two such rows. So nothing but loads and additions happens, and
+all loads can be under way before the first addition.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dlm.kernels.triton_utils import padded
+
+
+@triton.jit
+def _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Where the keys of `page` and of this program's head begin"""
+    h = tl.program_id(1).to(tl.int64)
+    return pages + page // PER_BLOCK * stride_block + h * stride_head + page % PER_BLOCK * PAGE * stride_key
+
+
+@triton.jit
+def _node(
+    keys, stride_key, means, variances, root, FIRST: tl.constexpr, LEVEL: tl.constexpr, TOP: tl.constexpr,
+    WANTED: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """-> mean and variance, [DIM_PAD] float32 each, of the 2^LEVEL keys from FIRST on. Nodes whose level's bit is set
+    in WANTED are stored, as those below the page's node `root` of level TOP; a page's nodes lie level after level,
+    the lowest first."""
+    channel = tl.arange(0, DIM_PAD)
+    if LEVEL == 0:
+        mean = tl.load(keys + FIRST * stride_key + channel, mask=channel < DIM, other=0.0).to(tl.float32)
+        variance = tl.zeros_like(mean)
+    else:
+        even, within_even = _node(
+            keys, stride_key, means, variances, root, FIRST, LEVEL - 1, TOP, WANTED, PAGE, DIM, DIM_PAD
+        )
+        odd, within_odd = _node(
+            keys, stride_key, means, variances, root, FIRST + (1 << (LEVEL - 1)), LEVEL - 1, TOP, WANTED, PAGE, DIM,
+            DIM_PAD,
+        )  # fmt: skip
+        mean = (even + odd) * 0.5
+        # what the children vary by on average, and how far their means are apart
+        apart = (even - odd) * 0.5
+        variance = apart * apart + (within_even + within_odd) * 0.5
+    if (WANTED >> LEVEL) & 1:
+        place = (root << (TOP - LEVEL)) + (FIRST >> LEVEL)
+        for lower in tl.static_range(LEVEL):
+            if (WANTED >> lower) & 1:
+                place += PAGE >> lower
+        tl.store(means + place * DIM + channel, mean, mask=channel < DIM)
+        tl.store(variances + place * DIM + channel, variance, mask=channel < DIM)
+    return mean, variance
+
+
+@triton.jit
+def _pyramid_kernel(
+    pages, page_ids, means, variances, stride_block, stride_head, stride_key, nodes,
+    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    TOP: tl.constexpr, WANTED: tl.constexpr,
+):  # fmt: skip
+    """means and variances [n, Hkv, nodes, DIM]"""
+    i = tl.program_id(0).to(tl.int64)
+    page = tl.load(page_ids + i).to(tl.int64)
+    if page < 0:
+        return
+    keys = _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
+    root = tl.program_id(2)
+    keys += (root << TOP) * stride_key
+    start = (i * tl.num_programs(1) + tl.program_id(1)) * nodes * DIM
+    _node(keys, stride_key, means + start, variances + start, root, 0, TOP, TOP, WANTED, PAGE, DIM, DIM_PAD)
+
+
+@triton.jit
+def _store_spread(
+    spread, variance, STD_KIND: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
+):  # fmt: skip
+    """variance [DIM_PAD], zero beyond DIM -> a node's spread [WIDTH]"""
+    channel = tl.arange(0, DIM_PAD)
+    if STD_KIND == "vector":
+        tl.store(spread + channel, tl.sqrt(variance), mask=channel < DIM)
+    elif STD_KIND == "diag2":
+        for group in tl.static_range(WIDTH):
+            # as torch.tensor_split: the first DIM % WIDTH groups have one channel more
+            size = DIM // WIDTH + (group < DIM % WIDTH)
+            first = group * (DIM // WIDTH) + min(group, DIM % WIDTH)
+            inside = (channel >= first) & (channel < first + size)
+            tl.store(spread + group, tl.sum(tl.where(inside, variance, 0.0), 0) / size)
+    else:
+        tl.store(spread, tl.sqrt(tl.sum(variance, 0) / (1 if STD_KIND == "l2" else DIM)))
+
+
+@triton.jit
+def _statistics_kernel(
+    pages, page_ids, means, spread, stride_block, stride_head, stride_key,
+    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    LEVEL: tl.constexpr, WIDTH: tl.constexpr, STD_KIND: tl.constexpr,
+):  # fmt: skip
+    """means [pages, Hkv, n, DIM], spread [pages, Hkv, n, WIDTH] of the nodes at LEVEL"""
+    page = tl.load(page_ids + tl.program_id(0)).to(tl.int64)
+    if page < 0:
+        return
+    keys = _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
+    channel = tl.arange(0, DIM_PAD)
+    place = (page * tl.num_programs(1) + tl.program_id(1)) * (PAGE >> LEVEL)
+    for first in tl.static_range(0, PAGE, 1 << LEVEL):
+        mean, variance = _node(keys, stride_key, means, means, 0, first, LEVEL, LEVEL, 0, PAGE, DIM, DIM_PAD)
+        tl.store(means + place * DIM + channel, mean.to(means.dtype.element_ty), mask=channel < DIM)
+        _store_spread(spread + place * WIDTH, variance, STD_KIND, WIDTH, DIM, DIM_PAD)
+        place += 1
+
+
+def _layout(pages, page_size):
+    """What both kernels are told about the cache; a warp for each 64 channels."""
+    dim = pages.shape[3] // 2
+    return {
+        "PER_BLOCK": pages.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
+        "num_warps": max(padded(dim) // 64, 1),
+    }  # fmt: skip
+
+
+def haar_pyramid(pages, page_ids, page_size, levels):
+    """See choice.py; what comes out for ids below 0 is undefined"""
+    count, kv_heads, dim = len(page_ids), pages.shape[1], pages.shape[3] // 2
+    wanted = sorted(set(levels))
+    sizes = [page_size >> level for level in wanted]
+    means = torch.empty(count, kv_heads, sum(sizes), dim, dtype=torch.float32, device=pages.device)
+    variances = torch.empty_like(means)
+    if count:
+        _pyramid_kernel[count, kv_heads, sizes[-1]](
+            pages, page_ids, means, variances, *pages.stride()[:3], sum(sizes),
+            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(pages, page_size),
+        )  # fmt: skip
+    pieces = dict(zip(wanted, zip(means.split(sizes, 2), variances.split(sizes, 2), strict=True), strict=True))
+    return [pieces[level] for level in levels]
+
+
+def store_statistics(pages, page_ids, statistics):
+    """See choice.py"""
+    nodes, width = statistics.spread.shape[2:]
+    if len(page_ids):
+        _statistics_kernel[len(page_ids), pages.shape[1]](
+            pages, page_ids, statistics.mean, statistics.spread, *pages.stride()[:3],
+            LEVEL=(statistics.page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=statistics.std_kind,
+            **_layout(pages, statistics.page_size),
+        )  # fmt: skip
