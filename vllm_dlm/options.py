@@ -80,7 +80,10 @@ def _part(kind: str, given: Any, default: str):
     if not isinstance(given, Mapping):
         raise OptionError(kind, f"dlm.{kind}: {given!r} is not an object with a name and fields")
     given = dict(given)
-    cls, preset = _method(kind, given.pop("name", default), f"dlm.{kind}.name")
+    name = given.pop("name", default)
+    if "preset" in given and isinstance(name, str):
+        name = f"{name}/{given.pop('preset')}"
+    cls, preset = _method(kind, name, f"dlm.{kind}.name")
     valid = [field.name for field in fields(cls)]
     for field in given:
         if field not in valid:

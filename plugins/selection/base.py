@@ -15,6 +15,15 @@ import torch
 
 
 @dataclass
+class Choice:
+    """What was chosen of one canvas's prompt in one layer."""
+
+    units: torch.Tensor  # [Hkv, K] int32, ascending
+    scored: int  # summaries and keys that were compared with the queries
+    memo: torch.Tensor | None = None  # for the selection's next choice
+
+
+@dataclass
 class Asked:
     """One canvas, in one layer, whose queries want to know what to read."""
 
@@ -24,7 +33,7 @@ class Asked:
     keys: Callable[[torch.Tensor], torch.Tensor]  # positions [Hkv, m] -> cached keys [Hkv, m, D]
     prompt_len: int
     scale: float
-    previous: torch.Tensor | None  # what was chosen last, if the prompt has not been refreshed since
+    previous: Choice | None  # what was chosen last, if the prompt has not been refreshed since
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,10 @@ class Selection:
         """Whether anything of such a canvas would be left out."""
         raise NotImplementedError
 
+    def chosen_from(self, prompt_len: int) -> int:
+        """Tokens of the prompt that may be left out: the first so many. A multiple of `unit`."""
+        return prompt_len // self.unit * self.unit
+
     def summary_rows(self, prompt_len: int) -> int:
         raise NotImplementedError
 
@@ -56,9 +69,8 @@ class Selection:
         """The prompt's cached keys [N, Hkv, D] -> [R, Hkv, 2 * D]"""
         raise NotImplementedError
 
-    def choose(self, asked: Asked) -> tuple[torch.Tensor, int]:
-        """Units of the prompt to read, [Hkv, K] int32, ascending; and how many summary rows were scored. Units not
-        wholly inside the prompt are none of its business: they are read anyway."""
+    def choose(self, asked: Asked) -> Choice:
+        """Units of the prompt to read. Those not wholly inside it are none of its business: they are read anyway."""
         raise NotImplementedError
 
     def keeps(self, steps: int) -> bool:

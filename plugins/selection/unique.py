@@ -20,7 +20,7 @@ from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics, runs_of, sp
 from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Selection
+from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Unique(Selection):
         row[..., mean.shape[2] :][..., : spread.shape[2]] = spread
         return row
 
-    def choose(self, asked: Asked) -> tuple[torch.Tensor, int]:
+    def choose(self, asked: Asked) -> Choice:
         count, _, width = asked.summary.shape
         dim = width // 2
         spread = asked.summary[..., dim:][..., : spread_width(self.std_kind, dim)]
@@ -90,7 +90,7 @@ class Unique(Selection):
             torch.arange(count, device=device)[None], torch.tensor([count], device=device),
             torch.tensor([forced_from], device=device), self.sink_pages, self.lam, self.reduce,
         )  # fmt: skip
-        return top_pages(scores, min(self.budget_pages, count))[0], count
+        return Choice(top_pages(scores, min(self.budget_pages, count))[0], count)
 
     def keeps(self, steps: int) -> bool:
         return steps % self.select_every != 0

@@ -14,11 +14,31 @@ from vllm_dlm.cache.pages import Pages
 from vllm_dlm.engine.costs import Counts
 from vllm_dlm.engine.visible import View
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
-from vllm_dlm.plugins.selection.base import Selection
+from vllm_dlm.plugins.selection.base import Choice, Selection
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
-SELECTIONS = {"unique": SMALL, "unique/dense_layers": SMALL | {"dense_layers": [0]}, "unique/held": SMALL | {"select_every": 3}}
+WAVES = {"name": "wavefilter", "min_prompt": 64}
+PINNED = {"keep_sink": 8, "keep_tail": 12}
+SELECTIONS = {
+    "unique": SMALL,
+    "unique, a layer dense": SMALL | {"dense_layers": [0]},
+    "unique, held": SMALL | {"select_every": 3},
+    "paper": WAVES | {"preset": "paper"},
+    "serve": WAVES | {"preset": "serve"} | PINNED,
+    "serve-page": WAVES | {"preset": "serve-page", "proportions": [0.3]} | PINNED,
+    "four levels, shared": WAVES | {"levels": 4, "proportions": 0.6, "head_mode": "shared", "normalization": "mean"},
+    "db2, drift": WAVES | {"wavelet": "db2", "reselect": "drift:0.9"},
+    "every": WAVES | {"budget": 40, "reselect": "every:3", "agg": "max"},
+}
+#: all of it kept, by the sparse path
+KEEP_ALL = {
+    "unique": SMALL | {"budget_tokens": 4096},
+    "wavefilter": WAVES | {"proportions": 1.0},
+    "wavefilter, tokens": WAVES | {"preset": "serve", "proportions": 1.0},
+    "wavefilter, pages": WAVES | {"preset": "serve-page", "proportions": 1.0},
+}
 
 
 def requests(count=24, longest=120):
@@ -57,11 +77,18 @@ class Counted:
         return sum(getattr(counts, field) for counts in self.steps)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "selection"),
+    [(checkpoint, name) for checkpoint in CHECKPOINTS for name in EVERYWHERE]
+    + [(CHECKPOINTS[i % 3], name) for i, name in enumerate(n for n in SELECTIONS if n not in EVERYWHERE)],
+)
 def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
+    """Requests of all reuse policies, together and alone."""
     llm = engine(engines, checkpoint, SELECTIONS[selection])
-    given = list(requests())
+    given = list(requests(16))
     with Counted(llm) as counted:
         together = tokens(llm, given)
     assert together == [tokens(llm, [request])[0] for request in given]
@@ -69,18 +96,20 @@ def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection
     assert counted.total("keys_scored") > 0 and counted.total("summaries") > 0
 
 
+@pytest.mark.parametrize("selection", KEEP_ALL)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_keeping_every_page_is_the_host_policy(engines, checkpoint, monkeypatch):
-    """The sparse path itself, not the way around it: every page is chosen and read as chosen pages are."""
+def test_keeping_everything_is_the_host_policy(engines, checkpoint, selection, monkeypatch):
+    """The sparse path itself, not the way around it: everything is chosen and read as what is chosen."""
     given = [(prompt, params) for prompt, params in requests()]
     for _, params in given:
         params.temperature = 0.0
     want = tokens(engines(checkpoint), given)
-    llm = engine(engines, checkpoint, SMALL | {"budget_tokens": 4096})
+    llm = engine(engines, checkpoint, KEEP_ALL[selection])
     with Counted(llm) as counted:
         assert tokens(llm, given) == want
     assert counted.total("keys_scored") == 0  # nothing to choose from, so nothing is chosen
-    monkeypatch.setattr(Unique, "applies", lambda self, prompt_len, length: True)
+    for method in (Unique, WaveFilter):
+        monkeypatch.setattr(method, "applies", lambda self, prompt_len, length: True)
     # all stays visible, so no cached context has to be made anew
     begins = View.step_begins
     monkeypatch.setattr(View, "step_begins", lambda self: begins(self) and False)
@@ -128,7 +157,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
 def seen_keys(view: View, kv_heads: int) -> torch.Tensor:
     """[Hkv, N] bool, from what was chosen"""
     unit = torch.arange(view.length) // view.selection.unit
-    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0]])
+    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0].units])
     return chosen | (unit >= view.free)
 
 
@@ -153,7 +182,7 @@ def test_view_is_a_mask(std_kind, reduce):
         torch.arange(12)[None], torch.tensor([12]), torch.tensor([13 - selection.recent_pages]), 1, 0.5, reduce,
     )  # fmt: skip
     want_pages = scores[0].sort(descending=True, stable=True)[1][:, :6].sort()[0]
-    assert torch.equal(view.chosen[0].long(), want_pages)
+    assert torch.equal(view.chosen[0].units.long(), want_pages)
 
     mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]  # [H, 1, N]
     keys, values = (part.double().repeat_interleave(2, 1) for part in kv.split(32, -1))
@@ -188,7 +217,7 @@ def test_choices_last_as_long_as_they_should():
     assert view.step_begins() and not view.chosen
     frozen = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)[0]
     assert frozen.step_begins()
-    frozen.chosen[0] = torch.zeros(2, 4, dtype=torch.int32)
+    frozen.chosen[0] = Choice(torch.zeros(2, 4, dtype=torch.int32), 0)
     assert not any(frozen.step_begins() for _ in range(5))
 
 

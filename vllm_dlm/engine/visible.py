@@ -14,7 +14,7 @@ from vllm_dlm.cache.pages import Pages, Slots
 from vllm_dlm.engine.costs import Counts
 from vllm_dlm.kernels.delta_attention import delta_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention
-from vllm_dlm.plugins.selection.base import Asked, Selection
+from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
 
 
 @dataclass
@@ -27,12 +27,12 @@ class View:
     summary_table: torch.Tensor  # [blocks] ids
     frozen: bool  # a choice lasts until the next refresh, whatever the selection says
     steps: int = 0  # served by the present choice
-    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [Hkv, K] units of the prompt
-    previous: dict[int, torch.Tensor] = field(default_factory=dict)  # the choice before, of the same keys
+    chosen: dict[int, Choice] = field(default_factory=dict)  # by layer
+    previous: dict[int, Choice] = field(default_factory=dict)  # the choice before, of the same keys
 
     def __post_init__(self):
         unit, device = self.selection.unit, self.kv_table.device
-        self.free = self.prompt_len // unit  # units from here on are always visible
+        self.free = self.selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
         first = torch.arange(-(-self.length // unit), device=device) * unit  # position of each unit's first key
         self.units = self.kv_table[first // self.block_size] * (self.block_size // unit) + first % self.block_size // unit
         self.summary_slots = self._slots(self.summary_table, self.selection.summary_rows(self.prompt_len))
@@ -77,10 +77,9 @@ class View:
                 lambda positions: pages.read_heads(layer, self._positions(positions)),
                 self.prompt_len, scale, self.previous.get(layer),
             )  # fmt: skip
-            units, scored = self.selection.choose(asked)
-            counts.keys_scored += scored
-            self.chosen[layer] = units
-        units = self.chosen[layer]
+            self.chosen[layer] = self.selection.choose(asked)
+            counts.keys_scored += self.chosen[layer].scored
+        units = self.chosen[layer].units
         free = torch.arange(self.free, len(self.units), dtype=units.dtype, device=units.device)
         return torch.cat([units, free.expand(len(units), -1)], 1)
 

@@ -1,0 +1,13 @@
+"""One gather per tap and level: every second sample, shifted round the end."""
+
+import torch
+
+
+def lowpass(keys: torch.Tensor, taps: tuple[float, ...], levels: int) -> torch.Tensor:
+    """keys [..., N, D], N divisible by 2^levels -> [..., N / 2^levels, D] float32"""
+    low = keys.float()
+    for _ in range(levels):
+        count = low.shape[-2]
+        start = torch.arange(0, count, 2, device=keys.device) + len(taps) // 2
+        low = sum(tap * low.index_select(-2, (start - j) % count) for j, tap in enumerate(taps))
+    return low

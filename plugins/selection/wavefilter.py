@@ -1,0 +1,232 @@
+"""WaveFilter: skim the prompt's keys at coarse wavelet resolution, keep what promises most, look closer, attend there.
+
+https://arxiv.org/abs/2606.00724. At scale b the low-pass band of the keys
+stands for runs of 2^b tokens. The queries of a step vote (softmax over the
+runs, summed over queries and the heads of a key head), a proportion m_b of the
+runs stays, and the next finer scale goes on inside them, from `levels` down to
+pairs of tokens. With Haar the band is the run's mean, so nothing has to be
+transformed twice: the coarsest scale is kept beside the cache and made anew
+when the prompt is refreshed, finer ones are means of the keys that are left.
+
+Beyond the paper, off in preset "paper": a bound for what a mean hides, from
+the energy of the detail bands (`detail_lambda`); a last scale of single tokens
+(`token_stage`); choices that serve until the prompt is refreshed (`reselect`);
+first and last tokens that always stay.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import pywt
+import torch
+
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, runs_of
+from vllm_dlm.kernels.haar_pyramid.cpu import pyramid
+from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
+from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.wavelet_lowpass import lowpass
+from vllm_dlm.plugins.decoding.base import check
+from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
+
+
+@dataclass(frozen=True)
+class WaveFilter(Selection):
+    name: ClassVar[str] = "wavefilter"
+    presets: ClassVar[dict[str, dict]] = {
+        "paper": {},
+        "serve": {
+            "proportions": (0.6, 0.6, 0.444), "token_stage": True, "detail_lambda": 0.5, "reselect": "refresh",
+            "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
+        },
+        "serve-page": {
+            "levels": 4, "granularity": "page", "proportions": (0.16,), "detail_lambda": 0.5, "reselect": "refresh",
+            "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
+        },
+    }  # fmt: skip
+
+    wavelet: str = "haar"  # psi: any orthogonal one PyWavelets knows
+    levels: int = 2  # B
+    proportions: tuple[float, ...] | float = (0.4, 0.4)  # m_B … m_1, then of the token stage; one for all: repeated
+    budget: float | None = None  # instead: the share (below 1) or number of prompt tokens kept, spread over the scales
+    normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits 2^(b/2) sharper, or not
+    head_mode: Literal["per_kv_head", "shared"] = "per_kv_head"
+    query_set: Literal["active", "masked"] = "active"  # who votes: all rows of the step, or those to be decided
+    agg: Literal[REDUCTIONS] = "softmax_sum"
+    detail_lambda: float = 0.0
+    token_stage: bool = False
+    reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
+    granularity: Literal["token", "page"] = "token"  # page: runs of 2^levels tokens, chosen at the coarsest scale
+    keep_sink: int = 0  # first tokens of the prompt that always stay
+    keep_tail: int = 0  # last ones
+    min_prompt: int = 512  # shorter ones are read whole
+    dense_layers: tuple[int, ...] = ()  # these layers read everything
+
+    def __post_init__(self):
+        known = [name for family in pywt.families() for name in pywt.wavelist(family) if is_orthogonal(name)]
+        check(self.wavelet in known, "wavelet", self.wavelet, f"an orthogonal wavelet: {', '.join(known)}")
+        check(1 <= self.levels <= 4, "levels", self.levels, "1 to 4")
+        given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
+        check(
+            len(given) in (1, self.stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in given),
+            "proportions", self.proportions, f"one number in (0, 1], or {self.stages} of them: one for each scale",
+        )  # fmt: skip
+        check(self.budget is None or self.budget > 0, "budget", self.budget, "a share below 1 or a number of tokens")
+        check(self.detail_lambda >= 0, "detail_lambda", self.detail_lambda, "at least 0")
+        check(
+            not self.detail_lambda or self.wavelet == "haar", "detail_lambda", self.detail_lambda,
+            "0 with wavelets other than haar, whose details belong to no block",
+        )  # fmt: skip
+        check(
+            not (self.token_stage and self.granularity == "page"), "token_stage", self.token_stage,
+            "off with granularity 'page'",
+        )  # fmt: skip
+        check(
+            not (self.wavelet != "haar" and self.granularity == "page"), "granularity", self.granularity,
+            "'token' with wavelets other than haar",
+        )  # fmt: skip
+        check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
+        check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
+        check(self._reselect is not None, "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
+
+    # -- what the fields come to -----------------------------------------------------------
+
+    @property
+    def scales(self) -> range:
+        """From the coarsest to the finest; scale 0 is single tokens."""
+        if self.granularity == "page":
+            return range(self.levels, self.levels - 1, -1)
+        return range(self.levels, -1 if self.token_stage else 0, -1)
+
+    @property
+    def stages(self) -> int:
+        return len(self.scales)
+
+    @property
+    def unit(self) -> int:
+        return 2 ** self.scales[-1]
+
+    def kept(self, runs: int) -> list[int]:
+        """How many runs stay at each scale, of so many at the coarsest."""
+        if self.budget is not None:
+            share = self.budget if self.budget < 1 else min(1.0, self.budget / (runs * 2**self.levels))
+            shares = [share ** (1 / self.stages)] * self.stages
+        else:
+            given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
+            shares = list(given) * (self.stages if len(given) == 1 else 1)
+        kept = []
+        for scale, share in zip(self.scales, shares, strict=True):
+            # Pinned tokens are among those kept, however few are wanted.
+            pinned = -(-self.keep_sink // 2**scale) + -(-self.keep_tail // 2**scale) + (self.keep_tail > 0)
+            kept.append(min(runs, max(math.ceil(share * runs - 1e-9), pinned, 1)))
+            runs = 2 * kept[-1]
+        return kept
+
+    @property
+    def _reselect(self) -> tuple[str, float] | None:
+        kind, _, number = self.reselect.partition(":")
+        try:
+            value = float(number) if number else 0.0
+        except ValueError:
+            return None
+        ok = {"step": not number, "refresh": not number, "every": value >= 1 and value == int(value), "drift": 0 < value <= 1}
+        return (kind, value) if ok.get(kind) else None
+
+    # -- what the engine asks --------------------------------------------------------------
+
+    def applies(self, prompt_len: int, length: int) -> bool:
+        runs = prompt_len // 2**self.levels
+        if prompt_len < self.min_prompt or runs < 1:
+            return False
+        return self.kept(runs)[-1] * self.unit < runs * 2**self.levels
+
+    def keeps(self, steps: int) -> bool:
+        kind, number = self._reselect
+        return kind == "refresh" or (kind == "every" and steps % int(number) != 0)
+
+    def chosen_from(self, prompt_len: int) -> int:
+        return prompt_len // 2**self.levels * 2**self.levels
+
+    def summary_rows(self, prompt_len: int) -> int:
+        return prompt_len // 2**self.levels
+
+    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
+        whole = keys[: len(keys) // 2**self.levels * 2**self.levels]
+        row = torch.zeros(len(whole) >> self.levels, keys.shape[1], 2 * keys.shape[2], dtype=keys.dtype, device=keys.device)
+        mean, spread = row.chunk(2, -1)
+        if self.wavelet == "haar":
+            means, variance = runs_of(whole, 2**self.levels)
+            mean.copy_(means)
+            if self.detail_lambda:
+                spread.copy_(variance.sqrt())
+        else:
+            mean.copy_(self._band(whole.transpose(0, 1), self.levels).transpose(0, 1))
+        return row
+
+    def choose(self, asked: Asked) -> Choice:
+        q = asked.q[asked.voters] if self.query_set == "masked" and bool(asked.voters.any()) else asked.q
+        mean, spread = asked.summary.chunk(2, -1)  # [R, Hkv, D]
+        coarse, *finer = self.kept(len(mean))
+        runs = self._best(q, mean, spread, self.levels, coarse, asked.prompt_len)  # [Hkv, coarse]
+        scored, top = len(mean), runs
+        if self._reselect[0] == "drift" and asked.previous is not None and self._overlap(top, asked.previous.memo):
+            return Choice(asked.previous.units, scored, asked.previous.memo)
+        keys = None
+        for scale, count in zip(self.scales[1:], finer, strict=True):
+            inside = (2 * runs[..., None] + torch.arange(2, device=runs.device)).flatten(1)  # [Hkv, n] runs of this scale
+            keys = self._keys(asked, inside, scale)  # [Hkv, n, 2^scale, D]
+            best = self._best(q, *self._describe(keys, scale), scale, count, asked.prompt_len)
+            scored += inside.shape[1]
+            runs = inside.gather(1, best.long())
+        return Choice(runs.to(torch.int32), scored, top)
+
+    # -- one scale -------------------------------------------------------------------------
+
+    def _keys(self, asked: Asked, runs: torch.Tensor, scale: int) -> torch.Tensor:
+        size = 2**scale
+        positions = (runs[..., None] * size + torch.arange(size, device=runs.device)).flatten(1)
+        return asked.keys(positions).unflatten(1, (-1, size))
+
+    def _describe(self, keys: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys of runs [Hkv, n, 2^scale, D] -> their band and its spread, [n, Hkv, D] each"""
+        if self.wavelet != "haar":
+            return self._band(keys.flatten(1, 2), scale).to(keys.dtype).transpose(0, 1), None
+        ((mean, variance),) = pyramid(keys, (scale,))
+        return mean[:, :, 0].to(keys.dtype).transpose(0, 1), variance[:, :, 0].sqrt().transpose(0, 1)
+
+    def _band(self, keys: torch.Tensor, scale: int) -> torch.Tensor:
+        """[Hkv, N, D] -> low-pass band in units of a mean, [Hkv, N / 2^scale, D]"""
+        return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale) / 2 ** (scale / 2)
+
+    def _best(self, q, mean, spread, scale: int, count: int, prompt_len: int) -> torch.Tensor:
+        """The `count` runs voted for, [Hkv, count], as places in what is described, ascending."""
+        runs, device = len(mean), q.device
+        if self.normalization == "orthonormal":
+            q = q * 2 ** (scale / 2)
+        kind = "vector" if self.detail_lambda and spread is not None else "l2"
+        spread = spread.float() if kind == "vector" else torch.zeros(*mean.shape[:2], 1, device=device)
+        # What always stays comes first and last at every scale; tokens beyond the last coarse run stay anyway.
+        ragged = prompt_len % 2**self.levels
+        tail = max(0, self.keep_tail - ragged)
+        scores = page_scores(
+            q, torch.tensor([0, len(q)], device=device),
+            PageStatistics(mean[:, :, None], spread[:, :, None], 2**scale, kind),
+            torch.arange(runs, device=device)[None], torch.tensor([runs], device=device),
+            torch.tensor([runs - -(-tail // 2**scale)], device=device), -(-self.keep_sink // 2**scale),
+            self.detail_lambda, self.agg,
+        )  # fmt: skip
+        if self.head_mode == "shared":
+            scores = scores.sum(1, keepdim=True).expand(-1, scores.shape[1], -1).contiguous()
+        return top_pages(scores, count)[0]
+
+    def _overlap(self, top: torch.Tensor, before: torch.Tensor) -> bool:
+        """Whether the coarsest choice is still much the same."""
+        same = torch.stack([torch.isin(own, old).float().mean() for own, old in zip(top, before, strict=True)])
+        return bool(same.mean() >= self._reselect[1])
+
+
+def is_orthogonal(name: str) -> bool:
+    try:
+        return pywt.Wavelet(name).orthogonal
+    except ValueError:  # continuous ones
+        return False
