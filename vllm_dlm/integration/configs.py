@@ -79,6 +79,19 @@ class DreamTokenizer(Qwen2Tokenizer):
     """Dream ships vocab.json and merges.txt for a class of this name in its repository, which is Qwen2's."""
 
 
+def trained_selection(config) -> dict | None:
+    """What a checkpoint trained by `vllm_dlm.training` wants of a server that names no selection: an option object."""
+    from dataclasses import fields
+
+    from vllm_dlm.plugins.selection.unique import Unique
+
+    given = getattr(config.get_text_config(), "unique", None)
+    if not isinstance(given, dict):
+        return None
+    known = {field.name for field in fields(Unique)}  # the rest is about training
+    return {"name": Unique.name} | {name: value for name, value in given.items() if name in known}
+
+
 def check_config(config) -> None:
     """One clear line for a checkpoint this code would run wrongly."""
     name = (config.architectures or [config.model_type])[0]

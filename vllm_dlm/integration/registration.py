@@ -21,9 +21,15 @@ def is_diffusion_lm(model_config) -> bool:
 
 
 def resolved_options(vllm_config):
-    """The server's options of a model this plugin serves."""
+    """The server's options of a model this plugin serves. A selection nobody named is the one it was trained with."""
+    from vllm_dlm.integration.configs import trained_selection
+
     _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
-    return server_options((vllm_config.additional_config or {}).get("dlm"), default_decoding)
+    given = (vllm_config.additional_config or {}).get("dlm")
+    trained = trained_selection(vllm_config.model_config.hf_config)
+    if trained and isinstance(given, (dict, type(None))):
+        given = {"selection": trained} | (given or {})
+    return server_options(given, default_decoding)
 
 
 def register_models() -> None:

@@ -48,4 +48,5 @@ class Anneal(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if logs is not None and model is not None and "loss" in logs:
             settings = settings_of(model.config)
-            logs["mask_temperature"] = 0.0 if settings.hard else settings.temperature
+            for place in (logs, state.log_history[-1]):
+                place["mask_temperature"] = 0.0 if settings.hard else settings.temperature
