@@ -110,12 +110,12 @@ def _statistics_kernel(
         place += 1
 
 
-def _layout(pages, page_size):
-    """What both kernels are told about the cache; a warp for each 64 channels."""
+def _layout(pages, page_size, channels):
+    """What both kernels are told about the cache; a warp for so many channels, where compilers spill nothing."""
     dim = pages.shape[3] // 2
     return {
         "PER_BLOCK": pages.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
-        "num_warps": max(padded(dim) // 64, 1),
+        "num_warps": max(padded(dim) // channels, 1),
     }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def haar_pyramid(pages, page_ids, page_size, levels):
     if count:
         _pyramid_kernel[count, kv_heads, sizes[-1]](
             pages, page_ids, means, variances, *pages.stride()[:3], sum(sizes),
-            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(pages, page_size),
+            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(pages, page_size, 128),
         )  # fmt: skip
     pieces = dict(zip(wanted, zip(means.split(sizes, 2), variances.split(sizes, 2), strict=True), strict=True))
     return [pieces[level] for level in levels]
@@ -142,5 +142,5 @@ def store_statistics(pages, page_ids, statistics):
         _statistics_kernel[len(page_ids), pages.shape[1]](
             pages, page_ids, statistics.mean, statistics.spread, *pages.stride()[:3],
             LEVEL=(statistics.page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=statistics.std_kind,
-            **_layout(pages, statistics.page_size),
+            **_layout(pages, statistics.page_size, 64),
         )  # fmt: skip

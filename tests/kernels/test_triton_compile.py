@@ -96,10 +96,18 @@ def launch_statistics(std_kind, **shape):
     store_statistics(pages, meta(16), PageStatistics.empty(pages, pages.shape[2], std_kind))
 
 
+def launch_top_pages(pages):
+    from vllm_dlm.kernels.top_pages.triton import top_pages
+
+    top_pages(meta(4, 8, pages, dtype=torch.float32), 32)
+
+
 CASES = {
     "pyramid": launch_pyramid,
     "statistics": lambda: launch_statistics("l2"),
     "statistics of large pages": lambda: launch_statistics("diag2", block_size=128, dim=256),
+    "top pages": lambda: launch_top_pages(512),
+    "top pages of long rows": lambda: launch_top_pages(16384),
 }
 
 

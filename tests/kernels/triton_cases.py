@@ -9,6 +9,9 @@ from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.haar_pyramid import store_statistics as cpu_store
 from vllm_dlm.kernels.haar_pyramid import triton as pyramid
+from vllm_dlm.kernels.page_scores import FORCED
+from vllm_dlm.kernels.top_pages import naive as naive_top
+from vllm_dlm.kernels.top_pages import triton as top
 from vllm_dlm.kernels.triton_utils import UPCAST
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,3 +71,30 @@ def test_statistics_of_a_cache_with_other_strides():
     pyramid.store_statistics(batch.pages.transpose(1, 2).contiguous().transpose(1, 2), batch.full_pages, got)
     torch.testing.assert_close(got.mean, want.mean)
     torch.testing.assert_close(got.spread, want.spread)
+
+
+@pytest.mark.parametrize("width, k", [(30, 1), (30, 5), (30, 12), (30, 40), (200, 200), (130, 129)])
+def test_top_pages(width, k):
+    scores = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(k))
+    scores[0, 0, 3:9] = scores[0, 0, 3]  # ties
+    scores[0, 1, ::2] = 0.0
+    scores[0, 1, 1:8:2] = -0.0  # which ties with 0
+    scores[1] = scores[1].round()
+    scores[1, :, 20:] = -torch.inf
+    scores[2, :, 4:] = -torch.inf
+    scores[2, 1, :2] = FORCED
+    scores[2, 1, 2], scores[2, 0, 1] = -FORCED, torch.finfo(torch.float32).min
+    assert torch.equal(top.top_pages(scores, k), naive_top.top_pages(scores, k))
+
+
+def test_top_pages_of_rows_longer_than_a_tile(monkeypatch):
+    monkeypatch.setattr(top, "TILE", 128)
+    scores = torch.randn(1, 2, 700, generator=torch.Generator().manual_seed(0))
+    scores[0, 0] = scores[0, 0].round()
+    scores[0, 1, 600:] = -torch.inf
+    for k in (3, 300, 650):
+        assert torch.equal(top.top_pages(scores, k), naive_top.top_pages(scores, k))
+
+
+def test_no_page_has_a_score():
+    assert (top.top_pages(torch.full((1, 1, 5), -torch.inf), 3) == -1).all()

@@ -1,0 +1,83 @@
+"""The k-th highest score is found bit by bit, then the pages above it and the lowest that tie are written in order.
+
+One program per row of scores. As integers of the same order, scores can be
+searched exactly: each of 32 steps counts the pages that reach a candidate.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dlm.kernels.triton_utils import padded
+
+#: a tile of this many pages stays in registers, longer rows are read again in every step
+TILE = 8192
+#: the integer of -inf, see _keys
+NO_SCORE = tl.constexpr(-0x7F800001)
+
+
+@triton.jit
+def _keys(scores, start, width, TILE: tl.constexpr):
+    """Scores start … start + TILE - 1 as int32 in the order of the scores; NO_SCORE beyond the row"""
+    page = start + tl.arange(0, TILE)
+    score = tl.load(scores + page, mask=page < width, other=float("-inf"))
+    score = tl.where(score == 0.0, 0.0, score)  # -0 ties with 0
+    bits = score.to(tl.int32, bitcast=True)
+    # of negative numbers the larger magnitude is the smaller number
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
+    """How many keys of the row reach `least`"""
+    if ONE_TILE:
+        return tl.sum((resident >= least).to(tl.int32), 0)
+    else:
+        number = 0
+        for start in range(0, width, TILE):
+            number += tl.sum((_keys(scores, start, width, TILE) >= least).to(tl.int32), 0)
+        return number
+
+
+@triton.jit
+def _top_kernel(scores, chosen, width, k, TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr):
+    """scores [rows, width] -> chosen [rows, k]"""
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * width
+    chosen += row * k
+    resident = _keys(scores, 0, width, TILE)
+    # the largest integer that k keys reach: from the sign down, a bit is set if k keys still reach it
+    level = tl.full([], -0x80000000, tl.int32)
+    for step in range(32):
+        candidate = level ^ (tl.full([], 1, tl.int32) << (31 - step))
+        level = tl.where(_count(scores, resident, candidate, width, TILE, ONE_TILE) >= k, candidate, level)
+    level = tl.maximum(level, NO_SCORE + 1)  # with fewer than k scores, all of them
+    room = k - _count(scores, resident, level + 1, width, TILE, ONE_TILE)
+    above_before, ties_before = 0, 0
+    for start in range(0, width, TILE):
+        keys = resident if ONE_TILE else _keys(scores, start, width, TILE)
+        above, ties = (keys > level).to(tl.int32), (keys == level).to(tl.int32)
+        # pages up to and including this one that are above, and that tie
+        above_here, ties_here = above_before + tl.cumsum(above, 0), ties_before + tl.cumsum(ties, 0)
+        taken = (above > 0) | ((ties > 0) & (ties_here <= room))
+        place = above_here + tl.minimum(ties_here, room) - 1
+        tl.store(chosen + place, start + tl.arange(0, TILE), mask=taken)
+        above_before += tl.sum(above, 0)
+        ties_before += tl.sum(ties, 0)
+    number = above_before + tl.minimum(ties_before, room)
+    for first in range(0, k, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        tl.store(chosen + slot, -1, mask=(slot >= number) & (slot < k))
+
+
+def top_pages(scores, k):
+    """See choice.py"""
+    *shape, width = scores.shape
+    chosen = torch.empty(*shape, k, dtype=torch.int32, device=scores.device)
+    tile = min(padded(width, 128), TILE)
+    if chosen.numel():
+        _top_kernel[(chosen.numel() // k,)](
+            scores.contiguous(), chosen, width, k, TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(k, 128), TILE),
+            num_warps=min(max(tile // 512, 4), 16),
+        )  # fmt: skip
+    return chosen
