@@ -6,6 +6,7 @@ import importlib
 COMMANDS = {
     "speed": "tokens per second of the reference loop and of this engine, per policy",
     "costs": "multiply-adds of the policies on LLaDA-8B and Dream-7B, from the cost model",
+    "selection": "retrieval and kept attention mass of the selections and of other rules, on the demo checkpoint",
     "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
 }
 

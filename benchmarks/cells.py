@@ -18,11 +18,12 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> "Policy":
-        """`NAME` of a reuse policy or `NAME:field=value,…` -> per request or, with fields, per server. Fields
-        called dlm_… are options of the request."""
+        """`REUSE[+SELECTION]` or `REUSE[+SELECTION]:field=value,…` -> per request or, with fields (of the reuse
+        policy), per server. Fields called dlm_… are options of the request."""
         from vllm_dlm.options import request_options, server_options
 
         name, _, given = text.partition(":")
+        name, _, selection = name.partition("+")
         fields = dict(pair.split("=", 1) for pair in given.split(",")) if given else {}
         values = {key: literal(value) for key, value in fields.items()}
         request = {key: value for key, value in values.items() if key.startswith("dlm_")}
@@ -30,6 +31,8 @@ class Policy:
             policy = cls(text, {"reuse": {"name": name} | own}, request)
         else:
             policy = cls(text, {}, {"dlm_reuse": name} | request)
+        if selection:
+            policy.request["dlm_selection"] = selection
         # An unknown name or field is refused here, with the list of valid ones, not after minutes.
         request_options(server_options(policy.server, "low_confidence"), policy.request)
         return policy

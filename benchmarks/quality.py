@@ -118,28 +118,31 @@ class Drift:
 class Engine:
     """The served engine inside this process, so that each step can be looked at."""
 
-    def __init__(self):
+    def __init__(self, max_model_len: int = 512):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self.llm = LLM(
-            str(CHECKPOINT), dtype="float32", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=1 << 29,
-            max_num_seqs=16, max_num_batched_tokens=4096, disable_log_stats=True,
+            str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True, kv_cache_memory_bytes=1 << 29,
+            max_num_seqs=16, max_num_batched_tokens=max(4096, max_model_len), disable_log_stats=True,
         )  # fmt: skip
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler, self.runner = core.scheduler, core.model_executor.driver_worker.worker.model_runner
 
+    def options(self, policy: Policy):
+        from vllm_dlm.options import server_options
+
+        return server_options(policy.server, "low_confidence")
+
     def generate(self, policy: Policy, samples) -> list[list[int]]:
         from vllm import SamplingParams
 
-        from vllm_dlm.options import server_options
-
-        options = server_options(policy.server, "low_confidence")
+        options = self.options(policy)
         self.scheduler.dlm_options = self.runner.options = options
         params = SamplingParams(
             temperature=0, max_tokens=CANVAS, detokenize=False,
-            extra_args={"dlm_block_length": BLOCK, **policy.request},
+            extra_args={"dlm_block_length": BLOCK, **getattr(policy, "request", {})},
         )  # fmt: skip
         outputs = self.llm.generate([{"prompt_token_ids": s.prompt_ids} for s in samples], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]

@@ -32,6 +32,7 @@ class Asked:
     summary: torch.Tensor  # [R, Hkv, 2 * D], as `summarise` returned it
     keys: Callable[[torch.Tensor], torch.Tensor]  # positions [Hkv, m] -> cached keys [Hkv, m, D]
     prompt_len: int
+    length: int  # prompt and response
     scale: float
     previous: Choice | None  # what was chosen last, if the prompt has not been refreshed since
 

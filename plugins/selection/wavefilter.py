@@ -58,7 +58,7 @@ class WaveFilter(Selection):
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
     granularity: Literal["token", "page"] = "token"  # page: runs of 2^levels tokens, chosen at the coarsest scale
     keep_sink: int = 0  # first tokens of the prompt that always stay
-    keep_tail: int = 0  # last ones
+    keep_tail: int = 0  # last ones; both together take half of what is kept at most
     min_prompt: int = 512  # shorter ones are read whole
     dense_layers: tuple[int, ...] = ()  # these layers read everything
 
@@ -106,6 +106,14 @@ class WaveFilter(Selection):
     def unit(self) -> int:
         return 2 ** self.scales[-1]
 
+    def pinned(self, prompt_len: int) -> tuple[int, int]:
+        """First and last tokens that always stay. Those beyond the last coarse run stay anyway."""
+        runs = prompt_len // 2**self.levels
+        room = self.kept(runs)[-1] * self.unit / 2
+        wanted = self.keep_sink + self.keep_tail
+        share = min(1.0, room / wanted) if wanted else 0.0
+        return int(share * self.keep_sink), max(0, int(share * self.keep_tail) - prompt_len % 2**self.levels)
+
     def kept(self, runs: int) -> list[int]:
         """How many runs stay at each scale, of so many at the coarsest."""
         if self.budget is not None:
@@ -115,10 +123,8 @@ class WaveFilter(Selection):
             given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
             shares = list(given) * (self.stages if len(given) == 1 else 1)
         kept = []
-        for scale, share in zip(self.scales, shares, strict=True):
-            # Pinned tokens are among those kept, however few are wanted.
-            pinned = -(-self.keep_sink // 2**scale) + -(-self.keep_tail // 2**scale) + (self.keep_tail > 0)
-            kept.append(min(runs, max(math.ceil(share * runs - 1e-9), pinned, 1)))
+        for share in shares:
+            kept.append(max(math.ceil(share * runs - 1e-9), 1))
             runs = 2 * kept[-1]
         return kept
 
@@ -205,14 +211,12 @@ class WaveFilter(Selection):
             q = q * 2 ** (scale / 2)
         kind = "vector" if self.detail_lambda and spread is not None else "l2"
         spread = spread.float() if kind == "vector" else torch.zeros(*mean.shape[:2], 1, device=device)
-        # What always stays comes first and last at every scale; tokens beyond the last coarse run stay anyway.
-        ragged = prompt_len % 2**self.levels
-        tail = max(0, self.keep_tail - ragged)
+        sink, tail = self.pinned(prompt_len)  # they come first and last at every scale
         scores = page_scores(
             q, torch.tensor([0, len(q)], device=device),
             PageStatistics(mean[:, :, None], spread[:, :, None], 2**scale, kind),
             torch.arange(runs, device=device)[None], torch.tensor([runs], device=device),
-            torch.tensor([runs - -(-tail // 2**scale)], device=device), -(-self.keep_sink // 2**scale),
+            torch.tensor([runs - -(-tail // 2**scale)], device=device), -(-sink // 2**scale),
             self.detail_lambda, self.agg,
         )  # fmt: skip
         if self.head_mode == "shared":

@@ -23,7 +23,7 @@ def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None)
         return torch.stack([own[where] for own, where in zip(by_head, positions.long(), strict=True)])
 
     voters = torch.arange(queries) % 2 == 0
-    return Asked(q, voters, selection.summarise(keys), gather, n, dim**-0.5, None), keys
+    return Asked(q, voters, selection.summarise(keys), gather, n, n + 32, dim**-0.5, None), keys
 
 
 def algorithm_1(q, keys, wavelet, levels, proportions):
@@ -64,13 +64,13 @@ def test_sizes_follow_the_proportions():
 @pytest.mark.parametrize("extra", [{}, {"detail_lambda": 0.5}, {"token_stage": True, "proportions": (0.5, 0.5, 0.5)}])
 def test_pinned_tokens_stay(extra):
     selection = WaveFilter(**{"proportions": (0.3, 0.3), "keep_sink": 10, "keep_tail": 20, "min_prompt": 0, **extra})
-    given, _ = asked(selection=selection)
+    given, _ = asked(803, selection=selection)
     units = selection.choose(given).units
-    free = selection.chosen_from(203)
+    free = selection.chosen_from(803)
     for own in units:
         assert torch.equal(own, own.unique())  # ascending, no repeats
         positions = set((own[:, None] * selection.unit + torch.arange(selection.unit)).flatten().tolist())
-        assert set(range(10)) <= positions and set(range(183, free)) <= positions
+        assert set(range(10)) <= positions and set(range(783, free)) <= positions
 
 
 def test_detail_bound_finds_the_needle_a_mean_hides():
@@ -84,7 +84,7 @@ def test_detail_bound_finds_the_needle_a_mean_hides():
     for lam, chosen in selection.items():
         given = Asked(
             q, torch.ones(1, dtype=torch.bool), chosen.summarise(keys), lambda p: keys[p.long()[0]].transpose(0, 1),
-            256, 8**-0.5, None,
+            256, 300, 8**-0.5, None,
         )  # fmt: skip
         found[lam] = 50 in chosen.choose(given).units[0].tolist()
     assert found == {0.0: False, 0.5: True}
@@ -122,3 +122,10 @@ def test_short_prompts_and_full_proportions_leave_nothing_out():
     assert not WaveFilter().applies(511, 1000) and WaveFilter().applies(512, 1000)
     assert not WaveFilter(proportions=1.0).applies(4096, 5000)
     assert not WaveFilter(proportions=(1, 1)).applies(4096, 5000)
+
+
+def test_pins_leave_half_of_what_is_kept_to_choose():
+    serve = server_options({"selection": {"name": "wavefilter", "preset": "serve"}}, "random").selection
+    assert serve.pinned(4096) == (16, 64)
+    sink, tail = serve.pinned(256)
+    assert 15 <= sink + tail <= serve.kept(64)[-1] / 2

@@ -75,7 +75,7 @@ class View:
             asked = Asked(
                 q, voters, pages.read(layer, self.summary_slots),
                 lambda positions: pages.read_heads(layer, self._positions(positions)),
-                self.prompt_len, scale, self.previous.get(layer),
+                self.prompt_len, self.length, scale, self.previous.get(layer),
             )  # fmt: skip
             self.chosen[layer] = self.selection.choose(asked)
             counts.keys_scored += self.chosen[layer].scored

@@ -1,0 +1,193 @@
+"""What selections of cached prompt keys keep: answers and attention mass, on the demo checkpoint, at equal budgets.
+
+Several needles are hidden in a prompt and some are asked for. The prompt is
+cached (Fast-dLLM, dual); every later step reads only what the rule chose.
+Other rules stand beside the project's: Quest's minimum and maximum of a page,
+means alone, Sparse-dLLM's, the tokens of most attention (which nobody knows
+without reading all of them), and chance.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.quality import BLOCK, CANVAS, Engine
+
+PAGE = 16
+COLUMNS = [
+    report.Column("rule", "rule"),
+    report.Column("budget", "prompt kept", "{:.2%}"),
+    report.Column("tokens", "prompt tokens"),
+    report.Column("prompts", "prompts"),
+    report.Column("exact_match", "exact match", "{:.1%}"),
+    report.Column("vs_dense", "points vs dense", "{:+.1f}"),
+    report.Column("mass", "attention mass kept", "{:.1%}"),
+    report.Column("of_oracle", "of the oracle's", "{:.1%}"),
+    report.Column("kept", "tokens read of prompt", "{:.1%}"),
+]
+NOTES = [
+    f"Demo checkpoint, float32, greedy, canvas of {CANVAS} tokens, blocks of {BLOCK}, one token per step, reuse "
+    "fast_dllm (dual); 8 needles in the prompt, 2 asked for. Exact match: the whole answer, end token included.",
+    "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over layers, "
+    "heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per key "
+    "head, for the same queries and keys.",
+]
+
+
+def page_rules(tokens: int, share: float) -> dict:
+    from benchmarks.rules import Quest
+    from vllm_dlm.plugins.selection.unique import Unique
+
+    common = {
+        "page_size": PAGE, "budget_tokens": int(share * tokens) // PAGE * PAGE, "min_context": 0, "dense_layers": (),
+        "sink_pages": 1, "recent_pages": 2,
+    }  # fmt: skip
+    return {
+        "unique (mean + spread)": Unique(**common), "mean only": Unique(lam=0.0, **common), "quest (min, max)": Quest(**common),
+        "unique, vector spread, lam 1": Unique(lam=1.0, std_kind="vector", **common),
+    }  # fmt: skip
+
+
+def token_rules(share: float) -> dict:
+    from benchmarks.rules import Oracle, Random, SparseDLLM
+    from vllm_dlm.plugins.selection.wavefilter import WaveFilter
+
+    serve = WaveFilter(**WaveFilter.presets["serve"], min_prompt=0)
+    # the paper's form: two scales, four for the smallest budget
+    levels = 4 if share < 0.08 else 2
+    return {
+        "wavefilter/paper": WaveFilter(levels=levels, proportions=share ** (1 / levels), min_prompt=0),
+        "wavefilter/serve": replace(serve, proportions=(0.6, 0.6, share / 0.36)),
+        "wavefilter/serve, every step": replace(serve, proportions=(0.6, 0.6, share / 0.36), reselect="step"),
+        "block mean": WaveFilter(granularity="page", levels=2, proportions=share, min_prompt=0),
+        "block mean + spread": WaveFilter(
+            granularity="page", levels=2, proportions=share, detail_lambda=0.5, min_prompt=0
+        ),
+        "sparse-dllm": SparseDLLM(share), "oracle": Oracle(share), "random": Random(share),
+    }  # fmt: skip
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--prompts", type=int, default=100, help="for each line (default 100)")
+    parser.add_argument("--lengths", default="256,512,1024,2048", help="prompt tokens (default 256,512,1024,2048)")
+    parser.add_argument("--budgets", default="0.25,0.16,0.09,0.0625", help="shares of the prompt that are kept")
+    parser.add_argument("--quick", action="store_true", help="a handful of prompts")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+
+
+def run(args) -> None:
+    lengths = [256] if args.quick else [int(n) for n in args.lengths.split(",")]
+    budgets = [0.25] if args.quick else [float(share) for share in args.budgets.split(",")]
+    prompts = 4 if args.quick else args.prompts
+    engine = SelectionEngine(max(lengths) + 64)
+    jobs = []
+    for tokens in lengths:
+        jobs.append((tokens, 1.0, "dense", None, "both"))
+        jobs += [(tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()]
+        if tokens >= 512 or args.quick:  # below, the pages that are always read fill the budget
+            jobs += [(tokens, share, name, rule, "pages") for share in budgets[:2] for name, rule in page_rules(tokens, share).items()]
+    rows, samples = [], {tokens: questions(prompts, tokens) for tokens in lengths}
+    with tqdm(total=len(jobs) * prompts, desc="selection", unit="prompt") as progress:
+        for tokens, share, name, rule, table in jobs:
+            progress.set_postfix_str(f"{name}, {share:.2%} of {tokens}")
+            row = {"rule": name, "budget": share, "tokens": tokens, "prompts": prompts, "table": table}
+            row |= engine.grade(rule, samples[tokens], progress)
+            rows.append(row)
+    dense = {row["tokens"]: row["exact_match"] for row in rows if row["rule"] == "dense"}
+    for row in rows:
+        row["vs_dense"] = 100 * (row["exact_match"] - dense[row["tokens"]])
+    for table, title in (("pages", "Pages of the prompt by what rule"), ("tokens", "Tokens of the prompt by what rule")):
+        result = report.Report(
+            name=f"selection-{table}",
+            title=title,
+            settings={
+                "model": "demo checkpoint", "dtype": "float32", "page": PAGE if table == "pages" else None,
+                "machine": report.machine(torch.get_num_threads()), "versions": report.versions(),
+            },
+            columns=COLUMNS, notes=NOTES, rows=[row for row in rows if row["table"] in (table, "both")],
+        )  # fmt: skip
+        result.print()
+        for path in result.write(args.results, plot):
+            print(path)
+
+
+def questions(count: int, tokens: int):
+    from benchmarks.demo import tasks
+
+    rng, filler = np.random.default_rng(47), tasks.Filler(11)
+    return [tasks.recall(rng, filler, tokens, needles=8, queried=2) for _ in range(count)]
+
+
+class SelectionEngine(Engine):
+    def options(self, rule):
+        """`rule` is a Selection, of the project or of this benchmark."""
+        from vllm_dlm.options import Options, server_options
+
+        plain = server_options({"reuse": {"name": "fast_dllm"}}, "low_confidence")
+        return plain if rule is None else Options(plain.decoding, plain.reuse, rule)
+
+    def grade(self, rule, samples, progress) -> dict:
+        from benchmarks.rules import attention_mass
+        from vllm_dlm.engine import visible
+
+        kept, oracle, total = torch.zeros(3, dtype=torch.float64)
+        read, prompt = 0, 0
+        choose = visible.View.choose
+
+        def weighed(view, layer, pages, q, voters, scale, counts):
+            """What would have been attended to, beside what is."""
+            nonlocal kept, oracle, total, read, prompt
+            units = choose(view, layer, pages, q, voters, scale, counts)
+            asked = visible.Asked(
+                q, voters, pages.read(layer, view.summary_slots).new_zeros(0, len(units), 2 * q.shape[2]),
+                lambda positions: pages.read_heads(layer, view._positions(positions)),
+                view.prompt_len, view.length, scale, None,
+            )  # fmt: skip
+            weight = attention_mass(asked)[:, : view.prompt_len].double()
+            unit = torch.arange(view.prompt_len) // view.selection.unit
+            seen = torch.stack([torch.isin(unit, own) for own in units])
+            total += weight.sum()
+            kept += weight[seen].sum()
+            for own, mask in zip(weight, seen, strict=True):
+                oracle += own.topk(int(mask.sum()))[0].sum()
+            read, prompt = read + int(seen.sum()), prompt + seen.numel()
+            return units
+
+        visible.View.choose = weighed
+        try:
+            right = self.exact_match_of(rule, samples, progress)
+        finally:
+            visible.View.choose = choose
+        if not prompt:
+            return {"exact_match": right, "kept": 1.0}
+        return {
+            "exact_match": right, "mass": float(kept / total), "of_oracle": float(kept / oracle), "kept": read / prompt,
+        }  # fmt: skip
+
+    def exact_match_of(self, rule, samples, progress) -> float:
+        right = 0
+        for start in range(0, len(samples), 16):
+            part = samples[start : start + 16]
+            answers = self.generate(rule, part)
+            right += sum(got == sample.answer_ids for got, sample in zip(answers, part, strict=True))
+            progress.update(len(part))
+        return right / len(samples)
+
+
+def plot(axes, rows: list[dict]) -> None:
+    """Exact match against the share kept, all lengths together."""
+    lines = {}
+    for row in rows:
+        if row["rule"] != "dense":
+            lines.setdefault(row["rule"], {}).setdefault(row["budget"], []).append(row["exact_match"])
+    for name, points in lines.items():
+        shares = sorted(points)
+        axes.plot(shares, [float(np.mean(points[share])) for share in shares], "o-", label=name)
+    dense = [row["exact_match"] for row in rows if row["rule"] == "dense"]
+    axes.axhline(float(np.mean(dense)), color="grey", lw=0.8, label="dense")
+    axes.set(xscale="log", xlabel="share of the prompt kept", ylabel="exact match (mean over prompt lengths)")
+    axes.legend(frameon=False, fontsize=7)
