@@ -102,10 +102,23 @@ def launch_top_pages(pages):
     top_pages(meta(4, 8, pages, dtype=torch.float32), 32)
 
 
+def launch_scores(std_kind, reduce, queries=4):
+    from vllm_dlm.kernels.page_scores.triton import page_scores
+
+    statistics = PageStatistics.empty(cache(), 64, std_kind)
+    page_scores(
+        meta(queries, 32, 128, dtype=torch.bfloat16), meta(5), statistics, meta(4, 2048), meta(4), meta(4), 1, 0.5, reduce
+    )
+
+
 CASES = {
     "pyramid": launch_pyramid,
     "statistics": lambda: launch_statistics("l2"),
     "statistics of large pages": lambda: launch_statistics("diag2", block_size=128, dim=256),
+    "scores": lambda: launch_scores("l2", "max"),
+    "scores of many queries": lambda: launch_scores("l2", "max", 4 * 32),
+    "scores by channel": lambda: launch_scores("vector", "mean", 4 * 32),
+    "normalised scores": lambda: launch_scores("diag2", "softmax_sum"),
     "top pages": lambda: launch_top_pages(512),
     "top pages of long rows": lambda: launch_top_pages(16384),
 }

@@ -9,7 +9,9 @@ from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.haar_pyramid import store_statistics as cpu_store
 from vllm_dlm.kernels.haar_pyramid import triton as pyramid
-from vllm_dlm.kernels.page_scores import FORCED
+from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS
+from vllm_dlm.kernels.page_scores import naive as naive_scores
+from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.top_pages import naive as naive_top
 from vllm_dlm.kernels.top_pages import triton as top
 from vllm_dlm.kernels.triton_utils import UPCAST
@@ -98,3 +100,57 @@ def test_top_pages_of_rows_longer_than_a_tile(monkeypatch):
 
 def test_no_page_has_a_score():
     assert (top.top_pages(torch.full((1, 1, 5), -torch.inf), 3) == -1).all()
+
+
+def compare_scores(batch, statistics, reduce, tolerance, q_starts=None):
+    arguments = (
+        batch.q, batch.q_starts if q_starts is None else q_starts, statistics, batch.page_table, batch.num_pages,
+        batch.num_pages - 1, 1, 0.5, reduce,
+    )  # fmt: skip
+    got = scores_of.page_scores(*arguments)
+    torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
+    return got
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("std_kind", STD_KINDS)
+def test_scores(std_kind, reduce, monkeypatch):
+    """Ragged requests, groups of three heads, more rows than a tile has, several tiles of pages."""
+    monkeypatch.setattr(scores_of, "PAGES", 16)
+    batch = PagedBatch([200, 331, 17], (3, 9, 1), heads=6, kv_heads=2, dim=66 if std_kind == "diag2" else 64)
+    compare_scores(batch, batch.statistics(std_kind), reduce, 1e-5)
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_normalisers_of_few_long_and_many_short_runs(processors, monkeypatch):
+    monkeypatch.setattr(scores_of, "PAGES", 16)
+    monkeypatch.setattr(scores_of, "processors", lambda device: processors)
+    batch = PagedBatch([1300, 90], (1, 2), heads=4, kv_heads=2)
+    compare_scores(batch, batch.statistics("l2"), "softmax_sum", 1e-5)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype, std_kind, dim, tolerance", [(torch.bfloat16, "vector", 128, 3e-2), (torch.float16, "l2", 80, 4e-3)])
+def test_scores_in_half_precision(dtype, std_kind, dim, tolerance, reduce):
+    batch = PagedBatch([500, 333], [1, 1], heads=8, kv_heads=2, dim=dim, dtype=dtype)
+    compare_scores(batch, batch.statistics(std_kind), reduce, tolerance)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_scores_that_are_forced_broken_or_infinite(reduce):
+    batch = PagedBatch([320], [2])
+    statistics = batch.statistics("l2")
+    invalid, broken, infinite = batch.page_table[0, [5, 7, 9]]
+    statistics.spread[invalid] = torch.inf
+    statistics.mean[broken, 0] = torch.nan
+    got = compare_scores(batch, statistics, reduce, 1e-5)[0]
+    assert (got[:, [0, 5, 19]] == FORCED).all() and got[0, 7] == LOWEST
+    statistics.mean[infinite, 1, 0, 0] = torch.inf
+    compare_scores(batch, statistics, reduce, 1e-5)
+
+
+def test_pages_that_requests_share_and_requests_without_pages():
+    batch = PagedBatch([128, 128, 64], [1, 1, 1])
+    batch.page_table[1], batch.q[1], batch.num_pages[2] = batch.page_table[0], batch.q[0], 0
+    got = compare_scores(batch, batch.statistics("rms"), "max", 1e-5)
+    assert torch.equal(got[0], got[1])
