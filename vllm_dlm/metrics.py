@@ -9,11 +9,15 @@ import functools
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
+from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
+from vllm_dlm.integration.autoregressive import COUNTS, selection_of
 from vllm_dlm.integration.registration import is_diffusion_lm
+
+logger = init_logger("vllm." + __name__)
 
 
 @dataclass
@@ -69,14 +73,70 @@ class DiffusionProm:
             engines[engine_idx].inc(getattr(counts, field))
 
 
+#: of autoregressive models that decode with a selection; see PageCounts in attention/counts.py
+PAGE_COUNTERS = {
+    "sparse_rows": ("vllm:sparse_attention_rows", "Generated positions that read chosen pages, times layers."),
+    "dense_rows": ("vllm:sparse_attention_dense_rows", "Generated positions that read everything, times layers."),
+    "pages_read": ("vllm:sparse_attention_pages_read", "Pages of the KV cache read by generated positions."),
+    "pages_seen": ("vllm:sparse_attention_pages_dense", "Pages that dense attention would have read."),
+}
+
+
+class PagesProm:
+    """In the place of a PrometheusStatLogger's KVConnectorProm, whose statistics carry the counts."""
+
+    def __init__(self, logger: PrometheusStatLogger):
+        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
+        self.counters = {
+            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
+            for field, (name, documentation) in PAGE_COUNTERS.items()
+        }
+
+    def observe(self, stats: dict, engine_idx: int = 0) -> None:
+        for field, count in stats[COUNTS].items():
+            self.counters[field][engine_idx].inc(count)
+
+
+class PagesLogging:
+    """Likewise of a LoggingStatLogger: a line per interval in which something was decoded."""
+
+    def __init__(self, _logger: LoggingStatLogger):
+        self.totals = dict.fromkeys(PAGE_COUNTERS, 0)
+
+    def observe(self, stats: dict) -> None:
+        for field, count in stats[COUNTS].items():
+            self.totals[field] += count
+
+    def log(self, log_fn=logger.info) -> None:
+        if seen := self.totals["pages_seen"]:
+            rows = self.totals["sparse_rows"] + self.totals["dense_rows"]
+            log_fn(
+                "Sparse attention: %.1f%% of the pages read, %.1f%% of the rows sparse",
+                100 * self.totals["pages_read"] / seen, 100 * self.totals["sparse_rows"] / rows,
+            )  # fmt: skip
+        self.__init__(None)
+
+
 def install() -> None:
     """vLLM decides by the model's `canvas_length`, which these models do not have, whether its log line and
     its counters speak of diffusion; both are told so after they are made."""
-    _after_init(LoggingStatLogger, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True))
-    _after_init(PrometheusStatLogger, "spec_decoding_prom", DiffusionProm)
+    diffusion = lambda config: is_diffusion_lm(config.model_config)  # noqa: E731
+    chooses = lambda config: selection_of(config) is not None  # noqa: E731
+    _after_init(
+        LoggingStatLogger,
+        [
+            (diffusion, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True)),
+            (chooses, "kv_connector_logging", PagesLogging),
+        ],
+    )
+    _after_init(
+        PrometheusStatLogger,
+        [(diffusion, "spec_decoding_prom", DiffusionProm), (chooses, "kv_connector_prom", PagesProm)],
+    )
 
 
-def _after_init(cls: type, attribute: str, make: Callable) -> None:
+def _after_init(cls: type, replacements: list[tuple[Callable, str, Callable]]) -> None:
+    """(for which configurations, attribute, what makes it of the logger)"""
     init = cls.__init__
     if getattr(init, "_dlm", False):
         return
@@ -84,8 +144,9 @@ def _after_init(cls: type, attribute: str, make: Callable) -> None:
     @functools.wraps(init)
     def init_with_dlm(self, vllm_config, *args, **kwargs):
         init(self, vllm_config, *args, **kwargs)
-        if is_diffusion_lm(vllm_config.model_config):
-            setattr(self, attribute, make(self))
+        for applies, attribute, make in replacements:
+            if applies(vllm_config):
+                setattr(self, attribute, make(self))
 
     init_with_dlm._dlm = True
     cls.__init__ = init_with_dlm

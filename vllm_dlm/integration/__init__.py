@@ -6,11 +6,12 @@
 
 def install() -> None:
     from vllm_dlm import metrics
-    from vllm_dlm.integration import cli, cpu_wheel, requests
+    from vllm_dlm.integration import autoregressive, cli, cpu_wheel, requests
     from vllm_dlm.integration.registration import register_models
 
     cpu_wheel.alias_distribution()
     register_models()
     cli.install()
     requests.install()
+    autoregressive.install()
     metrics.install()

@@ -54,13 +54,17 @@ def install() -> None:
         request = process_inputs(self, *args, **kwargs)
         if is_diffusion_lm(self.model_config):
             prepare(request, self)
+        else:
+            refuse_request(request.sampling_params)
         return request
 
     # A stream's headers are sent before its request is processed; here it can still be answered with 400.
     @functools.wraps(generate)
     def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if tokens is not None and is_diffusion_lm(self.model_config):
+        if not is_diffusion_lm(self.model_config):
+            refuse_request(sampling_params)
+        elif tokens is not None:
             check(sampling_params, len(tokens), self.input_processor)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
@@ -143,3 +147,10 @@ class Refusal(VLLMValidationError, ValueError):
 def refuse(field: str, value, why: str, whole: bool = False):
     message = why if whole else f"{field}: {value!r} cannot be honoured, {why}"
     raise Refusal(message, parameter=field, value=value)
+
+
+def refuse_request(params) -> None:
+    """Of an autoregressive model: options of a request are for canvases."""
+    for field, value in (getattr(params, "extra_args", None) or {}).items():
+        if field.startswith("dlm_"):
+            refuse(field, value, "it is an option of masked-diffusion language models")

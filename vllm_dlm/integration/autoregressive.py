@@ -1,0 +1,164 @@
+"""When an autoregressive model decodes with a selection, and what is refused then.
+
+Without a "dlm" object nothing of a model of vLLM's changes. With one, the
+configuration is checked in the front-end and the worker is chosen; the rest
+is in vllm_dlm/attention. Read in vLLM 0.32: config/vllm.py
+(`try_verify_and_update_config`, the one hook that sees every model),
+v1/core/sched/scheduler.py (`update_from_output`).
+"""
+
+import functools
+from collections.abc import Mapping
+
+from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.options import OptionError, server_options
+
+WORKERS = {
+    "cpu": "vllm_dlm.attention.worker.SelectingCPUWorker",
+    "cuda": "vllm_dlm.attention.worker.SelectingGPUWorker",
+}
+#: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
+COUNTS = "dlm_page_counts"
+#: drafts that need no attention of their own
+DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
+
+
+def install() -> None:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if getattr(VllmConfig.try_verify_and_update_config, "_dlm", False):
+        return
+    verify, update = VllmConfig.try_verify_and_update_config, Scheduler.update_from_output
+
+    @functools.wraps(verify)
+    def verify_with_dlm(self):
+        verify(self)
+        if self.model_config is not None and not is_diffusion_lm(self.model_config):
+            configure(self)
+
+    @functools.wraps(update)
+    def update_with_counts(self, scheduler_output, model_runner_output):
+        outputs = update(self, scheduler_output, model_runner_output)
+        if counts := getattr(model_runner_output, COUNTS, None):
+            for output in outputs.values():
+                if output.scheduler_stats is not None:
+                    # Free, since KV transfer is refused; see metrics.py for the other end.
+                    output.scheduler_stats.kv_connector_stats = {COUNTS: counts}
+        return outputs
+
+    verify_with_dlm._dlm = True
+    VllmConfig.try_verify_and_update_config = verify_with_dlm
+    Scheduler.update_from_output = update_with_counts
+
+
+def selection_of(vllm_config):
+    """The selection an autoregressive model decodes with; None: it is vLLM's alone."""
+    given = (vllm_config.additional_config or {}).get("dlm")
+    if not given or vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):
+        return None
+    selection = checked_options(given).selection
+    return selection if selection.autoregressive else None
+
+
+def checked_options(given):
+    options = server_options(given, "low_confidence")  # whose decoding is not looked at
+    for part in ("decoding", "reuse"):
+        if part in given:
+            raise OptionError(
+                part, f"dlm.{part}: only masked-diffusion language models have it; autoregressive ones take selection"
+            )
+    if not options.selection.autoregressive and options.selection.name != "none":
+        raise OptionError(
+            "dlm.selection.name",
+            f"dlm.selection.name: {options.selection.name!r} does not decode autoregressive models",
+        )
+    return options
+
+
+def configure(vllm_config) -> None:
+    """Sees every configuration of a model that is not ours, perhaps more than once."""
+    given = (vllm_config.additional_config or {}).get("dlm")
+    if given is None:
+        return
+    try:
+        if not isinstance(given, Mapping):
+            server_options(given, "low_confidence")
+        checked_options(given)
+        selection = selection_of(vllm_config)
+        if selection is None:
+            return
+        refuse_model(vllm_config.model_config, selection)
+        set_block_size(vllm_config.cache_config, selection)
+    except OptionError as error:
+        raise ValueError(f"--dlm-config: {error}") from None
+    refuse_unsupported(vllm_config)
+
+    from vllm.platforms import current_platform
+
+    wanted = WORKERS["cpu" if current_platform.is_cpu() else "cuda"]
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", wanted):
+        raise ValueError(f"worker_cls: {parallel.worker_cls!r} cannot be used with dlm.selection, which has its own")
+    parallel.worker_cls = wanted
+
+
+def refuse_model(model_config, selection) -> None:
+    name, layers = model_config.architecture, model_config.get_total_num_hidden_layers()
+    kinds = {
+        "generates nothing": model_config.runner_type != "generate",
+        "has cross attention": model_config.is_encoder_decoder,
+        "has latent attention (MLA)": model_config.use_mla,
+        "mixes attention with state-space layers": model_config.is_hybrid,
+        "has no attention": model_config.is_attention_free,
+        "looks at parts of its prompt from both sides": model_config.is_mm_prefix_lm,
+        "looks at its output through a window": model_config.rswa_window is not None,
+    }
+    for kind, wrong in kinds.items():
+        if wrong:
+            raise OptionError("selection", f"dlm.selection: {name} {kind}, which is not supported")
+    unknown = [layer for layer in selection.dense_layers if not isinstance(layer, int) or layer < 0]
+    if unknown:
+        raise OptionError("dense_layers", f"dlm.selection.dense_layers: {unknown[0]!r} is not the number of a layer")
+    if set(range(layers)) <= set(selection.dense_layers):
+        raise OptionError(
+            "dense_layers",
+            f"dlm.selection.dense_layers: {name} has {layers} layers and all of them read everything; leave some out",
+        )
+
+
+def set_block_size(cache_config, selection) -> None:
+    """Pages are parts of blocks. (The CPU's default of 128 holds any page.)"""
+    from vllm.platforms import current_platform
+
+    size = selection.page_size
+    if cache_config.user_specified_block_size:
+        if cache_config.block_size % size:
+            raise OptionError(
+                "page_size",
+                f"dlm.selection.page_size: pages of {size} do not fill block_size {cache_config.block_size}; "
+                f"give a multiple of {size} as block_size, or a page_size that divides it",
+            )
+    elif not current_platform.is_cpu():
+        # as if it had been asked for, so that no backend's preference replaces it
+        cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
+
+
+def refuse_unsupported(vllm_config) -> None:
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
+    refused = {
+        "kv_cache_dtype": cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        # blocks that come from elsewhere have no statistics
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "kv_offloading_size": getattr(cache, "kv_offloading_size", None) is not None,
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "enable_dbo": parallel.enable_dbo,
+        "attention_backend": backend is not None and backend.name not in ("CPU_ATTN", "FLASH_ATTN"),
+        "speculative_config": speculation is not None and speculation.method not in DRAFTLESS,
+    }
+    for field, wrong in refused.items():
+        if wrong:
+            raise ValueError(f"{field}: not supported with dlm.selection; start without one of them")
