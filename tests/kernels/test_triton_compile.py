@@ -65,8 +65,9 @@ def resources(compiled, target):
     """-> registers and spills of a thread"""
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
-        used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|\w+_spill_count):\s*(\d+)", assembly)}
-        return used["vgpr_count"], used["vgpr_spill_count"] + used["sgpr_spill_count"]
+        # scalar registers that do not suffice go to lanes of vector registers, not to memory
+        used = {name: int(value) for name, value in re.findall(r"\.(vgpr_(?:spill_)?count):\s*(\d+)", assembly)}
+        return used["vgpr_count"], used["vgpr_spill_count"]
     cubin = Path(triton.knobs.cache.dir) / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
