@@ -9,10 +9,10 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
-from vllm_dlm.kernels.soft_page_attention.gate import ROWS, Gate, choices, parts, threshold
+from vllm_dlm.kernels.soft_page_attention.gate import ROWS, Gate, Rows, choices, parts, threshold
 
 #: logits held at once, of all batch rows and heads
-LOGITS = 1 << 24
+LOGITS = 1 << 22
 #: keeps the root's gradient finite where all keys of a page are equal
 TINY = 1e-12
 
@@ -62,19 +62,18 @@ def page_statistics(k: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Te
 def dense(q, k, v, gate, scale, rows):
     """q [B, Hkv, G, R, D], which read all they see -> [B, Hkv, G, R, D]"""
     group, causal = q.shape[2], gate.causal
+    if causal and rows.start and len(rows) > ROWS:  # their mask is one of pairs
+        pieces = [Rows(at, min(at + ROWS, rows.stop), dense=True) for at in range(rows.start, rows.stop, ROWS)]
+        return torch.cat([dense(p, k, v, gate, scale, r) for p, r in zip(q.split(ROWS, 3), pieces, strict=True)], 3)
     mask = None
     if causal:
         k, v = k[:, :, : rows.stop], v[:, :, : rows.stop]
         if rows.start:  # is_causal counts from the first key
-            if len(rows) > ROWS:
-                halves = [type(rows)(s, min(s + ROWS, rows.stop), dense=True) for s in range(rows.start, rows.stop, ROWS)]
-                cut = [q[..., part.start - rows.start : part.stop - rows.start, :] for part in halves]
-                return torch.cat([dense(c, k, v, gate, scale, p) for c, p in zip(cut, halves, strict=True)], 3)
             position = torch.arange(rows.start, rows.stop, device=q.device)
             mask, causal = torch.arange(rows.stop, device=q.device) <= position[:, None], False
-    out = scaled_dot_product_attention(
-        q.flatten(1, 2), k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask, is_causal=causal, scale=scale
-    )
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = scaled_dot_product_attention(q.flatten(1, 2), k, v, mask, is_causal=causal, scale=scale)
     return out.unflatten(1, (-1, group))
 
 

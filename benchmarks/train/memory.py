@@ -1,0 +1,118 @@
+"""Peak memory of a training step by length: attention through page masks against transformers' dense ones.
+
+Each cell is a process of its own: forward and backward of a small Llama, the
+highest resident memory less what was there when model and inputs were built.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+
+SHAPE = dict(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=1 << 20,
+)  # fmt: skip
+LENGTHS = (2048, 4096, 8192, 16384)
+#: name -> attention, mask, gradient checkpointing, longest that is tried
+WAYS = {
+    "dense, SDPA": ("sdpa", None, False, None),
+    "dense, SDPA with a mask of pairs": ("sdpa", "pairs", False, 8192),
+    "dense, eager": ("eager", None, False, 8192),
+    "soft mask": ("unique", "soft", False, None),
+    "hard mask": ("unique", "hard", False, None),
+    "dense, SDPA, gradient checkpointing": ("sdpa", None, True, None),
+    "soft mask, gradient checkpointing": ("unique", "soft", True, None),
+}
+COLUMNS = [
+    report.Column("way", "attention"),
+    *(report.Column(f"mib_{n}", f"MiB at {n // 1024}k", "{:.0f}") for n in LENGTHS),
+    *(report.Column(f"s_{n}", f"s at {n // 1024}k", "{:.1f}") for n in LENGTHS[-1:]),
+]
+NOTES = [
+    "Forward and backward, batch 1, float32: highest resident memory less that before the step. Seconds of one step, "
+    "on a machine that others used too: an order of magnitude.",
+    "dense, SDPA: torch's fused kernel, which holds no matrix either; a mask of pairs is what a soft mask over keys "
+    "takes without a kernel of its own. Ways that hold the matrix are not tried beyond 8k tokens.",
+]
+
+
+def measure(way: str, length: int) -> dict:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import vllm_dlm.training as sparse
+
+    implementation, mask, checkpointing, _ = WAYS[way]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation=implementation).train()
+    if implementation == "unique":
+        sparse.configure(model, sparse.PageSparsity(budget_tokens=1024, hard=mask == "hard", dense_layers=()))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    small, ids = torch.randint(0, 512, (1, 256)), torch.randint(0, 512, (1, length))
+    model(small, labels=small, use_cache=False).loss.backward()  # what is allocated once
+    before, given = resident(), {}
+    if mask == "pairs":
+        given["attention_mask"] = torch.zeros(1, SHAPE["num_attention_heads"], length, length).masked_fill_(
+            torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
+        ).requires_grad_()  # fmt: skip
+    began = time.perf_counter()
+    model(ids, labels=ids, use_cache=False, **given).loss.backward()
+    seconds = time.perf_counter() - began
+    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, "s": seconds}
+
+
+def resident() -> float:
+    """MiB"""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "LENGTH"), help="measure one cell and print it as JSON")
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        print(json.dumps(measure(options.one[0], int(options.one[1]))))
+        return
+    cells = [
+        (way, length) for way, (*_, most) in WAYS.items() for length in LENGTHS
+        if length <= min(most or length, options.longest)
+    ]  # fmt: skip
+    rows = {way: {"way": way} for way in WAYS}
+    for way, length in tqdm(cells, unit="cell"):
+        command = [sys.executable, "-m", "benchmarks.train.memory", "--threads", str(options.threads), "--one", way, str(length)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        rows[way] |= {f"mib_{length}": found["mib"], f"s_{length}": found["s"]}
+    result = report.Report(
+        "training-memory", "Peak memory of a training step",
+        {"model": SHAPE, "dtype": "float32", "page_size": 64, "budget_tokens": 1024, "machine": report.machine(options.threads)}
+        | {"versions": report.versions()},
+        COLUMNS, NOTES, list(rows.values()),
+    )  # fmt: skip
+    result.print()
+    for path in result.write(plot=plot):
+        print(path)
+
+
+def plot(axes, rows: list[dict]) -> None:
+    for row in rows:
+        found = [(n, row[f"mib_{n}"]) for n in LENGTHS if f"mib_{n}" in row]
+        axes.plot(*zip(*found, strict=True), marker="o", label=row["way"])
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB", xticks=LENGTHS, xticklabels=[f"{n // 1024}k" for n in LENGTHS])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
