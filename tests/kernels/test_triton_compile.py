@@ -112,6 +112,14 @@ def launch_scores(std_kind, reduce, queries=4):
     )
 
 
+def launch_attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):
+    from vllm_dlm.kernels.sparse_attention.triton import sparse_attention
+
+    pages = cache(**shape)
+    q = meta(4 * queries, 8 * group, pages.shape[3] // 2, dtype=pages.dtype)
+    sparse_attention(q, meta(5), pages, meta(4, 2048), meta(4, 8, kept), meta(4), page_size, 0.1, causal)
+
+
 CASES = {
     "pyramid": launch_pyramid,
     "statistics": lambda: launch_statistics("l2"),
@@ -122,6 +130,11 @@ CASES = {
     "normalised scores": lambda: launch_scores("diag2", "softmax_sum"),
     "top pages": lambda: launch_top_pages(512),
     "top pages of long rows": lambda: launch_top_pages(16384),
+    "attention": lambda: launch_attention(1),
+    "attention of a block": lambda: launch_attention(32, causal=False),
+    "attention over single keys": lambda: launch_attention(8, page_size=1, kept=2048, group=1),
+    "attention of wide heads": lambda: launch_attention(32, dim=256),
+    "attention in float32": lambda: launch_attention(32, dtype=torch.float32),
 }
 
 

@@ -12,6 +12,8 @@ from vllm_dlm.kernels.haar_pyramid import triton as pyramid
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
+from vllm_dlm.kernels.sparse_attention import naive as naive_attention
+from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
 from vllm_dlm.kernels.top_pages import triton as top
 from vllm_dlm.kernels.triton_utils import UPCAST
@@ -153,4 +155,68 @@ def test_pages_that_requests_share_and_requests_without_pages():
     batch = PagedBatch([128, 128, 64], [1, 1, 1])
     batch.page_table[1], batch.q[1], batch.num_pages[2] = batch.page_table[0], batch.q[0], 0
     got = compare_scores(batch, batch.statistics("rms"), "max", 1e-5)
+    assert torch.equal(got[0], got[1])
+
+
+def choose(batch, k):
+    """[B, Hkv, k]: the first and the last pages, and others by chance, different ones for each head"""
+    g = torch.Generator().manual_seed(k)
+    scores = torch.rand(len(batch.kv_lens), batch.kv_heads, batch.page_table.shape[1], generator=g)
+    page = torch.arange(scores.shape[2])
+    counts = batch.num_pages[:, None, None]
+    scores = scores.masked_fill((page == 0) | (page >= counts - 2), FORCED).masked_fill(page >= counts, -torch.inf)
+    return naive_top.top_pages(scores, k)
+
+
+def compare_attention(batch, chosen, causal, tolerance=2e-5):
+    arguments = (
+        batch.q, batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size,
+        batch.q.shape[2] ** -0.5, causal,
+    )  # fmt: skip
+    got = attention.sparse_attention(*arguments)
+    torch.testing.assert_close(got, naive_attention.sparse_attention(*arguments), atol=tolerance, rtol=tolerance)
+    return got
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block, k",
+    [
+        ((200,), (1,), 4, 4, 64, 16, 2, 6),
+        ((200, 333, 48), (3, 1, 8), 6, 2, 80, 16, 1, 8),  # ragged, groups of three
+        ((90, 700), (5, 64), 8, 1, 128, 32, 2, 7),  # more rows than a tile has
+        ((129, 70), (0, 2), 4, 2, 96, 128, 1, 2),  # a request that asks nothing
+        ((60, 41), (2, 3), 4, 2, 256, 1, 16, 24),  # single keys
+        ((60, 41), (1, 1), 2, 2, 64, 2, 8, 40),  # pairs, fewer than asked for
+    ],
+)
+def test_attention(kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block, k, causal):
+    batch = PagedBatch(kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block)
+    compare_attention(batch, choose(batch, k), causal)
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_one_share_and_shares_without_keys(processors, monkeypatch):
+    """The short request has fewer pages than shares."""
+    monkeypatch.setattr(attention, "KEYS", 16)
+    monkeypatch.setattr(attention, "processors", lambda device: processors)
+    batch = PagedBatch((20, 400), (1, 4), 4, 2)
+    compare_attention(batch, choose(batch, 20), True)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_attention_in_half_precision(dtype, tolerance):
+    batch = PagedBatch([500, 333], [1, 1], heads=8, kv_heads=2, dim=128, page_size=64, per_block=1, dtype=dtype)
+    compare_attention(batch, choose(batch, 5), True, tolerance)
+
+
+def test_attention_over_a_cache_with_other_strides_and_shared_pages():
+    batch = PagedBatch([128, 128], [1, 1])
+    batch.page_table[1], batch.q[1] = batch.page_table[0], batch.q[0]
+    batch.pages = batch.pages.transpose(1, 2).contiguous().transpose(1, 2)
+    batch.page_table = torch.cat([batch.page_table, torch.full_like(batch.page_table, 1 << 20)], 1)[:, :8]
+    batch.q = torch.cat([batch.q, batch.q], 2)[..., : batch.q.shape[2]]
+    chosen = choose(batch, 4)
+    chosen[1] = chosen[0]
+    got = compare_attention(batch, chosen, True)
     assert torch.equal(got[0], got[1])

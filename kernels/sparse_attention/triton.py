@@ -1,0 +1,160 @@
+"""The chosen keys of a request are split among programs; what each of them finds is merged by weight.
+
+A program holds a tile of rows and walks over its share of the chosen keys, a
+tile at a time, gathered key by key: pages may be of any size, single keys
+included. It keeps a running softmax in base 2. Its result and the log of its
+total weight are merged with those of the other shares, all in float32.
+Tiles of rows are numbered through the batch, see _request.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
+
+#: keys of a tile at most, and shares that the keys of a request may have
+KEYS, MOST_SPLITS = 64, 64
+
+
+@triton.jit
+def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr, BATCH_PAD: tl.constexpr):
+    """Which request a tile of rows belongs to, and the tile's number there. The tiles of request b begin at
+    b + q_starts[b] * GROUP // ROWS: room for the rows of each, at most one tile too many, and no look at lengths."""
+    b = tl.arange(0, BATCH_PAD)
+    starts = tl.load(q_starts + b, mask=b < batch, other=0).to(tl.int32)
+    begun = (b < batch) & (b + starts * GROUP // ROWS <= tile)
+    request = tl.sum(begun.to(tl.int32), 0) - 1
+    first = tl.load(q_starts + request).to(tl.int32)
+    return request, first, tile - request - first * GROUP // ROWS
+
+
+@triton.jit
+def _key_offsets(
+    chosen, table, slot, slots, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr
+):
+    """The keys in places `slot` [KEYS] of the chosen pages: their positions, where they lie, whether they are there"""
+    page = tl.load(chosen + slot // PAGE, mask=slot < slots, other=-1)
+    position = page * PAGE + slot % PAGE
+    there = (page >= 0) & (position < length)
+    physical = tl.load(table + page, mask=there, other=0).to(tl.int64)
+    inside = physical % PER_BLOCK * PAGE + slot % PAGE
+    return position, physical // PER_BLOCK * stride_block + inside * stride_key, there
+
+
+@triton.jit
+def _attend_kernel(
+    q, q_starts, pages, table, chosen, kv_lens, out, lse, batch, slots, share, scale, heads,
+    stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table,
+    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BATCH_PAD: tl.constexpr,
+):  # fmt: skip
+    """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused."""
+    h, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS, BATCH_PAD)
+    queries = tl.load(q_starts + b + 1).to(tl.int32) - first
+    row = tile * ROWS + tl.arange(0, ROWS)
+    present = row < queries * GROUP
+    if tile * ROWS >= queries * GROUP:
+        return
+    length = tl.load(kv_lens + b).to(tl.int32)
+    table += b.to(tl.int64) * stride_table
+    chosen += (b * tl.num_programs(1) + h) * (slots // PAGE)
+    pages += h * stride_head
+    # the last position that a row sees
+    last = length - queries + row // GROUP if CAUSAL else tl.zeros_like(row) + (length - 1)
+    channel = tl.arange(0, DIM_PAD)
+    query = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), present, DIM, DIM_PAD)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    context = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    for start in range(split * share, tl.minimum((split + 1) * share, slots), KEYS):
+        slot = start + tl.arange(0, KEYS)
+        position, offset, there = _key_offsets(
+            chosen, table, slot, slots, length, stride_block, stride_key, PAGE, PER_BLOCK
+        )
+        # what nobody wrote may be anything, NaN included, and is not read
+        place = pages + offset[:, None] + channel[None, :]
+        mask = there[:, None] & (channel < DIM)[None, :]
+        keys = tl.load(place, mask=mask, other=0.0)
+        logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
+        seen = there[None, :] & (position[None, :] <= last[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        fading = tl.exp2(highest - shift)
+        values = tl.load(place + DIM, mask=mask, other=0.0)
+        total = total * fading + tl.sum(weights, 1)
+        context = dot(weights.to(values.dtype), values, context * fading[:, None])
+        highest = higher
+    context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # a row that saw nothing keeps zeros
+    place = row_offsets(first, row, h, heads, 1, GROUP) * SPLITS + split
+    mask = present[:, None] & (channel < DIM)[None, :]
+    tl.store(out + place[:, None] * DIM + channel[None, :], context.to(out.dtype.element_ty), mask=mask)
+    if SPLITS > 1:
+        tl.store(lse + place, highest + tl.log2(total), mask=present)
+
+
+@triton.jit
+def _merge_kernel(partial, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """partial [rows, SPLITS, DIM], lse [rows, SPLITS] -> out [rows, DIM]"""
+    row = tl.program_id(0).to(tl.int64)
+    split, channel = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
+    logs = tl.load(lse + row * SPLITS + split)
+    highest = tl.max(logs, 0)
+    weights = tl.exp2(logs - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights, 0)
+    place = (row * SPLITS + split)[:, None] * DIM + channel[None, :]
+    parts = tl.load(partial + place, mask=(channel < DIM)[None, :], other=0.0)
+    merged = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + row * DIM + channel, merged.to(out.dtype.element_ty), mask=channel < DIM)
+
+
+def _splits(tiles: int, programs: int, device: torch.device) -> int:
+    """Shares of `tiles` tiles of keys: enough that all processors have work; a power of two, so that few kernels are
+    compiled."""
+    wanted = min(2 * processors(device) // programs, tiles, MOST_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
+    """Rows and keys of a tile: what registers hold without spilling. A stage each for a key's page, its place in the
+    cache, the key itself and the products with it; float32 has no tensor cores to feed."""
+    queries, _, dim = q.shape
+    if q.element_size() > 2:
+        return {"ROWS": 16, "KEYS": min(KEYS, 32), "num_warps": 8, "num_stages": 1}
+    wide = dim > 128
+    rows = row_tile(queries, batch, group, 32 if wide else 64)
+    keys = min(KEYS, 32 if wide else 64)
+    return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 64 else 4, "num_stages": 4}
+
+
+def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
+    """See choice.py"""
+    (queries, heads, dim), batch = q.shape, len(page_table)
+    kv_heads, block_size = pages.shape[1:3]
+    group, slots = heads // kv_heads, chosen.shape[2] * page_size
+    tiles = _tiles(q, batch, group)
+    row_tiles = batch + queries * group // tiles["ROWS"]
+    key_tiles = triton.cdiv(slots, tiles["KEYS"])
+    splits = _splits(key_tiles, row_tiles * kv_heads, q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    partial, lse = out, None
+    if splits > 1:
+        partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
+    _attend_kernel[row_tiles, kv_heads, splits](
+        q, q_starts, pages, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, slots,
+        triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
+        *q.stride()[:2], *pages.stride()[:3], page_table.stride(0),
+        PAGE=page_size, PER_BLOCK=block_size // page_size, CAUSAL=causal, SPLITS=splits, GROUP=group,
+        DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch), **tiles,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[queries * heads,](partial, lse, out, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16))
+    return out
