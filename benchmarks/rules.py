@@ -54,7 +54,7 @@ class Tokens(Selection):
 
 def keys_of(asked: Asked, length: int) -> torch.Tensor:
     """[Hkv, length, D]"""
-    return asked.keys(torch.arange(length).expand(asked.summary.shape[1], -1))
+    return asked.read(torch.arange(length).expand(len(asked.summary), -1), 1)[:, :, 0].chunk(2, -1)[0]
 
 
 def attention_mass(asked: Asked) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Random(Tokens):
     name: ClassVar[str] = "random"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        return torch.rand(asked.summary.shape[1], asked.prompt_len)
+        return torch.rand(len(asked.summary), asked.prompt_len)
 
 
 class SparseDLLM(Tokens):

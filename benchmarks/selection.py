@@ -143,8 +143,8 @@ class SelectionEngine(Engine):
             nonlocal kept, oracle, total, read, prompt
             units = choose(view, layer, pages, q, voters, scale, counts)
             asked = visible.Asked(
-                q, voters, pages.read(layer, view.summary_slots).new_zeros(0, len(units), 2 * q.shape[2]),
-                lambda positions: pages.read_heads(layer, view._positions(positions)),
+                q, voters, q.new_zeros(len(units), 0, 2 * q.shape[2]),
+                lambda runs, size: view._read(layer, pages, runs, size),
                 view.prompt_len, view.length, scale, None,
             )  # fmt: skip
             weight = attention_mass(asked)[:, : view.prompt_len].double()

@@ -29,8 +29,9 @@ class Asked:
 
     q: torch.Tensor  # [n, H, D]
     voters: torch.Tensor  # [n] bool: rows whose token is about to be decided
-    summary: torch.Tensor  # [R, Hkv, 2 * D], as `summarise` returned it
-    keys: Callable[[torch.Tensor], torch.Tensor]  # positions [Hkv, m] -> cached keys [Hkv, m, D]
+    summary: torch.Tensor  # [Hkv, R, 2 * D], what `summarise` made
+    # runs [Hkv, m] of so many neighbours -> their cached keys and values [Hkv, m, size, 2 * D]
+    read: Callable[[torch.Tensor, int], torch.Tensor]
     prompt_len: int
     length: int  # prompt and response
     scale: float

@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics, runs_of, spread_of, spread_width
-from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
+from vllm_dlm.kernels.haar_pyramid import STD_KINDS, runs_of, spread_of, spread_width
+from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
@@ -78,18 +78,14 @@ class Unique(Selection):
         return row
 
     def choose(self, asked: Asked) -> Choice:
-        count, _, width = asked.summary.shape
-        dim = width // 2
-        spread = asked.summary[..., dim:][..., : spread_width(self.std_kind, dim)]
+        mean, spread = asked.summary.chunk(2, -1)  # [Hkv, R, D]
+        spread = spread[..., : spread_width(self.std_kind, mean.shape[2])]
         # The prompt's end counts as recent. Its unfinished page is read anyway.
         forced_from = max(0, -(-asked.prompt_len // self.page_size) - self.recent_pages)
-        device = asked.q.device
-        scores = page_scores(
-            asked.q, torch.tensor([0, len(asked.q)], device=device),
-            PageStatistics(asked.summary[:, :, None, :dim], spread.float()[:, :, None], self.page_size, self.std_kind),
-            torch.arange(count, device=device)[None], torch.tensor([count], device=device),
-            torch.tensor([forced_from], device=device), self.sink_pages, self.lam, self.reduce,
-        )  # fmt: skip
+        scores = run_scores(
+            asked.q, mean, spread, self.std_kind, forced_from, self.sink_pages, self.lam, self.reduce
+        )  # [1, Hkv, R]
+        count = mean.shape[1]
         return Choice(top_pages(scores, min(self.budget_pages, count))[0], count)
 
     def keeps(self, steps: int) -> bool:

@@ -21,9 +21,9 @@ from typing import ClassVar, Literal
 import pywt
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, runs_of
+from vllm_dlm.kernels.haar_pyramid import runs_of
 from vllm_dlm.kernels.haar_pyramid.cpu import pyramid
-from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
+from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -171,62 +171,65 @@ class WaveFilter(Selection):
 
     def choose(self, asked: Asked) -> Choice:
         q = asked.q[asked.voters] if self.query_set == "masked" and bool(asked.voters.any()) else asked.q
-        mean, spread = asked.summary.chunk(2, -1)  # [R, Hkv, D]
-        coarse, *finer = self.kept(len(mean))
-        runs = self._best(q, mean, spread, self.levels, coarse, asked.prompt_len)  # [Hkv, coarse]
-        scored, top = len(mean), runs
+        mean, spread = asked.summary.chunk(2, -1)  # [Hkv, R, D]
+        coarse, *finer = self.kept(mean.shape[1])
+        pins = self.pinned(asked.prompt_len)
+        runs = self._best(q, mean, spread, self.levels, coarse, pins)  # [Hkv, coarse]
+        scored, top = mean.shape[1], runs
         if self._reselect[0] == "drift" and asked.previous is not None and self._overlap(top, asked.previous.memo):
             return Choice(asked.previous.units, scored, asked.previous.memo)
-        keys = None
+        if finer:
+            kv = asked.read(runs, 2**self.levels)  # [Hkv, n, 2^levels, 2 * D] of the runs that are left
         for scale, count in zip(self.scales[1:], finer, strict=True):
-            inside = (2 * runs[..., None] + torch.arange(2, device=runs.device)).flatten(1)  # [Hkv, n] runs of this scale
-            keys = self._keys(asked, inside, scale)  # [Hkv, n, 2^scale, D]
-            best = self._best(q, *self._describe(keys, scale), scale, count, asked.prompt_len)
+            # each run falls into two, each with its half of the keys
+            inside = (2 * runs[..., None] + torch.arange(2, device=runs.device)).flatten(1)
+            kv = kv.unflatten(2, (2, -1)).flatten(1, 2)
+            best = self._best(q, *self._describe(kv.chunk(2, -1)[0], scale), scale, count, pins).long()
             scored += inside.shape[1]
-            runs = inside.gather(1, best.long())
+            runs = inside.gather(1, best)
+            if scale > self.scales[-1]:
+                row = best + torch.arange(len(best), device=best.device)[:, None] * kv.shape[1]
+                kv = kv.flatten(2).flatten(0, 1).index_select(0, row.flatten()).view(*best.shape, *kv.shape[2:])
         return Choice(runs.to(torch.int32), scored, top)
 
     # -- one scale -------------------------------------------------------------------------
 
-    def _keys(self, asked: Asked, runs: torch.Tensor, scale: int) -> torch.Tensor:
-        size = 2**scale
-        positions = (runs[..., None] * size + torch.arange(size, device=runs.device)).flatten(1)
-        return asked.keys(positions).unflatten(1, (-1, size))
-
     def _describe(self, keys: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys of runs [Hkv, n, 2^scale, D] -> their band and its spread, [n, Hkv, D] each"""
+        """Keys of runs [Hkv, n, 2^scale, D] -> their band and its spread, [Hkv, n, D] each"""
         if self.wavelet != "haar":
-            return self._band(keys.flatten(1, 2), scale).to(keys.dtype).transpose(0, 1), None
+            return self._band(keys.flatten(1, 2), scale).to(keys.dtype), None
+        if scale == 0:
+            return keys[:, :, 0], None
+        if scale == 1:  # of two numbers, mean and deviation are half of sum and difference
+            even, odd = keys[:, :, 0], keys[:, :, 1]
+            return (even + odd).mul_(0.5), (even - odd).mul_(0.5).abs_() if self.detail_lambda else None
         ((mean, variance),) = pyramid(keys, (scale,))
-        return mean[:, :, 0].to(keys.dtype).transpose(0, 1), variance[:, :, 0].sqrt().transpose(0, 1)
+        return mean[:, :, 0].to(keys.dtype), variance[:, :, 0].sqrt_().to(keys.dtype)
 
     def _band(self, keys: torch.Tensor, scale: int) -> torch.Tensor:
         """[Hkv, N, D] -> low-pass band in units of a mean, [Hkv, N / 2^scale, D]"""
         return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale) / 2 ** (scale / 2)
 
-    def _best(self, q, mean, spread, scale: int, count: int, prompt_len: int) -> torch.Tensor:
-        """The `count` runs voted for, [Hkv, count], as places in what is described, ascending."""
-        runs, device = len(mean), q.device
+    def _best(self, q, mean, spread, scale: int, count: int, pins: tuple[int, int]) -> torch.Tensor:
+        """The `count` runs voted for, [Hkv, count], as places in what is described [Hkv, n, D], ascending."""
         if self.normalization == "orthonormal":
             q = q * 2 ** (scale / 2)
-        kind = "vector" if self.detail_lambda and spread is not None else "l2"
-        spread = spread.float() if kind == "vector" else torch.zeros(*mean.shape[:2], 1, device=device)
-        sink, tail = self.pinned(prompt_len)  # they come first and last at every scale
-        scores = page_scores(
-            q, torch.tensor([0, len(q)], device=device),
-            PageStatistics(mean[:, :, None], spread[:, :, None], 2**scale, kind),
-            torch.arange(runs, device=device)[None], torch.tensor([runs], device=device),
-            torch.tensor([runs - -(-tail // 2**scale)], device=device), -(-sink // 2**scale),
-            self.detail_lambda, self.agg,
-        )  # fmt: skip
+        sink, tail = (-(-tokens // 2**scale) for tokens in pins)  # they come first and last at every scale
+        if self.detail_lambda and spread is not None:
+            kind = "vector"
+        else:
+            kind, spread = "l2", torch.zeros(*mean.shape[:2], 1, dtype=mean.dtype, device=mean.device)
+        lam = self.detail_lambda if kind == "vector" else 0.0
+        scores = run_scores(q, mean, spread, kind, mean.shape[1] - tail, sink, lam, self.agg)[0]
         if self.head_mode == "shared":
-            scores = scores.sum(1, keepdim=True).expand(-1, scores.shape[1], -1).contiguous()
-        return top_pages(scores, count)[0]
+            scores = scores.sum(0, keepdim=True).expand(len(scores), -1).contiguous()
+        return top_pages(scores[None], count)[0]
 
     def _overlap(self, top: torch.Tensor, before: torch.Tensor) -> bool:
         """Whether the coarsest choice is still much the same."""
-        same = torch.stack([torch.isin(own, old).float().mean() for own, old in zip(top, before, strict=True)])
-        return bool(same.mean() >= self._reselect[1])
+        most = int(max(top.max(), before.max())) + 1
+        known = torch.zeros(len(top), most, dtype=torch.bool, device=top.device).scatter_(1, before.long(), True)
+        return bool(known.gather(1, top.long()).float().mean() >= self._reselect[1])
 
 
 def is_orthogonal(name: str) -> bool:

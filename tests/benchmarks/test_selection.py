@@ -16,17 +16,18 @@ def asked():
     keys = torch.randn(2, 300, 16, generator=generator)
     q = torch.randn(4, 4, 16, generator=generator)
 
-    def gather(positions):
-        return torch.stack([own[where] for own, where in zip(keys, positions.long(), strict=True)])
+    def read(runs, size):
+        both = torch.cat([keys, keys], -1)[:, : 300 // size * size].unflatten(1, (-1, size))
+        return torch.stack([own[where] for own, where in zip(both, runs.long(), strict=True)])
 
     voters = torch.tensor([True, False, True, True])
-    return Asked(q, voters, torch.zeros(0, 2, 32), gather, 256, 300, 0.25, None), keys
+    return Asked(q, voters, torch.zeros(2, 0, 32), read, 256, 300, 0.25, None), keys
 
 
 def test_quest_scores_the_most_a_key_in_the_box_could(asked):
     given, keys = asked
     quest = Quest(page_size=16, budget_tokens=96, min_context=0, dense_layers=(), sink_pages=0, recent_pages=1)
-    given.summary = quest.summarise(keys[:, :256].transpose(0, 1))
+    given.summary = quest.summarise(keys[:, :256].transpose(0, 1)).transpose(0, 1)
     pages = keys[:, :256].unflatten(1, (16, 16))
     top, bottom = pages.amax(2), pages.amin(2)  # [Hkv, 16, D]
     rows = given.q.unflatten(1, (2, 2)).permute(1, 0, 2, 3).flatten(1, 2)[:, :, None]  # [Hkv, n * G, 1, D]
@@ -49,11 +50,11 @@ def test_every_rule_keeps_what_its_budget_says(asked):
     given, keys = asked
     for share in (0.25, 0.16, 0.09, 0.0625):
         for name, rule in token_rules(share).items():
-            given.summary = rule.summarise(keys[:, :256].transpose(0, 1))
+            given.summary = rule.summarise(keys[:, :256].transpose(0, 1)).transpose(0, 1)
             units = rule.choose(given).units
             assert units.shape[1] * rule.unit == pytest.approx(share * 256, abs=6), name
     for name, rule in page_rules(256, 0.5).items():
-        given.summary = rule.summarise(keys[:, :256].transpose(0, 1))
+        given.summary = rule.summarise(keys[:, :256].transpose(0, 1)).transpose(0, 1)
         assert rule.choose(given).units.shape == (2, 8), name
     shared = SparseDLLM(0.1).choose(given).units
     assert torch.equal(shared[0], shared[1])

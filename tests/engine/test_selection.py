@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from tests.engine.test_invariance import tokens
 from tests.engine.test_reuse import CHECKPOINTS, POLICIES
 from tests.engine.test_reuse_golden import runner_of
-from vllm_dlm.cache.pages import Pages
+from vllm_dlm.cache.pages import Pages, Slots
 from vllm_dlm.engine.costs import Counts
 from vllm_dlm.engine.visible import View
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
@@ -146,7 +146,8 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     pages = Pages([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
     view = View(selection, prompt_len, length, block_size, order[:blocks], order[blocks : 2 * blocks], frozen)
-    slots = view._positions(torch.arange(length))
+    position = torch.arange(length)
+    slots = Slots(view.kv_table[position // block_size], position % block_size)
     pages.write_keys(0, slots, kv[..., :dim])
     pages.write_values(0, slots, kv[..., dim:])
     view.refresh(0, pages, kv[:prompt_len, :, :dim], Counts())

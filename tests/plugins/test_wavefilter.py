@@ -19,11 +19,12 @@ def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None)
     q = torch.randn(queries, heads, dim, generator=generator)
     by_head = keys.transpose(0, 1)
 
-    def gather(positions):
-        return torch.stack([own[where] for own, where in zip(by_head, positions.long(), strict=True)])
+    def read(runs, size):
+        both = torch.cat([by_head, by_head], -1)[:, : n // size * size].unflatten(1, (-1, size))
+        return torch.stack([own[where] for own, where in zip(both, runs.long(), strict=True)])
 
     voters = torch.arange(queries) % 2 == 0
-    return Asked(q, voters, selection.summarise(keys), gather, n, n + 32, dim**-0.5, None), keys
+    return Asked(q, voters, selection.summarise(keys).transpose(0, 1), read, n, n + 32, dim**-0.5, None), keys
 
 
 def algorithm_1(q, keys, wavelet, levels, proportions):
@@ -83,7 +84,8 @@ def test_detail_bound_finds_the_needle_a_mean_hides():
     found = {}
     for lam, chosen in selection.items():
         given = Asked(
-            q, torch.ones(1, dtype=torch.bool), chosen.summarise(keys), lambda p: keys[p.long()[0]].transpose(0, 1),
+            q, torch.ones(1, dtype=torch.bool), chosen.summarise(keys).transpose(0, 1),
+            lambda runs, size: keys.view(1, -1, size, 8)[:, runs[0].long()].repeat(1, 1, 1, 2),
             256, 300, 8**-0.5, None,
         )  # fmt: skip
         found[lam] = 50 in chosen.choose(given).units[0].tolist()

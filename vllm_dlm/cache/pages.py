@@ -36,14 +36,18 @@ class Pages:
         """-> [T, Hkv, D]"""
         return self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, self.head_dim :]
 
-    def read(self, layer: int, slots: Slots) -> torch.Tensor:
-        """Keys and values, [T, Hkv, 2 * D]"""
-        return self.layers[layer].transpose(1, 2)[slots.block, slots.offset]
+    def read_blocks(self, layer: int, table: torch.Tensor) -> torch.Tensor:
+        """All keys and values of some blocks, [Hkv, len(table) * block_size, 2 * D]"""
+        return self.layers[layer].index_select(0, table).transpose(0, 1).flatten(1, 2)
 
-    def read_heads(self, layer: int, slots: Slots) -> torch.Tensor:
-        """Keys where each head has slots of its own, [Hkv, m] -> [Hkv, m, D]"""
-        head = torch.arange(len(slots.block), device=slots.block.device)[:, None]
-        return self.layers[layer][slots.block, head, slots.offset, : self.head_dim]
+    def read_runs(self, layer: int, slots: Slots, size: int) -> torch.Tensor:
+        """Keys and values of runs within blocks, each head its own: first slots [Hkv, m] -> [Hkv, m, size, 2 * D]"""
+        cache = self.layers[layer]
+        _, kv_heads, block_size, width = cache.shape
+        head = torch.arange(kv_heads, device=cache.device)[:, None]
+        run = ((slots.block * kv_heads + head) * block_size + slots.offset) // size
+        rows = cache.view(-1, size * width).index_select(0, run.flatten())
+        return rows.view(*run.shape, size, width)
 
     def _features(self, layer: int, width: int) -> torch.Tensor:
         blocks = self.layers[layer].flatten(1)  # [blocks, elements]

@@ -73,8 +73,8 @@ class View:
         """-> [Hkv, K] units to read, those outside the prompt included"""
         if layer not in self.chosen:
             asked = Asked(
-                q, voters, pages.read(layer, self.summary_slots),
-                lambda positions: pages.read_heads(layer, self._positions(positions)),
+                q, voters, pages.read_blocks(layer, self.summary_table)[:, : len(self.summary_slots.block)],
+                lambda runs, size: self._read(layer, pages, runs, size),
                 self.prompt_len, self.length, scale, self.previous.get(layer),
             )  # fmt: skip
             self.chosen[layer] = self.selection.choose(asked)
@@ -83,8 +83,10 @@ class View:
         free = torch.arange(self.free, len(self.units), dtype=units.dtype, device=units.device)
         return torch.cat([units, free.expand(len(units), -1)], 1)
 
-    def _positions(self, positions: torch.Tensor) -> Slots:
-        return Slots(self.kv_table[positions // self.block_size], positions % self.block_size)
+    def _read(self, layer: int, pages: Pages, runs: torch.Tensor, size: int) -> torch.Tensor:
+        """Runs [Hkv, m] of `size` neighbours -> [Hkv, m, size, 2 * D]"""
+        first = runs.long() * size
+        return pages.read_runs(layer, Slots(self.kv_table[first // self.block_size], first % self.block_size), size)
 
     def attend(self, layer: int, pages: Pages, q: torch.Tensor, voters, scale: float, counts: Counts) -> torch.Tensor:
         """q [n, H, D] over what is visible -> [n, H, D]"""
@@ -107,13 +109,13 @@ class View:
         units = self.choose(layer, pages, q, voters, scale, counts)  # [Hkv, K]
         self._count(units, len(q), counts)
         unit = self.selection.unit
-        positions = (units[..., None] * unit + torch.arange(unit, device=q.device)).flatten(1)
+        dim = q.shape[2]
+        keys = self._read(layer, pages, units, unit).flatten(1, 2)[..., :dim]
         if last := self.length % unit:
-            positions = positions[:, : positions.shape[1] - unit + last]  # the last unit is visible, and last
-        keys = pages.read_heads(layer, self._positions(positions.long()))
+            keys = keys[:, : keys.shape[1] - unit + last]  # the last unit is visible, and last
         # what a head does not see moves nothing for it: [Hkv, S]
         seen = torch.stack([torch.isin(changed // unit, own) for own in units])
-        columns = pages.read_heads(layer, self._positions(changed.expand(len(units), -1)))
+        columns = self._read(layer, pages, changed.expand(len(units), -1), 1)[:, :, 0, :dim]
         return delta_attention(q, keys, columns, moved * seen.T[..., None], scale)
 
     def _count(self, units: torch.Tensor, queries: int, counts: Counts) -> None:
