@@ -30,13 +30,13 @@ def vllm_environment() -> dict[str, str]:
 
 
 class Server:
-    def __init__(self, log: Path, *arguments: str):
+    def __init__(self, log: Path, *arguments: str, checkpoint: Path = CHECKPOINT):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = vllm_command(
-            "serve", str(CHECKPOINT), "--host", "127.0.0.1", "--port", str(port), *arguments
+            "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *arguments
         )
         with log.open("wb") as output:
             # A session of its own: if it will not end by itself, all of its processes can be ended together.
