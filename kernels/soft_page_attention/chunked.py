@@ -19,21 +19,25 @@ TINY = 1e-12
 
 def soft_page_attention(q, k, v, gate: Gate, scale, prompt_len=0):
     """See choice.py"""
-    batch, heads, count, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
+    heads = q.shape[0] * q.shape[1]
+    return in_pieces(Piece, rows_at_once(heads, k.shape[2]), q, k, v, gate, scale, prompt_len)
+
+
+def in_pieces(piece, limit, q, k, v, gate, scale, prompt_len):
+    """`piece`: a Function for the queries that choose, of which `limit` are computed together."""
+    count, keys, kv_heads = q.shape[2], k.shape[2], k.shape[1]
     first = keys - count
-    limit = rows_at_once(batch * heads, keys)
-    grouped = q.unflatten(1, (kv_heads, heads // kv_heads))  # [B, Hkv, G, T, D]
+    grouped = q.unflatten(1, (kv_heads, q.shape[1] // kv_heads))  # [B, Hkv, G, T, D]
     mean = spread = None
     out = []
     for rows in parts(gate, first, keys, prompt_len, limit):
-        piece = grouped[..., rows.start - first : rows.stop - first, :]
+        own = grouped[..., rows.start - first : rows.stop - first, :]
         if rows.dense:
-            out.append(dense(piece, k, v, gate, scale, rows).to(q.dtype))
+            out.append(dense(own, k, v, gate, scale, rows).to(q.dtype))
             continue
         if mean is None:
             mean, spread = page_statistics(k, gate)
-        out.append(Piece.apply(piece, k, v, mean, spread, gate, scale, rows, prompt_len, limit).to(q.dtype))
+        out.append(piece.apply(own, k, v, mean, spread, gate, scale, rows, prompt_len, limit).to(q.dtype))
     return torch.cat(out, 3).flatten(1, 2)
 
 
@@ -98,21 +102,29 @@ class Piece(torch.autograd.Function):
 
 def attend(q, k, v, mean, spread, gate, scale, rows, prompt_len, limit):
     """q [B, Hkv, G, R, D] of the queries `rows`, keys and values of the whole sequence -> [B, Hkv, G, R, D]"""
-    choosable, keep = choices(gate, rows, k.shape[2], prompt_len, q.device)
-    pieces = [q] if len(rows) <= limit else q.split(limit, 3)
+    log_mask = page_log_mask(q, mean, spread, gate, scale, rows, k.shape[2], prompt_len, limit)
+    if gate.causal:
+        k, v = k[:, :, : rows.stop], v[:, :, : rows.stop]
+    out, pieces, start = [], split(q, limit), rows.start
+    for piece in pieces:
+        at = start if gate.causal else None
+        out.append(again(weigh, len(pieces), piece, k, v, log_mask, gate.page_size, scale, at))
+        start += piece.shape[3]
+    return torch.cat(out, 3)
+
+
+def page_log_mask(q, mean, spread, gate, scale, rows, keys, prompt_len, limit):
+    """log m, [B, Hkv, R, pages], or [B, Hkv, 1, pages] of queries that choose together"""
+    choosable, keep = choices(gate, rows, keys, prompt_len, q.device)
+    pieces = split(q, limit)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.hard):
         scored = [again(page_scores, len(pieces), p, mean, spread, choosable, gate, scale, rows.together) for p in pieces]
         scores = combine(scored, [p.shape[3] for p in pieces], gate) if rows.together else scored[0]
-        log_mask = log_of_mask(scores, choosable, keep, gate)  # [B, Hkv, R or 1, pages]
-    if gate.causal:
-        k, v = k[:, :, : rows.stop], v[:, :, : rows.stop]
-    start = rows.start if gate.causal else None
-    out, done = [], 0
-    for p in pieces:
-        at = None if start is None else start + done
-        out.append(again(weigh, len(pieces), p, k, v, log_mask, gate.page_size, scale, at))
-        done += p.shape[3]
-    return torch.cat(out, 3)
+        return log_of_mask(scores, choosable, keep, gate)
+
+
+def split(q, limit):
+    return [q] if q.shape[3] <= limit else q.split(limit, 3)
 
 
 def again(function, pieces, *inputs):
