@@ -125,7 +125,7 @@ def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
     cache, the key itself and the products with it; float32 has no tensor cores to feed."""
     queries, _, dim = q.shape
     if q.element_size() > 2:
-        return {"ROWS": 16, "KEYS": min(KEYS, 32), "num_warps": 8, "num_stages": 1}
+        return {"ROWS": 16, "KEYS": min(KEYS, 32), "num_warps": 4 if dim <= 128 else 8, "num_stages": 1}
     wide = dim > 128
     rows = row_tile(queries, batch, group, 32 if wide else 64)
     keys = min(KEYS, 32 if wide else 64)
@@ -136,14 +136,14 @@ def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size,
     """See choice.py"""
     (queries, heads, dim), batch = q.shape, len(page_table)
     kv_heads, block_size = pages.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
     group, slots = heads // kv_heads, chosen.shape[2] * page_size
     tiles = _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
     key_tiles = triton.cdiv(slots, tiles["KEYS"])
     splits = _splits(key_tiles, row_tiles * kv_heads, q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not out.numel():
-        return out
     partial, lse = out, None
     if splits > 1:
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_dlm.kernels.triton_utils import padded
 
 #: a tile of this many pages stays in registers, longer rows are read again in every step
-TILE = 8192
+TILE = 4096
 #: the integer of -inf, see _keys
 NO_SCORE = tl.constexpr(-0x7F800001)
 
@@ -78,6 +78,6 @@ def top_pages(scores, k):
     if chosen.numel():
         _top_kernel[(chosen.numel() // k,)](
             scores.contiguous(), chosen, width, k, TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(k, 128), TILE),
-            num_warps=min(max(tile // 512, 4), 16),
+            num_warps=4 if tile < TILE else 8,
         )  # fmt: skip
     return chosen

@@ -104,10 +104,16 @@ def test_no_page_has_a_score():
     assert (top.top_pages(torch.full((1, 1, 5), -torch.inf), 3) == -1).all()
 
 
-def compare_scores(batch, statistics, reduce, tolerance, q_starts=None):
+def beyond_means_nothing(batch):
+    """No entry of the page table past a request's pages is looked up."""
+    past = torch.arange(batch.page_table.shape[1]) >= batch.num_pages[:, None]
+    batch.page_table = batch.page_table.masked_fill(past, 1 << 40)
+
+
+def compare_scores(batch, statistics, reduce, tolerance):
+    beyond_means_nothing(batch)
     arguments = (
-        batch.q, batch.q_starts if q_starts is None else q_starts, statistics, batch.page_table, batch.num_pages,
-        batch.num_pages - 1, 1, 0.5, reduce,
+        batch.q, batch.q_starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 1, 1, 0.5, reduce,
     )  # fmt: skip
     got = scores_of.page_scores(*arguments)
     torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
@@ -169,6 +175,7 @@ def choose(batch, k):
 
 
 def compare_attention(batch, chosen, causal, tolerance=2e-5):
+    beyond_means_nothing(batch)
     arguments = (
         batch.q, batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size,
         batch.q.shape[2] ** -0.5, causal,
@@ -214,7 +221,6 @@ def test_attention_over_a_cache_with_other_strides_and_shared_pages():
     batch = PagedBatch([128, 128], [1, 1])
     batch.page_table[1], batch.q[1] = batch.page_table[0], batch.q[0]
     batch.pages = batch.pages.transpose(1, 2).contiguous().transpose(1, 2)
-    batch.page_table = torch.cat([batch.page_table, torch.full_like(batch.page_table, 1 << 20)], 1)[:, :8]
     batch.q = torch.cat([batch.q, batch.q], 2)[..., : batch.q.shape[2]]
     chosen = choose(batch, 4)
     chosen[1] = chosen[0]
