@@ -10,8 +10,10 @@ when the prompt is refreshed, finer ones are means of the keys that are left.
 
 Beyond the paper, off in preset "paper": a bound for what a mean hides, from
 the energy of the detail bands (`detail_lambda`); a last scale of single tokens
-(`token_stage`); choices that serve until the prompt is refreshed (`reselect`);
-first and last tokens that always stay.
+(`token_stage`); choices that serve longer than a step (`reselect`); first and
+last tokens that always stay. A choice held for a whole block goes stale with
+the tokens that are filled, so "serve" looks at the coarsest scale in every
+step and descends anew where that has moved.
 """
 
 import math
@@ -36,11 +38,11 @@ class WaveFilter(Selection):
     presets: ClassVar[dict[str, dict]] = {
         "paper": {},
         "serve": {
-            "proportions": (0.6, 0.6, 0.444), "token_stage": True, "detail_lambda": 0.5, "reselect": "refresh",
+            "proportions": (0.6, 0.6, 0.444), "token_stage": True, "detail_lambda": 0.5, "reselect": "drift:0.9",
             "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
         },
         "serve-page": {
-            "levels": 4, "granularity": "page", "proportions": (0.16,), "detail_lambda": 0.5, "reselect": "refresh",
+            "levels": 4, "granularity": "page", "proportions": (0.16,), "detail_lambda": 0.5, "reselect": "step",
             "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
         },
     }  # fmt: skip
@@ -58,7 +60,7 @@ class WaveFilter(Selection):
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
     granularity: Literal["token", "page"] = "token"  # page: runs of 2^levels tokens, chosen at the coarsest scale
     keep_sink: int = 0  # first tokens of the prompt that always stay
-    keep_tail: int = 0  # last ones; both together take half of what is kept at most
+    keep_tail: int = 0  # last ones; both together take an eighth of what is kept at most
     min_prompt: int = 512  # shorter ones are read whole
     dense_layers: tuple[int, ...] = ()  # these layers read everything
 
@@ -109,7 +111,7 @@ class WaveFilter(Selection):
     def pinned(self, prompt_len: int) -> tuple[int, int]:
         """First and last tokens that always stay. Those beyond the last coarse run stay anyway."""
         runs = prompt_len // 2**self.levels
-        room = self.kept(runs)[-1] * self.unit / 2
+        room = self.kept(runs)[-1] * self.unit / 8
         wanted = self.keep_sink + self.keep_tail
         share = min(1.0, room / wanted) if wanted else 0.0
         return int(share * self.keep_sink), max(0, int(share * self.keep_tail) - prompt_len % 2**self.levels)
