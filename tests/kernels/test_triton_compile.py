@@ -107,9 +107,8 @@ def launch_scores(std_kind, reduce, queries=4):
     from vllm_dlm.kernels.page_scores.triton import page_scores
 
     statistics = PageStatistics.empty(cache(), 64, std_kind)
-    page_scores(
-        meta(queries, 32, 128, dtype=torch.bfloat16), meta(5), statistics, meta(4, 2048), meta(4), meta(4), 1, 0.5, reduce
-    )
+    q = meta(queries, 32, 128, dtype=torch.bfloat16)
+    page_scores(q, meta(5), statistics, meta(4, 2048), meta(4), meta(4), 1, 0.5, reduce)
 
 
 def launch_attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):

@@ -138,7 +138,9 @@ def test_normalisers_of_few_long_and_many_short_runs(processors, monkeypatch):
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dtype, std_kind, dim, tolerance", [(torch.bfloat16, "vector", 128, 3e-2), (torch.float16, "l2", 80, 4e-3)])
+@pytest.mark.parametrize(
+    "dtype, std_kind, dim, tolerance", [(torch.bfloat16, "vector", 128, 3e-2), (torch.float16, "l2", 80, 4e-3)]
+)
 def test_scores_in_half_precision(dtype, std_kind, dim, tolerance, reduce):
     batch = PagedBatch([500, 333], [1, 1], heads=8, kv_heads=2, dim=dim, dtype=dtype)
     compare_scores(batch, batch.statistics(std_kind), reduce, tolerance)
