@@ -232,3 +232,13 @@ def test_memory_of_summaries_is_asked_for(engines):
     assert (features, summaries) == (0, -(-(2000 // 16) // shape.block_size))
     assert shape.tokens(options, 2000, 2100) == (kv + summaries) * shape.block_size
     assert np.array_equal(shape.blocks(options, 40, 60), (-(-60 // shape.block_size), 0, 0))
+
+
+def test_units_must_fit_into_blocks(engines):
+    with pytest.raises(ValueError, match="block_size: 32 is not a multiple of the 64 tokens"):
+        engine(engines, "llada-tiny", {"name": "unique"}, block_size=32)
+    llm = engines("llada-tiny", block_size=32)
+    with pytest.raises(ValueError, match="dlm_selection"):
+        tokens(llm, [({"prompt_token_ids": [1, 2, 3]}, SamplingParams(extra_args={"dlm_selection": "unique"}))])
+    chosen = SamplingParams(temperature=0, max_tokens=8, extra_args={"dlm_selection": "wavefilter/serve"})
+    assert len(tokens(llm, [({"prompt_token_ids": [1, 2, 3]}, chosen)])) == 1

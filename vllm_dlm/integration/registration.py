@@ -20,16 +20,19 @@ def is_diffusion_lm(model_config) -> bool:
     return model_config is not None and model_config.architecture in FAMILIES
 
 
-def resolved_options(vllm_config):
-    """The server's options of a model this plugin serves. A selection nobody named is the one it was trained with."""
+def asked_options(vllm_config):
+    """The server's "dlm" object. A selection nobody named is the one the model was trained with."""
     from vllm_dlm.integration.configs import trained_selection
 
-    _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
     given = (vllm_config.additional_config or {}).get("dlm")
     trained = trained_selection(vllm_config.model_config.hf_config)
-    if trained and isinstance(given, (dict, type(None))):
-        given = {"selection": trained} | (given or {})
-    return server_options(given, default_decoding)
+    return {"selection": trained} | (given or {}) if trained and isinstance(given, (dict, type(None))) else given
+
+
+def resolved_options(vllm_config):
+    """The server's options of a model this plugin serves."""
+    _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
+    return server_options(asked_options(vllm_config), default_decoding)
 
 
 def register_models() -> None:
@@ -70,7 +73,7 @@ class DiffusionConfigHook:
         check_config(model.hf_config)
         refuse_unsupported(vllm_config)
         try:
-            resolved_options(vllm_config)
+            set_block_size(vllm_config.cache_config, resolved_options(vllm_config).selection)
         except OptionError as error:
             raise ValueError(f"--dlm-config: {error}") from None
 
@@ -93,6 +96,19 @@ class DiffusionConfigHook:
         # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
+
+
+def set_block_size(cache_config, selection) -> None:
+    """What a selection reads or leaves out together must lie in one block; 128 holds the units of all of them, and
+    is the CPU's default."""
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size, cache_config.user_specified_block_size = 128, True
+    elif selection.sparse and cache_config.block_size % selection.unit:
+        raise OptionError(
+            "block_size",
+            f"block_size: {cache_config.block_size} is not a multiple of the {selection.unit} tokens that "
+            f"dlm.selection {selection.name!r} reads together",
+        )
 
 
 def refuse_unsupported(vllm_config) -> None:

@@ -128,6 +128,9 @@ def check(params, prompt: int, processor) -> None:
     if steps is not None and steps > model.max_model_len:
         # Whoever lays out the schedule takes time and memory for every step of it.
         refuse("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
+    unit = options.selection.unit if options.selection.sparse else 1
+    if cache.block_size % unit:
+        refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and block_size is {cache.block_size}")
     shape = BlockShape.of(processor.vllm_config)
     blocks_needed = shape.tokens(options, prompt, prompt + length) // cache.block_size
     if cache.num_gpu_blocks is not None and blocks_needed > cache.num_gpu_blocks - 1:
