@@ -1,5 +1,7 @@
 """What page-sparse decoding cannot do stops before an engine process is started, with one line that names the field."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ from vllm import LLM, SamplingParams
 
 from tests.attention.conftest import SPARSE, decode, prompts, tokens
 from vllm_dlm.attention import layers
+from vllm_dlm.integration.autoregressive import selection_of
 
 #: what the message names -> the dlm object
 OBJECTS = {
@@ -103,6 +106,26 @@ def test_without_a_selection_nothing_of_ours_is_there(decoder, dlm):
     assert tokens(decode(llm, asked)) == tokens(decode(decoder("llama"), asked))
     (found,) = llm.collective_rpc(used)
     assert not any("vllm_dlm" in name for name in found)
+
+
+def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
+    """Its config names the selection; a server that names another one (or none) is obeyed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = tmp_path_factory.mktemp("trained")
+    for file in checkpoints("llama").iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    trained = {"budget_tokens": 128, "page_size": 32, "temperature": 1.0}
+    (folder / "config.json").write_text(json.dumps(config | {"unique": trained}))
+
+    def selection(**settings):
+        arguments = EngineArgs(str(folder), max_model_len=512, skip_tokenizer_init=True, **settings)
+        return selection_of(arguments.create_engine_config())
+
+    assert (selection().budget_tokens, selection().page_size) == (128, 32)
+    assert selection(additional_config={"dlm": {"selection": {"name": "none"}}}) is None
+    assert selection(additional_config={"dlm": {"selection": SPARSE}}).page_size == 16
 
 
 def used(worker) -> list[str]:

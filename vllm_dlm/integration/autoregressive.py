@@ -1,16 +1,16 @@
 """When an autoregressive model decodes with a selection, and what is refused then.
 
-Without a "dlm" object nothing of a model of vLLM's changes. With one, the
-configuration is checked in the front-end and the worker is chosen; the rest
-is in vllm_dlm/attention. Read in vLLM 0.32: config/vllm.py
+Without a selection (named by the server, or by a checkpoint that was trained
+with one) nothing of a model of vLLM's changes. With one, the configuration is
+checked in the front-end and the worker is chosen; the rest is in
+vllm_dlm/attention. Read in vLLM 0.32: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
 
 import functools
-from collections.abc import Mapping
 
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.integration.registration import asked_options, is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
 
 WORKERS = {
@@ -54,8 +54,10 @@ def install() -> None:
 
 def selection_of(vllm_config):
     """The selection an autoregressive model decodes with; None: it is vLLM's alone."""
-    given = (vllm_config.additional_config or {}).get("dlm")
-    if not given or vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):
+    if vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):
+        return None
+    given = asked_options(vllm_config)
+    if given is None:
         return None
     selection = checked_options(given).selection
     return selection if selection.autoregressive else None
@@ -78,13 +80,7 @@ def checked_options(given):
 
 def configure(vllm_config) -> None:
     """Sees every configuration of a model that is not ours, perhaps more than once."""
-    given = (vllm_config.additional_config or {}).get("dlm")
-    if given is None:
-        return
     try:
-        if not isinstance(given, Mapping):
-            server_options(given, "low_confidence")
-        checked_options(given)
         selection = selection_of(vllm_config)
         if selection is None:
             return
