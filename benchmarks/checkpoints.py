@@ -82,6 +82,8 @@ SHAPES = {
     for shape in (
         Shape("llada-vocabulary", 384, 12, 6, 1152, 126_464),
         Shape("llada-proportions", 768, 12, 12, 2304, 8_960),
+        # two layers of it, for prompts whose full forwards take as long as many small ones
+        Shape("llada-long", 768, 2, 12, 2304, 8_960, context=16_640),
         Shape("smoke", 64, 2, 2, 192, 512, context=512),
     )
 }

@@ -12,6 +12,10 @@ import time
 from collections import Counter
 
 
+#: counted by the engine itself
+SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
+
+
 def install(worker) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -39,6 +43,8 @@ def install(worker) -> None:
         def wrapper(scheduler_output, *args, **kwargs):
             result = function(scheduler_output, *args, **kwargs)
             counts["steps"] += bool(scheduler_output.num_scheduled_tokens)
+            for name in SELECTED:
+                counts[name] += getattr(getattr(result, "counts", None), name, 0)
             if counts["steps"] == worker.dlm_awaited_steps:
                 worker.dlm_taken = dict(counts)
             return result
@@ -87,6 +93,16 @@ def install(worker) -> None:
     counted("__call__", lambda attention, *_: 4 * pairs(attention))
     counted("over_pages", lambda attention, *_: 4 * pairs(attention))
     counted("delta_over_pages", scores_and_changed)
+
+    from vllm_dlm.engine import visible
+
+    attend_chosen = visible.sparse_attention
+
+    def over_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args):
+        counts["flops"] += 4 * min(chosen.shape[2] * unit, int(kv_lens[0])) * q.numel()
+        return attend_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args)
+
+    visible.sparse_attention = over_chosen
 
 
 def start(worker, steps: int) -> None:

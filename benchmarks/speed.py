@@ -29,11 +29,15 @@ COLUMNS = [
     report.Column("tokens_per_s", "tokens/s", "{:.2f}"),
     report.Column("vs_loop", "× loop", "{:.2f}"),
     report.Column("vs_none", "× none", "{:.2f}"),
+    report.Column("vs_host", "time / host's", "{:.2f}"),
     report.Column("ms_per_step", "ms/step", "{:.1f}"),
     report.Column("rows_share", "rows recomputed", "{:.1%}"),
     report.Column("flops_vs_loop", "FLOPs / loop", "{:.1%}"),
     report.Column("flops_vs_none", "FLOPs / none", "{:.1%}"),
     report.Column("overhead", "engine overhead", "{:.1%}"),
+    report.Column("kv_share", "cached keys read", "{:.1%}"),
+    report.Column("scored", "keys scored / step", "{:.0f}"),
+    report.Column("pyramids", "pyramid rows made / step", "{:.0f}"),
 ]
 
 NOTES = [
@@ -46,6 +50,8 @@ NOTES = [
     "queued before the first step; '× loop' compares with the loop's one request of the stated length.",
     "rows recomputed: rows through the feed-forward, of canvas × layers × steps. FLOPs: multiply-adds × 2 of "
     "linears, attention and head, counted where the rows arrive; for the loop by formula.",
+    "time / host's: of a selection over a reuse policy, against that policy alone. cached keys read: of those that are "
+    "there. keys scored: means and keys a selection compared with queries; pyramid rows: means it took. Both per layer.",
     "engine overhead: share of the wall time outside forward and head (scheduler, processes, packing, "
     "committing, detokenising).",
 ]
@@ -100,7 +106,7 @@ def run(args) -> None:
         for shape in shapes:
             rows += measure_shape(shape, cells, policies, args, progress)
     result = report.Report(
-        name=args.name or "speed-" + "-".join(policy.label.split(":")[0] for policy in policies),
+        name=args.name or "speed-" + "-".join(policy.label.split(":")[0].replace("/", ".") for policy in policies),
         title="Speed of one-token-per-step denoising: " + ", ".join(policy.label for policy in policies),
         settings=about | {"load_average_after": report.load_average()},
         columns=[column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)],
@@ -218,6 +224,9 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
         "awaited": cell.steps,
         "flops": counts["flops"],
         "rows_share": counts["rows"] / (shape.layers * cell.rows() * cell.steps),
+        "kv_share": counts["keys_read"] / counts["keys_dense"] if counts.get("summaries") else None,
+        "scored": counts["keys_scored"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
+        "pyramids": counts["summaries"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
         "head_rows_per_request_step": counts["head_rows"] / (cell.batch * cell.steps),
         "overhead": median(lambda run: 1 - (run["forward"] + run["head"]) / run["seconds"]),
         "share_of_time": {
@@ -235,7 +244,10 @@ def with_ratios(rows: list[dict], shape: Shape) -> list[dict]:
     """Against the loop's one request of the same prompt, and against `none` in the same cell."""
     loop = {row["prompt"]: row for row in rows if row["method"] == "loop"}
     none = {(row["prompt"], row["batch"]): row for row in rows if row["method"] == "none"}
+    alone = {(row["method"], row["prompt"], row["batch"]): row for row in rows}
     for row in rows:
+        if host := alone.get((row["method"].split("+")[0], row["prompt"], row["batch"])) if "+" in row["method"] else None:
+            row["vs_host"] = row["ms_per_step"] / host["ms_per_step"]
         cell = Cell(row["prompt"], row["new"], row["batch"], row["blocks"], row["steps_per_block"])
         row["flops_vs_loop"] = row["flops"] / cell.dense_flops(shape)
         if base := loop.get(row["prompt"]):

@@ -48,6 +48,8 @@ def requests(count=24, longest=120):
         extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
         if index % 6 == 2:
             extra["dlm_cfg_scale"] = 0.5
+        if index % 5 == 3:
+            extra["dlm_selection"] = "none"
         params = SamplingParams(
             temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
             extra_args=extra,
