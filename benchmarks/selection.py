@@ -31,7 +31,8 @@ COLUMNS = [
 ]
 NOTES = [
     f"Demo checkpoint, float32, greedy, canvas of {CANVAS} tokens, blocks of {BLOCK}, one token per step, reuse "
-    "fast_dllm (dual); 8 needles in the prompt, 2 asked for. Exact match: the whole answer, end token included.",
+    "fast_dllm (dual); needles hidden in the prompt, some of them asked for. Exact match: the whole answer, end token "
+    "included.",
     "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over layers, "
     "heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per key "
     "head, for the same queries and keys.",
@@ -75,6 +76,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--prompts", type=int, default=100, help="for each line (default 100)")
     parser.add_argument("--lengths", default="256,512,1024,2048", help="prompt tokens (default 256,512,1024,2048)")
     parser.add_argument("--budgets", default="0.25,0.16,0.09,0.0625", help="shares of the prompt that are kept")
+    parser.add_argument("--needles", type=int, default=8, help="hidden in each prompt (default 8)")
+    parser.add_argument("--queried", type=int, default=2, help="of them asked for (default 2)")
+    parser.add_argument("--table", choices=["pages", "tokens"], help="one of the two tables only")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
 
@@ -87,10 +91,11 @@ def run(args) -> None:
     jobs = []
     for tokens in lengths:
         jobs.append((tokens, 1.0, "dense", None, "both"))
-        jobs += [(tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()]
-        if tokens >= 512 or args.quick:  # below, the pages that are always read fill the budget
+        if args.table != "pages":
+            jobs += [(tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()]
+        if args.table != "tokens" and (tokens >= 512 or args.quick):  # below, the pages that are always read fill the budget
             jobs += [(tokens, share, name, rule, "pages") for share in budgets[:2] for name, rule in page_rules(tokens, share).items()]
-    rows, samples = [], {tokens: questions(prompts, tokens) for tokens in lengths}
+    rows, samples = [], {tokens: questions(prompts, tokens, args.needles, args.queried) for tokens in lengths}
     with tqdm(total=len(jobs) * prompts, desc="selection", unit="prompt") as progress:
         for tokens, share, name, rule, table in jobs:
             progress.set_postfix_str(f"{name}, {share:.2%} of {tokens}")
@@ -100,12 +105,16 @@ def run(args) -> None:
     dense = {row["tokens"]: row["exact_match"] for row in rows if row["rule"] == "dense"}
     for row in rows:
         row["vs_dense"] = 100 * (row["exact_match"] - dense[row["tokens"]])
+    suffix = "" if args.needles == 8 else f"-{args.needles}-needles"
     for table, title in (("pages", "Pages of the prompt by what rule"), ("tokens", "Tokens of the prompt by what rule")):
+        if args.table not in (None, table):
+            continue
         result = report.Report(
-            name=f"selection-{table}",
+            name=f"selection-{table}{suffix}",
             title=title,
             settings={
                 "model": "demo checkpoint", "dtype": "float32", "page": PAGE if table == "pages" else None,
+                "needles": args.needles, "asked for": args.queried,
                 "machine": report.machine(torch.get_num_threads()), "versions": report.versions(),
             },
             columns=COLUMNS, notes=NOTES, rows=[row for row in rows if row["table"] in (table, "both")],
@@ -115,11 +124,11 @@ def run(args) -> None:
             print(path)
 
 
-def questions(count: int, tokens: int):
+def questions(count: int, tokens: int, needles: int = 8, queried: int = 2):
     from benchmarks.demo import tasks
 
     rng, filler = np.random.default_rng(47), tasks.Filler(11)
-    return [tasks.recall(rng, filler, tokens, needles=8, queried=2) for _ in range(count)]
+    return [tasks.recall(rng, filler, tokens, needles=needles, queried=queried) for _ in range(count)]
 
 
 class SelectionEngine(Engine):
