@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
 SHAPE = {
     "vocab_size": 320,
@@ -23,11 +23,17 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SHAPE | {"num_key_value_heads": 4}),
     "mistral": lambda: MistralConfig(**SHAPE | {"num_key_value_heads": 1, "sliding_window": None}),
 }
+#: sees a window in three layers of four
+WINDOWED = {
+    "olmo3": lambda: Olmo3Config(
+        **SHAPE | {"num_hidden_layers": 8}, sliding_window=64, eos_token_id=0, pad_token_id=0
+    )
+}
 
 
 def write(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), torch_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((CONFIGS | WINDOWED)[name](), torch_dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms and biases, which start as ones and zeros
             parameter.data += 0.1 * torch.randn_like(parameter)

@@ -72,3 +72,14 @@ def test_min_context_is_counted_per_position(decoder):
         decode(llm, prompts(180), new=21)  # positions 180 … 199 are decoded, and see 181 … 200 keys
         counts = counted(llm, before)
     assert (counts["dense_rows"], counts["sparse_rows"]) == (3 * 9, 3 * 11)
+
+
+def test_layers_with_a_window_keep_it(decoder):
+    """Their blocks and those of the choosing layers come from one pool."""
+    selection = SPARSE | {"dense_layers": []}
+    llm = decoder("olmo3", selection, enable_prefix_caching=False)
+    with selecting(llm, budget_tokens=4096):
+        assert tokens(decode(llm, ASKED)) == tokens(decode(decoder("olmo3"), ASKED))
+    before = counted(llm)
+    assert tokens(decode(llm, ASKED)) == tokens(decode(llm, ASKED)) != tokens(decode(decoder("olmo3"), ASKED))
+    assert counted(llm, before)["sparse_rows"] == 2 * 2 * len(ASKED) * 23  # two of eight layers, decoded twice

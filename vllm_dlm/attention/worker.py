@@ -79,8 +79,9 @@ class Selecting:
 
     def _counted(self, output):
         """The step's counts travel with its tokens."""
-        # asynchronous outputs wrap the one that is sent
-        carrier = getattr(output, "_model_runner_output", output)
+        carrier = output
+        for wrapped in ("_model_runner_output", "model_runner_output"):  # of asynchronous outputs, V1 and V2
+            carrier = getattr(carrier, wrapped, carrier)
         if carrier is not None and getattr(carrier, "req_ids", None):
             taken = self.dlm_unsent.take()
             self.dlm_counts.add(PageCounts(**taken))
@@ -89,7 +90,9 @@ class Selecting:
 
     def dlm_page_counts(self) -> dict[str, int]:
         """For `LLM.collective_rpc`: everything since the start."""
-        return asdict(self.dlm_counts)
+        total = PageCounts(**asdict(self.dlm_counts))
+        total.add(self.dlm_unsent)
+        return asdict(total)
 
 
 class SelectingGPUWorker(Selecting, Worker):
