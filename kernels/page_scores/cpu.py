@@ -24,16 +24,18 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
             for b, (start, n) in enumerate(zip(q_starts.tolist(), counts, strict=False))
         ]
         return torch.cat(parts)
-    table = page_table.flatten()
-    mean = statistics.mean[:, :, 0].index_select(0, table).view(batch, width, kv_heads, dim)
-    spread = statistics.spread[:, :, 0].index_select(0, table).view(batch, width, kv_heads, -1)
+    # gathered head by head: products with keys that do not lie side by side are many times slower
+    head = torch.arange(kv_heads)[:, None]
+    row = (page_table[:, None] * kv_heads + head).flatten()  # [B, Hkv, N]
+    mean = statistics.mean.view(-1, dim).index_select(0, row).view(batch, kv_heads, width, dim)
+    spread = statistics.spread.flatten(0, 2).index_select(0, row).view(batch, kv_heads, width, -1)
     # [B * L, Hkv * G, D] -> rows [B, Hkv, L * G, D]
     rows = q.view(batch, -1, kv_heads, heads // kv_heads, dim).transpose(1, 2).flatten(2, 3)
     position = torch.arange(width)
     beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, N]
     forced = ((position < sink_pages) | (position >= forced_from[:, None]))[:, None]
     score = score_rows(
-        rows, mean.permute(0, 2, 3, 1), spread.permute(0, 2, 3, 1), statistics.std_kind, forced, beyond, lam, reduce
+        rows, mean.transpose(2, 3), spread.transpose(2, 3), statistics.std_kind, forced, beyond, lam, reduce
     )
     return score.masked_fill_(beyond, -torch.inf)
 

@@ -3,6 +3,9 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+#: rows of queries per key head up to which products are faster than the fused kernel
+FEW = 16
+
 
 def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
     """See choice.py"""
@@ -22,6 +25,13 @@ def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size,
             q[rows], count, pages, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal
         )
     return out
+
+
+def by_products(rows, keys, values, scale):
+    """Two matrix products and a softmax: for a handful of rows the fused kernel takes twice as long. Logits are
+    rounded to bfloat16 as the keys they come from are."""
+    logits = rows @ keys.contiguous().transpose(2, 3)  # products with keys that lie apart are many times slower
+    return logits.float().mul_(scale).softmax(-1).to(rows.dtype) @ values
 
 
 def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causal):
@@ -56,6 +66,9 @@ def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causa
             own = kv_lens[:, None] - count + torch.arange(count)  # [B, L] position of each query
             mask = mask & (position[:, :, None] <= own[:, None, :, None])
         mask = mask.repeat_interleave(heads // kv_heads, 2)
-    context = scaled_dot_product_attention(rows, kv[..., :dim], kv[..., dim:], attn_mask=mask, scale=scale)
+    if mask is None and rows.shape[2] <= FEW and rows.dtype == torch.bfloat16:
+        context = by_products(rows, kv[..., :dim], kv[..., dim:], scale)
+    else:
+        context = scaled_dot_product_attention(rows, kv[..., :dim], kv[..., dim:], attn_mask=mask, scale=scale)
     context = context.view(batch, kv_heads, count, heads // kv_heads, dim).transpose(1, 2)
     return context.reshape(batch * count, heads, dim)
