@@ -36,7 +36,8 @@ class DyLLM(Reuse):
     full_steps: int = 4
     threshold: float = 0.995  # tau
     # Every so many steps the prompt's rows live, too; 0: never, and they need no features. Null: the official
-    # code's 4 in parity mode, else 8, since a long prompt's attention makes each such step cost nearly a dense one.
+    # code's 4 in parity mode, else 16: a long prompt's attention makes each such step cost nearly a dense one, and
+    # `python -m benchmarks quality` finds no difference between 0 and 16.
     whole_interval: int | None = None
     refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
     parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
@@ -65,7 +66,7 @@ class DyLLM(Reuse):
     @property
     def _interval(self) -> int:
         if self.whole_interval is None:
-            return OFFICIAL_INTERVAL if self.parity else 2 * OFFICIAL_INTERVAL
+            return OFFICIAL_INTERVAL if self.parity else 4 * OFFICIAL_INTERVAL
         return self.whole_interval
 
     @property
