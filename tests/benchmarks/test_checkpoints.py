@@ -17,7 +17,8 @@ def test_stated_parameters(shape):
     if weights is not None:
         assert sum(tensor.numel() for tensor in weights.values()) == shape.parameters
     else:
-        assert 90e6 < shape.parameters < 130e6
+        # two layers where the prompt is what counts
+        assert 25e6 < shape.parameters < 30e6 if shape.name == "llada-long" else 90e6 < shape.parameters < 130e6
         assert shape.feed_forward == 3 * shape.width and shape.width // shape.heads == 64
 
 

@@ -60,8 +60,14 @@ def test_every_rule_keeps_what_its_budget_says(asked):
     assert torch.equal(shared[0], shared[1])
 
 
-def test_grades_on_the_demo_checkpoint():
-    engine, samples = SelectionEngine(320), questions(6, 256)
+@pytest.fixture(scope="session")
+def engine():
+    """Kept for the session: dropped, it would end torch.distributed for the engines of the other tests."""
+    return SelectionEngine(320)
+
+
+def test_grades_on_the_demo_checkpoint(engine):
+    samples = questions(6, 256)
 
     class Silent:
         def update(self, _): ...
