@@ -1,6 +1,8 @@
 """What both recipes share: their options, the mask they train on, and transformers' Trainer around it."""
 
 import argparse
+import json
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -77,10 +79,32 @@ class Recipe:
     def samples(self) -> int:
         return self.steps * self.batch
 
+    @property
+    def decisive(self) -> dict:
+        """What the trained weights depend on."""
+        return {name: value for name, value in vars(self).items() if name not in ("output", "save_every", "threads", "fresh")}
+
+    def claim(self) -> None:
+        """Makes the output folder this recipe's. What other settings left there is gone on with by nobody: it is
+        refused, or removed if `fresh`."""
+        stated = self.output / "recipe.json"
+        if self.fresh:
+            for folder in (*self.output.glob("checkpoint-*"), self.output / "final"):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif stated.exists() and (left := json.loads(stated.read_text())) != self.decisive:
+            differing = ", ".join(
+                f"{name} {left.get(name)!r} (now {value!r})" for name, value in self.decisive.items() if left.get(name) != value
+            )
+            raise SystemExit(
+                f"{self.output} holds a training with {differing}; give another --output, or --fresh to begin again"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        stated.write_text(json.dumps(self.decisive, indent=1))
+
     def train(self, trainer) -> None:
         """Goes on from the last checkpoint in the output folder."""
-        last = None if self.fresh or not self.output.exists() else get_last_checkpoint(str(self.output))
-        trainer.train(resume_from_checkpoint=last)
+        self.claim()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.output)))
 
     def arguments(self) -> TrainingArguments:
         return TrainingArguments(

@@ -53,9 +53,11 @@ def main() -> None:
     recipe = Recipe.from_command_line(__doc__.splitlines()[0], output=Recipe.output / "recovery")
     finished = {mask: recipe.output / mask / "final" for mask in MASKS}
     for mask in ("soft", "hard", "dense"):
-        if recipe.fresh or not finished[mask].exists():
+        own = replace(recipe, mask=mask, output=recipe.output / mask)
+        own.claim()
+        if not finished[mask].exists():
             print(f"training: {mask}")
-            diffusion.train(replace(recipe, mask=mask, output=recipe.output / mask))
+            diffusion.train(own)
     result = grade(recipe, {"untrained": CHECKPOINT, **{mask: finished[mask] for mask in ("soft", "hard", "dense")}})
     result.print()
     for path in result.write(plot=plot):

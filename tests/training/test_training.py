@@ -189,3 +189,18 @@ def test_a_server_takes_the_selection_from_the_checkpoint(tmp_path):
     assert options({"decoding": {"name": "random"}}).selection == found
     assert options({"selection": {"name": "none"}}).selection.name == "none"
     assert options(None, trained=False).selection.name == "none"
+
+
+def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path):
+    from benchmarks.train.recipe import Recipe
+
+    recipe = Recipe(output=tmp_path, steps=7)
+    recipe.claim()
+    (tmp_path / "checkpoint-5").mkdir()
+    Recipe(output=tmp_path, steps=7, save_every=3).claim()  # decides nothing
+    with pytest.raises(SystemExit, match=r"holds a training with steps 7 \(now 8\); give another --output, or --fresh"):
+        Recipe(output=tmp_path, steps=8).claim()
+    assert (tmp_path / "checkpoint-5").exists()
+    Recipe(output=tmp_path, steps=8, fresh=True).claim()
+    assert not (tmp_path / "checkpoint-5").exists()
+    Recipe(output=tmp_path, steps=8).claim()
