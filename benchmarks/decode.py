@@ -261,9 +261,8 @@ def fill_cache(worker) -> None:
         for start in range(0, len(pages), len(piece)):
             pages[start : start + len(piece)] = piece[: len(pages) - start].roll(start, 1)
         if (statistics := getattr(layer.impl, "statistics", None)) is not None:
-            from vllm_dlm.kernels.haar_pyramid import store_statistics
-
-            store_statistics(pages, torch.arange(len(statistics.mean)), statistics)
+            for ids in torch.arange(len(statistics.mean)).split(256):
+                layer.impl.describe(pages, ids)
 
 
 def decode(llm, prompt: list[int], batch: int, new: int) -> tuple[float, list[list[int]]]:

@@ -10,9 +10,10 @@ pages [blocks, Hkv, block_size, 2 * D], keys before values. A page is
 positions p % n * page_size … of block p // n, where n pages make a block.
 """
 
-from vllm_dlm.kernels.haar_pyramid.choice import haar_pyramid, runs_of, store_statistics
+from vllm_dlm.kernels.haar_pyramid.choice import haar_pyramid, runs_of, store_statistics, store_statistics_of
 from vllm_dlm.kernels.haar_pyramid.statistics import INVALID, STD_KINDS, PageStatistics, spread_of, spread_width
 
 __all__ = [
     "INVALID", "STD_KINDS", "PageStatistics", "haar_pyramid", "runs_of", "spread_of", "spread_width", "store_statistics",
+    "store_statistics_of",
 ]

@@ -24,11 +24,15 @@ def store_statistics(pages: torch.Tensor, page_ids: torch.Tensor, statistics: Pa
 
         return triton.store_statistics(pages, page_ids, statistics)
     if len(page_ids):
-        nodes = statistics.mean.shape[2]
-        level = (statistics.page_size // nodes).bit_length() - 1
-        ((mean, variance),) = cpu.haar_pyramid(pages, page_ids, statistics.page_size, (level,))
-        statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
-        statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)
+        store_statistics_of(cpu.keys_of(pages, page_ids, statistics.page_size), page_ids, statistics)
+
+
+def store_statistics_of(keys: torch.Tensor, page_ids: torch.Tensor, statistics: PageStatistics) -> None:
+    """The same of pages whose keys [n, Hkv, P, D] the caller has read himself."""
+    level = (statistics.page_size // statistics.mean.shape[2]).bit_length() - 1
+    ((mean, variance),) = cpu.pyramid(keys, (level,))
+    statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
+    statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)
 
 
 def runs_of(keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,11 +5,15 @@ import torch
 
 def haar_pyramid(pages, page_ids, page_size, levels):
     """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
+    return pyramid(keys_of(pages, page_ids, page_size), levels)
+
+
+def keys_of(pages, page_ids, page_size):
+    """-> [n, Hkv, P, D]"""
     blocks, kv_heads, block_size, width = pages.shape
     per_block, dim = block_size // page_size, width // 2
     runs = pages.view(blocks, kv_heads, per_block, page_size, width)
-    keys = runs[page_ids // per_block, :, page_ids % per_block, :, :dim]  # [n, Hkv, P, D]
-    return pyramid(keys, levels)
+    return runs[page_ids // per_block, :, page_ids % per_block, :, :dim]
 
 
 def pyramid(keys, levels):

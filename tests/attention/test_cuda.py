@@ -3,19 +3,15 @@ kernels by their CPU paths. Which rows go where, and that all of them come back,
 
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from tests.attention.steps import BLOCK, CHOOSING, DIM, PAGE, STEP, Batch, causal_attention, dense
 from vllm_dlm.attention import cuda
-from vllm_dlm.kernels.causal_attention.naive import causal_attention
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, choice, store_statistics
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
-HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 32, 32
-#: (rows, keys, prompt): a prompt, a decoding step, a short one, a chunk behind others, a resumed request, drafts
-STEP = [(40, 40, 40), (1, 150, 100), (1, 30, 20), (20, 90, 200), (105, 105, 100), (3, 203, 190)]
 
 
 @pytest.fixture
@@ -39,71 +35,36 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "store_statistics", stored)
 
 
-class Batch:
-    """Requests of a step, their keys in shuffled blocks."""
-
-    def __init__(self, step):
-        g = torch.Generator().manual_seed(0)
-        counts, self.lens, self.prompts = map(list, zip(*step, strict=True))
-        needed = [-(-n // BLOCK) for n in self.lens]
-        order = torch.randperm(sum(needed) + 2, generator=g).to(torch.int32)
-        self.table = torch.zeros(len(step), 10, dtype=torch.int32)
-        for row, blocks in zip(self.table, order[: sum(needed)].split(needed), strict=True):
-            row[: len(blocks)] = blocks
-        self.pages = torch.randn(len(order), KV_HEADS, BLOCK, 2 * DIM, generator=g)
-        starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-        self.q = torch.randn(int(starts[-1]), HEADS, DIM, generator=g)
-        slots = [
-            self.table[i, p // BLOCK] * BLOCK + p % BLOCK
-            for i, (count, keys, _) in enumerate(step)
-            for p in range(keys - count, keys)
-        ]
-        self.common = CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor(self.lens, dtype=torch.int32),
-            num_reqs=len(step), num_actual_tokens=len(self.q), max_query_len=max(counts), max_seq_len=max(self.lens),
-            block_table_tensor=self.table, slot_mapping=torch.tensor(slots),
-            seq_lens_cpu_upper_bound=torch.tensor(self.lens, dtype=torch.int32),
-        )  # fmt: skip
-        self.statistics = PageStatistics.empty(self.pages, 16, "l2")
-        # what earlier steps left: every page that was full before
-        for i, (count, keys, _) in enumerate(step):
-            full = (keys - count) // 16
-            ids = (self.table[i, :, None] * 2 + torch.arange(2)).flatten()[:full]
-            store_statistics(self.pages, ids.long(), self.statistics)
-
-    def run(self, selection):
-        builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
-        builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
-        builder.prompt_lens = lambda common: self.prompts
-        meta = builder.build(0, self.common)
-        impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
-        impl.statistics, impl.selection, impl.scale = self.statistics, selection, DIM**-0.5
-        impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
-        out = torch.full_like(self.q, torch.nan)
-        impl.forward(None, self.q, self.q, self.q, self.pages, meta, out)
-        return out, impl.counts, meta
-
-
-def dense(batch):
-    counts = batch.common.query_start_loc.diff().tolist()
-    return causal_attention(batch.q, batch.pages, list(batch.table), counts, batch.lens, DIM**-0.5)
+def run(batch, selection):
+    statistics = PageStatistics.empty(batch.pages, PAGE, "l2")
+    store_statistics(batch.pages, batch.full_before, statistics)
+    builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
+    builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
+    builder.prompt_lens = lambda common: batch.prompts
+    meta = builder.build(0, batch.common)
+    impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
+    impl.statistics, impl.selection, impl.scale = statistics, selection, DIM**-0.5
+    impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
+    out = torch.full_like(batch.q, torch.nan)
+    impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)
+    return out, impl.counts, meta
 
 
 @pytest.mark.parametrize("step", [STEP, STEP[1:2], STEP[:1] + STEP[2:3], STEP[::-1]])
 def test_a_budget_of_all_pages(without_gpu, step):
     """Through FlashAttention's stand-in, or forced through the page kernels."""
     batch = Batch(step)
-    out, counts, meta = batch.run(Unique(page_size=16, budget_tokens=4096, min_context=0))
+    out, counts, meta = run(batch, Unique(page_size=16, budget_tokens=4096, min_context=0))
     torch.testing.assert_close(out, dense(batch), atol=2e-5, rtol=2e-5)
     assert meta.sparse is None and counts.sparse_rows == 0
 
 
 def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
     batch = Batch(STEP)
-    out, counts, meta = batch.run(FOUR)
+    out, counts, meta = run(batch, FOUR)
     whole = dense(batch)
     choosing = torch.zeros(len(out), dtype=torch.bool)
-    choosing[[40, 62 + 100, 62 + 101, 62 + 102, 62 + 103, 62 + 104, 167, 168, 169]] = True
+    choosing[CHOOSING] = True
     assert not out.isnan().any()
     torch.testing.assert_close(out[~choosing], whole[~choosing], atol=2e-5, rtol=2e-5)
     assert ((out - whole).abs().amax((1, 2)) > 1e-3)[choosing].all()
@@ -115,14 +76,14 @@ def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
 def test_rows_are_what_they_are_alone(without_gpu):
     """The last position of a request with drafts is the decoding step it would have been without them."""
     batch = Batch(STEP)
-    out, _, _ = batch.run(FOUR)
+    out, _, _ = run(batch, FOUR)
     batch.common.query_start_loc = torch.tensor([0, 1], dtype=torch.int32)
     batch.common.query_start_loc_cpu = batch.common.query_start_loc
     batch.common.num_reqs = batch.common.num_actual_tokens = 1
     batch.common.seq_lens = batch.common.seq_lens_cpu_upper_bound = torch.tensor([203], dtype=torch.int32)
     batch.common.block_table_tensor, batch.common.slot_mapping = batch.table[5:], batch.common.slot_mapping[-1:]
     batch.prompts, batch.q = [190], batch.q[-1:]
-    alone, _, _ = batch.run(FOUR)
+    alone, _, _ = run(batch, FOUR)
     torch.testing.assert_close(alone[0], out[-1], atol=1e-6, rtol=1e-6)
 
 

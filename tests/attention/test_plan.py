@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from vllm_dlm.attention.plan import plan_step, prompt_lengths
-from vllm_dlm.attention.rows import attend_all, attend_chosen, make_rows, page_table
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
+from vllm_dlm.attention.rows import make_rows, page_table
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
@@ -62,24 +61,8 @@ def test_page_table():
 @pytest.mark.parametrize("rows", [[4, 5, 6], [1, 2, 9]])
 def test_rows(rows):
     made = make_rows(
-        FOUR, rows, torch.tensor([65, 96, 100], dtype=torch.int32), 100, torch.tensor([[0, 1, 2, 3]] * 3), 2, 18, False
+        FOUR, rows, torch.tensor([65, 96, 100], dtype=torch.int32), 100, torch.tensor([[0, 1, 2, 3]] * 3), 2, 18
     )
     assert torch.arange(20)[made.rows].tolist() == rows
     assert made.num_pages.tolist() == [5, 6, 7] and made.forced_from.tolist() == [3, 4, 5]
     assert made.page_table.shape == (3, 7) and (made.pages_read, made.pages_seen) == (12, 18)
-
-
-def test_a_budget_of_all_pages_is_everything_bit_for_bit():
-    """Through scores and choice, as opposed to skipping them."""
-    g = torch.Generator().manual_seed(0)
-    pages = torch.randn(8, 2, 32, 128, generator=g)
-    lens = torch.tensor([250, 97, 256], dtype=torch.int32)
-    statistics = PageStatistics.empty(pages, 16, "l2")
-    store_statistics(pages, torch.arange(10), statistics)  # the others are not known, and read
-    table = torch.stack([torch.randperm(8, generator=g) for _ in range(3)])
-    rows = make_rows(FOUR, [0, 1, 2], lens, 256, table, 2, 39, False)
-    q = torch.randn(3, 8, 64, generator=g)
-    whole = attend_all(q, rows, pages, 16, 0.125)
-    every = Unique(page_size=16, budget_tokens=256, min_context=0)
-    assert torch.equal(attend_chosen(q, rows, pages, statistics, every, 0.125), whole)
-    assert not torch.equal(attend_chosen(q, rows, pages, statistics, FOUR, 0.125), whole)

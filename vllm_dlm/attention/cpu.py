@@ -1,7 +1,4 @@
-"""The backend on CPUs: a plain cache that can be read back, torch's fused attention, page kernels.
-
-vLLM's own CPU kernel packs keys for the instruction set, so that pages could
-not be gathered from it. Layers that read everything keep it.
+"""The backend on CPUs: vLLM's own attention kernels, over all pages or over those that were chosen.
 
 Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, v1/attention/backend.py
 (builder and implementation), model_executor/layers/attention/attention.py.
@@ -12,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from vllm_dlm.attention.counts import PageCounts
-from vllm_dlm.attention.plan import plan_step, prompt_lengths
-from vllm_dlm.attention.rows import Rows, attend_all, attend_chosen, make_rows
+from vllm_dlm.attention.packed import Batch, PackedPages, packed_pages
+from vllm_dlm.attention.plan import StepPlan, plan_step, prompt_lengths
+from vllm_dlm.attention.rows import Rows, choose, make_rows, page_table, place
 from vllm_dlm.integration.autoregressive import selection_of
-from vllm_dlm.kernels.causal_attention import causal_attention
-from vllm_dlm.kernels.haar_pyramid import store_statistics
+from vllm_dlm.kernels.haar_pyramid import store_statistics_of
 
-#: generated positions whose pages are scored and gathered at once
+#: generated positions whose pages are scored at once
 PIECE = 32
 
 
@@ -42,60 +40,69 @@ class SelectingCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
+class Dense:
+    """Rows that read everything: prompts, and generated positions with nothing to leave out."""
+
+    rows: slice | torch.Tensor
+    batch: Batch
+    counts: PageCounts
+
+
+@dataclass
 class SelectingCPUMetadata:
-    num_actual_tokens: int
-    written: torch.Tensor | None  # [n] the step's rows that have a slot; None: all
-    slots: torch.Tensor  # [n * Hkv] where their heads lie in the cache seen as rows [blocks * Hkv * block_size, 2 * D]
+    slots: torch.Tensor  # [T] where the step's tokens lie; below 0: nowhere
     full_pages: torch.Tensor  # [m] pages whose last position is written in this step
-    prompt: list[tuple[slice, torch.Tensor, int]]  # rows, blocks and keys of each request's part of a prompt
-    whole: list[Rows]
-    sparse: list[Rows]
+    dense: Dense | None
+    sparse: list[tuple[Rows, Batch]]
 
 
 class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
-        self.block_size = kv_cache_spec.block_size
-        self.kv_heads = kv_cache_spec.num_kv_heads
+        self.pages_per_block = kv_cache_spec.block_size // self.selection.page_size
+        heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        self.pages = packed_pages(
+            heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype, self.selection.page_size
+        )
         #: metadata of a step -> prompt length of each of its requests; the worker knows
         self.prompt_lens = lambda common: None
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingCPUMetadata:
-        common = common_attn_metadata
+        common, size = common_attn_metadata, self.selection.page_size
         if common.causal is not True:
             raise NotImplementedError("dlm.selection: attention that is not causal is not supported")
         starts, kv_lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        slots, written = common.slot_mapping[: starts[common.num_reqs]].long(), None
-        if len(slots) and int(slots.min()) < 0:
-            written = (slots >= 0).nonzero()[:, 0]
-            slots = slots[written]
+        slots = common.slot_mapping[: starts[common.num_reqs]].long()
         plan = plan_step(self.selection, starts, kv_lens, prompt_lengths(common, self.prompt_lens(common)))
         table = common.block_table_tensor
-        size = self.selection.page_size
-        head = torch.arange(self.kv_heads)
-        block, offset = slots // self.block_size, slots % self.block_size
         return SelectingCPUMetadata(
-            num_actual_tokens=starts[common.num_reqs],
-            written=written,
-            slots=((block[:, None] * self.kv_heads + head) * self.block_size + offset[:, None]).flatten(),
-            full_pages=slots[slots % size == size - 1] // size,
-            prompt=[(slice(first, first + count), table[r], keys) for r, first, count, keys in plan.prompt],
-            whole=self._pieces(plan.whole, table, True),
-            sparse=self._pieces(plan.sparse, table, False),
+            slots=slots,
+            full_pages=slots[(slots >= 0) & (slots % size == size - 1)] // size,
+            dense=self._dense(plan, table) if plan.prompt or plan.whole else None,
+            sparse=self._sparse(plan, table),
         )
 
-    def _pieces(self, wanted, table, read_all: bool) -> list[Rows]:
+    def _dense(self, plan: StepPlan, table: torch.Tensor) -> Dense:
+        parts = sorted(plan.prompt + [(request, row, 1, keys) for request, row, keys in plan.whole], key=lambda part: part[1])
+        requests, firsts, counts, keys = map(list, zip(*parts, strict=True))
+        rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
+        pages = -(-max(keys) // self.selection.page_size)
+        blocks = -(-pages // self.pages_per_block)
+        batch = self.pages.batch(
+            counts, torch.tensor(keys, dtype=torch.int32), page_table(table[requests], blocks, self.pages_per_block)
+        )
+        read = sum(-(-keys // self.selection.page_size) for _, _, keys in plan.whole)
+        return Dense(place(rows, table.device), batch, PageCounts(0, len(plan.whole), read, read))
+
+    def _sparse(self, plan: StepPlan, table: torch.Tensor) -> list[tuple[Rows, Batch]]:
         pieces = []
-        for i in range(0, len(wanted), PIECE):
-            requests, rows, keys = map(list, zip(*wanted[i : i + PIECE], strict=True))
+        for i in range(0, len(plan.sparse), PIECE):
+            requests, rows, keys = map(list, zip(*plan.sparse[i : i + PIECE], strict=True))
             pages = sum(-(-n // self.selection.page_size) for n in keys)
-            pieces.append(
-                make_rows(
-                    self.selection, rows, torch.tensor(keys, dtype=torch.int32), max(keys), table[requests],
-                    self.block_size // self.selection.page_size, pages, read_all,
-                )  # fmt: skip
-            )
+            lens = torch.tensor(keys, dtype=torch.int32)
+            made = make_rows(self.selection, rows, lens, max(keys), table[requests], self.pages_per_block, pages)
+            pieces.append((made, self.pages.chosen_batch(lens, self.selection.budget_pages)))
         return pieces
 
 
@@ -121,29 +128,36 @@ class SelectingCPUImpl(AttentionImpl):
         meta: SelectingCPUMetadata | None = attn_metadata
         if meta is None or self.statistics is None:  # profiling
             return output.fill_(0)
+        selection, pages = self.selection, self.pages(kv_cache)
         if key is not None and self.kv_sharing_target_layer_name is None:
-            self._write(key, value, kv_cache, meta)
-        selection = self.selection
-        if meta.prompt:
-            rows = [rows for rows, _, _ in meta.prompt]
-            tables, kv_lens = [table for _, table, _ in meta.prompt], [keys for _, _, keys in meta.prompt]
-            for own, table, keys in zip(rows, tables, kv_lens, strict=True):
-                count = own.stop - own.start
-                output[own] = causal_attention(query[own], kv_cache, [table], [count], [keys], self.scale)
-        for rows in meta.whole:
-            output[rows.rows] = attend_all(query[rows.rows], rows, kv_cache, selection.page_size, self.scale)
-            self.counts.add(PageCounts(0, len(rows.kv_lens), rows.pages_read, rows.pages_seen))
-        for rows in meta.sparse:
-            chosen = attend_chosen(query[rows.rows], rows, kv_cache, self.statistics, selection, self.scale)
-            output[rows.rows] = chosen
+            count = len(meta.slots)
+            pages.write(key[:count], value[:count], kv_cache, meta.slots)
+            self.describe(kv_cache, meta.full_pages)
+        if meta.dense:
+            rows = meta.dense.rows
+            if isinstance(rows, slice):
+                pages.attend(query[rows], kv_cache, meta.dense.batch, self.scale, output[rows])
+            else:
+                context = torch.empty_like(output[rows])
+                pages.attend(query[rows], kv_cache, meta.dense.batch, self.scale, context)
+                output[rows] = context
+            self.counts.add(meta.dense.counts)
+        for rows, batch in meta.sparse:
+            q = query[rows.rows]
+            chosen = choose(q, rows, self.statistics, selection)
+            # The last page is unfinished, and forced. Should more pages be forced than may be read, it is one of them.
+            chosen[..., -1] = rows.num_pages[:, None] - 1
+            physical = rows.page_table[:, None].expand(-1, self.num_kv_heads, -1).gather(2, chosen.long())
+            output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
             self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output
 
-    def _write(self, key, value, kv_cache, meta) -> None:
-        key, value = key[: meta.num_actual_tokens], value[: meta.num_actual_tokens]
-        if meta.written is not None:
-            key, value = key[meta.written], value[meta.written]
-        cache = kv_cache.view(-1, 2 * self.head_size)
-        cache.index_copy_(0, meta.slots, torch.cat([key, value], -1).flatten(0, 1))
-        if len(meta.full_pages):
-            store_statistics(kv_cache, meta.full_pages, self.statistics)
+    def pages(self, kv_cache: torch.Tensor) -> PackedPages:
+        return packed_pages(
+            self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.page_size
+        )
+
+    def describe(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> None:
+        """Statistics of pages [n] from the keys that lie there now."""
+        if len(page_ids):
+            store_statistics_of(self.pages(kv_cache).keys(kv_cache, page_ids), page_ids, self.statistics)

@@ -17,9 +17,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_dlm.attention.counts import PageCounts
 from vllm_dlm.attention.plan import StepPlan, plan_step, prompt_lengths
-from vllm_dlm.attention.rows import Rows, attend_chosen, make_rows, to_device
+from vllm_dlm.attention.rows import Rows, choose, make_rows, to_device
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.kernels.haar_pyramid import store_statistics
+from vllm_dlm.kernels.sparse_attention import sparse_attention
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
@@ -84,7 +85,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
             behind = to_device([kv_lens[r] - n for r, n in zip(requests, keys, strict=True)], self.device, torch.int32)
             meta.sparse = make_rows(
                 self.selection, rows, common.seq_lens[index] - behind, max(keys), common.block_table_tensor[index],
-                self.block_size // size, sum(-(-n // size) for n in keys), False,
+                self.block_size // size, sum(-(-n // size) for n in keys),
             )  # fmt: skip
             if plan.prompt or plan.whole:
                 self._add_dense(meta, plan, common, kv_lens)
@@ -135,8 +136,10 @@ class SelectingFlashImpl(FlashAttentionImpl):
             parent(layer, part, key, value, kv_cache, meta.dense, context, output_scale, output_block_scale)
             output[meta.dense_rows] = context
         rows = meta.sparse
-        output[rows.rows] = attend_chosen(
-            query[rows.rows], rows, kv_cache, self.statistics, self.selection, self.scale
-        )
+        q = query[rows.rows]
+        output[rows.rows] = sparse_attention(
+            q, rows.q_starts, kv_cache, rows.page_table, choose(q, rows, self.statistics, self.selection), rows.kv_lens,
+            self.selection.page_size, self.scale, True,
+        )  # fmt: skip
         self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output

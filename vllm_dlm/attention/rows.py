@@ -6,7 +6,6 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import page_scores
-from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.plugins.selection.base import Selection
 
@@ -34,15 +33,14 @@ def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: 
 
 def make_rows(
     selection: Selection, rows: list[int], kv_lens: torch.Tensor, longest: int, block_table: torch.Tensor,
-    pages_per_block: int, page_sum: int, read_all: bool,
+    pages_per_block: int, page_sum: int,
 ) -> Rows:  # fmt: skip
     """`kv_lens` [B] int32 and `block_table` [B, n] on the device; `longest` bounds kv_lens, `page_sum` is their pages."""
     device, size = kv_lens.device, selection.page_size
     width = -(-longest // size)
     num_pages = (kv_lens + size - 1) // size
-    whole = rows == list(range(rows[0], rows[0] + len(rows)))
     return Rows(
-        rows=slice(rows[0], rows[0] + len(rows)) if whole else to_device(rows, device),
+        rows=place(rows, device),
         q_starts=torch.arange(len(rows) + 1, device=device, dtype=torch.int32),
         page_table=page_table(block_table, -(-width // pages_per_block), pages_per_block)[:, :width].contiguous(),
         num_pages=num_pages,
@@ -50,8 +48,15 @@ def make_rows(
         # The last page may be unfinished, and its keys unknown to the statistics.
         forced_from=(num_pages - selection.recent_pages).clamp_min(0),
         pages_seen=page_sum,
-        pages_read=page_sum if read_all else len(rows) * selection.budget_pages,
+        pages_read=len(rows) * selection.budget_pages,
     )
+
+
+def place(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Ascending rows of a step's queries; side by side they need no index."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return to_device(rows, device)
 
 
 def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -59,23 +64,10 @@ def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torc
     return host.to(device, non_blocking=True)
 
 
-def attend_chosen(
-    q: torch.Tensor, rows: Rows, pages: torch.Tensor, statistics: PageStatistics, selection: Selection, scale: float
-) -> torch.Tensor:
-    """q [B, H, D], pages [blocks, Hkv, block_size, 2 * D] -> [B, H, D]"""
+def choose(q: torch.Tensor, rows: Rows, statistics: PageStatistics, selection: Selection) -> torch.Tensor:
+    """q [B, H, D] -> [B, Hkv, budget] pages of each row, in order"""
     scores = page_scores(
         q, rows.q_starts, statistics, rows.page_table, rows.num_pages, rows.forced_from,
         selection.sink_pages, selection.lam, selection.reduce,
     )  # fmt: skip
-    chosen = top_pages(scores, selection.budget_pages)  # [B, Hkv, budget]
-    return sparse_attention(
-        q, rows.q_starts, pages, rows.page_table, chosen, rows.kv_lens, selection.page_size, scale, True
-    )
-
-
-def attend_all(q: torch.Tensor, rows: Rows, pages: torch.Tensor, page_size: int, scale: float) -> torch.Tensor:
-    """The same kernel told to read every page: what `attend_chosen` is with a budget of them all."""
-    page = torch.arange(rows.page_table.shape[1], device=q.device, dtype=torch.int32)
-    chosen = torch.where(page < rows.num_pages[:, None], page, -1)  # [B, N]
-    chosen = chosen[:, None].expand(-1, pages.shape[1], -1)
-    return sparse_attention(q, rows.q_starts, pages, rows.page_table, chosen, rows.kv_lens, page_size, scale, True)
+    return top_pages(scores, selection.budget_pages)

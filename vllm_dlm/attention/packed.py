@@ -1,0 +1,122 @@
+"""vLLM's own CPU kernels over pages instead of blocks.
+
+A layer's cache is one piece of memory, [blocks, Hkv, block_size, 2 * D]. The
+kernels take any part of it that is laid out like a block, so here it is read
+as pages, and for chosen pages each (request, key head) as a request of its
+own, which has pages of its own.
+
+Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, _custom_ops.py (`cpu_attn_*`).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """How the attention of one shape of layer lies in pages."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype
+    page_size: int
+
+    @property
+    def isa(self) -> str:
+        return _get_attn_isa(self.dtype, self.page_size, self.dim)
+
+    @functools.cached_property
+    def order(self) -> torch.Tensor:
+        """[P * D] where each key element of a page and head lies. The kernels pack keys for the instruction set; how is
+        found out by packing numbers and looking where they went, in two digits that any dtype holds exactly."""
+        number = torch.arange(self.page_size * self.dim)
+        seen = torch.zeros_like(number)
+        for weight, digit in ((1, number % 128), (128, number // 128)):
+            page = torch.empty(1, 1, self.page_size, 2 * self.dim, dtype=self.dtype)
+            keys = digit.view(self.page_size, 1, self.dim).to(self.dtype)
+            self._write(keys, keys, page, torch.arange(self.page_size))
+            seen += weight * self._halves(page, 1)[0].flatten().long()
+        if not torch.equal(seen.sort()[0], number):
+            raise RuntimeError(f"vLLM's CPU attention ({self.isa}) does not keep keys as they are given; known is 0.32's")
+        return seen.argsort()
+
+    def _halves(self, kv_cache: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values [pages, Hkv, P, D]; within a page and head all keys lie before the values."""
+        return kv_cache.view(-1, kv_heads, 2 * self.page_size, self.dim).chunk(2, dim=2)
+
+    def _write(self, key, value, kv_cache, slots) -> None:
+        ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv_cache, key.shape[1]), slots, self.isa)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """key and value [T, Hkv, D], slots [T]: where a token lies, page * P + offset; below 0: nowhere"""
+        self._write(key, value, kv_cache, slots)
+
+    def keys(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
+        """-> [n, Hkv, P, D]"""
+        packed = self._halves(kv_cache, self.kv_heads)[0][page_ids].flatten(2)  # [n, Hkv, P * D]
+        return packed[..., self.order].unflatten(-1, (self.page_size, self.dim))
+
+    def batch(self, counts: list[int], kv_lens: torch.Tensor, page_table: torch.Tensor | None) -> "Batch":
+        """Requests that read everything: `counts` queries each, the last of their `kv_lens` [B] int32;
+        page_table [B, N]."""
+        starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+        return self._batch(self.heads, self.kv_heads, starts, kv_lens, page_table, envs.VLLM_CPU_ATTN_SPLIT_KV)
+
+    def chosen_batch(self, kv_lens: torch.Tensor, budget: int) -> "Batch":
+        """Requests of one query that will read `budget` pages per key head, the last one as far as `kv_lens` [B] goes."""
+        unfilled = -kv_lens % self.page_size
+        lens = (budget * self.page_size - unfilled).to(torch.int32).repeat_interleave(self.kv_heads)
+        starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+        # A request's sums do not depend on who shares the step: no head's keys are split.
+        return self._batch(self.heads // self.kv_heads, 1, starts, lens, None, False)
+
+    def _batch(self, heads, kv_heads, starts, kv_lens, page_table, split) -> "Batch":
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(kv_lens), num_heads=heads, num_kv_heads=kv_heads, head_dim=self.dim, seq_lens=kv_lens,
+            dtype=self.dtype, query_start_loc=starts, causal=True, sliding_window_size=-1, isa=self.isa,
+            enable_kv_split=split,
+        )  # fmt: skip
+        return Batch(kv_heads, starts, kv_lens, page_table, plan)
+
+    def attend(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", scale: float, output: torch.Tensor) -> None:
+        """q and output [T, H, D]"""
+        self._attend(q, kv_cache, batch, batch.page_table, scale, output)
+
+    def attend_chosen(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", pages: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """q [B, H, D], physical `pages` [B, Hkv, K], of which only the last may be unfilled -> [B, H, D]"""
+        table = (pages * self.kv_heads + torch.arange(self.kv_heads)[:, None]).flatten(0, 1).to(torch.int32)
+        q = q.reshape(len(table), -1, self.dim)  # [B * Hkv, G, D]
+        output = torch.empty_like(q)
+        self._attend(q, kv_cache, batch, table, scale, output)
+        return output.view(-1, self.heads, self.dim)
+
+    def _attend(self, q, kv_cache, batch, page_table, scale, output) -> None:
+        keys, values = self._halves(kv_cache, batch.kv_heads)
+        ops.cpu_attention_with_kv_cache(
+            query=q, key_cache=keys, value_cache=values, output=output, query_start_loc=batch.starts,
+            seq_lens=batch.kv_lens, scale=scale, causal=True, alibi_slopes=None, sliding_window=-1,
+            block_table=page_table, softcap=0.0, scheduler_metadata=batch.plan, s_aux=None,
+        )  # fmt: skip
+
+
+#: one object for all layers alike: how keys are packed is looked up once
+packed_pages = functools.cache(PackedPages)
+
+
+@dataclass
+class Batch:
+    """What all layers' calls of a step have in common."""
+
+    kv_heads: int
+    starts: torch.Tensor  # [B + 1] int32
+    kv_lens: torch.Tensor  # [B] int32
+    page_table: torch.Tensor | None  # [B, N] int32; None: every layer has its own
+    plan: torch.Tensor  # the kernel's own division of the work among threads
