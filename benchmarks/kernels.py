@@ -44,6 +44,8 @@ COLUMNS = [
     report.Column("attend_ms", "attend ms", "{:.3f}"),
     report.Column("sparse_ms", "all three ms", "{:.3f}"),
     report.Column("ratio", "× dense", "{:.1f}"),
+    report.Column("served_ms", "all three, vLLM's kernel attends, ms", "{:.3f}"),
+    report.Column("served_ratio", "× dense", "{:.1f}"),
     report.Column("bound_ms", "byte bound ms", "{:.3f}"),
     report.Column("of_bound", "of the bound", "{:.0%}"),
     report.Column("bound_ratio", "bound: × dense", "{:.1f}"),
@@ -92,10 +94,12 @@ def run(args) -> None:
         notes=[
             "All of one run. Medians over repetitions; a GPU is timed with events over launches in a row, caches not "
             "flushed. All three: score, select and attend together, timed as one.",
+            "vLLM's kernel attends: as a server on a CPU decodes, over a table of the chosen pages in vLLM's packed cache "
+            "(vllm_dlm/attention/packed.py); attend and all three beside it are the project's kernels, torch alone.",
             "Dense kernels tried: " + ", ".join(sorted({name for row in rows for name in row["dense"]})) + ".",
             "byte bound: mean and spread of all pages, then keys and values of the chosen ones, at the bandwidth that "
-            "summing a large tensor reaches here; bound: × dense is the same for the bytes of all keys and values over "
-            "those.",
+            "summing a large tensor reaches here, and how much of it the faster way attains; bound: × dense is the same for "
+            "the bytes of all keys and values over those.",
             f"{checked} cases compared with the definitions in float64 before." if checked else "Not checked in this run.",
         ],
         rows=rows,
@@ -236,6 +240,7 @@ def measure(case: Case, seconds: float, bandwidth: float) -> dict:
     }
     best = min(dense, key=dense.get)
     sparse = timed(graphed(all_three, device), device, seconds)
+    served = (call := chosen_by_vllm(case, k)) and timed(call, device, seconds)
     element = case.pages.element_size()
     kv_bytes = batch * keys * KV_HEADS * 2 * DIM * element
     read = batch * k * PAGE * KV_HEADS * 2 * DIM * element + batch * case.page_table.shape[1] * KV_HEADS * (DIM * element + 4)
@@ -246,7 +251,8 @@ def measure(case: Case, seconds: float, bandwidth: float) -> dict:
         "score_ms": timed(graphed(case.score, device), device, seconds),
         "select_ms": timed(graphed(lambda: top_pages(scores, k), device), device, seconds),
         "attend_ms": timed(graphed(lambda: case.attend(chosen), device), device, seconds),
-        "sparse_ms": sparse, "ratio": dense[best] / sparse, "bound_ms": bound, "of_bound": bound / sparse,
+        "sparse_ms": sparse, "ratio": dense[best] / sparse, "served_ms": served, "served_ratio": served and dense[best] / served,
+        "bound_ms": bound, "of_bound": bound / min(sparse, served or sparse),
         "bound_ratio": kv_bytes / read,
         "store_us": 1000 * timed(
             graphed(lambda: store_statistics(case.pages, one_page, case.statistics), device), device, seconds
@@ -272,50 +278,56 @@ def dense_kernels(case: Case) -> dict:
     }
     if case.q.is_cuda:
         kernels |= cuda_kernels(case, k, v)
-    elif ours := vllm_cpu_kernel(case, k, v):
-        kernels["vLLM CPU attention"] = ours
+    elif theirs := vllm_cpu_kernel(case, kernels["torch SDPA, enable_gqa"]().transpose(1, 2).flatten(0, 1)):
+        kernels["vLLM CPU attention"] = theirs
     return kernels
 
 
-def vllm_cpu_kernel(case: Case, k: torch.Tensor, v: torch.Tensor):
-    """vLLM's own kernel over its own packed cache. Read in vLLM 0.32: v1/attention/backends/cpu_attn.py."""
+def vllm_packed(case: Case, page_size: int, page_table: torch.Tensor):
+    """The case's keys in vLLM's own packed cache: (how to attend there, cache), None where vLLM is not."""
     try:
-        from vllm import _custom_ops as ops
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+        from vllm_dlm.attention.packed import packed_pages
     except ImportError:
         return None
-    batch, keys, size = len(case.kv_lens), k.shape[2], 128
-    blocks = -(-keys // size)
-    isa = _get_attn_isa(case.q.dtype, size, DIM)
-    cache = torch.empty(batch * blocks, KV_HEADS, 2 * size, DIM, dtype=case.q.dtype)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    for request in range(batch):
-        slots = torch.arange(keys) + request * blocks * size
-        ops.cpu_attn_reshape_and_cache(
-            k[request].transpose(0, 1).contiguous(), v[request].transpose(0, 1).contiguous(), key_cache, value_cache, slots,
-            isa,
-        )  # fmt: skip
-    starts, lens = case.q_starts.to(torch.int32), case.kv_lens.to(torch.int32)
-    table = torch.arange(batch * blocks, dtype=torch.int32).view(batch, blocks)
-    out = torch.empty_like(case.q)
+    pages = packed_pages(HEADS, KV_HEADS, DIM, case.q.dtype, page_size)
+    cache = torch.zeros(page_table.numel(), KV_HEADS, page_size, 2 * DIM, dtype=case.q.dtype)
+    kv = case.pages[case.page_table].transpose(2, 3).flatten(1, 2)  # [B, N, Hkv, 2 * D]
+    for own, table in zip(kv, page_table, strict=True):
+        slots = (table[:, None] * page_size + torch.arange(page_size)).flatten()[: len(own)]
+        pages.write(*(part.contiguous() for part in own.chunk(2, -1)), cache, slots)
+    return pages, cache
+
+
+def vllm_cpu_kernel(case: Case, want: torch.Tensor | None):
+    """All keys, in blocks of vLLM's size, laid out in order."""
+    count = -(-int(case.kv_lens[0]) // 128)
+    table = torch.arange(len(case.kv_lens) * count).view(-1, count)
+    if (packed := vllm_packed(case, 128, table)) is None:
+        return None
+    pages, cache = packed
+    lens, table, out = case.kv_lens.to(torch.int32), table.to(torch.int32), torch.empty_like(case.q)
 
     def call():
-        plan = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=batch, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, seq_lens=lens, dtype=case.q.dtype,
-            query_start_loc=starts, causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True,
-        )  # fmt: skip
-        ops.cpu_attention_with_kv_cache(
-            query=case.q, key_cache=key_cache, value_cache=value_cache, output=out, query_start_loc=starts, seq_lens=lens,
-            scale=DIM**-0.5, causal=True, alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0.0,
-            scheduler_metadata=plan, s_aux=None,
-        )  # fmt: skip
+        pages.attend(case.q, cache, pages.batch([case.queries] * len(lens), lens, table), DIM**-0.5, out)
         return out
 
-    want = torch.nn.functional.scaled_dot_product_attention(
-        case.q.view(batch, case.queries, HEADS, DIM).transpose(1, 2), k, v, enable_gqa=True
-    )
     if case.queries == 1:  # else it is causal and the other is not
-        torch.testing.assert_close(call().view(batch, 1, HEADS, DIM).transpose(1, 2), want, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(call(), want, atol=3e-2, rtol=3e-2)
+    return call
+
+
+def chosen_by_vllm(case: Case, k: int):
+    """Score, select and attend as a server on a CPU does: vLLM's kernel over a page table of the chosen pages."""
+    if case.q.is_cuda or case.queries > 1 or (packed := vllm_packed(case, PAGE, case.page_table)) is None:
+        return None
+    pages, cache = packed
+
+    def call():
+        chosen = top_pages(case.score(), k)
+        physical = case.page_table[:, None].expand(-1, KV_HEADS, -1).gather(2, chosen.long())
+        return pages.attend_chosen(case.q, cache, pages.chosen_batch(case.kv_lens, k), physical, DIM**-0.5)
+
+    torch.testing.assert_close(call(), case.attend(top_pages(case.score(), k)), atol=3e-2, rtol=3e-2)
     return call
 
 

@@ -7,7 +7,7 @@ from tests.attention.steps import BLOCK, CHOOSING, DIM, HEADS, KV_HEADS, PAGE, S
 from vllm_dlm.attention import cpu
 from vllm_dlm.attention.counts import PageCounts
 from vllm_dlm.attention.packed import packed_pages
-from vllm_dlm.attention.rows import choose, make_rows
+from vllm_dlm.attention.rows import choose
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.plugins.selection.unique import Unique
 

@@ -24,6 +24,7 @@ def test_a_quick_run(tmp_path):
     (row,) = data["rows"]
     assert row["keys"] == 2048 and row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
     assert row["dense_ms"] == min(row["dense"].values()) and "vLLM CPU attention" in row["dense"]
+    assert row["served_ratio"] == pytest.approx(row["dense_ms"] / row["served_ms"])
     assert any("36 cases compared" in note for note in data["notes"])
 
 
@@ -34,7 +35,7 @@ def test_it_needs_nothing_but_torch():
         "sys.meta_path = [f for f in sys.meta_path if 'ditable' not in getattr(f, '__name__', '')]\n"
         "import torch; from benchmarks import kernels\n"
         "assert kernels.check(torch.device('cpu')) == 36\n"
-        "assert kernels.vllm_cpu_kernel(kernels.Case.random(256, 1, 1, 'cpu'), None, None) is None\n"
+        "assert kernels.vllm_cpu_kernel(kernels.Case.random(256, 1, 1, 'cpu'), None) is None\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
