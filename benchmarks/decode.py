@@ -89,6 +89,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("qwen2-0.5b", "qwen2", 896, 24, 14, 2, 64, 4864),
+        Shape("qwen1.5-0.5b", "qwen2", 1024, 24, 16, 16, 64, 2816),
         Shape("qwen3-0.6b", "qwen3", 1024, 28, 16, 8, 128, 3072),
         Shape("smoke", "qwen2", 128, 4, 4, 2, 32, 192, 512),
     )
@@ -101,7 +102,7 @@ def listed(kind):
 
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: the first two")
+    parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: all but the last")
     parser.add_argument("--context", type=int, help="tokens before the first decoded one (default 32768)")
     parser.add_argument("--batches", type=listed(int), default=[1, 4], help="requests at once (default 1,4)")
     parser.add_argument("--new", type=int, default=33, help="tokens of a repetition (default 33)")
@@ -118,7 +119,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     os.environ.update(engine_environment(args.threads))
-    shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:2])]
+    shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:-1])]
     context = args.context or (2048 if args.quick else 32768)
     selection = {"name": "unique"} | ({"page_size": 32, "budget_tokens": 256, "min_context": 0} if args.quick else {})
     selection |= {"budget_tokens": args.budget} if args.budget else {}

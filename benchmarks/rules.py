@@ -59,7 +59,7 @@ def keys_of(asked: Asked, length: int) -> torch.Tensor:
 
 def attention_mass(asked: Asked) -> torch.Tensor:
     """What the voters' queries attend to in truth, summed over them and the heads of a key head: [Hkv, length]"""
-    q = asked.q[asked.voters] if bool(asked.voters.any()) else asked.q
+    q = asked.electing("masked")
     keys = keys_of(asked, asked.length)
     rows = q.unflatten(1, (len(keys), -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, n * G, D]
     return (rows @ keys.transpose(1, 2) * asked.scale).softmax(-1).sum(1)

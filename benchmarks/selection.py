@@ -36,6 +36,8 @@ NOTES = [
     "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over layers, "
     "heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per key "
     "head, for the same queries and keys.",
+    "unique, mean only and quest: rows that are still masked choose, the best score of any of them and of the heads of a "
+    "key head counts; the first page and the last two are always read.",
 ]
 
 
@@ -50,6 +52,7 @@ def page_rules(tokens: int, share: float) -> dict:
     return {
         "unique (mean + spread)": Unique(**common), "mean only": Unique(lam=0.0, **common), "quest (min, max)": Quest(**common),
         "unique, vector spread, lam 1": Unique(lam=1.0, std_kind="vector", **common),
+        "unique, all rows choose": Unique(query_set="active", **common),
     }  # fmt: skip
 
 

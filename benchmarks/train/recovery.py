@@ -1,9 +1,9 @@
 """How much of what a small budget costs does training give back? Exact match on the demo's recall task.
 
-Starting from the demo checkpoint, three trainings of the same length, on the
-same prompts: through the soft mask, through the hard mask, and dense. Then
-each answers fresh prompts at the budget it was trained for, and reading
-everything. Finished trainings and gradings are kept in OUTPUT, so that an
+Starting from the demo checkpoint, four trainings of the same length, on the
+same prompts: through the soft mask, through the soft and then the hard mask,
+through the hard mask, and dense. Then each answers fresh prompts at the budget
+it was trained for, and reading everything. Finished trainings and gradings are kept in OUTPUT, so that an
 interrupted run goes on; the results are benchmarks/results/recovery.*.
 """
 
@@ -19,13 +19,21 @@ from benchmarks import report
 from benchmarks.train import diffusion
 from benchmarks.train.decoding import Reader, exact_match
 from benchmarks.train.lessons import HiddenAnswers, Recall
-from benchmarks.train.recipe import CHECKPOINT, MASKS, Recipe
+from benchmarks.train.recipe import CHECKPOINT, Recipe
 from vllm_dlm.training.diffusion import MaskedDiffusionCollator
 from vllm_dlm.training.llada import load_llada
 
 EVALUATION_SEED = 1_000_003
 PROMPTS = 400
-TRAINED = {"untrained": "none", "soft": "soft mask", "hard": "hard mask", "dense": "dense"}
+#: share of the steps that the soft mask leaves to the hard one
+HARD_SHARE = 0.6
+#: name -> what is trained on, and with which fields of the recipe
+TRAININGS = {
+    "soft-hard": (f"soft mask, hard for the last {HARD_SHARE:.0%}", {"mask": "soft", "hard_share": HARD_SHARE}),
+    "hard": ("hard mask", {"mask": "hard"}),
+    "soft": ("soft mask", {"mask": "soft"}),
+    "dense": ("dense", {"mask": "dense"}),
+}
 
 COLUMNS = [
     report.Column("training", "training"),
@@ -45,20 +53,21 @@ NOTES = [
     "the budget).",
     "pages under threshold: of the pages seen, those whose score lies below the query's threshold. weight there: share "
     "of attention that they would get if nothing were masked, and that gets through the mask at the last temperature "
-    "of training (soft mask) or at its first (the others); over prompts and noise as in training.",
+    "of training (soft masks) or at its first (the others); over prompts and noise as in training.",
 ]
 
 
 def main() -> None:
     recipe = Recipe.from_command_line(__doc__.splitlines()[0], output=Recipe.output / "recovery")
-    finished = {mask: recipe.output / mask / "final" for mask in MASKS}
-    for mask in ("soft", "hard", "dense"):
-        own = replace(recipe, mask=mask, output=recipe.output / mask)
+    folders = {"untrained": CHECKPOINT}
+    for name, (_, fields) in TRAININGS.items():
+        own = replace(recipe, output=recipe.output / name, **fields)
         own.claim()
-        if not finished[mask].exists():
-            print(f"training: {mask}")
+        folders[name] = own.output / "final"
+        if not folders[name].exists():
+            print(f"training: {name}")
             diffusion.train(own)
-    result = grade(recipe, {"untrained": CHECKPOINT, **{mask: finished[mask] for mask in ("soft", "hard", "dense")}})
+    result = grade(recipe, folders)
     result.print()
     for path in result.write(plot=plot):
         print(path)
@@ -67,7 +76,7 @@ def main() -> None:
 def grade(recipe: Recipe, folders: dict) -> report.Report:
     kept = recipe.output / "graded.json"
     settings = {
-        name: value for name, value in asdict(recipe).items() if name not in ("output", "fresh", "threads", "save_every", "mask")
+        name: value for name, value in asdict(recipe).items() if name not in ("output", "fresh", "threads", "save_every", "mask", "hard_share")
     }
     done = json.loads(kept.read_text()) if kept.exists() and not recipe.fresh else {}
     done = done.get("rows", {}) if done.get("settings") == settings else {}
@@ -97,7 +106,7 @@ def grade(recipe: Recipe, folders: dict) -> report.Report:
 
 def shares(model, recipe: Recipe, name: str, rows: int = 32) -> dict:
     """How far the mask binds on fresh prompts, hidden as in training."""
-    sparse.configure(model, replace(recipe.settings, hard=False, temperature=recipe.end if name == "soft" else recipe.start))
+    sparse.configure(model, replace(recipe.settings, hard=False, temperature=recipe.end if name.startswith("soft") else recipe.start))
     data = HiddenAnswers(EVALUATION_SEED + 1, rows, recipe.length, recipe.needles)
     collate = MaskedDiffusionCollator(mask=diffusion.tok.MASK, end=diffusion.tok.EOS, canvas=diffusion.CANVAS)
     model.train()
@@ -117,7 +126,7 @@ def rows_of(done: dict, recipe: Recipe) -> list[dict]:
     for key, row in done.items():
         name, reads = key.split(", ")
         rows.append(
-            {"training": TRAINED[name], "reads": budget if reads == "sparse" else "everything", "exact_match": exact[key]}
+            {"training": TRAININGS[name][0] if name in TRAININGS else "none", "reads": budget if reads == "sparse" else "everything", "exact_match": exact[key]}
             | {"interval": interval(row["right"], row["n"])}
             | {"recovered": (exact[key] - low) / (high - low) if reads == "sparse" and name != "untrained" else None}
             | {name: value for name, value in row.items() if name not in ("right", "n")}

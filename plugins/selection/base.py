@@ -37,6 +37,10 @@ class Asked:
     scale: float
     previous: Choice | None  # what was chosen last, if the prompt has not been refreshed since
 
+    def electing(self, query_set: str) -> torch.Tensor:
+        """Queries of all rows ("active") or of those to be decided ("masked"), if there are any."""
+        return self.q[self.voters] if query_set == "masked" and bool(self.voters.any()) else self.q
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -37,6 +37,7 @@ class Unique(Selection):
     recent_pages: int = 2  # and the last ones
     min_context: int = 8192  # shorter ones are read whole
     dense_layers: tuple[int, ...] = (0, 1)  # these layers read everything
+    query_set: Literal["active", "masked"] = "masked"  # who chooses for a step: all its rows, or those to be decided
     select_every: int = 1  # denoising steps that a choice serves; a refresh of the prompt ends it before
 
     def __post_init__(self):
@@ -83,7 +84,7 @@ class Unique(Selection):
         # The prompt's end counts as recent. Its unfinished page is read anyway.
         forced_from = max(0, -(-asked.prompt_len // self.page_size) - self.recent_pages)
         scores = run_scores(
-            asked.q, mean, spread, self.std_kind, forced_from, self.sink_pages, self.lam, self.reduce
+            asked.electing(self.query_set), mean, spread, self.std_kind, forced_from, self.sink_pages, self.lam, self.reduce
         )  # [1, Hkv, R]
         count = mean.shape[1]
         return Choice(top_pages(scores, min(self.budget_pages, count))[0], count)

@@ -172,7 +172,7 @@ class WaveFilter(Selection):
         return row
 
     def choose(self, asked: Asked) -> Choice:
-        q = asked.q[asked.voters] if self.query_set == "masked" and bool(asked.voters.any()) else asked.q
+        q = asked.electing(self.query_set)
         mean, spread = asked.summary.chunk(2, -1)  # [Hkv, R, D]
         coarse, *finer = self.kept(mean.shape[1])
         pins = self.pinned(asked.prompt_len)

@@ -1,0 +1,49 @@
+"""UNIQUE over a cached prompt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_dlm.kernels.page_scores import naive
+from vllm_dlm.plugins.selection.base import Asked
+from vllm_dlm.plugins.selection.unique import Unique
+
+KV_HEADS, DIM, PAGES = 2, 16, 20
+SELECTION = Unique(page_size=16, budget_tokens=96, min_context=0, dense_layers=())
+
+
+@pytest.fixture
+def asked():
+    g = torch.Generator().manual_seed(0)
+    keys = torch.randn(PAGES * 16, KV_HEADS, DIM, generator=g)
+    q = torch.randn(6, 4, DIM, generator=g)
+    voters = torch.tensor([True, False, False, True, False, False])
+    return Asked(q, voters, SELECTION.summarise(keys).transpose(0, 1), None, PAGES * 16, PAGES * 16 + 6, 0.25, None), keys
+
+
+def best(q, keys):
+    """The definition, query by query: [Hkv, 6] pages"""
+    pages = keys.double().unflatten(0, (PAGES, 16))  # [N, P, Hkv, D]
+    mean = pages.mean(1)
+    spread = (pages - mean[:, None]).square().mean(1).sum(-1).sqrt()  # [N, Hkv]
+    rows = q.double().unflatten(1, (KV_HEADS, -1))  # [L, Hkv, G, D]
+    score = torch.einsum("lhgd,nhd->hnlg", rows, mean) + 0.5 * torch.einsum("lhg,nh->hnlg", rows.norm(dim=-1), spread)
+    score = (score / DIM**0.5).amax((2, 3))
+    score[:, [0, -2, -1]] = naive.FORCED
+    return score.topk(6)[1].sort()[0]
+
+
+def test_rows_that_are_still_masked_choose(asked):
+    given, keys = asked
+    masked = SELECTION.choose(given).units
+    assert torch.equal(masked.long(), best(given.q[given.voters], keys))
+    every = replace(SELECTION, query_set="active").choose(given).units
+    assert torch.equal(every.long(), best(given.q, keys))
+    assert not torch.equal(masked, every)
+
+
+def test_where_none_is_masked_all_choose(asked):
+    given, keys = asked
+    given.voters = torch.zeros(6, dtype=torch.bool)
+    assert torch.equal(SELECTION.choose(given).units.long(), best(given.q, keys))
