@@ -82,6 +82,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--needles", type=int, default=8, help="hidden in each prompt (default 8)")
     parser.add_argument("--queried", type=int, default=2, help="of them asked for (default 2)")
     parser.add_argument("--table", choices=["pages", "tokens"], help="one of the two tables only")
+    parser.add_argument("--name", default="", help="appended to the names of the result files")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
 
@@ -108,7 +109,7 @@ def run(args) -> None:
     dense = {row["tokens"]: row["exact_match"] for row in rows if row["rule"] == "dense"}
     for row in rows:
         row["vs_dense"] = 100 * (row["exact_match"] - dense[row["tokens"]])
-    suffix = "" if args.needles == 8 else f"-{args.needles}-needles"
+    suffix = ("" if args.needles == 8 else f"-{args.needles}-needles") + args.name
     for table, title in (("pages", "Pages of the prompt by what rule"), ("tokens", "Tokens of the prompt by what rule")):
         if args.table not in (None, table):
             continue

@@ -82,7 +82,10 @@ class Recipe:
     @property
     def decisive(self) -> dict:
         """What the trained weights depend on."""
-        return {name: value for name, value in vars(self).items() if name not in ("output", "save_every", "threads", "fresh")}
+        idle = {"output", "save_every", "threads", "fresh"}
+        if self.mask != "soft":
+            idle |= {"start", "end", "schedule", "hard_share"}
+        return {name: value for name, value in vars(self).items() if name not in idle}
 
     def claim(self) -> None:
         """Makes the output folder this recipe's. What other settings left there is gone on with by nobody: it is
@@ -91,13 +94,14 @@ class Recipe:
         if self.fresh:
             for folder in (*self.output.glob("checkpoint-*"), self.output / "final"):
                 shutil.rmtree(folder, ignore_errors=True)
-        elif stated.exists() and (left := json.loads(stated.read_text())) != self.decisive:
-            differing = ", ".join(
-                f"{name} {left.get(name)!r} (now {value!r})" for name, value in self.decisive.items() if left.get(name) != value
-            )
-            raise SystemExit(
-                f"{self.output} holds a training with {differing}; give another --output, or --fresh to begin again"
-            )
+        elif stated.exists():
+            left = json.loads(stated.read_text())
+            other = {name: value for name, value in self.decisive.items() if left.get(name) != value}
+            if other:
+                differing = ", ".join(f"{name} {left.get(name)!r} (now {value!r})" for name, value in other.items())
+                raise SystemExit(
+                    f"{self.output} holds a training with {differing}; give another --output, or --fresh to begin again"
+                )
         self.output.mkdir(parents=True, exist_ok=True)
         stated.write_text(json.dumps(self.decisive, indent=1))
 
