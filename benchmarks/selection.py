@@ -82,6 +82,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--needles", type=int, default=8, help="hidden in each prompt (default 8)")
     parser.add_argument("--queried", type=int, default=2, help="of them asked for (default 2)")
     parser.add_argument("--table", choices=["pages", "tokens"], help="one of the two tables only")
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help="only these; dense is always there")
     parser.add_argument("--name", default="", help="appended to the names of the result files")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
@@ -91,7 +92,6 @@ def run(args) -> None:
     lengths = [256] if args.quick else [int(n) for n in args.lengths.split(",")]
     budgets = [0.25] if args.quick else [float(share) for share in args.budgets.split(",")]
     prompts = 4 if args.quick else args.prompts
-    engine = SelectionEngine(max(lengths) + 64)
     jobs = []
     for tokens in lengths:
         jobs.append((tokens, 1.0, "dense", None, "both"))
@@ -99,6 +99,12 @@ def run(args) -> None:
             jobs += [(tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()]
         if args.table != "tokens" and (tokens >= 512 or args.quick):  # below, the pages that are always read fill the budget
             jobs += [(tokens, share, name, rule, "pages") for share in budgets[:2] for name, rule in page_rules(tokens, share).items()]
+    if args.rules:
+        known, wanted = {name for _, _, name, _, _ in jobs}, set(args.rules)
+        if wanted - known:
+            raise SystemExit(f"--rules: unknown {'; '.join(sorted(wanted - known))}; known: {'; '.join(sorted(known))}")
+        jobs = [job for job in jobs if job[2] in wanted | {"dense"}]
+    engine = SelectionEngine(max(lengths) + 64)
     rows, samples = [], {tokens: questions(prompts, tokens, args.needles, args.queried) for tokens in lengths}
     with tqdm(total=len(jobs) * prompts, desc="selection", unit="prompt") as progress:
         for tokens, share, name, rule, table in jobs:

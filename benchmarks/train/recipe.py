@@ -38,6 +38,7 @@ class Recipe:
     start: float = 1.0  # temperature
     end: float = 0.1
     schedule: str = "geometric"
+    moving_threshold: bool = False  # gradients go through the threshold too
     hard_share: float = 0.0  # of the steps, at the end
     # the run
     output: Path = ROOT / "runs" / "train"
@@ -67,6 +68,7 @@ class Recipe:
             budget_tokens=self.budget_tokens, page_size=self.page_size, sink_pages=self.sink_pages,
             recent_pages=self.recent_pages, lam=self.lam, std_kind=self.std_kind, dense_layers=(),
             temperature=self.start, hard=self.mask == "hard",
+            stop_threshold=not self.moving_threshold,
         )  # fmt: skip
 
     @property
@@ -84,7 +86,7 @@ class Recipe:
         """What the trained weights depend on."""
         idle = {"output", "save_every", "threads", "fresh"}
         if self.mask != "soft":
-            idle |= {"start", "end", "schedule", "hard_share"}
+            idle |= {"start", "end", "schedule", "moving_threshold", "hard_share"}
         return {name: value for name, value in vars(self).items() if name not in idle}
 
     def claim(self) -> None:

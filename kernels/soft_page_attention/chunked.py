@@ -171,7 +171,7 @@ def combine(scored, counts, gate):
 
 
 def log_of_mask(scores, choosable, keep, gate):
-    tau = threshold(scores, choosable, keep)[..., None]
+    tau = threshold(scores.detach() if gate.stop_threshold else scores, choosable, keep)[..., None]
     if gate.hard:
         return torch.where(choosable & (scores < tau), -torch.inf, torch.zeros_like(scores))
     return logsigmoid((scores - tau) / gate.temperature).masked_fill(~choosable, 0.0)

@@ -29,6 +29,7 @@ class Gate:
     recent_pages: int = 2
     min_context: int = 0  # shorter contexts are read whole
     temperature: float = 1.0  # 0: the hard mask
+    stop_threshold: bool = True  # no gradient through the threshold
     causal: bool = True
     query_block: int = 0  # bidirectional queries that choose together; 0: all of the response
 
@@ -96,7 +97,7 @@ def choices(gate: Gate, rows: Rows, keys: int, prompt_len: int, device=None) -> 
 
 def threshold(scores: torch.Tensor, choosable: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """scores [..., R, pages] -> tau [..., R], halfway between the last score that is kept and the first that is not"""
-    scores = scores.detach().masked_fill(~choosable, -torch.inf)
+    scores = scores.masked_fill(~choosable, -torch.inf)
     width = min(int(keep.max()) + 1, scores.shape[-1])
     best = scores.topk(width, -1)[0]
     keep = keep.expand(best.shape[:-1])[..., None]

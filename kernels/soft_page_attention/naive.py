@@ -41,7 +41,7 @@ def page_log_mask(queries, keys, gate, scale, prompt_len):
             score = scores.softmax(-1).sum(0)
         else:
             score = scores.amax(0) if gate.reduce == "max" else scores.mean(0)
-        order = score.detach().sort(descending=True)[0]
+        order = (score.detach() if gate.stop_threshold else score).sort(descending=True)[0]
         tau = (order[keep - 1] + order[keep]) / 2 if keep else torch.inf
         if gate.temperature:
             log_mask = torch.nn.functional.logsigmoid((score - tau) / gate.temperature)

@@ -96,6 +96,17 @@ def test_gradcheck(case, monkeypatch):
     assert torch.autograd.gradcheck(lambda *x: soft_page_attention(*x, gate, SCALE, prompt_len), (q, k, v), atol=1e-6)
 
 
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("case", ["causal", "causal, prompt", "response", "bidirectional"])
+def test_a_threshold_that_moves(case, reduce):
+    """Its gradient included, which then is that of finite differences as it stands."""
+    gate, *rest = tensors(case)
+    gate = replace(gate, reduce=reduce, stop_threshold=False)
+    compare_with_gradients(gate, *rest)
+    _, q, k, v, prompt_len = tensors(case, batch=1, dim=2)
+    assert torch.autograd.gradcheck(lambda *x: soft_page_attention(*x, gate, SCALE, prompt_len), (q, k, v), atol=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_budget_of_all_pages_is_dense_attention(case):
     gate, q, k, v, prompt_len = tensors(case)

@@ -24,6 +24,7 @@ class PageSparsity:
     dense_layers: tuple[int, ...] = (0, 1)
 
     temperature: float = 1.0  # in units of a logit
+    stop_threshold: bool = True  # no gradient through the threshold; without it a gate knows only differences of scores
     hard: bool = False  # train on the mask of serving; outside of training it always is that
     query_block: int = 0  # bidirectional queries that choose together; 0: all of the response
 
@@ -50,6 +51,7 @@ class PageSparsity:
             recent_pages=self.recent_pages,
             min_context=self.min_context,
             temperature=0.0 if self.hard or not training else self.temperature,
+            stop_threshold=self.stop_threshold,
             causal=causal,
             query_block=self.query_block,
         )
