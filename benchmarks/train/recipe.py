@@ -53,7 +53,7 @@ class Recipe:
         for field in fields(cls):
             name, value = "--" + field.name.replace("_", "-"), getattr(given, field.name)
             if isinstance(value, bool):
-                parser.add_argument(name, action="store_true")
+                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=value, help=" ")
             else:
                 choices = MASKS if field.name == "mask" else None
                 parser.add_argument(name, type=type(value), default=value, choices=choices, help=" ")
