@@ -22,6 +22,7 @@ class PageSparsity:
     recent_pages: int = 2
     min_context: int = 0  # unlike serving's default: a mask that never applies teaches nothing
     dense_layers: tuple[int, ...] = (0, 1)
+    query_set: str = "active"  # in training all queries of a response choose, whether masked or not
 
     temperature: float = 1.0  # in units of a logit
     stop_threshold: bool = True  # no gradient through the threshold; without it a gate knows only differences of scores
@@ -31,6 +32,8 @@ class PageSparsity:
     def __post_init__(self):
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         Unique(**self.serving())  # refuses what serving would refuse
+        if self.query_set != "active":
+            raise ValueError(f"query_set: {self.query_set!r} is not valid, training lets all queries choose ('active')")
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature!r} is not valid, it must be above 0; see `hard`")
         if self.query_block < 0:
