@@ -28,7 +28,7 @@ from vllm_dlm.kernels.page_scores import page_scores
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
-from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.top_pages import physical_pages, top_pages
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 PAGE, BUDGET, LAM = 64, 2048, 0.5
@@ -324,7 +324,7 @@ def chosen_by_vllm(case: Case, k: int):
 
     def call():
         chosen = top_pages(case.score(), k)
-        physical = case.page_table[:, None].expand(-1, KV_HEADS, -1).gather(2, chosen.long())
+        physical = physical_pages(case.page_table, chosen)
         return pages.attend_chosen(case.q, cache, pages.chosen_batch(case.kv_lens, k), physical, DIM**-0.5)
 
     torch.testing.assert_close(call(), case.attend(top_pages(case.score(), k)), atol=3e-2, rtol=3e-2)

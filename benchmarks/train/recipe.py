@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "vllm_dlm" / "demo" / "checkpoint"
 #: what is trained on: everything visible; the sigmoid, annealed; the mask of serving from the first step
 MASKS = ("dense", "soft", "hard")
+#: fields of a recipe that trained weights do not depend on
+RUN = frozenset({"output", "save_every", "threads", "fresh"})
 
 
 @dataclass
@@ -84,9 +86,9 @@ class Recipe:
     @property
     def decisive(self) -> dict:
         """What the trained weights depend on."""
-        idle = {"output", "save_every", "threads", "fresh"}
+        idle = RUN
         if self.mask != "soft":
-            idle |= {"start", "end", "schedule", "moving_threshold", "hard_share"}
+            idle = idle | {"start", "end", "schedule", "moving_threshold", "hard_share"}
         return {name: value for name, value in vars(self).items() if name not in idle}
 
     def claim(self) -> None:

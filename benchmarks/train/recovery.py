@@ -2,9 +2,9 @@
 
 Starting from the demo checkpoint, three trainings of the same length, on the
 same prompts: through the soft and then the hard mask, through the hard mask
-alone, and dense. Then each answers fresh prompts at the budget
-it was trained for, and reading everything. Finished trainings and gradings are kept in OUTPUT, so that an
-interrupted run goes on; the results are benchmarks/results/recovery.*.
+alone, and dense. Then each answers fresh prompts at the budget it was trained
+for, and reading everything. Finished trainings and gradings are kept in OUTPUT,
+so that an interrupted run goes on; the results are benchmarks/results/recovery.*.
 """
 
 import json
@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.train import diffusion
 from benchmarks.train.decoding import Reader, exact_match
 from benchmarks.train.lessons import HiddenAnswers, Recall
-from benchmarks.train.recipe import CHECKPOINT, Recipe
+from benchmarks.train.recipe import CHECKPOINT, RUN, Recipe
 from vllm_dlm.training.diffusion import MaskedDiffusionCollator
 from vllm_dlm.training.llada import load_llada
 
@@ -79,7 +79,7 @@ def main() -> None:
 def grade(recipe: Recipe, folders: dict) -> report.Report:
     kept = recipe.output / "graded.json"
     settings = {
-        name: value for name, value in asdict(recipe).items() if name not in ("output", "fresh", "threads", "save_every", "mask", "hard_share")
+        name: value for name, value in asdict(recipe).items() if name not in RUN | {"mask", "hard_share"}
     }
     done = json.loads(kept.read_text()) if kept.exists() and not recipe.fresh else {}
     done = done.get("rows", {}) if done.get("settings") == settings else {}

@@ -3,6 +3,8 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_dlm.kernels.top_pages import physical_pages
+
 #: rows of queries per key head up to which products are faster than the fused kernel
 FEW = 16
 
@@ -42,7 +44,7 @@ def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causa
     number = filled.sum(-1)
     kept = int(number.max())
     logical = chosen[..., :kept].clamp_min(0).long()
-    page = page_table[:, None].expand(-1, kv_heads, -1).gather(2, logical)  # [B, Hkv, kept]
+    page = physical_pages(page_table, logical)  # [B, Hkv, kept]
     row = ((page // per_block) * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + page % per_block
     kv = pages.view(-1, page_size * width).index_select(0, row.flatten())
     kv = kv.view(batch, kv_heads, kept * page_size, width)

@@ -11,3 +11,8 @@ def top_pages(scores: torch.Tensor, k: int) -> torch.Tensor:
     else:
         from vllm_dlm.kernels.top_pages import cpu as device
     return device.top_pages(scores, k)
+
+
+def physical_pages(page_table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """page_table [B, N], pages of each request [B, Hkv, K] -> where they lie, [B, Hkv, K]"""
+    return page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, pages.long())

@@ -60,3 +60,13 @@ def causal_attention(q, pages, tables, q_lens, kv_lens, scale):
 def dense(batch: Batch) -> torch.Tensor:
     counts = batch.common.query_start_loc.diff().tolist()
     return causal_attention(batch.q, batch.pages, list(batch.table), counts, batch.lens, DIM**-0.5)
+
+
+def assert_sparse_where_choosing(batch: Batch, out: torch.Tensor) -> None:
+    """Of STEP: every row arrives, those of CHOOSING left something out and the others did not."""
+    whole = dense(batch)
+    choosing = torch.zeros(len(out), dtype=torch.bool)
+    choosing[CHOOSING] = True
+    assert not out.isnan().any()
+    torch.testing.assert_close(out[~choosing], whole[~choosing], atol=2e-5, rtol=2e-5)
+    assert ((out - whole).abs().amax((1, 2)) > 1e-3)[choosing].all()

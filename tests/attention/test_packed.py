@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.attention.steps import BLOCK, CHOOSING, DIM, HEADS, KV_HEADS, PAGE, STEP, Batch, dense
+from tests.attention.steps import (
+    BLOCK, CHOOSING, DIM, HEADS, KV_HEADS, PAGE, STEP, Batch, assert_sparse_where_choosing, dense,
+)  # fmt: skip
 from vllm_dlm.attention import cpu, packed
 from vllm_dlm.attention.counts import PageCounts
 from vllm_dlm.attention.packed import packed_pages
@@ -65,12 +67,7 @@ def test_a_budget_of_all_pages(step):
 def test_every_row_arrives_and_sparse_ones_choose():
     batch = Batch(STEP)
     out, impl, meta, _ = run(batch, FOUR)
-    whole = dense(batch)
-    choosing = torch.zeros(len(out), dtype=torch.bool)
-    choosing[CHOOSING] = True
-    assert not out.isnan().any()
-    torch.testing.assert_close(out[~choosing], whole[~choosing], atol=2e-5, rtol=2e-5)
-    assert ((out - whole).abs().amax((1, 2)) > 1e-3)[choosing].all()
+    assert_sparse_where_choosing(batch, out)
     assert impl.counts == PageCounts(9, 1, 9 * 4 + 2, impl.counts.pages_seen)
     assert len(meta.full_pages) == sum(n // PAGE - (n - count) // PAGE for count, n, _ in STEP)
 

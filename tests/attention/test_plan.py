@@ -61,7 +61,7 @@ def test_page_table():
 @pytest.mark.parametrize("rows", [[4, 5, 6], [1, 2, 9]])
 def test_rows(rows):
     made = make_rows(
-        FOUR, rows, torch.tensor([65, 96, 100], dtype=torch.int32), 100, torch.tensor([[0, 1, 2, 3]] * 3), 2, 18
+        FOUR, rows, torch.tensor([65, 96, 100], dtype=torch.int32), [65, 96, 100], torch.tensor([[0, 1, 2, 3]] * 3), 2
     )
     assert torch.arange(20)[made.rows].tolist() == rows
     assert made.num_pages.tolist() == [5, 6, 7] and made.forced_from.tolist() == [3, 4, 5]

@@ -17,6 +17,7 @@ from vllm_dlm.attention.plan import StepPlan, plan_step, prompt_lengths
 from vllm_dlm.attention.rows import Rows, choose, make_rows, page_table, place
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.kernels.haar_pyramid import store_statistics_of
+from vllm_dlm.kernels.top_pages import physical_pages
 
 #: generated positions whose pages are scored at once
 PIECE = 32
@@ -84,24 +85,21 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
         )
 
     def _dense(self, plan: StepPlan, table: torch.Tensor) -> Dense:
-        parts = sorted(plan.prompt + [(request, row, 1, keys) for request, row, keys in plan.whole], key=lambda part: part[1])
-        requests, firsts, counts, keys = map(list, zip(*parts, strict=True))
-        rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
+        requests, counts, keys, rows = plan.dense()
         pages = -(-max(keys) // self.selection.page_size)
         blocks = -(-pages // self.pages_per_block)
         batch = self.pages.batch(
             counts, torch.tensor(keys, dtype=torch.int32), page_table(table[requests], blocks, self.pages_per_block)
         )
-        read = sum(-(-keys // self.selection.page_size) for _, _, keys in plan.whole)
+        read = plan.whole_pages(self.selection.page_size)
         return Dense(place(rows, table.device), batch, PageCounts(0, len(plan.whole), read, read))
 
     def _sparse(self, plan: StepPlan, table: torch.Tensor) -> list[tuple[Rows, Batch]]:
         pieces = []
         for i in range(0, len(plan.sparse), PIECE):
             requests, rows, keys = map(list, zip(*plan.sparse[i : i + PIECE], strict=True))
-            pages = sum(-(-n // self.selection.page_size) for n in keys)
             lens = torch.tensor(keys, dtype=torch.int32)
-            made = make_rows(self.selection, rows, lens, max(keys), table[requests], self.pages_per_block, pages)
+            made = make_rows(self.selection, rows, lens, keys, table[requests], self.pages_per_block)
             pieces.append((made, self.pages.chosen_batch(lens, self.selection.budget_pages)))
         return pieces
 
@@ -147,7 +145,7 @@ class SelectingCPUImpl(AttentionImpl):
             chosen = choose(q, rows, self.statistics, selection)
             # The last page is unfinished, and forced. Should more pages be forced than may be read, it is one of them.
             chosen[..., -1] = rows.num_pages[:, None] - 1
-            physical = rows.page_table[:, None].expand(-1, self.num_kv_heads, -1).gather(2, chosen.long())
+            physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
             self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output

@@ -78,30 +78,28 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         ends = (slots >= 0) & (slots % size == size - 1)
         meta = SelectingFlashMetadata(**vars(step), full_pages=torch.where(ends, slots // size, -1))
         meta.whole_rows = len(plan.whole)
-        meta.whole_pages = sum(-(-keys // size) for _, _, keys in plan.whole)
+        meta.whole_pages = plan.whole_pages(size)
         if plan.sparse:
             requests, rows, keys = map(list, zip(*plan.sparse, strict=True))
             index = to_device(requests, self.device)
             behind = to_device([kv_lens[r] - n for r, n in zip(requests, keys, strict=True)], self.device, torch.int32)
             meta.sparse = make_rows(
-                self.selection, rows, common.seq_lens[index] - behind, max(keys), common.block_table_tensor[index],
-                self.block_size // size, sum(-(-n // size) for n in keys),
+                self.selection, rows, common.seq_lens[index] - behind, keys, common.block_table_tensor[index],
+                self.block_size // size,
             )  # fmt: skip
             if plan.prompt or plan.whole:
                 self._add_dense(meta, plan, common, kv_lens)
         return meta
 
     def _add_dense(self, meta: SelectingFlashMetadata, plan: StepPlan, common, kv_lens: list[int]) -> None:
-        parts = plan.prompt + [(request, row, 1, keys) for request, row, keys in plan.whole]
-        requests, firsts, counts, keys = map(list, zip(*parts, strict=True))
-        rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
+        requests, counts, keys, rows = plan.dense()
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         index = to_device(requests, self.device)
         behind = to_device([kv_lens[r] - n for r, n in zip(requests, keys, strict=True)], self.device, torch.int32)
         batch = common.replace(
             query_start_loc=starts.to(self.device, non_blocking=True), query_start_loc_cpu=starts,
             seq_lens=common.seq_lens[index] - behind, seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
-            num_reqs=len(parts), num_actual_tokens=len(rows), max_query_len=max(counts), max_seq_len=max(keys),
+            num_reqs=len(requests), num_actual_tokens=len(rows), max_query_len=max(counts), max_seq_len=max(keys),
             block_table_tensor=common.block_table_tensor[index], is_prefilling=None, positions=None,
             _num_computed_tokens_cache=None, _token_to_req_indices_cache=None,
         )  # fmt: skip

@@ -27,7 +27,7 @@ class PackedPages:
     dtype: torch.dtype
     page_size: int
 
-    @property
+    @functools.cached_property
     def isa(self) -> str:
         return _get_attn_isa(self.dtype, self.page_size, self.dim)
 
@@ -40,7 +40,7 @@ class PackedPages:
         for weight, digit in ((1, number % 128), (128, number // 128)):
             page = torch.empty(1, 1, self.page_size, 2 * self.dim, dtype=self.dtype)
             keys = digit.view(self.page_size, 1, self.dim).to(self.dtype)
-            self._write(keys, keys, page, torch.arange(self.page_size))
+            self.write(keys, keys, page, torch.arange(self.page_size))
             seen += weight * self._halves(page, 1)[0].flatten().long()
         if not torch.equal(seen.sort()[0], number):
             raise RuntimeError(f"vLLM's CPU attention ({self.isa}) does not keep keys as they are given; known is 0.32's")
@@ -50,12 +50,9 @@ class PackedPages:
         """Keys and values [pages, Hkv, P, D]; within a page and head all keys lie before the values."""
         return kv_cache.view(-1, kv_heads, 2 * self.page_size, self.dim).chunk(2, dim=2)
 
-    def _write(self, key, value, kv_cache, slots) -> None:
-        ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv_cache, key.shape[1]), slots, self.isa)
-
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """key and value [T, Hkv, D], slots [T]: where a token lies, page * P + offset; below 0: nowhere"""
-        self._write(key, value, kv_cache, slots)
+        ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv_cache, key.shape[1]), slots, self.isa)
 
     def keys(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
         """-> [n, Hkv, P, D]"""

@@ -21,6 +21,21 @@ class StepPlan:
     whole: list[tuple[int, int, int]] = field(default_factory=list)
     sparse: list[tuple[int, int, int]] = field(default_factory=list)
 
+    def dense(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Prompts and `whole` as a batch of their own, in order: its requests, how many rows each has, how many keys
+        each sees, and the rows of the step that it is made of."""
+        parts = sorted(self.prompt + [(request, row, 1, keys) for request, row, keys in self.whole], key=lambda part: part[1])
+        requests, firsts, counts, keys = map(list, zip(*parts, strict=True))
+        rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
+        return requests, counts, keys, rows
+
+    def whole_pages(self, page_size: int) -> int:
+        return pages_of([keys for _, _, keys in self.whole], page_size)
+
+
+def pages_of(keys: Sequence[int], page_size: int) -> int:
+    return sum(-(-n // page_size) for n in keys)
+
 
 def plan_step(
     selection: Selection, starts: Sequence[int], kv_lens: Sequence[int], prompt_lens: Sequence[int]

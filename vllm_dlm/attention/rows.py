@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dlm.attention.plan import pages_of
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import page_scores
 from vllm_dlm.kernels.top_pages import top_pages
@@ -32,12 +33,13 @@ def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: 
 
 
 def make_rows(
-    selection: Selection, rows: list[int], kv_lens: torch.Tensor, longest: int, block_table: torch.Tensor,
-    pages_per_block: int, page_sum: int,
+    selection: Selection, rows: list[int], kv_lens: torch.Tensor, keys: list[int], block_table: torch.Tensor,
+    pages_per_block: int,
 ) -> Rows:  # fmt: skip
-    """`kv_lens` [B] int32 and `block_table` [B, n] on the device; `longest` bounds kv_lens, `page_sum` is their pages."""
+    """`kv_lens` [B] int32 and `block_table` [B, n] on the device; `keys` is what the host knows of
+    kv_lens, and bounds them."""
     device, size = kv_lens.device, selection.page_size
-    width = -(-longest // size)
+    width = -(-max(keys) // size)
     num_pages = (kv_lens + size - 1) // size
     return Rows(
         rows=place(rows, device),
@@ -47,7 +49,7 @@ def make_rows(
         kv_lens=kv_lens,
         # The last page may be unfinished, and its keys unknown to the statistics.
         forced_from=(num_pages - selection.recent_pages).clamp_min(0),
-        pages_seen=page_sum,
+        pages_seen=pages_of(keys, size),
         pages_read=len(rows) * selection.budget_pages,
     )
 
