@@ -159,8 +159,8 @@ class Engine:
     def drift(self, policy: Policy, samples, progress) -> dict:
         sums, denoise = Drift(), self.runner._denoise
 
-        def compared(states, counts):
-            requests = self._compare(denoise, states, counts, sums)
+        def compared(states, counts, failed):
+            requests = self._compare(denoise, states, counts, failed, sums)
             return requests
 
         self.runner._denoise = compared
@@ -176,7 +176,7 @@ class Engine:
             "rows_share": sums.recomputed / sums.dense,
         }  # fmt: skip
 
-    def _compare(self, denoise, states, counts, sums: Drift):
+    def _compare(self, denoise, states, counts, failed, sums: Drift):
         """One step as the policy does it, and the exact model over the same canvases."""
         from vllm_dlm.engine.costs import Counts
         from vllm_dlm.engine.rows import Stream
@@ -192,7 +192,7 @@ class Engine:
 
         self.runner.head.run = keep
         try:
-            requests = denoise(states, counts)
+            requests = denoise(states, counts, failed)
         finally:
             self.runner.head.run = run
         nothing = np.zeros(0, np.int64)

@@ -111,6 +111,11 @@ class Decoding:
         share, rest = divmod(masks, steps)
         return [share + (i < rest) for i in range(steps) if share + (i < rest)]
 
+    def most_steps(self, masks: int, scheduled: int) -> int:
+        """Forwards that a block with so many masks takes at most: each step fills something once the scheduled ones
+        are over, and one may have had nothing to fill. A block that takes longer is given up."""
+        return masks + scheduled + 1
+
     # -- the two halves of a step ----------------------------------------------------------
 
     @classmethod

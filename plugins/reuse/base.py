@@ -91,6 +91,11 @@ class Reuse:
         """Masked positions that may be filled in this step, of those whose logits the live rows give."""
         return positions
 
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+        """Those of this step's candidates that no later step of the block can read: they are filled now, whatever
+        the decoding says."""
+        return positions[:0]
+
     def select_pre(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
         """[T] bool: rows recomputed in this layer, by the cosine of their new and cached values."""
         raise NotImplementedError

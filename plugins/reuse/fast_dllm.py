@@ -33,3 +33,6 @@ class FastDLLM(Reuse):
             # later steps, so the full forward fills it, and it alone.
             return positions[positions == at.block[0]]
         return positions
+
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+        return positions if at.shift and at.block_step == 0 else positions[:0]

@@ -176,11 +176,11 @@ def test_counted_work_is_the_predicted_work(engines):
         runner, seen = runner_of(llm), []
         denoise = runner._denoise
 
-        def watched(states, counts, denoise=denoise, seen=seen):
+        def watched(states, counts, failed, denoise=denoise, seen=seen):
             (state,) = states
             at = state.progress()
             plan, heads = state.options.reuse.plan(at), len(state.candidates())
-            done = denoise(states, counts)
+            done = denoise(states, counts, failed)
             kept = reuse.feature_rows(at.prompt_len, at.length)
             seen.append((counts, shape.predict(plan, at.length, heads, reuse.selects, kept)))
             return done

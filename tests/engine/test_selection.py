@@ -69,7 +69,10 @@ class Counted:
 
     def __enter__(self):
         self.steps, self.denoise = [], self.runner._denoise
-        self.runner._denoise = lambda states, counts: (self.steps.append(counts), self.denoise(states, counts))[1]
+        self.runner._denoise = lambda states, counts, failed: (
+            self.steps.append(counts),
+            self.denoise(states, counts, failed),
+        )[1]
         return self
 
     def __exit__(self, *_):

@@ -1,5 +1,7 @@
 """The model run over packed canvases."""
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_dlm.cache.pages import Pages
@@ -8,13 +10,21 @@ from vllm_dlm.engine.layers import LayerStep
 from vllm_dlm.engine.rows import Packed
 
 
-def denoise(model, packed: Packed, pages: Pages | None, counts: Counts) -> torch.Tensor:
+#: sees the rows that leave each part of the model, by its name
+Watch = Callable[[str, torch.Tensor], None]
+
+
+def denoise(model, packed: Packed, pages: Pages | None, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
     """-> hidden states before the final norm of the rows the head needs, canvas after canvas: [R, E]"""
     layers, groups = model.model.layers, packed.groups
     x_TE, rope = model.embed_input_ids(packed.ids), model.model.rope(packed.positions)
+    if watch is not None:
+        watch("the embedding", x_TE)
     for index, layer in enumerate(layers):
         last = index == len(layers) - 1
         parts = LayerStep(index, last, layer, pages, counts).run(groups, x_TE, rope)
+        if watch is not None:
+            watch(f"layer {index}", torch.cat(parts))
         if not last:
             x_TE = torch.cat(parts) if len(parts) > 1 else parts[0]
     heads = [part[group.head] for part, group in zip(parts, groups, strict=True)]

@@ -40,6 +40,11 @@ class HeadRequest:
     logprobs: list[Logprobs] | None = None
 
     @property
+    def finite(self) -> bool:
+        """A row of logits with a NaN or an infinity in it makes no probability."""
+        return bool(np.isfinite(self.proposal.prob).all())
+
+    @property
     def kind(self):
         sampling, decoding = self.state.sampling, self.state.options.decoding
         return type(decoding), sampling.greedy, sampling.filtered, decoding.cfg_scale > 0, sampling.num_logprobs
@@ -55,7 +60,10 @@ class Head:
         """Sets `proposal` (and `logprobs`) of every request."""
         kinds = defaultdict(list)
         for request in requests:
-            kinds[request.kind].append(request)
+            if len(request.rows):
+                kinds[request.kind].append(request)
+            else:  # no masked position is read in this step
+                request.proposal = Proposal(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
         for alike in kinds.values():
             self._run_alike(hidden_TD, alike)
 

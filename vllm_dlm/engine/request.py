@@ -55,6 +55,7 @@ class Denoising:
     changed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by the last commit
     quotas: list[int] = field(default_factory=list)  # of the current block
     filled: int = 0  # positions filled since the current block was opened
+    most_steps: int = 0  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
 
     @classmethod
@@ -93,6 +94,7 @@ class Denoising:
             masks = int((candidates >= self.prompt_len).sum())
         steps = decoding.block_steps(self.block, len(self.blocks), masks)
         self.step, self.filled, self.quotas = 0, 0, decoding.quotas(masks, steps)
+        self.most_steps = decoding.most_steps(len(candidates), len(self.quotas))
 
     def progress(self) -> Progress:
         start, end = self.blocks[self.block]
@@ -120,6 +122,11 @@ class Denoising:
 
     def commit(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> None:
         """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward."""
+        if self.step >= self.most_steps:
+            decoding, reuse = self.options.decoding.name, self.options.reuse.name
+            raise RuntimeError(
+                f"block {self.block} is not finished after {self.step} steps of {decoding!r} with reuse {reuse!r}"
+            )
         if not len(positions):
             self.step, self.cold, self.changed = self.step + 1, False, positions
             return
@@ -131,6 +138,8 @@ class Denoising:
             # response; here the last step of a block fills what is left of it.
             inside = np.flatnonzero(positions >= self.prompt_len)
             chosen = np.union1d(chosen, inside)
+        due = self.options.reuse.due(positions, self.progress())
+        chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
         self.canvas[positions[chosen]] = proposal.token[chosen]
         self.changed, self.cold = positions[chosen], False
         if logprobs is not None:

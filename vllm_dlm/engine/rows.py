@@ -39,8 +39,13 @@ class Stream:
         return self.plan.whole(len(self.token_ids))
 
     @property
+    def cached(self) -> bool:
+        return self.kv_table is not None
+
+    @property
     def kind(self) -> tuple:
-        return self.reuse, self.whole, self.filtered, self.view and self.view.selection
+        # Of one policy some canvases may have pages and others none: `none` has them under a selection only.
+        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.selection
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +130,7 @@ def pack(streams: list[Stream], device, block_size: int, features_per_block) -> 
 
 
 def _group(reuse, streams, rows, device, block_size, features_per_block) -> Group:
-    whole, cached = streams[0].whole, streams[0].kv_table is not None
+    whole, cached = streams[0].whole, streams[0].cached
     columns = {name: [] for name in ("position", "canvas", "forced", "changed", "voter", "fresh", "block", "offset")}
     featured, feature_block, feature_offset, out, read, head = [], [], [], [], [], []
     first = 0

@@ -7,7 +7,6 @@ the methods a worker calls.
 
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +17,15 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.mem_utils import DeviceMemoryProfiler, format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_dlm.cache.pages import Pages
 from vllm_dlm.engine.costs import Counts
-from vllm_dlm.engine.forward import denoise
+from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Head, HeadRequest
 from vllm_dlm.engine.memory import BlockShape
+from vllm_dlm.engine.outputs import make_output
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.rows import Stream, pack, split
 from vllm_dlm.engine.visible import View
@@ -34,13 +35,6 @@ from vllm_dlm.plugins.reuse.base import StepPlan
 from vllm_dlm.plugins.reuse.none import Dense
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
-
-
-@dataclass
-class DenoisingOutput(ModelRunnerOutput):
-    """vLLM's output, and what the step cost."""
-
-    counts: Counts | None = None
 
 
 class DenoisingRunner:
@@ -135,16 +129,21 @@ class DenoisingRunner:
         for request_id in scheduler_output.finished_req_ids:
             for kept in (self.requests, self.tables, self.preempted):
                 kept.pop(request_id, None)
+        counts, failed = Counts(), Failures()
         for data in scheduler_output.scheduled_new_reqs:
-            self.requests[data.req_id] = self._start(data)
-            self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
-        states = [self.requests[request_id] for request_id in scheduler_output.num_scheduled_tokens]
-        if not states:
+            with failed.of(data.req_id):
+                self.requests[data.req_id] = self._start(data)
+                self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
+        scheduled = [request_id for request_id in scheduler_output.num_scheduled_tokens if request_id not in failed]
+        if not scheduled and not failed:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        counts = Counts()
-        for request in self._denoise(states, counts):
-            request.state.commit(request.positions, request.proposal, request.logprobs)
-        return self._output(states, counts)
+        states, outputs = [self.requests[request_id] for request_id in scheduled], {}
+        for request in self._denoise(states, counts, failed):
+            state = request.state
+            with failed.of(state.req_id):
+                state.commit(request.positions, request.proposal, request.logprobs)
+                outputs[state.req_id] = state.take_output()
+        return make_output(outputs, counts, failed)
 
     def _start(self, data: NewRequestData) -> Denoising:
         params = data.sampling_params
@@ -172,21 +171,41 @@ class DenoisingRunner:
             self.preempted.pop(data.req_id, 0),
         )
 
-    def _denoise(self, states: list[Denoising], counts: Counts) -> list[HeadRequest]:
-        streams = [stream for state in states for stream in self._streams(state)]
-        # Canvases treated alike stand together, so that they share a group of rows.
-        order = sorted(range(len(streams)), key=lambda i: repr(streams[i][0].kind))
-        hidden = self._forward([streams[i][0] for i in order], counts)
-        start = 0
-        for i in order:
-            stream, request, guides = streams[i]
-            rows = np.arange(start, start := start + len(stream.head_positions))
-            # several positions may be read at one row: Dream's position 0 and 1
-            rows = rows[np.searchsorted(stream.head_positions, self._head_positions(request.positions))]
-            request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+    def _denoise(self, states: list[Denoising], counts: Counts, failed: Failures) -> list[HeadRequest]:
+        """One forward of all requests -> what is proposed for those that have not failed"""
+        streams = []
+        for state in states:
+            with failed.of(state.req_id):
+                streams += self._streams(state)
+        if not streams:
+            return []
         requests = [request for _, request, guides in streams if not guides]
-        self.head.run(hidden, requests)
-        return requests
+        with failed.of(*(request.state.req_id for request in requests), in_forward=True):
+            # Canvases treated alike stand together, so that they share a group of rows.
+            streams.sort(key=lambda stream: repr(stream[0].kind))
+            hidden = self._forward([stream for stream, *_ in streams], counts)
+            start = 0
+            for stream, request, guides in streams:
+                rows = np.arange(start, start := start + len(stream.head_positions))
+                # several positions may be read at one row: Dream's position 0 and 1
+                rows = rows[np.searchsorted(stream.head_positions, self._head_positions(request.positions))]
+                request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+            self.head.run(hidden, requests)
+            for request in requests:
+                if not request.finite:
+                    own = [stream for stream, other, _ in streams if other is request]
+                    failed[request.state.req_id] = self._not_finite(own, request, hidden)
+        return [request for request in requests if request.state.req_id not in failed]
+
+    def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
+        """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
+        does not matter what that writes to its caches.)"""
+        rows = np.concatenate([request.rows, request.guide_rows if len(streams) > 1 else request.rows[:0]])
+        places = []
+        if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
+            self._forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
+            places.append("a layer")
+        return f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
 
     def _head_positions(self, positions: np.ndarray) -> np.ndarray:
         # Dream's logits at i predict i + 1; position 0 falls back on its own row.
@@ -230,25 +249,15 @@ class DenoisingRunner:
         frozen = state.options.reuse.attention == "delta_v"
         return View(selection, state.prompt_len, len(state), self.shape.block_size, *tables, frozen)
 
-    def _forward(self, streams: list[Stream], counts: Counts) -> torch.Tensor:
+    def _forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         def features_per_block(reuse):
             return self.shape.features_per_block(reuse.features)
 
-        hidden = [
-            denoise(self.model, pack(part, self.device, self.shape.block_size, features_per_block), self.pages, counts)
-            for part in split(streams, self.max_rows)
-        ]
+        hidden = []
+        for part in split(streams, self.max_rows):
+            packed = pack(part, self.device, self.shape.block_size, features_per_block)
+            hidden.append(denoise(self.model, packed, self.pages, counts, watch))
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-
-    def _output(self, states: list[Denoising], counts: Counts) -> ModelRunnerOutput:
-        outputs = [state.take_output() for state in states]
-        return DenoisingOutput(
-            req_ids=[state.req_id for state in states],
-            req_id_to_index={state.req_id: index for index, state in enumerate(states)},
-            sampled_token_ids=[tokens for tokens, _ in outputs],
-            logprobs=logprobs_lists(states, outputs),
-            counts=counts,
-        )
 
     # -- the rest of a runner's interface --------------------------------------------------
 
@@ -281,19 +290,3 @@ class DenoisingRunner:
 def own_seed(request_id: str, server_seed: int) -> int:
     """Of a request without one: its (random) name makes it, so that all tensor-parallel ranks agree."""
     return (zlib.crc32(request_id.encode()) + server_seed) % (1 << 63)
-
-
-def logprobs_lists(states: list[Denoising], outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
-    """vLLM's rectangular log-probabilities of all tokens handed out in this step; rows nobody asked for are blank."""
-    width = 1 + max((len(own.token_ids) - 1 for _, records in outputs for own in records if own), default=-1)
-    if width == 0:
-        return None
-    counts = [len(tokens) for tokens, _ in outputs]
-    token_ids = np.zeros((sum(counts), width), dtype=np.int32)
-    values = np.full((sum(counts), width), -np.inf, dtype=np.float32)
-    ranks = np.zeros(sum(counts), dtype=np.int32)
-    for row, record in enumerate(record for _, records in outputs for record in records):
-        if record is not None:
-            size = len(record.token_ids)
-            token_ids[row, :size], values[row, :size], ranks[row] = record
-    return LogprobsLists(token_ids, values, ranks, np.cumsum([0, *counts]).tolist())

@@ -9,19 +9,23 @@ streaming) is inherited. Read in vLLM 0.32: v1/core/sched/scheduler.py.
 import time
 from dataclasses import dataclass
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEventType
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.engine.costs import ModelShape
+from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import Options, request_options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 
+
+logger = init_logger(f"vllm.{__name__}")
 
 #: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
 LIVE_PER_ROW = 8
@@ -77,6 +81,7 @@ class DenoisingScheduler(Scheduler):
         self.canvases: dict[str, Canvas] = {}
         self.preempted: dict[str, int] = {}  # forwards behind a preempted request at its current block
         self.counts = StepCounts()
+        self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
         self.kv_cache_manager.max_model_len = 1 << 40
 
@@ -90,7 +95,8 @@ class DenoisingScheduler(Scheduler):
         if self._pause_state != PauseState.PAUSED_ALL:
             old, skipped = self._take_running(rows)
             # Whoever had no room is first in line next time, and nobody new is let in before.
-            self.running = skipped + old
+            failing = [request for request in self.running if request.request_id in self.failed]
+            self.running = skipped + old + failing
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
         output = SchedulerOutput(
@@ -123,7 +129,14 @@ class DenoisingScheduler(Scheduler):
 
     # -- who runs --------------------------------------------------------------------------
 
-    def _fits(self, canvas: Canvas, rows: dict[str, int], refreshing: bool) -> bool:
+    def _plan(self, request: Request) -> tuple[Canvas, StepPlan] | None:
+        """What the request's next step will be; None: its policy raised an error, and it fails."""
+        with self.failed.of(request.request_id):
+            canvas = self.canvases.get(request.request_id) or self._canvas(request)
+            return canvas, canvas.plan()
+        return None
+
+    def _fits(self, canvas: Canvas, plan: StepPlan, rows: dict[str, int], refreshing: bool) -> bool:
         """Whether a request's next step goes into this one.
 
         Refreshes are dear and come at intervals: no two of them in one step (unless the policy says
@@ -132,7 +145,6 @@ class DenoisingScheduler(Scheduler):
         """
         if not rows:
             return True  # alone, a request always runs: with guidance it may exceed the budget
-        plan = canvas.plan()
         if plan.refresh and refreshing and canvas.options.reuse.stagger:
             return False
         return sum(rows.values()) + canvas.rows(plan) <= self.max_num_scheduled_tokens
@@ -141,9 +153,10 @@ class DenoisingScheduler(Scheduler):
         taken, skipped = [], []
         refreshing = False
         for request in self.running:
-            canvas = self.canvases[request.request_id]
-            plan = canvas.plan()
-            if self._fits(canvas, rows, refreshing):
+            if (planned := self._plan(request)) is None:
+                continue
+            canvas, plan = planned
+            if self._fits(canvas, plan, rows, refreshing):
                 rows[request.request_id] = canvas.rows(plan)
                 refreshing |= plan.refresh
                 taken.append(request)
@@ -156,9 +169,10 @@ class DenoisingScheduler(Scheduler):
         refreshing = any(self.canvases[request_id].plan().refresh for request_id in rows)
         while self.waiting and len(self.running) < self.max_num_active_reqs:
             request = self.waiting.peek_request()
-            canvas = self._canvas(request)
-            plan = canvas.plan()
-            if not self._fits(canvas, rows, refreshing):
+            if (planned := self._plan(request)) is None:
+                break
+            canvas, plan = planned
+            if not self._fits(canvas, plan, rows, refreshing):
                 break
             # The whole canvas at once: its length is known, so a running request never lacks memory.
             tokens = self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length)
@@ -202,6 +216,7 @@ class DenoisingScheduler(Scheduler):
     # -- what came back --------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
+        ended = self._end_failed(model_runner_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             if canvas := self.canvases.get(request_id):
                 plan = canvas.plan()
@@ -215,7 +230,25 @@ class DenoisingScheduler(Scheduler):
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
             self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request, why in ended:
+            end = EngineCoreOutput(
+                request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=why,
+                events=request.take_events(), trace_headers=request.trace_headers,
+            )  # fmt: skip
+            if request.client_index not in outputs:
+                outputs[request.client_index] = EngineCoreOutputs()
+            outputs[request.client_index].outputs.append(end)
+        return outputs
+
+    def _end_failed(self, model_runner_output) -> list[tuple[Request, str]]:
+        """Requests that cannot go on, here or in the worker: their clients are told, everybody else's go on."""
+        failed = self.failed | getattr(model_runner_output, "failed", {})
+        self.failed.clear()
+        ended = self.finish_requests(failed, RequestStatus.FINISHED_ERROR) if failed else []
+        for request in ended:
+            logger.error("Request %s ends with an error: %s", request.request_id, failed[request.request_id])
+        return [(request, failed[request.request_id]) for request in ended]
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], **kwargs):
         tokens, stopped = super()._update_request_with_output(request, new_token_ids, **kwargs)

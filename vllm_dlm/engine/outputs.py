@@ -1,0 +1,48 @@
+"""What a step hands back to vLLM: finished blocks, their log-probabilities, what they cost and who failed.
+
+Read in vLLM 0.32: v1/outputs.py.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+
+from vllm_dlm.engine.costs import Counts
+from vllm_dlm.engine.failures import Failures
+
+
+@dataclass
+class DenoisingOutput(ModelRunnerOutput):
+    """vLLM's output, what the step cost, and which of its requests cannot go on."""
+
+    counts: Counts | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def make_output(outputs: dict[str, tuple[list[int], list]], counts: Counts, failed: Failures) -> DenoisingOutput:
+    """`outputs`: what each request hands out, see Denoising.take_output"""
+    return DenoisingOutput(
+        req_ids=list(outputs),
+        req_id_to_index={req_id: index for index, req_id in enumerate(outputs)},
+        sampled_token_ids=[tokens for tokens, _ in outputs.values()],
+        logprobs=logprobs_lists(list(outputs.values())),
+        counts=counts,
+        failed=dict(failed),
+    )
+
+
+def logprobs_lists(outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
+    """vLLM's rectangular log-probabilities of all tokens handed out in this step; rows nobody asked for are blank."""
+    width = 1 + max((len(own.token_ids) - 1 for _, records in outputs for own in records if own), default=-1)
+    if width == 0:
+        return None
+    counts = [len(tokens) for tokens, _ in outputs]
+    token_ids = np.zeros((sum(counts), width), dtype=np.int32)
+    values = np.full((sum(counts), width), -np.inf, dtype=np.float32)
+    ranks = np.zeros(sum(counts), dtype=np.int32)
+    for row, record in enumerate(record for _, records in outputs for record in records):
+        if record is not None:
+            size = len(record.token_ids)
+            token_ids[row, :size], values[row, :size], ranks[row] = record
+    return LogprobsLists(token_ids, values, ranks, np.cumsum([0, *counts]).tolist())
