@@ -143,8 +143,6 @@ class SelectingCPUImpl(AttentionImpl):
         for rows, batch in meta.sparse:
             q = query[rows.rows]
             chosen = choose(q, rows, self.statistics, selection)
-            # The last page is unfinished, and forced. Should more pages be forced than may be read, it is one of them.
-            chosen[..., -1] = rows.num_pages[:, None] - 1
             physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
             self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))

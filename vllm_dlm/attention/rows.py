@@ -72,4 +72,8 @@ def choose(q: torch.Tensor, rows: Rows, statistics: PageStatistics, selection: S
         q, rows.q_starts, statistics, rows.page_table, rows.num_pages, rows.forced_from,
         selection.sink_pages, selection.lam, selection.reduce,
     )  # fmt: skip
-    return top_pages(scores, selection.budget_pages)
+    chosen = top_pages(scores, selection.budget_pages)
+    # A query's own keys are in the last page, and vLLM's kernels take an unfinished page for the last one of their
+    # table: it is forced, and should more pages be forced than may be read, it is one of them.
+    chosen[..., -1] = rows.num_pages[:, None] - 1
+    return chosen
