@@ -121,7 +121,7 @@ def test_more_forced_pages_than_the_budget():
     batch.full_before = batch.full_before[:0]
     out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
-    assert choose(batch.q, rows, impl.statistics, FOUR)[0, 0].tolist() == [0, 1, 2, 3]  # ties: the first ones
+    assert choose(batch.q, rows, impl.statistics, FOUR)[0, 0].tolist() == [0, 1, 2, 9]  # ties: the first ones
     table = rows.page_table[0, [0, 1, 2, 9]].long()
     kv = batch.pages.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)[table].transpose(0, 1).flatten(1, 2)
     kv = kv[:, : 48 + 6].double()  # [Hkv, keys, 2 * D]

@@ -49,6 +49,25 @@ def test_preemption_by_cache_reset(engines, core, steps_before):
     assert [done[f"r{index}"] for index in range(12)] == undisturbed
 
 
+@pytest.mark.parametrize("algorithm", ["low_confidence", "entropy"])
+def test_preemption_keeps_what_filled_the_masks_of_the_prompt(engines, core, algorithm):
+    """They are filled while the first block is; later ones read them, and vLLM hands back the prompt as it came."""
+    llm, prompt = engines(CHECKPOINT), [5, 392, 7, 8, 392, 392, 9]
+    params = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, detokenize=False,
+        extra_args={"dlm_algorithm": algorithm, "dlm_block_length": 4},
+    )  # fmt: skip
+    request = ({"prompt_token_ids": prompt}, params)
+    (undisturbed,) = tokens(llm, [request])
+    for steps_before in (9, 15):
+        add(llm, [request])
+        for _ in range(steps_before):
+            llm.llm_engine.step()
+        assert core.scheduler.running[0].num_output_tokens >= 4
+        core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        assert finish(llm) == {"r0": undisturbed}
+
+
 def test_abort_frees_and_spares_the_others(engines, core):
     llm = engines(CHECKPOINT)
     requests = list(mixed_requests(12))

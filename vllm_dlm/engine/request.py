@@ -51,6 +51,7 @@ class Denoising:
     block: int = 0
     step: int = 0  # forwards of the current block so far
     block_start_step: int = 0  # forwards of the request before the current block
+    block_prompt: np.ndarray | None = None  # the prompt as it was then
     cold: bool = True  # no forward since the start or a preemption
     changed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by the last commit
     quotas: list[int] = field(default_factory=list)  # of the current block
@@ -60,20 +61,23 @@ class Denoising:
 
     @classmethod
     def start(
-        cls, req_id, options, sampling, mask_id, prompt_len, token_ids, length, shift=0, steps_before=0
+        cls, req_id, options, sampling, mask_id, prompt_len, token_ids, length, shift=0, before=None
     ) -> "Denoising":
         """A new request, or one resumed after preemption with the blocks it had already emitted.
 
-        `length` is that of the whole canvas, `steps_before` the forwards spent before the current block. What a preempted request had committed in an unfinished
-        block is gone; since noise depends on (seed, block, step, position) the block comes out the same.
+        `length` is that of the whole canvas, `before` the state of the request when it was preempted. What it had
+        committed in an unfinished block is gone; since noise depends on (seed, block, step, position) the block
+        comes out the same.
         """
         canvas = np.full(length, mask_id, dtype=np.int64)
         canvas[: len(token_ids)] = token_ids
+        if before is not None:  # masks of the prompt were filled in the blocks that are out
+            canvas[:prompt_len] = before.block_prompt
         blocks = options.decoding.blocks(length - prompt_len)
         state = cls(
             req_id, options, sampling, mask_id, prompt_len, canvas,
             emitted=len(token_ids) - prompt_len, blocks=blocks, logprobs=[None] * (length - prompt_len),
-            shift=shift, block_start_step=steps_before,
+            shift=shift, block_start_step=0 if before is None else before.block_start_step,
         )
         state.block = next(i for i, (start, _) in enumerate(blocks) if start >= state.emitted)
         state._open_block()
@@ -88,6 +92,7 @@ class Denoising:
         return 2 if self.options.decoding.cfg_scale > 0 else 1
 
     def _open_block(self) -> None:
+        self.block_prompt = self.canvas[: self.prompt_len].copy()
         decoding, candidates = self.options.decoding, self.candidates()
         masks = len(candidates)
         if not decoding.schedules_prompt_masks:

@@ -51,7 +51,7 @@ class DenoisingRunner:
         self.requests: dict[str, Denoising] = {}
         self.tables: dict[str, np.ndarray] = {}  # block ids of each request, as vLLM handed them out
         self.shift = self.model_config.hf_config.logits_shift
-        self.preempted: dict[str, int] = {}  # forwards a preempted request had behind it at its current block
+        self.preempted: dict[str, Denoising] = {}  # where requests stood that will be started again
         self.shape = BlockShape.of(vllm_config)
         self.kv_caches: list[torch.Tensor] = []
         self.pages: Pages | None = None
@@ -125,7 +125,7 @@ class DenoisingRunner:
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None) -> ModelRunnerOutput:
         for request_id in scheduler_output.preempted_req_ids or ():
             if state := self.requests.pop(request_id, None):
-                self.preempted[request_id] = state.block_start_step
+                self.preempted[request_id] = state
         for request_id in scheduler_output.finished_req_ids:
             for kept in (self.requests, self.tables, self.preempted):
                 kept.pop(request_id, None)
@@ -168,7 +168,7 @@ class DenoisingRunner:
             data.prefill_token_ids,
             min(prompt_len + params.max_tokens, self.max_model_len),
             self.shift,
-            self.preempted.pop(data.req_id, 0),
+            self.preempted.pop(data.req_id, None),
         )
 
     def _denoise(self, states: list[Denoising], counts: Counts, failed: Failures) -> list[HeadRequest]:
