@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_dlm.models.checkpoint import Checkpoint
 from vllm_dlm.models.rope import RotaryTable, rotate
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
@@ -136,6 +137,10 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        model = vllm_config.model_config
+        self.checkpoint = Checkpoint(self, self.hf_to_vllm_mapper, model.architecture, model.model)
+        # Into dummy weights a trainer may send real ones piece by piece.
+        self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -152,4 +157,8 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         return self.logits_processor(self.lm_head, self.model.norm(hidden_states))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        used = self.checkpoint.checked(weights)
+        loaded = AutoWeightsLoader(self).load_weights(used, mapper=self.hf_to_vllm_mapper)
+        if self.starts_whole:
+            self.checkpoint.refuse_missing()
+        return loaded

@@ -1,0 +1,147 @@
+"""What a checkpoint must bring: every tensor of the model, in its shape, finite. The start is refused otherwise.
+
+vLLM itself takes a stacked parameter for loaded when one of its parts came, and
+exempts every linear layer from its check. Read in vLLM 0.32:
+model_executor/models/utils.py (`WeightsMapper`, `AutoWeightsLoader`),
+model_executor/model_loader/default_loader.py (`track_weights_loading`).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+logger = init_logger(__name__)
+
+PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+NAMED = 4  # tensors of a line that may have hundreds
+#: some conversions of Llama's tensors carry them; vLLM's loader drops them too
+DERIVED = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
+
+
+def hub_names(mapper: WeightsMapper, name: str) -> list[tuple[str, int | None]]:
+    """The checkpoint's names for a parameter of the model, with the shard each fills: the family's mapper, backwards."""
+    stacked = [
+        (name.replace(new, old, 1), shard)
+        for old, (new, shard) in mapper.orig_to_new_stacked.items()
+        if f"{new}." in name
+    ]
+    found = []
+    for part, shard in stacked or [(name, None)]:
+        for old, new in reversed(mapper.orig_to_new_substr.items()):
+            part = part.replace(new, old, 1)
+        found.append((part, shard))
+    return found
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor of the checkpoint, as it has to be before ranks divide it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # what it becomes
+
+
+def whole_shape(module: nn.Module, parameter: nn.Parameter, shard: int | None) -> tuple[int, ...]:
+    if isinstance(module, LinearBase):
+        out = module.output_size if shard is None else module.output_sizes[shard]
+        return (out, module.input_size)[: parameter.ndim]
+    if isinstance(module, VocabParallelEmbedding):
+        return module.org_vocab_size, module.embedding_dim
+    return tuple(parameter.shape)
+
+
+class Checkpoint:
+    """The tensors of `model` under the checkpoint's names, and those that came."""
+
+    def __init__(self, model: nn.Module, mapper: WeightsMapper, architecture: str, path: str):
+        self.architecture, self.path = architecture, path
+        self.wanted: dict[str, Wanted] = {}
+        # How a quantised module is stored is its method's business: some tensor of each must come.
+        self.quantised: set[str] = set()
+        self.came: set[str] = set()
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            method = getattr(module, "quant_method", None)
+            for hub_name, shard in hub_names(mapper, name):
+                if method is None or isinstance(method, PLAIN) or leaf == "bias":
+                    self.wanted[hub_name] = Wanted(whole_shape(module, parameter, shard), parameter.dtype)
+                else:
+                    self.quantised.add(hub_name.removesuffix(leaf))
+        # A tied head may be stored a second time.
+        tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parameters]
+        self.redundant = {hub_name for name in tied for hub_name, _ in hub_names(mapper, name)}
+
+    def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors the model uses, one at a time as they are read."""
+        unused = []
+        for name, tensor in self._read(weights):
+            slot = name if name in self.wanted else f"{name.rpartition('.')[0]}."
+            if slot not in self.wanted and slot not in self.quantised:
+                if name not in self.redundant and DERIVED.map_name(name) is not None:
+                    unused.append(name)
+                continue
+            self._check(name, tensor, self.wanted.get(name))
+            self.came.add(slot)
+            yield name, tensor
+        if unused:
+            logger.warning("%s: %s in the checkpoint without a use in this model: %s", self.architecture, *_listed(unused))
+
+    def refuse_missing(self) -> None:
+        missing = [name for name in self.wanted if name not in self.came]
+        missing += [f"{module}*" for module in sorted(self.quantised - self.came)]
+        if missing:
+            raise ValueError("{}: {} missing from the checkpoint: {}".format(self.architecture, *_listed(missing)))
+
+    def _check(self, name: str, tensor: torch.Tensor, wanted: Wanted | None) -> None:
+        if wanted is not None and tuple(tensor.shape) != wanted.shape:
+            raise ValueError(
+                f"{self.architecture}: {name} in the checkpoint is {list(tensor.shape)}, "
+                f"and by config.json it must be {list(wanted.shape)}"
+            )
+        # Both ends of the range tell of every NaN and infinity, at the speed of memory and without a copy.
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+            return
+        ends = torch.stack(tensor.aminmax())
+        if not ends.isfinite().all():
+            raise ValueError(f"{self.architecture}: {name} in the checkpoint has values that are NaN or infinite")
+        if wanted is not None and not ends.to(wanted.dtype).isfinite().all():
+            raise ValueError(
+                f"{self.architecture}: {name} in the checkpoint has values up to {ends.abs().max():.3g}, "
+                f"which {wanted.dtype} cannot hold; choose another dtype"
+            )
+
+    def _read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            yield from weights
+        except SafetensorError as error:
+            files = ", ".join(_unreadable(Path(self.path))) or "a file"
+            raise ValueError(
+                f"{self.architecture}: {files} of the checkpoint {self.path} cannot be read, "
+                f"it may be incomplete: {str(error).splitlines()[0]}"
+            ) from None
+
+
+def _listed(names: list[str]) -> tuple[str, str]:
+    """How many, and the first of them."""
+    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+    return count, ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    """safetensors' errors do not name the file. (A folder of the hub's cache is not looked for.)"""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            yield path.name
