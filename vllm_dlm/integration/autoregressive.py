@@ -10,7 +10,7 @@ v1/core/sched/scheduler.py (`update_from_output`).
 
 import functools
 
-from vllm_dlm.integration.registration import asked_options, is_diffusion_lm
+from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
 
 WORKERS = {
@@ -87,7 +87,7 @@ def configure(vllm_config) -> None:
         refuse_model(vllm_config.model_config, selection)
         set_block_size(vllm_config.cache_config, selection)
     except OptionError as error:
-        raise ValueError(f"--dlm-config: {error}") from None
+        raise ValueError(blamed(vllm_config, error)) from None
     refuse_unsupported(vllm_config)
 
     from vllm.platforms import current_platform

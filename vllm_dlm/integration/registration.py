@@ -29,6 +29,15 @@ def asked_options(vllm_config):
     return {"selection": trained} | (given or {}) if trained and isinstance(given, (dict, type(None))) else given
 
 
+def blamed(vllm_config, error: OptionError) -> str:
+    """The line of a wrong option, with the place where it was written."""
+    given = (vllm_config.additional_config or {}).get("dlm")
+    trained = asked_options(vllm_config) is not given and "selection" not in (given or {})
+    if trained and "dlm.selection" in str(error):
+        return f"config.json: unique: {str(error).removeprefix('dlm.selection.')}"
+    return f"--dlm-config: {error}"
+
+
 def resolved_options(vllm_config):
     """The server's options of a model this plugin serves."""
     _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
@@ -40,11 +49,13 @@ def register_models() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_dlm.integration.configs import DreamConfig, DreamTokenizer, LLaDAConfig
+    from vllm_dlm.integration.configs import CheckedConvertor, DreamConfig, DreamTokenizer, LLaDAConfig
 
     for config in (LLaDAConfig, DreamConfig):
         _CONFIG_REGISTRY[config.model_type] = config
+        MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
     for architecture, (model, _, _) in FAMILIES.items():
@@ -58,24 +69,19 @@ class DiffusionConfigHook:
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:
-        from vllm_dlm.integration.configs import check_config
-
-        check_config(model_config.hf_config)
+        """config.json has been checked by then: `CheckedConvertor`."""
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
         from vllm.platforms import current_platform
 
-        from vllm_dlm.integration.configs import check_config
-
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        check_config(model.hf_config)
         refuse_unsupported(vllm_config)
         try:
             set_block_size(vllm_config.cache_config, resolved_options(vllm_config).selection)
         except OptionError as error:
-            raise ValueError(f"--dlm-config: {error}") from None
+            raise ValueError(blamed(vllm_config, error)) from None
 
         device = "cpu" if current_platform.is_cpu() else "cuda"
         if vllm_config.parallel_config.worker_cls == "auto":
