@@ -15,6 +15,8 @@ from transformers import PretrainedConfig
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from vllm_dlm.models.files import refuse_unreadable
+
 
 class DiffusionConfig(PretrainedConfig):
     """Takes what transformers' own checks would answer with a bare Python error, for `check_config` to name."""
@@ -25,6 +27,9 @@ class DiffusionConfig(PretrainedConfig):
         super().__init__(dtype=dtype if known else None, **kwargs)
         self.dtype = self.dtype if known else dtype
         self.vocab_size = vocab_size
+
+    def validate_rope(self) -> None:
+        """Another than the plain rotary embedding is refused whatever its details."""
 
     @property
     def vocab_field(self) -> str:
@@ -119,6 +124,8 @@ class CheckedConvertor(ModelArchConfigConvertorBase):
 
     def __init__(self, hf_config, *args, **kwargs):
         check_config(hf_config)
+        if hf_config.dtype is None:  # vLLM looks for it in the files
+            refuse_unreadable(hf_config.architecture, hf_config.name_or_path)
         super().__init__(hf_config, *args, **kwargs)
 
 

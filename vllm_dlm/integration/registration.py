@@ -76,8 +76,12 @@ class DiffusionConfigHook:
         from vllm.config import CompilationMode, CUDAGraphMode
         from vllm.platforms import current_platform
 
+        from vllm_dlm.models.files import refuse_unreadable
+
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refuse_unsupported(vllm_config)
+        if vllm_config.load_config.load_format != "dummy":
+            refuse_unreadable(model.architecture, model.model)
         try:
             set_block_size(vllm_config.cache_config, resolved_options(vllm_config).selection)
         except OptionError as error:

@@ -8,15 +8,16 @@ model_executor/model_loader/default_loader.py (`track_weights_loading`).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from vllm_dlm.models.files import unreadable
 
 logger = init_logger(__name__)
 
@@ -124,24 +125,10 @@ class Checkpoint:
         try:
             yield from weights
         except SafetensorError as error:
-            files = ", ".join(_unreadable(Path(self.path))) or "a file"
-            raise ValueError(
-                f"{self.architecture}: {files} of the checkpoint {self.path} cannot be read, "
-                f"it may be incomplete: {str(error).splitlines()[0]}"
-            ) from None
+            raise unreadable(self.architecture, f"checkpoint {self.path}", error) from None
 
 
 def _listed(names: list[str]) -> tuple[str, str]:
     """How many, and the first of them."""
     count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
     return count, ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def _unreadable(folder: Path) -> Iterator[str]:
-    """safetensors' errors do not name the file. (A folder of the hub's cache is not looked for.)"""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError:
-            yield path.name

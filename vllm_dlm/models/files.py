@@ -1,0 +1,20 @@
+"""Weight files that end too early, which safetensors reports without their names."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+
+def refuse_unreadable(architecture: str, folder: str) -> None:
+    """Reads the headers of a local checkpoint; one in the hub's cache is met when its tensors are read."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise unreadable(architecture, str(path), error) from None
+
+
+def unreadable(architecture: str, what: str, error: SafetensorError) -> ValueError:
+    reason = str(error).splitlines()[0]
+    return ValueError(f"{architecture}: {what} cannot be read, the file may be incomplete: {reason}")
