@@ -1,7 +1,7 @@
 """A checkpoint that is wrong in one thing is refused at the start in one line that names the thing.
 
-Configurations are refused by the front-end. Tensors are refused by the process that loads them: here the worker of
-the session's engine, which reads the wrong checkpoint beside its own model.
+Configurations are refused by the front-end. Tensors are refused by the process that loads them: here the worker
+of the session's engine, which reads the wrong checkpoint beside its own model.
 """
 
 import json
@@ -111,7 +111,8 @@ def test_a_selection_of_config_json(tmp_path, wrong):
     AsyncEngineArgs(
         str(path), max_model_len=128, additional_config={"dlm": {"selection": {"name": "none"}}}
     ).create_engine_config()
-    line = refused_config(path, additional_config={"dlm": {"selection": {"name": "unique", field: wrong[field]}}})
+    named = {"selection": {"name": "unique"} | wrong}
+    line = refused_config(path, additional_config={"dlm": named})
     assert line.startswith(f"--dlm-config: dlm.selection.{field}")
 
 
@@ -229,7 +230,9 @@ def test_a_tensor_has_another_shape(tmp_path, refused, name, tensor):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name, tensor", [(LLADA, "model.transformer.blocks.2.up_proj.weight"), (DREAM, "model.norm.weight")])
+@pytest.mark.parametrize(
+    "name, tensor", [(LLADA, "model.transformer.blocks.2.up_proj.weight"), (DREAM, "model.norm.weight")]
+)
 def test_a_value_is_not_a_number(tmp_path, refused, name, tensor, value):
     def spoil(tensors):
         tensors[tensor].view(-1)[7] = value
@@ -249,7 +252,7 @@ def test_a_value_is_too_large_for_the_dtype(tmp_path, loaded, refused):
     assert loaded(path, dtype="bfloat16")[0] is None
 
 
-@pytest.mark.parametrize("config", [None, {"torch_dtype": "float32"}], ids=["dtype of the file", "dtype of config.json"])
+@pytest.mark.parametrize("config", [None, {"torch_dtype": "float32"}], ids=["dtype of the file", "of config.json"])
 @pytest.mark.parametrize("bytes_left", [0, 100, 1_000_000])
 def test_a_file_is_truncated(tmp_path, bytes_left, config):
     """Seen by the front-end, if the checkpoint lies in a folder."""
@@ -266,7 +269,8 @@ def test_a_file_turns_out_to_be_truncated_when_its_tensors_are_read(engines):
         raise error
 
     (error,) = engines(LLADA).collective_rpc(read, args=(tensors(),))
-    assert error == "LLaDAModelLM: checkpoint some/where cannot be read, the file may be incomplete: incomplete metadata"
+    assert error.startswith("LLaDAModelLM: checkpoint some/where cannot be read, the file may be incomplete: ")
+    assert error.endswith("incomplete metadata")
 
 
 def read(worker, tensors) -> str:
@@ -350,14 +354,16 @@ def test_tensors_nobody_uses_are_named_in_one_warning(tmp_path, loaded):
 
 def test_dummy_weights_and_what_replaces_them_piece_by_piece(tmp_path, loaded):
     path = copied(LLADA, tmp_path)
+    tensors = load_file(path / "model.safetensors").items()
     # (vLLM's CPU workers replace matrices by packed ones, which cannot be loaded again.)
-    pieces = [[(key, tensor)] for key, tensor in load_file(path / "model.safetensors").items() if tensor.ndim == 1]
+    pieces = [[(key, tensor)] for key, tensor in tensors if tensor.ndim == 1]
     (path / "model.safetensors").unlink()
     assert loaded(path, load_format="dummy", updates=pieces)[0] is None
     wrong = [[("model.transformer.ln_f.weight", torch.ones(3))]]
     assert "model.transformer.ln_f.weight" in loaded(path, load_format="dummy", updates=wrong)[0]
 
 
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 QUANTISED = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -366,8 +372,8 @@ QUANTISED = {
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-            "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+            "weights": INT8 | {"strategy": "channel", "dynamic": False},
+            "input_activations": INT8 | {"strategy": "token", "dynamic": True},
         }
     },
 }

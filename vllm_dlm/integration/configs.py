@@ -53,7 +53,9 @@ class LLaDAConfig(DiffusionConfig):
         "tie_word_embeddings": "weight_tying",
     }
 
-    def __init__(self, n_heads=None, n_kv_heads=None, embedding_size=None, vocab_size=None, weight_tying=False, **kwargs):
+    def __init__(
+        self, n_heads=None, n_kv_heads=None, embedding_size=None, vocab_size=None, weight_tying=False, **kwargs
+    ):
         # The embedding may be padded beyond the vocabulary; the head has the same rows.
         self.embedding_size = embedding_size
         super().__init__(vocab_size=embedding_size or vocab_size, **kwargs)
@@ -140,11 +142,13 @@ def check_config(config) -> None:
     for field, wanted in config.implemented.items():
         value = getattr(config, field, wanted)
         if value != wanted and not (wanted is None and not value):
-            raise ValueError(f"{config.architecture}: {field}={value!r} in config.json is not supported, only {wanted!r} is")
+            raise ValueError(
+                f"{config.architecture}: {field}={value!r} in config.json is not supported, only {wanted!r} is"
+            )
 
 
 def _fields(config) -> Iterator[tuple[str, bool, str]]:
-    """Every field that is used: its name, whether its value is right, what would be. Later ones rely on earlier ones."""
+    """Every field that is used: name, whether its value is right, what would be. Later ones rely on earlier ones."""
 
     def value(field: str) -> Any:
         return getattr(config, field, None)
@@ -156,16 +160,20 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
 
     width, heads = value(config.width), value(config.heads)
     # Rotary embedding turns pairs of channels.
-    yield config.heads, width % (2 * heads) == 0, f"a number that divides {config.width}={width} into heads of even width"
-    yield config.kv_heads, heads % value(config.kv_heads) == 0, f"a number that divides {config.heads}={heads}"
+    even = width % (2 * heads) == 0
+    yield config.heads, even, f"a number that divides {config.width}={width} into heads of even width"
+    divides = heads % value(config.kv_heads) == 0
+    yield config.kv_heads, divides, f"a number that divides {config.heads}={heads}"
     for field in ("rope_theta", "rms_norm_eps"):
         yield field, _number(value(field)) and 0 < value(field) < math.inf, "a number above 0"
 
-    for field in ("mask_token_id", "eos_token_id", *(["eot_token_id"] if value("eot_token_id") is not None else [])):
+    optional = [] if value("eot_token_id") is None else ["eot_token_id"]
+    for field in ("mask_token_id", "eos_token_id", *optional):
         inside = _whole(value(field)) and 0 <= value(field) < config.vocab_size
-        yield field, inside, f"a whole number from 0 to below {config.vocab_field}={config.vocab_size}"
+        yield field, inside, f"a whole number at least 0 and below {config.vocab_field}={config.vocab_size}"
     yield config.tied, value(config.tied) in (True, False, None), "true or false"
-    yield "dtype", isinstance(value("dtype"), torch.dtype | None), "the name of a dtype of torch, such as 'bfloat16'"
+    dtype = isinstance(value("dtype"), torch.dtype | None)
+    yield "dtype", dtype, "the name of a dtype of torch, such as 'bfloat16'"
     yield "unique", isinstance(value("unique"), dict | None), "an object with the fields of that selection"
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint must bring: every tensor of the model, in its shape, finite. The start is refused otherwise.
+"""What a checkpoint must bring: every tensor of the model, in its shape, finite. Otherwise the start is refused.
 
 vLLM itself takes a stacked parameter for loaded when one of its parts came, and
 exempts every linear layer from its check. Read in vLLM 0.32:
@@ -28,7 +28,7 @@ DERIVED = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
 
 
 def hub_names(mapper: WeightsMapper, name: str) -> list[tuple[str, int | None]]:
-    """The checkpoint's names for a parameter of the model, with the shard each fills: the family's mapper, backwards."""
+    """The checkpoint's names for a parameter, with the shard that each fills: the family's mapper, backwards."""
     stacked = [
         (name.replace(new, old, 1), shard)
         for old, (new, shard) in mapper.orig_to_new_stacked.items()
@@ -86,22 +86,30 @@ class Checkpoint:
         """The tensors the model uses, one at a time as they are read."""
         unused = []
         for name, tensor in self._read(weights):
-            slot = name if name in self.wanted else f"{name.rpartition('.')[0]}."
-            if slot not in self.wanted and slot not in self.quantised:
-                if name not in self.redundant and DERIVED.map_name(name) is not None:
-                    unused.append(name)
-                continue
-            self._check(name, tensor, self.wanted.get(name))
-            self.came.add(slot)
-            yield name, tensor
+            if slot := self._slot(name):
+                self._check(name, tensor, self.wanted.get(name))
+                self.came.add(slot)
+                yield name, tensor
+            elif name not in self.redundant and DERIVED.map_name(name) is not None:
+                unused.append(name)
         if unused:
-            logger.warning("%s: %s in the checkpoint without a use in this model: %s", self.architecture, *_listed(unused))
+            count, first = _listed(unused)
+            logger.warning("%s: %s in the checkpoint without a use here: %s", self.architecture, count, first)
 
     def refuse_missing(self) -> None:
         missing = [name for name in self.wanted if name not in self.came]
         missing += [f"{module}*" for module in sorted(self.quantised - self.came)]
         if missing:
-            raise ValueError("{}: {} missing from the checkpoint: {}".format(self.architecture, *_listed(missing)))
+            count, first = _listed(missing)
+            raise ValueError(f"{self.architecture}: {count} missing from the checkpoint: {first}")
+
+    def _slot(self, name: str) -> str | None:
+        """The tensor or the quantised module that it is (a part of)."""
+        if name in self.wanted:
+            return name
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        return next((module for module in modules if module in self.quantised), None)
 
     def _check(self, name: str, tensor: torch.Tensor, wanted: Wanted | None) -> None:
         if wanted is not None and tuple(tensor.shape) != wanted.shape:
