@@ -1,9 +1,10 @@
 """Server options and per-request options: parse, validate, name the field that is wrong.
 
-A server takes one object of three parts, each `{"name": …, **fields}`; a
-request may override single decoding fields as `dlm_<field>` and pick another
-method by name. Everything here is plain data, so the front-end (to refuse),
-the scheduler and the workers (to obey) read a request the same way.
+A server takes one object: three methods, each `{"name": …, **fields}`, and the
+bounds of a canvas. A request may override single decoding fields as
+`dlm_<field>` and pick another method by name. Everything here is plain data,
+so the front-end (to refuse), the scheduler and the workers (to obey) read a
+request the same way.
 """
 
 import types
@@ -13,9 +14,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_dlm.methods import KINDS, methods
+from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm
 METHOD_KEYS = {"dlm_algorithm": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection"}
+#: whether masks of the prompt are holes to fill
+INFILL = "dlm_infill"
+#: parts of the server's object
+PARTS = (*KINDS, "canvas")
 
 
 class OptionError(ValueError):
@@ -27,12 +33,37 @@ class OptionError(ValueError):
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """How long a response may be. Every step computes all of it, so a server says what it is ready to pay for."""
+
+    name: typing.ClassVar[str] = "canvas"
+
+    default: int | None = None  # of a request that gives no max_tokens; None: the checkpoint's or its family's
+    max: int | None = None  # the longest a request may ask for
+
+    def __post_init__(self):
+        for field in ("default", "max"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field}: {shown(value)} is not valid, it must be at least 1")
+        if None not in (self.default, self.max) and self.default > self.max:
+            raise ValueError(f"default: {shown(self.default)} is not valid, it must be at most max, {self.max}")
+
+    def length(self, usual: int) -> int:
+        """Of a request that gives no max_tokens, where `usual` is the model's habit."""
+        length = usual if self.default is None else self.default
+        return length if self.max is None else min(length, self.max)
+
+
+@dataclass(frozen=True)
 class Options:
     """One answer to each question; see the classes in plugins/ for the fields."""
 
     decoding: Any
     reuse: Any
     selection: Any
+    canvas: Canvas = Canvas()
+    infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
 
     @property
     def caches(self) -> bool:
@@ -44,68 +75,111 @@ def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Op
     """The object of `--dlm-config` / `additional_config["dlm"]`."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise OptionError("dlm", f"dlm: {given!r} is not an object with the parts {', '.join(KINDS)}")
+        raise OptionError("dlm", f"dlm: {shown(given)} is not an object with the parts {', '.join(PARTS)}")
     for part in given:
-        if part not in KINDS:
-            raise OptionError(part, f"dlm: unknown part {part!r}, valid parts are {', '.join(KINDS)}")
+        if part not in PARTS:
+            raise OptionError(part, f"dlm: unknown part {shown(part)}, valid parts are {', '.join(PARTS)}")
     default = {"decoding": default_decoding, "reuse": "none", "selection": "none"}
-    return Options(**{kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS})
+    chosen = {kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS}
+    return Options(**chosen, canvas=_built(Canvas, "canvas", given.get("canvas"), {}))
 
 
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
-    chosen = {kind: getattr(server, kind) for kind in KINDS}
+    chosen = {"infill": _typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
     for key, kind in METHOD_KEYS.items():
-        if key in given:
-            chosen[kind] = _named(kind, given.pop(key), key, chosen[kind])
-    decoding = chosen["decoding"]
-    known = {f"dlm_{field.name}": field.name for field in fields(decoding)}
-    for key in given:
-        if key not in known:
-            valid = ", ".join(sorted([*METHOD_KEYS, *known]))
-            raise OptionError(key, f"{key}: {decoding.name!r} decoding has no such option, valid are {valid}")
-    values = {known[key]: _typed(type(decoding), known[key], value, key) for key, value in given.items()}
-    if values:
-        try:
-            chosen["decoding"] = replace(decoding, **values)
-        except ValueError as error:
-            raise OptionError(f"dlm_{_field_of(error)}", f"dlm_{error}") from None
-    return Options(**chosen)
+        if kind != "decoding" and key in given:
+            chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
+    if given:
+        chosen["decoding"] = _requested_decoding(server.decoding, given)
+    return replace(server, **chosen)
+
+
+def request_keys(decoding: Any) -> list[str]:
+    """What a request may say to a server that decodes so."""
+    return sorted([*METHOD_KEYS, INFILL, *(f"dlm_{field.name}" for field in fields(decoding))])
+
+
+def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
+    """The algorithm and its fields at once, since an algorithm may go with the values that come with it only."""
+    cls, values = type(current), {}
+    if "dlm_algorithm" in given:
+        cls, values = _method("decoding", given["dlm_algorithm"], "dlm_algorithm")
+    known = {f"dlm_{field.name}": field.name for field in fields(cls)}
+    for key, value in given.items():
+        if key in known:
+            values = values | {known[key]: _typed(cls, known[key], value, key)}
+        elif key != "dlm_algorithm":
+            valid = ", ".join(request_keys(cls))
+            raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
+    kept = {field: getattr(current, field) for field in _shared(cls, current) if field not in values}
+    try:
+        return cls(**(kept | values))
+    except ValueError as error:
+        key, way_out = f"dlm_{_field_of(error)}", _way_out(cls, kept, values)
+        if cls is type(current) or key in given:
+            raise OptionError(key, f"dlm_{error}{way_out}") from None
+        raise _does_not_go("dlm_algorithm", given["dlm_algorithm"], f"{error}{way_out}") from None
+
+
+def _way_out(cls: type, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """Which of the server's values a request would have to unset."""
+    for field, value in kept.items():
+        if value is not None and type(None) in _accepted(cls, field):
+            try:
+                cls(**(kept | values | {field: None}))
+            except ValueError:
+                continue
+            return f'; this server sets {field}, and dlm_{field}: "none" unsets it'
+    return ""
 
 
 def _part(kind: str, given: Any, default: str):
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
-        raise OptionError(kind, f"dlm.{kind}: {given!r} is not an object with a name and fields")
+        raise OptionError(kind, f"dlm.{kind}: {shown(given)} is not an object with a name and fields")
     given = dict(given)
     name = given.pop("name", default)
     if "preset" in given and isinstance(name, str):
         name = f"{name}/{given.pop('preset')}"
     cls, preset = _method(kind, name, f"dlm.{kind}.name")
+    return _built(cls, kind, given, preset)
+
+
+def _built(cls: type, part: str, given: Any, preset: Mapping[str, Any]):
+    """An object of `cls` from the fields that the server's object gives."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise OptionError(part, f"dlm.{part}: {shown(given)} is not an object with fields")
     valid = [field.name for field in fields(cls)]
     for field in given:
         if field not in valid:
             listed = ", ".join(valid) or "none"
-            raise OptionError(field, f"dlm.{kind}.{field}: not a field of {cls.name!r}, valid fields are {listed}")
-    values = {field: _typed(cls, field, value, f"dlm.{kind}.{field}") for field, value in given.items()}
+            raise OptionError(field, f"dlm.{part}.{field}: not a field of {cls.name!r}, valid fields are {listed}")
+    values = {field: _typed(cls, field, value, f"dlm.{part}.{field}") for field, value in given.items()}
     try:
         return cls(**(preset | values))
     except ValueError as error:
-        raise OptionError(f"dlm.{kind}.{_field_of(error)}", f"dlm.{kind}.{error}") from None
+        raise OptionError(f"dlm.{part}.{_field_of(error)}", f"dlm.{part}.{error}") from None
 
 
 def _named(kind: str, name: Any, key: str, current: Any):
     """Another method by name; fields that both have in common keep their server values."""
     cls, preset = _method(kind, name, key)
-    if cls is type(current):
-        return replace(current, **preset)
-    shared = {field.name for field in fields(cls)} & {field.name for field in fields(current)}
     try:
-        return cls(**({field: getattr(current, field) for field in shared} | preset))
+        return cls(**({field: getattr(current, field) for field in _shared(cls, current)} | preset))
     except ValueError as error:
-        raise OptionError(key, f"{key}: {name!r} does not go with this server's options: {error}") from None
+        raise _does_not_go(key, name, error) from None
+
+
+def _shared(cls: type, current: Any) -> list[str]:
+    return [field.name for field in fields(cls) if field.name in {other.name for other in fields(current)}]
+
+
+def _does_not_go(key: str, name: Any, why: object) -> OptionError:
+    return OptionError(key, f"{key}: {shown(name)} does not go with this server's options: {why}")
 
 
 def _method(kind: str, name: Any, where: str) -> tuple[type, dict[str, Any]]:
@@ -113,11 +187,11 @@ def _method(kind: str, name: Any, where: str) -> tuple[type, dict[str, Any]]:
     known = methods(kind)
     method, _, preset = name.partition("/") if isinstance(name, str) else (None, "", "")
     if method not in known:
-        raise OptionError(where, f"{where}: {name!r} is unknown, valid names are {', '.join(sorted(known))}")
+        raise OptionError(where, f"{where}: {shown(name)} is unknown, valid names are {', '.join(sorted(known))}")
     presets = getattr(known[method], "presets", {})
     if preset and preset not in presets:
         listed = ", ".join(presets) or "none"
-        raise OptionError(where, f"{where}: {method!r} has no preset {preset!r}, valid presets are {listed}")
+        raise OptionError(where, f"{where}: {method!r} has no preset {shown(preset)}, valid presets are {listed}")
     return known[method], presets.get(preset, {})
 
 
@@ -127,9 +201,9 @@ def _field_of(error: ValueError) -> str:
 
 def _typed(cls: type, field: str, value: Any, where: str) -> Any:
     """`value` as the field's type. HTTP carries booleans as 0/1 and whole floats as integers."""
-    hint = typing.get_type_hints(cls)[field]
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in accepted:
+    accepted = _accepted(cls, field)
+    # null does not travel in vllm_xargs
+    if type(None) in accepted and (value is None or value == "none"):
         return None
     for kind in accepted:
         origin = typing.get_origin(kind) or kind
@@ -151,8 +225,14 @@ def _typed(cls: type, field: str, value: Any, where: str) -> Any:
         " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal
         else getattr(kind, "__name__", str(kind))
         for kind in accepted
-    ).replace("NoneType", "null")
-    raise OptionError(where, f"{where}: {value!r} is not valid, it must be {wanted}")
+    ).replace("NoneType", '"none"')
+    raise OptionError(where, f"{where}: {shown(value)} is not valid, it must be {wanted}")
+
+
+def _accepted(cls: type, field: str) -> tuple:
+    """The types a field may have."""
+    hint = typing.get_type_hints(cls)[field]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def int_or_none(value: float) -> int | None:

@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from vllm_dlm.shown import shown
+
 
 @dataclass
 class Rows:
@@ -74,7 +76,7 @@ class Decoding:
         for field in ("steps", "block_length"):
             value = getattr(self, field)
             check(value is None or value >= 1, field, value, "a whole number of at least 1")
-        check(self.threshold is None or 0 <= self.threshold, "threshold", self.threshold, "at least 0")
+        check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
         check(self.factor is None or 0 < self.factor, "factor", self.factor, "greater than 0")
         # far beyond any use, and guided logits stay finite
         check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
@@ -115,6 +117,10 @@ class Decoding:
         """Forwards that a block with so many masks takes at most: each step fills something once the scheduled ones
         are over, and one may have had nothing to fill. A block that takes longer is given up."""
         return masks + scheduled + 1
+
+    def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
+        """(top_p, top_k; 0: off) of a request whose vLLM parameters say these."""
+        return top_p, top_k
 
     # -- the two halves of a step ----------------------------------------------------------
 
@@ -160,7 +166,7 @@ def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
 
 def check(ok: bool, field: str, value, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"{field}: {value!r} is not valid, it must be {wanted}")
+        raise ValueError(f"{field}: {shown(value)} is not valid, it must be {wanted}")
 
 
 def best(score: np.ndarray, count: int) -> np.ndarray:

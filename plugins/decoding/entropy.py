@@ -20,11 +20,19 @@ class Entropy(Decoding):
 
     eps: float = 1e-3  # end of the time schedule
     algorithm_temperature: float = 0.0  # alg_temp: > 0 draws positions instead of taking the best
+    # vLLM resets its own to off at temperature 0, where they make no token but Dream's confidence. None: vLLM's.
+    top_p: float | None = None
+    top_k: int | None = None  # 0: off
 
     def __post_init__(self):
         super().__post_init__()
         check(0 < self.eps < 1, "eps", self.eps, "between 0 and 1")
         check(self.algorithm_temperature >= 0, "algorithm_temperature", self.algorithm_temperature, "at least 0")
+        check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "greater than 0 and at most 1")
+        check(self.top_k is None or 0 <= self.top_k, "top_k", self.top_k, "at least 0")
+
+    def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
+        return top_p if self.top_p is None else self.top_p, top_k if self.top_k is None else self.top_k
 
     def times(self, steps: int) -> torch.Tensor:
         return torch.linspace(1, self.eps, steps + 1)  # [steps + 1]

@@ -151,17 +151,19 @@ class DenoisingRunner:
         stop_ids = set(params.stop_token_ids or [])
         if params.eos_token_id is not None:
             stop_ids.add(params.eos_token_id)
+        options = request_options(self.options, params.extra_args)
+        top_p, top_k = options.decoding.filters(params.top_p, max(params.top_k, 0))
         sampling = Sampling(
             temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(params.top_k, 0),
+            top_p=top_p,
+            top_k=top_k,
             seed=own_seed(data.req_id, self.model_config.seed) if params.seed is None else params.seed,
             stop_ids=frozenset(stop_ids),
             num_logprobs=params.logprobs,
         )
         return Denoising.start(
             data.req_id,
-            request_options(self.options, params.extra_args),
+            options,
             sampling,
             self.model_config.hf_config.mask_token_id,
             prompt_len,
