@@ -177,7 +177,7 @@ def save_checkpoint(model: DemoLLaDA, folder: Path) -> None:
     tok.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(hub_config(model.shape), indent=1) + "\n")
     generation = {"bos_token_id": tok.BOS, "eos_token_id": [tok.EOS, tok.EOT],
-                  "pad_token_id": tok.EOS}
+                  "pad_token_id": tok.EOS, "max_new_tokens": 32}  # longer than any answer
     (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
     tensors = {name: value.detach().to(torch.bfloat16).contiguous()
                for name, value in model.state_dict().items()}

@@ -105,9 +105,64 @@ class TestOptions:
             ({"reuse": {"name": "dyllm", "full_steps": 0}}, "full_steps"),
             ({"decoding": {"steps": 1.5}}, "steps"),
             ({"selection": {"name": "keyhole"}}, "unique"),
+            ({"decoding": {"threshold": 1.5}}, "dlm.decoding.threshold: 1.5.*between 0 and 1"),
+            ({"decoding": {"name": "entropy", "top_p": 0}}, "dlm.decoding.top_p"),
+            ({"decoding": {"top_k": 5}}, "top_k: not a field of 'low_confidence'"),
+            ({"canvas": {"default": 0}}, "dlm.canvas.default"),
+            ({"canvas": {"default": 9, "max": 8}}, "dlm.canvas.default: 9.*at most max, 8"),
+            ({"canvas": {"min": 8}}, "dlm.canvas.min.*default, max"),
+            ({"canvas": 8}, "dlm.canvas: 8 is not an object"),
             ([], "dlm"),
         ],
     )
     def test_wrong_fields_are_named(self, given, field):
         with pytest.raises(OptionError, match=field):
             server_options(given, "low_confidence")
+
+    def test_a_canvas_nobody_asked_for(self):
+        canvas = server_options({"canvas": {"max": 40}}, "entropy").canvas
+        assert (canvas.length(256), canvas.length(32)) == (40, 32)
+        assert server_options({"canvas": {"default": 64}}, "entropy").canvas.length(256) == 64
+        assert server_options(None, "entropy").canvas.length(256) == 256
+
+    @pytest.mark.parametrize(
+        ("given", "wanted"),
+        [
+            ({"dlm_threshold": "none"}, {"threshold": None, "factor": None, "name": "low_confidence"}),
+            ({"dlm_threshold": "none", "dlm_factor": 1}, {"threshold": None, "factor": 1.0}),
+            ({"dlm_algorithm": "random", "dlm_threshold": "none"}, {"threshold": None, "name": "random"}),
+            ({"dlm_steps": "none", "dlm_block_length": "none"}, {"steps": None, "block_length": None, "threshold": 0.9}),
+        ],
+    )
+    def test_none_unsets_what_the_server_set(self, given, wanted):
+        server = server_options({"decoding": {"threshold": 0.9, "steps": 64, "block_length": 8}}, "low_confidence")
+        decoding = request_options(server, given).decoding
+        assert {field: getattr(decoding, field) for field in wanted} == wanted
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"dlm_factor": 1.0}, 'dlm_factor: 1.0 .*unset when threshold is set; .*dlm_threshold: "none" unsets it'),
+            ({"dlm_algorithm": "random"}, 'dlm_algorithm: \'random\' does not go .*dlm_threshold: "none" unsets it'),
+            ({"dlm_suppress_eos": "none"}, "dlm_suppress_eos: 'none' is not valid, it must be bool"),
+            ({"dlm_threshold": "off"}, "dlm_threshold: 'off' is not valid, it must be float or \"none\""),
+            ({"dlm_infill": 2}, "dlm_infill: 2 is not valid, it must be bool"),
+        ],
+    )
+    def test_what_stands_in_the_way_is_said(self, given, message):
+        server = server_options({"decoding": {"threshold": 0.9}}, "low_confidence")
+        with pytest.raises(OptionError, match=message):
+            request_options(server, given)
+
+    @pytest.mark.parametrize("key", ["dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill", "dlm_" + "x" * 10**6])
+    @pytest.mark.parametrize("value", ["y" * 10**6, ["y" * 10**6], 10**4000])
+    def test_long_wrong_values_do_not_come_back(self, key, value):
+        with pytest.raises(OptionError, match=key[:40]) as refused:
+            request_options(server_options(None, "low_confidence"), {key: value})
+        assert len(str(refused.value)) < 500
+
+    def test_dream_filters_its_confidence_with_its_own_top_p_and_top_k(self):
+        server = server_options(None, "entropy")
+        assert request_options(server, {}).decoding.filters(0.9, 7) == (0.9, 7)
+        assert request_options(server, {"dlm_top_p": 0.5}).decoding.filters(1.0, 0) == (0.5, 0)
+        assert request_options(server, {"dlm_top_p": 1, "dlm_top_k": 3}).decoding.filters(0.9, 7) == (1.0, 3)

@@ -6,12 +6,15 @@
 
 def install() -> None:
     from vllm_dlm import metrics
-    from vllm_dlm.integration import autoregressive, cli, cpu_wheel, requests
+    from vllm_dlm.integration import autoregressive, bodies, canvas, cli, cpu_wheel, prompts, requests
     from vllm_dlm.integration.registration import register_models
 
     cpu_wheel.alias_distribution()
     register_models()
     cli.install()
+    canvas.install()
+    prompts.install()
     requests.install()
+    bodies.install()
     autoregressive.install()
     metrics.install()

@@ -2,15 +2,18 @@
 
 vLLM has no hook for flags of plugins, but it loads general plugins before it
 builds its parser (read in vLLM 0.32: engine/arg_utils.py, `add_cli_args`,
-`from_cli_args`); two static methods are wrapped, once.
+`from_cli_args`); two static methods are wrapped, once. What a user switched on and
+a diffusion model must have off can be told from vLLM's defaults only before
+vLLM fills those in (`_set_default_chunked_prefill_and_prefix_caching_args`).
 """
 
 import argparse
 import functools
 import json
 
-from vllm_dlm.integration.registration import FAMILIES
+from vllm_dlm.integration.registration import FAMILIES, is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.shown import shown
 
 
 def install() -> None:
@@ -19,6 +22,7 @@ def install() -> None:
     if getattr(EngineArgs.add_cli_args, "_dlm", False):
         return
     add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+    set_defaults = EngineArgs._set_default_chunked_prefill_and_prefix_caching_args
 
     @functools.wraps(add_cli_args)
     def add_with_dlm(parser):
@@ -33,7 +37,8 @@ def install() -> None:
             "--dlm-config",
             type=dlm_config,
             metavar="JSON",
-            help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}}.',
+            help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}, '
+            '"canvas": {"default": …, "max": …}}.',
         )
         return parser
 
@@ -46,9 +51,32 @@ def install() -> None:
             engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
         return engine_args
 
+    @functools.wraps(set_defaults)
+    def set_defaults_with_dlm(self, model_config):
+        if is_diffusion_lm(model_config):
+            refuse_switched_on(self)
+        return set_defaults(self, model_config)
+
     add_with_dlm._dlm = True
     EngineArgs.add_cli_args = staticmethod(add_with_dlm)
     EngineArgs.from_cli_args = classmethod(from_with_dlm)
+    EngineArgs._set_default_chunked_prefill_and_prefix_caching_args = set_defaults_with_dlm
+
+
+#: engine argument -> why a canvas cannot have it
+SWITCHED_OFF = {
+    "enable_prefix_caching": "the keys of a prompt depend on its response, so no other request can share them",
+    "enable_chunked_prefill": "every step reads the whole canvas",
+    "async_scheduling": "a step needs the tokens of the one before",
+}
+
+
+def refuse_switched_on(engine_args) -> None:
+    # vLLM writes its defaults into the same object, which may be asked for a configuration again.
+    asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
+    for name, why in SWITCHED_OFF.items():
+        if asked[name]:
+            raise ValueError(f"{name}: not possible with masked-diffusion language models, {why}; start without it")
 
 
 def dlm_config(text: str) -> dict:
@@ -56,9 +84,9 @@ def dlm_config(text: str) -> dict:
     has is checked once the model is known."""
     given = json_object(text)
     errors = []
-    for _, default_decoding, _ in FAMILIES.values():
+    for family in FAMILIES.values():
         try:
-            server_options(given, default_decoding)
+            server_options(given, family.decoding)
         except OptionError as error:
             errors.append(error)
     if len(errors) == len(FAMILIES):
@@ -70,7 +98,7 @@ def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object")
     return value

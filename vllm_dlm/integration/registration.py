@@ -5,12 +5,22 @@ transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 (`try_verify_and_update_config`).
 """
 
+from typing import NamedTuple
+
 from vllm_dlm.options import OptionError, server_options
 
-#: architecture -> (module:class, default decoding, tokens that end a chat turn)
+
+class Family(NamedTuple):
+    model: str  # module:class
+    decoding: str
+    end_of_turn: str
+    canvas: int  # tokens of a response when neither request, server nor checkpoint says how many
+
+
+#: architecture -> what is particular to it. Canvases are those of the papers' evaluations of short answers.
 FAMILIES = {
-    "LLaDAModelLM": ("vllm_dlm.models.llada:LLaDAModelLM", "low_confidence", "<|eot_id|>"),
-    "DreamModel": ("vllm_dlm.models.dream:DreamModel", "entropy", "<|im_end|>"),
+    "LLaDAModelLM": Family("vllm_dlm.models.llada:LLaDAModelLM", "low_confidence", "<|eot_id|>", 256),
+    "DreamModel": Family("vllm_dlm.models.dream:DreamModel", "entropy", "<|im_end|>", 256),
 }
 
 WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
@@ -40,8 +50,7 @@ def blamed(vllm_config, error: OptionError) -> str:
 
 def resolved_options(vllm_config):
     """The server's options of a model this plugin serves."""
-    _, default_decoding, _ = FAMILIES[vllm_config.model_config.architecture]
-    return server_options(asked_options(vllm_config), default_decoding)
+    return server_options(asked_options(vllm_config), FAMILIES[vllm_config.model_config.architecture].decoding)
 
 
 def register_models() -> None:
@@ -58,9 +67,9 @@ def register_models() -> None:
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
-    for architecture, (model, _, _) in FAMILIES.items():
+    for architecture, family in FAMILIES.items():
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, model)
+            ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = DiffusionConfigHook
 
 
@@ -83,7 +92,8 @@ class DiffusionConfigHook:
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
         try:
-            set_block_size(vllm_config.cache_config, resolved_options(vllm_config).selection)
+            options = resolved_options(vllm_config)
+            set_block_size(vllm_config.cache_config, options.selection)
         except OptionError as error:
             raise ValueError(blamed(vllm_config, error)) from None
 
@@ -102,10 +112,11 @@ class DiffusionConfigHook:
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
-            model.hf_config.eot_token_id = find_token(model, FAMILIES[model.architecture][2])
+            model.hf_config.eot_token_id = find_token(model, FAMILIES[model.architecture].end_of_turn)
         # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
+        model.dlm_canvas = options.canvas  # see canvas.py
 
 
 def set_block_size(cache_config, selection) -> None:

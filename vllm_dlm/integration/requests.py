@@ -3,16 +3,21 @@
 An error in the scheduler or a worker would end the engine for everybody, so
 nothing may reach them unchecked. Read in vLLM 0.32: v1/engine/input_processor.py
 (`process_inputs` sees every request of `LLM` and of the servers) and
-v1/engine/async_llm.py.
+v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
 import functools
 
+from dataclasses import replace
+
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.engine.memory import BlockShape
+from vllm_dlm.integration.canvas import default_length
+from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
-from vllm_dlm.options import OptionError, request_options
+from vllm_dlm.options import OptionError, Options, request_keys, request_options
+from vllm_dlm.shown import short, shown
 
 #: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
 NEUTRAL = {
@@ -39,6 +44,10 @@ ALSO_SET_BY = {
 }
 
 
+#: in `extra_args`, and harmless to a canvas
+READ_BY_VLLM = ("kv_cache_report_mode",)
+
+
 def install() -> None:
     from vllm.sampling_params import BeamSearchParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -50,10 +59,11 @@ def install() -> None:
     generate = AsyncLLM.generate
 
     @functools.wraps(process_inputs)
-    def process_with_dlm(self, *args, **kwargs):
-        request = process_inputs(self, *args, **kwargs)
+    def process_with_dlm(self, request_id, prompt, params, *args, **kwargs):
+        no_max_tokens = getattr(params, "max_tokens", None) is None  # vLLM sets it, maybe in place
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         if is_diffusion_lm(self.model_config):
-            prepare(request, self)
+            prepare(request, is_text(prompt), no_max_tokens, self)
         else:
             refuse_request(request.sampling_params)
         return request
@@ -61,11 +71,7 @@ def install() -> None:
     # A stream's headers are sent before its request is processed; here it can still be answered with 400.
     @functools.wraps(generate)
     def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
-        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if not is_diffusion_lm(self.model_config):
-            refuse_request(sampling_params)
-        elif tokens is not None:
-            check(sampling_params, len(tokens), self.input_processor)
+        check_early(prompt, sampling_params, self.input_processor)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     # Beam search never sends its parameters to the engine; this is where both of its front-ends show them.
@@ -80,8 +86,17 @@ def install() -> None:
     AsyncLLM.generate = generate_with_dlm
 
 
-def prepare(request, processor) -> None:
-    """Checks a request and gives it the model's end-of-turn token."""
+def check_early(prompt, params, processor) -> None:
+    """What can be said of a rendered prompt before the engine takes it."""
+    if not is_diffusion_lm(processor.model_config):
+        refuse_request(params)
+    elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
+        options = options_of(params, processor)
+        check(params, options, len(prompt_ids(ids, is_text(prompt), options.infill, processor)), processor)
+
+
+def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
+    """Checks a request and gives it what vLLM does not know: masks that are text, a canvas, the end of a turn."""
     params = request.sampling_params
     if params is None:
         refuse("pooling_params", None, "masked-diffusion language models only generate")
@@ -89,7 +104,11 @@ def prepare(request, processor) -> None:
         refuse("prompt_embeds", None, "the canvas needs token ids")
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
-    check(params, len(request.prompt_token_ids), processor)
+    options = options_of(params, processor)
+    request.prompt_token_ids = prompt_ids(request.prompt_token_ids, text, options.infill, processor)
+    if no_max_tokens:
+        params.max_tokens = default_length(processor)
+    check(params, options, len(request.prompt_token_ids), processor)
 
     config = processor.model_config
     eot = getattr(config.hf_config, "eot_token_id", None)
@@ -102,24 +121,34 @@ def prepare(request, processor) -> None:
         params.seed %= 1 << 63
 
 
-def check(params, prompt: int, processor) -> None:
+def options_of(params, processor) -> Options:
+    """The options of a request, all of them meant for this plugin."""
+    given, server = params.extra_args or {}, server_options_of(processor)
+    for field, value in given.items():
+        if not field.startswith("dlm_") and field not in READ_BY_VLLM:
+            meant = f"dlm_{field}" in request_keys(server.decoding)
+            refuse(field, value, f"write dlm_{field}" if meant else
+                   "options of masked-diffusion language models start with dlm_, and nothing else reads this one")
+    try:
+        return request_options(server, given)
+    except OptionError as error:
+        refuse(error.field, given.get(error.field), str(error), whole=True)
+
+
+def check(params, options: Options, prompt: int, processor) -> None:
     """Refuses what cannot be honoured for a prompt of that many tokens."""
     for field, neutral in NEUTRAL.items():
         value = getattr(params, field, neutral)
         if value != neutral and value not in ([], {}):
             also = f" (also set by {ALSO_SET_BY[field]})" if field in ALSO_SET_BY else ""
             refuse(field, value, f"not supported with masked-diffusion language models{also}")
-    for field, value in (params.extra_args or {}).items():
-        if field.startswith("diffusion_"):
-            refuse(field, value, "options of masked-diffusion language models start with dlm_")
-    try:
-        options = request_options(server_options_of(processor), params.extra_args)
-    except OptionError as error:
-        refuse(error.field, (params.extra_args or {}).get(error.field), str(error), whole=True)
 
-    model, cache = processor.model_config, processor.cache_config
-    room = model.max_model_len - prompt
-    length = room if params.max_tokens is None else min(params.max_tokens, room)
+    model = processor.model_config
+    room, longest = model.max_model_len - prompt, options.canvas.max
+    asked = default_length(processor) if params.max_tokens is None else params.max_tokens
+    if longest is not None and asked > longest:
+        refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
+    length = min(asked, room)
     if length < 1:
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     blocks, steps = len(options.decoding.blocks(length)), options.decoding.steps
@@ -128,13 +157,37 @@ def check(params, prompt: int, processor) -> None:
     if steps is not None and steps > model.max_model_len:
         # Whoever lays out the schedule takes time and memory for every step of it.
         refuse("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
+    check_memory(params, options, prompt, length, processor)
+
+
+def check_memory(params, options: Options, prompt: int, length: int, processor) -> None:
+    """Refuses what the KV cache could never hold, blaming what takes the room."""
+    cache, shape = processor.cache_config, BlockShape.of(processor.vllm_config)
     unit = options.selection.unit if options.selection.sparse else 1
     if cache.block_size % unit:
         refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and block_size is {cache.block_size}")
-    shape = BlockShape.of(processor.vllm_config)
-    blocks_needed = shape.tokens(options, prompt, prompt + length) // cache.block_size
-    if cache.num_gpu_blocks is not None and blocks_needed > cache.num_gpu_blocks - 1:
-        refuse("max_tokens", params.max_tokens, f"a canvas of {prompt + length} tokens does not fit the KV cache")
+    if cache.num_gpu_blocks is None:
+        return
+
+    def needed(options: Options) -> int:
+        return shape.tokens(options, prompt, prompt + length) // cache.block_size
+
+    total, there = needed(options), cache.num_gpu_blocks - 1
+    if total <= there:
+        return
+    plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
+    bare = needed(plain)
+    if bare > there:
+        refuse("max_tokens", params.max_tokens, f"a canvas of {prompt + length} tokens takes {bare} blocks of the KV cache, and there are {there}")
+    without = {
+        "dlm_cfg_scale": replace(options, decoding=replace(options.decoding, cfg_scale=0.0)),
+        "dlm_reuse": replace(options, reuse=plain.reuse),
+        "dlm_selection": replace(options, selection=plain.selection),
+    }
+    saved = {field: total - needed(other) for field, other in without.items()}
+    field = max(saved, key=saved.get)
+    value = {"dlm_cfg_scale": options.decoding.cfg_scale, "dlm_reuse": options.reuse.name, "dlm_selection": options.selection.name}[field]
+    refuse(field, value, f"a canvas of {prompt + length} tokens takes {bare} blocks of the KV cache alone, {total} with it, and there are {there}")
 
 
 def server_options_of(processor):
@@ -148,8 +201,9 @@ class Refusal(VLLMValidationError, ValueError):
 
 
 def refuse(field: str, value, why: str, whole: bool = False):
-    message = why if whole else f"{field}: {value!r} cannot be honoured, {why}"
-    raise Refusal(message, parameter=field, value=value)
+    message = why if whole else f"{short(field)}: {shown(value)} cannot be honoured, {why}"
+    # vLLM shows the value once more
+    raise Refusal(message, parameter=short(field), value=None if value is None else shown(value))
 
 
 def refuse_request(params) -> None:

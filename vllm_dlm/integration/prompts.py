@@ -1,0 +1,62 @@
+"""Mask tokens of a prompt: holes to fill where the client wrote token ids or asked for it, else text.
+
+A hole costs a step as a token of the response does, so what a user typed must
+not make holes by itself. Read in vLLM 0.32: renderers/base.py, where text
+(chats rendered by their template included) becomes token ids in
+`_tokenize_prompt`, and both go on together; prompts given as ids may have a
+text, too, made of the ids for `echo`.
+"""
+
+import functools
+
+
+class Written(str):
+    """The text of a prompt that a client wrote, as against one decoded from the ids it wrote."""
+
+
+def install() -> None:
+    from vllm.renderers.base import BaseRenderer
+
+    from vllm_dlm.integration.registration import is_diffusion_lm
+
+    if getattr(BaseRenderer._tokenize_prompt, "_dlm", False):
+        return
+    tokenize_prompt = BaseRenderer._tokenize_prompt
+
+    @functools.wraps(tokenize_prompt)
+    def tokenize_with_dlm(self, prompt, params):
+        tokens = tokenize_prompt(self, prompt, params)
+        if is_diffusion_lm(self.model_config):
+            tokens["prompt"] = Written(tokens["prompt"])
+        return tokens
+
+    tokenize_with_dlm._dlm = True
+    BaseRenderer._tokenize_prompt = tokenize_with_dlm
+
+
+def is_text(prompt) -> bool:
+    """Of what `process_inputs` gets: a rendered prompt, or one as `LLM.generate` takes them."""
+    if isinstance(prompt, dict) and "type" in prompt:
+        return isinstance(prompt.get("prompt"), Written)
+    return isinstance(prompt, str) or (isinstance(prompt, dict) and "prompt_token_ids" not in prompt)
+
+
+def prompt_ids(ids: list[int], text: bool, infill: bool | None, processor) -> list[int]:
+    """The ids the model gets; a mask that is text is spelt out."""
+    mask_id = processor.model_config.hf_config.mask_token_id
+    holes = not text if infill is None else infill
+    if holes or mask_id not in ids:
+        return ids
+    spelt = spelt_out(mask_id, processor)
+    return [own for token in ids for own in (spelt if token == mask_id else (token,))]
+
+
+def spelt_out(mask_id: int, processor) -> list[int]:
+    """Ids that read as the mask token and are not it: the tokenizer sees its first character and the rest apart."""
+    if not hasattr(processor, "dlm_spelt_mask"):
+        tokenizer = processor.get_tokenizer()
+        literal = tokenizer.decode([mask_id])
+        parts = (tokenizer.encode(part, add_special_tokens=False) for part in (literal[:1], literal[1:]))
+        spelt = [token for part in parts for token in part]
+        processor.dlm_spelt_mask = [token for token in spelt if token != mask_id]
+    return processor.dlm_spelt_mask
