@@ -1,7 +1,11 @@
+import json
+
 import openai
 import pytest
 
 from tests.integration.serving import BLOCK, Server, chat
+
+DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "canvas": {"max": 400}}
 
 
 @pytest.fixture(scope="package")
@@ -12,7 +16,7 @@ def server(tmp_path_factory):
         *("--plugin", "vllm_dlm"),
         *("--max-model-len", "512"),
         *("--kv-cache-memory-bytes", str(16 << 20)),  # ten canvases of the longest kind
-        *("--dlm-config", f'{{"decoding": {{"name": "low_confidence", "block_length": {BLOCK}}}}}'),
+        *("--dlm-config", json.dumps(DLM_CONFIG)),
     )
     try:
         server.wait_until_healthy(seconds=600)

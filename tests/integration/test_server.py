@@ -45,11 +45,26 @@ def test_ignoring_the_end_gives_exactly_max_tokens(complete):
     assert answer.choices[0].text.startswith(COPIED)
 
 
-def test_without_max_tokens_the_canvas_reaches_to_the_model_length(ask):
-    question, _ = needle(repeats=10)
+def test_without_max_tokens_the_canvas_is_the_default(ask, complete, client, model):
+    """32 tokens in this checkpoint's generation_config.json, which hold all of its answers."""
+    answer = ask("Copy: d a c", max_tokens=openai.omit)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (" d a c", "stop")
+    whole = ask("Copy: d a c", max_tokens=openai.omit, extra={"ignore_eos": True})
+    assert whole.usage.completion_tokens == 32 and whole.choices[0].finish_reason == "length"
+    response = client.responses.create(model=model, input="Copy: d a c")
+    assert response.output_text == " d a c"
+    assert complete("Copy: a", openai.omit, {"ignore_eos": True}).usage.completion_tokens == 16  # the API's own
+
+
+def test_the_default_canvas_is_cut_to_the_model_length(ask):
+    question = needle(repeats=11)[0] + " The grass is green." * 3
     chat = ask(question, max_tokens=openai.omit, extra={"ignore_eos": True})
     assert chat.usage.total_tokens == 512
-    assert chat.choices[0].finish_reason == "length"
+    assert 0 < chat.usage.completion_tokens < 32 and chat.choices[0].finish_reason == "length"
+
+
+def test_a_larger_canvas_than_the_default_can_be_asked_for(complete):
+    assert complete("Copy: a", 400, {"ignore_eos": True}).usage.completion_tokens == 400
 
 
 def test_max_tokens_is_cut_to_the_model_length(ask):

@@ -28,6 +28,17 @@ COMPLETIONS = {
     "unknown reuse": (options(dlm_reuse="nope"), "dlm_reuse"),
     "unknown selection": (options(dlm_selection="nope"), "dlm_selection"),
     "negative threshold": (options(dlm_threshold=-1), "dlm_threshold"),
+    "threshold above certainty": (options(dlm_threshold=1.01), "dlm_threshold"),
+    "Dream's option": (options(dlm_top_p=0.9), "dlm_top_p"),
+    "top_p of zero": (options(dlm_algorithm="entropy", dlm_top_p=0), "dlm_top_p"),
+    "half an infill": (options(dlm_infill=0.5), "dlm_infill"),
+    "an option without its prefix": (options(threshold=0.9), "write dlm_threshold"),
+    "infill without its prefix": (options(infill=1), "write dlm_infill"),
+    "an option nobody reads": (options(temprature=0.9), "temprature"),
+    "an option in the body": ({"dlm_threshold": 0.9}, 'dlm_threshold: 0.9 cannot be honoured, write it into \"vllm_xargs\"'),
+    "an unknown option in the body": ({"dlm_stepz": 1}, "vllm_xargs"),
+    "KV transfer": ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
+    "longest canvas": ({"max_tokens": 401}, "max_tokens: 401 cannot be honoured, the longest canvas of this server has 400"),
     "threshold in words": (options(dlm_threshold="NaN"), "dlm_threshold"),
     "threshold for a random order": (options(dlm_algorithm="random", dlm_threshold=0.5), "dlm_threshold"),
     "factor of zero": (options(dlm_factor=0), "dlm_factor"),
@@ -80,6 +91,9 @@ CHATS = {
     "presence penalty": ({"presence_penalty": 0.5}, "presence_penalty"),
     "JSON": ({"response_format": {"type": "json_object"}}, "response_format"),
     "beam search": ({"use_beam_search": True, "n": 2}, "use_beam_search"),
+    "an option in the body": ({"dlm_threshold": 0.9}, "vllm_xargs"),
+    "an option without its prefix": (options(steps=4), "write dlm_steps"),
+    "longest canvas": ({"max_completion_tokens": 401}, "400"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
     "too many top_logprobs": ({"logprobs": True, "top_logprobs": 99}, "logprobs"),
     "prompt too long": ({"messages": chat("a" * 5000)}, "input"),
@@ -118,6 +132,35 @@ def test_a_stream_is_refused_before_it_begins(client, model, name):
     check(refused.value, field)
 
 
+RESPONSES = {
+    "unknown option": (options(dlm_stepz=3), "dlm_stepz"),
+    "no steps": (options(dlm_steps=0), "dlm_steps"),
+    "an option in the body": ({"dlm_threshold": 0.9}, "vllm_xargs"),
+    "longest canvas": ({"max_output_tokens": 401}, "400"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "field"), RESPONSES.values(), ids=RESPONSES)
+def test_a_response_that_cannot_be_honoured(client, model, body, field, stream):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model=model, input=COPY, stream=stream, extra_body={"max_output_tokens": 16} | body)
+    check(refused.value, field)
+
+
+@pytest.mark.parametrize("field", ["dlm_steps", "dlm_threshold", "dlm_reuse", "dlm_" + "z" * 10**6, "threshold", "y" * 10**6])
+@pytest.mark.parametrize("place", ["vllm_xargs", "body"])
+def test_a_long_wrong_value_does_not_come_back(server, model, field, place):
+    given = {field: "x" * 10**7}
+    body = {"model": model, "prompt": "Copy: a"} | ({"vllm_xargs": given} if place == "vllm_xargs" else given)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    refused = place == "vllm_xargs" or field.startswith("dlm_")  # OpenAI's bodies may have other fields
+    assert answer.status_code == (400 if refused else 200)
+    if refused:
+        assert field[:50] in answer.text
+        assert len(answer.text) < 1500
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_json_does_not_have(server, model, number):
     """Python's parser accepts them, so they arrive."""
@@ -140,6 +183,8 @@ UNUSUAL = {
     "more steps than tokens in random order": options(dlm_algorithm="origin", dlm_steps=512),
     "infinite patience": options(dlm_factor=1e300),
     "masks in the prompt": {"prompt": [5, 2, 2, 6]},
+    "masks in the prompt as text": {"prompt": [5, 2, 2, 6]} | options(dlm_infill=0),
+    "nothing in particular": options(dlm_threshold="none", dlm_steps="none", dlm_factor="none", dlm_infill="none"),
     "no stop tokens": {"stop_token_ids": [], "ignore_eos": True},
 }
 

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import openai
 import pytest
 
 from tests.integration.serving import COPIED, COPY, NEEDLE_TOKENS, chat_text, needle, options
@@ -30,11 +31,24 @@ def test_steps_are_the_requests_own(complete, counted):
 def test_a_threshold_takes_fewer_steps_to_the_same_answer(ask, counted):
     question, answer = needle()
     forwards = {}
-    for threshold in (2.0, 0.5):  # no probability reaches 2
+    for threshold in ("none", 0.5):  # without one, a step fills one position
         chat, counts = counted(partial(ask, question, extra=options(dlm_threshold=threshold)))
         assert chat.choices[0].message.content == answer
         forwards[threshold] = counts["denoising_steps"] - 2  # the blocks of this answer
-    assert forwards[2.0] >= NEEDLE_TOKENS > forwards[0.5]
+    assert forwards["none"] >= NEEDLE_TOKENS > forwards[0.5]
+
+
+def test_typed_masks_take_no_steps(complete, counted, server):
+    """With a threshold that nothing reaches, every hole would take one."""
+    mask, extra = "<|mdm_mask|>", {"ignore_eos": True} | options(dlm_threshold=1.0)
+    for prompt in (f"Copy: {mask * 20} a", f"{mask} a"):
+        answer, counts = counted(partial(complete, prompt, 1, extra))
+        assert counts["denoising_steps"] == 1 + 1  # and the commit
+        assert counts["rows_dense"] == answer.usage.prompt_tokens + 1
+    _, holes = counted(partial(complete, f"Copy: {mask * 20} a", 1, {"ignore_eos": True} | options(dlm_threshold=1.0, dlm_infill=1)))
+    assert holes["denoising_steps"] > 2
+    with pytest.raises(openai.BadRequestError, match="max_tokens.*leaves no room"):
+        complete(mask * 500, 1)
 
 
 def test_guidance_doubles_the_rows(complete, counted):
