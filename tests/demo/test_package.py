@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def test_a_wheel_holds_every_module_and_the_checkpoint(tmp_path):
 def test_vllm_finds_the_plugin():
     (point,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="vllm_dlm")
     assert point.value == "vllm_dlm:register"
+
+
+def test_vllm_starts_when_it_is_told_to_load_this_plugin_alone(tmp_path):
+    """VLLM_PLUGINS lets in entry points by name, those that make the CPU wheel start as well."""
+    info = tmp_path / "vllm_dlm-0.1.0.dist-info"  # as pip would make it now, whenever this one was installed
+    info.mkdir()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = {group: [f"{name} = {value}" for name, value in points.items()] for group, points in project["entry-points"].items()}
+    (info / "entry_points.txt").write_text("\n".join(line for group, lines in groups.items() for line in (f"[{group}]", *lines)))
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_TARGET_DEVICE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"], capture_output=True, text=True, cwd=tmp_path,
+        env=environment | {"PYTHONPATH": path, "VLLM_PLUGINS": "vllm_dlm"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0.32")
 
 
 # -- tools/bootstrap.py --------------------------------------------------------------------------

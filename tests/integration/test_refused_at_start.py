@@ -40,6 +40,21 @@ def test_engine_arguments_that_cannot_be_honoured(field):
     assert field in line_of(refused.value)
 
 
+@pytest.mark.parametrize("field", ["enable_prefix_caching", "enable_chunked_prefill", "async_scheduling"])
+def test_features_that_are_switched_on_in_vain(parse, field):
+    flag = f"--{field.replace('_', '-')}"
+    for start in (
+        lambda: LLM(str(CHECKPOINT), max_model_len=512, **{field: True}),
+        lambda: AsyncEngineArgs.from_cli_args(parse(flag)).create_engine_config(),
+    ):
+        with pytest.raises(ValueError, match=f"{field}: not possible with masked-diffusion language models"):
+            start()
+    off = AsyncEngineArgs.from_cli_args(parse(f"--no-{field.replace('_', '-')}"))
+    for _ in range(2):  # vLLM writes its defaults into the arguments
+        config = off.create_engine_config()
+        assert config.cache_config.enable_prefix_caching is False and config.scheduler_config.async_scheduling is False
+
+
 # -- the dlm object --------------------------------------------------------------------------
 
 #: what the message names -> the object
@@ -53,6 +68,8 @@ WRONG = {
     "dlm.decoding.block_length": {"decoding": {"name": "entropy", "block_length": "8"}},
     "dlm.decoding.threshold": {"decoding": {"name": "random", "threshold": 0.5}},
     "reuse": {"reuse": "none"},
+    "dlm.canvas.max": {"canvas": {"max": 0}},
+    "dlm.canvas.default": {"canvas": {"default": 64, "max": 32}},
 }
 
 
@@ -122,6 +139,24 @@ def test_a_field_of_the_other_familys_default_is_refused_once_the_model_is_known
     with pytest.raises(ValueError, match="eps") as refused:
         AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     assert "dlm.decoding.eps" in line_of(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ((), 32),  # of the checkpoint's generation_config.json
+        (("--generation-config", "vllm"), 256),  # of the family
+        (("--dlm-config", '{"canvas": {"default": 100}}'), 100),
+        (("--dlm-config", '{"canvas": {"max": 20}}'), 20),
+        (("--dlm-config", '{"canvas": {"default": 100, "max": 200}}', "--generation-config", "vllm"), 100),
+        (("--generation-config", str(CHECKPOINT)), 32),
+    ],
+)
+def test_the_canvas_of_requests_that_name_none(parse, flags, wanted):
+    model = AsyncEngineArgs.from_cli_args(parse(*flags)).create_engine_config().model_config
+    assert model.get_diff_sampling_param()["max_tokens"] == wanted
+    # what vLLM would take for a bound to requests that do
+    assert "max_new_tokens" not in model.override_generation_config
 
 
 # -- checkpoints -----------------------------------------------------------------------------
