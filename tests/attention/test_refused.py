@@ -16,6 +16,7 @@ from vllm_dlm.integration.autoregressive import selection_of
 OBJECTS = {
     "dlm.decoding": {"decoding": {"name": "low_confidence"}, "selection": SPARSE},
     "dlm.reuse": {"reuse": {"name": "none"}},
+    "dlm.canvas": {"canvas": {"max": 64}},
     "dlm.selection.name": {"selection": {"name": "wavefilter"}},
     "nope": {"selection": {"name": "nope"}},
     "dlm.selection.page_size": {"selection": SPARSE | {"page_size": 48}},

@@ -56,5 +56,6 @@ def test_drafts_are_what_would_have_been_decoded(server, decoder):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("field, value", [("dlm_steps", 4), ("dlm_selection", "none"), ("dlm_nonsense", 1)])
 def test_options_of_requests_are_refused(server, stream, field, value):
-    answer = complete(server, ASKED[0], stream=stream, vllm_xargs={field: value})
-    assert answer.status_code == 400 and field in answer.text
+    for misplaced in ({"vllm_xargs": {field: value}}, {field: value}):
+        answer = complete(server, ASKED[0], stream=stream, **misplaced)
+        assert answer.status_code == 400 and field in answer.text

@@ -50,6 +50,9 @@ WRONG = {
     "dlm_factor": {"extra_args": {"dlm_factor": -1}},
     "dlm_cfg_scale": {"extra_args": {"dlm_cfg_scale": float("inf")}},
     "dlm_eps": {"extra_args": {"dlm_eps": 0.1}},
+    "dlm_infill": {"extra_args": {"dlm_infill": "yes"}},
+    "write dlm_block_length": {"extra_args": {"block_length": 8}},
+    "blocklength": {"extra_args": {"blocklength": 8}},
     "dlm_suppress_eos": {"extra_args": {"dlm_suppress_eos": 2}},
     "presence_penalty": {"presence_penalty": 0.5},
     "repetition_penalty": {"repetition_penalty": 1.2},
@@ -66,6 +69,23 @@ WRONG = {
 def test_generate_refuses_by_name(llm, field):
     with pytest.raises(ValueError, match=field):
         llm.generate(chat_text(COPY), greedy(**WRONG[field]), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "blamed"),
+    [
+        ({"dlm_cfg_scale": 1, "dlm_reuse": "fast_dllm"}, "dlm_cfg_scale: 1.0 .* takes 8 blocks .*, 16 with dlm_cfg_scale and dlm_reuse,"),
+        ({"dlm_reuse": "dyllm"}, "dlm_reuse: 'dyllm' .* takes 8 blocks .* with dlm_reuse,"),
+        ({"dlm_cfg_scale": 1, "dlm_reuse": "dyllm"}, "dlm_reuse: 'dyllm' .* takes 8 blocks .*, 32 with dlm_cfg_scale and dlm_reuse,"),
+    ],
+)
+def test_what_does_not_fit_the_cache_is_named(engines, options, blamed):
+    llm = engines("llada-tiny", block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
+    prompt, params = {"prompt_token_ids": [7] * 200}, SamplingParams(max_tokens=56, extra_args=options)
+    with pytest.raises(ValueError, match=f"{blamed} and there are 9") as refused:
+        llm.generate(prompt, params, use_tqdm=False)
+    assert "max_tokens" not in str(refused.value)
+    llm.generate(prompt, SamplingParams(max_tokens=1, extra_args={"dlm_reuse": "fast_dllm"}), use_tqdm=False)
 
 
 def test_beam_search_is_refused_by_name(llm):

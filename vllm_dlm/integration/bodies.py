@@ -10,7 +10,7 @@ when the response is under way).
 import functools
 
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import check_early, refuse
+from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, refuse
 
 
 def install() -> None:
@@ -39,5 +39,5 @@ def install() -> None:
 def refuse_misplaced(request, model_config) -> None:
     for field, value in (getattr(request, "model_extra", None) or {}).items():
         if field.startswith("dlm_"):
-            known = is_diffusion_lm(model_config)
-            refuse(field, value, 'write it into "vllm_xargs"' if known else "it is an option of masked-diffusion language models")
+            right = 'write it into "vllm_xargs"' if is_diffusion_lm(model_config) else ONLY_DIFFUSION
+            refuse(field, value, right)

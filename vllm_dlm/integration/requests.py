@@ -44,6 +44,7 @@ ALSO_SET_BY = {
 }
 
 
+ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 #: in `extra_args`, and harmless to a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
 
@@ -165,7 +166,8 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     cache, shape = processor.cache_config, BlockShape.of(processor.vllm_config)
     unit = options.selection.unit if options.selection.sparse else 1
     if cache.block_size % unit:
-        refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and block_size is {cache.block_size}")
+        size = f"block_size is {cache.block_size}"
+        refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and {size}")
     if cache.num_gpu_blocks is None:
         return
 
@@ -176,18 +178,20 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     if total <= there:
         return
     plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
-    bare = needed(plain)
-    if bare > there:
-        refuse("max_tokens", params.max_tokens, f"a canvas of {prompt + length} tokens takes {bare} blocks of the KV cache, and there are {there}")
-    without = {
-        "dlm_cfg_scale": replace(options, decoding=replace(options.decoding, cfg_scale=0.0)),
-        "dlm_reuse": replace(options, reuse=plain.reuse),
-        "dlm_selection": replace(options, selection=plain.selection),
+    alone, takes = needed(plain), f"a canvas of {prompt + length} tokens takes"
+    if alone > there:
+        refuse("max_tokens", params.max_tokens, f"{takes} {alone} blocks of the KV cache, and there are {there}")
+    decoding, reuse, selection = options.decoding, options.reuse, options.selection
+    #: field -> (its value, the request without it)
+    parts = {
+        "dlm_cfg_scale": (decoding.cfg_scale, replace(options, decoding=replace(decoding, cfg_scale=0.0))),
+        "dlm_reuse": (reuse.name, replace(options, reuse=plain.reuse)),
+        "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
     }
-    saved = {field: total - needed(other) for field, other in without.items()}
+    saved = {field: total - needed(other) for field, (_, other) in parts.items()}
     field = max(saved, key=saved.get)
-    value = {"dlm_cfg_scale": options.decoding.cfg_scale, "dlm_reuse": options.reuse.name, "dlm_selection": options.selection.name}[field]
-    refuse(field, value, f"a canvas of {prompt + length} tokens takes {bare} blocks of the KV cache alone, {total} with it, and there are {there}")
+    named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
+    refuse(field, parts[field][0], f"{takes} {alone} blocks of the KV cache, {total} with {named}, and there are {there}")
 
 
 def server_options_of(processor):
@@ -210,4 +214,4 @@ def refuse_request(params) -> None:
     """Of an autoregressive model: options of a request are for canvases."""
     for field, value in (getattr(params, "extra_args", None) or {}).items():
         if field.startswith("dlm_"):
-            refuse(field, value, "it is an option of masked-diffusion language models")
+            refuse(field, value, ONLY_DIFFUSION)
