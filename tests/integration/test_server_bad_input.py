@@ -148,7 +148,10 @@ def test_a_response_that_cannot_be_honoured(client, model, body, field, stream):
     check(refused.value, field)
 
 
-@pytest.mark.parametrize("field", ["dlm_steps", "dlm_threshold", "dlm_reuse", "dlm_" + "z" * 10**6, "threshold", "y" * 10**6])
+LONG = [pytest.param("dlm_" + "z" * 10**6, id="long option"), pytest.param("y" * 10**6, id="long name")]
+
+
+@pytest.mark.parametrize("field", ["dlm_steps", "dlm_threshold", "dlm_reuse", "threshold", *LONG])
 @pytest.mark.parametrize("place", ["vllm_xargs", "body"])
 def test_a_long_wrong_value_does_not_come_back(server, model, field, place):
     given = {field: "x" * 10**7}

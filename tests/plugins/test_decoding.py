@@ -154,8 +154,10 @@ class TestOptions:
         with pytest.raises(OptionError, match=message):
             request_options(server, given)
 
-    @pytest.mark.parametrize("key", ["dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill", "dlm_" + "x" * 10**6])
-    @pytest.mark.parametrize("value", ["y" * 10**6, ["y" * 10**6], 10**4000])
+    @pytest.mark.parametrize(
+        "key", [pytest.param("dlm_" + "x" * 10**6, id="long name"), "dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill"]
+    )
+    @pytest.mark.parametrize("value", ["y" * 10**6, ["y" * 10**6], 10**4000], ids=["text", "list", "number"])
     def test_long_wrong_values_do_not_come_back(self, key, value):
         with pytest.raises(OptionError, match=key[:40]) as refused:
             request_options(server_options(None, "low_confidence"), {key: value})
