@@ -1,5 +1,6 @@
 """What `make` builds on: the package is whole, the bootstrap chooses well, the demo answers and cleans up."""
 
+import configparser
 import importlib.metadata
 import importlib.util
 import json
@@ -54,9 +55,11 @@ def test_vllm_starts_when_it_is_told_to_load_this_plugin_alone(tmp_path):
     info = tmp_path / "vllm_dlm-0.1.0.dist-info"  # as pip would make it now, whenever this one was installed
     info.mkdir()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = {group: [f"{name} = {value}" for name, value in points.items()] for group, points in project["entry-points"].items()}
-    (info / "entry_points.txt").write_text("\n".join(line for group, lines in groups.items() for line in (f"[{group}]", *lines)))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".format(**project))
+    points = configparser.ConfigParser(delimiters="=")
+    points.read_dict(project["entry-points"])
+    with (info / "entry_points.txt").open("w") as file:
+        points.write(file)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_TARGET_DEVICE"}
     done = subprocess.run(

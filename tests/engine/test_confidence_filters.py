@@ -1,4 +1,4 @@
-"""Dream's top_p and top_k at temperature 0: they change no token's argmax but the order in which positions are filled."""
+"""Dream's top_p and top_k at temperature 0: they change the order in which positions are filled."""
 
 import pytest
 import torch

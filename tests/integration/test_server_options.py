@@ -45,7 +45,8 @@ def test_typed_masks_take_no_steps(complete, counted, server):
         answer, counts = counted(partial(complete, prompt, 1, extra))
         assert counts["denoising_steps"] == 1 + 1  # and the commit
         assert counts["rows_dense"] == answer.usage.prompt_tokens + 1
-    _, holes = counted(partial(complete, f"Copy: {mask * 20} a", 1, {"ignore_eos": True} | options(dlm_threshold=1.0, dlm_infill=1)))
+    extra["vllm_xargs"] |= {"dlm_infill": 1}
+    _, holes = counted(partial(complete, f"Copy: {mask * 20} a", 1, extra))
     assert holes["denoising_steps"] > 2
     with pytest.raises(openai.BadRequestError, match="max_tokens.*leaves no room"):
         complete(mask * 500, 1)

@@ -131,7 +131,7 @@ class TestOptions:
             ({"dlm_threshold": "none"}, {"threshold": None, "factor": None, "name": "low_confidence"}),
             ({"dlm_threshold": "none", "dlm_factor": 1}, {"threshold": None, "factor": 1.0}),
             ({"dlm_algorithm": "random", "dlm_threshold": "none"}, {"threshold": None, "name": "random"}),
-            ({"dlm_steps": "none", "dlm_block_length": "none"}, {"steps": None, "block_length": None, "threshold": 0.9}),
+            ({"dlm_steps": "none", "dlm_block_length": "none"}, {"steps": None, "block_length": None}),
         ],
     )
     def test_none_unsets_what_the_server_set(self, given, wanted):
@@ -155,7 +155,11 @@ class TestOptions:
             request_options(server, given)
 
     @pytest.mark.parametrize(
-        "key", [pytest.param("dlm_" + "x" * 10**6, id="long name"), "dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill"]
+        "key",
+        [
+            pytest.param("dlm_" + "x" * 10**6, id="long name"),
+            *("dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill"),
+        ],
     )
     @pytest.mark.parametrize("value", ["y" * 10**6, ["y" * 10**6], 10**4000], ids=["text", "list", "number"])
     def test_long_wrong_values_do_not_come_back(self, key, value):

@@ -43,7 +43,6 @@ ALSO_SET_BY = {
     "prompt_logprobs": "echo together with logprobs",
 }
 
-
 ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 #: in `extra_args`, and harmless to a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
@@ -128,8 +127,8 @@ def options_of(params, processor) -> Options:
     for field, value in given.items():
         if not field.startswith("dlm_") and field not in READ_BY_VLLM:
             meant = f"dlm_{field}" in request_keys(server.decoding)
-            refuse(field, value, f"write dlm_{field}" if meant else
-                   "options of masked-diffusion language models start with dlm_, and nothing else reads this one")
+            unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
+            refuse(field, value, f"write dlm_{field}" if meant else unread)
     try:
         return request_options(server, given)
     except OptionError as error:
@@ -191,7 +190,8 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     saved = {field: total - needed(other) for field, (_, other) in parts.items()}
     field = max(saved, key=saved.get)
     named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
-    refuse(field, parts[field][0], f"{takes} {alone} blocks of the KV cache, {total} with {named}, and there are {there}")
+    blocks = f"{alone} blocks of the KV cache, {total} with {named}, and there are {there}"
+    refuse(field, parts[field][0], f"{takes} {blocks}")
 
 
 def server_options_of(processor):
