@@ -10,6 +10,7 @@ COMMANDS = {
     "decode": "milliseconds per token at long context, vLLM against pages chosen by UNIQUE",
     "costs": "multiply-adds of the policies on LLaDA-8B and Dream-7B, from the cost model",
     "selection": "retrieval and kept attention mass of the selections and of other rules, on the demo checkpoint",
+    "soak": "random requests for a long time, in process or at a server with hostile clients; everything is checked",
     "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
 }
 
