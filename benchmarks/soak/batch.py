@@ -58,14 +58,14 @@ def run(llm, batch: Batch, model) -> Ran:
         cache.fill_(torch.nan)  # whoever reads what it did not write is found out
     last = max(entry.arrives for entry in batch.entries)
     limit = last + most_steps(batch, model)
-    step = 0
+    step, names = 0, {}
     while step <= last or engine.has_unfinished_requests():
         for index, entry in enumerate(batch.entries):
             if entry.arrives == step:
-                engine.add_request(str(index), entry.given.prompt_ids, entry.given.params())
+                names[index] = engine.add_request(str(index), entry.given.prompt_ids, entry.given.params())
             if entry.leaves == step and index not in ran.answers:
                 ran.aborted.add(index)
-                engine.abort_request([str(index)])
+                engine.abort_request([names[index]], internal=True)  # by its inner name, as vLLM's servers do
         if step in batch.resets:
             ran.restarted |= {entry_of(request.request_id) for request in scheduler.running}
             scheduler.reset_prefix_cache(reset_running_requests=True)
