@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.soak.engines import Pair, core_of, runner_of
 from benchmarks.soak.fork import Found
-from benchmarks.soak.requests import Given, forwards
+from benchmarks.soak.requests import Given, most_forwards
 from vllm_dlm.options import request_options
 
 
@@ -116,9 +116,9 @@ def answer_of(output) -> tuple:
 
 
 def most_steps(batch: Batch, model) -> int:
-    """One after the other, each may take a step per token and a few more, again after every reset."""
-    each = sum(e.given.fields.get("n", 1) * (forwards(e.given, model) + model.max_len // 8) for e in batch.entries)
-    return 50 + 2 * each * (1 + len(batch.resets))
+    """One after the other, each may take all its steps, again after every reset."""
+    each = sum(entry.given.fields.get("n", 1) * most_forwards(entry.given, model) for entry in batch.entries)
+    return 50 + each * (1 + len(batch.resets))
 
 
 # -- what must hold ------------------------------------------------------------------------

@@ -128,10 +128,20 @@ def drawn_request(rng: random.Random, model: Model, server) -> Given:
             return given
 
 
+def canvas_len(given: Given, model: Model) -> int:
+    return min(given.fields.get("max_tokens") or model.max_len, model.max_len - len(given.prompt))
+
+
 def forwards(given: Given, model: Model) -> int:
-    canvas = min(given.fields.get("max_tokens") or model.max_len, model.max_len - len(given.prompt))
+    """About how many."""
     steps = given.fields["extra_args"].get("dlm_steps")
-    return given.prompt.count(model.mask_id) + (canvas if steps is None else steps)
+    return given.prompt.count(model.mask_id) + (canvas_len(given, model) if steps is None else steps)
+
+
+def most_forwards(given: Given, model: Model) -> int:
+    """Of one sample: a step per position, or all that are scheduled; and each block may begin with one that fills nothing."""
+    steps = given.fields["extra_args"].get("dlm_steps") or 0
+    return given.prompt.count(model.mask_id) + max(2 * canvas_len(given, model), steps) + 8
 
 
 def _request(rng: random.Random, model: Model, server) -> Given:
