@@ -1,0 +1,178 @@
+"""The long run at a server: waves of good and hostile clients; after each the server must be idle, sound and no larger.
+
+Good requests are served in peace first; from then on their answers are known.
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+
+from benchmarks.soak import memory
+from benchmarks.soak.clients import Asked, Client, Seen, over_http
+from benchmarks.soak.requests import Model, drawn_request
+from vllm_dlm.demo import server as demo
+from vllm_dlm.demo.questions import questions
+from vllm_dlm.options import server_options
+
+LIMIT = 512  # --max-model-len
+WAVE = 100  # requests
+TOGETHER = 12  # clients at a time
+QUIET = 120  # seconds in which a server must be idle after its clients have gone
+KNOWN = 60  # requests with known answers
+#: of 100 clients
+MIX = {"good": 46, "refused": 20, "odd": 12, "leaves": 8, "slow_reader": 4, "slow_sender": 3, "half_a_body": 3, "no_http": 3, "large": 1}
+
+
+class Server(demo.Server):
+    """The demo's, with hardly any memory, so that requests also wait."""
+
+    def __init__(self, checkpoint: str, dtype: str):
+        super().__init__()
+        self.command[2] = checkpoint
+        settings = {"--max-model-len": LIMIT, "--max-num-seqs": 16, "--max-num-batched-tokens": 2048, "--kv-cache-memory-bytes": 16 << 20}
+        for flag, value in settings.items():
+            if flag in self.command:
+                self.command[self.command.index(flag) + 1] = str(value)
+        self.command += ["--dtype", dtype]
+
+
+@dataclass
+class Work:
+    seen: Counter = field(default_factory=Counter)  # (client, status)
+    problems: list[str] = field(default_factory=list)
+    samples: list[memory.Sample] = field(default_factory=list)
+    requests: int = 0
+    steps: float = 0.0
+    seconds: float = 0.0
+    largest_refusal: int = 0
+
+
+def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, say=print) -> Work:
+    """Ends after `requests`, or after `steps` denoising steps or `minutes` where those are given."""
+    work, begin = Work(), time.monotonic()
+    with Server(checkpoint, dtype) as server:
+        server.wait(300)
+        client = client_of(server, checkpoint)
+        known = known_answers(client, random.Random(f"known {seed}"))
+        say(f"{len(known)} requests with known answers")
+        wave = 0
+        while not work.problems and not over(work, begin, requests, steps, minutes):
+            serve_wave(client, known, random.Random(f"{seed}/{wave}"), work)
+            check_quiet(server, client, work)
+            work.samples += memory.sample(server.process.pid, work.requests, work.steps)
+            wave += 1
+            if wave % 5 == 0:
+                engine = [s for s in work.samples if s.process.startswith("engine")][-1:]
+                say(f"{work.requests} requests, {work.steps:.0f} steps, {[s.rss_kib >> 10 for s in engine]} MiB in the engine")
+        if not work.problems:
+            work.problems += [f"afterwards {asked.body} is answered otherwise" for asked in known if client.ask(asked)[1] != asked.answer]
+        work.seconds = time.monotonic() - begin
+        if work.problems:
+            say(server.log_tail(40))
+    return work
+
+
+def over(work: Work, begin: float, requests: int, steps: float, minutes: float) -> bool:
+    if steps or minutes:
+        return (steps and work.steps >= steps) or (minutes and time.monotonic() - begin >= 60 * minutes)
+    return work.requests >= requests
+
+
+def client_of(server: Server, checkpoint: str) -> Client:
+    from pathlib import Path
+
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    return Client(demo.HOST, server.port, LIMIT, config["vocab_size"], config["mask_token_id"])
+
+
+def known_answers(client: Client, rng: random.Random) -> list[Asked]:
+    """The demo's questions and random requests, those that are not refused, each served alone."""
+    model, options = Model(LIMIT, client.vocab_size, client.mask_id), server_options({}, "low_confidence")
+    ask = (Asked("/v1/chat/completions", chat(question.prompt)) for question in questions())
+    drawn = (over_http(drawn_request(rng, model, options), demo.MODEL) for _ in range(100 * KNOWN))
+    asked = []
+    for request in chain(ask, drawn):
+        status, request.answer = client.ask(request)
+        if status == 200:
+            asked.append(request)
+        if len(asked) == KNOWN:
+            break
+    return asked
+
+
+def chat(text: str) -> dict:
+    return {"model": demo.MODEL, "max_tokens": 16, "messages": [{"role": "user", "content": text}]}
+
+
+def serve_wave(client: Client, known: list[Asked], rng: random.Random, work: Work) -> None:
+    """Either a stream of clients of all kinds, or (one wave in ten) a burst of good ones, all at once."""
+    burst = rng.random() < 0.1
+    kinds = ["good"] * WAVE if burst else rng.choices(list(MIX), list(MIX.values()), k=WAVE)
+    tasks = [(kind, random.Random(rng.getrandbits(64)), rng.choice(known)) for kind in kinds]
+    with ThreadPoolExecutor(WAVE if burst else TOGETHER) as pool:
+        for seen in pool.map(lambda task: served(client, *task), tasks):
+            work.seen[seen.client, seen.status] += 1
+            if seen.status != 200:
+                work.largest_refusal = max(work.largest_refusal, seen.size)
+            if seen.problem:
+                work.problems.append(f"{seen.client}: {seen.problem[:2000]}")
+    work.requests += len(tasks)
+
+
+def served(client: Client, kind: str, rng: random.Random, asked: Asked) -> Seen:
+    try:
+        return getattr(client, kind)(rng, asked)
+    except OSError as error:  # no client may lose its connection, unless it says so itself
+        return Seen(kind, None, f"{error!r}")
+
+
+def check_quiet(server: Server, client: Client, work: Work) -> None:
+    """Nothing runs, nothing waits and no memory is taken once the clients have gone."""
+    end = time.monotonic() + QUIET
+    while True:
+        if not alive(server, client):
+            work.problems.insert(0, "the server or its engine is dead")
+            return
+        values = metrics(client)
+        work.steps = values["vllm:diffusion_num_denoising_steps_total"]
+        busy = {name: values[f"vllm:{name}"] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")}
+        if not any(busy.values()):
+            return
+        if time.monotonic() > end:
+            work.problems.append(f"{QUIET} s after the last client there is still {busy}")
+            return
+        time.sleep(0.1)
+
+
+def alive(server: Server, client: Client) -> bool:
+    try:
+        return server.process.poll() is None and client.get("/health")[0] == 200
+    except OSError:
+        return False
+
+
+def metrics(client: Client) -> dict[str, float]:
+    """name -> value, summed over labels"""
+    values: Counter = Counter()
+    for line in client.get("/metrics")[1].decode().splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            values[name.partition("{")[0]] += float(value)
+    return values
+
+
+def settings(work: Work) -> dict:
+    statuses = Counter(f"{client}: {'left or hung up' if status is None else status}" for client, status in work.seen.elements())
+    return {
+        "requests": work.requests, "denoising_steps": int(work.steps), "seconds": round(work.seconds), "server": {
+            "max_model_len": LIMIT, "kv_cache_mib": 16, "max_num_seqs": 16,
+        }, "clients_together": TOGETHER, "largest_refusal_bytes": work.largest_refusal, "answers": dict(sorted(statuses.items())),
+    }  # fmt: skip
+
+
+def samples(work: Work) -> list[dict]:
+    return [asdict(sample) for sample in work.samples]
