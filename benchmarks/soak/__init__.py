@@ -1,7 +1,8 @@
 """Serves random requests for a long time and checks everything that must hold.
 
 In process: batches of concurrent requests over every registered decoding, reuse, selection and preset, with aborts,
-cache resets and hardly any memory, each answer compared with that of the request alone.
+cache resets and hardly any memory, each answer compared with that of the request alone. A batch that fails is made
+small and printed as Python. With --server: a `vllm serve` between good clients, whose answers are known, and bad ones.
 """
 
 import os
@@ -9,28 +10,65 @@ import sys
 from pathlib import Path
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     # One thread: a forked copy of the process has no other, and runs beside each other do not get in their way.
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=None, help="default: 10,000 in process, 5,000 at a server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--checkpoint", action="append", help="more than one is served in turn; default: the tests'")
+    parser.add_argument("--checkpoint", action="append", help="default: the tests' tiny ones in turn; of a server the demo's")
+    parser.add_argument("--shift", type=int, default=500, help="requests until other engines with other options take over")
+    parser.add_argument("--server", action="store_true", help="a server with hostile clients instead")
+    parser.add_argument("--steps", type=int, default=0, help="of --server: end after so many denoising steps")
+    parser.add_argument("--minutes", type=float, default=0, help="of --server: end after so long")
     parser.add_argument("--folder", type=Path, help="where to write the report instead of benchmarks/results")
 
 
 def run(args) -> None:
     os.environ.update(ENVIRONMENT)
-    from benchmarks.soak import process
+    sys.exit((at_a_server if args.server else in_process)(args))
+
+
+def in_process(args) -> int:
+    os.environ.update(IN_PROCESS)
+    from benchmarks.soak import process, tables
 
     checkpoints = args.checkpoint or sorted(str(path) for path in process.CHECKPOINTS.iterdir())
-    done, failure = process.soak(args.requests, args.seed, args.dtype, checkpoints)
+    done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
     if failure:
         print(failure.found)
-        print(f"after {failure.tried} smaller batches tried, {len(failure.batch.entries)} requests are left:\n")
+        print(f"Of the batch {len(failure.batch.entries)} requests are left after {failure.tried} tries to make it smaller:\n")
         print(failure.python())
-        sys.exit(1)
+        return 1
+    tables.write(tables.process_report(done, _settings(args), f"soak-{args.dtype}"), args.folder)
+    return 0
+
+
+def at_a_server(args) -> int:
+    from benchmarks.soak import served, tables
+    from vllm_dlm.demo.server import CHECKPOINT
+
+    checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
+    work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
+    for problem in work.problems[:20]:
+        print(problem)
+    made = tables.server_report(work, _settings(args) | served.settings(work), f"soak-server-{args.dtype}")
+    if work.problems:
+        made.print()
+        return 1
+    tables.write(made, args.folder, tables.plot(work.samples))
+    return int(any(row["grows"] != "no" for row in made.rows))
+
+
+def _settings(args) -> dict:
+    from benchmarks import report
+
+    return {
+        "dtype": args.dtype, "seed": args.seed, "load_before": report.load_average(), "machine": report.machine(1),
+        "versions": report.versions(),
+    }  # fmt: skip

@@ -19,8 +19,6 @@ from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_options
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "tests/golden/checkpoints"
-#: requests a pair of engines serves before the next pair takes over, with other options
-SHIFT = 500
 #: requests of a batch that were asked before: their answer alone is known
 REPEATED = 0.7
 
@@ -72,7 +70,7 @@ def servers(seed: int, dtype: str, checkpoints: list[str]):
         index += 1
 
 
-def soak(requests: int, seed: int, dtype: str, checkpoints: list[str], shift: int = SHIFT, say=print):
+def soak(requests: int, seed: int, dtype: str, checkpoints: list[str], shift: int, say=print):
     """-> (what was done, the failure that ended it or None)"""
     done: list[Shift] = []
     for number, server in enumerate(servers(seed, dtype, checkpoints)):

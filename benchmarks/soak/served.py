@@ -19,10 +19,10 @@ from vllm_dlm.demo.questions import questions
 from vllm_dlm.options import server_options
 
 LIMIT = 512  # --max-model-len
-WAVE = 100  # requests
+WAVE = 50  # requests
 TOGETHER = 12  # clients at a time
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
-KNOWN = 60  # requests with known answers
+KNOWN = 40  # requests with known answers
 #: of 100 clients
 MIX = {"good": 46, "refused": 20, "odd": 12, "leaves": 8, "slow_reader": 4, "slow_sender": 3, "half_a_body": 3, "no_http": 3, "large": 1}
 

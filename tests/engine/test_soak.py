@@ -1,67 +1,43 @@
-"""Many requests of random policies, lengths and aborts under a tight memory limit."""
+"""Random batches over everything that is registered, under hardly any memory, with aborts and cache resets.
 
-import random
+The generator and what is checked after each batch are those of `python -m benchmarks soak`. It runs in a process of
+its own with one thread: engines that die there harm no other test.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from vllm import SamplingParams
 
-from tests.engine.test_invariance import ALGORITHMS, tokens
-from tests.engine.test_reuse import POLICIES
-from tests.engine.test_reuse_golden import runner_of
+from tests.conftest import GOLDEN
+
+ROOT = GOLDEN.parent.parent
 
 
-def request(rng: random.Random):
-    length = rng.randint(1, 40)
-    extra = {
-        "dlm_reuse": rng.choice(POLICIES), "dlm_block_length": rng.choice([4, 8, 32]),
-        "dlm_algorithm": rng.choice(ALGORITHMS),
-    }  # fmt: skip
-    if rng.random() < 0.2:
-        extra["dlm_cfg_scale"] = 1.0
-    params = SamplingParams(
-        temperature=rng.choice([0, 0.8]), seed=rng.randint(0, 1 << 30), max_tokens=length,
-        ignore_eos=rng.random() < 0.7, detokenize=False, extra_args=extra,
+def soak(folder: Path, *arguments: str) -> dict:
+    ours = ("VLLM_LOGGING_LEVEL",)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=3600,
+        capture_output=True, text=True, env={name: value for name, value in os.environ.items() if name not in ours},
     )  # fmt: skip
-    return {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 120))]}, params
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (report,) = folder.glob("soak-*.json")
+    return json.loads(report.read_text())
 
 
-def soak(engines, count: int, checked: int) -> None:
-    tight = engines("llada-tiny", block_size=32, num_gpu_blocks_override=40, max_num_batched_tokens=512)
-    core, engine, rng = tight.llm_engine.engine_core.engine_core, tight.llm_engine, random.Random(count)
-    for cache in runner_of(tight).kv_caches:
-        cache.fill_(torch.nan)  # whoever reads what it did not write is found out
-    given, done, waiting, aborted = [request(rng) for _ in range(count)], {}, list(range(count)), set()
-    restarted = set()
-    while waiting or engine.has_unfinished_requests():
-        while waiting and rng.random() < 0.5:
-            index = waiting.pop()
-            engine.add_request(str(index), *given[index])
-        for output in engine.step():
-            if output.finished:
-                done[int(output.request_id)] = tuple(output.outputs[0].token_ids)
-        if rng.random() < 0.1 and core.scheduler.running:
-            victim = rng.choice([*core.scheduler.running, *core.scheduler.waiting])
-            name = victim.request_id.rsplit("-", 1)[0]
-            aborted.add(int(name))
-            engine.abort_request([name])
-        if rng.random() < 0.01:
-            restarted |= {int(running.request_id.rsplit("-", 1)[0]) for running in core.scheduler.running}
-            core.scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert len(done) + len(aborted) == count and aborted
-    assert core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
-    assert not core.scheduler.canvases and not core.scheduler.preempted
-    # A restarted request begins its block with a full forward: the same for `none`, a refresh sooner for others.
-    same = [i for i in sorted(done) if i not in restarted or given[i][1].extra_args["dlm_reuse"] == "none"]
-    assert len(same) >= checked
-    for index in rng.sample(same, checked):
-        assert tokens(engines("llada-tiny"), [given[index]]) == [done[index]], index
-
-
-def test_soak(engines):
-    soak(engines, count=60, checked=15)
+def test_soak(tmp_path):
+    report = soak(tmp_path, "--requests", "180", "--shift", "30", "--seed", "11")
+    total = report["settings"]["in_all"]
+    assert total["requests"] == 180 and total["compared"] >= 130
+    assert total["aborted"] > 0 and total["restarted"] > 0
+    assert len({row["checkpoint"] for row in report["rows"]}) >= 4
 
 
 @pytest.mark.slow
-def test_long_soak(engines):
-    soak(engines, count=500, checked=150)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_soak(tmp_path, dtype):
+    total = soak(tmp_path, "--requests", "3000", "--seed", "12", "--dtype", dtype)["settings"]["in_all"]
+    assert total["requests"] == 3000 and total["compared"] >= 2400
