@@ -164,7 +164,7 @@ def draws(server, extra: dict) -> bool:
     """Whether a greedy request needs noise all the same: without a seed its random name would be one."""
     try:
         decoding = request_options(server, extra).decoding
-    except OptionError:
+    except ValueError:  # it will be refused
         return True
     return decoding.random_order or getattr(decoding, "algorithm_temperature", 0) > 0
 
