@@ -23,6 +23,7 @@ WAVE = 50  # requests
 TOGETHER = 12  # clients at a time
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
 KNOWN = 40  # requests with known answers
+ENOUGH = 20  # problems, to end a run with
 #: of 100 clients
 MIX = {"good": 46, "refused": 20, "odd": 12, "leaves": 8, "slow_reader": 4, "slow_sender": 3, "half_a_body": 3, "no_http": 3, "large": 1}
 
@@ -49,6 +50,7 @@ class Work:
     steps: float = 0.0
     seconds: float = 0.0
     largest_refusal: int = 0
+    dead: bool = False
 
 
 def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, say=print) -> Work:
@@ -60,7 +62,7 @@ def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0
         known = known_answers(client, random.Random(f"known {seed}"))
         say(f"{len(known)} requests with known answers")
         wave = 0
-        while not work.problems and not over(work, begin, requests, steps, minutes):
+        while len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes):
             serve_wave(client, known, random.Random(f"{seed}/{wave}"), work)
             check_quiet(server, client, work)
             work.samples += memory.sample(server.process.pid, work.requests, work.steps)
@@ -69,10 +71,11 @@ def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0
                 engine = [s for s in work.samples if s.process.startswith("engine")][-1:]
                 say(f"{work.requests} requests, {work.steps:.0f} steps, {[s.rss_kib >> 10 for s in engine]} MiB in the engine")
         if not work.problems:
-            work.problems += [f"afterwards {asked.body} is answered otherwise" for asked in known if client.ask(asked)[1] != asked.answer]
+            changed = [asked for asked in known if client.ask(asked)[1] != asked.answer]
+            work.problems += [f"afterwards {asked.body} is answered otherwise" for asked in changed]
         work.seconds = time.monotonic() - begin
         if work.problems:
-            say(server.log_tail(40))
+            say(server.log_tail(100 if work.dead else 20))
     return work
 
 
@@ -135,6 +138,7 @@ def check_quiet(server: Server, client: Client, work: Work) -> None:
     end = time.monotonic() + QUIET
     while True:
         if not alive(server, client):
+            work.dead = True
             work.problems.insert(0, "the server or its engine is dead")
             return
         values = metrics(client)

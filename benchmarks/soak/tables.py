@@ -35,7 +35,7 @@ SERVER_NOTES = [
     "Every process of the server while it is idle, after each wave of clients. Growth: slope of a line through the means of "
     f"{memory.STRETCHES} stretches of the samples after the first {memory.WARM_UP:.0%}, ± its standard error.",
     "grows: the slope is above three standard errors and adds more than 2 % of the mean within the run.",
-    "No answer was a 5xx, refusals stayed below 100 kB, good requests were answered as before between hostile ones, and after "
+    "No answer was a 5xx, refusals of dlm_ options stayed below 100 kB, good requests were answered as before between hostile ones, and after "
     "every wave nothing ran, waited or held memory.",
 ]
 

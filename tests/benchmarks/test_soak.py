@@ -1,0 +1,108 @@
+"""The parts of the long runs that need no engine."""
+
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.soak import memory, process
+from benchmarks.soak.batch import Batch, Entry
+from benchmarks.soak.fork import Found, in_a_fork
+from benchmarks.soak.requests import Given, Model, drawn_request, drawn_server, names
+from benchmarks.soak.shrink import shrink
+from vllm_dlm.methods import KINDS, methods
+from vllm_dlm.options import METHOD_KEYS, request_options, server_options
+
+MODEL = Model(max_len=256, vocab_size=512, mask_id=392)
+SERVER = server_options({}, "low_confidence")
+
+
+def drawn(count: int) -> list[Given]:
+    rng = random.Random(0)
+    return [drawn_request(rng, MODEL, SERVER) for _ in range(count)]
+
+
+def test_everything_registered_is_drawn():
+    extras = [given.fields["extra_args"] for given in drawn(4000)]
+    for key, kind in METHOD_KEYS.items():
+        assert {extra.get(key) for extra in extras} >= set(methods(kind))
+    presets = {extra.get("dlm_reuse") for extra in extras} | {extra.get("dlm_selection") for extra in extras}
+    assert presets > {name for kind in ("reuse", "selection") for name in names(kind) if "/" in name}
+
+
+def test_most_of_what_is_drawn_is_legal():
+    legal = 0
+    for given in drawn(400):
+        assert 1 <= len(given.prompt) < MODEL.max_len
+        try:
+            request_options(SERVER, given.fields["extra_args"])
+            legal += 1
+        except ValueError:
+            continue
+    assert legal > 250
+
+
+def test_a_request_is_its_own_source():
+    for given in drawn(20):
+        assert eval(repr(given)) == given
+
+
+@pytest.mark.parametrize("selection", sorted(methods("selection")))
+def test_servers_select_at_small_lengths(selection):
+    for seed in range(5):
+        options = server_options(drawn_server(random.Random(seed), "entropy", selection), "entropy")
+        assert {kind for kind in KINDS if getattr(options, kind).name not in methods(kind)} == set()
+        assert options.selection.name == selection
+        if options.selection.sparse:
+            assert options.selection.applies(200, 220)
+
+
+def test_servers_begin_with_the_defaults_of_each_checkpoint():
+    made = [server for server, _ in zip(process.servers(0, "float32", ["a", "b"]), range(8), strict=False)]
+    assert [(server.label, server.dlm) for server in made[:2]] == [("a", {}), ("b", {})]
+    assert {server.dlm["selection"]["name"] for server in made[2:]} == set(methods("selection"))
+
+
+def test_a_failing_batch_becomes_small():
+    def entry(number, **extra):
+        return Entry(Given((5,) * 40, {"max_tokens": 30, "temperature": 1.0, "seed": number, "extra_args": extra}), number, 90)
+
+    batch = Batch(tuple(entry(i, dlm_steps=i, dlm_reuse="dyllm" if i in (3, 11) else "none") for i in range(16)), (4, 9))
+
+    def fails(candidate):
+        reuse = [e.given.fields["extra_args"].get("dlm_reuse") for e in candidate.entries]
+        return reuse.count("dyllm") == 2
+
+    small = shrink(batch, fails)
+    assert not small.resets and len(small.entries) == 2
+    for left in small.entries:
+        assert left.arrives == 0 and left.leaves is None and len(left.given.prompt) == 1
+        assert left.given.fields == {"max_tokens": 1, "temperature": 0, "seed": left.given.fields["seed"], "extra_args": {"dlm_reuse": "dyllm"}}
+
+
+def test_what_breaks_in_a_fork_stays_there():
+    assert in_a_fork(lambda: sum(range(10))) == 45
+    with pytest.raises(Found, match="ZeroDivisionError"):
+        in_a_fork(lambda: 1 // 0)
+    with pytest.raises(Found, match="death"):
+        in_a_fork(lambda: os._exit(3))
+    with pytest.raises(Found, match="hang"):
+        in_a_fork(lambda: time.sleep(600), seconds=0.2)
+
+
+def test_slope_and_its_error():
+    rng = np.random.default_rng(0)
+    x = np.arange(400) / 100
+    flat, error = memory.slope(x, 1000 + rng.normal(0, 5, 400))
+    assert abs(flat) < 3 * error
+    rising, error = memory.slope(x, 1000 + 20 * x + rng.normal(0, 5, 400))
+    assert rising == pytest.approx(20, abs=3 * error) and error < 2
+    assert memory.grows(rising, error, 4, 1000) and not memory.grows(flat, error, 4, 1000)
+    assert not memory.grows(rising, error, 0.5, 1000)  # a hundredth is not worth a word
+
+
+def test_this_process_is_seen():
+    own = memory.sample(os.getsid(0), 7, 3.0)
+    assert own and all(s.rss_kib > 0 and s.threads >= 1 and s.descriptors >= 0 and s.requests == 7 for s in own)
