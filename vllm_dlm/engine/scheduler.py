@@ -7,7 +7,9 @@ streaming) is inherited. Read in vLLM 0.32: v1/core/sched/scheduler.py.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
@@ -29,6 +31,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 #: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
 LIVE_PER_ROW = 8
+#: so many later requests may pass one that waits for memory; then everybody waits with it
+OVERTAKES = 32
 
 
 @dataclass
@@ -80,6 +84,7 @@ class DenoisingScheduler(Scheduler):
         self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
         self.canvases: dict[str, Canvas] = {}
         self.preempted: dict[str, int] = {}  # forwards behind a preempted request at its current block
+        self.overtaken: Counter[str] = Counter()  # how often a waiting request was passed
         self.counts = StepCounts()
         self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
@@ -132,7 +137,7 @@ class DenoisingScheduler(Scheduler):
     def _plan(self, request: Request) -> tuple[Canvas, StepPlan] | None:
         """What the request's next step will be; None: its policy raised an error, and it fails."""
         with self.failed.of(request.request_id):
-            canvas = self.canvases.get(request.request_id) or self._canvas(request)
+            canvas = self._canvas(request)
             return canvas, canvas.plan()
         return None
 
@@ -167,22 +172,14 @@ class DenoisingScheduler(Scheduler):
     def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
         admitted = []
         refreshing = any(self.canvases[request_id].plan().refresh for request_id in rows)
-        while self.waiting and len(self.running) < self.max_num_active_reqs:
-            request = self.waiting.peek_request()
-            if (planned := self._plan(request)) is None:
+        while len(self.running) < self.max_num_active_reqs:
+            if (found := self._next_waiting()) is None:
                 break
-            canvas, plan = planned
+            request, canvas, plan = found
             if not self._fits(canvas, plan, rows, refreshing):
                 break
-            # The whole canvas at once: its length is known, so a running request never lacks memory.
-            tokens = self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length)
-            blocks = self.kv_cache_manager.allocate_slots(
-                request, tokens - request.num_computed_tokens, has_scheduled_reqs=bool(self.running)
-            )
-            if blocks is None:
-                break
-            self.waiting.pop_request()
-            self.preempted.pop(request.request_id, None)
+            self._allocate(request, canvas)
+            self._leave_queue(request)
             self.running.append(request)
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, now)
@@ -191,13 +188,52 @@ class DenoisingScheduler(Scheduler):
                     num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
                 )
             request.status = RequestStatus.RUNNING
-            self.canvases[request.request_id] = canvas
             rows[request.request_id] = canvas.rows(plan)
             refreshing |= plan.refresh
             admitted.append(request)
         return admitted
 
+    def _next_waiting(self) -> tuple[Request, Canvas, StepPlan] | None:
+        """The first in line; while there is no memory for that one, the first behind it for which there is.
+
+        Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so it
+        runs when those that run now have ended at the latest, and holds the others back no longer than that.
+        """
+        for request in islice(self.waiting, 1 + OVERTAKES):
+            with self.failed.of(request.request_id):
+                canvas = self._canvas(request)
+                if self._has_memory(canvas):
+                    return request, canvas, canvas.plan()
+                if self.overtaken[request.request_id] >= OVERTAKES:
+                    break
+        return None
+
+    def _leave_queue(self, request: Request) -> None:
+        for ahead in self.waiting:
+            if ahead is request:
+                break
+            self.overtaken[ahead.request_id] += 1
+        self.waiting.remove_request(request)
+        self.overtaken.pop(request.request_id, None)
+        self.preempted.pop(request.request_id, None)
+
+    def _blocks(self, canvas: Canvas) -> int:
+        """Of the whole canvas at once: its length is known, so a running request never lacks memory."""
+        return self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length) // self.shape.block_size
+
+    def _has_memory(self, canvas: Canvas) -> bool:
+        manager = self.kv_cache_manager
+        kept_free = manager.watermark_blocks if self.running else 0
+        return self._blocks(canvas) + kept_free <= manager.block_pool.get_num_free_blocks()
+
+    def _allocate(self, request: Request, canvas: Canvas) -> None:
+        tokens = self._blocks(canvas) * self.shape.block_size
+        blocks = self.kv_cache_manager.allocate_slots(request, tokens, has_scheduled_reqs=bool(self.running))
+        assert blocks is not None, "free blocks were counted before"
+
     def _canvas(self, request: Request) -> Canvas:
+        if canvas := self.canvases.get(request.request_id):
+            return canvas
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
         prompt_len = request.num_prompt_tokens
         length = min(prompt_len + request.max_tokens, self.max_model_len)
@@ -205,6 +241,7 @@ class DenoisingScheduler(Scheduler):
         shift = self.vllm_config.model_config.hf_config.logits_shift
         canvas = Canvas(options, prompt_len, length, shift, blocks, step=self.preempted.get(request.request_id, 0))
         canvas.emitted(request.num_output_tokens)
+        self.canvases[request.request_id] = canvas
         return canvas
 
     def _new_request_data(self, request: Request) -> NewRequestData:
@@ -267,10 +304,11 @@ class DenoisingScheduler(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request_blocks(self, request: Request) -> None:
-        # finished, aborted or preempted; a preempted request gets a new canvas when it is admitted again
+        # finished, aborted or preempted; a preempted request gets a new canvas when it is first in line again
         self.canvases.pop(request.request_id, None)
         if request.is_finished():
             self.preempted.pop(request.request_id, None)
+            self.overtaken.pop(request.request_id, None)
         super()._free_request_blocks(request)
 
     def make_stats(self, *args, **kwargs):
