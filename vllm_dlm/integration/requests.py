@@ -167,13 +167,13 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     if cache.block_size % unit:
         size = f"block_size is {cache.block_size}"
         refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and {size}")
-    if cache.num_gpu_blocks is None:
+    if (pool := replica_blocks(processor)) is None:
         return
 
     def needed(options: Options) -> int:
         return shape.tokens(options, prompt, prompt + length) // cache.block_size
 
-    total, there = needed(options), cache.num_gpu_blocks - 1
+    total, there = needed(options), pool - 1
     if total <= there:
         return
     plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
@@ -192,6 +192,19 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
     blocks = f"{alone} blocks of the KV cache, {total} with {named}, and there are {there}"
     refuse(field, parts[field][0], f"{takes} {blocks}")
+
+
+def replica_blocks(processor) -> int | None:
+    """Blocks of one replica: the front-end is told the sum over all engines it sends requests to, and a canvas lies in
+    one of them. Read in vLLM 0.32: v1/engine/core_client.py (`_apply_ready_response`, `engine_ranks_managed`)."""
+    total, parallel = processor.cache_config.num_gpu_blocks, processor.vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is not None:
+        replicas = 1  # a process of `LLM` for each replica
+    elif parallel.local_engines_only:
+        replicas = parallel.data_parallel_size_local
+    else:
+        replicas = parallel.data_parallel_size
+    return None if total is None else total // replicas
 
 
 def server_options_of(processor):
