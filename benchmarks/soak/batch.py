@@ -172,6 +172,8 @@ def compare(pair: Pair, batch: Batch, ran: Ran, known: dict[str, tuple]) -> None
     if missing:
         raise Found("lost", f"the requests {sorted(missing)} were never answered")
     for index, answer in ran.answers.items():
+        if errors := [why for _, reason, why, _ in answer if reason == "error"]:
+            raise Found(f"error {errors[0].split(':')[0]}", f"request {index} ended with {errors[0]}")
         given = batch.entries[index].given
         # Restarted, a block begins with a full forward: the same without caches, a refresh sooner with them.
         if index in ran.restarted and caches(pair, given):
