@@ -101,6 +101,20 @@ def test_pause_and_resume(engines, core):
     assert [done[f"r{index}"] for index in range(6)] == undisturbed
 
 
+def test_dummy_batches_change_nothing(engines, core):
+    """vLLM runs them on idle data-parallel ranks of mixtures of experts."""
+    llm = engines(CHECKPOINT)
+    requests = list(mixed_requests(6))
+    undisturbed = tokens(llm, requests)
+    core.execute_dummy_batch()
+    add(llm, requests)
+    done = {}
+    while llm.llm_engine.has_unfinished_requests():
+        done |= {o.request_id: tuple(o.outputs[0].token_ids) for o in llm.llm_engine.step() if o.finished}
+        core.execute_dummy_batch()
+    assert [done[f"r{index}"] for index in range(6)] == undisturbed
+
+
 def test_end_token_gives_the_tail_back(engines):
     """Generation ends at the first end token with nothing masked before it, a prefix of the whole canvas."""
     llm = engines(CHECKPOINT)
