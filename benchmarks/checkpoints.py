@@ -85,6 +85,7 @@ SHAPES = {
         # two layers of it, for prompts whose full forwards take as long as many small ones
         Shape("llada-long", 768, 2, 12, 2304, 8_960, context=16_640),
         Shape("smoke", 64, 2, 2, 192, 512, context=512),
+        Shape("smoke-long", 64, 2, 2, 192, 512, context=16_640),
     )
 }
 

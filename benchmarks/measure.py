@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import probe
@@ -19,10 +20,15 @@ def cores(threads: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[:threads]
 
 
+def pinned() -> bool:
+    """Unless told not to: two engines that are pinned to the same cores slow each other manifold."""
+    return os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
+
+
 def engine_environment(threads: int) -> dict[str, str]:
-    return {
-        # Left to itself vLLM keeps a core for its scheduler, half of a machine of two.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores(threads))),
+    # Left to itself vLLM keeps a core for its scheduler, half of a machine of two.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores(threads)))}
+    return (binding if pinned() else {"OMP_NUM_THREADS": str(threads)}) | {
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the probe is sent to the worker as a function
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -36,9 +42,9 @@ def loop_environment(threads: int) -> dict[str, str]:
 
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     preload = [os.environ.get("LD_PRELOAD"), str(library) if library.exists() else None]
-    return {
+    affinity = {"GOMP_CPU_AFFINITY": " ".join(map(str, cores(threads)))} if pinned() else {}
+    return affinity | {
         "OMP_NUM_THREADS": str(threads),
-        "GOMP_CPU_AFFINITY": " ".join(map(str, cores(threads))),
         "LD_PRELOAD": ":".join(filter(None, preload)),
     }
 
@@ -58,7 +64,6 @@ class Engine:
             max_model_len=max(max(cell.lengths()) + cell.new for cell in cells),
             max_num_seqs=max(cell.batch for cell in cells),
             max_num_batched_tokens=rows,
-            # keys and values of every row, and a page of slack per request
             # keys and values of every row, as much again for what policies keep of it, and slack per request
             kv_cache_memory_bytes=2 * 2 * shape.layers * shape.width * (2 * rows + 512 * (2 + max(c.batch for c in cells))),
             disable_log_stats=True,
@@ -72,12 +77,11 @@ class Engine:
     def measure(self, cell: Cell, request: dict, repetitions: int, seconds: float) -> list[dict]:
         """Per repetition: seconds and what the probe counted."""
         prompts = cell.prompts(self.shape)
-        # Few steps per block meet the large shapes once: allocators and oneDNN's caches are warm then.
-        self._deliver(prompts, cell, request, min(2, cell.steps_per_block))
+        # Few steps of the first block meet the large shapes once: allocators and oneDNN's caches are warm then.
+        self._deliver(prompts, replace(cell, blocks=1), request, max(1, min(2, cell.steps_per_block // 2)))
         runs = []
         while len(runs) < repetitions and sum(run["seconds"] for run in runs) < seconds:
-            # Requests cut short are counted up to the last step they are waited for.
-            self.llm.collective_rpc(probe.start, args=(cell.steps if cell.blocks * BLOCK < cell.new else 0,))
+            self.llm.collective_rpc(probe.start, args=(cell.batch, cell.blocks * BLOCK))
             elapsed = self._deliver(prompts, cell, request, cell.steps_per_block)
             (counts,) = self.llm.collective_rpc(probe.take)
             runs.append({"seconds": elapsed} | counts)

