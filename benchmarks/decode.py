@@ -2,21 +2,31 @@
 
 Random decoders, bfloat16 on the CPU, greedy. Both engines run one after the
 other on the same cores, on caches full of random keys and values: what a
-decoding step costs does not depend on them. Two further engines, of a small float32
+decoding step costs does not depend on them. Further engines, of a small float32
 model, show that a budget of all pages gives vLLM's own text.
 """
 
-import json
 import os
+import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import report
-from benchmarks.checkpoints import CACHE
-from benchmarks.measure import engine_environment
+from benchmarks import drawing, load, report
+from benchmarks.long_context import (
+    SHAPES,
+    Shape,
+    checkpoint,
+    close,
+    decode,
+    fill_cache,
+    page_counts,
+    skip_prompts,
+    start,
+)
+from benchmarks.measure import engine_environment, pinned
 
 COLUMNS = [
     report.Column("shape", "model"),
@@ -32,8 +42,8 @@ COLUMNS = [
 
 NOTES = [
     "ms/step: wall time of a decoding step of all requests, from the step in which the last of them has its first "
-    "token to the last token, over the steps between. Prompts do not count. The fastest repetition "
-    "after a warm-up, which others on the machine disturbed least; all of them are in the JSON file.",
+    "token to the last token, over the steps between. Prompts do not count. The median of the repetitions after a "
+    "warm-up; all of them are in the JSON file.",
     "dense: vLLM with its own CPU attention, without a dlm option; nothing of this project is in it.",
     "Several requests share one prompt (prefix cache) and with it physical pages; either method reads them once per "
     "request.",
@@ -43,57 +53,6 @@ NOTES = [
     "keys read, all layers: with those that read everything, by default the first two (dense_layers). The rest of a step "
     "is the weights, which neither method saves, and the smaller part the more requests share them.",
 ]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Proportions of a known model, with a small vocabulary."""
-
-    name: str
-    family: str
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    feed_forward: int
-    vocabulary: int = 8192
-
-    def config(self, context: int):
-        from transformers import AutoConfig
-
-        return AutoConfig.for_model(
-            self.family, hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads, head_dim=self.head_dim, intermediate_size=self.feed_forward,
-            vocab_size=self.vocabulary, max_position_embeddings=context, tie_word_embeddings=False,
-            bos_token_id=None, eos_token_id=self.vocabulary - 1,
-        )  # fmt: skip
-
-    @property
-    def weights(self) -> int:
-        """Bytes of a step's weights in bfloat16."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * (self.layers * (attention + 3 * self.width * self.feed_forward) + self.width * self.vocabulary)
-
-    def kv_bytes(self, context: int) -> int:
-        return self.layers * context * self.kv_heads * self.head_dim * 4
-
-    def describe(self, context: int) -> dict:
-        return asdict(self) | {
-            "weight_mib": self.weights >> 20,
-            "kv_mib_per_request": self.kv_bytes(context) >> 20,
-        }
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("qwen2-0.5b", "qwen2", 896, 24, 14, 2, 64, 4864),
-        Shape("qwen1.5-0.5b", "qwen2", 1024, 24, 16, 16, 64, 2816),
-        Shape("qwen3-0.6b", "qwen3", 1024, 28, 16, 8, 128, 3072),
-        Shape("smoke", "qwen2", 128, 4, 4, 2, 32, 192, 512),
-    )
-}
 
 
 def listed(kind):
@@ -113,52 +72,90 @@ def add_arguments(parser) -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile, for both engines")
     parser.add_argument("--threads", type=int, default=cores, help=f"for both engines (default {cores})")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a toy shape")
+    parser.add_argument("--minutes", type=float, help="start no engine after so many")
+    parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
     parser.add_argument("--name", default="decode", help="of the result files")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
+    load.add_arguments(parser)
 
 
 def run(args) -> None:
     os.environ.update(engine_environment(args.threads))
-    shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:-1])]
-    context = args.context or (2048 if args.quick else 32768)
-    selection = {"name": "unique"} | ({"page_size": 32, "budget_tokens": 256, "min_context": 0} if args.quick else {})
-    selection |= {"budget_tokens": args.budget} if args.budget else {}
-    selection |= {"page_size": args.page_size} if args.page_size else {}
-    before = report.load_average()
-    rows = []
-    methods = {"dense": None, "unique": selection, "unique, dense_layers []": selection | {"dense_layers": []}}
-    with tqdm(total=len(methods) * len(shapes) + 1, desc="decode", unit="engine") as progress:
-        for shape in shapes:
-            for method, chosen in methods.items():
-                progress.set_postfix_str(f"{shape.name} {method}")
-                rows += measure(shape, method, chosen, context, args)
-                progress.update()
-        progress.set_postfix_str("equality")
-        equal = equality(args)
-        progress.update()
-    result = report.Report(
-        name=args.name,
-        title=f"Decoding at {context} tokens of context: pages chosen by UNIQUE against dense vLLM",
-        settings={
-            "model": {shape.name: shape.describe(context) for shape in shapes},
+    Decode(args).run()
+
+
+class Decode:
+    """The table: what of it is known, what is missing, and how that is measured."""
+
+    def __init__(self, args):
+        self.args = args
+        self.shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:-1])]
+        self.context = args.context or (2048 if args.quick else 32768)
+        toy = {"page_size": 32, "budget_tokens": 256, "min_context": 0} if args.quick else {}
+        given = {"budget_tokens": args.budget, "page_size": args.page_size}
+        self.selection = {"name": "unique"} | toy | {name: value for name, value in given.items() if value}
+        self.methods = {
+            "dense": None, "unique": self.selection, "unique, dense_layers []": self.selection | {"dense_layers": []},
+        }  # fmt: skip
+        self.settings = self.stated()
+        path = args.results / f"{args.name}.json"
+        old = report.resumed(path, self.settings, args.threads, args.busy or args.quick) if args.resume else None
+        self.rows = old["rows"] if old else []
+        self.earlier = old["settings"]["load"] if old else None
+        self.equal = old["settings"].get("full_budget_equals_dense") if old else None
+
+    def stated(self) -> dict:
+        args = self.args
+        return {
+            "shapes": {shape.name: shape.describe(self.context) for shape in self.shapes},
             "dtype": "bfloat16",
-            "selection": selection_fields(selection),
+            "baseline": "vLLM's own attention (dense), same engine, same cores, same run",
+            "counted": "wall time of a decoding step of all requests, medians of repetitions; prompts do not count",
+            "context": self.context,
+            "batches": args.batches,
+            "selection": selection_fields(self.selection),
             "engine": "eager" if args.eager else "vLLM's default on CPUs (torch.compile)",
+            "prompts": "computed" if args.real_prompts else "random keys and values",
             "repetitions": args.repetitions,
             "tokens_per_repetition": args.new,
-            "full_budget_equals_dense": equal,
-            "machine": report.machine(args.threads),
-            "versions": report.versions(),
-            "load_average_before": before,
-            "load_average_after": report.load_average(),
-        },
-        columns=COLUMNS,
-        notes=[*NOTES, equality_note(equal)],
-        rows=with_ratios(rows),
-    )
-    result.print()
-    for path in result.write(args.results, plot):
-        print(path)
+            "threads_pinned": pinned(),
+        }
+
+    def run(self) -> None:
+        known = {(row["shape"], row["method"]) for row in self.rows}
+        wanted = [(s, m) for s in self.shapes for m in self.methods if (s.name, m) not in known]
+        if not wanted and self.equal:
+            print(f"{self.args.name}.json has all of it already")
+            return
+        self.load = load.settle(self.args.busy or self.args.quick, self.args.patience)
+        end = time.monotonic() + 60 * (self.args.minutes or float("inf"))
+        with tqdm(total=len(wanted) + (not self.equal), desc=self.args.name, unit="engine") as progress:
+            for shape, method in wanted:
+                if time.monotonic() > end:
+                    break
+                progress.set_postfix_str(f"{shape.name} {method}")
+                self.rows += measure(shape, method, self.methods[method], self.context, self.load, self.args)
+                self.table().write(self.args.results)
+                progress.update()
+            if not self.equal and time.monotonic() < end:
+                progress.set_postfix_str("equality")
+                self.equal = equality(self.args)
+                progress.update()
+        if not self.rows:
+            raise SystemExit(f"{self.args.name}: no minutes left for any engine")
+        self.table().print()
+        for path in self.table().write(self.args.results, plot):
+            print(path)
+
+    def table(self) -> report.Report:
+        equal = {"full_budget_equals_dense": self.equal} if self.equal else {}
+        return report.Report(
+            name=self.args.name,
+            title=f"Decoding at {self.context:,} tokens of context: pages chosen by UNIQUE against dense vLLM",
+            settings=self.settings | equal | report.surroundings(self.args.threads, self.load, self.earlier),
+            columns=COLUMNS, notes=[*NOTES, *([equality_note(self.equal)] if self.equal else [])],
+            rows=with_ratios(self.rows),
+        )  # fmt: skip
 
 
 def selection_fields(selection: dict) -> dict:
@@ -168,33 +165,7 @@ def selection_fields(selection: dict) -> dict:
     return {"name": made.name} | asdict(made)
 
 
-def checkpoint(shape: Shape, context: int, dtype: str = "bfloat16") -> Path:
-    """Folder of a random checkpoint; written if it is not there yet."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = CACHE / f"{shape.name}-{context}-{dtype}"
-    done = folder / "shape.json"
-    if not done.exists() or json.loads(done.read_text()) != asdict(shape):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape.config(context), torch_dtype=getattr(torch, dtype))
-        model.save_pretrained(folder)
-        done.write_text(json.dumps(asdict(shape)))
-    return folder
-
-
-def start(folder: Path, selection: dict | None, context: int, args, **settings):
-    from vllm import LLM
-
-    if selection is not None:
-        settings["additional_config"] = {"dlm": {"selection": selection}}
-    return LLM(
-        str(folder), max_model_len=context, max_num_seqs=max(args.batches), skip_tokenizer_init=True,
-        enforce_eager=args.eager, disable_log_stats=True, use_tqdm_on_load=False, **settings,
-    )  # fmt: skip
-
-
-def measure(shape: Shape, method: str, selection: dict | None, context: int, args) -> list[dict]:
+def measure(shape: Shape, method: str, selection: dict | None, context: int, around: load.Load, args) -> list[dict]:
     longest = context + 128 + 2 * args.new
     room = shape.kv_bytes(longest + 256 * (1 + max(args.batches)))
     llm = start(
@@ -212,11 +183,12 @@ def measure(shape: Shape, method: str, selection: dict | None, context: int, arg
     for batch in args.batches:
         decode(llm, prompt, batch, 4)
         before = page_counts(llm) if selection else None
-        seconds = [decode(llm, prompt, batch, args.new)[0] for _ in range(args.repetitions)]
+        with around.watch():
+            seconds = [decode(llm, prompt, batch, args.new)[0] for _ in range(args.repetitions)]
+        middle = statistics.median(seconds)
         row = {
             "shape": shape.name, "method": method, "context": context, "batch": batch,
-            "seconds_per_step": [round(second, 5) for second in seconds],
-            "ms_per_token": 1000 * min(seconds), "tokens_per_s": batch / min(seconds),
+            "seconds_per_step": seconds, "ms_per_token": 1000 * middle, "tokens_per_s": batch / middle,
         }  # fmt: skip
         if selection:
             counts = {name: value - before[name] for name, value in page_counts(llm).items()}
@@ -226,65 +198,6 @@ def measure(shape: Shape, method: str, selection: dict | None, context: int, arg
         rows.append(row)
     close(llm)
     return rows
-
-
-def page_counts(llm) -> dict:
-    (counts,) = llm.collective_rpc("dlm_page_counts")
-    return counts
-
-
-def close(llm) -> None:
-    llm.llm_engine.engine_core.shutdown()
-
-
-def skip_prompts(worker) -> None:
-    """Long chunks do not go through the model; short ends of prompts, and decoding, do."""
-    import torch
-
-    model = worker.model_runner.model
-    forward, width = model.forward, worker.model_config.get_hidden_size()
-
-    def without_prompts(*rest, positions, **more):
-        if (count := positions.shape[-1]) > 256:
-            return torch.zeros(count, width, dtype=worker.model_config.dtype)
-        return forward(*rest, positions=positions, **more)
-
-    model.forward = without_prompts
-
-
-def fill_cache(worker) -> None:
-    """Random keys and values in every page, and statistics of them."""
-    import torch
-
-    for layer in worker.vllm_config.compilation_config.static_forward_context.values():
-        pages = layer.kv_cache
-        piece = torch.randn(8, *pages.shape[1:]).to(pages.dtype)
-        for start in range(0, len(pages), len(piece)):
-            pages[start : start + len(piece)] = piece[: len(pages) - start].roll(start, 1)
-        if (statistics := getattr(layer.impl, "statistics", None)) is not None:
-            for ids in torch.arange(len(statistics.mean)).split(256):
-                layer.impl.describe(pages, ids)
-
-
-def decode(llm, prompt: list[int], batch: int, new: int) -> tuple[float, list[list[int]]]:
-    """Seconds per decoding step, and the tokens."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
-    )
-    engine = llm.llm_engine
-    tokens = {f"{time.monotonic_ns()}-{i}": [] for i in range(batch)}
-    for name in tokens:
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
-    begin, done = None, 0
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[output.request_id] += output.outputs[0].token_ids
-        if begin is None and all(tokens.values()):
-            begin, done = time.perf_counter(), min(map(len, tokens.values()))
-    return (time.perf_counter() - begin) / max(1, new - done), list(tokens.values())
 
 
 def equality(args) -> dict:
@@ -316,14 +229,15 @@ def equality_note(equal: dict) -> str:
 def with_ratios(rows: list[dict]) -> list[dict]:
     dense = {(row["shape"], row["batch"]): row for row in rows if row["method"] == "dense"}
     for row in rows:
-        row["speedup"] = dense[row["shape"], row["batch"]]["ms_per_token"] / row["ms_per_token"]
+        if base := dense.get((row["shape"], row["batch"])):
+            row["speedup"] = base["ms_per_token"] / row["ms_per_token"]
     return rows
 
 
-def plot(axes, rows: list[dict]) -> None:
+def plot(figure, rows: list[dict]) -> None:
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         requests = "1 request" if row["batch"] == 1 else f"{row['batch']} requests"
         group = groups.setdefault(f"{row['shape']}\n{requests}", {})
         group[row["method"]] = row["ms_per_token"]
-    report.grouped_bars(axes, groups, "ms per decoding step")
+    drawing.bars(figure.subplots(), groups, "ms per decoding step of all requests")

@@ -120,14 +120,15 @@ def joined(load: dict, earlier: dict | None) -> dict:
     }  # fmt: skip
 
 
-def resumed(path: Path, settings: dict, busy: bool) -> dict | None:
-    """What a result file has, if it was measured under these settings by these versions, and on an idle machine."""
+def resumed(path: Path, settings: dict, threads: int, busy: bool) -> dict | None:
+    """What a result file has, if it is of these settings, versions and machine, and was measured on an idle one."""
     if not path.exists():
         return None
     old = json.loads(path.read_text())
-    known = old["settings"] | {"versions": versions()}
-    same = known == old["settings"] and all(old["settings"].get(key) == value for key, value in settings.items())
-    return old if same and (busy or is_idle(old["settings"]["load"])) else None
+    wanted = json.loads(json.dumps(settings | {"versions": versions(), "machine": machine(threads)}))
+    if any(old["settings"].get(key) != value for key, value in wanted.items()):
+        return None
+    return old if busy or is_idle(old["settings"]["load"]) else None
 
 
 def is_idle(load: dict) -> bool:

@@ -86,7 +86,7 @@ class Speed:
         self.name = args.name or "speed-" + "-".join(p.label.split(":")[0].replace("/", ".") for p in policies)
         self.settings = settings(shapes, cells, policies, args)
         self.path = args.results / f"{self.name}.json"
-        old = report.resumed(self.path, self.settings, args.busy or args.quick) if args.resume else None
+        old = report.resumed(self.path, self.settings, args.threads, args.busy or args.quick) if args.resume else None
         self.rows, self.earlier = (old["rows"], old["settings"]["load"]) if old else ([], None)
 
     def run(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernel_cases, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,15 +33,15 @@ def test_it_needs_nothing_but_torch():
     code = (
         "import sys; sys.modules['vllm'] = None; sys.path = [p for p in sys.path if 'editable' not in p]\n"
         "sys.meta_path = [f for f in sys.meta_path if 'ditable' not in getattr(f, '__name__', '')]\n"
-        "import torch; from benchmarks import kernels\n"
+        "import torch; from benchmarks import dense_kernels, kernels\n"
         "assert kernels.check(torch.device('cpu')) == 36\n"
-        "assert kernels.vllm_cpu_kernel(kernels.Case.random(256, 1, 1, 'cpu'), None) is None\n"
+        "assert dense_kernels.vllm_cpu_kernel(kernels.Case.random(256, 1, 1, 'cpu'), None) is None\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_checks_can_fail(monkeypatch):
-    monkeypatch.setattr(kernels, "top_pages", lambda scores, k: torch.zeros(*scores.shape[:2], k, dtype=torch.int32))
+    monkeypatch.setattr(kernel_cases, "top_pages", lambda scores, k: torch.zeros(*scores.shape[:2], k, dtype=torch.int32))
     with pytest.raises(AssertionError):
         kernels.check(torch.device("cpu"))

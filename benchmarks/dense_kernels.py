@@ -1,0 +1,116 @@
+"""Attention to all keys, by every kernel that is here; and vLLM's own kernel over the pages that were chosen."""
+
+import torch
+
+from benchmarks.kernel_cases import DIM, HEADS, KV_HEADS, PAGE, Case
+from vllm_dlm.kernels.top_pages import physical_pages, top_pages
+
+
+def dense_kernels(case: Case) -> dict:
+    """name -> a call that attends to all keys. Keys and values lie side by side for them, pages in order: what they
+    like best."""
+    batch, keys = len(case.kv_lens), int(case.kv_lens[0])
+    kv = case.pages.view(batch, -1, KV_HEADS, PAGE, 2 * DIM).transpose(1, 2).flatten(2, 3)[:, :, :keys]
+    k, v = (part.contiguous() for part in kv.chunk(2, -1))  # [B, Hkv, N, D]
+    rows = case.q.view(batch, case.queries, KV_HEADS, -1, DIM).transpose(1, 2).flatten(2, 3)  # [B, Hkv, L * G, D]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    by_head = case.q.view(batch, case.queries, HEADS, DIM).transpose(1, 2)
+    kernels = {
+        "torch SDPA, grouped heads as queries": lambda: attention(rows, k, v),
+        "torch SDPA, enable_gqa": lambda: attention(by_head, k, v, enable_gqa=True),
+    }
+    if case.q.is_cuda:
+        kernels |= cuda_kernels(case, k, v)
+    elif theirs := vllm_cpu_kernel(case, kernels["torch SDPA, enable_gqa"]().transpose(1, 2).flatten(0, 1)):
+        kernels["vLLM CPU attention"] = theirs
+    return kernels
+
+
+def vllm_packed(case: Case, page_size: int, page_table: torch.Tensor):
+    """The case's keys in vLLM's own packed cache: (how to attend there, cache), None where vLLM is not."""
+    try:
+        from vllm_dlm.attention.packed import packed_pages
+    except ImportError:
+        return None
+    pages = packed_pages(HEADS, KV_HEADS, DIM, case.q.dtype, page_size)
+    cache = torch.zeros(page_table.numel(), KV_HEADS, page_size, 2 * DIM, dtype=case.q.dtype)
+    kv = case.pages[case.page_table].transpose(2, 3).flatten(1, 2)  # [B, N, Hkv, 2 * D]
+    for own, table in zip(kv, page_table, strict=True):
+        slots = (table[:, None] * page_size + torch.arange(page_size)).flatten()[: len(own)]
+        pages.write(*(part.contiguous() for part in own.chunk(2, -1)), cache, slots)
+    return pages, cache
+
+
+def vllm_cpu_kernel(case: Case, want: torch.Tensor | None):
+    """All keys, in blocks of vLLM's size, laid out in order."""
+    count = -(-int(case.kv_lens[0]) // 128)
+    table = torch.arange(len(case.kv_lens) * count).view(-1, count)
+    if (packed := vllm_packed(case, 128, table)) is None:
+        return None
+    pages, cache = packed
+    lens, table, out = case.kv_lens.to(torch.int32), table.to(torch.int32), torch.empty_like(case.q)
+
+    def call():
+        pages.attend(case.q, cache, pages.batch([case.queries] * len(lens), lens, table), DIM**-0.5, out)
+        return out
+
+    if case.queries == 1:  # else it is causal and the other is not
+        torch.testing.assert_close(call(), want, atol=3e-2, rtol=3e-2)
+    return call
+
+
+def chosen_by_vllm(case: Case, k: int):
+    """Score, select and attend as a server on a CPU does: vLLM's kernel over a page table of the chosen pages."""
+    if case.q.is_cuda or case.queries > 1 or (packed := vllm_packed(case, PAGE, case.page_table)) is None:
+        return None
+    pages, cache = packed
+
+    def call():
+        chosen = top_pages(case.score(), k)
+        physical = physical_pages(case.page_table, chosen)
+        return pages.attend_chosen(case.q, cache, pages.chosen_batch(case.kv_lens, k), physical, DIM**-0.5)
+
+    torch.testing.assert_close(call(), case.attend(top_pages(case.score(), k)), atol=3e-2, rtol=3e-2)
+    return call
+
+
+def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
+    """FlashInfer, FlashAttention and xformers, those that are installed."""
+    batch, keys = k.shape[0], k.shape[2]
+    kernels = {}
+    try:
+        from flash_attn import flash_attn_with_kvcache
+
+        q = case.q.view(batch, case.queries, HEADS, DIM)
+        k_, v_ = (part.transpose(1, 2).contiguous() for part in (k, v))
+        kernels["FlashAttention"] = lambda: flash_attn_with_kvcache(q, k_, v_, causal=True)
+    except ImportError:
+        pass
+    try:
+        import flashinfer
+
+        if case.queries == 1:
+            size, blocks = PAGE, keys // PAGE
+            cache = torch.stack([part.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1) for part in (k, v)], 1)
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                torch.empty(256 << 20, dtype=torch.uint8, device=k.device), "HND", use_tensor_cores=True
+            )
+            wrapper.plan(
+                torch.arange(0, batch * blocks + 1, blocks, dtype=torch.int32, device=k.device),
+                torch.arange(batch * blocks, dtype=torch.int32, device=k.device),
+                torch.full((batch,), size, dtype=torch.int32, device=k.device),
+                HEADS, KV_HEADS, DIM, size, q_data_type=case.q.dtype, data_type=case.q.dtype,
+            )  # fmt: skip
+            kernels["FlashInfer"] = lambda: wrapper.run(case.q, cache)
+    except ImportError:
+        pass
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        group = HEADS // KV_HEADS
+        q5 = case.q.view(batch, case.queries, KV_HEADS, group, DIM)
+        k5, v5 = (part.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, group, -1) for part in (k, v))
+        kernels["xformers"] = lambda: memory_efficient_attention(q5, k5, v5)
+    except ImportError:
+        pass
+    return kernels
