@@ -69,7 +69,13 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     result = report.Report(
         name="costs", title="Multiply-adds of published settings, by the cost model",
-        settings={name: vars(shape) for name, shape in SHAPES.items()},
+        settings={
+            "shapes": {name: vars(shape) for name, shape in SHAPES.items()}, "dtype": "any",
+            "baseline": "this engine's exact policy (none) and the published loop (reference loop)",
+            "counted": "multiply-adds of linears, attention and head, by formula, one token per step",
+        "machine": {"note": "by formula, on no machine"}, "versions": report.versions(),
+            "load": {"note": "nothing in this table is a time"},
+        },
         columns=COLUMNS, notes=NOTES, rows=[row(setting) for setting in SETTINGS],
     )  # fmt: skip
     result.print()

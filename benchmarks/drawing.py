@@ -15,7 +15,10 @@ COLOURS = {
     "unique": PINK, "unique, dense_layers []": RED, "unique, vector": RED, "unique, all rows": YELLOW,
     "wavefilter/serve": SKY, "wavefilter/serve, every step": GREEN, "wavefilter/paper": BLUE,
     "mean only": ORANGE, "quest": GREEN, "block mean": ORANGE, "block mean + spread": RED, "sparse-dllm": PINK,
-    "oracle": "#444444", "random": GREY,
+    "oracle": "#444444", "random": "#BBBBBB",
+    "torch's kernels": SKY, "vLLM's kernel attends": PINK, "by bytes alone": GREY,
+    "soft mask": BLUE, "hard mask": ORANGE, "soft mask, gradient": SKY, "dense, SDPA": "#444444",
+    "dense, SDPA with": RED, "dense, eager": PINK, "dense, SDPA, gradient": "#AAAAAA",
 }  # fmt: skip
 
 
@@ -34,8 +37,8 @@ def save(path: Path, title: str, caption: str, draw: Callable) -> None:
     draw(figure)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12)
-    figure.supxlabel("\n".join(textwrap.wrap(caption, 165)), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    figure.suptitle("\n".join(textwrap.wrap(title, 95)), fontsize=12)
+    figure.supxlabel("\n".join(textwrap.wrap(caption, 172)), fontsize=6.5, color="#555555", x=0.01, ha="left")
     # Without the version of matplotlib in it the same figures give the same file.
     figure.savefig(path, dpi=140, metadata={"Software": None})
     pyplot.close(figure)
@@ -60,16 +63,39 @@ def bars(axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:
     axes.legend(frameon=False, fontsize=8, ncols=min(len(series), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def dots(axes, names: list[str], values: list[float], xlabel: str, spread: list | None = None, form: str = "{:.1%}") -> None:
-    """A dot per name, names down the side, where no two can meet; `spread` has (low, high) or None of each."""
+def dots(axes, names: list[str], values: list, xlabel: str, form: str, log: bool = False, spread: list | None = None) -> None:
+    """A dot per name, names down the side, where no two can meet; `spread`: (low, high) of each. A zero, which has no
+    logarithm, stands as a number at the edge."""
     places = range(len(names))[::-1]
+    if log:
+        axes.set_xscale("log")
     for y, name, value, ends in zip(places, names, values, spread or [None] * len(names), strict=True):
+        if value is None:
+            continue
+        if log and value <= 0:
+            axes.text(0.01, y, "0", transform=axes.get_yaxis_transform(), fontsize=7, va="center")
+            continue
         if ends:
-            axes.plot(ends, [y, y], color=colour(name), lw=2, alpha=0.5, solid_capstyle="butt")
-        axes.plot([value], [y], "o", color=colour(name), ms=6)
-        axes.annotate(form.format(value), (value, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+            axes.plot(ends, [y, y], color=colour(name), lw=5, alpha=0.3, solid_capstyle="butt")
+        axes.plot([value], [y], "o", color=colour(name), ms=5)
+        beside, above = ((6, 0), ("left", "center")), ((0, 6), ("center", "bottom"))
+        offset, (across, up) = above if ends else beside
+        axes.annotate(
+            form.format(value), (value, y), xytext=offset, textcoords="offset points", ha=across, va=up, fontsize=7
+        )
     axes.set_yticks(places, names, fontsize=8)
-    axes.set_ylim(-0.6, len(names) - 0.2)
-    axes.set_xlabel(xlabel)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.set_xlabel(xlabel, fontsize=9)
+    if not log:
+        axes.locator_params(axis="x", nbins=5)
+    axes.margins(x=0.2)
+    if form.endswith("%}"):
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.grid(axis="x", color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
+
+
+def legend(figure, axes) -> None:
+    """One for all panels, beside them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")

@@ -81,12 +81,15 @@ class Load:
     before: float = field(default_factory=load_average)
     waited: float = 0.0
     within_run: bool = False  # `before` is that of the run this table belongs to
+    timed: bool = True  # False: the table has no times, and the load is told for completeness
     others: list[float] = field(default_factory=list)
 
     def settings(self) -> dict:
         found = {"average_before": self.before, "average_at_end": load_average(), "waited_s": round(self.waited)}
         if self.within_run:
             found["average_before_is_of"] = "the whole run, which measured other tables before this one"
+        if not self.timed:
+            found["note"] = "nothing in this table is a time"
         if self.others:
             found["cores_used_by_others_at_most"] = max(self.others)
         return found

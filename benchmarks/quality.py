@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import drawing, report
 from benchmarks.cells import Policy
+from benchmarks.load import Load
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "vllm_dlm" / "demo" / "checkpoint"
 CANVAS, BLOCK = 32, 8
@@ -61,6 +62,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     many, some = (8, 4) if args.quick else (args.prompts, args.drift_prompts)
+    load = Load(timed=False)
     engine = Engine()
     policies = [Policy.parse(text) for text in (*DEFAULTS, *(text for curve in CURVES.values() for text in curve))]
     samples = questions(max(many, some))
@@ -78,17 +80,22 @@ def run(args) -> None:
     result = report.Report(
         name="quality",
         title="Quality of feature reuse on the demo checkpoint",
-        settings={
-            "model": "demo checkpoint", "dtype": "float32",
-            "tasks": "equal shares of recall at 256 tokens (8 needles, 2 asked for), copy, sort, addition, totals",
-            "prompts": {"exact match": many, "drift": some}, "machine": report.machine(torch.get_num_threads()),
-            "versions": report.versions(),
-        },
+        settings=settings(many, some) | report.surroundings(torch.get_num_threads(), load),
         columns=COLUMNS, notes=NOTES, rows=rows,
     )  # fmt: skip
     result.print()
     for path in result.write(args.results, plot):
         print(path)
+
+
+def settings(many: int, some: int) -> dict:
+    return {
+        "shapes": f"demo checkpoint, canvas of {CANVAS}, blocks of {BLOCK}", "dtype": "float32",
+        "baseline": "none, the exact model, on the same prompts and canvases",
+        "counted": "whole answers; drift over the masked positions of every step",
+        "tasks": "equal shares of recall at 256 tokens (8 needles, 2 asked for), copy, sort, addition, totals",
+        "prompts": {"exact match": many, "drift": some},
+    }  # fmt: skip
 
 
 def questions(count: int):
@@ -217,18 +224,10 @@ class Engine:
         return self.runner.model.compute_logits(hidden).float().log_softmax(-1)
 
 
-def plot(axes, rows: list[dict]) -> None:
-    """Drift against the rows recomputed, all policies on one picture."""
-    families = {}
-    for row in rows:
-        families.setdefault(row["policy"].split(":")[0], []).append(row)
-    for name, members in families.items():
-        members = sorted(members, key=lambda row: row["rows_share"])
-        share = [row["rows_share"] for row in members]
-        drift = [max(row["kl"], 1e-9) for row in members]  # exact ones have no logarithm
-        axes.plot(share, drift, "o-", label=name)
-        for row, x, y in zip(members, share, drift, strict=True):
-            label = row["policy"].partition(":")[2]
-            axes.annotate(label, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="share of rows recomputed", ylabel="mean KL from the exact model (nats)")
-    axes.legend(frameon=False)
+def plot(figure, rows: list[dict]) -> None:
+    """Drift and rows recomputed side by side, a line of the picture per policy."""
+    figure.set_size_inches(9, 7.5)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row["policy"] for row in rows]
+    drawing.dots(left, names, [row["kl"] for row in rows], "mean KL from the exact model (nats)", "{:.1e}", log=True)
+    drawing.dots(right, names, [row["rows_share"] for row in rows], "share of rows recomputed", "{:.0%}")

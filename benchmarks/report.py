@@ -136,6 +136,8 @@ def is_idle(load: dict) -> bool:
 
 
 def on_machine(found: dict) -> str:
+    if "note" in found:
+        return found["note"]
     threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
     return f"{found['cpu']}, {found['cores']} cores, {threads}"
 
@@ -143,6 +145,8 @@ def on_machine(found: dict) -> str:
 def under_load(load: dict) -> str:
     if "average_before" not in load:
         return load["note"]
+    if "note" in load:
+        return f"load average {load['average_before']} before, {load['average_at_end']} at the end; {load['note']}"
     text = f"load average {load['average_before']} before the {'whole run' if 'average_before_is_of' in load else 'start'}, "
     text += f"{load['average_at_end']} at the end"
     if "sittings" in load:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import drawing, report
+from benchmarks.load import Load
 from benchmarks.quality import BLOCK, CANVAS, Engine
 
 PAGE = 16
@@ -104,6 +105,7 @@ def run(args) -> None:
         if wanted - known:
             raise SystemExit(f"--rules: unknown {'; '.join(sorted(wanted - known))}; known: {'; '.join(sorted(known))}")
         jobs = [job for job in jobs if job[2] in wanted | {"dense"}]
+    load = Load(timed=False)
     engine = SelectionEngine(max(lengths) + 64)
     rows, samples = [], {tokens: questions(prompts, tokens, args.needles, args.queried) for tokens in lengths}
     with tqdm(total=len(jobs) * prompts, desc="selection", unit="prompt") as progress:
@@ -122,16 +124,22 @@ def run(args) -> None:
         result = report.Report(
             name=f"selection-{table}{suffix}",
             title=title,
-            settings={
-                "model": "demo checkpoint", "dtype": "float32", "page": PAGE if table == "pages" else None,
-                "needles": args.needles, "asked for": args.queried,
-                "machine": report.machine(torch.get_num_threads()), "versions": report.versions(),
-            },
+            settings=settings(table, args) | report.surroundings(torch.get_num_threads(), load),
             columns=COLUMNS, notes=NOTES, rows=[row for row in rows if row["table"] in (table, "both")],
         )  # fmt: skip
         result.print()
         for path in result.write(args.results, plot):
             print(path)
+
+
+def settings(table: str, args) -> dict:
+    asked = f"{args.needles} needle{'s' * (args.needles > 1)} in a prompt, {args.queried} asked for"
+    return {
+        "shapes": f"demo checkpoint, canvas of {CANVAS}, blocks of {BLOCK}, {asked}", "dtype": "float32",
+        "baseline": "fast_dllm (dual) that reads all cached keys (dense)",
+        "counted": "whole answers, and attention weight of masked rows on what is kept",
+        "page": PAGE if table == "pages" else None, "needles": args.needles, "asked for": args.queried,
+    }  # fmt: skip
 
 
 def questions(count: int, tokens: int, needles: int = 8, queried: int = 2):
@@ -197,16 +205,36 @@ class SelectionEngine(Engine):
         return right / len(samples)
 
 
-def plot(axes, rows: list[dict]) -> None:
-    """Exact match against the share kept, all lengths together."""
-    lines = {}
-    for row in rows:
-        if row["rule"] != "dense":
-            lines.setdefault(row["rule"], {}).setdefault(row["budget"], []).append(row["exact_match"])
-    for name, points in lines.items():
-        shares = sorted(points)
-        axes.plot(shares, [float(np.mean(points[share])) for share in shares], "o-", label=name)
-    dense = [row["exact_match"] for row in rows if row["rule"] == "dense"]
-    axes.axhline(float(np.mean(dense)), color="grey", lw=0.8, label="dense")
-    axes.set(xscale="log", xlabel="share of the prompt kept", ylabel="exact match (mean over prompt lengths)")
-    axes.legend(frameon=False, fontsize=7)
+def plot(figure, rows: list[dict]) -> None:
+    if len({row["budget"] for row in rows if row["rule"] != "dense"}) > 1:
+        plot_budgets(figure, rows)
+    else:
+        plot_rules(figure, rows)
+
+
+def plot_budgets(figure, rows: list[dict]) -> None:
+    """Exact match by the share of the prompt that is kept, a picture per prompt length."""
+    lengths = sorted({row["tokens"] for row in rows})
+    grid = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, tokens in zip(grid, lengths, strict=True):
+        own = [row for row in rows if row["tokens"] == tokens]
+        for rule in dict.fromkeys(row["rule"] for row in own):
+            points = sorted((row["budget"], row["exact_match"]) for row in own if row["rule"] == rule)
+            if rule == "dense":
+                axes.axhline(points[0][1], color=drawing.GREY, lw=0.8, label="everything")
+            else:
+                axes.plot(*zip(*points, strict=True), "o-", color=drawing.colour(rule), label=rule, ms=4, lw=1.2, alpha=0.85)
+        shares = sorted({row["budget"] for row in own if row["rule"] != "dense"})
+        axes.set(xscale="log", xlabel=f"of {tokens:,} tokens", ylim=(-0.03, 1.03))
+        axes.set_xticks(shares, [f"{100 * share:.3g}%" for share in shares], fontsize=7)
+        axes.minorticks_off()
+    grid[0].set_ylabel("exact match, by the share of the prompt that is kept")
+    drawing.legend(figure, grid[0])
+
+
+def plot_rules(figure, rows: list[dict]) -> None:
+    """At one budget: answers, and attention kept, of each rule."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row["rule"] for row in rows]
+    drawing.dots(left, names, [row["exact_match"] for row in rows], "exact match", "{:.1%}")
+    drawing.dots(right, names, [row.get("of_oracle") for row in rows], "attention kept, of what as many tokens could", "{:.1%}")

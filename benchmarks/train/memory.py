@@ -10,12 +10,12 @@ import os
 import resource
 import subprocess
 import sys
-import time
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import drawing, report
+from benchmarks.load import Load
 
 SHAPE = dict(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -37,11 +37,15 @@ WAYS = {
 COLUMNS = [
     report.Column("way", "attention"),
     *(report.Column(f"mib_{n}", f"MiB at {n // 1024}k", "{:.0f}") for n in LENGTHS),
-    *(report.Column(f"s_{n}", f"s at {n // 1024}k", "{:.1f}") for n in LENGTHS[-1:]),
 ]
+STATED = {
+    "shapes": "Llama of 2 layers of 256, 4 query and 2 key heads, batch 1", "dtype": "float32", "page_size": 64,
+    "budget_tokens": 1024, "baseline": "transformers' dense attention: SDPA, with a mask of pairs, eager",
+    "counted": "highest resident memory of forward and backward less that before",
+}  # fmt: skip
 NOTES = [
     "Forward and backward, batch 1, float32: highest resident memory less that before the step, with what is freed "
-    "given back at once. Seconds of one step, on a machine that others used too: an order of magnitude.",
+    "given back at once.",
     "dense, SDPA: torch's fused kernel, which holds no matrix either; a mask of pairs is what a soft mask over keys "
     "takes without a kernel of its own. Ways that hold the matrix are not tried beyond 8k tokens.",
 ]
@@ -66,10 +70,8 @@ def measure(way: str, length: int) -> dict:
         given["attention_mask"] = torch.zeros(1, SHAPE["num_attention_heads"], length, length).masked_fill_(
             torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
         ).requires_grad_()  # fmt: skip
-    began = time.perf_counter()
     model(ids, labels=ids, use_cache=False, **given).loss.backward()
-    seconds = time.perf_counter() - began
-    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, "s": seconds}
+    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
 
 
 def resident() -> float:
@@ -92,16 +94,15 @@ def main() -> None:
         (way, length) for way, (*_, most) in WAYS.items() for length in LENGTHS
         if length <= min(most or length, options.longest)
     ]  # fmt: skip
-    rows = {way: {"way": way} for way in WAYS}
+    rows, load = {way: {"way": way} for way in WAYS}, Load(timed=False)
     for way, length in tqdm(cells, unit="cell"):
         command = [sys.executable, "-m", "benchmarks.train.memory", "--threads", str(options.threads), "--one", way, str(length)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | RETURNED)
         found = json.loads(done.stdout.splitlines()[-1])
-        rows[way] |= {f"mib_{length}": found["mib"], f"s_{length}": found["s"]}
+        rows[way][f"mib_{length}"] = found["mib"]
     result = report.Report(
         "training-memory", "Peak memory of a training step",
-        {"model": SHAPE, "dtype": "float32", "page_size": 64, "budget_tokens": 1024, "machine": report.machine(options.threads)}
-        | {"versions": report.versions()},
+        STATED | {"model": SHAPE} | report.surroundings(options.threads, load),
         COLUMNS, NOTES, list(rows.values()),
     )  # fmt: skip
     result.print()
@@ -109,12 +110,17 @@ def main() -> None:
         print(path)
 
 
-def plot(axes, rows: list[dict]) -> None:
+def plot(figure, rows: list[dict]) -> None:
+    axes = figure.subplots()
     for row in rows:
         found = [(n, row[f"mib_{n}"]) for n in LENGTHS if f"mib_{n}" in row]
-        axes.plot(*zip(*found, strict=True), marker="o", label=row["way"])
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB", xticks=LENGTHS, xticklabels=[f"{n // 1024}k" for n in LENGTHS])
+        style = {"color": drawing.colour(row["way"]), "ls": "--" if WAYS[row["way"]][2] else "-"}
+        axes.plot(*zip(*found, strict=True), marker="o", ms=4, label=row["way"], **style)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB")
+    axes.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
+    axes.set_yticks((50, 100, 200, 500, 1000, 2000, 5000), ("50", "100", "200", "500", "1,000", "2,000", "5,000"))
     axes.minorticks_off()
+    axes.grid(color="#e5e5e5", lw=0.6)
     axes.legend(frameon=False, fontsize=8)
 
 

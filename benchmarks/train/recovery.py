@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 import vllm_dlm.training as sparse
-from benchmarks import report
+from benchmarks import drawing, report
+from benchmarks.load import Load
 from benchmarks.train import diffusion
 from benchmarks.train.decoding import Reader, exact_match
 from benchmarks.train.lessons import HiddenAnswers, Recall
@@ -41,6 +42,11 @@ COLUMNS = [
     report.Column("dense_weight_under_threshold", "weight there without a mask", "{:.1%}"),
     report.Column("masked_weight_under_threshold", "through the soft mask", "{:.1%}"),
 ]
+STATED = {
+    "shapes": "demo checkpoint (vllm_dlm/demo/checkpoint), canvas of 16, blocks of 8", "dtype": "float32",
+    "baseline": "the untrained checkpoint at the same budget, and dense training of the same length",
+    "counted": f"whole answers, of {PROMPTS} fresh prompts", "prompts": PROMPTS,
+}  # fmt: skip
 NOTES = [
     "Exact match of the whole answer, end token included, greedy, canvas of 16, blocks of 8, one token per step; the "
     "prompt's keys are recomputed at the start of each block, pages are chosen anew in every step.",
@@ -102,7 +108,7 @@ def grade(recipe: Recipe, folders: dict) -> report.Report:
             kept.write_text(json.dumps({"settings": settings, "rows": done}))
     return report.Report(
         "recovery", "Accuracy at a small page budget, before and after training",
-        {"checkpoint": "vllm_dlm/demo/checkpoint", "dtype": "float32", "prompts": PROMPTS} | settings, COLUMNS, NOTES,
+        STATED | settings | report.surroundings(recipe.threads, Load(timed=False)), COLUMNS, NOTES,
         rows_of(done, recipe),
     )  # fmt: skip
 
@@ -144,12 +150,16 @@ def interval(right: int, n: int) -> tuple[float, float]:
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
-def plot(axes, rows: list[dict]) -> None:
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        reads = "everything" if row["reads"] == "everything" else "at the budget"
-        groups.setdefault(f"training: {row['training']}", {})[reads] = row["exact_match"]
-    report.grouped_bars(axes, groups, "exact match")
+def plot(figure, rows: list[dict]) -> None:
+    """With Wilson's intervals, for those that read the budget and those that read everything."""
+    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    whole = [row for row in rows if row["reads"] == "everything"]
+    for axes, own in ((left, [row for row in rows if row not in whole]), (right, whole)):
+        names = ["untrained" if row["training"] == "none" else row["training"] for row in own]
+        drawing.dots(
+            axes, names, [row["exact_match"] for row in own], f"exact match, reading {own[0]['reads']}", "{:.1%}",
+            spread=[row["interval"] for row in own],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Tables and plots of results once more, from their JSON files: after a change of columns, notes or drawing."""
+
+import importlib
+from pathlib import Path
+
+from benchmarks import report
+
+#: what a result's name begins with -> who wrote it
+WRITERS = {
+    "speed": "benchmarks.speed", "kernels": "benchmarks.kernels", "decode": "benchmarks.decode",
+    "costs": "benchmarks.costs", "selection": "benchmarks.selection", "quality": "benchmarks.quality",
+    "recovery": "benchmarks.train.recovery", "training-memory": "benchmarks.train.memory",
+}  # fmt: skip
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("names", nargs="*", help="of results; default: all that there are")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+
+
+def run(args) -> None:
+    for path in sorted(args.results.glob("*.json")):
+        if (not args.names or path.stem in args.names) and (writer := writer_of(path.stem)):
+            for written in report.Report.read(path, writer.COLUMNS).write(args.results, getattr(writer, "plot", None)):
+                print(written)
+
+
+def writer_of(name: str):
+    fitting = [start for start in WRITERS if name.startswith(start)]
+    return importlib.import_module(WRITERS[max(fitting, key=len)]) if fitting else None
