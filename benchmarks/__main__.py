@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "figures": "all times that the README quotes, in one run on an idle machine",
     "speed": "tokens per second of the reference loop and of this engine, per policy",
     "kernels": "page-sparse attention against dense kernels, checked and timed; runs without vLLM",
     "decode": "milliseconds per token at long context, vLLM against pages chosen by UNIQUE",

@@ -31,7 +31,7 @@ class Shape:
     heads: int
     feed_forward: int
     vocabulary: int
-    context: int = 4352  # the longest prompt of the reuse table, 4096, and its response
+    context: int = 6400  # the longest of the ragged prompts around 4096, 6144, and its response
 
     @property
     def layer_weights(self) -> int:

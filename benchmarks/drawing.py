@@ -27,7 +27,8 @@ def colour(label: str) -> str:
     return COLOURS[max(fitting, key=len)] if fitting else BLUE
 
 
-def save(path: Path, title: str, caption: str, draw: Callable) -> None:
+def picture(title: str, caption: str, draw: Callable):
+    """The figure as `draw(figure)` draws it, with its title and, below, what its numbers are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,6 +40,13 @@ def save(path: Path, title: str, caption: str, draw: Callable) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(textwrap.wrap(title, 95)), fontsize=12)
     figure.supxlabel("\n".join(textwrap.wrap(caption, 172)), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def save(path: Path, title: str, caption: str, draw: Callable) -> None:
+    from matplotlib import pyplot
+
+    figure = picture(title, caption, draw)
     # Without the version of matplotlib in it the same figures give the same file.
     figure.savefig(path, dpi=140, metadata={"Software": None})
     pyplot.close(figure)

@@ -28,10 +28,10 @@ def busy_seconds(stat: str) -> float:
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
-def own_seconds(root: int) -> float:
+def own_seconds(root: int, proc: Path = Path("/proc")) -> float:
     """Of the process `root`, its descendants, and those of them that have ended and were waited for."""
     parents, ticks = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in proc.glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # ended meanwhile
