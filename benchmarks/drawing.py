@@ -52,7 +52,9 @@ def save(path: Path, title: str, caption: str, draw: Callable) -> None:
     pyplot.close(figure)
 
 
-def bars(axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:.3g}", log: bool = False) -> None:
+def bars(
+    axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:.3g}", log: bool = False
+) -> None:
     """groups: label under the axis -> series -> height. Categories, so no lines; legend above the bars."""
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.84 / len(series)
@@ -68,12 +70,22 @@ def bars(axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:
     if log:
         axes.set_yscale("log")
     axes.margins(y=0.1)
-    axes.legend(frameon=False, fontsize=8, ncols=min(len(series), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(
+        frameon=False, fontsize=8, ncols=min(len(series), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
 
 
-def dots(axes, names: list[str], values: list, xlabel: str, form: str, log: bool = False, spread: list | None = None) -> None:
-    """A dot per name, names down the side, where no two can meet; `spread`: (low, high) of each. A zero, which has no
-    logarithm, stands as a number at the edge."""
+def dots(
+    axes,
+    names: list[str],
+    values: list,
+    xlabel: str,
+    form: str,
+    log: bool = False,
+    spread: list | None = None,
+) -> None:
+    """A dot per name, names down the side, where no two can meet; `spread`: (low, high) of each. A zero, which has
+    no logarithm, stands as a number at the edge."""
     places = range(len(names))[::-1]
     if log:
         axes.set_xscale("log")
@@ -89,7 +101,13 @@ def dots(axes, names: list[str], values: list, xlabel: str, form: str, log: bool
         beside, above = ((6, 0), ("left", "center")), ((0, 6), ("center", "bottom"))
         offset, (across, up) = above if ends else beside
         axes.annotate(
-            form.format(value), (value, y), xytext=offset, textcoords="offset points", ha=across, va=up, fontsize=7
+            form.format(value),
+            (value, y),
+            xytext=offset,
+            textcoords="offset points",
+            ha=across,
+            va=up,
+            fontsize=7,
         )
     axes.set_yticks(places, names, fontsize=8)
     axes.set_ylim(-0.7, len(names) - 0.3)

@@ -15,18 +15,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import load, report
+from benchmarks import load, redraw, report
 from benchmarks.quoted import README, put_into
 
 #: 128 new tokens in blocks of 32: 106M parameters, the head share of LLaDA-8B
 REUSE = (
-    "speed --name speed-reuse --title 'Speed of reuse policies' --shapes llada-proportions --no-loop --new 128 --seconds 25 "
-    "--policy none --policy fast_dllm/dual --policy dllm_cache --policy dyllm "
+    "speed --name speed-reuse --title 'Speed of reuse policies' --shapes llada-proportions --no-loop "
+    "--new 128 --seconds 25 --policy none --policy fast_dllm/dual --policy dllm_cache --policy dyllm "
     "--cells 1024x1,1024x8,4096x1,4096x8,256x1,256x8"
 )
 SELECTION = (
-    "speed --name speed-selection --title 'Speed of selections over Fast-dLLM' --shapes llada-long --no-loop --new 64 "
-    "--seconds 60 --policy fast_dllm/dual --policy fast_dllm/dual+wavefilter/serve "
+    "speed --name speed-selection --title 'Speed of selections over Fast-dLLM' --shapes llada-long --no-loop "
+    "--new 64 --seconds 60 --policy fast_dllm/dual --policy fast_dllm/dual+wavefilter/serve "
     "--policy fast_dllm/dual+wavefilter/paper --policy fast_dllm/dual+unique --cells 4096x1,16384x1"
 )
 LOOP = (
@@ -68,8 +68,12 @@ STAGES = [
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--minutes", type=float, help="begin no measurement after so many")
-    parser.add_argument("--plan", action="store_true", help="say what there is to do and how long it takes, no more")
-    parser.add_argument("--readme", action="store_true", help="write the README's figures though some are missing")
+    parser.add_argument(
+        "--plan", action="store_true", help="say what there is to do and how long it takes, no more"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="write the README's figures though some are missing"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure all of it again")
     parser.add_argument("--toy", action="store_true", help="try the run on toy models; needs --results")
     parser.add_argument("--threads", type=int, default=cores, help=f"(default {cores})")
@@ -93,10 +97,16 @@ def run(args) -> None:
     failed = [stage for stage in STAGES if not measured(stage, around, begin, args)]
     done = all(complete(stage, args.results) for stage in STAGES)
     if done:
+        redraw.again(
+            args.results, [stage.table for stage in STAGES]
+        )  # one may have been stopped before its plot
         remove_superseded(args.results)
     if args.readme or (done and not args.toy):
         README.write_text(put_into(README.read_text(), args.results))
-    print(f"{(time.monotonic() - begin) / 60:.0f} minutes; " + ("all of it is measured" if done else "the same command goes on"))
+    print(
+        f"{(time.monotonic() - begin) / 60:.0f} minutes; "
+        + ("all of it is measured" if done else "the same command goes on")
+    )
     if failed:
         raise SystemExit("failed: " + ", ".join(stage.table for stage in failed))
 
@@ -107,7 +117,15 @@ def measured(stage: Stage, around: load.Load, begin: float, args) -> bool:
     if left is not None and left <= 0:
         print(f"no minutes left for {stage.table}: {stage.command}")
         return True
-    command = [sys.executable, "-m", "benchmarks", *stage.arguments(args.toy), "--resume", "--results", str(args.results)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        *stage.arguments(args.toy),
+        "--resume",
+        "--results",
+        str(args.results),
+    ]
     command += ["--threads", str(args.threads), "--patience", str(args.patience)]
     command += ["--minutes", f"{left:.2f}"] if left is not None else []
     command += ["--busy"] if args.busy or args.toy else []
@@ -120,7 +138,9 @@ def complete(stage: Stage, results: Path) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    return len(found["rows"]) == stage.rows and "cores_used_by_others_at_most" in found["settings"].get("load", {})
+    return len(found["rows"]) == stage.rows and "cores_used_by_others_at_most" in found["settings"].get(
+        "load", {}
+    )
 
 
 def remove_superseded(results: Path) -> None:

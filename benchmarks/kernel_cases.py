@@ -38,7 +38,9 @@ class Case:
     queries: int
 
     @classmethod
-    def random(cls, keys: int, batch: int, queries: int, device, dtype=torch.bfloat16, std_kind="l2") -> "Case":
+    def random(
+        cls, keys: int, batch: int, queries: int, device, dtype=torch.bfloat16, std_kind="l2"
+    ) -> "Case":
         generator = torch.Generator(device).manual_seed(keys + batch)
         count = -(-keys // PAGE)
         pages = torch.empty(batch * count, KV_HEADS, PAGE, 2 * DIM, dtype=dtype, device=device)
@@ -51,7 +53,13 @@ class Case:
         q = torch.randn(batch * queries, HEADS, DIM, generator=generator, device=device).to(dtype)
         starts = torch.arange(0, batch * queries + 1, queries, device=device)
         return cls(
-            q, starts, pages, order.view(batch, count), torch.full((batch,), keys, device=device), statistics, queries
+            q,
+            starts,
+            pages,
+            order.view(batch, count),
+            torch.full((batch,), keys, device=device),
+            statistics,
+            queries,
         )
 
     def score(self, function=page_scores):
@@ -70,7 +78,12 @@ def check(device: torch.device) -> int:
     """Every operation against its definition, at shapes that have partly filled pages and few of them."""
     checked = 0
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
-        for keys, queries, std_kind in ((1000, 1, "l2"), (500, 3, "vector"), (640, 2, "diag2"), (777, 8, "rms")):
+        for keys, queries, std_kind in (
+            (1000, 1, "l2"),
+            (500, 3, "vector"),
+            (640, 2, "diag2"),
+            (777, 8, "rms"),
+        ):
             case = Case.random(keys, 2, queries, device, dtype, std_kind)
             here = Case(**{
                 name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(case).items()

@@ -23,7 +23,7 @@ def load_average() -> float:
 
 
 def busy_seconds(stat: str) -> float:
-    """Of all cores so far, from /proc/stat: everything but idle and waiting for disks; a host's theft counts."""
+    """Of all cores so far, from /proc/stat: all but idle and waiting for disks; what a host takes counts."""
     user, nice, system, _idle, _iowait, interrupts, soft, stolen = map(int, stat.split("\n")[0].split()[1:9])
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
@@ -48,7 +48,7 @@ def own_seconds(root: int, proc: Path = Path("/proc")) -> float:
 
 
 class Watch:
-    """`with Watch() as watch: …` -> `watch.others`, the cores others used on average; None where /proc is not."""
+    """`with Watch() as watch: …` -> `watch.others`, the cores others used on average; None without /proc."""
 
     others: float | None = None
 
@@ -85,7 +85,11 @@ class Load:
     others: list[float] = field(default_factory=list)
 
     def settings(self) -> dict:
-        found = {"average_before": self.before, "average_at_end": load_average(), "waited_s": round(self.waited)}
+        found = {
+            "average_before": self.before,
+            "average_at_end": load_average(),
+            "waited_s": round(self.waited),
+        }
         if self.within_run:
             found["average_before_is_of"] = "the whole run, which measured other tables before this one"
         if not self.timed:
@@ -119,7 +123,7 @@ def add_arguments(parser) -> None:
 
 
 def settle(busy: bool, patience: float, pause: float = 5.0) -> Load:
-    """Waits until nobody else wants the cores, and says so; gives up with an error after `patience` seconds."""
+    """Waits until nobody else wants the cores, and says so; an error after `patience` seconds."""
     of_run = os.environ.get(RUN_LOAD)
     load = Load(float(of_run) if of_run else load_average(), within_run=of_run is not None)
     if busy:
@@ -134,11 +138,15 @@ def settle(busy: bool, patience: float, pause: float = 5.0) -> Load:
         load.waited = time.monotonic() - begin
         if load.waited >= patience:
             raise SystemExit(
-                f"the machine is not idle: {now} cores wanted after waiting {load.waited:.0f} s, below {IDLE} is idle; "
-                "--busy measures all the same, and the tables say so"
+                f"the machine is not idle: {now} cores wanted after waiting {load.waited:.0f} s, "
+                f"below {IDLE} is idle; --busy measures all the same, and the tables say so"
             )
         if not said:
-            print(f"waiting for an idle machine: {now} cores wanted, below {IDLE} is idle, {patience:g} s at most", flush=True)
+            print(
+                f"waiting for an idle machine: {now} cores wanted, below {IDLE} is idle, "
+                f"{patience:g} s at most",
+                flush=True,
+            )
             said = True
         time.sleep(pause)
     if said:

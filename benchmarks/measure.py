@@ -65,7 +65,11 @@ class Engine:
             max_num_seqs=max(cell.batch for cell in cells),
             max_num_batched_tokens=rows,
             # keys and values of every row, as much again for what policies keep of it, and slack per request
-            kv_cache_memory_bytes=2 * 2 * shape.layers * shape.width * (2 * rows + 512 * (2 + max(c.batch for c in cells))),
+            kv_cache_memory_bytes=2
+            * 2
+            * shape.layers
+            * shape.width
+            * (2 * rows + 512 * (2 + max(c.batch for c in cells))),
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
@@ -77,7 +81,7 @@ class Engine:
     def measure(self, cell: Cell, request: dict, repetitions: int, seconds: float) -> list[dict]:
         """Per repetition: seconds and what the probe counted."""
         prompts = cell.prompts(self.shape)
-        # Few steps of the first block meet the large shapes once: allocators and oneDNN's caches are warm then.
+        # Few steps of the first block meet the large shapes once, which warms allocators and oneDNN's caches.
         self._deliver(prompts, replace(cell, blocks=1), request, max(1, min(2, cell.steps_per_block // 2)))
         runs = []
         while len(runs) < repetitions and sum(run["seconds"] for run in runs) < seconds:

@@ -114,8 +114,8 @@ def delivered(worker, output) -> bool:
 
 
 def start(worker, requests: int, tokens: int) -> None:
-    """Counts until so many requests have so many tokens each; what the engine does before it hears of an abort is left
-    out."""
+    """Counts until so many requests have so many tokens each; what the engine does before it hears of an abort
+    is left out."""
     worker.dlm_counts.clear()
     worker.dlm_delivered.clear()
     worker.dlm_awaited, worker.dlm_taken = (requests, tokens), None

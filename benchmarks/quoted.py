@@ -27,7 +27,11 @@ class Tables:
         """Of all rows that fit, from the least to the most."""
         rows = self.found.get(table, {}).get("rows", [])
         values = [row[key] for row in rows if all(row.get(name) == value for name, value in where.items())]
-        return " to ".join(dict.fromkeys(form.format(end) for end in (min(values), max(values)))) if values else MISSING
+        return (
+            " to ".join(dict.fromkeys(form.format(end) for end in (min(values), max(values))))
+            if values
+            else MISSING
+        )
 
     def measured(self) -> str:
         """Where, and beside whom, the times were taken: the worst of the tables."""
@@ -35,7 +39,11 @@ class Tables:
         loads = [found["load"] for found in settings]
         machines = list(dict.fromkeys(on_machine(found["machine"]) for found in settings))
         before = max((found["average_before"] for found in loads), default=None)
-        others = [found["cores_used_by_others_at_most"] for found in loads if "cores_used_by_others_at_most" in found]
+        others = [
+            found["cores_used_by_others_at_most"]
+            for found in loads
+            if "cores_used_by_others_at_most" in found
+        ]
         text = f"{'; '.join(machines)}. Load average before it: {before}"
         text += f"; others used at most {max(others)} cores while anything was measured" if others else ""
         return text + ("." if all(map(is_idle, loads)) else ". The machine was NOT IDLE.")
@@ -48,7 +56,8 @@ def lines(folder: Path) -> list[tuple[str, str, str, str]]:
     def reuse(prompt: int, batch: int) -> tuple[str, str, str, str]:
         methods = ("fast_dllm/dual", "dllm_cache", "dyllm")
         found = [
-            tables.value("speed-reuse", "vs_none", "{:.1f}x", method=method, prompt=prompt, batch=batch) for method in methods
+            tables.value("speed-reuse", "vs_none", "{:.1f}x", method=method, prompt=prompt, batch=batch)
+            for method in methods
         ]
         requests = "1 request" if batch == 1 else f"{batch} requests"
         what = f"reuse, {prompt:,} prompt + 128 new tokens, {requests}: `fast_dllm`, `dllm_cache`, `dyllm`"
@@ -56,7 +65,12 @@ def lines(folder: Path) -> list[tuple[str, str, str, str]]:
 
     def selection(prompt: int) -> str:
         return tables.value(
-            "speed-selection", "vs_host", "{:.2f}x", method="fast_dllm/dual+wavefilter/serve", prompt=prompt, batch=1
+            "speed-selection",
+            "vs_host",
+            "{:.2f}x",
+            method="fast_dllm/dual+wavefilter/serve",
+            prompt=prompt,
+            batch=1,
         )
 
     def kernel(keys: int) -> str:
@@ -79,35 +93,52 @@ def lines(folder: Path) -> list[tuple[str, str, str, str]]:
     def answered(policy: str) -> str:
         return tables.value("quality", "exact_match", "{:.1%}", policy=policy)
 
+    answers = ", ".join(map(answered, ("fast_dllm:cache=dual", "dllm_cache", "dyllm")))
+    kept = tables.range("selection-tokens", "of_oracle", "{:.0%}", rule="wavefilter/serve", budget=0.16)
+    soft_then_hard = trained("soft mask, hard for the last 50%")
     return [
-        reuse(1024, 1), reuse(1024, 8), reuse(4096, 1), reuse(4096, 8),
+        *(reuse(prompt, batch) for prompt in (1024, 4096) for batch in (1, 8)),
         (
-            "answers of the demo model to 500 prompts: `fast_dllm`, `dllm_cache`, `dyllm`", f"`none`: {answered('none')}",
-            ", ".join(map(answered, ("fast_dllm:cache=dual", "dllm_cache", "dyllm"))), "quality",
+            "answers of the demo model to 500 prompts: `fast_dllm`, `dllm_cache`, `dyllm`",
+            f"`none`: {answered('none')}", answers, "quality",
         ),
         (
             "`fast_dllm` with `wavefilter/serve`, 4k and 16k prompt tokens", "time of `fast_dllm` alone",
             f"{selection(4096)}, {selection(16384)}", "speed-selection",
         ),
         (
-            "attention that `wavefilter/serve` keeps with 16 % of the prompt", "the best 16 %",
-            tables.range("selection-tokens", "of_oracle", "{:.0%}", rule="wavefilter/serve", budget=0.16), "selection-tokens",
+            "attention that `wavefilter/serve` keeps with 16 % of the prompt", "the best 16 %", kept,
+            "selection-tokens",
         ),
-        ("choosing and reading 2,048 of 32k and of 128k keys", "vLLM's dense kernel", f"{kernel(32768)}, {kernel(131072)} faster", "kernels-cpu"),
-        ("a step of Qwen1.5-0.5B's proportions at 32k, 1 and 4 requests", "vLLM", f"{decode('unique')} faster", "decode"),
+        (
+            "choosing and reading 2,048 of 32k and of 128k keys", "vLLM's dense kernel",
+            f"{kernel(32768)}, {kernel(131072)} faster", "kernels-cpu",
+        ),
+        (
+            "a step of Qwen1.5-0.5B's proportions at 32k, 1 and 4 requests", "vLLM", f"{decode('unique')} faster",
+            "decode",
+        ),
         ("the same without dense layers", "vLLM", f"{decode('unique, dense_layers []')} faster", "decode"),
-        ("`none`, 480 + 32 tokens, 1 request: 106M parameters, and 120M that are mostly head", "LLaDA's loop on transformers", f"{loop(1)} faster", "speed-none"),
+        (
+            "`none`, 480 + 32 tokens, 1 request: 106M parameters, and 120M that are mostly head",
+            "LLaDA's loop on transformers", f"{loop(1)} faster", "speed-none",
+        ),
         (
             "answers of the demo model at 2 of 32 pages after training on the soft, then the hard mask",
-            f"untrained {trained('none')}, trained dense {trained('dense')}", trained("soft mask, hard for the last 50%"), "recovery",
+            f"untrained {trained('none')}, trained dense {trained('dense')}", soft_then_hard, "recovery",
         ),
     ]  # fmt: skip
 
 
 def block(folder: Path) -> str:
-    rows = [f"| {what} | {base} | {figure} | [{table}](benchmarks/results/{table}.md) |" for what, base, figure, table in lines(folder)]
+    rows = [
+        f"| {what} | {base} | {figure} | [{table}](benchmarks/results/{table}.md) |"
+        for what, base, figure, table in lines(folder)
+    ]
     head = ["| what | against | figure | table |", "|---|---|---|---|"]
-    return "\n".join([BEGIN, *head, *rows, "", f"All times are of one run on {Tables(folder).measured()}", END])
+    return "\n".join(
+        [BEGIN, *head, *rows, "", f"All times are of one run on {Tables(folder).measured()}", END]
+    )
 
 
 def put_into(readme: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables and plots of results once more, from their JSON files: after a change of columns, notes or drawing."""
+"""Tables and plots of results once more, from their JSON: after a change of columns, notes or drawing."""
 
 import importlib
 from pathlib import Path
@@ -19,10 +19,17 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    for path in sorted(args.results.glob("*.json")):
-        if (not args.names or path.stem in args.names) and (writer := writer_of(path.stem)):
-            for written in report.Report.read(path, writer.COLUMNS).write(args.results, getattr(writer, "plot", None)):
-                print(written)
+    for written in again(args.results, args.names):
+        print(written)
+
+
+def again(results: Path, names: list[str]) -> list[Path]:
+    """Of these names; none: of all."""
+    written = []
+    for path in sorted(results.glob("*.json")):
+        if (not names or path.stem in names) and (writer := writer_of(path.stem)):
+            written += report.Report.read(path, writer.COLUMNS).write(results, getattr(writer, "plot", None))
+    return written
 
 
 def writer_of(name: str):

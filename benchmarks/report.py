@@ -65,12 +65,16 @@ class Report:
             from benchmarks import drawing
 
             written.append(folder / f"{self.name}.png")
-            drawing.save(written[-1], self.title, caption(self.settings), lambda figure: plot(figure, self.rows))
+            drawing.save(
+                written[-1], self.title, caption(self.settings), lambda figure: plot(figure, self.rows)
+            )
         return written
 
     def shown(self) -> list[Column]:
         """Without the columns that no row has."""
-        return [column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)]
+        return [
+            column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)
+        ]
 
     def markdown(self) -> str:
         columns = self.shown()
@@ -106,7 +110,7 @@ class Report:
 
 
 def surroundings(threads: int, load: Load, earlier: dict | None = None) -> dict:
-    """What every table states of where and beside whom it was measured; `earlier`: the load of rows that are kept."""
+    """Where and beside whom a table was measured; `earlier`: the load of the rows that are kept."""
     return {"machine": machine(threads), "versions": versions(), "load": joined(load.settings(), earlier)}
 
 
@@ -121,7 +125,7 @@ def joined(load: dict, earlier: dict | None) -> dict:
 
 
 def resumed(path: Path, settings: dict, threads: int, busy: bool) -> dict | None:
-    """What a result file has, if it is of these settings, versions and machine, and was measured on an idle one."""
+    """What a result file has, if it is of these settings, versions and machine, and the machine was idle."""
     if not path.exists():
         return None
     old = json.loads(path.read_text())
@@ -146,8 +150,10 @@ def under_load(load: dict) -> str:
     if "average_before" not in load:
         return load["note"]
     if "note" in load:
-        return f"load average {load['average_before']} before, {load['average_at_end']} at the end; {load['note']}"
-    text = f"load average {load['average_before']} before the {'whole run' if 'average_before_is_of' in load else 'start'}, "
+        before, end = load["average_before"], load["average_at_end"]
+        return f"load average {before} before, {end} at the end; {load['note']}"
+    begun = "whole run" if "average_before_is_of" in load else "start"
+    text = f"load average {load['average_before']} before the {begun}, "
     text += f"{load['average_at_end']} at the end"
     if "sittings" in load:
         text += f", in {load['sittings']} sittings"

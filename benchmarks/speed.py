@@ -20,7 +20,17 @@ from benchmarks import load, report
 from benchmarks.cells import BLOCK, Cell, Policy
 from benchmarks.checkpoints import SHAPES, Shape, checkpoint
 from benchmarks.measure import Engine, loop_environment, pinned
-from benchmarks.speed_table import BASELINE, COLUMNS, COUNTED, NOTES, base_row, engine_row, order, plot, with_ratios
+from benchmarks.speed_table import (
+    BASELINE,
+    COLUMNS,
+    COUNTED,
+    NOTES,
+    base_row,
+    engine_row,
+    order,
+    plot,
+    with_ratios,
+)
 
 LOOP = "loop"
 
@@ -44,8 +54,12 @@ def add_arguments(parser) -> None:
         "--cells", type=listed(place), metavar="PROMPTxREQUESTS,…",
         help="prompt lengths and requests at once; default 480x1,480x8 (with --new: 512 positions)",
     )  # fmt: skip
-    parser.add_argument("--only", type=listed(place), metavar="PROMPTxREQUESTS,…", help="of --cells, in this call")
-    parser.add_argument("--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)")
+    parser.add_argument(
+        "--only", type=listed(place), metavar="PROMPTxREQUESTS,…", help="of --cells, in this call"
+    )
+    parser.add_argument(
+        "--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)"
+    )
     parser.add_argument(
         "--blocks", type=int, help=f"time the first BLOCKS blocks of {BLOCK} tokens only (default all)"
     )
@@ -57,7 +71,9 @@ def add_arguments(parser) -> None:
         "--seconds", type=float, default=40, help="no further repetition of a cell after this long"
     )
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
-    parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the result file has under the same settings"
+    )
     parser.add_argument("--threads", type=int, default=cores, help=f"for loop and engine (default {cores})")
     parser.add_argument("--no-loop", action="store_true", help="leave the reference loop away")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
@@ -83,10 +99,16 @@ class Speed:
 
     def __init__(self, shapes: list[Shape], cells: list[Cell], policies: list[Policy], args):
         self.shapes, self.cells, self.policies, self.args = shapes, cells, policies, args
-        self.name = args.name or "speed-" + "-".join(p.label.split(":")[0].replace("/", ".") for p in policies)
+        self.name = args.name or "speed-" + "-".join(
+            p.label.split(":")[0].replace("/", ".") for p in policies
+        )
         self.settings = settings(shapes, cells, policies, args)
         self.path = args.results / f"{self.name}.json"
-        old = report.resumed(self.path, self.settings, args.threads, args.busy or args.quick) if args.resume else None
+        old = (
+            report.resumed(self.path, self.settings, args.threads, args.busy or args.quick)
+            if args.resume
+            else None
+        )
         self.rows, self.earlier = (old["rows"], old["settings"]["load"]) if old else ([], None)
 
     def run(self) -> None:
@@ -111,11 +133,13 @@ class Speed:
             print(path)
 
     def missing(self, shape: Shape) -> list[tuple[str, Cell]]:
-        """(method, cell), the methods of a cell one after the other, so that what is compared is neighbours in time."""
+        """(method, cell), all methods of a cell before the next, so that what is compared is neighbours in time."""
         known = {(row["shape"], row["method"], row["prompt"], row["batch"]) for row in self.rows}
         only = self.args.only or [(cell.prompt, cell.batch) for cell in self.cells]
         cells = [cell for cell in self.cells if (cell.prompt, cell.batch) in only]
-        singles = [] if self.args.no_loop else {cell.prompt: replace(cell, batch=1) for cell in cells}.values()
+        singles = (
+            [] if self.args.no_loop else {cell.prompt: replace(cell, batch=1) for cell in cells}.values()
+        )
         wanted = [(LOOP, cell) for cell in singles]
         wanted += [(policy.label, cell) for cell in cells for policy in self.policies]
         return [(m, cell) for m, cell in wanted if (shape.name, m, cell.prompt, cell.batch) not in known]
@@ -137,7 +161,9 @@ class Speed:
             if self.late():
                 break
             self.progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
-            timed = cell.short(self.args.none_steps) if self.args.none_steps and policy.label == "none" else cell
+            timed = (
+                cell.short(self.args.none_steps) if self.args.none_steps and policy.label == "none" else cell
+            )
             with self.load.watch():
                 runs = engine.measure(timed, policy.request, self.args.repetitions, self.args.seconds)
             self.keep(engine_row(shape, policy, timed, runs))
@@ -155,7 +181,10 @@ class Speed:
         own = [(shape, [row for row in self.rows if row["shape"] == shape.name]) for shape in self.shapes]
         methods = [LOOP, *(policy.label for policy in self.policies)]
         rows = order(
-            [row for _, rows in own for row in with_ratios(rows)], [shape.name for shape in self.shapes], self.cells, methods
+            [row for _, rows in own for row in with_ratios(rows)],
+            [shape.name for shape in self.shapes],
+            self.cells,
+            methods,
         )
         return report.Report(
             name=self.name, title=self.args.title,

@@ -39,16 +39,22 @@ NOTES = [
     "queued before the first step; '× loop' compares with the loop's one request of the stated length.",
     "rows recomputed: rows through the feed-forward, of canvas × layers × steps. FLOPs: multiply-adds × 2 of "
     "linears, attention and head, counted where the rows arrive; for the loop by formula.",
-    "time / host's: of a selection over a reuse policy, against that policy alone. cached keys read: of those that are "
-    "there. keys scored: means and keys a selection compared with queries; pyramid rows: means it took. Both per layer.",
+    "time / host's: of a selection over a reuse policy, against that policy alone. cached keys read: of those "
+    "that are there. keys scored: means and keys a selection compared with queries; pyramid rows: means it took. "
+    "Both per layer.",
     "engine overhead: share of the wall time outside forward and head (scheduler, processes, packing, "
     "committing, detokenising).",
-    "steps timed: where fewer than new tokens, the first ones of the first block: with `none` every step recomputes every "
-    "row, so all of them cost the same.",
+    "steps timed: where fewer than new tokens, the first ones of the first block: with `none` every step "
+    "recomputes every row, so all of them cost the same.",
 ]
 
-COUNTED = "response tokens delivered over the wall time from submission to the last of them, medians of repetitions"
-BASELINE = "in a cell, LLaDA's sampling loop on transformers (loop), this engine without reuse (none), or the reuse policy alone"
+COUNTED = (
+    "response tokens delivered over the wall time from submission to the last of them, medians of repetitions"
+)
+BASELINE = (
+    "in a cell, LLaDA's sampling loop on transformers (loop), this engine without reuse (none), "
+    "or the reuse policy alone"
+)
 
 
 def base_row(shape: Shape, method: str, cell: Cell, seconds: list[float]) -> dict:
@@ -75,8 +81,12 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
         "flops": counts["flops"],
         "rows_share": counts["rows"] / (shape.layers * cell.rows() * cell.steps),
         "kv_share": counts["keys_read"] / counts["keys_dense"] if counts.get("summaries") else None,
-        "scored": counts["keys_scored"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
-        "pyramids": counts["summaries"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
+        "scored": counts["keys_scored"] / (shape.layers * counts["steps"])
+        if counts.get("summaries")
+        else None,
+        "pyramids": counts["summaries"] / (shape.layers * counts["steps"])
+        if counts.get("summaries")
+        else None,
         "head_rows_per_request_step": counts["head_rows"] / (cell.batch * cell.steps),
         "overhead": median(lambda run: 1 - (run["forward"] + run["head"]) / run["seconds"]),
         "share_of_time": {
@@ -91,8 +101,8 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Of one checkpoint: against the loop's one request of the same prompt, `none` in the same cell, and the reuse
-    policy without a selection."""
+    """Of one checkpoint: against the loop's one request of the same prompt, `none` in the same cell, and the
+    reuse policy without a selection."""
     cell_of = {(row["method"], row["prompt"], row["batch"]): row for row in rows}
     for row in rows:
         prompt, batch = row["prompt"], row["batch"]
@@ -115,7 +125,8 @@ def order(rows: list[dict], shapes: list[str], cells: list[Cell], methods: list[
     return sorted(
         rows,
         key=lambda row: (
-            shapes.index(row["shape"]), places.index((row["prompt"], row["batch"])), methods.index(row["method"])
+            shapes.index(row["shape"]), places.index((row["prompt"], row["batch"])),
+            methods.index(row["method"]),
         ),
     )  # fmt: skip
 
@@ -139,6 +150,8 @@ def plot(figure, rows: list[dict]) -> None:
         for row in rows:
             if row["shape"] == shape:
                 place = f"{row['prompt']:,} + {row['new']}\n× {row['batch']}"
-                groups.setdefault(place, {})[row["method"]] = row.get(field, 1.0 if field == "vs_host" else None)
+                groups.setdefault(place, {})[row["method"]] = row.get(
+                    field, 1.0 if field == "vs_host" else None
+                )
         drawing.bars(axes, groups, words)
         axes.set_xlabel(f"{shape}: prompt + new tokens × requests", fontsize=8)

@@ -1,4 +1,4 @@
-"""Waiting for an idle machine, and telling one's own work from that of others: on clocks and processes made up here."""
+"""Waiting for an idle machine, telling one's own work from that of others: clocks and processes are made up."""
 
 import pytest
 
@@ -46,7 +46,9 @@ def test_it_waits_and_says_so(clock, monkeypatch, capsys):
     found = load.settle(busy=False, patience=60, pause=5)
     assert found.before == 0.29 and found.waited == clock[0] == 15
     said = capsys.readouterr().out
-    assert said.startswith("waiting for an idle machine: 1.5 cores wanted") and said.endswith("idle after 15 s\n")
+    assert said.startswith("waiting for an idle machine: 1.5 cores wanted") and said.endswith(
+        "idle after 15 s\n"
+    )
 
 
 def test_it_gives_up_in_time(clock, monkeypatch):

@@ -49,7 +49,9 @@ def test_a_result_that_does_not_state_its_conditions_is_refused(key):
         table(Load(before=0.1), **{key: None})
 
 
-@pytest.mark.parametrize(("before", "others", "idle"), [(0.29, 0.1, True), (0.3, 0.1, False), (0.1, 0.3, False)])
+@pytest.mark.parametrize(
+    ("before", "others", "idle"), [(0.29, 0.1, True), (0.3, 0.1, False), (0.1, 0.3, False)]
+)
 def test_the_table_and_the_plot_say_whether_the_machine_was_idle(before, others, idle):
     found = table(Load(before=before, others=[0.0, others]))
     for text in (found.markdown(), report.caption(found.settings)):
@@ -70,9 +72,18 @@ def test_rows_are_kept_only_under_the_same_conditions(tmp_path):
 
 
 def test_the_worst_load_of_several_sittings_is_stated():
-    earlier = {"average_before": 0.2, "average_at_end": 3.0, "waited_s": 10, "cores_used_by_others_at_most": 0.05}
+    earlier = {
+        "average_before": 0.2,
+        "average_at_end": 3.0,
+        "waited_s": 10,
+        "cores_used_by_others_at_most": 0.05,
+    }
     found = surroundings(2, Load(before=0.1, others=[0.2]), earlier)["load"]
-    assert (found["average_before"], found["cores_used_by_others_at_most"], found["sittings"]) == (0.2, 0.2, 2)
+    assert (found["average_before"], found["cores_used_by_others_at_most"], found["sittings"]) == (
+        0.2,
+        0.2,
+        2,
+    )
     assert ", in 2 sittings" in report.under_load(found)
 
 

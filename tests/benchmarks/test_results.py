@@ -1,4 +1,4 @@
-"""The results that are in the repository: tables that say what their JSON says, plots whose labels can be read."""
+"""The results in the repository: tables that say what their JSON says, plots whose labels can be read."""
 
 import itertools
 import json
@@ -8,7 +8,9 @@ import pytest
 from benchmarks import drawing, figures, quoted, report
 from benchmarks.redraw import writer_of
 
-NAMES = [path.stem for path in sorted(report.RESULTS.glob("*.json")) if path.stem != "demo"]  # another kind of table
+NAMES = [
+    path.stem for path in sorted(report.RESULTS.glob("*.json")) if path.stem != "demo"
+]  # another kind of table
 
 
 def read(name: str) -> tuple[report.Report, object]:
@@ -26,33 +28,36 @@ def test_tables_are_those_of_their_json(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if hasattr(writer_of(name), "plot")])
 def test_no_label_of_a_plot_lies_over_another_or_outside(name):
     from matplotlib import pyplot
-    from matplotlib.text import Text
 
     found, plot = read(name)
-    figure = drawing.picture(found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows))
+    figure = drawing.picture(
+        found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows)
+    )
     figure.canvas.draw()
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if drawn(text)]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(figure)]
     pyplot.close(figure)
     width, height = figure.get_size_inches() * figure.dpi
     for text, box in boxes:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} leaves the picture"
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, (
+            f"{text!r} leaves the picture"
+        )
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
         assert apart, f"{one!r} lies over {other!r}"
 
 
-def drawn(text) -> bool:
-    """Ticks beyond the ends of an axis have labels that are not drawn, and so have the inner ones of shared axes."""
-    axes = text.axes
-    if axes is None:
-        return True
-    for axis in (axes.xaxis, axes.yaxis):
-        for tick in axis.get_major_ticks() + axis.get_minor_ticks():
-            if text in (tick.label1, tick.label2):
-                low, high = sorted(axis.get_view_interval())
-                return low <= tick.get_loc() <= high
-    return True
+def drawn_texts(figure) -> list:
+    """Without the labels of ticks that lie beyond the ends of their axes, which matplotlib keeps but does not draw."""
+    from matplotlib.axis import Tick
+    from matplotlib.text import Text
+
+    of_ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
+    texts = [text for text in figure.findobj(Text) if text not in of_ticks]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
 
 
 def test_the_readme_quotes_its_tables():
@@ -66,7 +71,9 @@ def test_the_readme_quotes_its_tables():
 def test_no_table_of_speed_is_superseded():
     measured = all(figures.complete(stage, report.RESULTS) for stage in figures.STAGES)
     speeds = {path.stem for path in report.RESULTS.glob("speed-*.json")}
-    assert not measured or speeds == {stage.table for stage in figures.STAGES if stage.table.startswith("speed")}
+    assert not measured or speeds == {
+        stage.table for stage in figures.STAGES if stage.table.startswith("speed")
+    }
 
 
 def test_nothing_names_a_machine():

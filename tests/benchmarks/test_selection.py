@@ -72,6 +72,7 @@ def test_grades_on_the_demo_checkpoint(engine):
     class Silent:
         def update(self, _): ...
 
+    torch.manual_seed(0)  # the random rule draws from torch's generator
     dense = engine.grade(None, samples, Silent())
     grades = {name: engine.grade(rule, samples, Silent()) for name, rule in token_rules(0.25).items()}
     assert dense["exact_match"] >= 5 / 6 and "mass" not in dense
