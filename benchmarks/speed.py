@@ -219,7 +219,10 @@ def setting_notes(about: dict, cells: list[Cell]) -> list[str]:
         for name, shape in about["shapes"].items()
     ]
     if any(cell.blocks * BLOCK < cell.new for cell in cells):
-        notes.append(f"Timed up to the end of block {cells[0].blocks} of each response; the rest is aborted.")
+        notes.append(
+            f"Timed and counted until the last request has block {cells[0].blocks} of its response; others may be "
+            "in their next one by then. The rest is aborted."
+        )
     return notes
 
 

@@ -24,8 +24,8 @@ def command(folder, *more: str) -> str:
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "DLM_BENCH_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "speed", "--policy", "none", "--policy", "fast_dllm/dual", "--quick",
-         "--threads", "1", "--repetitions", "2", "--new", "64", "--blocks", "1", "--name", "speed", "--results", str(folder),
-         *more],
+         "--threads", "1", "--repetitions", "2", "--new", "64", "--blocks", "1", "--name", "speed",
+         "--results", str(folder), *more],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -71,16 +71,20 @@ def test_rows_of_the_table(result):
 
 
 def test_counts_go_on_until_all_have_delivered(result):
-    """Refreshes of different requests keep out of each other's steps, so eight of them take more steps than one does."""
+    """Refreshes of different requests keep out of each other's steps: eight of them take more steps than one."""
     one, eight = (row for row in result[1]["rows"] if row["method"] == "fast_dllm/dual")
     assert one["steps"] == BLOCK < eight["steps"]
-    for row in (one, eight):
-        lengths = Cell(row["prompt"], row["new"], row["batch"], row["blocks"]).lengths()
-        # a refresh takes all rows but in the last layer, which goes on with the block's; then there are only those
-        refreshes = sum((SHAPE.layers - 1) * (length + row["new"]) + BLOCK for length in lengths)
-        rows = refreshes + row["batch"] * (BLOCK - 1) * BLOCK * SHAPE.layers
-        dense = SHAPE.layers * BLOCK * sum(length + row["new"] for length in lengths)
-        assert row["rows_share"] == rows / dense
+    assert one["rows_share"] == first_block_share(one)
+    # nothing of the first block is missed; who is through with it has gone on when the last one delivers
+    assert eight["rows_share"] >= first_block_share(eight)
+
+
+def first_block_share(row: dict) -> float:
+    """A refresh takes all rows but in the last layer, which goes on with the block's; then there are only those."""
+    lengths = Cell(row["prompt"], row["new"], row["batch"], row["blocks"]).lengths()
+    refreshes = sum((SHAPE.layers - 1) * (length + row["new"]) + BLOCK for length in lengths)
+    rows = refreshes + row["batch"] * (BLOCK - 1) * BLOCK * SHAPE.layers
+    return rows / (SHAPE.layers * BLOCK * sum(length + row["new"] for length in lengths))
 
 
 def test_what_is_known_is_not_measured_again(result):
