@@ -30,7 +30,7 @@ def vllm_environment() -> dict[str, str]:
 
 
 class Server:
-    def __init__(self, log: Path, *arguments: str, checkpoint: Path = CHECKPOINT):
+    def __init__(self, log: Path, *arguments: str, checkpoint: Path = CHECKPOINT, **environment: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +44,7 @@ class Server:
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=vllm_environment(),
+                env=vllm_environment() | environment,
                 start_new_session=True,
             )
 
@@ -72,13 +72,14 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def metrics(self) -> dict[str, float]:
-        """name -> value, summed over labels."""
+    def metrics(self, engine: str | None = None) -> dict[str, float]:
+        """name -> value, summed over labels; of one replica alone with `engine`."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                if engine in (None, sample.labels.get("engine")):
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
     def token_id(self, text: str) -> int:

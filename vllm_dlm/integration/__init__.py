@@ -6,7 +6,7 @@
 
 def install() -> None:
     from vllm_dlm import metrics
-    from vllm_dlm.integration import autoregressive, bodies, canvas, cli, cpu_wheel, prompts, requests
+    from vllm_dlm.integration import autoregressive, bodies, canvas, cli, cpu_wheel, prompts, requests, shutdown
     from vllm_dlm.integration.registration import register_models
 
     cpu_wheel.alias_distribution()
@@ -16,5 +16,6 @@ def install() -> None:
     prompts.install()
     requests.install()
     bodies.install()
+    shutdown.install()
     autoregressive.install()
     metrics.install()

@@ -1,0 +1,208 @@
+"""Several replicas behind one port (`--data-parallel-size`): answers, limits and counters of each, and how they end."""
+
+import json
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+from tests.integration.serving import BLOCK, COPY, Server, chat_text, needle, options
+
+REUSES = ["none", "fast_dllm", "fast_dllm/prefix", "dllm_cache", "dyllm"]
+BLOCKS = 6  # of 128 tokens: a replica has five for its canvases, both together have eleven
+SERVED = (
+    *("--plugin", "vllm_dlm", "--served-model-name", "m", "--max-model-len", "512"),
+    *("--kv-cache-memory-bytes", str(16 << 20)),  # unasked, each replica would take most of the memory
+    *("--dlm-config", json.dumps({
+        "decoding": {"name": "low_confidence", "block_length": BLOCK},
+        "selection": {"name": "wavefilter", "min_prompt": 64},
+    })),
+)  # fmt: skip
+REPLICAS = (*SERVED, "--data-parallel-size", "2", "--num-gpu-blocks-override", str(BLOCKS))
+ENVIRONMENT = {
+    # one thread each, tied to no core: vLLM would tie both replicas to the same one
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    # With less to write between its two callbacks vLLM always loses the race that shutdown.py is about.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def started(folder, *arguments: str) -> Server:
+    server = Server(folder / "log.txt", *arguments, **ENVIRONMENT)
+    try:
+        server.wait_until_healthy(seconds=600)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory):
+    """Two, behind one front-end, so that it is told the sum of their blocks and ends by waiting for its streams."""
+    server = started(tmp_path_factory.mktemp("replicas"), *REPLICAS, "--api-server-count", "1")
+    yield server
+    server.stop()
+
+
+def mixed() -> list[dict]:
+    """Bodies of every reuse policy, greedy and seeded, guided and not."""
+    prompts = [chat_text(COPY), *(chat_text(needle("carol", f"{i}1234", repeats=1)[0]) for i in range(3))]
+    for index in range(20):
+        extra = {"dlm_reuse": REUSES[index % 5], "dlm_selection": "none"} | ({"dlm_cfg_scale": 1.0} if index % 7 == 0 else {})
+        sampled = {"prompt": "The", "temperature": 1, "top_p": 0.9, "ignore_eos": True}
+        asked = sampled if index % 2 else {"prompt": prompts[index // 2 % 4], "temperature": 0}
+        yield asked | {"max_tokens": 24, "seed": index, "return_token_ids": True} | options(**extra)
+
+
+def answers(server: Server, bodies: list[dict], **headers: str) -> list[list[int]]:
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: complete(server, body, **headers).json()["choices"][0]["token_ids"], bodies))
+
+
+def complete(server: Server, body: dict, **headers: str) -> httpx.Response:
+    model = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+    return httpx.post(f"{server.url}/v1/completions", json={"model": model} | body, headers=headers, timeout=300)
+
+
+def test_each_replica_answers_as_a_server_of_its_own(server, replicas):
+    """And counts what it did under its own label."""
+    bodies = list(mixed())
+    alone = answers(server, bodies)
+    assert len(set(map(tuple, alone))) > 10
+    for rank in ("0", "1"):
+        before = replicas.metrics(rank)
+        assert answers(replicas, bodies, **{"X-data-parallel-rank": rank}) == alone
+        after = replicas.metrics(rank)
+        delivered = sum(map(len, alone))
+        name = "vllm:diffusion_num_{}_total".format
+        assert after[name("committed_tokens")] - before.get(name("committed_tokens"), 0) == delivered
+        recomputed, dense = (after[name(n)] - before.get(name(n), 0) for n in ("rows_recomputed", "rows_dense"))
+        assert delivered < recomputed < dense
+
+
+def test_requests_are_spread(server, replicas):
+    before = [replicas.metrics(rank)["vllm:diffusion_num_rows_recomputed_total"] for rank in ("0", "1")]
+    assert answers(replicas, list(mixed())) == answers(server, list(mixed()))
+    after = [replicas.metrics(rank)["vllm:diffusion_num_rows_recomputed_total"] for rank in ("0", "1")]
+    assert all(new > old for new, old in zip(after, before, strict=True))
+
+
+#: (prompt, canvas, options): six blocks each
+TOO_MUCH = {
+    "its twin": (40, 230, {"dlm_reuse": "fast_dllm", "dlm_selection": "none", "dlm_cfg_scale": 1.0}),
+    "features": (40, 340, {"dlm_reuse": "dyllm", "dlm_selection": "none"}),
+    "features of both": (40, 100, {"dlm_reuse": "dllm_cache", "dlm_selection": "none", "dlm_cfg_scale": 1.0}),
+    "summaries of both": (150, 60, {"dlm_reuse": "fast_dllm", "dlm_cfg_scale": 1.0}),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("prompt", "canvas", "extra"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_one_replica_cannot_hold_is_refused(replicas, prompt, canvas, extra, stream):
+    body = {"prompt": [5] * prompt, "max_tokens": canvas, "stream": stream} | options(**extra)
+    answer = complete(replicas, body)
+    assert answer.status_code == 400 and "KV cache" in answer.text
+    assert complete(replicas, body | options(**extra | {"dlm_cfg_scale": 0}) | {"max_tokens": 8}).status_code == 200
+
+
+class Streams:
+    """Open streams of long canvases, and what became of them."""
+
+    def __init__(self, server: Server, count: int):
+        self.ends: list[str] = []
+        self.begun = threading.Barrier(count + 1)
+        self.threads = [threading.Thread(target=self.read, args=(server, i)) for i in range(count)]
+        for thread in self.threads:
+            thread.start()
+        self.begun.wait(120)
+
+    def read(self, server: Server, index: int) -> None:
+        # Three to be computed at a time, the others wait for memory.
+        body = {"model": "m", "prompt": [5 + index], "max_tokens": 120, "ignore_eos": True, "stream": True}
+        lines = []
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body | options(dlm_selection="none"), timeout=300) as answer:
+            self.begun.wait(120)  # the headers are there
+            try:
+                lines += answer.iter_lines()
+            except httpx.TransportError:
+                lines.append("closed")
+        self.ends.append(" ".join(lines[-4:]))
+
+    def wait(self) -> list[str]:
+        for thread in self.threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        return self.ends
+
+
+def ended(server: Server) -> int:
+    """Exit status of a server that was told to end; all of its processes are gone and its port is free."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.terminate()
+    return gone(server, family)
+
+
+def gone(server: Server, family: list[psutil.Process]) -> int:
+    status = server.process.wait(60)
+    _, alive = psutil.wait_procs(family, 30)
+    assert not alive
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+    return status
+
+
+def test_a_server_with_open_streams_ends(replicas):
+    """The last one here: it is not there any more. Long steps leave the engines no time to report aborted requests."""
+    streams = Streams(replicas, 8)
+    assert ended(replicas) == 0
+    for end in streams.wait():
+        assert "The server was told to end" in end and '"code": 503' in end and end.endswith("data: [DONE] "), end
+
+
+@pytest.mark.slow
+class TestOtherStarts:
+    @pytest.mark.parametrize(
+        "arguments", [[], ["--data-parallel-size", "2"], ["--tensor-parallel-size", "2"]], ids=["one", "dp", "tp"]
+    )
+    def test_answers_and_end(self, server, tmp_path, arguments):
+        """With `--data-parallel-size` vLLM starts as many front-ends."""
+        other = started(tmp_path, *SERVED, "--kv-cache-memory-bytes", str(16 << 20), *arguments)
+        try:
+            if "--tensor-parallel-size" not in arguments:  # ranks sum in another order, see tests/engine/test_invariance.py
+                assert answers(other, list(mixed())) == answers(server, list(mixed()))
+            else:
+                assert all(answers(other, list(mixed())))
+            streams = Streams(other, 8)
+            ended(other)
+            streams.wait()
+        finally:
+            other.stop()
+
+    @pytest.mark.parametrize("arguments", [[], ["--data-parallel-size", "2"]], ids=["one", "dp"])
+    @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+    def test_a_killed_process_ends_the_server(self, tmp_path, arguments, victim):
+        other = started(tmp_path, *SERVED, "--kv-cache-memory-bytes", str(16 << 20), *arguments)
+        try:
+            streams = Streams(other, 4)
+            family = psutil.Process(other.process.pid).children(recursive=True)
+            [*_, last] = [process for process in family if victim in process.cmdline()[0]]
+            last.send_signal(signal.SIGKILL)
+            assert gone(other, family) != 0 or not arguments
+            assert "died" in other.log_tail(400)
+            streams.wait()
+        finally:
+            other.stop()
+
+    def test_a_drained_server_finishes_its_streams(self, tmp_path):
+        other = started(tmp_path, *SERVED, "--kv-cache-memory-bytes", str(16 << 20), "--shutdown-timeout", "120")
+        try:
+            streams = Streams(other, 4)
+            assert ended(other) == 0
+            assert all('"finish_reason":"length"' in end.replace(" ", "") for end in streams.wait())
+        finally:
+            other.stop()

@@ -1,0 +1,45 @@
+"""SIGTERM ends a server at once, whatever it was computing.
+
+vLLM's API server ends its engine, which within a long step has no time to
+report its requests as aborted, and then waits without limit for the streams
+of those requests. Whether they hear of it is a race between two callbacks of
+the event loop, which autoregressive models lose, too. Here they are told.
+Read in vLLM 0.32: entrypoints/launchers/launcher.py (`handle_shutdown`),
+v1/engine/async_llm.py (`shutdown`, `output_handler`, `generate`),
+v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
+"""
+
+import functools
+from http import HTTPStatus
+
+from vllm_dlm.integration.registration import is_diffusion_lm
+
+
+def install() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if getattr(AsyncLLM.shutdown, "_dlm", False):
+        return
+    shutdown = AsyncLLM.shutdown
+
+    @functools.wraps(shutdown)
+    def shutdown_with_dlm(self, timeout: float | None = None) -> None:
+        if not timeout:
+            fail_open_requests(self)
+        shutdown(self, timeout)
+        fail_open_requests(self)  # what `--shutdown-timeout` was too short for, or came in meanwhile
+
+    shutdown_with_dlm._dlm = True
+    AsyncLLM.shutdown = shutdown_with_dlm
+
+
+def fail_open_requests(engine) -> None:
+    """503, which tells balancers and clients to ask another server. Called in a thread beside the event loop that
+    the requests wait in, and of engines that never came up."""
+    handler = getattr(engine, "output_handler", None)
+    if handler is None or handler.get_loop().is_closed() or not is_diffusion_lm(engine.model_config):
+        return
+    from vllm.exceptions import GracefulHTTPError
+
+    error = GracefulHTTPError("The server was told to end before the answer was complete.", HTTPStatus.SERVICE_UNAVAILABLE)
+    handler.get_loop().call_soon_threadsafe(engine.output_processor.propagate_error, error)
