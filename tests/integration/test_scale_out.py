@@ -54,13 +54,16 @@ def mixed() -> list[dict]:
     prompts = [chat_text(COPY), *(chat_text(needle("carol", f"{i}1234", repeats=1)[0]) for i in range(3))]
     for index in range(20):
         extra = {"dlm_reuse": REUSES[index % 5], "dlm_selection": "none"} | ({"dlm_cfg_scale": 1.0} if index % 7 == 0 else {})
-        sampled = {"prompt": "The", "temperature": 1, "top_p": 0.9, "ignore_eos": True}
-        asked = sampled if index % 2 else {"prompt": prompts[index // 2 % 4], "temperature": 0}
+        asked = {"prompt": prompts[index // 2 % 4], "temperature": 0}
+        if index % 2:
+            asked = {"prompt": "The", "temperature": 1.5, "ignore_eos": True}
+            extra |= {"dlm_algorithm": "random", "dlm_suppress_eos": 1}
         yield asked | {"max_tokens": 24, "seed": index, "return_token_ids": True} | options(**extra)
 
 
-def answers(server: Server, bodies: list[dict], **headers: str) -> list[list[int]]:
-    with ThreadPoolExecutor(len(bodies)) as pool:
+def answers(server: Server, bodies: list[dict], at_once: int = 1, **headers: str) -> list[list[int]]:
+    """One by one: shared steps round differently in bfloat16, which a sample may show."""
+    with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(lambda body: complete(server, body, **headers).json()["choices"][0]["token_ids"], bodies))
 
 
@@ -73,6 +76,7 @@ def test_each_replica_answers_as_a_server_of_its_own(server, replicas):
     """And counts what it did under its own label."""
     bodies = list(mixed())
     alone = answers(server, bodies)
+    assert {len(tokens) for tokens in alone[1::2]} == {24}
     assert len(set(map(tuple, alone))) > 10
     for rank in ("0", "1"):
         before = replicas.metrics(rank)
@@ -86,8 +90,9 @@ def test_each_replica_answers_as_a_server_of_its_own(server, replicas):
 
 
 def test_requests_are_spread(server, replicas):
+    greedy = [body for body in mixed() if body["temperature"] == 0]
     before = [replicas.metrics(rank)["vllm:diffusion_num_rows_recomputed_total"] for rank in ("0", "1")]
-    assert answers(replicas, list(mixed())) == answers(server, list(mixed()))
+    assert answers(replicas, greedy, at_once=10) == answers(server, greedy)
     after = [replicas.metrics(rank)["vllm:diffusion_num_rows_recomputed_total"] for rank in ("0", "1")]
     assert all(new > old for new, old in zip(after, before, strict=True))
 
