@@ -1,4 +1,4 @@
-"""Who is let in when memory is short: in turn, except that a large request may be passed, and no more than so often."""
+"""Who is let in when memory is short: in turn, but a large request may be passed, and only so often."""
 
 import random
 

@@ -196,8 +196,8 @@ class DenoisingScheduler(Scheduler):
     def _next_waiting(self) -> tuple[Request, Canvas, StepPlan] | None:
         """The first in line; while there is no memory for that one, the first behind it for which there is.
 
-        Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so it
-        runs when those that run now have ended at the latest, and holds the others back no longer than that.
+        Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so
+        it runs when those that run now have ended at the latest, and holds others back no longer than that.
         """
         for request in islice(self.waiting, 1 + OVERTAKES):
             with self.failed.of(request.request_id):

@@ -195,8 +195,8 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
 
 
 def replica_blocks(processor) -> int | None:
-    """Blocks of one replica: the front-end is told the sum over all engines it sends requests to, and a canvas lies in
-    one of them. Read in vLLM 0.32: v1/engine/core_client.py (`_apply_ready_response`, `engine_ranks_managed`)."""
+    """Blocks of one replica: the front-end is told the sum over all engines it sends requests to, and a canvas
+    lies in one. Read in vLLM 0.32: v1/engine/core_client.py (`_apply_ready_response`, `engine_ranks_managed`)."""
     total, parallel = processor.cache_config.num_gpu_blocks, processor.vllm_config.parallel_config
     if parallel.data_parallel_rank_local is not None:
         replicas = 1  # a process of `LLM` for each replica

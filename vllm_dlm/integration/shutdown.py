@@ -34,12 +34,13 @@ def install() -> None:
 
 
 def fail_open_requests(engine) -> None:
-    """503, which tells balancers and clients to ask another server. Called in a thread beside the event loop that
-    the requests wait in, and of engines that never came up."""
+    """503, which tells balancers and clients to ask another server. Called in a thread beside the event loop
+    that the requests wait in, and of engines that never came up."""
     handler = getattr(engine, "output_handler", None)
     if handler is None or handler.get_loop().is_closed() or not is_diffusion_lm(engine.model_config):
         return
     from vllm.exceptions import GracefulHTTPError
 
-    error = GracefulHTTPError("The server was told to end before the answer was complete.", HTTPStatus.SERVICE_UNAVAILABLE)
+    why = "The server was told to end before the answer was complete."
+    error = GracefulHTTPError(why, HTTPStatus.SERVICE_UNAVAILABLE)
     handler.get_loop().call_soon_threadsafe(engine.output_processor.propagate_error, error)
