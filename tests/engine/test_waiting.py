@@ -18,9 +18,8 @@ def request(blocks: int, seed: int, prompt: int = 12):
     canvas = 8 if blocks == 1 else 32
     prompt = prompt if blocks == 1 else 32 * blocks - canvas
     extra = {"dlm_block_length": 8, "dlm_steps": 2 + seed % 7 if blocks == 1 else 16}
-    params = SamplingParams(
-        temperature=seed % 2, seed=seed, max_tokens=canvas, ignore_eos=True, detokenize=False, extra_args=extra
-    )
+    fields = {"max_tokens": canvas, "ignore_eos": True, "detokenize": False, "extra_args": extra}
+    params = SamplingParams(temperature=seed % 2, seed=seed, **fields)
     return {"prompt_token_ids": [random.Random(seed).randint(0, 389) for _ in range(prompt)]}, params
 
 

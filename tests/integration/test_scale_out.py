@@ -1,4 +1,4 @@
-"""Several replicas behind one port (`--data-parallel-size`): what each answers, holds, counts; how they end."""
+"""Several replicas behind one port (`--data-parallel-size`): what each answers, holds, counts; their end."""
 
 import json
 import threading
@@ -90,8 +90,9 @@ def test_each_replica_answers_as_a_server_of_its_own(server, replicas):
         assert answers(replicas, bodies, **{"X-data-parallel-rank": rank}) == alone
         after = replicas.metrics(rank)
         delivered = sum(map(len, alone))
-        names = (f"vllm:diffusion_num_{name}_total" for name in ("committed_tokens", "rows_recomputed", "rows_dense"))
-        committed, recomputed, dense = (after[name] - before[name] for name in names)
+        names = ("committed_tokens", "rows_recomputed", "rows_dense")
+        counters = [f"vllm:diffusion_num_{name}_total" for name in names]
+        committed, recomputed, dense = (after[counter] - before[counter] for counter in counters)
         assert committed == delivered < recomputed < dense
 
 
@@ -170,7 +171,7 @@ def gone(server: Server, family: list[psutil.Process], seconds: float = 60) -> i
 
 
 def test_a_server_with_open_streams_ends(replicas):
-    """The last test of these: they are gone then. Long steps leave engines no time to report aborted requests."""
+    """The last of these tests: they are gone then. Long steps leave engines no time to report their requests."""
     streams = Streams(replicas, 8)
     assert ended(replicas) == 0
     for end in streams.wait():
@@ -190,7 +191,8 @@ class TestOtherStarts:
         servers = []
 
         def start(*arguments: str) -> Server:
-            servers.append(started(tmp_path, *SERVED, *self.STARTS[request.param], *arguments, environment=TELLING))
+            arguments = (*SERVED, *self.STARTS[request.param], *arguments)
+            servers.append(started(tmp_path, *arguments, environment=TELLING))
             return servers[-1]
 
         start.name = request.param
