@@ -1,5 +1,7 @@
 """vLLM's workers with the denoising runner in them. Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py."""
 
+import os
+
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker import cpu_worker
@@ -23,10 +25,16 @@ class DiffusionGPUWorker(Worker):
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
 
+#: oneDNN keeps its matrix products by shape, 1,024 of them unless told otherwise. Packed batches have ever other
+#: numbers of rows, which on a CPU adds up to gigabytes; these are some hundred megabytes at most, and no step is slower.
+ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
+
+
 if current_platform.is_cpu():
 
     class DiffusionCPUWorker(cpu_worker.CPUWorker):
         def __init__(self, *args, **kwargs):
+            os.environ.setdefault(*ONEDNN)  # read when the first product is made
             super().__init__(*args, **kwargs)
             self.use_v2_model_runner = False
 
