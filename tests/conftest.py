@@ -5,6 +5,7 @@ into the worker); the server tests and the tensor-parallel test cover vLLM's
 multiprocess mode.
 """
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -44,7 +45,9 @@ def engines():
             started[key] = start_engine(checkpoint, **kwargs)
         return started[key]
 
-    return get
+    yield get
+    # Each engine collects garbage when it goes, seconds for what a whole run has made.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

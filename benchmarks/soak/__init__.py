@@ -18,13 +18,24 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERRO
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--requests", type=int, default=None, help="default: 10,000 in process, 5,000 at a server")
+    parser.add_argument(
+        "--requests", type=int, default=None, help="default: 10,000 in process, 5,000 at a server"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--checkpoint", action="append", help="default: the tests' tiny ones in turn; of a server the demo's")
-    parser.add_argument("--shift", type=int, default=500, help="requests until other engines with other options take over")
+    parser.add_argument(
+        "--checkpoint", action="append", help="default: the tests' tiny ones in turn; of a server the demo's"
+    )
+    parser.add_argument(
+        "--shift", type=int, default=500, help="requests until other engines with other options take over"
+    )
     parser.add_argument("--server", action="store_true", help="a server with hostile clients instead")
-    parser.add_argument("--steps", type=int, default=0, help="of --server: end after so many denoising steps")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help="of --server: end after so many denoising steps, of all requests; ten a second make 864,000 a day",
+    )
     parser.add_argument("--minutes", type=float, default=0, help="of --server: end after so long")
     parser.add_argument("--folder", type=Path, help="where to write the report instead of benchmarks/results")
 
@@ -42,7 +53,9 @@ def in_process(args) -> int:
     done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
     if failure:
         print(failure.found)
-        print(f"Of the batch {len(failure.batch.entries)} requests are left after {failure.tried} tries to make it smaller:\n")
+        print(
+            f"Of the batch {len(failure.batch.entries)} requests are left after {failure.tried} tries to make it smaller:\n"
+        )
         print(failure.python())
         return 1
     tables.write(tables.process_report(done, _settings(args), f"soak-{args.dtype}"), args.folder)
@@ -59,6 +72,7 @@ def at_a_server(args) -> int:
         print(problem)
     made = tables.server_report(work, _settings(args) | served.settings(work), f"soak-server-{args.dtype}")
     if work.problems:
+        made.notes = [f"{len(work.problems)} problems: see above"]
         made.print()
         return 1
     tables.write(made, args.folder, tables.plot(work.samples))

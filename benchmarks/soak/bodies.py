@@ -17,7 +17,14 @@ OPTIONS = (
     "dlm_steps", "dlm_block_length", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
     "dlm_cfg_scale", "dlm_suppress_eos", "dlm_eps", "dlm_algorithm_temperature", "dlm_nothing",
 )  # fmt: skip
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/embeddings")
+PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/tokenize",
+    "/detokenize",
+    "/v1/embeddings",
+)
 JSON = {"Content-Type": "application/json"}
 
 
@@ -36,7 +43,11 @@ def refused(rng: random.Random, limit: int, vocab_size: int) -> tuple[str, bytes
         lambda: plain(prompt=[]),
         lambda: plain(max_tokens=rng.choice((-1, -(1 << 40)))),
         lambda: plain(temperature=rng.choice((-1, "hot", [0], float("nan"), float("inf")))),
-        lambda: plain(vllm_xargs={rng.choice(OPTIONS): rng.choice(({}, [], "much", -5, float("nan"), float("inf"), [[1]]))}),
+        lambda: plain(
+            vllm_xargs={
+                rng.choice(OPTIONS): rng.choice(({}, [], "much", -5, float("nan"), float("inf"), [[1]]))
+            }
+        ),
         lambda: plain(vllm_xargs={"dlm_steps": rng.choice((0, -1, 2.5, 1 << 60))}),
         lambda: plain(vllm_xargs={"dlm_reuse": drawn_name(rng, "reuse") + "x"}),
         lambda: plain(stop_token_ids=[rng.choice((-1, vocab_size, 1 << 40))]),
@@ -52,7 +63,14 @@ def refused(rng: random.Random, limit: int, vocab_size: int) -> tuple[str, bytes
     case = rng.choice(cases)()
     headers = JSON
     if rng.random() < 0.1:
-        case, headers = good, {"Content-Type": rng.choice(("text/plain", "multipart/form-data", "application/xml", "image/png"))}
+        case, headers = (
+            good,
+            {
+                "Content-Type": rng.choice(
+                    ("text/plain", "multipart/form-data", "application/xml", "image/png")
+                )
+            },
+        )
     return "/v1/completions", case if isinstance(case, bytes) else json.dumps(case).encode(), headers
 
 
@@ -62,7 +80,10 @@ def odd(rng: random.Random, limit: int, mask_id: int) -> tuple[str, bytes, dict]
         lambda: ("/v1/completions", plain(**{rng.choice(FIELDS): rng.choice(WRONG)})),
         lambda: ("/v1/completions", plain(vllm_xargs={rng.choice(OPTIONS): rng.choice(WRONG)})),
         lambda: (rng.choice(PATHS), rng.choice(WRONG)),
-        lambda: (rng.choice(PATHS), {rng.choice((*FIELDS, "messages", "input")): rng.choice(WRONG), "model": MODEL}),
+        lambda: (
+            rng.choice(PATHS),
+            {rng.choice((*FIELDS, "messages", "input")): rng.choice(WRONG), "model": MODEL},
+        ),
         lambda: ("/v1/completions", plain(prompt=[5] * (limit - room), max_tokens=room)),
         lambda: ("/v1/completions", plain(prompt=[5] * (limit - room), max_tokens=room + 1)),
         lambda: ("/v1/completions", plain(prompt=[mask_id] * rng.randrange(1, 30))),
@@ -70,8 +91,14 @@ def odd(rng: random.Random, limit: int, mask_id: int) -> tuple[str, bytes, dict]
         lambda: ("/v1/completions", plain(prompt="<|mdm_mask|>" * rng.randrange(1, 30))),
         lambda: ("/v1/completions", plain(prompt="\udcff\u0000\U0001f600" * 3, max_tokens=2)),
         lambda: ("/v1/completions", plain(seed=-(1 << 63), temperature=1)),
-        lambda: ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": rng.choice(WRONG)}]}),
-        lambda: ("/v1/responses", {"model": MODEL, "input": "Copy: a", "stream": True, "vllm_xargs": {"dlm_steps": "x"}}),
+        lambda: (
+            "/v1/chat/completions",
+            {"model": MODEL, "messages": [{"role": "user", "content": rng.choice(WRONG)}]},
+        ),
+        lambda: (
+            "/v1/responses",
+            {"model": MODEL, "input": "Copy: a", "stream": True, "vllm_xargs": {"dlm_steps": "x"}},
+        ),
         lambda: ("/v1/completions", plain(dlm_steps=4, steps=4)),
     ]
     path, body = rng.choice(cases)()

@@ -66,7 +66,11 @@ class Client:
     def good(self, rng: random.Random, asked: Asked) -> Seen:
         status, answer = self.ask(asked)
         right = status == 200 and answer == asked.answer
-        return Seen("good", status, None if right else f"{asked.body} answered {status} {answer}, before {asked.answer}")
+        return Seen(
+            "good",
+            status,
+            None if right else f"{asked.body} answered {status} {answer}, before {asked.answer}",
+        )
 
     # -- those who err ---------------------------------------------------------------------
 
@@ -77,7 +81,9 @@ class Client:
         return self._bad("odd", bodies.odd(rng, self.limit, self.mask_id), range(200, 500))
 
     def large(self, rng: random.Random, _) -> Seen:
-        return self._bad("large", bodies.large(rng), range(200, 500))  # what nobody reads may be as large as it likes
+        return self._bad(
+            "large", bodies.large(rng), range(200, 500)
+        )  # what nobody reads may be as large as it likes
 
     def _bad(self, client: str, request: tuple, legal: range) -> Seen:
         path, body, _ = request
@@ -89,7 +95,9 @@ class Client:
         seen = Seen(client, status, size=len(data))
         if status not in legal:
             seen.problem = f"{path} {body[:300]!r} was answered {status} {data[:300]!r}"
-        elif status != 200 and len(data) > LARGEST_REFUSAL and b'"dlm_' in body[:200]:  # vLLM's own may repeat it
+        elif (
+            status != 200 and len(data) > LARGEST_REFUSAL and b'"dlm_' in body[:200]
+        ):  # vLLM's own may repeat it
             seen.problem = f"{path} {body[:100]!r} was refused in {len(data)} bytes"
         elif status == 200 and b'"error"' in data[:20_000]:
             seen.problem = f"{path} {body[:300]!r}: an error inside of an answer, {data[:300]!r}"
@@ -111,7 +119,11 @@ class Client:
                 return Seen("slow reader")
             while part := connection.recv(1 << 16):
                 first += part
-        return Seen("slow reader", status_of(first), None if b"[DONE]" in first else f"a stream broke off: {first[-300:]!r}")
+        return Seen(
+            "slow reader",
+            status_of(first),
+            None if b"[DONE]" in first else f"a stream broke off: {first[-300:]!r}",
+        )
 
     def slow_sender(self, rng: random.Random, asked: Asked) -> Seen:
         data = raw(asked)
@@ -140,7 +152,11 @@ class Client:
 
     def no_http(self, rng: random.Random, _) -> Seen:
         with socket.create_connection((self.host, self.port), PATIENCE) as connection:
-            connection.sendall(rng.choice((b"\x16\x03\x01\x02\x00", b"GET", b"\r\n\r\n", b"POST / HTTP/9\r\n\r\n", b"\0" * 999)))
+            connection.sendall(
+                rng.choice(
+                    (b"\x16\x03\x01\x02\x00", b"GET", b"\r\n\r\n", b"POST / HTTP/9\r\n\r\n", b"\0" * 999)
+                )
+            )
             connection.shutdown(socket.SHUT_WR)
             status = status_of(read_all(connection))
         return Seen("no HTTP", status, f"answered {status}" if status and status >= 500 else None)
@@ -180,7 +196,11 @@ def answer_of(data: bytes) -> list:
     """What must be the same every time: text, tokens and why it ended, of each sample."""
     choices = json.loads(data)["choices"]
     return [
-        [choice.get("text", (choice.get("message") or {}).get("content")), choice.get("token_ids"), choice["finish_reason"]]
+        [
+            choice.get("text", (choice.get("message") or {}).get("content")),
+            choice.get("token_ids"),
+            choice["finish_reason"],
+        ]
         for choice in sorted(choices, key=lambda choice: choice["index"])
     ]
 

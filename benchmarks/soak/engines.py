@@ -9,7 +9,10 @@ from benchmarks.soak.requests import Model
 MAX_LEN = 256
 #: 39 usable blocks: a guided canvas of full length with features takes nearly all of them
 TIGHT = {"block_size": 32, "num_gpu_blocks_override": 40, "max_num_batched_tokens": 512}
-AMPLE = {"block_size": 128, "num_gpu_blocks_override": 24}  # for one request; small, since it is filled with NaN each time
+AMPLE = {
+    "block_size": 128,
+    "num_gpu_blocks_override": 24,
+}  # for one request; small, since it is filled with NaN each time
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,11 @@ def sample(session: int, requests: int, steps: float) -> list[Sample]:
 def title(folder: Path) -> str:
     """Short and without paths: vLLM names its engine, the others are known by what they run."""
     command = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
-    for words, name in (("resource_tracker", "resource tracker"), (" serve ", "front-end"), ("EngineCore", "engine")):
+    for words, name in (
+        ("resource_tracker", "resource tracker"),
+        (" serve ", "front-end"),
+        ("EngineCore", "engine"),
+    ):
         if words in f"{command} ":
             return name
     return (folder / "comm").read_text().strip()

@@ -5,6 +5,7 @@ requests were served or a batch fails; a failing one is made small and printed a
 import contextlib
 import random
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,14 +81,16 @@ def soak(requests: int, seed: int, dtype: str, checkpoints: list[str], shift: in
         wanted = min(shift, requests - served)
         work, failure = in_a_fork(work_shift, server, f"{seed}/{number}", wanted)
         done.append(work)
-        say(f"{served + work.requests} of {requests} requests, {server.label} {server.dlm}: {work.seconds:.0f} s")
+        say(
+            f"{served + work.requests} of {requests} requests, {server.label} {server.dlm}: {work.seconds:.0f} s"
+        )
         if failure:
             return done, failure
 
 
 def work_shift(server: Server, seed: str, requests: int) -> tuple[Shift, Failure | None]:
     pair = Pair(server).started()
-    batch, found, work = in_a_fork(serve, pair, seed, requests)
+    batch, found, work = in_a_fork(serve, pair, seed, requests, seconds=7200)
     if found is None:
         return work, None
     return work, Failure(server, *smallest(pair, batch, found))
@@ -117,8 +120,6 @@ def serve(pair: Pair, seed: str, requests: int):
 
 
 def as_found(error: BaseException) -> Found:
-    import traceback
-
     if isinstance(error, Found):
         return error
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -15,7 +15,14 @@ from vllm_dlm.options import METHOD_KEYS, OptionError, request_options, server_o
 INTEGERS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
 FLOATS = (0.0, 1e-3, 0.05, 0.3, 0.5, 0.9, 0.995, 1.0, 1.5)
 #: by the name of the field: what lets a selection leave something out of prompts of a hundred tokens
-SMALL = {"min_context": 0, "min_prompt": 32, "page_size": 16, "budget_tokens": 64, "keep_sink": 4, "keep_tail": 8}
+SMALL = {
+    "min_context": 0,
+    "min_prompt": 32,
+    "page_size": 16,
+    "budget_tokens": 64,
+    "keep_sink": 4,
+    "keep_tail": 8,
+}
 #: forwards of a request, as far as its numbers tell; longer ones are rare, since they take the time of many
 USUAL_FORWARDS = 40
 
@@ -73,11 +80,19 @@ def drawn_value(rng: random.Random, cls: type, name: str):
     if origin is str:  # nothing but the published settings tell what such a field accepts
         preset = [preset[name] for preset in getattr(cls, "presets", {}).values() if name in preset]
         return rng.choice([getattr(cls, name), *preset])
-    return {bool: lambda: rng.choice((0, 1)), int: lambda: rng.choice(INTEGERS), float: lambda: rng.choice(FLOATS)}[origin]()
+    return {
+        bool: lambda: rng.choice((0, 1)),
+        int: lambda: rng.choice(INTEGERS),
+        float: lambda: rng.choice(FLOATS),
+    }[origin]()
 
 
 def _kinds_of(hint) -> list:
-    return [kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if kind is not type(None)]
+    return [
+        kind
+        for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint])
+        if kind is not type(None)
+    ]
 
 
 def edgy(rng: random.Random, most: int) -> int:
@@ -93,10 +108,15 @@ def edgy(rng: random.Random, most: int) -> int:
 def drawn_server(rng: random.Random, default_decoding: str, selection: str) -> dict:
     """An object for `--dlm-config` whose `selection` has something to do at small lengths."""
     while True:
-        given = {"reuse": _part(rng, "reuse", drawn_name(rng, "reuse")), "selection": _part(rng, "selection", selection)}
+        given = {
+            "reuse": _part(rng, "reuse", drawn_name(rng, "reuse")),
+            "selection": _part(rng, "selection", selection),
+        }
         if rng.random() < 0.5:
             given["decoding"] = _part(rng, "decoding", drawn_name(rng, "decoding"))
-        given["selection"].update({k: v for k, v in SMALL.items() if k in _fields(methods("selection")[selection])})
+        given["selection"].update(
+            {k: v for k, v in SMALL.items() if k in _fields(methods("selection")[selection])}
+        )
         try:
             server_options(given, default_decoding)
             return given
@@ -179,7 +199,9 @@ def _options(rng: random.Random, server, length: int) -> dict:
             extra[f"dlm_{member}"] = drawn_value(rng, cls, member)
     if "dlm_steps" in extra and rng.random() < 0.8:  # else most are refused: each block needs one
         width = extra.get("dlm_block_length") or getattr(server.decoding, "block_length", None) or length
-        extra["dlm_steps"] = rng.randint(-(-length // width), max(-(-length // width), min(length, USUAL_FORWARDS)))
+        extra["dlm_steps"] = rng.randint(
+            -(-length // width), max(-(-length // width), min(length, USUAL_FORWARDS))
+        )
     return extra
 
 

@@ -4,12 +4,14 @@ Good requests are served in peace first; from then on their answers are known.
 """
 
 import json
+import os
 import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
 
 from benchmarks.soak import memory
 from benchmarks.soak.clients import Asked, Client, Seen, over_http
@@ -23,9 +25,21 @@ WAVE = 50  # requests
 TOGETHER = 12  # clients at a time
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
 KNOWN = 40  # requests with known answers
+#: matrix products that oneDNN keeps, one for each shape; by default so many that memory grows for hours
+ONEDNN_CACHE = 64
 ENOUGH = 20  # problems, to end a run with
 #: of 100 clients
-MIX = {"good": 46, "refused": 20, "odd": 12, "leaves": 8, "slow_reader": 4, "slow_sender": 3, "half_a_body": 3, "no_http": 3, "large": 1}
+MIX = {
+    "good": 46,
+    "refused": 20,
+    "odd": 12,
+    "leaves": 8,
+    "slow_reader": 4,
+    "slow_sender": 3,
+    "half_a_body": 3,
+    "no_http": 3,
+    "large": 1,
+}
 
 
 class Server(demo.Server):
@@ -33,8 +47,14 @@ class Server(demo.Server):
 
     def __init__(self, checkpoint: str, dtype: str):
         super().__init__()
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(ONEDNN_CACHE)  # the server inherits it
         self.command[2] = checkpoint
-        settings = {"--max-model-len": LIMIT, "--max-num-seqs": 16, "--max-num-batched-tokens": 2048, "--kv-cache-memory-bytes": 16 << 20}
+        settings = {
+            "--max-model-len": LIMIT,
+            "--max-num-seqs": 16,
+            "--max-num-batched-tokens": 2048,
+            "--kv-cache-memory-bytes": 16 << 20,
+        }
         for flag, value in settings.items():
             if flag in self.command:
                 self.command[self.command.index(flag) + 1] = str(value)
@@ -53,7 +73,9 @@ class Work:
     dead: bool = False
 
 
-def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, say=print) -> Work:
+def soak(
+    checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, say=print
+) -> Work:
     """Ends after `requests`, or after `steps` denoising steps or `minutes` where those are given."""
     work, begin = Work(), time.monotonic()
     with Server(checkpoint, dtype) as server:
@@ -62,14 +84,18 @@ def soak(checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0
         known = known_answers(client, random.Random(f"known {seed}"))
         say(f"{len(known)} requests with known answers")
         wave = 0
-        while len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes):
+        while (
+            len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes)
+        ):
             serve_wave(client, known, random.Random(f"{seed}/{wave}"), work)
             check_quiet(server, client, work)
             work.samples += memory.sample(server.process.pid, work.requests, work.steps)
             wave += 1
             if wave % 5 == 0:
                 engine = [s for s in work.samples if s.process.startswith("engine")][-1:]
-                say(f"{work.requests} requests, {work.steps:.0f} steps, {[s.rss_kib >> 10 for s in engine]} MiB in the engine")
+                say(
+                    f"{work.requests} requests, {work.steps:.0f} steps, {[s.rss_kib >> 10 for s in engine]} MiB in the engine"
+                )
         if not work.problems:
             changed = [asked for asked in known if client.ask(asked)[1] != asked.answer]
             work.problems += [f"afterwards {asked.body} is answered otherwise" for asked in changed]
@@ -86,8 +112,6 @@ def over(work: Work, begin: float, requests: int, steps: float, minutes: float) 
 
 
 def client_of(server: Server, checkpoint: str) -> Client:
-    from pathlib import Path
-
     config = json.loads((Path(checkpoint) / "config.json").read_text())
     return Client(demo.HOST, server.port, LIMIT, config["vocab_size"], config["mask_token_id"])
 
@@ -143,7 +167,10 @@ def check_quiet(server: Server, client: Client, work: Work) -> None:
             return
         values = metrics(client)
         work.steps = values["vllm:diffusion_num_denoising_steps_total"]
-        busy = {name: values[f"vllm:{name}"] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")}
+        busy = {
+            name: values[f"vllm:{name}"]
+            for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        }
         if not any(busy.values()):
             return
         if time.monotonic() > end:
@@ -170,7 +197,10 @@ def metrics(client: Client) -> dict[str, float]:
 
 
 def settings(work: Work) -> dict:
-    statuses = Counter(f"{client}: {'left or hung up' if status is None else status}" for client, status in work.seen.elements())
+    statuses = Counter(
+        f"{client}: {'left or hung up' if status is None else status}"
+        for client, status in work.seen.elements()
+    )
     return {
         "requests": work.requests, "denoising_steps": int(work.steps), "seconds": round(work.seconds), "server": {
             "max_model_len": LIMIT, "kv_cache_mib": 16, "max_num_seqs": 16,

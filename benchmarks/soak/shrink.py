@@ -49,7 +49,12 @@ def simpler(entry: Entry) -> Iterator[Entry]:
     for key in extra:
         rest = {k: v for k, v in extra.items() if k != key}
         yield replace(entry, given=replace(given, fields=given.fields | {"extra_args": rest}))
-    for key in given.fields.keys() - {"extra_args", "max_tokens", "temperature", "seed"}:  # no seed: never twice the same
+    for key in given.fields.keys() - {
+        "extra_args",
+        "max_tokens",
+        "temperature",
+        "seed",
+    }:  # no seed: never twice the same
         rest = {k: v for k, v in given.fields.items() if k != key}
         yield replace(entry, given=replace(given, fields=rest))
     if given.fields["temperature"]:

@@ -35,6 +35,8 @@ SERVER_NOTES = [
     "Every process of the server while it is idle, after each wave of clients. Growth: slope of a line through the means of "
     f"{memory.STRETCHES} stretches of the samples after the first {memory.WARM_UP:.0%}, ± its standard error.",
     "grows: the slope is above three standard errors and adds more than 2 % of the mean within the run.",
+    "oneDNN keeps the matrix products of each new number of rows, 1,024 of them unless told otherwise: gigabytes for many "
+    f"lengths. The server ran with ONEDNN_PRIMITIVE_CACHE_CAPACITY={served.ONEDNN_CACHE}, so that a slope is not that cache's.",
     "No answer was a 5xx, refusals of dlm_ options stayed below 100 kB, good requests were answered as before between hostile ones, and after "
     "every wave nothing ran, waited or held memory.",
 ]
@@ -53,7 +55,10 @@ def process_report(done: list, settings: dict, name: str) -> report.Report:
     possible = 1
     for kind in ("decoding", "reuse", "selection"):
         possible *= len(methods(kind))
-    totals = {key: sum(row[key] for row in rows) for key in ("requests", "compared", "aborted", "restarted", "refused", "steps")}
+    totals = {
+        key: sum(row[key] for row in rows)
+        for key in ("requests", "compared", "aborted", "restarted", "refused", "steps")
+    }
     settings |= {
         "in_all": totals, "combinations_of_decoding_reuse_selection": f"{len(covered)} of {possible}",
         "refused_by_field": dict(sum((shift.refused for shift in done), Counter()).most_common()),
@@ -64,7 +69,7 @@ def process_report(done: list, settings: dict, name: str) -> report.Report:
 
 def server_report(work: served.Work, settings: dict, name: str) -> report.Report:
     columns = [report.Column("process", "process"), report.Column("samples", "samples")]
-    for measure, unit, scale in (("rss_kib", "MiB", 1024), ("threads", "threads", 1), ("descriptors", "descriptors", 1)):
+    for measure, unit in (("rss_kib", "MiB"), ("threads", "threads"), ("descriptors", "descriptors")):
         columns += [
             report.Column(f"{measure}_first", f"{unit} after warm-up", "{:.1f}"),
             report.Column(f"{measure}_last", f"{unit} at the end", "{:.1f}"),
@@ -92,11 +97,15 @@ def plot(samples: list[memory.Sample]):
         for process, own in memory.by_process(samples).items():
             base = own[int(len(own) * memory.WARM_UP)].rss_kib
             label = f"{process} ({base / 1024:.0f} MiB)"
-            axes.plot([s.requests for s in own], [(s.rss_kib - base) / 1024 for s in own], lw=1.2, label=label)
+            axes.plot(
+                [s.requests for s in own], [(s.rss_kib - base) / 1024 for s in own], lw=1.2, label=label
+            )
         axes.axvline(own[int(len(own) * memory.WARM_UP)].requests, color="0.7", lw=1, ls=":")
         axes.set_xlabel("requests")
         axes.set_ylabel("resident memory, MiB more than after the warm-up")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="process (after warm-up)")
+        axes.legend(
+            frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="process (after warm-up)"
+        )
 
     return draw
 

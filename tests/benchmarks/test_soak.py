@@ -67,9 +67,15 @@ def test_servers_begin_with_the_defaults_of_each_checkpoint():
 
 def test_a_failing_batch_becomes_small():
     def entry(number, **extra):
-        return Entry(Given((5,) * 40, {"max_tokens": 30, "temperature": 1.0, "seed": number, "extra_args": extra}), number, 90)
+        return Entry(
+            Given((5,) * 40, {"max_tokens": 30, "temperature": 1.0, "seed": number, "extra_args": extra}),
+            number,
+            90,
+        )
 
-    batch = Batch(tuple(entry(i, dlm_steps=i, dlm_reuse="dyllm" if i in (3, 11) else "none") for i in range(16)), (4, 9))
+    batch = Batch(
+        tuple(entry(i, dlm_steps=i, dlm_reuse="dyllm" if i in (3, 11) else "none") for i in range(16)), (4, 9)
+    )
 
     def fails(candidate):
         reuse = [e.given.fields["extra_args"].get("dlm_reuse") for e in candidate.entries]
@@ -79,7 +85,12 @@ def test_a_failing_batch_becomes_small():
     assert not small.resets and len(small.entries) == 2
     for left in small.entries:
         assert left.arrives == 0 and left.leaves is None and len(left.given.prompt) == 1
-        assert left.given.fields == {"max_tokens": 1, "temperature": 0, "seed": left.given.fields["seed"], "extra_args": {"dlm_reuse": "dyllm"}}
+        assert left.given.fields == {
+            "max_tokens": 1,
+            "temperature": 0,
+            "seed": left.given.fields["seed"],
+            "extra_args": {"dlm_reuse": "dyllm"},
+        }
 
 
 def test_what_breaks_in_a_fork_stays_there():
@@ -105,4 +116,6 @@ def test_slope_and_its_error():
 
 def test_this_process_is_seen():
     own = memory.sample(os.getsid(0), 7, 3.0)
-    assert own and all(s.rss_kib > 0 and s.threads >= 1 and s.descriptors >= 0 and s.requests == 7 for s in own)
+    assert own and all(
+        s.rss_kib > 0 and s.threads >= 1 and s.descriptors >= 0 and s.requests == 7 for s in own
+    )
