@@ -7,6 +7,7 @@ so the front-end (to refuse), the scheduler and the workers (to obey) read a
 request the same way.
 """
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -213,7 +214,7 @@ def _typed(cls: type, field: str, value: Any, where: str) -> Any:
             continue
         if origin is int and isinstance(value, (int, float)) and value == int_or_none(value):
             return int(value)
-        if origin is float and isinstance(value, (int, float)) and value == value:
+        if origin is float and isinstance(value, (int, float)) and math.isfinite(value):
             return float(value)
         if origin in (list, tuple) and isinstance(value, (list, tuple)):
             return tuple(value)

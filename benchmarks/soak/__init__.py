@@ -58,7 +58,8 @@ def in_process(args) -> int:
         )
         print(failure.python())
         return 1
-    tables.write(tables.process_report(done, _settings(args), f"soak-{args.dtype}"), args.folder)
+    settings = _settings(args, checkpoints, "each request alone", "requests sent, and what became of them")
+    tables.write(tables.process_report(done, settings, f"soak-{args.dtype}"), args.folder)
     return 0
 
 
@@ -70,7 +71,9 @@ def at_a_server(args) -> int:
     work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
     for problem in work.problems[:20]:
         print(problem)
-    made = tables.server_report(work, _settings(args) | served.settings(work), f"soak-server-{args.dtype}")
+    baseline = "the server's first answers, before any hostile client"
+    settings = _settings(args, [checkpoint], baseline, "requests sent, hostile ones included")
+    made = tables.server_report(work, settings | served.settings(work), f"soak-server-{args.dtype}")
     if work.problems:
         made.notes = [f"{len(work.problems)} problems: see above"]
         made.print()
@@ -79,10 +82,11 @@ def at_a_server(args) -> int:
     return int(any(row["grows"] != "no" for row in made.rows))
 
 
-def _settings(args) -> dict:
+def _settings(args, checkpoints: list[str], baseline: str, counted: str) -> dict:
     from benchmarks import report
+    from benchmarks.load import Load
 
     return {
-        "dtype": args.dtype, "seed": args.seed, "load_before": report.load_average(), "machine": report.machine(1),
-        "versions": report.versions(),
+        "shapes": [Path(checkpoint).name for checkpoint in checkpoints], "dtype": args.dtype, "seed": args.seed,
+        "baseline": baseline, "counted": counted, **report.surroundings(1, Load(timed=False)),
     }  # fmt: skip

@@ -93,7 +93,8 @@ def server_report(work: served.Work, settings: dict, name: str) -> report.Report
 def plot(samples: list[memory.Sample]):
     """Resident memory of each process, relative to where the warm-up ended: absolute values lie far apart."""
 
-    def draw(axes, _) -> None:
+    def draw(figure, _) -> None:
+        axes = figure.subplots()
         for process, own in memory.by_process(samples).items():
             base = own[int(len(own) * memory.WARM_UP)].rss_kib
             label = f"{process} ({base / 1024:.0f} MiB)"
