@@ -214,7 +214,7 @@ def _typed(cls: type, field: str, value: Any, where: str) -> Any:
             continue
         if origin is int and isinstance(value, (int, float)) and value == int_or_none(value):
             return int(value)
-        if origin is float and isinstance(value, (int, float)) and math.isfinite(value):
+        if origin is float and isinstance(value, (int, float)) and is_finite(value):
             return float(value)
         if origin in (list, tuple) and isinstance(value, (list, tuple)):
             return tuple(value)
@@ -234,6 +234,13 @@ def _accepted(cls: type, field: str) -> tuple:
     """The types a field may have."""
     hint = typing.get_type_hints(cls)[field]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def int_or_none(value: float) -> int | None:

@@ -172,3 +172,12 @@ class TestOptions:
         assert request_options(server, {}).decoding.filters(0.9, 7) == (0.9, 7)
         assert request_options(server, {"dlm_top_p": 0.5}).decoding.filters(1.0, 0) == (0.5, 0)
         assert request_options(server, {"dlm_top_p": 1, "dlm_top_k": 3}).decoding.filters(0.9, 7) == (1.0, 3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 10**400])
+@pytest.mark.parametrize("field", ["factor", "threshold", "cfg_scale", "steps"])
+def test_numbers_without_an_end_are_refused_by_name(field, value):
+    server = server_options(None, "low_confidence")
+    with pytest.raises(OptionError, match=f"dlm_{field}") as refused:
+        request_options(server, {f"dlm_{field}": value})
+    assert len(str(refused.value)) < 300
