@@ -130,6 +130,19 @@ def test_a_request_that_waits_can_fail(llm):
     assert output.finish_reason == "error"
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_request_its_replica_cannot_hold_does_not_wait_for_ever(engines, monkeypatch, order):
+    """The front-end of unequal replicas knows their average only, and lets it through."""
+    tight = engines("llada-tiny", block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
+    monkeypatch.setattr("vllm_dlm.integration.requests.replica_blocks", lambda processor: None)
+    requests = [ask(240, dlm_reuse="dllm_cache", dlm_cfg_scale=1.0), ask(12)]
+    alone = tokens(tight, requests[1:])
+    given = outputs(tight, [requests[i] for i in order])
+    large, small = (given[order.index(i)] for i in (0, 1))
+    assert large.finish_reason == "error" and "blocks of the KV cache" in large.stop_reason
+    assert tuple(small.token_ids) == alone[0]
+
+
 def test_a_block_that_never_ends_is_given_up(llm):
     """A decoding that fills nothing would run for ever."""
     import numpy as np

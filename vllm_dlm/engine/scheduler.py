@@ -8,7 +8,6 @@ streaming) is inherited. Read in vLLM 0.32: v1/core/sched/scheduler.py.
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 
 from vllm.logger import init_logger
@@ -18,62 +17,20 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.costs import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
-from vllm_dlm.options import Options, request_options
-from vllm_dlm.plugins.reuse.base import Progress, StepPlan
+from vllm_dlm.options import request_options
+from vllm_dlm.plugins.reuse.base import StepPlan
 
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
-LIVE_PER_ROW = 8
 #: so many later requests may pass one that waits for memory; then everybody waits with it
 OVERTAKES = 32
-
-
-@dataclass
-class Canvas:
-    """What scheduling needs to know of a request: where its canvas stands, and so what its next step will be."""
-
-    options: Options
-    prompt_len: int
-    length: int  # prompt and response
-    shift: int
-    blocks: list[tuple[int, int]]
-    block: int = 0
-    block_step: int = 0  # forwards of the current block
-    step: int = 0  # forwards of the request
-    cold: bool = True
-
-    @property
-    def streams(self) -> int:
-        return 2 if self.options.decoding.cfg_scale > 0 else 1
-
-    @property
-    def block_width(self) -> int:
-        start, end = self.blocks[self.block]
-        return end - start
-
-    def plan(self) -> StepPlan:
-        start, end = (self.prompt_len + edge for edge in self.blocks[self.block])
-        at = Progress(self.prompt_len, self.length, (start, end), self.block_step, self.step, self.cold, self.shift)
-        return self.options.reuse.plan(at)
-
-    def rows(self, plan: StepPlan) -> int:
-        """Rows the step recomputes; rows it merely carries weigh less."""
-        return self.streams * max(plan.rows, -(-(plan.live[1] - plan.live[0]) // LIVE_PER_ROW), 1)
-
-    def stepped(self) -> None:
-        self.block_step, self.step, self.cold = self.block_step + 1, self.step + 1, False
-
-    def emitted(self, num_output_tokens: int) -> None:
-        """Blocks leave whole, so the number of tokens tells the current one."""
-        while self.block + 1 < len(self.blocks) and num_output_tokens >= self.blocks[self.block][1]:
-            self.block, self.block_step = self.block + 1, 0
 
 
 class DenoisingScheduler(Scheduler):
@@ -202,6 +159,7 @@ class DenoisingScheduler(Scheduler):
         for request in islice(self.waiting, 1 + OVERTAKES):
             with self.failed.of(request.request_id):
                 canvas = self._canvas(request)
+                self._check_size(canvas)
                 if self._has_memory(canvas):
                     return request, canvas, canvas.plan()
                 if self.overtaken[request.request_id] >= OVERTAKES:
@@ -220,6 +178,12 @@ class DenoisingScheduler(Scheduler):
     def _blocks(self, canvas: Canvas) -> int:
         """Of the whole canvas at once: its length is known, so a running request never lacks memory."""
         return self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length) // self.shape.block_size
+
+    def _check_size(self, canvas: Canvas) -> None:
+        """The front-end refuses what cannot fit, but of unequal replicas it knows the average only."""
+        needed, there = self._blocks(canvas), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        if needed > there:
+            raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, and this replica has {there}")
 
     def _has_memory(self, canvas: Canvas) -> bool:
         manager = self.kv_cache_manager
