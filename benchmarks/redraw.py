@@ -9,6 +9,7 @@ from benchmarks import report
 WRITERS = {
     "speed": "benchmarks.speed", "kernels": "benchmarks.kernels", "decode": "benchmarks.decode",
     "costs": "benchmarks.costs", "selection": "benchmarks.selection", "quality": "benchmarks.quality",
+    "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
     "recovery": "benchmarks.train.recovery", "training-memory": "benchmarks.train.memory",
 }  # fmt: skip
 

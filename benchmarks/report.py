@@ -48,6 +48,7 @@ class Report:
     def __post_init__(self) -> None:
         if missing := [key for key in REQUIRED if not self.settings.get(key)]:
             raise ValueError(f"{self.name}: settings do not state {', '.join(missing)}")
+        self.settings = json.loads(json.dumps(self.settings))  # as they are read again: lists for tuples
 
     @classmethod
     def read(cls, path: Path, columns: list[Column]) -> "Report":

@@ -47,7 +47,7 @@ def run(args) -> None:
 
 def in_process(args) -> int:
     os.environ.update(IN_PROCESS)
-    from benchmarks.soak import process, tables
+    from benchmarks.soak import process, process_table
 
     checkpoints = args.checkpoint or sorted(str(path) for path in process.CHECKPOINTS.iterdir())
     done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
@@ -59,12 +59,12 @@ def in_process(args) -> int:
         print(failure.python())
         return 1
     settings = _settings(args, checkpoints, "each request alone", "requests sent, and what became of them")
-    tables.write(tables.process_report(done, settings, f"soak-{args.dtype}"), args.folder)
+    _write(process_table.made(done, settings, f"soak-{args.dtype}"), args.folder)
     return 0
 
 
 def at_a_server(args) -> int:
-    from benchmarks.soak import served, tables
+    from benchmarks.soak import served, server_table
     from vllm_dlm.demo.server import CHECKPOINT
 
     checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
@@ -73,13 +73,21 @@ def at_a_server(args) -> int:
         print(problem)
     baseline = "the server's first answers, before any hostile client"
     settings = _settings(args, [checkpoint], baseline, "requests sent, hostile ones included")
-    made = tables.server_report(work, settings | served.settings(work), f"soak-server-{args.dtype}")
+    made = server_table.made(work, settings | served.settings(work), f"soak-server-{args.dtype}")
     if work.problems:
         made.notes = [f"{len(work.problems)} problems: see above"]
         made.print()
         return 1
-    tables.write(made, args.folder, tables.plot(work.samples))
+    _write(made, args.folder, server_table.plot)
     return int(any(row["grows"] != "no" for row in made.rows))
+
+
+def _write(made, folder: Path | None, plot=None) -> None:
+    from benchmarks import report
+
+    made.print()
+    for path in made.write(folder or report.RESULTS, plot):
+        print(path.name)
 
 
 def _settings(args, checkpoints: list[str], baseline: str, counted: str) -> dict:

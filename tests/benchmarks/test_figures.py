@@ -138,4 +138,6 @@ def test_the_readme_quotes_what_the_tables_say(tmp_path):
     assert "Load average before it: 0.1; others used at most 0.02 cores" in text and "NOT IDLE" not in text
     assert quoted.put_into(text, tmp_path) == text
     write(tmp_path, "decode", [], before=0.5)
+    assert quoted.put_into(text, tmp_path) == text  # beside times of an idle machine no others are quoted
+    write(tmp_path, "speed-reuse", [], before=0.5)
     assert "Load average before it: 0.5" in quoted.block(tmp_path) and "NOT IDLE" in quoted.block(tmp_path)
