@@ -41,6 +41,9 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # OpenMP has read it when torch was loaded, and forks of a process that computes with threads hang.
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | ENVIRONMENT)
     os.environ.update(ENVIRONMENT)
     sys.exit((at_a_server if args.server else in_process)(args))
 

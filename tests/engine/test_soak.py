@@ -17,10 +17,10 @@ from tests.conftest import GOLDEN
 ROOT = GOLDEN.parent.parent
 
 
-def soak(folder: Path, *arguments: str) -> dict:
+def soak(folder: Path, *arguments: str, seconds: float = 600) -> dict:
     ours = ("VLLM_LOGGING_LEVEL",)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=3600,
+        [sys.executable, "-m", "benchmarks", "soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=seconds,
         capture_output=True, text=True, env={name: value for name, value in os.environ.items() if name not in ours},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -39,5 +39,5 @@ def test_soak(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_soak(tmp_path, dtype):
-    total = soak(tmp_path, "--requests", "3000", "--seed", "12", "--dtype", dtype)["settings"]["in_all"]
+    total = soak(tmp_path, "--requests", "3000", "--seed", "12", "--dtype", dtype, seconds=3600)["settings"]["in_all"]
     assert total["requests"] == 3000 and total["compared"] >= 2400
