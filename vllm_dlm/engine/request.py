@@ -143,8 +143,8 @@ class Denoising:
             # response; here the last step of a block fills what is left of it.
             inside = np.flatnonzero(positions >= self.prompt_len)
             chosen = np.union1d(chosen, inside)
-        due = self.options.reuse.due(positions, self.progress())
-        chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
+        if len(due := self.options.reuse.due(positions, self.progress())):
+            chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
         self.canvas[positions[chosen]] = proposal.token[chosen]
         self.changed, self.cold = positions[chosen], False
         if logprobs is not None:
