@@ -126,8 +126,9 @@ def test_what_one_replica_cannot_hold_is_refused(replicas, prompt, canvas, extra
 class Streams:
     """Open streams of long canvases, and what became of them."""
 
-    def __init__(self, server: Server, count: int):
+    def __init__(self, server: Server, count: int, canvas: int = 120):
         self.ends: list[str] = []
+        self.canvas = canvas
         self.begun = threading.Barrier(count + 1)
         self.threads = [threading.Thread(target=self.read, args=(server, i)) for i in range(count)]
         for thread in self.threads:
@@ -135,9 +136,8 @@ class Streams:
         self.begun.wait(120)
 
     def read(self, server: Server, index: int) -> None:
-        # Three to be computed at a time, the others wait for memory.
-        body = {"model": "m", "prompt": [5 + index], "max_tokens": 120, "ignore_eos": True, "stream": True}
-        body |= options(dlm_selection="none")
+        body = {"model": "m", "prompt": [5 + index], "max_tokens": self.canvas, "ignore_eos": True}
+        body |= {"stream": True} | options(dlm_selection="none")
         lines = []
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
             self.begun.wait(120)  # the headers are there
@@ -172,7 +172,8 @@ def gone(server: Server, family: list[psutil.Process], seconds: float = 60) -> i
 
 def test_a_server_with_open_streams_ends(replicas):
     """The last of these tests: they are gone then. Long steps leave engines no time to report their requests."""
-    streams = Streams(replicas, 8)
+    # Each replica computes one at a time, for many seconds; the others wait for memory.
+    streams = Streams(replicas, 8, canvas=400)
     assert ended(replicas) == 0
     for end in streams.wait():
         assert "The server was told to end" in end and '"code": 503' in end, end
