@@ -16,9 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-CACHE = Path(
-    os.environ.get("DLM_BENCH_CACHE", Path(__file__).resolve().parents[1] / ".cache" / "checkpoints")
-)
+CACHE = Path(os.environ.get("DLM_BENCH_CACHE", Path(__file__).resolve().parents[1] / ".cache" / "checkpoints"))
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class Shape:
     def dense_flops(self, rows: int, steps: int = 1) -> int:
         """Every row through every layer and the head, every query against every key."""
         attention = 4 * rows * rows * self.width
-        return steps * (
-            self.layers * (2 * rows * self.layer_weights + attention) + 2 * rows * self.head_weights
-        )
+        return steps * (self.layers * (2 * rows * self.layer_weights + attention) + 2 * rows * self.head_weights)
 
     def describe(self) -> dict:
         flops_512 = self.dense_flops(512)

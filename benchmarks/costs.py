@@ -8,13 +8,14 @@ attention and head.
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
-from vllm_dlm.engine.costs import Counts, ModelShape
 from vllm_dlm.plugins.reuse.base import Progress, Reuse
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+
+from benchmarks import report
+from vllm_dlm.engine.costs import Counts, ModelShape
 
 SHAPES = {
     "LLaDA-8B": ModelShape(32, 4096, 32, 32, 128, 12288, 126464),
@@ -35,9 +36,23 @@ class Setting:
 
 SETTINGS = [
     Setting(
-        "LongBench-HotpotQA", "LLaDA-8B", 4096, 32, 32, DLLMCache(prompt_interval=100, response_interval=8), "9.1x FLOPs (dLLM-Cache)"
+        "LongBench-HotpotQA",
+        "LLaDA-8B",
+        4096,
+        32,
+        32,
+        DLLMCache(prompt_interval=100, response_interval=8),
+        "9.1x FLOPs (dLLM-Cache)",
     ),
-    Setting("LongBench-HotpotQA, 12k", "LLaDA-8B", 12000, 32, 32, DLLMCache(prompt_interval=100, response_interval=8), "9.1x FLOPs (dLLM-Cache)"),
+    Setting(
+        "LongBench-HotpotQA, 12k",
+        "LLaDA-8B",
+        12000,
+        32,
+        32,
+        DLLMCache(prompt_interval=100, response_interval=8),
+        "9.1x FLOPs (dLLM-Cache)",
+    ),
     Setting("GSM8K 4-shot", "LLaDA-8B", 893, 256, 8, DLLMCache()),
     Setting("GSM8K 4-shot", "LLaDA-8B", 893, 256, 8, DyLLM(), "7.0x tokens/s (DyLLM)"),
     Setting("GSM8K 4-shot", "LLaDA-8B", 893, 256, 32, FastDLLM()),

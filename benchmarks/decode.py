@@ -61,25 +61,19 @@ def listed(kind):
 
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: all but the last"
-    )
+    parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: all but the last")
     parser.add_argument("--context", type=int, help="tokens before the first decoded one (default 32768)")
     parser.add_argument("--batches", type=listed(int), default=[1, 4], help="requests at once (default 1,4)")
     parser.add_argument("--new", type=int, default=33, help="tokens of a repetition (default 33)")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--budget", type=int, help="budget_tokens (default UNIQUE's)")
     parser.add_argument("--page-size", type=int, help="default UNIQUE's")
-    parser.add_argument(
-        "--real-prompts", action="store_true", help="prompts go through the model: takes long"
-    )
+    parser.add_argument("--real-prompts", action="store_true", help="prompts go through the model: takes long")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, for both engines")
     parser.add_argument("--threads", type=int, default=cores, help=f"for both engines (default {cores})")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a toy shape")
     parser.add_argument("--minutes", type=float, help="start no engine after so many")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what the result file has under the same settings"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
     parser.add_argument("--name", default="decode", help="of the result files")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     load.add_arguments(parser)
@@ -95,9 +89,7 @@ class Decode:
 
     def __init__(self, args):
         self.args = args
-        self.shapes = [
-            SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:-1])
-        ]
+        self.shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:-1])]
         self.context = args.context or (2048 if args.quick else 32768)
         toy = {"page_size": 32, "budget_tokens": 256, "min_context": 0} if args.quick else {}
         given = {"budget_tokens": args.budget, "page_size": args.page_size}
@@ -107,11 +99,7 @@ class Decode:
         }  # fmt: skip
         self.settings = self.stated()
         path = args.results / f"{args.name}.json"
-        old = (
-            report.resumed(path, self.settings, args.threads, args.busy or args.quick)
-            if args.resume
-            else None
-        )
+        old = report.resumed(path, self.settings, args.threads, args.busy or args.quick) if args.resume else None
         self.rows = old["rows"] if old else []
         self.earlier = old["settings"]["load"] if old else None
         self.equal = old["settings"].get("full_budget_equals_dense") if old else None
@@ -177,9 +165,7 @@ def selection_fields(selection: dict) -> dict:
     return {"name": made.name} | asdict(made)
 
 
-def measure(
-    shape: Shape, method: str, selection: dict | None, context: int, around: load.Load, args
-) -> list[dict]:
+def measure(shape: Shape, method: str, selection: dict | None, context: int, around: load.Load, args) -> list[dict]:
     longest = context + 128 + 2 * args.new
     room = shape.kv_bytes(longest + 256 * (1 + max(args.batches)))
     llm = start(
@@ -232,12 +218,9 @@ def equality(args) -> dict:
         texts[method] = [decode(llm, prompt, 1, new)[1][0] for prompt in prompts]
         close(llm)
     equal = {
-        method: sum(a == b for a, b in zip(texts[method], texts["dense"], strict=True))
-        for method in list(texts)[1:]
+        method: sum(a == b for a, b in zip(texts[method], texts["dense"], strict=True)) for method in list(texts)[1:]
     }
-    return {"texts": 8, "tokens_of_each": new, "context": context} | {
-        f"equal_with_{k}": n for k, n in equal.items()
-    }
+    return {"texts": 8, "tokens_of_each": new, "context": context} | {f"equal_with_{k}": n for k, n in equal.items()}
 
 
 def equality_note(equal: dict) -> str:

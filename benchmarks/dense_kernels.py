@@ -1,9 +1,9 @@
 """Attention to all keys, by every kernel that is here; and vLLM's own over the pages that were chosen."""
 
 import torch
+from vllm_dlm.kernels.top_pages import physical_pages, top_pages
 
 from benchmarks.kernel_cases import DIM, HEADS, KV_HEADS, PAGE, Case
-from vllm_dlm.kernels.top_pages import physical_pages, top_pages
 
 
 def dense_kernels(case: Case) -> dict:
@@ -12,9 +12,7 @@ def dense_kernels(case: Case) -> dict:
     batch, keys = len(case.kv_lens), int(case.kv_lens[0])
     kv = case.pages.view(batch, -1, KV_HEADS, PAGE, 2 * DIM).transpose(1, 2).flatten(2, 3)[:, :, :keys]
     k, v = (part.contiguous() for part in kv.chunk(2, -1))  # [B, Hkv, N, D]
-    rows = (
-        case.q.view(batch, case.queries, KV_HEADS, -1, DIM).transpose(1, 2).flatten(2, 3)
-    )  # [B, Hkv, L * G, D]
+    rows = case.q.view(batch, case.queries, KV_HEADS, -1, DIM).transpose(1, 2).flatten(2, 3)  # [B, Hkv, L * G, D]
     attention = torch.nn.functional.scaled_dot_product_attention
     by_head = case.q.view(batch, case.queries, HEADS, DIM).transpose(1, 2)
     kernels = {
@@ -93,9 +91,7 @@ def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
 
         if case.queries == 1:
             size, blocks = PAGE, keys // PAGE
-            cache = torch.stack(
-                [part.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1) for part in (k, v)], 1
-            )
+            cache = torch.stack([part.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1) for part in (k, v)], 1)
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 torch.empty(256 << 20, dtype=torch.uint8, device=k.device), "HND", use_tensor_cores=True
             )

@@ -52,9 +52,7 @@ def save(path: Path, title: str, caption: str, draw: Callable) -> None:
     pyplot.close(figure)
 
 
-def bars(
-    axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:.3g}", log: bool = False
-) -> None:
+def bars(axes, groups: dict[str, dict[str, float]], ylabel: str, form: str = "{:.3g}", log: bool = False) -> None:
     """groups: label under the axis -> series -> height. Categories, so no lines; legend above the bars."""
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.84 / len(series)
@@ -70,9 +68,7 @@ def bars(
     if log:
         axes.set_yscale("log")
     axes.margins(y=0.1)
-    axes.legend(
-        frameon=False, fontsize=8, ncols=min(len(series), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
+    axes.legend(frameon=False, fontsize=8, ncols=min(len(series), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def dots(

@@ -68,12 +68,8 @@ STAGES = [
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--minutes", type=float, help="begin no measurement after so many")
-    parser.add_argument(
-        "--plan", action="store_true", help="say what there is to do and how long it takes, no more"
-    )
-    parser.add_argument(
-        "--readme", action="store_true", help="write the README's figures though some are missing"
-    )
+    parser.add_argument("--plan", action="store_true", help="say what there is to do and how long it takes, no more")
+    parser.add_argument("--readme", action="store_true", help="write the README's figures though some are missing")
     parser.add_argument("--fresh", action="store_true", help="measure all of it again")
     parser.add_argument("--toy", action="store_true", help="try the run on toy models; needs --results")
     parser.add_argument("--threads", type=int, default=cores, help=f"(default {cores})")
@@ -97,9 +93,7 @@ def run(args) -> None:
     failed = [stage for stage in STAGES if not measured(stage, around, begin, args)]
     done = all(complete(stage, args.results) for stage in STAGES)
     if done:
-        redraw.again(
-            args.results, [stage.table for stage in STAGES]
-        )  # one may have been stopped before its plot
+        redraw.again(args.results, [stage.table for stage in STAGES])  # one may have been stopped before its plot
         remove_superseded(args.results)
     if args.readme or (done and not args.toy):
         README.write_text(put_into(README.read_text(), args.results))
@@ -138,9 +132,7 @@ def complete(stage: Stage, results: Path) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    return len(found["rows"]) == stage.rows and "cores_used_by_others_at_most" in found["settings"].get(
-        "load", {}
-    )
+    return len(found["rows"]) == stage.rows and "cores_used_by_others_at_most" in found["settings"].get("load", {})
 
 
 def remove_superseded(results: Path) -> None:

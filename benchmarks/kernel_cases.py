@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 try:
-    import vllm_dlm.kernels  # noqa: F401
+    import vllm_dlm.kernels
 except ImportError:  # a checkout that is not installed
     import vllm_dlm
 
@@ -38,9 +38,7 @@ class Case:
     queries: int
 
     @classmethod
-    def random(
-        cls, keys: int, batch: int, queries: int, device, dtype=torch.bfloat16, std_kind="l2"
-    ) -> "Case":
+    def random(cls, keys: int, batch: int, queries: int, device, dtype=torch.bfloat16, std_kind="l2") -> "Case":
         generator = torch.Generator(device).manual_seed(keys + batch)
         count = -(-keys // PAGE)
         pages = torch.empty(batch * count, KV_HEADS, PAGE, 2 * DIM, dtype=dtype, device=device)
@@ -69,9 +67,7 @@ class Case:
         )
 
     def attend(self, chosen: torch.Tensor, function=sparse_attention):
-        return function(
-            self.q, self.q_starts, self.pages, self.page_table, chosen, self.kv_lens, PAGE, DIM**-0.5, True
-        )
+        return function(self.q, self.q_starts, self.pages, self.page_table, chosen, self.kv_lens, PAGE, DIM**-0.5, True)
 
 
 def check(device: torch.device) -> int:
@@ -88,9 +84,7 @@ def check(device: torch.device) -> int:
             here = Case(**{
                 name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(case).items()
             })  # fmt: skip
-            here.statistics = PageStatistics(
-                case.statistics.mean.cpu(), case.statistics.spread.cpu(), PAGE, std_kind
-            )
+            here.statistics = PageStatistics(case.statistics.mean.cpu(), case.statistics.spread.cpu(), PAGE, std_kind)
             scores = case.score()
             torch.testing.assert_close(
                 scores.cpu().double(), here.score(naive_scores.page_scores), atol=tolerance, rtol=tolerance

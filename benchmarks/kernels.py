@@ -48,9 +48,7 @@ COLUMNS = [
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--keys", default="8192,32768,131072", help="context lengths (default 8192,32768,131072)"
-    )
+    parser.add_argument("--keys", default="8192,32768,131072", help="context lengths (default 8192,32768,131072)")
     parser.add_argument("--batches", help="default 1; on a GPU 1,8,32")
     parser.add_argument("--queries", type=int, default=1, help="per request (default 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="per timing (default 2)")
@@ -59,9 +57,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--quick", action="store_true", help="short contexts, short timings")
     parser.add_argument("--threads", type=int, help="on a CPU (default: torch's)")
     parser.add_argument("--minutes", type=float, help="begin no case after so many")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what the result file has under the same settings"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     load.add_arguments(parser)
 
@@ -74,17 +70,12 @@ def run(args) -> None:
     batches = [int(n) for n in (args.batches or ("1,8,32" if device.type == "cuda" else "1")).split(",")]
     seconds = 0.05 if args.quick else args.seconds
     wanted = [
-        (n, batch)
-        for n in lengths
-        for batch in batches
-        if batch * n * 4 * KV_HEADS * DIM <= memory_limit(device)
+        (n, batch) for n in lengths for batch in batches if batch * n * 4 * KV_HEADS * DIM <= memory_limit(device)
     ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     path = args.results / f"kernels-{name.lower().replace(' ', '-')}.json"
     about = settings(args, name, seconds)
-    old = (
-        report.resumed(path, about, torch.get_num_threads(), args.busy or args.quick) if args.resume else None
-    )
+    old = report.resumed(path, about, torch.get_num_threads(), args.busy or args.quick) if args.resume else None
     rows, checked = (old["rows"], old["settings"]["checked"]) if old else ([], 0)
     wanted = [place for place in wanted if place not in {(row["keys"], row["batch"]) for row in rows}]
     if not wanted:
@@ -109,9 +100,7 @@ def run(args) -> None:
             break
         with around.watch():
             rows.append(measure(Case.random(keys, batch, args.queries, device), seconds, bandwidth))
-        print(
-            {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()}
-        )
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
         table().write(args.results)
     if not rows:
         raise SystemExit(f"{path.stem}: no minutes left for any case")
@@ -190,9 +179,7 @@ def graphed(function, device: torch.device):
 
 def measure_bandwidth(device: torch.device, seconds: float) -> float:
     """Bytes per second of reading: a sum over more than any cache holds."""
-    big = torch.ones(1 << (31 if device.type == "cuda" else 28), dtype=torch.int8, device=device).view(
-        torch.int64
-    )
+    big = torch.ones(1 << (31 if device.type == "cuda" else 28), dtype=torch.int8, device=device).view(torch.int64)
     return big.nbytes / (timed(big.sum, device, seconds) / 1000)
 
 
@@ -205,10 +192,7 @@ def measure(case: Case, seconds: float, bandwidth: float) -> dict:
     def all_three():
         return case.attend(top_pages(case.score(), k))
 
-    dense = {
-        name: timed(graphed(function, device), device, seconds)
-        for name, function in dense_kernels(case).items()
-    }
+    dense = {name: timed(graphed(function, device), device, seconds) for name, function in dense_kernels(case).items()}
     best = min(dense, key=dense.get)
     sparse = timed(graphed(all_three, device), device, seconds)
     served = (call := chosen_by_vllm(case, k)) and timed(call, device, seconds)

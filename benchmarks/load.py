@@ -143,8 +143,7 @@ def settle(busy: bool, patience: float, pause: float = 5.0) -> Load:
             )
         if not said:
             print(
-                f"waiting for an idle machine: {now} cores wanted, below {IDLE} is idle, "
-                f"{patience:g} s at most",
+                f"waiting for an idle machine: {now} cores wanted, below {IDLE} is idle, {patience:g} s at most",
                 flush=True,
             )
             said = True

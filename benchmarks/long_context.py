@@ -36,9 +36,7 @@ class Shape:
     def weights(self) -> int:
         """Bytes of a step's weights in bfloat16."""
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * (
-            self.layers * (attention + 3 * self.width * self.feed_forward) + self.width * self.vocabulary
-        )
+        return 2 * (self.layers * (attention + 3 * self.width * self.feed_forward) + self.width * self.vocabulary)
 
     def kv_bytes(self, context: int) -> int:
         return self.layers * context * self.kv_heads * self.head_dim * 4

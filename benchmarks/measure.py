@@ -120,9 +120,7 @@ class Engine:
         if cell.blocks * BLOCK < cell.new:
             engine.abort_request(names, internal=True)
         elif any(missing.values()) or engine.has_unfinished_requests():
-            raise RuntimeError(
-                f"{cell.new} tokens were asked for, {missing} of them came back too few (or too many)"
-            )
+            raise RuntimeError(f"{cell.new} tokens were asked for, {missing} of them came back too few (or too many)")
         return elapsed
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 
-
 #: counted by the engine itself
 SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
 
@@ -23,9 +22,7 @@ def install(worker) -> None:
 
     runner = worker.model_runner
     worker.dlm_awaited, worker.dlm_delivered, worker.dlm_taken = (0, 0), Counter(), {}
-    counts = worker.dlm_counts = (
-        Counter()
-    )  # "forward" and "head" are the model, the rest of "worker" is overhead
+    counts = worker.dlm_counts = Counter()  # "forward" and "head" are the model, the rest of "worker" is overhead
 
     def timed(name, function):
         @functools.wraps(function)

@@ -167,8 +167,7 @@ class Engine:
         sums, denoise = Drift(), self.runner._denoise
 
         def compared(states, counts, failed):
-            requests = self._compare(denoise, states, counts, failed, sums)
-            return requests
+            return self._compare(denoise, states, counts, failed, sums)
 
         self.runner._denoise = compared
         try:
@@ -185,10 +184,11 @@ class Engine:
 
     def _compare(self, denoise, states, counts, failed, sums: Drift):
         """One step as the policy does it, and the exact model over the same canvases."""
-        from vllm_dlm.engine.costs import Counts
-        from vllm_dlm.engine.rows import Stream
         from vllm_dlm.plugins.reuse.base import StepPlan
         from vllm_dlm.plugins.reuse.none import Dense
+
+        from vllm_dlm.engine.costs import Counts
+        from vllm_dlm.engine.rows import Stream
 
         kept, run = {}, self.runner.head.run
 

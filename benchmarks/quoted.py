@@ -31,11 +31,7 @@ class Tables:
         """Of all rows that fit, from the least to the most."""
         rows = self.found.get(table, {}).get("rows", [])
         values = [row[key] for row in rows if all(row.get(name) == value for name, value in where.items())]
-        return (
-            " to ".join(dict.fromkeys(form.format(end) for end in (min(values), max(values))))
-            if values
-            else MISSING
-        )
+        return " to ".join(dict.fromkeys(form.format(end) for end in (min(values), max(values)))) if values else MISSING
 
     def measured(self) -> str:
         """Where, and beside whom, the times were taken: the worst of the tables."""
@@ -43,11 +39,7 @@ class Tables:
         loads = [found["load"] for found in settings]
         machines = list(dict.fromkeys(on_machine(found["machine"]) for found in settings))
         before = max((found["average_before"] for found in loads), default=None)
-        others = [
-            found["cores_used_by_others_at_most"]
-            for found in loads
-            if "cores_used_by_others_at_most" in found
-        ]
+        others = [found["cores_used_by_others_at_most"] for found in loads if "cores_used_by_others_at_most" in found]
         text = f"{'; '.join(machines)}. Load average before it: {before}"
         text += f"; others used at most {max(others)} cores while anything was measured" if others else ""
         return text + ("." if all(map(is_idle, loads)) else ". The machine was NOT IDLE.")
@@ -141,9 +133,7 @@ def block(folder: Path) -> str:
         if set(figure.removesuffix(" faster").split(", ")) != {MISSING}
     ]
     head = ["| what | against | figure | table |", "|---|---|---|---|"]
-    return "\n".join(
-        [BEGIN, *head, *rows, "", f"All times are of one run on {Tables(folder).measured()}", END]
-    )
+    return "\n".join([BEGIN, *head, *rows, "", f"All times are of one run on {Tables(folder).measured()}", END])
 
 
 def put_into(readme: str, folder: Path) -> str:

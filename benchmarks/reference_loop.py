@@ -81,9 +81,7 @@ def generate(model, prompt: list[int], new: int, block: int, steps: int, mask_id
 
 
 @torch.inference_mode()
-def generate_steps(
-    model, prompt: list[int], new: int, block: int, steps: int, mask_id: int
-) -> Iterator[torch.Tensor]:
+def generate_steps(model, prompt: list[int], new: int, block: int, steps: int, mask_id: int) -> Iterator[torch.Tensor]:
     """The canvas [1, N] after every step, the same tensor each time."""
     canvas = torch.full((1, len(prompt) + new), mask_id)
     canvas[0, : len(prompt)] = torch.tensor(prompt)

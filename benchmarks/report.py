@@ -66,16 +66,12 @@ class Report:
             from benchmarks import drawing
 
             written.append(folder / f"{self.name}.png")
-            drawing.save(
-                written[-1], self.title, caption(self.settings), lambda figure: plot(figure, self.rows)
-            )
+            drawing.save(written[-1], self.title, caption(self.settings), lambda figure: plot(figure, self.rows))
         return written
 
     def shown(self) -> list[Column]:
         """Without the columns that no row has."""
-        return [
-            column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)
-        ]
+        return [column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)]
 
     def markdown(self) -> str:
         columns = self.shown()

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-
 from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
 from vllm_dlm.plugins.selection.unique import Unique
 

@@ -43,8 +43,9 @@ NOTES = [
 
 
 def page_rules(tokens: int, share: float) -> dict:
-    from benchmarks.rules import Quest
     from vllm_dlm.plugins.selection.unique import Unique
+
+    from benchmarks.rules import Quest
 
     common = {
         "page_size": PAGE, "budget_tokens": int(share * tokens) // PAGE * PAGE, "min_context": 0, "dense_layers": (),
@@ -58,8 +59,9 @@ def page_rules(tokens: int, share: float) -> dict:
 
 
 def token_rules(share: float) -> dict:
-    from benchmarks.rules import Oracle, Random, SparseDLLM
     from vllm_dlm.plugins.selection.wavefilter import WaveFilter
+
+    from benchmarks.rules import Oracle, Random, SparseDLLM
 
     serve = WaveFilter(**WaveFilter.presets["serve"], min_prompt=0)
     # the paper's form: two scales, four for the smallest budget
@@ -97,9 +99,17 @@ def run(args) -> None:
     for tokens in lengths:
         jobs.append((tokens, 1.0, "dense", None, "both"))
         if args.table != "pages":
-            jobs += [(tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()]
-        if args.table != "tokens" and (tokens >= 512 or args.quick):  # below, the pages that are always read fill the budget
-            jobs += [(tokens, share, name, rule, "pages") for share in budgets[:2] for name, rule in page_rules(tokens, share).items()]
+            jobs += [
+                (tokens, share, name, rule, "tokens") for share in budgets for name, rule in token_rules(share).items()
+            ]
+        if args.table != "tokens" and (
+            tokens >= 512 or args.quick
+        ):  # below, the pages that are always read fill the budget
+            jobs += [
+                (tokens, share, name, rule, "pages")
+                for share in budgets[:2]
+                for name, rule in page_rules(tokens, share).items()
+            ]
     if args.rules:
         known, wanted = {name for _, _, name, _, _ in jobs}, set(args.rules)
         if wanted - known:
@@ -118,7 +128,10 @@ def run(args) -> None:
     for row in rows:
         row["vs_dense"] = 100 * (row["exact_match"] - dense[row["tokens"]])
     suffix = ("" if args.needles == 8 else f"-{args.needles}-needles") + args.name
-    for table, title in (("pages", "Pages of the prompt by what rule"), ("tokens", "Tokens of the prompt by what rule")):
+    for table, title in (
+        ("pages", "Pages of the prompt by what rule"),
+        ("tokens", "Tokens of the prompt by what rule"),
+    ):
         if args.table not in (None, table):
             continue
         result = report.Report(
@@ -223,7 +236,9 @@ def plot_budgets(figure, rows: list[dict]) -> None:
             if rule == "dense":
                 axes.axhline(points[0][1], color=drawing.GREY, lw=0.8, label="everything")
             else:
-                axes.plot(*zip(*points, strict=True), "o-", color=drawing.colour(rule), label=rule, ms=4, lw=1.2, alpha=0.85)
+                axes.plot(
+                    *zip(*points, strict=True), "o-", color=drawing.colour(rule), label=rule, ms=4, lw=1.2, alpha=0.85
+                )
         shares = sorted({row["budget"] for row in own if row["rule"] != "dense"})
         axes.set(xscale="log", xlabel=f"of {tokens:,} tokens", ylim=(-0.03, 1.03))
         axes.set_xticks(shares, [f"{100 * share:.3g}%" for share in shares], fontsize=7)
@@ -237,4 +252,6 @@ def plot_rules(figure, rows: list[dict]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     names = [row["rule"] for row in rows]
     drawing.dots(left, names, [row["exact_match"] for row in rows], "exact match", "{:.1%}")
-    drawing.dots(right, names, [row.get("of_oracle") for row in rows], "attention kept, of what as many tokens could", "{:.1%}")
+    drawing.dots(
+        right, names, [row.get("of_oracle") for row in rows], "attention kept, of what as many tokens could", "{:.1%}"
+    )

@@ -46,34 +46,22 @@ def place(text: str) -> tuple[int, int]:
 
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--policy", action="append", help="reuse policy, NAME or NAME:field=value,…; repeatable"
-    )
+    parser.add_argument("--policy", action="append", help="reuse policy, NAME or NAME:field=value,…; repeatable")
     parser.add_argument("--shapes", type=listed(str), help=f"of {', '.join(SHAPES)}; default: the first two")
     parser.add_argument(
         "--cells", type=listed(place), metavar="PROMPTxREQUESTS,…",
         help="prompt lengths and requests at once; default 480x1,480x8 (with --new: 512 positions)",
     )  # fmt: skip
-    parser.add_argument(
-        "--only", type=listed(place), metavar="PROMPTxREQUESTS,…", help="of --cells, in this call"
-    )
-    parser.add_argument(
-        "--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)"
-    )
-    parser.add_argument(
-        "--blocks", type=int, help=f"time the first BLOCKS blocks of {BLOCK} tokens only (default all)"
-    )
+    parser.add_argument("--only", type=listed(place), metavar="PROMPTxREQUESTS,…", help="of --cells, in this call")
+    parser.add_argument("--new", type=int, default=32, help=f"response tokens, a multiple of {BLOCK} (default 32)")
+    parser.add_argument("--blocks", type=int, help=f"time the first BLOCKS blocks of {BLOCK} tokens only (default all)")
     parser.add_argument(
         "--none-steps", type=int, help="time `none` over so many steps only (all of its steps cost the same)"
     )
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument(
-        "--seconds", type=float, default=40, help="no further repetition of a cell after this long"
-    )
+    parser.add_argument("--seconds", type=float, default=40, help="no further repetition of a cell after this long")
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what the result file has under the same settings"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
     parser.add_argument("--threads", type=int, default=cores, help=f"for loop and engine (default {cores})")
     parser.add_argument("--no-loop", action="store_true", help="leave the reference loop away")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
@@ -99,16 +87,10 @@ class Speed:
 
     def __init__(self, shapes: list[Shape], cells: list[Cell], policies: list[Policy], args):
         self.shapes, self.cells, self.policies, self.args = shapes, cells, policies, args
-        self.name = args.name or "speed-" + "-".join(
-            p.label.split(":")[0].replace("/", ".") for p in policies
-        )
+        self.name = args.name or "speed-" + "-".join(p.label.split(":")[0].replace("/", ".") for p in policies)
         self.settings = settings(shapes, cells, policies, args)
         self.path = args.results / f"{self.name}.json"
-        old = (
-            report.resumed(self.path, self.settings, args.threads, args.busy or args.quick)
-            if args.resume
-            else None
-        )
+        old = report.resumed(self.path, self.settings, args.threads, args.busy or args.quick) if args.resume else None
         self.rows, self.earlier = (old["rows"], old["settings"]["load"]) if old else ([], None)
 
     def run(self) -> None:
@@ -123,9 +105,7 @@ class Speed:
                 self.measure_loop(shape, [cell for method, cell in missing[shape.name] if method == LOOP])
                 for server in {json.dumps(policy.server): policy.server for policy in self.policies}.values():
                     own = {policy.label: policy for policy in self.policies if policy.server == server}
-                    self.measure_engine(
-                        shape, server, [(own[m], cell) for m, cell in missing[shape.name] if m in own]
-                    )
+                    self.measure_engine(shape, server, [(own[m], cell) for m, cell in missing[shape.name] if m in own])
         if not self.rows:
             raise SystemExit(f"{self.name}: no minutes left for any cell")
         self.table().print()
@@ -137,9 +117,7 @@ class Speed:
         known = {(row["shape"], row["method"], row["prompt"], row["batch"]) for row in self.rows}
         only = self.args.only or [(cell.prompt, cell.batch) for cell in self.cells]
         cells = [cell for cell in self.cells if (cell.prompt, cell.batch) in only]
-        singles = (
-            [] if self.args.no_loop else {cell.prompt: replace(cell, batch=1) for cell in cells}.values()
-        )
+        singles = [] if self.args.no_loop else {cell.prompt: replace(cell, batch=1) for cell in cells}.values()
         wanted = [(LOOP, cell) for cell in singles]
         wanted += [(policy.label, cell) for cell in cells for policy in self.policies]
         return [(m, cell) for m, cell in wanted if (shape.name, m, cell.prompt, cell.batch) not in known]
@@ -161,9 +139,7 @@ class Speed:
             if self.late():
                 break
             self.progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
-            timed = (
-                cell.short(self.args.none_steps) if self.args.none_steps and policy.label == "none" else cell
-            )
+            timed = cell.short(self.args.none_steps) if self.args.none_steps and policy.label == "none" else cell
             with self.load.watch():
                 runs = engine.measure(timed, policy.request, self.args.repetitions, self.args.seconds)
             self.keep(engine_row(shape, policy, timed, runs))
@@ -199,9 +175,7 @@ def settings(shapes, cells, policies, args) -> dict:
         "weights": "random, normal(0, 0.02), seed 0",
         "dtype": "bfloat16",
         "decoding": {"name": "low_confidence", "block_length": BLOCK, "steps": "= new", "temperature": 0},
-        "policies": {
-            policy.label: {"server": policy.server, "request": policy.request} for policy in policies
-        },
+        "policies": {policy.label: {"server": policy.server, "request": policy.request} for policy in policies},
         "prompt_lengths": {f"{cell.prompt} x {cell.batch}": str(cell.lengths()) for cell in cells},
         "new": args.new,
         "repetitions": f"{args.repetitions}, fewer when a cell takes more than {args.seconds:g} s",
@@ -236,9 +210,7 @@ def loop_seconds(shape: Shape, folder: Path, cells: list[Cell], args) -> list[li
         "block": BLOCK,
         "repetitions": args.repetitions,
         "seconds": args.seconds,
-        "cells": [
-            {"prompt": cell.prompts(shape)[0], "new": cell.new, "blocks": cell.blocks} for cell in cells
-        ],
+        "cells": [{"prompt": cell.prompts(shape)[0], "new": cell.new, "blocks": cell.blocks} for cell in cells],
     }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.reference_loop"],

@@ -48,9 +48,7 @@ NOTES = [
     "recomputes every row, so all of them cost the same.",
 ]
 
-COUNTED = (
-    "response tokens delivered over the wall time from submission to the last of them, medians of repetitions"
-)
+COUNTED = "response tokens delivered over the wall time from submission to the last of them, medians of repetitions"
 BASELINE = (
     "in a cell, LLaDA's sampling loop on transformers (loop), this engine without reuse (none), "
     "or the reuse policy alone"
@@ -81,12 +79,8 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
         "flops": counts["flops"],
         "rows_share": counts["rows"] / (shape.layers * cell.rows() * cell.steps),
         "kv_share": counts["keys_read"] / counts["keys_dense"] if counts.get("summaries") else None,
-        "scored": counts["keys_scored"] / (shape.layers * counts["steps"])
-        if counts.get("summaries")
-        else None,
-        "pyramids": counts["summaries"] / (shape.layers * counts["steps"])
-        if counts.get("summaries")
-        else None,
+        "scored": counts["keys_scored"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
+        "pyramids": counts["summaries"] / (shape.layers * counts["steps"]) if counts.get("summaries") else None,
         "head_rows_per_request_step": counts["head_rows"] / (cell.batch * cell.steps),
         "overhead": median(lambda run: 1 - (run["forward"] + run["head"]) / run["seconds"]),
         "share_of_time": {
@@ -150,8 +144,6 @@ def plot(figure, rows: list[dict]) -> None:
         for row in rows:
             if row["shape"] == shape:
                 place = f"{row['prompt']:,} + {row['new']}\n× {row['batch']}"
-                groups.setdefault(place, {})[row["method"]] = row.get(
-                    field, 1.0 if field == "vs_host" else None
-                )
+                groups.setdefault(place, {})[row["method"]] = row.get(field, 1.0 if field == "vs_host" else None)
         drawing.bars(axes, groups, words)
         axes.set_xlabel(f"{shape}: prompt + new tokens × requests", fontsize=8)

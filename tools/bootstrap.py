@@ -45,7 +45,10 @@ def main():
         have = distributions()
     if have.get(vllm) != VLLM_VERSION:
         install_vllm(cuda, f"{vllm}=={VLLM_VERSION}")
-    step("Installing vllm_dlm and what its tests and benchmarks need", pip("install", "--editable", f"{ROOT}[test,bench]"))
+    step(
+        "Installing vllm_dlm and what its tests and benchmarks need",
+        pip("install", "--editable", f"{ROOT}[test,bench]"),
+    )
     if not cuda:
         step(f"Removing {', '.join(MISMATCHED)}", pip("uninstall", "--yes", *MISMATCHED))
 
@@ -70,7 +73,9 @@ def make_venv():
     base = getattr(sys, "_base_executable", None) or sys.executable
     made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if made.returncode:
-        stop(f"{made.stdout}{made.stderr}\n`{base} -m venv` failed; on Debian and Ubuntu it is the package python3-venv")
+        stop(
+            f"{made.stdout}{made.stderr}\n`{base} -m venv` failed; on Debian and Ubuntu it is the package python3-venv"
+        )
 
 
 def install_vllm(cuda, requirement):

@@ -223,7 +223,8 @@ def _typed(cls: type, field: str, value: Any, where: str) -> Any:
         if origin is typing.Literal and value in typing.get_args(kind):
             return value
     wanted = " or ".join(
-        " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal
+        " or ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is typing.Literal
         else getattr(kind, "__name__", str(kind))
         for kind in accepted
     ).replace("NoneType", '"none"')

@@ -21,13 +21,14 @@ def answered(row: list[int]) -> list[int] | None:
         if token == tok.MASK:
             return None
         if token in ENDS:
-            return row[:place + 1]
+            return row[: place + 1]
     return row
 
 
 @torch.no_grad()
-def decode(model: DemoLLaDA, prompts_BP: Tensor, canvas: int, block_length: int = 8,
-           refresh: str = "step") -> list[list[int]]:
+def decode(
+    model: DemoLLaDA, prompts_BP: Tensor, canvas: int, block_length: int = 8, refresh: str = "step"
+) -> list[list[int]]:
     """Answers to prompts of one length.
 
     `refresh` says when the prompt's K/V are recomputed: in every "step" (LLaDA itself), at the
@@ -44,8 +45,7 @@ def decode(model: DemoLLaDA, prompts_BP: Tensor, canvas: int, block_length: int 
             logits_BRV = model(seen, tail=canvas)
         else:
             if step == 0 or (refresh == "block" and step % block_length == 0):
-                kept_kv = [(k[:, :, :length], v[:, :, :length])
-                           for k, v in model.keys_and_values(seen)]
+                kept_kv = [(k[:, :, :length], v[:, :, :length]) for k, v in model.keys_and_values(seen)]
             logits_BRV = model.forward_on(kept_kv, live_BR)
         block_end = (step // block_length + 1) * block_length
         confidence_BR, token_BR = logits_BRV[:, :block_end].softmax(-1).max(-1)
@@ -60,8 +60,9 @@ def decode(model: DemoLLaDA, prompts_BP: Tensor, canvas: int, block_length: int 
     return [answered(row) or [] for row in canvas_BR.tolist()]
 
 
-def answers(model: DemoLLaDA, samples: list[Sample], canvas: int, block_length: int = 8,
-            refresh: str = "step") -> list[list[int]]:
+def answers(
+    model: DemoLLaDA, samples: list[Sample], canvas: int, block_length: int = 8, refresh: str = "step"
+) -> list[list[int]]:
     """Answers in the order of the samples, decoded in batches of equal prompt length."""
     by_length = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -70,8 +71,8 @@ def answers(model: DemoLLaDA, samples: list[Sample], canvas: int, block_length: 
     for length, indices in by_length.items():
         size = max(1, TOKENS_PER_BATCH // (length + canvas))
         for start in range(0, len(indices), size):
-            part = indices[start:start + size]
+            part = indices[start : start + size]
             prompts = torch.tensor([samples[i].prompt_ids for i in part])
-            for i, answer in zip(part, decode(model, prompts, canvas, block_length, refresh)):
+            for i, answer in zip(part, decode(model, prompts, canvas, block_length, refresh), strict=False):
                 found[i] = answer
     return found

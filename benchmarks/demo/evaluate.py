@@ -13,9 +13,9 @@ import json
 import math
 import multiprocessing as mp
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -47,16 +47,30 @@ class Line:
         return max(1, round(full * self.share))
 
 
-def _recall(name: str, length: int, canvas: int = 16, bar: float | None = None, share: float = 1.0,
-            refresh: str = "step", ceiling: float | None = None, **options) -> Line:
-    return Line(name, lambda rng, filler: recall(rng, filler, length, **options), canvas, bar,
-                ceiling, refresh=refresh, share=share)
+def _recall(
+    name: str,
+    length: int,
+    canvas: int = 16,
+    bar: float | None = None,
+    share: float = 1.0,
+    refresh: str = "step",
+    ceiling: float | None = None,
+    **options,
+) -> Line:
+    return Line(
+        name,
+        lambda rng, filler: recall(rng, filler, length, **options),
+        canvas,
+        bar,
+        ceiling,
+        refresh=refresh,
+        share=share,
+    )
 
 
 def _small(task: str, bar: float | None, block_length: int = 8, refresh: str = "step") -> Line:
     note = BLOCK_32 * (block_length == 32) + STALE * (refresh == "never")
-    return Line(task + note, lambda rng, _: SMALL_TASKS[task](rng), 32, bar,
-                block_length=block_length, refresh=refresh)
+    return Line(task + note, lambda rng, _: SMALL_TASKS[task](rng), 32, bar, block_length=block_length, refresh=refresh)
 
 
 def lines() -> list[Line]:
@@ -65,13 +79,13 @@ def lines() -> list[Line]:
     table += [
         _recall("512 tokens, 1 needle", 512, bar=0.98),
         _recall("1024 tokens, 1 needle", 1024, bar=0.95),
-        *[_recall(f"1024 tokens, 1 needle at depth {depth:g}", 1024, bar=0.95, depth=depth)
-          for depth in DEPTHS],
+        *[_recall(f"1024 tokens, 1 needle at depth {depth:g}", 1024, bar=0.95, depth=depth) for depth in DEPTHS],
         _recall("512 tokens, needle removed", 512, ceiling=0.01, omit=True),
-        _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, share=0.25,
-                needles=8, omit=True),
-        *[_recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, 0.5, needles=8,
-                  queried=q) for q in (2, 3, 4)],
+        _recall("512 tokens, needle removed, 7 others left", 512, ceiling=0.01, share=0.25, needles=8, omit=True),
+        *[
+            _recall(f"512 tokens, 8 needles, {q} queried", 512, 8 * q + 8, 0.95, 0.5, needles=8, queried=q)
+            for q in (2, 3, 4)
+        ],
         _recall("512 tokens, 16 needles", 512, bar=0.95, share=0.5, needles=16),
         _recall("1024 tokens, 16 needles", 1024, bar=0.95, share=0.5, needles=16),
         _recall("1024 tokens, 16 needles, 4 queried", 1024, 40, None, 0.125, needles=16, queried=4),
@@ -126,11 +140,19 @@ def grade(model, line: Line, prompts: int) -> Result:
     samples = [line.draw(rng, filler) for _ in range(line.prompts(prompts))]
     began = time.perf_counter()
     found = answers(model, samples, line.canvas, line.block_length, line.refresh)
-    right = [answer == sample.answer_ids for answer, sample in zip(found, samples)]
-    result = Result(line.name, len(samples), sum(right), line.bar, line.ceiling, line.canvas,
-                    line.block_length, line.refresh, round(time.perf_counter() - began, 1))
-    wrong = [(tok.decode(s.answer_ids), tok.decode(a)) for s, a, r in zip(samples, found, right)
-             if not r]
+    right = [answer == sample.answer_ids for answer, sample in zip(found, samples, strict=False)]
+    result = Result(
+        line.name,
+        len(samples),
+        sum(right),
+        line.bar,
+        line.ceiling,
+        line.canvas,
+        line.block_length,
+        line.refresh,
+        round(time.perf_counter() - began, 1),
+    )
+    wrong = [(tok.decode(s.answer_ids), tok.decode(a)) for s, a, r in zip(samples, found, right, strict=False) if not r]
     result.misses = [f"wanted{wanted!r} got{got!r}" for wanted, got in wrong[:5]]
     if line.ceiling is not None:
         result.digit_accuracy = round(_digit_accuracy(samples, found), 3)
@@ -138,8 +160,12 @@ def grade(model, line: Line, prompts: int) -> Result:
 
 
 def _digit_accuracy(samples, found) -> float:
-    pairs = [(w, g) for s, a in zip(samples, found) for w, g in
-             zip(s.answer_ids, a + [tok.MASK] * len(s.answer_ids)) if w in tok.DIGIT_IDS]
+    pairs = [
+        (w, g)
+        for s, a in zip(samples, found, strict=False)
+        for w, g in zip(s.answer_ids, a + [tok.MASK] * len(s.answer_ids), strict=False)
+        if w in tok.DIGIT_IDS
+    ]
     return sum(w == g for w, g in pairs) / len(pairs)
 
 
@@ -153,8 +179,7 @@ def markdown(results: list[Result], conditions: dict) -> str:
         bar = bar if r.ceiling is None else f"<= {r.ceiling:g}"
         note = f" (digits {r.digit_accuracy:.3f})" if r.digit_accuracy is not None else ""
         met = {True: "yes", False: "**no**", None: ""}[r.met]
-        text.append(f"| {r.name} | {r.n} | {r.accuracy:.4f}{note} | {low:.3f}-{high:.3f} |"
-                    f" {bar} | {met} |")
+        text.append(f"| {r.name} | {r.n} | {r.accuracy:.4f}{note} | {low:.3f}-{high:.3f} | {bar} | {met} |")
     return "\n".join(text) + "\n"
 
 
@@ -194,15 +219,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--only", default="", help="grade only lines whose name contains this")
-    parser.add_argument("--refresh", choices=["step", "block", "never"], default="step",
-                        help="when the prompt's K/V are recomputed, unless the line says so")
+    parser.add_argument(
+        "--refresh",
+        choices=["step", "block", "never"],
+        default="step",
+        help="when the prompt's K/V are recomputed, unless the line says so",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--fresh", action="store_true", help="ignore lines already graded")
     options = parser.parse_args()
 
     weights = (options.checkpoint / "model.safetensors").read_bytes()
     conditions = {
-        "weights sha256": hashlib.sha256(weights).hexdigest()[:16], "compute dtype": options.dtype,
+        "weights sha256": hashlib.sha256(weights).hexdigest()[:16],
+        "compute dtype": options.dtype,
         "decoding": "low-confidence, blocks of 8 unless named, 1 token per step",
         "prompt recomputed": REFRESH_WORDS[options.refresh] + " (stale prompt: never)",
         "counted as right": "the delivered tokens, end of turn included, equal the answer",
@@ -224,8 +254,7 @@ def main() -> None:
             results.append(result)
             bar.update(result.n)
             below = "  BELOW THE BAR" if result.met is False else ""
-            bar.write(f"{result.accuracy:.4f} of {result.n:4d}  {result.name}"
-                      f"  ({result.seconds:.0f} s){below}")
+            bar.write(f"{result.accuracy:.4f} of {result.n:4d}  {result.name}  ({result.seconds:.0f} s){below}")
             _report(options.output, results, conditions)
 
 

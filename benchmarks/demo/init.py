@@ -66,7 +66,7 @@ def _fill_slot(block: Block, head: int, slot: int, head_dim: int) -> None:
     block.v_proj.weight[rows, TOKEN] = _orthogonal(head_dim, TOKEN.stop - TOKEN.start)
     block.attn_out.weight[:, rows] = 0
     start = SLOTS_FROM + slot * head_dim
-    block.attn_out.weight[start:start + head_dim, rows] = 0.6 * torch.eye(head_dim)
+    block.attn_out.weight[start : start + head_dim, rows] = 0.6 * torch.eye(head_dim)
 
 
 def _match_on_slot(block: Block, head: int, slot: int, head_dim: int, copied: Tensor) -> None:
@@ -78,7 +78,7 @@ def _match_on_slot(block: Block, head: int, slot: int, head_dim: int, copied: Te
     start = SLOTS_FROM + slot * head_dim
     for projection in (block.q_proj, block.k_proj):
         projection.weight[rows] = 0
-        projection.weight[rows, start:start + head_dim] = match
+        projection.weight[rows, start : start + head_dim] = match
     block.q_proj.weight[rows.start + half - 1, CONSTANT] = 1.0
     block.k_proj.weight[rows.start + half - 1, IS_MASK] = -MASK_PENALTY
     block.v_proj.weight[rows] = 0
@@ -119,8 +119,8 @@ def build_lookup_circuit(model: DemoLLaDA) -> None:
         basis = _orthogonal(codes, codes)
         for part, (head, slot) in enumerate(heads.items()):
             copied = torch.zeros(head_dim, codes)
-            third = basis[part * (codes // 3):][:head_dim]
-            copied[:len(third)] = third
+            third = basis[part * (codes // 3) :][:head_dim]
+            copied[: len(third)] = third
             _match_on_slot(blocks[layer], head, slot, head_dim, copied)
     for head, offset in enumerate(SECOND_LAYER_OFFSETS):
         _attend_at_offset(blocks[1], head, offset, frequencies)

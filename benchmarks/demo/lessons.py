@@ -16,19 +16,15 @@ from . import tokenizer as tok
 from .tasks import SMALL_TASKS, WORD_VALUES, Filler, Sample, recall, recite
 
 # (first step, longest prompt from then on); before the first entry there is only recitation
-LENGTHS = [(288, 64), (384, 96), (480, 128), (624, 192), (768, 256), (850, 384), (950, 512),
-           (1080, 768), (1250, 1024)]
+LENGTHS = [(288, 64), (384, 96), (480, 128), (624, 192), (768, 256), (850, 384), (950, 512), (1080, 768), (1250, 1024)]
 # (last step, what holds until then)
 END = float("inf")
 RECITED = [(72, ["word"]), (144, ["word", "1", "2"]), (END, ["word", "2", "5"])]
 RECITE_SHARE = [(288, 1.0), (768, 0.5), (END, 0.08)]
 SMALL_SHARES = [
-    (850, {"copy": 0.07, "reverse": 0.07, "sort": 0.24, "add": 0.32, "totals": 0.22,
-           "follow": 0.08}),
-    (1450, {"copy": 0.05, "reverse": 0.09, "sort": 0.18, "add": 0.28, "totals": 0.30,
-            "follow": 0.10}),
-    (END, {"copy": 0.04, "reverse": 0.07, "sort": 0.20, "add": 0.32, "totals": 0.33,
-           "follow": 0.04}),
+    (850, {"copy": 0.07, "reverse": 0.07, "sort": 0.24, "add": 0.32, "totals": 0.22, "follow": 0.08}),
+    (1450, {"copy": 0.05, "reverse": 0.09, "sort": 0.18, "add": 0.28, "totals": 0.30, "follow": 0.10}),
+    (END, {"copy": 0.04, "reverse": 0.07, "sort": 0.20, "add": 0.32, "totals": 0.33, "follow": 0.04}),
 ]
 MOST_NEEDLES, MOST_QUERIED = 16, 4
 TOKENS_PER_NEEDLE = 14
@@ -62,10 +58,7 @@ class Lessons:
 
     def batches(self, step: int) -> list[Batch]:
         rng = np.random.default_rng([self.seed, step])
-        if rng.random() < _until(RECITE_SHARE, step):
-            long = self._recital(rng, step)
-        else:
-            long = self._recall(rng, step)
+        long = self._recital(rng, step) if rng.random() < _until(RECITE_SHARE, step) else self._recall(rng, step)
         return [long, self._small(rng, step)]
 
     def _recital(self, rng, step: int) -> Batch:
@@ -93,7 +86,7 @@ class Lessons:
     def _small(self, rng, step: int) -> Batch:
         canvas = int(rng.choice([4, 8, 16, 32], p=[0.4, 0.35, 0.2, 0.05]))
         samples, spent = [], 0
-        tasks, shares = zip(*_until(SMALL_SHARES, step).items())
+        tasks, shares = zip(*_until(SMALL_SHARES, step).items(), strict=False)
         while spent < self.small_tokens:
             sample = SMALL_TASKS[str(rng.choice(tasks, p=shares))](rng)
             spent += len(sample.prompt_ids) + max(canvas, len(sample.answer_ids) + 1)
@@ -108,8 +101,8 @@ class Lessons:
         ids = np.full((rows, width), tok.EOS)
         starts = np.array([[len(s.prompt_ids)] for s in samples])
         ends = starts + np.array([[len(s.answer_ids)] for s in samples])
-        for row, s in zip(ids, samples):
-            row[:len(s.prompt_ids + s.answer_ids)] = s.prompt_ids + s.answer_ids
+        for row, s in zip(ids, samples, strict=False):
+            row[: len(s.prompt_ids + s.answer_ids)] = s.prompt_ids + s.answer_ids
         places = np.arange(width)[None]
         response = places >= starts
 
@@ -131,6 +124,12 @@ class Lessons:
             chosen = np.broadcast_to(array, ids.shape)[:, -tail:][masked_BR]
             return torch.from_numpy(chosen).to(dtype)
 
-        return Batch(name, tail, torch.from_numpy(np.where(masked, tok.MASK, ids)),
-                     torch.from_numpy(masked_BR), take(ids, torch.int64),
-                     take(weights / rate / total, torch.float32), take(graded, torch.bool))
+        return Batch(
+            name,
+            tail,
+            torch.from_numpy(np.where(masked, tok.MASK, ids)),
+            torch.from_numpy(masked_BR),
+            take(ids, torch.int64),
+            take(weights / rate / total, torch.float32),
+            take(graded, torch.bool),
+        )

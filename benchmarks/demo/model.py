@@ -87,7 +87,7 @@ class Block(nn.Module):
             query_angles = tuple(a[-tail:] for a in angles)
         q = rotate(self.split(self.q_proj(y_BTW)), query_angles)
         if old_keys is not None:
-            k, v = (torch.cat([old, new], 2) for old, new in zip(old_keys, (k, v)))
+            k, v = (torch.cat([old, new], 2) for old, new in zip(old_keys, (k, v), strict=False))
         mixed = _attention(q.to(v.dtype), k.to(v.dtype), v)
         x_BTW = x_BTW + self.attn_out(mixed.transpose(1, 2).flatten(-2))
         y_BTW = self.ff_norm(x_BTW)
@@ -101,12 +101,14 @@ class DemoLLaDA(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = nn.Module()
-        self.model.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(shape.vocabulary, shape.width),
-            "blocks": nn.ModuleList(Block(shape) for _ in range(shape.layers)),
-            "ln_f": RMSNorm(shape.width, shape.norm_eps),
-            "ff_out": nn.Linear(shape.width, shape.vocabulary, bias=False),
-        })
+        self.model.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(shape.vocabulary, shape.width),
+                "blocks": nn.ModuleList(Block(shape) for _ in range(shape.layers)),
+                "ln_f": RMSNorm(shape.width, shape.norm_eps),
+                "ff_out": nn.Linear(shape.width, shape.vocabulary, bias=False),
+            }
+        )
 
     @property
     def parts(self) -> nn.ModuleDict:
@@ -140,32 +142,59 @@ class DemoLLaDA(nn.Module):
         """Logits [B, R, V] of a canvas that reads the given, perhaps stale, prompt K/V."""
         start = prompt_kv[0][0].shape[2]
         x_BRW, angles = self.parts.wte(ids_BR), self.angles(start, start + ids_BR.shape[1])
-        for block, kv in zip(self.parts.blocks, prompt_kv):
+        for block, kv in zip(self.parts.blocks, prompt_kv, strict=False):
             x_BRW, _ = block(x_BRW, angles, old_keys=kv)
         return self.parts.ff_out(self.parts.ln_f(x_BRW)).float()
 
 
 def hub_config(shape: Shape) -> dict:
     return {
-        "architectures": ["LLaDAModelLM"], "model_type": "llada",
-        "d_model": shape.width, "n_layers": shape.layers,
-        "n_heads": shape.heads, "n_kv_heads": shape.heads,
-        "mlp_hidden_size": shape.feed_forward, "mlp_ratio": 4,
-        "vocab_size": shape.vocabulary, "embedding_size": shape.vocabulary,
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": shape.width,
+        "n_layers": shape.layers,
+        "n_heads": shape.heads,
+        "n_kv_heads": shape.heads,
+        "mlp_hidden_size": shape.feed_forward,
+        "mlp_ratio": 4,
+        "vocab_size": shape.vocabulary,
+        "embedding_size": shape.vocabulary,
         "max_sequence_length": 4096,
-        "rope": True, "rope_theta": shape.rope_theta, "rope_full_precision": True,
-        "rms_norm_eps": shape.norm_eps, "layer_norm_type": "rms",
-        "layer_norm_with_affine": True, "bias_for_layer_norm": False,
-        "block_type": "llama", "block_group_size": 1, "activation_type": "silu",
-        "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
-        "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
-        "alibi": False, "alibi_bias_max": 8.0, "input_emb_norm": False, "scale_logits": False,
-        "multi_query_attention": None, "flash_attention": False,
-        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0,
-        "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "init_cutoff_factor": None,
-        "precision": "amp_bf16", "use_cache": False,
-        "bos_token_id": tok.BOS, "eos_token_id": tok.EOS, "pad_token_id": tok.EOS,
-        "mask_token_id": tok.MASK, "torch_dtype": "bfloat16",
+        "rope": True,
+        "rope_theta": shape.rope_theta,
+        "rope_full_precision": True,
+        "rms_norm_eps": shape.norm_eps,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "bias_for_layer_norm": False,
+        "block_type": "llama",
+        "block_group_size": 1,
+        "activation_type": "silu",
+        "weight_tying": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "attention_layer_norm": False,
+        "attention_layer_norm_with_affine": True,
+        "alibi": False,
+        "alibi_bias_max": 8.0,
+        "input_emb_norm": False,
+        "scale_logits": False,
+        "multi_query_attention": None,
+        "flash_attention": False,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "init_device": "meta",
+        "init_fn": "mitchell",
+        "init_std": 0.02,
+        "init_cutoff_factor": None,
+        "precision": "amp_bf16",
+        "use_cache": False,
+        "bos_token_id": tok.BOS,
+        "eos_token_id": tok.EOS,
+        "pad_token_id": tok.EOS,
+        "mask_token_id": tok.MASK,
+        "torch_dtype": "bfloat16",
     }
 
 
@@ -176,11 +205,14 @@ def save_checkpoint(model: DemoLLaDA, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tok.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(hub_config(model.shape), indent=1) + "\n")
-    generation = {"bos_token_id": tok.BOS, "eos_token_id": [tok.EOS, tok.EOT],
-                  "pad_token_id": tok.EOS, "max_new_tokens": 32}  # longer than any answer
+    generation = {
+        "bos_token_id": tok.BOS,
+        "eos_token_id": [tok.EOS, tok.EOT],
+        "pad_token_id": tok.EOS,
+        "max_new_tokens": 32,
+    }  # longer than any answer
     (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    tensors = {name: value.detach().to(torch.bfloat16).contiguous()
-               for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     partial = folder / ".model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
@@ -190,9 +222,16 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> DemoLLa
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    model = DemoLLaDA(Shape(
-        width=config["d_model"], layers=config["n_layers"], heads=config["n_heads"],
-        feed_forward=config["mlp_hidden_size"], vocabulary=config["vocab_size"],
-        rope_theta=config["rope_theta"], norm_eps=config["rms_norm_eps"]))
+    model = DemoLLaDA(
+        Shape(
+            width=config["d_model"],
+            layers=config["n_layers"],
+            heads=config["n_heads"],
+            feed_forward=config["mlp_hidden_size"],
+            vocabulary=config["vocab_size"],
+            rope_theta=config["rope_theta"],
+            norm_eps=config["rms_norm_eps"],
+        )
+    )
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.to(dtype).eval()

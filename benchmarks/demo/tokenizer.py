@@ -8,30 +8,203 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 BOS, EOS, MASK, HEADER_START, HEADER_END, EOT = range(6)
-SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>",
-            "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 EMBEDDING_ROWS = 512  # rounded up so that a kernel meets no ragged edge
 
-NAMES = """alice bob carol david emma frank grace henry irene jack karen leo maria nathan olivia
-peter quinn rachel steven tina ursula victor wendy xavier yvonne zach anna brian clara diana eric
-fiona george hannah ivan julia kevin laura martin nina oscar paula ralph sarah thomas violet walter
-amber bruce daisy edgar flora gavin helen isaac jenny kyle lucy mike norah owen polly robert
-simon""".split()
-ADJECTIVES = """red green blue small big old new quiet bright dark warm cold soft heavy slow quick
-round tall wild calm""".split()
-NOUNS = """river house garden stone tree road bird boat field cloud table window horse lamp bridge
-mountain forest market letter wheel kitchen village ship school tower""".split()
-VERBS = """follows sees finds holds passes covers moves meets keeps watches carries leaves reaches
-crosses guards""".split()
-GLUE = """The the What is are of and code codes a color Here we go There back again sky sun grass
-yellow near with Copy Reverse Sort Add Remember number tell me in order""".split()
+NAMES = [
+    "alice",
+    "bob",
+    "carol",
+    "david",
+    "emma",
+    "frank",
+    "grace",
+    "henry",
+    "irene",
+    "jack",
+    "karen",
+    "leo",
+    "maria",
+    "nathan",
+    "olivia",
+    "peter",
+    "quinn",
+    "rachel",
+    "steven",
+    "tina",
+    "ursula",
+    "victor",
+    "wendy",
+    "xavier",
+    "yvonne",
+    "zach",
+    "anna",
+    "brian",
+    "clara",
+    "diana",
+    "eric",
+    "fiona",
+    "george",
+    "hannah",
+    "ivan",
+    "julia",
+    "kevin",
+    "laura",
+    "martin",
+    "nina",
+    "oscar",
+    "paula",
+    "ralph",
+    "sarah",
+    "thomas",
+    "violet",
+    "walter",
+    "amber",
+    "bruce",
+    "daisy",
+    "edgar",
+    "flora",
+    "gavin",
+    "helen",
+    "isaac",
+    "jenny",
+    "kyle",
+    "lucy",
+    "mike",
+    "norah",
+    "owen",
+    "polly",
+    "robert",
+    "simon",
+]
+ADJECTIVES = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "big",
+    "old",
+    "new",
+    "quiet",
+    "bright",
+    "dark",
+    "warm",
+    "cold",
+    "soft",
+    "heavy",
+    "slow",
+    "quick",
+    "round",
+    "tall",
+    "wild",
+    "calm",
+]
+NOUNS = [
+    "river",
+    "house",
+    "garden",
+    "stone",
+    "tree",
+    "road",
+    "bird",
+    "boat",
+    "field",
+    "cloud",
+    "table",
+    "window",
+    "horse",
+    "lamp",
+    "bridge",
+    "mountain",
+    "forest",
+    "market",
+    "letter",
+    "wheel",
+    "kitchen",
+    "village",
+    "ship",
+    "school",
+    "tower",
+]
+VERBS = [
+    "follows",
+    "sees",
+    "finds",
+    "holds",
+    "passes",
+    "covers",
+    "moves",
+    "meets",
+    "keeps",
+    "watches",
+    "carries",
+    "leaves",
+    "reaches",
+    "crosses",
+    "guards",
+]
+GLUE = [
+    "The",
+    "the",
+    "What",
+    "is",
+    "are",
+    "of",
+    "and",
+    "code",
+    "codes",
+    "a",
+    "color",
+    "Here",
+    "we",
+    "go",
+    "There",
+    "back",
+    "again",
+    "sky",
+    "sun",
+    "grass",
+    "yellow",
+    "near",
+    "with",
+    "Copy",
+    "Reverse",
+    "Sort",
+    "Add",
+    "Remember",
+    "number",
+    "tell",
+    "me",
+    "in",
+    "order",
+]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
-LINE_STARTS = ["\n\n", "user", "assistant", "system", "The", "What", "Here", "There", "Copy",
-               "Reverse", "Sort", "Add", "Remember"]
+LINE_STARTS = [
+    "\n\n",
+    "user",
+    "assistant",
+    "system",
+    "The",
+    "What",
+    "Here",
+    "There",
+    "Copy",
+    "Reverse",
+    "Sort",
+    "Add",
+    "Remember",
+]
 LATER_WORDS = ["Total", "Follow", " from"]  # appended: earlier ids stay what they were
 
 # A word takes its leading space, a digit stands alone: both keep task positions regular.
@@ -78,7 +251,7 @@ DIGIT_IDS = [VOCABULARY[str(digit)] for digit in range(10)]
 _SPLIT = re.compile(PATTERN)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _piece_ids(piece: str) -> tuple[int, ...]:
     symbols = _symbols(piece)
     whole = VOCABULARY.get(symbols)
@@ -117,19 +290,25 @@ def write_tokenizer(folder: Path) -> None:
         vocabulary[f"<|reserved_{rank}|>"] = rank
     # No merges: a piece is either a whole word of the vocabulary or falls apart into bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIALS[BOS], "eos_token": SPECIALS[EOS], "pad_token": SPECIALS[EOS],
-        "add_bos_token": False, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "model_max_length": 4096,
+        "bos_token": SPECIALS[BOS],
+        "eos_token": SPECIALS[EOS],
+        "pad_token": SPECIALS[EOS],
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -59,10 +59,15 @@ class Training:
         inside = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in inside]
         self.optimisers = [
-            torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay,
-                             momentum=0.95, nesterov=True, adjust_lr_fn="original"),
-            torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98),
-                              weight_decay=recipe.weight_decay),
+            torch.optim.Muon(
+                matrices,
+                lr=recipe.matrix_lr,
+                weight_decay=recipe.weight_decay,
+                momentum=0.95,
+                nesterov=True,
+                adjust_lr_fn="original",
+            ),
+            torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay),
         ]
         self.peaks = [recipe.matrix_lr, recipe.other_lr]
         self.accuracy: dict[str, float] = {}  # moving averages, for the progress line only
@@ -70,14 +75,14 @@ class Training:
     def learn(self) -> None:
         """One optimiser step on one batch of long prompts and one of small tasks."""
         began = time.perf_counter()
-        for batch in self.lessons.batches(self.step)[self.worker::self.workers]:
+        for batch in self.lessons.batches(self.step)[self.worker :: self.workers]:
             self._loss(batch).backward()
         if self.workers > 1:
             self._add_up_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rising = (self.step + 1) / self.recipe.warm_up
         falling = (self.recipe.steps - self.step) / self.recipe.decay_steps
-        for optimiser, peak in zip(self.optimisers, self.peaks):
+        for optimiser, peak in zip(self.optimisers, self.peaks, strict=False):
             for group in optimiser.param_groups:
                 group["lr"] = peak * min(1.0, rising, falling)
             optimiser.step()
@@ -92,14 +97,13 @@ class Training:
             right = (logits_NV.argmax(-1) == batch.labels_N)[batch.graded_N].float().mean().item()
             old = self.accuracy.get(batch.name, right)
             self.accuracy[batch.name] = 0.95 * old + 0.05 * right
-        return (F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-                * batch.weights_N).sum()
+        return (F.cross_entropy(logits_NV, batch.labels_N, reduction="none") * batch.weights_N).sum()
 
     def _add_up_gradients(self) -> None:
         gradients = [p.grad for p in self.model.parameters()]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=False):
             gradient.copy_(part.view_as(gradient))
 
     def share_accuracy(self) -> None:
@@ -108,25 +112,28 @@ class Training:
             dist.all_gather_object(gathered, self.accuracy)
             # Batch names tell the workers' batches apart, so no two report the same one.
             for worker, theirs in enumerate(gathered):
-                self.accuracy.update({k: v for k, v in theirs.items()
-                                      if (k == "small") == (worker == 1)})
+                self.accuracy.update({k: v for k, v in theirs.items() if (k == "small") == (worker == 1)})
 
     def state(self) -> dict:
-        return {"recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds,
-                "model": self.model.state_dict(), "accuracy": self.accuracy,
-                "optimisers": [o.state_dict() for o in self.optimisers],
-                "torch_rng": torch.get_rng_state()}
+        return {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "accuracy": self.accuracy,
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "torch_rng": torch.get_rng_state(),
+        }
 
     def restore(self, state: dict) -> None:
         # A run may be made longer or shorter while its rates are still constant; all else is fixed.
         later = {"steps": 0, "decay_steps": 0}
         if {**state["recipe"], **later} != {**asdict(self.recipe), **later}:
-            raise SystemExit(f"the state file belongs to another recipe: {state['recipe']}; "
-                             "pass --fresh to start over")
+            raise SystemExit(f"the state file belongs to another recipe: {state['recipe']}; pass --fresh to start over")
         self.step, self.seconds = state["step"], state["seconds"]
         self.accuracy = dict(state["accuracy"])
         self.model.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=False):
             optimiser.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])
 
@@ -142,16 +149,14 @@ def run(worker: int, options: dict, rendezvous: str) -> None:
     workers = options["workers"]
     torch.set_num_threads(options["threads"])
     if workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=worker,
-                                world_size=workers)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=worker, world_size=workers)
     recipe = Recipe(**{name: options[name] for name in asdict(Recipe())})
     training = Training(recipe, worker, workers)
     if options["state"].exists() and not options["fresh"]:
         training.restore(torch.load(options["state"], weights_only=True))
     if workers > 1:
         dist.barrier()  # nobody may write the state file before everybody has read it
-    with tqdm(total=recipe.steps, initial=training.step, unit="step", mininterval=1.0,
-              disable=worker > 0) as bar:
+    with tqdm(total=recipe.steps, initial=training.step, unit="step", mininterval=1.0, disable=worker > 0) as bar:
         while training.step < recipe.steps:
             training.learn()
             bar.update()

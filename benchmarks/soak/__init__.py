@@ -18,9 +18,7 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERRO
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--requests", type=int, default=None, help="default: 10,000 in process, 5,000 at a server"
-    )
+    parser.add_argument("--requests", type=int, default=None, help="default: 10,000 in process, 5,000 at a server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(

@@ -24,9 +24,7 @@ class Entry:
 @dataclass(frozen=True)
 class Batch:
     entries: tuple[Entry, ...]
-    resets: tuple[
-        int, ...
-    ] = ()  # before these steps every running request is thrown back and its memory taken
+    resets: tuple[int, ...] = ()  # before these steps every running request is thrown back and its memory taken
 
 
 @dataclass

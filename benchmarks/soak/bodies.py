@@ -44,9 +44,7 @@ def refused(rng: random.Random, limit: int, vocab_size: int) -> tuple[str, bytes
         lambda: plain(prompt=[]),
         lambda: plain(max_tokens=rng.choice((-1, -(1 << 40)))),
         lambda: plain(temperature=rng.choice((-1, "hot", [0], float("nan"), float("inf")))),
-        lambda: plain(
-            vllm_xargs={rng.choice(OPTIONS): rng.choice(({}, [], "much", -5, float("nan"), [[1]]))}
-        ),
+        lambda: plain(vllm_xargs={rng.choice(OPTIONS): rng.choice(({}, [], "much", -5, float("nan"), [[1]]))}),
         lambda: plain(vllm_xargs={"dlm_steps": rng.choice((0, -1, 2.5, 1 << 60))}),
         lambda: plain(vllm_xargs={"dlm_reuse": drawn_name(rng, "reuse") + "x"}),
         lambda: plain(stop_token_ids=[rng.choice((-1, vocab_size, 1 << 40))]),
@@ -64,11 +62,7 @@ def refused(rng: random.Random, limit: int, vocab_size: int) -> tuple[str, bytes
     if rng.random() < 0.1:
         case, headers = (
             good,
-            {
-                "Content-Type": rng.choice(
-                    ("text/plain", "multipart/form-data", "application/xml", "image/png")
-                )
-            },
+            {"Content-Type": rng.choice(("text/plain", "multipart/form-data", "application/xml", "image/png"))},
         )
     return "/v1/completions", case if isinstance(case, bytes) else json.dumps(case).encode(), headers
 

@@ -81,9 +81,7 @@ class Client:
         return self._bad("odd", bodies.odd(rng, self.limit, self.mask_id), range(200, 500))
 
     def large(self, rng: random.Random, _) -> Seen:
-        return self._bad(
-            "large", bodies.large(rng), range(200, 500)
-        )  # what nobody reads may be as large as it likes
+        return self._bad("large", bodies.large(rng), range(200, 500))  # what nobody reads may be as large as it likes
 
     def _bad(self, client: str, request: tuple, legal: range) -> Seen:
         path, body, _ = request
@@ -95,9 +93,7 @@ class Client:
         seen = Seen(client, status, size=len(data))
         if status not in legal:
             seen.problem = f"{path} {body[:300]!r} was answered {status} {data[:300]!r}"
-        elif (
-            status != 200 and len(data) > LARGEST_REFUSAL and b'"dlm_' in body[:200]
-        ):  # vLLM's own may repeat it
+        elif status != 200 and len(data) > LARGEST_REFUSAL and b'"dlm_' in body[:200]:  # vLLM's own may repeat it
             seen.problem = f"{path} {body[:100]!r} was refused in {len(data)} bytes"
         elif status == 200 and b'"error"' in data[:20_000]:
             seen.problem = f"{path} {body[:300]!r}: an error inside of an answer, {data[:300]!r}"
@@ -153,9 +149,7 @@ class Client:
     def no_http(self, rng: random.Random, _) -> Seen:
         with socket.create_connection((self.host, self.port), PATIENCE) as connection:
             connection.sendall(
-                rng.choice(
-                    (b"\x16\x03\x01\x02\x00", b"GET", b"\r\n\r\n", b"POST / HTTP/9\r\n\r\n", b"\0" * 999)
-                )
+                rng.choice((b"\x16\x03\x01\x02\x00", b"GET", b"\r\n\r\n", b"POST / HTTP/9\r\n\r\n", b"\0" * 999))
             )
             connection.shutdown(socket.SHUT_WR)
             status = status_of(read_all(connection))

@@ -81,9 +81,7 @@ def soak(requests: int, seed: int, dtype: str, checkpoints: list[str], shift: in
         wanted = min(shift, requests - served)
         work, failure = in_a_fork(work_shift, server, f"{seed}/{number}", wanted)
         done.append(work)
-        say(
-            f"{served + work.requests} of {requests} requests, {server.label} {server.dlm}: {work.seconds:.0f} s"
-        )
+        say(f"{served + work.requests} of {requests} requests, {server.label} {server.dlm}: {work.seconds:.0f} s")
         if failure:
             return done, failure
 

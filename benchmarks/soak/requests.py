@@ -114,9 +114,7 @@ def drawn_server(rng: random.Random, default_decoding: str, selection: str) -> d
         }
         if rng.random() < 0.5:
             given["decoding"] = _part(rng, "decoding", drawn_name(rng, "decoding"))
-        given["selection"].update(
-            {k: v for k, v in SMALL.items() if k in _fields(methods("selection")[selection])}
-        )
+        given["selection"].update({k: v for k, v in SMALL.items() if k in _fields(methods("selection")[selection])})
         try:
             server_options(given, default_decoding)
             return given
@@ -199,9 +197,7 @@ def _options(rng: random.Random, server, length: int) -> dict:
             extra[f"dlm_{member}"] = drawn_value(rng, cls, member)
     if "dlm_steps" in extra and rng.random() < 0.8:  # else most are refused: each block needs one
         width = extra.get("dlm_block_length") or getattr(server.decoding, "block_length", None) or length
-        extra["dlm_steps"] = rng.randint(
-            -(-length // width), max(-(-length // width), min(length, USUAL_FORWARDS))
-        )
+        extra["dlm_steps"] = rng.randint(-(-length // width), max(-(-length // width), min(length, USUAL_FORWARDS)))
     return extra
 
 

@@ -84,9 +84,7 @@ def soak(
         known = known_answers(client, random.Random(f"known {seed}"))
         say(f"{len(known)} requests with known answers")
         wave = 0
-        while (
-            len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes)
-        ):
+        while len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes):
             serve_wave(client, known, random.Random(f"{seed}/{wave}"), work)
             check_quiet(server, client, work)
             work.samples += memory.sample(server.process.pid, work.requests, work.steps)
@@ -198,8 +196,7 @@ def metrics(client: Client) -> dict[str, float]:
 
 def settings(work: Work) -> dict:
     statuses = Counter(
-        f"{client}: {'left or hung up' if status is None else status}"
-        for client, status in work.seen.elements()
+        f"{client}: {'left or hung up' if status is None else status}" for client, status in work.seen.elements()
     )
     return {
         "requests": work.requests, "denoising_steps": int(work.steps), "seconds": round(work.seconds), "server": {

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from benchmarks import drawing, report
 from benchmarks.load import Load
 
-SHAPE = dict(
-    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=64, max_position_embeddings=1 << 20,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1 << 20,
+}  # fmt: skip
 #: the C library gives what is freed back at once: without it the peak holds what a heap happens to keep
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -96,7 +96,16 @@ def main() -> None:
     ]  # fmt: skip
     rows, load = {way: {"way": way} for way in WAYS}, Load(timed=False)
     for way, length in tqdm(cells, unit="cell"):
-        command = [sys.executable, "-m", "benchmarks.train.memory", "--threads", str(options.threads), "--one", way, str(length)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train.memory",
+            "--threads",
+            str(options.threads),
+            "--one",
+            way,
+            str(length),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | RETURNED)
         found = json.loads(done.stdout.splitlines()[-1])
         rows[way][f"mib_{length}"] = found["mib"]

@@ -84,9 +84,7 @@ def main() -> None:
 
 def grade(recipe: Recipe, folders: dict) -> report.Report:
     kept = recipe.output / "graded.json"
-    settings = {
-        name: value for name, value in asdict(recipe).items() if name not in RUN | {"mask", "hard_share"}
-    }
+    settings = {name: value for name, value in asdict(recipe).items() if name not in RUN | {"mask", "hard_share"}}
     done = json.loads(kept.read_text()) if kept.exists() and not recipe.fresh else {}
     done = done.get("rows", {}) if done.get("settings") == settings else {}
     data = Recall(EVALUATION_SEED, PROMPTS, recipe.length, recipe.needles)
@@ -115,7 +113,9 @@ def grade(recipe: Recipe, folders: dict) -> report.Report:
 
 def shares(model, recipe: Recipe, name: str, rows: int = 32) -> dict:
     """How far the mask binds on fresh prompts, hidden as in training."""
-    sparse.configure(model, replace(recipe.settings, hard=False, temperature=recipe.end if name == "soft-hard" else recipe.start))
+    sparse.configure(
+        model, replace(recipe.settings, hard=False, temperature=recipe.end if name == "soft-hard" else recipe.start)
+    )
     data = HiddenAnswers(EVALUATION_SEED + 1, rows, recipe.length, recipe.needles)
     collate = MaskedDiffusionCollator(mask=diffusion.tok.MASK, end=diffusion.tok.EOS, canvas=diffusion.CANVAS)
     model.train()
@@ -135,7 +135,11 @@ def rows_of(done: dict, recipe: Recipe) -> list[dict]:
     for key, row in done.items():
         name, reads = key.split(", ")
         rows.append(
-            {"training": TRAININGS.get(name, "none"), "reads": budget if reads == "sparse" else "everything", "exact_match": exact[key]}
+            {
+                "training": TRAININGS.get(name, "none"),
+                "reads": budget if reads == "sparse" else "everything",
+                "exact_match": exact[key],
+            }
             | {"interval": interval(row["right"], row["n"])}
             | {"recovered": (exact[key] - low) / (high - low) if reads == "sparse" and name != "untrained" else None}
             | {name: value for name, value in row.items() if name not in ("right", "n")}

@@ -14,6 +14,13 @@ from vllm_dlm.kernels.haar_pyramid.choice import haar_pyramid, runs_of, store_st
 from vllm_dlm.kernels.haar_pyramid.statistics import INVALID, STD_KINDS, PageStatistics, spread_of, spread_width
 
 __all__ = [
-    "INVALID", "STD_KINDS", "PageStatistics", "haar_pyramid", "runs_of", "spread_of", "spread_width", "store_statistics",
+    "INVALID",
+    "STD_KINDS",
+    "PageStatistics",
+    "haar_pyramid",
+    "runs_of",
+    "spread_of",
+    "spread_width",
+    "store_statistics",
     "store_statistics_of",
 ]

@@ -1,7 +1,6 @@
 """Which implementation runs, and the pyramid's top stored as page statistics."""
 
 import torch
-
 from vllm_dlm.kernels.haar_pyramid import cpu
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics, spread_of
 

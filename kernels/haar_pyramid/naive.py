@@ -15,7 +15,7 @@ def haar_bands(keys: torch.Tensor, levels: int) -> tuple[torch.Tensor, list[torc
 
 def haar_pyramid(pages, page_ids, page_size, levels):
     """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] each"""
-    blocks, kv_heads, block_size, width = pages.shape
+    _blocks, _kv_heads, block_size, width = pages.shape
     per_block = block_size // page_size
     keys = torch.stack(
         [

@@ -8,7 +8,6 @@ all loads can be under way before the first addition.
 import torch
 import triton
 import triton.language as tl
-
 from vllm_dlm.kernels.triton_utils import padded
 
 

@@ -1,7 +1,6 @@
 """Which implementation runs."""
 
 import torch
-
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
 
 
@@ -21,9 +20,7 @@ def page_scores(
         from vllm_dlm.kernels.page_scores import triton as device
     else:
         from vllm_dlm.kernels.page_scores import cpu as device
-    return device.page_scores(
-        q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce
-    )
+    return device.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
 
 
 def run_scores(
@@ -43,7 +40,10 @@ def run_scores(
         return cpu.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
     count, device = mean.shape[1], q.device
     statistics = PageStatistics(
-        mean.transpose(0, 1).contiguous()[:, :, None], spread.transpose(0, 1).float().contiguous()[:, :, None], 1, std_kind
+        mean.transpose(0, 1).contiguous()[:, :, None],
+        spread.transpose(0, 1).float().contiguous()[:, :, None],
+        1,
+        std_kind,
     )
     return page_scores(
         q, torch.tensor([0, len(q)], device=device), statistics, torch.arange(count, device=device)[None],

@@ -5,7 +5,6 @@ the heads that share a key head.
 """
 
 import torch
-
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST
 
@@ -18,8 +17,15 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
     if len(set(counts)) > 1:
         parts = [
             page_scores(
-                q[start : start + n], torch.tensor([0, n]), statistics, page_table[b : b + 1], num_pages[b : b + 1],
-                forced_from[b : b + 1], sink_pages, lam, reduce,
+                q[start : start + n],
+                torch.tensor([0, n]),
+                statistics,
+                page_table[b : b + 1],
+                num_pages[b : b + 1],
+                forced_from[b : b + 1],
+                sink_pages,
+                lam,
+                reduce,
             )
             for b, (start, n) in enumerate(zip(q_starts.tolist(), counts, strict=False))
         ]
@@ -42,7 +48,7 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
 
 def run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce):
     """See choice.py"""
-    kv_heads, count, dim = mean.shape
+    kv_heads, count, _dim = mean.shape
     rows = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, L * G, D]
     position = torch.arange(count)
     forced = ((position < sink_pages) | (position >= forced_from)).view(1, 1, count)

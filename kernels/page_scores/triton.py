@@ -8,7 +8,6 @@ of pages, and the scoring pass puts those together.
 import torch
 import triton
 import triton.language as tl
-
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 

@@ -1,7 +1,6 @@
 """One gather of whole pages and one scaled_dot_product_attention per sequence."""
 
 import torch
-
 from vllm_dlm.kernels.varlen_attention.sdpa import attend
 
 

@@ -1,7 +1,6 @@
 """Which implementation runs."""
 
 import torch
-
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 from vllm_dlm.kernels.soft_page_attention.measure import measure
 

@@ -7,7 +7,6 @@ What is kept between the passes are the inputs, the statistics and the output.
 import torch
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
 from vllm_dlm.kernels.soft_page_attention.gate import ROWS, Gate, Rows, choices, parts, threshold
 
@@ -118,7 +117,9 @@ def page_log_mask(q, mean, spread, gate, scale, rows, keys, prompt_len, limit):
     choosable, keep = choices(gate, rows, keys, prompt_len, q.device)
     pieces = split(q, limit)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.hard):
-        scored = [again(page_scores, len(pieces), p, mean, spread, choosable, gate, scale, rows.together) for p in pieces]
+        scored = [
+            again(page_scores, len(pieces), p, mean, spread, choosable, gate, scale, rows.together) for p in pieces
+        ]
         scores = combine(scored, [p.shape[3] for p in pieces], gate) if rows.together else scored[0]
         return log_of_mask(scores, choosable, keep, gate)
 

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-
 from vllm_dlm.kernels.soft_page_attention.chunked import (
-    by_key, log_of_mask, logits_of, page_scores, page_statistics, rows_at_once,
+    by_key,
+    log_of_mask,
+    logits_of,
+    page_scores,
+    page_statistics,
+    rows_at_once,
 )
 from vllm_dlm.kernels.soft_page_attention.gate import Gate, choices, parts, threshold
 

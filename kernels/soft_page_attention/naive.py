@@ -1,7 +1,6 @@
 """The definition: one head, one query after the other, the whole matrix of logits. Differentiable, in any dtype."""
 
 import torch
-
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 
 

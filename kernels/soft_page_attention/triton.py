@@ -11,7 +11,6 @@ tile are passed over.
 import torch
 import triton
 import triton.language as tl
-
 from vllm_dlm.kernels.soft_page_attention import chunked
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 from vllm_dlm.kernels.triton_utils import dot, padded
@@ -142,10 +141,7 @@ def _keys(x, base, key, stride, keys, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
 @triton.jit
 def _bias(log_mask, bh, row, there, page, count, pages, GROUP: tl.constexpr, TOGETHER: tl.constexpr):
     """log m of the rows and one page, base 2; closed for rows that are not there, open where a page has no number"""
-    if TOGETHER:
-        place = bh.to(tl.int64) + row * 0
-    else:
-        place = bh.to(tl.int64) * (count // GROUP) + row // GROUP
+    place = bh.to(tl.int64) + row * 0 if TOGETHER else bh.to(tl.int64) * (count // GROUP) + row // GROUP
     bias = tl.load(log_mask + place * pages + page, mask=there & (row * 0 + page < pages), other=0.0)
     return tl.where(there, bias * LOG2E, float("-inf"))
 
@@ -190,10 +186,10 @@ def _forward(
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, DIM_PAD), tl.float32)
-    for page in range(0, _seen_pages(position, there, keys, PAGE, CAUSAL)):
+    for page in range(_seen_pages(position, there, keys, PAGE, CAUSAL)):
         bias = _bias(log_mask, bh, row, there, page, count, pages, GROUP, TOGETHER)
         if tl.max(bias, 0) > float("-inf"):
-            for part in range(0, PAGE // BLOCK_N):
+            for part in range(PAGE // BLOCK_N):
                 key = page * PAGE + part * BLOCK_N + tl.arange(0, BLOCK_N)
                 logits = _logits(
                     q_tile, _keys(k, k_base, key, kn, keys, DIM, DIM_PAD), bias, key, position, keys, scale, CAUSAL
@@ -228,16 +224,18 @@ def _backward_queries(
     norm = tl.load(lse + start + row, mask=there, other=0.0) * LOG2E
     own = tl.load(delta + start + row, mask=there, other=0.0)
     acc = tl.zeros((BLOCK_R, DIM_PAD), tl.float32)
-    for page in range(0, _seen_pages(position, there, keys, PAGE, CAUSAL)):
+    for page in range(_seen_pages(position, there, keys, PAGE, CAUSAL)):
         bias = _bias(log_mask, bh, row, there, page, count, pages, GROUP, TOGETHER)
         if tl.max(bias, 0) > float("-inf"):
             change = tl.zeros((BLOCK_R,), tl.float32)
-            for part in range(0, PAGE // BLOCK_N):
+            for part in range(PAGE // BLOCK_N):
                 key = page * PAGE + part * BLOCK_N + tl.arange(0, BLOCK_N)
                 k_tile = _keys(k, k_base, key, kn, keys, DIM, DIM_PAD)
                 weight = tl.exp2(_logits(q_tile, k_tile, bias, key, position, keys, scale, CAUSAL) - norm[:, None])
                 v_tile = _keys(v, v_base, key, vn, keys, DIM, DIM_PAD)
-                dlogits = weight * (dot(g_tile, tl.trans(v_tile), tl.zeros((BLOCK_R, BLOCK_N), tl.float32)) - own[:, None])
+                dlogits = weight * (
+                    dot(g_tile, tl.trans(v_tile), tl.zeros((BLOCK_R, BLOCK_N), tl.float32)) - own[:, None]
+                )
                 acc = dot(dlogits.to(k_tile.dtype), k_tile, acc)
                 change += tl.sum(dlogits, 1)
             if dmask is not None:

@@ -19,6 +19,4 @@ def sparse_attention(
         from vllm_dlm.kernels.sparse_attention import triton as device
     else:
         from vllm_dlm.kernels.sparse_attention import cpu as device
-    return device.sparse_attention(
-        q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal
-    )
+    return device.sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal)

@@ -2,7 +2,6 @@
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
 from vllm_dlm.kernels.top_pages import physical_pages
 
 #: rows of queries per key head up to which products are faster than the fused kernel
@@ -23,9 +22,7 @@ def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size,
     for (count, _), members in kinds.items():
         own = torch.tensor(members)
         rows = (q_starts[own][:, None] + torch.arange(count)).flatten()
-        out[rows] = _alike(
-            q[rows], count, pages, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal
-        )
+        out[rows] = _alike(q[rows], count, pages, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal)
     return out
 
 
@@ -37,7 +34,7 @@ def by_products(rows, keys, values, scale):
 
 
 def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causal):
-    blocks, kv_heads, block_size, width = pages.shape
+    _blocks, kv_heads, block_size, width = pages.shape
     batch, heads, dim = len(page_table), q.shape[1], width // 2
     per_block = block_size // page_size
     filled = chosen >= 0  # [B, Hkv, K]

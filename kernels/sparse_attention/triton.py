@@ -12,7 +12,6 @@ import math
 import torch
 import triton
 import triton.language as tl
-
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
 #: keys of a tile at most, and shares that the keys of a request may have

@@ -7,7 +7,6 @@ searched exactly: each of 32 steps counts the pages that reach a candidate.
 import torch
 import triton
 import triton.language as tl
-
 from vllm_dlm.kernels.triton_utils import padded
 
 #: a tile of this many pages stays in registers, longer rows are read again in every step
@@ -32,11 +31,10 @@ def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.cons
     """How many keys of the row reach `least`"""
     if ONE_TILE:
         return tl.sum((resident >= least).to(tl.int32), 0)
-    else:
-        number = 0
-        for start in range(0, width, TILE):
-            number += tl.sum((_keys(scores, start, width, TILE) >= least).to(tl.int32), 0)
-        return number
+    number = 0
+    for start in range(0, width, TILE):
+        number += tl.sum((_keys(scores, start, width, TILE) >= least).to(tl.int32), 0)
+    return number
 
 
 @triton.jit

@@ -7,7 +7,6 @@ q [Tq, H, D], k and v [Tk, Hkv, D]; sequence i owns `q_lens[i]` rows of q and
 from collections.abc import Sequence
 
 import torch
-
 from vllm_dlm.kernels.varlen_attention.sdpa import varlen_attention as _sdpa
 
 

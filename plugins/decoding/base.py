@@ -77,7 +77,7 @@ class Decoding:
             value = getattr(self, field)
             check(value is None or value >= 1, field, value, "a whole number of at least 1")
         check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
-        check(self.factor is None or 0 < self.factor, "factor", self.factor, "greater than 0")
+        check(self.factor is None or self.factor > 0, "factor", self.factor, "greater than 0")
         # far beyond any use, and guided logits stay finite
         check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
         if self.threshold is not None:

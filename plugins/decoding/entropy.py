@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-
 from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check, most_likely
 
 
@@ -29,7 +28,7 @@ class Entropy(Decoding):
         check(0 < self.eps < 1, "eps", self.eps, "between 0 and 1")
         check(self.algorithm_temperature >= 0, "algorithm_temperature", self.algorithm_temperature, "at least 0")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "greater than 0 and at most 1")
-        check(self.top_k is None or 0 <= self.top_k, "top_k", self.top_k, "at least 0")
+        check(self.top_k is None or self.top_k >= 0, "top_k", self.top_k, "at least 0")
 
     def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
         return top_p if self.top_p is None else self.top_p, top_k if self.top_k is None else self.top_k

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-
 from vllm_dlm.plugins.decoding.entropy import Entropy
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan, least_similar
-
 
 #: Kp / Kr of the official scripts; rho is 0.25 in all of them
 PUBLISHED = {

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS, runs_of, spread_of, spread_width
 from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
@@ -84,7 +83,14 @@ class Unique(Selection):
         # The prompt's end counts as recent. Its unfinished page is read anyway.
         forced_from = max(0, -(-asked.prompt_len // self.page_size) - self.recent_pages)
         scores = run_scores(
-            asked.electing(self.query_set), mean, spread, self.std_kind, forced_from, self.sink_pages, self.lam, self.reduce
+            asked.electing(self.query_set),
+            mean,
+            spread,
+            self.std_kind,
+            forced_from,
+            self.sink_pages,
+            self.lam,
+            self.reduce,
         )  # [1, Hkv, R]
         count = mean.shape[1]
         return Choice(top_pages(scores, min(self.budget_pages, count))[0], count)

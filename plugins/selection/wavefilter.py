@@ -22,7 +22,6 @@ from typing import ClassVar, Literal
 
 import pywt
 import torch
-
 from vllm_dlm.kernels.haar_pyramid import runs_of
 from vllm_dlm.kernels.haar_pyramid.cpu import pyramid
 from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
@@ -137,7 +136,12 @@ class WaveFilter(Selection):
             value = float(number) if number else 0.0
         except ValueError:
             return None
-        ok = {"step": not number, "refresh": not number, "every": value >= 1 and value == int(value), "drift": 0 < value <= 1}
+        ok = {
+            "step": not number,
+            "refresh": not number,
+            "every": value >= 1 and value == int(value),
+            "drift": 0 < value <= 1,
+        }
         return (kind, value) if ok.get(kind) else None
 
     # -- what the engine asks --------------------------------------------------------------
@@ -160,7 +164,9 @@ class WaveFilter(Selection):
 
     def summarise(self, keys: torch.Tensor) -> torch.Tensor:
         whole = keys[: len(keys) // 2**self.levels * 2**self.levels]
-        row = torch.zeros(len(whole) >> self.levels, keys.shape[1], 2 * keys.shape[2], dtype=keys.dtype, device=keys.device)
+        row = torch.zeros(
+            len(whole) >> self.levels, keys.shape[1], 2 * keys.shape[2], dtype=keys.dtype, device=keys.device
+        )
         mean, spread = row.chunk(2, -1)
         if self.wavelet == "haar":
             means, variance = runs_of(whole, 2**self.levels)

@@ -65,7 +65,10 @@ def decode(llm, asked: list[list[int]], new: int = 24) -> list[list[tuple[int, f
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
     return [
-        [(token, step[token].logprob) for token, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)]
+        [
+            (token, step[token].logprob)
+            for token, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)
+        ]
         for o in outputs
     ]
 

@@ -25,9 +25,7 @@ CONFIGS = {
 }
 #: sees a window in three layers of four
 WINDOWED = {
-    "olmo3": lambda: Olmo3Config(
-        **SHAPE | {"num_hidden_layers": 8}, sliding_window=64, eos_token_id=0, pad_token_id=0
-    )
+    "olmo3": lambda: Olmo3Config(**SHAPE | {"num_hidden_layers": 8}, sliding_window=64, eos_token_id=0, pad_token_id=0)
 }
 
 

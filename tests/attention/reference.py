@@ -96,6 +96,4 @@ class Reference:
         base = parameters["rope_theta"]
         angle = position[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)  # [L, D / 2]
         first, second = x[..., :half], x[..., half:]
-        return torch.cat(
-            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1
-        )
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)

@@ -36,10 +36,12 @@ class Batch:
             seq_lens_cpu_upper_bound=torch.tensor(self.lens, dtype=torch.int32),
         )  # fmt: skip
         #: what earlier steps have described: every page that was full before
-        self.full_before = torch.cat([
-            (self.table[i, :, None] * 2 + torch.arange(2)).flatten()[: (keys - count) // PAGE].long()
-            for i, (count, keys, _) in enumerate(step)
-        ])
+        self.full_before = torch.cat(
+            [
+                (self.table[i, :, None] * 2 + torch.arange(2)).flatten()[: (keys - count) // PAGE].long()
+                for i, (count, keys, _) in enumerate(step)
+            ]
+        )
 
 
 def causal_attention(q, pages, tables, q_lens, kv_lens, scale):

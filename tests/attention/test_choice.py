@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics_of
 
 from vllm_dlm.attention.rows import choose, make_rows
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics_of
 
 PAGE, PAGES = 16, 6
 

@@ -5,13 +5,20 @@ import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_layout import KVCacheLayout
-
-from tests.attention.steps import (
-    BLOCK, DIM, PAGE, STEP, Batch, assert_sparse_where_choosing, causal_attention, dense,
-)  # fmt: skip
-from vllm_dlm.attention import cuda
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, choice, store_statistics
 from vllm_dlm.plugins.selection.unique import Unique
+
+from tests.attention.steps import (
+    BLOCK,
+    DIM,
+    PAGE,
+    STEP,
+    Batch,
+    assert_sparse_where_choosing,
+    causal_attention,
+    dense,
+)  # fmt: skip
+from vllm_dlm.attention import cuda
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
 

@@ -4,17 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_dlm.kernels.haar_pyramid import store_statistics
+from vllm_dlm.plugins.selection.unique import Unique
 
 from tests.attention.conftest import SPARSE
 from vllm_dlm.attention.statistics import StatisticsPool, kv_share
-from vllm_dlm.kernels.haar_pyramid import store_statistics
-from vllm_dlm.plugins.selection.unique import Unique
 
 
 def held(worker) -> tuple[int, int, int]:
     """Bytes of keys and values, bytes of statistics, and of how many layers."""
     context = worker.vllm_config.compilation_config.static_forward_context
-    caches = {layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage() for layer in context.values()}
+    caches = {
+        layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage() for layer in context.values()
+    }
     return sum(storage.nbytes() for storage in caches.values()), worker.dlm_pool.nbytes, len(worker.dlm_pool.by_memory)
 
 
@@ -29,7 +31,13 @@ def test_the_budget_holds_both(decoder, fields):
 
 
 def spec(**changed):
-    values = {"num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16, "block_size": 64, "page_size_bytes": 64 * 256}
+    values = {
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "dtype": torch.bfloat16,
+        "block_size": 64,
+        "page_size_bytes": 64 * 256,
+    }
     return SimpleNamespace(**values | changed)
 
 

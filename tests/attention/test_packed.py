@@ -4,16 +4,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_dlm.kernels.haar_pyramid import PageStatistics
+from vllm_dlm.plugins.selection.unique import Unique
 
 from tests.attention.steps import (
-    BLOCK, CHOOSING, DIM, HEADS, KV_HEADS, PAGE, STEP, Batch, assert_sparse_where_choosing, dense,
+    BLOCK,
+    CHOOSING,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    PAGE,
+    STEP,
+    Batch,
+    assert_sparse_where_choosing,
+    dense,
 )  # fmt: skip
 from vllm_dlm.attention import cpu, packed
 from vllm_dlm.attention.counts import PageCounts
 from vllm_dlm.attention.packed import packed_pages
 from vllm_dlm.attention.rows import choose
-from vllm_dlm.kernels.haar_pyramid import PageStatistics
-from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=PAGE, budget_tokens=64, min_context=0)
 EVERY = Unique(page_size=PAGE, budget_tokens=4096, min_context=0)
@@ -75,7 +84,7 @@ def test_every_row_arrives_and_sparse_ones_choose():
 def test_chosen_pages_are_read_and_no_others():
     """In float64 from the plain cache, with the pages that the backend chose."""
     batch = Batch(STEP)
-    out, impl, meta, cache = run(batch, FOUR)
+    out, impl, meta, _cache = run(batch, FOUR)
     ((rows, _),) = meta.sparse
     chosen = choose(batch.q[rows.rows], rows, impl.statistics, FOUR)
     for i, row in enumerate(CHOOSING):

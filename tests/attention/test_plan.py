@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_dlm.plugins.selection.unique import Unique
 
 from vllm_dlm.attention.plan import plan_step, prompt_lengths
 from vllm_dlm.attention.rows import make_rows, page_table
-from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
 
@@ -41,9 +41,7 @@ def test_several_requests_and_one_without_rows():
     assert sparse == [(0, 0, 129), (0, 1, 130)]
 
 
-@pytest.mark.parametrize(
-    "prefilling, want", [([True, False, True], [100, 39, 1]), (None, [100, 39, 0])]
-)
+@pytest.mark.parametrize("prefilling, want", [([True, False, True], [100, 39, 1]), (None, [100, 39, 0])])
 def test_prompt_lengths_nobody_told(prefilling, want):
     common = SimpleNamespace(
         num_reqs=3, query_start_loc_cpu=torch.tensor([0, 20, 21, 22]), seq_lens=torch.tensor([100, 40, 1]),

@@ -51,7 +51,12 @@ def test_settings(checkpoints, field):
         settings = {"speculative_config": settings["speculative_config"] | {"model": str(checkpoints("llama"))}}
     selection = SPARSE | {"page_size": 64, "budget_tokens": 256}
     with pytest.raises(ValueError, match=field):
-        LLM(str(checkpoints("llama")), max_model_len=512, additional_config={"dlm": {"selection": selection}}, **settings)
+        LLM(
+            str(checkpoints("llama")),
+            max_model_len=512,
+            additional_config={"dlm": {"selection": selection}},
+            **settings,
+        )
 
 
 def given(**changed):
@@ -65,7 +70,12 @@ def given(**changed):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("logits_soft_cap", 30.0), ("alibi_slopes", [0.5]), ("head_size_v", 32), ("extra_impl_args", {"sinks": torch.ones(4)})],
+    [
+        ("logits_soft_cap", 30.0),
+        ("alibi_slopes", [0.5]),
+        ("head_size_v", 32),
+        ("extra_impl_args", {"sinks": torch.ones(4)}),
+    ],
 )
 def test_layers(name, value):
     with pytest.raises(ValueError, match="sinks" if name == "extra_impl_args" else name) as refused:

@@ -50,7 +50,9 @@ def test_drafts_are_what_would_have_been_decoded(server, decoder):
     # more positions than tokens: the drafts that were not accepted
     rows = metrics["vllm:sparse_attention_rows_total"] + metrics["vllm:sparse_attention_dense_rows_total"]
     assert rows > 3 * len(ASKED) * 39
-    assert 0 < metrics["vllm:sparse_attention_pages_read_total"] < 0.6 * metrics["vllm:sparse_attention_pages_dense_total"]
+    assert (
+        0 < metrics["vllm:sparse_attention_pages_read_total"] < 0.6 * metrics["vllm:sparse_attention_pages_dense_total"]
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

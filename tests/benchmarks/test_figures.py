@@ -17,9 +17,7 @@ def parsed(stage: figures.Stage, toy: bool = False) -> argparse.Namespace:
     command, *words = stage.arguments(toy)
     parser = argparse.ArgumentParser()
     importlib.import_module(f"benchmarks.{command}").add_arguments(parser)
-    return parser.parse_args(
-        [*words, "--resume", "--minutes", "1", "--threads", "1", "--patience", "1", "--busy"]
-    )
+    return parser.parse_args([*words, "--resume", "--minutes", "1", "--threads", "1", "--patience", "1", "--busy"])
 
 
 @pytest.mark.parametrize("toy", [False, True])
@@ -29,9 +27,7 @@ def test_its_commands_are_commands(stage, toy):
     if stage.command.startswith("speed"):
         assert args.name == stage.table and set(args.only or args.cells) <= set(args.cells)
         shapes = [SHAPES[name] for name in args.shapes]
-        longest = (
-            max(max(figures_cell(prompt, args, batch).lengths()) for prompt, batch in args.cells) + args.new
-        )
+        longest = max(max(figures_cell(prompt, args, batch).lengths()) for prompt, batch in args.cells) + args.new
         for policy in args.policy:
             Policy.parse(policy)
         if not toy:
@@ -127,9 +123,7 @@ def test_the_readme_quotes_what_the_tables_say(tmp_path):
     ])  # fmt: skip
     text = quoted.put_into(f"before\n{quoted.BEGIN}\nold\n{quoted.END}\nafter\n", tmp_path)
     assert (
-        text.startswith(f"before\n{quoted.BEGIN}\n")
-        and text.endswith(f"{quoted.END}\nafter\n")
-        and "old" not in text
+        text.startswith(f"before\n{quoted.BEGIN}\n") and text.endswith(f"{quoted.END}\nafter\n") and "old" not in text
     )
     (alone,) = [line for line in text.splitlines() if "1,024 prompt + 128 new tokens, 1 request:" in line]
     assert "| 12.3x, 9.9x, not measured |" in alone

@@ -46,9 +46,7 @@ def test_it_waits_and_says_so(clock, monkeypatch, capsys):
     found = load.settle(busy=False, patience=60, pause=5)
     assert found.before == 0.29 and found.waited == clock[0] == 15
     said = capsys.readouterr().out
-    assert said.startswith("waiting for an idle machine: 1.5 cores wanted") and said.endswith(
-        "idle after 15 s\n"
-    )
+    assert said.startswith("waiting for an idle machine: 1.5 cores wanted") and said.endswith("idle after 15 s\n")
 
 
 def test_it_gives_up_in_time(clock, monkeypatch):

@@ -26,9 +26,7 @@ def test_loop_equals_the_recorded_reference(loop, golden_runs, run):
     assert prompt + response == final
 
 
-@pytest.mark.parametrize(
-    ("length", "new", "block", "steps"), [(5, 32, 8, 32), (40, 64, 32, 64), (17, 48, 16, 12)]
-)
+@pytest.mark.parametrize(("length", "new", "block", "steps"), [(5, 32, 8, 32), (40, 64, 32, 64), (17, 48, 16, 12)])
 def test_loop_equals_the_engine(loop, engines, length, new, block, steps):
     prompt = np.random.default_rng(length).integers(0, 380, length).tolist()
     expected = reference_loop.generate(loop, prompt, new, block, steps, MASK)

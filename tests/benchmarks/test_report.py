@@ -49,9 +49,7 @@ def test_a_result_that_does_not_state_its_conditions_is_refused(key):
         table(Load(before=0.1), **{key: None})
 
 
-@pytest.mark.parametrize(
-    ("before", "others", "idle"), [(0.29, 0.1, True), (0.3, 0.1, False), (0.1, 0.3, False)]
-)
+@pytest.mark.parametrize(("before", "others", "idle"), [(0.29, 0.1, True), (0.3, 0.1, False), (0.1, 0.3, False)])
 def test_the_table_and_the_plot_say_whether_the_machine_was_idle(before, others, idle):
     found = table(Load(before=before, others=[0.0, others]))
     for text in (found.markdown(), report.caption(found.settings)):

@@ -8,9 +8,7 @@ import pytest
 from benchmarks import drawing, figures, quoted, report
 from benchmarks.redraw import writer_of
 
-NAMES = [
-    path.stem for path in sorted(report.RESULTS.glob("*.json")) if path.stem != "demo"
-]  # another kind of table
+NAMES = [path.stem for path in sorted(report.RESULTS.glob("*.json")) if path.stem != "demo"]  # another kind of table
 
 
 def read(name: str) -> tuple[report.Report, object]:
@@ -30,17 +28,13 @@ def test_no_label_of_a_plot_lies_over_another_or_outside(name):
     from matplotlib import pyplot
 
     found, plot = read(name)
-    figure = drawing.picture(
-        found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows)
-    )
+    figure = drawing.picture(found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows))
     figure.canvas.draw()
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(figure)]
     pyplot.close(figure)
     width, height = figure.get_size_inches() * figure.dpi
     for text, box in boxes:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, (
-            f"{text!r} leaves the picture"
-        )
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} leaves the picture"
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
         assert apart, f"{one!r} lies over {other!r}"
@@ -71,9 +65,7 @@ def test_the_readme_quotes_its_tables():
 def test_no_table_of_speed_is_superseded():
     measured = all(figures.complete(stage, report.RESULTS) for stage in figures.STAGES)
     speeds = {path.stem for path in report.RESULTS.glob("speed-*.json")}
-    assert not measured or speeds == {
-        stage.table for stage in figures.STAGES if stage.table.startswith("speed")
-    }
+    assert not measured or speeds == {stage.table for stage in figures.STAGES if stage.table.startswith("speed")}
 
 
 def test_nothing_names_a_machine():

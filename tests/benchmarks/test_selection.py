@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from vllm_dlm.kernels.page_scores import naive
+from vllm_dlm.plugins.selection.base import Asked
 
 from benchmarks.rules import Oracle, Quest, SparseDLLM, attention_mass
 from benchmarks.selection import SelectionEngine, page_rules, questions, token_rules
-from vllm_dlm.kernels.page_scores import naive
-from vllm_dlm.plugins.selection.base import Asked
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def test_oracle_keeps_the_tokens_of_most_attention(asked):
     given, keys = asked
     rows = given.q[given.voters]
     for head in range(2):
-        weight = torch.einsum("lgd,nd->lgn", rows[:, 2 * head : 2 * head + 2], keys[head]).mul(0.25).softmax(-1).sum((0, 1))
+        weight = (
+            torch.einsum("lgd,nd->lgn", rows[:, 2 * head : 2 * head + 2], keys[head]).mul(0.25).softmax(-1).sum((0, 1))
+        )
         torch.testing.assert_close(attention_mass(given)[head], weight)
         want = weight[:256].topk(26)[1].sort()[0]
         assert torch.equal(Oracle(0.1).choose(given).units[head].long(), want)

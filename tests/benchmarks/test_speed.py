@@ -88,7 +88,7 @@ def first_block_share(row: dict) -> float:
 
 
 def test_what_is_known_is_not_measured_again(result):
-    folder, data = result
+    folder, _data = result
     before = (folder / "speed.json").read_bytes()
     assert command(folder, "--resume") == "speed.json has all of it already\n"
     assert (folder / "speed.json").read_bytes() == before

@@ -11,10 +11,8 @@ from benchmarks.demo.decoding import answers
 from benchmarks.demo.model import load_checkpoint
 from benchmarks.demo.tasks import SMALL_TASKS, recall
 
-BLOCK_WEIGHTS = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj",
-                 "up_proj", "ff_out"]
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"}
+BLOCK_WEIGHTS = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"]
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_it_is_whole_and_small(checkpoint):
@@ -28,10 +26,13 @@ def test_its_tensors_are_named_shaped_and_typed_as_llada(checkpoint):
     assert config["model_type"] == "llada" and config["architectures"] == ["LLaDAModelLM"]
     assert config["d_model"] // config["n_heads"] in (32, 64, 80, 96, 112, 128)
     names = {f"model.transformer.{name}.weight" for name in ("wte", "ln_f", "ff_out")}
-    names |= {f"model.transformer.blocks.{layer}.{name}.weight"
-              for layer in range(config["n_layers"]) for name in BLOCK_WEIGHTS}
+    names |= {
+        f"model.transformer.blocks.{layer}.{name}.weight"
+        for layer in range(config["n_layers"])
+        for name in BLOCK_WEIGHTS
+    }
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file}
     assert set(tensors) == names
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert sum(tensor.numel() for tensor in tensors.values()) <= 3_000_000
@@ -52,7 +53,7 @@ def test_it_finds_needles_and_only_guesses_without_them(model, filler):
     there = [recall(rng, filler, 256, needles=4) for _ in range(16)]
     gone = [recall(rng, filler, 256, needles=4, omit=True) for _ in range(4)]
     found = answers(model, there + gone, canvas=16)
-    right = [answer == sample.answer_ids for answer, sample in zip(found, there + gone)]
+    right = [answer == sample.answer_ids for answer, sample in zip(found, there + gone, strict=False)]
     assert sum(right[:16]) >= 14
     assert sum(right[16:]) == 0
 
@@ -63,4 +64,4 @@ def test_it_solves_small_tasks(model, task):
     rng = np.random.default_rng(21)
     samples = [SMALL_TASKS[task](rng) for _ in range(16)]
     found = answers(model, samples, canvas=16)
-    assert sum(answer == sample.answer_ids for answer, sample in zip(found, samples)) >= 13
+    assert sum(answer == sample.answer_ids for answer, sample in zip(found, samples, strict=False)) >= 13

@@ -11,7 +11,7 @@ from benchmarks.demo.tasks import DEPTHS, SMALL_TASKS, recall, recite
 
 
 def question_and_answer(sample):
-    content = sample.prompt_ids[len(tok.CHAT_PREFIX):-len(tok.CHAT_SUFFIX)]
+    content = sample.prompt_ids[len(tok.CHAT_PREFIX) : -len(tok.CHAT_SUFFIX)]
     assert sample.prompt_ids == tok.CHAT_PREFIX + content + tok.CHAT_SUFFIX
     assert sample.answer_ids[-1] == tok.EOT
     return tok.decode(content), tok.decode(sample.answer_ids)
@@ -33,8 +33,9 @@ def test_the_written_tokenizer_gives_the_training_ids(tmp_path, filler):
     served = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for sample in some_of_everything(filler):
         question, answer = question_and_answer(sample)
-        text = served.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                          add_generation_prompt=True)
+        text = served.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
         assert served.encode(text, add_special_tokens=False) == sample.prompt_ids
         assert served.encode(answer, add_special_tokens=False) == sample.answer_ids[:-1]
         assert served.decode(sample.prompt_ids) == text
@@ -67,10 +68,11 @@ def test_several_needles_are_asked_for_and_answered_in_order(filler):
     question, answer = question_and_answer(sample)
     pairs = re.findall(r"(\w+) is (\d{5})", answer)
     assert len(pairs) == len(sample.needle_spans) == 4
-    for (name, code), (start, end) in zip(pairs, sample.needle_spans):
+    for (name, code), (start, end) in zip(pairs, sample.needle_spans, strict=False):
         assert tok.decode(sample.prompt_ids[start:end]) == f" The code of {name} is {code}."
-    assert re.search(r"What are the codes of (.*)\?$", question).group(1).replace(
-        " and ", ", ").split(", ") == [name for name, _ in pairs]
+    assert re.search(r"What are the codes of (.*)\?$", question).group(1).replace(" and ", ", ").split(", ") == [
+        name for name, _ in pairs
+    ]
     assert len(re.findall(r"The code of", question)) == 8
 
 

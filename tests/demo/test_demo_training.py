@@ -37,11 +37,11 @@ def test_another_recipes_state_is_refused():
 @pytest.mark.parametrize("step", [0, 400, 2000])
 def test_lessons_hide_answers_and_nothing_else(step):
     lessons = Lessons(seed=1, recall_tokens=400, small_tokens=300)
-    for batch, again in zip(lessons.batches(step), lessons.batches(step)):
+    for batch, again in zip(lessons.batches(step), lessons.batches(step), strict=False):
         assert torch.equal(batch.ids_BT, again.ids_BT)
-        prompt_part = batch.ids_BT[:, :-batch.tail]
+        prompt_part = batch.ids_BT[:, : -batch.tail]
         assert (prompt_part != tok.MASK).all()
-        assert torch.equal(batch.ids_BT[:, -batch.tail:] == tok.MASK, batch.masked_BR)
+        assert torch.equal(batch.ids_BT[:, -batch.tail :] == tok.MASK, batch.masked_BR)
         assert len(batch.labels_N) == len(batch.weights_N) == batch.masked_BR.sum()
         assert (batch.labels_N != tok.MASK).all() and (batch.weights_N > 0).all()
 
@@ -60,8 +60,7 @@ def test_a_stale_prompt_is_exact_in_the_first_step_only():
     with torch.no_grad():
         seen = torch.cat([prompts, canvas], 1)
         kept = [(k[:, :, :12], v[:, :, :12]) for k, v in model.keys_and_values(seen)]
-        torch.testing.assert_close(model.forward_on(kept, canvas), model(seen, tail=4),
-                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.forward_on(kept, canvas), model(seen, tail=4), rtol=1e-4, atol=1e-4)
         canvas[:, 0] = 50
         fresh = model(torch.cat([prompts, canvas], 1), tail=4)
         assert not torch.allclose(model.forward_on(kept, canvas), fresh, atol=1e-4)

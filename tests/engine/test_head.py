@@ -103,7 +103,11 @@ class TestNoise:
         positions = torch.arange(5, 50)
         keys = noise.row_keys(7, 1, 2, positions)
         torch.testing.assert_close(noise.exponential(keys, 100)[3], noise.exponential(keys[3:4], 100)[0])
-        for other in (noise.row_keys(8, 1, 2, positions), noise.row_keys(7, 0, 2, positions), noise.row_keys(7, 1, 3, positions)):
+        for other in (
+            noise.row_keys(8, 1, 2, positions),
+            noise.row_keys(7, 0, 2, positions),
+            noise.row_keys(7, 1, 3, positions),
+        ):
             assert (keys != other).all()
 
     def test_exponential_distribution(self):

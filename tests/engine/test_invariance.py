@@ -83,8 +83,7 @@ class TestInvariance:
     def test_two_ranks(self, together, checkpoint):
         """Tensor parallel, in processes of its own."""
         code = (
-            "from tests.engine.test_invariance import two_ranks\n"
-            f"if __name__ == '__main__': two_ranks({checkpoint!r})"
+            f"from tests.engine.test_invariance import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"
         )
         path = GOLDEN.parent.parent
         done = subprocess.run(

@@ -119,7 +119,7 @@ def test_end_token_gives_the_tail_back(engines):
     """Generation ends at the first end token with nothing masked before it, a prefix of the whole canvas."""
     llm = engines(CHECKPOINT)
     prompt = {"prompt_token_ids": [390, 7, 8, 9, 10]}
-    options = dict(temperature=0, max_tokens=40, detokenize=False, extra_args={"dlm_block_length": 8})
+    options = {"temperature": 0, "max_tokens": 40, "detokenize": False, "extra_args": {"dlm_block_length": 8}}
     whole = llm.generate(prompt, SamplingParams(ignore_eos=True, **options), use_tqdm=False)[0].outputs[0]
     assert len(whole.token_ids) == 40 and whole.finish_reason == "length"
     stop = whole.token_ids[19]

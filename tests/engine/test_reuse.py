@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
-
-from tests.engine.test_invariance import tokens
-from tests.engine.test_reuse_golden import Recorder, runner_of
-from vllm_dlm.engine.costs import Counts, ModelShape
 from vllm_dlm.plugins.reuse.base import Progress, least_similar
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+
+from tests.engine.test_invariance import tokens
+from tests.engine.test_reuse_golden import Recorder, runner_of
+from vllm_dlm.engine.costs import Counts, ModelShape
 
 CHECKPOINTS = ["llada-tiny", "llada-tiny-gqa", "dream-tiny"]
 EXACT = {
@@ -69,7 +69,9 @@ def test_guidance_keeps_two_caches(engines, exact):
 
 def test_prefix_is_dual_when_one_block_spans_the_response(engines):
     given = [(prompt, params) for prompt, params in requests(6) if params.extra_args["dlm_block_length"] == 24]
-    results = [tokens(engine(engines, "llada-tiny", {"name": "fast_dllm", "cache": c}), given) for c in ("prefix", "dual")]
+    results = [
+        tokens(engine(engines, "llada-tiny", {"name": "fast_dllm", "cache": c}), given) for c in ("prefix", "dual")
+    ]
     assert results[0] == results[1]
 
 

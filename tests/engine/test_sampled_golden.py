@@ -8,11 +8,12 @@ reference's random numbers in, the recorded next canvas out.
 import numpy as np
 import pytest
 import torch
+from vllm_dlm.plugins.decoding.base import Proposal, Rows, Turn
 
 from tests.conftest import golden_tensors
 from tests.engine.worker_calls import logits_of
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.base import Proposal, Rows, Turn
+import itertools
 
 V = 512
 
@@ -77,11 +78,13 @@ def test_steps(engines, golden_runs, name):
     torch.manual_seed(seed)
     width = fields.get("block_length", len(final) - len(prompt))
     per_block = steps // ((len(final) - len(prompt)) // width)
-    for step, (canvas, wanted) in enumerate(zip(canvases[:-1], canvases[1:], strict=True)):
+    for step, (canvas, wanted) in enumerate(itertools.pairwise(canvases)):
         end = len(prompt) + (step // per_block + 1) * width
         candidates = np.flatnonzero(canvas[:end].numpy() == mask_id)
         draws = ReferenceOrder(family, len(canvas), candidates)
-        proposal = decoding.propose(logits[step][np.maximum(candidates - shift, 0)].float(), rows(draws, mask_id, **sampling))
+        proposal = decoding.propose(
+            logits[step][np.maximum(candidates - shift, 0)].float(), rows(draws, mask_id, **sampling)
+        )
         as_numpy = Proposal(proposal.token.numpy(), proposal.score.numpy(), proposal.prob.numpy())
         filled = np.flatnonzero((wanted != canvas).numpy()[candidates])  # the quota is what the recorded step filled
         assert (as_numpy.token[filled] == wanted.numpy()[candidates[filled]]).all(), f"step {step}"
@@ -94,9 +97,13 @@ def test_steps(engines, golden_runs, name):
 
 
 def test_quotas_are_the_recorded_ones(golden_runs):
-    for name, total in {"dream.entropy_s32_t0": 32, "dream.entropy_s16_t0": 32, "dream.maskgit_plus_s12_t0": 32}.items():
+    for name, total in {
+        "dream.entropy_s32_t0": 32,
+        "dream.entropy_s16_t0": 32,
+        "dream.maskgit_plus_s12_t0": 32,
+    }.items():
         params, tensors = golden_runs[name]["params"], golden_tensors(name)
         history = tensors["history"][:, 0]
         left = [total, *(history == 397).sum(-1).tolist()]
-        recorded = [a - b for a, b in zip(left, left[1:], strict=False) if a != b]
+        recorded = [a - b for a, b in itertools.pairwise(left) if a != b]
         assert methods("decoding")["entropy"]().quotas(total, params["steps"]) == recorded

@@ -42,9 +42,7 @@ def complete(client, model):
     """complete(prompt, **fields): fields that `openai` does not know go into the body."""
 
     def create(prompt, max_tokens: int = 16, extra: dict | None = None, **fields):
-        return client.completions.create(
-            model=model, prompt=prompt, max_tokens=max_tokens, extra_body=extra, **fields
-        )
+        return client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, extra_body=extra, **fields)
 
     return create
 

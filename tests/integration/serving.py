@@ -35,9 +35,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = vllm_command(
-            "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *arguments
-        )
+        command = vllm_command("serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *arguments)
         with log.open("wb") as output:
             # A session of its own: if it will not end by itself, all of its processes can be ended together.
             self.process = subprocess.Popen(

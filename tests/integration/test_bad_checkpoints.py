@@ -98,7 +98,7 @@ def test_a_field_of_config_json(tmp_path, name, field, config):
     assert line.startswith(f"{ARCHITECTURE[name]}: ")
     assert f" {field}" in line and "config.json" in line
     value = config.get(field, config.get("rope_scaling", config.get("torch_dtype")))
-    assert f"{field}={value!r}" in line or value is None and f"has no {field}" in line
+    assert f"{field}={value!r}" in line or (value is None and f"has no {field}" in line)
 
 
 @pytest.mark.parametrize("wrong", [{"budget_tokens": -1}, {"std_kind": "l3"}, {"page_size": "64"}])
@@ -158,7 +158,7 @@ def test_options_of_another_kind_of_model(autoregressive, part, dlm):
 def names(name: str) -> list[str]:
     """A checkpoint's own names of its tensors, of one layer of many."""
     with safe_open(GOLDEN / "checkpoints" / name / "model.safetensors", "pt") as file:
-        return sorted(key for key in file.keys() if not {"0", "1", "3"} & set(key.split(".")))
+        return sorted(key for key in file if not {"0", "1", "3"} & set(key.split(".")))
 
 
 TENSORS = [(name, tensor) for name in (LLADA, DREAM) for tensor in names(name)]

@@ -92,11 +92,7 @@ def test_a_stream_delivers_whole_blocks_of_the_same_answer(ask, width):
     )
     assert chunks[-1].usage == whole.usage
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert (
-        "".join(choice.delta.content or "" for choice in choices)
-        == whole.choices[0].message.content
-        == answer
-    )
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content == answer
     assert choices[-1].finish_reason == "stop"
     tokens = [getattr(choice, "token_ids", None) or [] for choice in choices]
     counts = [len(part) for part in tokens if part]
@@ -140,9 +136,7 @@ def test_completion_logprobs_hold_the_chosen_and_the_best_tokens(complete):
     answer = complete(chat_text(needle()[0]), logprobs=3)
     logprobs = answer.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == answer.usage.completion_tokens
-    for token, value, top in zip(
-        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
-    ):
+    for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert math.isfinite(value) and value <= 0
         assert 3 <= len(top) <= 4 and all(other <= 0 for other in top.values())
         assert top[token] == value == max(top.values())  # greedy

@@ -35,7 +35,10 @@ COMPLETIONS = {
     "an option without its prefix": (options(threshold=0.9), "write dlm_threshold"),
     "infill without its prefix": (options(infill=1), "write dlm_infill"),
     "an option nobody reads": (options(temprature=0.9), "temprature"),
-    "an option in the body": ({"dlm_threshold": 0.9}, 'dlm_threshold: 0.9 cannot be honoured, write it into "vllm_xargs"'),
+    "an option in the body": (
+        {"dlm_threshold": 0.9},
+        'dlm_threshold: 0.9 cannot be honoured, write it into "vllm_xargs"',
+    ),
     "an unknown option in the body": ({"dlm_stepz": 1}, "vllm_xargs"),
     "KV transfer": ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
     "longest canvas": ({"max_tokens": 401}, "max_tokens: 401 cannot be honoured, the longest canvas of this server"),
@@ -122,9 +125,7 @@ def test_a_chat_that_cannot_be_honoured(client, model, body, field):
     check(refused.value, field)
 
 
-@pytest.mark.parametrize(
-    "name", ["no steps", "presence penalty", "logit bias", "JSON", "fewer steps than blocks"]
-)
+@pytest.mark.parametrize("name", ["no steps", "presence penalty", "logit bias", "JSON", "fewer steps than blocks"])
 def test_a_stream_is_refused_before_it_begins(client, model, name):
     body, field = COMPLETIONS[name]
     with pytest.raises(openai.BadRequestError) as refused:

@@ -75,9 +75,7 @@ def test_every_decoding_algorithm_can_be_asked_for(ask, algorithm):
     assert answer.choices[0].message.content == COPIED
 
 
-@pytest.mark.parametrize(
-    "kind, name", [(kind, name) for kind in ("reuse", "selection") for name in methods(kind)]
-)
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("reuse", "selection") for name in methods(kind)])
 def test_every_reuse_and_selection_can_be_asked_for(ask, kind, name):
     question, answer = needle()
     assert ask(question, extra=options(**{f"dlm_{kind}": name})).choices[0].message.content == answer

@@ -1,14 +1,15 @@
 """Random paged caches for the page kernels: shuffled blocks, pages shared between requests, partly filled ends."""
 
 import torch
-
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 
 
 class PagedBatch:
     """B requests whose pages lie anywhere in a cache; whatever belongs to nobody is NaN."""
 
-    def __init__(self, kv_lens, q_lens, heads=4, kv_heads=2, dim=64, page_size=16, per_block=2, dtype=torch.float32, seed=0):
+    def __init__(
+        self, kv_lens, q_lens, heads=4, kv_heads=2, dim=64, page_size=16, per_block=2, dtype=torch.float32, seed=0
+    ):
         g = torch.Generator().manual_seed(seed)
         self.page_size, self.kv_lens, self.dtype = page_size, torch.tensor(kv_lens), dtype
         block_size = page_size * per_block

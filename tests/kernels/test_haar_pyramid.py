@@ -3,9 +3,9 @@
 import pytest
 import pywt
 import torch
+from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, haar_pyramid, naive, store_statistics
 
 from tests.kernels.pages import PagedBatch
-from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, haar_pyramid, naive, store_statistics
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def keys_of(batch, page_ids):
 def test_naive_is_mean_and_variance(batch):
     levels = (0, 1, 2, 4)
     runs = keys_of(batch, batch.full_pages)
-    for level, (mean, variance) in zip(levels, naive.haar_pyramid(batch.pages, batch.full_pages, 16, levels), strict=True):
+    for level, (mean, variance) in zip(
+        levels, naive.haar_pyramid(batch.pages, batch.full_pages, 16, levels), strict=True
+    ):
         pieces = runs.unflatten(2, (-1, 2**level))
         torch.testing.assert_close(mean, pieces.mean(3), atol=1e-12, rtol=0)
         torch.testing.assert_close(variance, pieces.var(3, correction=0), atol=1e-12, rtol=0)

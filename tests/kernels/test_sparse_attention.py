@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-from tests.kernels.pages import PagedBatch
 from vllm_dlm.kernels.page_scores import page_scores
 from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.sparse_attention import naive, sparse_attention
 from vllm_dlm.kernels.top_pages import top_pages
+
+from tests.kernels.pages import PagedBatch
 
 
 def choose(batch, k):
@@ -27,8 +27,12 @@ def arguments(batch, chosen, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kv_lens, q_lens", [((200,), (1,)), ((208, 336), (1, 1)), ((200, 333, 48), (3, 1, 8)), ((90, 700), (5, 5))])
-@pytest.mark.parametrize("heads, kv_heads, dim, page_size, per_block", [(4, 4, 64, 16, 2), (6, 2, 80, 16, 1), (8, 1, 128, 32, 2)])
+@pytest.mark.parametrize(
+    "kv_lens, q_lens", [((200,), (1,)), ((208, 336), (1, 1)), ((200, 333, 48), (3, 1, 8)), ((90, 700), (5, 5))]
+)
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, page_size, per_block", [(4, 4, 64, 16, 2), (6, 2, 80, 16, 1), (8, 1, 128, 32, 2)]
+)
 def test_fast_path_is_naive(kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block, causal):
     batch = PagedBatch(kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block)
     chosen = choose(batch, 6)
@@ -50,9 +54,7 @@ def test_all_pages_are_dense_attention(kv_lens):
     """Same kernel, same keys in the same order: the same bits."""
     batch = PagedBatch(kv_lens, [2] * len(kv_lens), page_size=16, per_block=2)
     chosen = choose(batch, 64)
-    blocks = [
-        table[: -(-length // 16)][::2] // 2 for table, length in zip(batch.page_table, kv_lens, strict=True)
-    ]
+    blocks = [table[: -(-length // 16)][::2] // 2 for table, length in zip(batch.page_table, kv_lens, strict=True)]
     dense = paged_attention(batch.q, batch.pages, blocks, [2] * len(kv_lens), kv_lens, batch.q.shape[2] ** -0.5)
     torch.testing.assert_close(sparse_attention(*arguments(batch, chosen, False)), dense, atol=2e-6, rtol=2e-6)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 
 triton = pytest.importorskip("triton")

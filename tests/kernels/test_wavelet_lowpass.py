@@ -1,7 +1,6 @@
 import pytest
 import pywt
 import torch
-
 from vllm_dlm.kernels.wavelet_lowpass import lowpass, naive
 
 

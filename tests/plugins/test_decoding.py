@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-
-from vllm_dlm.methods import methods
-from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.entropy import Entropy
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.origin import Origin
+
+from vllm_dlm.methods import methods
+from vllm_dlm.options import OptionError, request_options, server_options
 
 RNG = np.random.default_rng(0)
 
@@ -143,7 +143,7 @@ class TestOptions:
         ("given", "message"),
         [
             ({"dlm_factor": 1.0}, 'dlm_factor: 1.0 .*unset when threshold is set; .*dlm_threshold: "none" unsets it'),
-            ({"dlm_algorithm": "random"}, 'dlm_algorithm: \'random\' does not go .*dlm_threshold: "none" unsets it'),
+            ({"dlm_algorithm": "random"}, "dlm_algorithm: 'random' does not go .*dlm_threshold: \"none\" unsets it"),
             ({"dlm_suppress_eos": "none"}, "dlm_suppress_eos: 'none' is not valid, it must be bool"),
             ({"dlm_threshold": "off"}, "dlm_threshold: 'off' is not valid, it must be float or \"none\""),
             ({"dlm_infill": 2}, "dlm_infill: 2 is not valid, it must be bool"),

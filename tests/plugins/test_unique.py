@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.plugins.selection.base import Asked
 from vllm_dlm.plugins.selection.unique import Unique
@@ -19,7 +18,9 @@ def asked():
     keys = torch.randn(PAGES * 16, KV_HEADS, DIM, generator=g)
     q = torch.randn(6, 4, DIM, generator=g)
     voters = torch.tensor([True, False, False, True, False, False])
-    return Asked(q, voters, SELECTION.summarise(keys).transpose(0, 1), None, PAGES * 16, PAGES * 16 + 6, 0.25, None), keys
+    return Asked(
+        q, voters, SELECTION.summarise(keys).transpose(0, 1), None, PAGES * 16, PAGES * 16 + 6, 0.25, None
+    ), keys
 
 
 def best(q, keys):

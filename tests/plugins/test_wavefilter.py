@@ -5,10 +5,10 @@ import math
 import pytest
 import pywt
 import torch
-
-from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.plugins.selection.base import Asked
 from vllm_dlm.plugins.selection.wavefilter import WaveFilter
+
+from vllm_dlm.options import OptionError, server_options
 
 
 def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None):
@@ -40,7 +40,9 @@ def algorithm_1(q, keys, wavelet, levels, proportions):
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2", "sym4"])
-@pytest.mark.parametrize("proportions", [(0.3,), (0.4, 0.4), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5, 0.5), (0.8, 0.2), (1.0, 0.25)])
+@pytest.mark.parametrize(
+    "proportions", [(0.3,), (0.4, 0.4), (0.5, 0.4, 0.3), (0.5, 0.5, 0.5, 0.5), (0.8, 0.2), (1.0, 0.25)]
+)
 def test_descent_is_algorithm_1(wavelet, proportions):
     selection = WaveFilter(wavelet=wavelet, levels=len(proportions), proportions=proportions, min_prompt=0)
     given, keys = asked(selection=selection)
@@ -59,10 +61,15 @@ def test_sizes_follow_the_proportions():
     assert WaveFilter(budget=128).kept(256)[-1] * 2 == pytest.approx(128, abs=8)
     assert server_options({"selection": {"name": "wavefilter"}}, "random").selection == WaveFilter()
     page = server_options({"selection": {"name": "wavefilter", "preset": "serve-page"}}, "random").selection
-    assert page.unit == 16 and page == server_options({"selection": {"name": "wavefilter/serve-page"}}, "random").selection
+    assert (
+        page.unit == 16 and page == server_options({"selection": {"name": "wavefilter/serve-page"}}, "random").selection
+    )
 
 
-@pytest.mark.parametrize("extra", [{"proportions": (0.6, 0.4)}, {"detail_lambda": 0.5}, {"token_stage": True, "proportions": (0.5, 0.5, 0.5)}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"proportions": (0.6, 0.4)}, {"detail_lambda": 0.5}, {"token_stage": True, "proportions": (0.5, 0.5, 0.5)}],
+)
 def test_pinned_tokens_stay(extra):
     selection = WaveFilter(**{"proportions": (0.3, 0.3), "keep_sink": 4, "keep_tail": 5, "min_prompt": 0, **extra})
     given, _ = asked(1803, selection=selection)

@@ -5,8 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import vllm_dlm.training as sparse
 
@@ -14,10 +23,10 @@ SETTINGS = sparse.PageSparsity(
     budget_tokens=64, page_size=16, sink_pages=1, recent_pages=1, dense_layers=(), temperature=0.5
 )
 OPEN = replace(SETTINGS, budget_tokens=1 << 20)
-SHAPE = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
 
 
 def make(settings=SETTINGS, implementation="unique", cls=LlamaForCausalLM, config=LlamaConfig, **changes):

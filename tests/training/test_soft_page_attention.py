@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 from vllm_dlm.kernels.page_scores import REDUCTIONS
 from vllm_dlm.kernels.soft_page_attention import Gate, chunked, measure, naive, soft_page_attention

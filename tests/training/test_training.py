@@ -136,7 +136,9 @@ def test_shifted_logits_belong_to_the_next_position():
     logits = torch.full((1, 3, 5), -9.0)
     logits[0, 0, 3] = 9.0
     weights = torch.ones(1, 3)
-    assert masked_diffusion_loss(logits, labels, weights, shift=1) < 1e-3 < masked_diffusion_loss(logits, labels, weights)
+    assert (
+        masked_diffusion_loss(logits, labels, weights, shift=1) < 1e-3 < masked_diffusion_loss(logits, labels, weights)
+    )
 
 
 def test_prompts_of_different_length():
@@ -163,7 +165,11 @@ def test_masked_diffusion_training_resumes(tmp_path):
         sparse.configure(model, SETTINGS)
         collate = MaskedDiffusionCollator(mask=model.config.mask_token_id, end=1, canvas=4)
         trainer = MaskedDiffusionTrainer(
-            model, arguments(tmp_path / folder, remove_unused_columns=False), collate, given, callbacks=[sparse.Anneal()]
+            model,
+            arguments(tmp_path / folder, remove_unused_columns=False),
+            collate,
+            given,
+            callbacks=[sparse.Anneal()],
         )
         trainer.train(resume_from_checkpoint=resume)
         states.append(model.state_dict())

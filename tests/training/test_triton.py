@@ -47,7 +47,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "causal")])
+@pytest.mark.parametrize(
+    "case", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "causal")]
+)
 def test_compiles_without_spills(case, target, launches):  # noqa: F811
     launch(**CASES[case])
     gpu, memory = TARGETS[target]

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from tests.kernels.triton_cases import garbage  # noqa: F401
 from vllm_dlm.kernels.soft_page_attention import Gate, naive, triton
 from vllm_dlm.kernels.triton_utils import UPCAST
+
+from tests.kernels.triton_cases import garbage  # noqa: F401
 
 SCALE = 0.2
 CAUSAL = Gate(page_size=16, budget_pages=3, recent_pages=1, temperature=0.7)
@@ -32,7 +32,10 @@ def tensors(case, dtype=torch.float32, batch=1):
     gate, heads, kv_heads, count, keys, prompt_len, dim = CASES[case]
     g = torch.Generator().manual_seed(0)
     made = (
-        torch.randn(batch, n, h, dim, generator=g).to(dtype).transpose(1, 2).requires_grad_()  # as projections leave them
+        torch.randn(batch, n, h, dim, generator=g)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()  # as projections leave them
         for h, n in ((heads, count), (kv_heads, keys), (kv_heads, keys))
     )
     return gate, *made, prompt_len

@@ -149,9 +149,7 @@ class SelectingCPUImpl(AttentionImpl):
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> PackedPages:
-        return packed_pages(
-            self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.page_size
-        )
+        return packed_pages(self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.page_size)
 
     def describe(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> None:
         """Statistics of pages [n] from the keys that lie there now."""

@@ -43,7 +43,9 @@ class PackedPages:
             self.write(keys, keys, page, torch.arange(self.page_size))
             seen += weight * self._halves(page, 1)[0].flatten().long()
         if not torch.equal(seen.sort()[0], number):
-            raise RuntimeError(f"vLLM's CPU attention ({self.isa}) does not keep keys as they are given; known is 0.32's")
+            raise RuntimeError(
+                f"vLLM's CPU attention ({self.isa}) does not keep keys as they are given; known is 0.32's"
+            )
         return seen.argsort()
 
     def _halves(self, kv_cache: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
@@ -81,7 +83,9 @@ class PackedPages:
         )  # fmt: skip
         return Batch(kv_heads, starts, kv_lens, page_table, plan)
 
-    def attend(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", scale: float, output: torch.Tensor) -> None:
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", scale: float, output: torch.Tensor
+    ) -> None:
         """q and output [T, H, D]"""
         self._attend(q, kv_cache, batch, batch.page_table, scale, output)
 

@@ -24,7 +24,9 @@ class StepPlan:
     def dense(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """Prompts and `whole` as a batch of their own, in order: its requests, how many rows each has, how many keys
         each sees, and the rows of the step that it is made of."""
-        parts = sorted(self.prompt + [(request, row, 1, keys) for request, row, keys in self.whole], key=lambda part: part[1])
+        parts = sorted(
+            self.prompt + [(request, row, 1, keys) for request, row, keys in self.whole], key=lambda part: part[1]
+        )
         requests, firsts, counts, keys = map(list, zip(*parts, strict=True))
         rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
         return requests, counts, keys, rows

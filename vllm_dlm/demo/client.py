@@ -6,7 +6,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-
 #: urlopen without the proxies of the environment: the server is on this machine
 urlopen = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 

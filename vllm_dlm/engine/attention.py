@@ -35,7 +35,9 @@ class CanvasAttention:
         if flash is None:
             return varlen_attention(q, k, v, self.q_lens, self.kv_lens, self.scale).flatten(1)
         context = flash(
-            q, k, v,
+            q,
+            k,
+            v,
             cu_seqlens_q=self._cumulative("q", self.q_lens, q.device),
             cu_seqlens_k=self._cumulative("kv", self.kv_lens, q.device),
             max_seqlen_q=max(self.q_lens),
@@ -52,7 +54,9 @@ class CanvasAttention:
             return paged_attention(q, pages, tables, self.q_lens, self.kv_lens, self.scale).flatten(1)
         keys, values = pages.transpose(1, 2).chunk(2, -1)  # [blocks, block_size, Hkv, D]
         context = flash(
-            q, keys, values,
+            q,
+            keys,
+            values,
             cu_seqlens_q=self._cumulative("q", self.q_lens, q.device),
             seqused_k=torch.tensor(self.kv_lens, dtype=torch.int32, device=q.device),
             max_seqlen_q=max(self.q_lens),
@@ -64,14 +68,17 @@ class CanvasAttention:
         return context.flatten(1)
 
     def delta_over_pages(
-        self, q: torch.Tensor, pages: torch.Tensor, tables: list[torch.Tensor], changed: torch.Tensor,
-        moved: torch.Tensor, counts: list[int],
+        self,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        tables: list[torch.Tensor],
+        changed: torch.Tensor,
+        moved: torch.Tensor,
+        counts: list[int],
     ) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] of the `changed` positions [S] add to each query's context;
         canvas i has `counts[i]` of them -> [Tq, H * D]"""
-        parts = zip(
-            q.split(self.q_lens), tables, self.kv_lens, changed.split(counts), moved.split(counts), strict=True
-        )
+        parts = zip(q.split(self.q_lens), tables, self.kv_lens, changed.split(counts), moved.split(counts), strict=True)
         added = []
         for query, table, length, positions, values in parts:
             keys = gather(pages, table, length)[0]

@@ -13,7 +13,9 @@ from vllm_dlm.plugins.reuse.base import StepPlan
 class Counts:
     """Rows per projection and query-key pairs, summed over layers."""
 
-    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("value", "query", "key", "output", "feed_forward"), 0))
+    rows: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("value", "query", "key", "output", "feed_forward"), 0)
+    )
     pairs: int = 0  # query rows x keys
     keys_read: int = 0  # keys (with their values) read back from pages
     keys_dense: int = 0  # those that would have been read without a selection
@@ -46,8 +48,13 @@ class ModelShape:
     def of(cls, config) -> "ModelShape":
         heads = config.num_attention_heads
         return cls(
-            config.num_hidden_layers, config.hidden_size, heads, config.num_key_value_heads,
-            config.hidden_size // heads, config.intermediate_size, config.vocab_size,
+            config.num_hidden_layers,
+            config.hidden_size,
+            heads,
+            config.num_key_value_heads,
+            config.hidden_size // heads,
+            config.intermediate_size,
+            config.vocab_size,
         )
 
     def macs(self, counts: Counts) -> int:
@@ -56,8 +63,10 @@ class ModelShape:
         rows = counts.rows
         linear = self.hidden * (rows["query"] * q + (rows["key"] + rows["value"]) * kv + rows["output"] * q)
         return (
-            linear + 3 * self.hidden * self.ffn * rows["feed_forward"]
-            + 2 * q * counts.pairs + self.hidden * self.vocabulary * counts.head_rows
+            linear
+            + 3 * self.hidden * self.ffn * rows["feed_forward"]
+            + 2 * q * counts.pairs
+            + self.hidden * self.vocabulary * counts.head_rows
         )
 
     def kv_bytes(self, keys: int, element: int = 2) -> int:

@@ -9,7 +9,6 @@ from vllm_dlm.engine.costs import Counts
 from vllm_dlm.engine.layers import LayerStep
 from vllm_dlm.engine.rows import Packed
 
-
 #: sees the rows that leave each part of the model, by its name
 Watch = Callable[[str, torch.Tensor], None]
 

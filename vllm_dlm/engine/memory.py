@@ -28,7 +28,10 @@ class BlockShape:
         head_dim = config.hidden_size // config.num_attention_heads
         heads = config.num_attention_heads // ranks
         return cls(
-            vllm_config.cache_config.block_size, config.num_key_value_heads // ranks, head_dim, heads * head_dim,
+            vllm_config.cache_config.block_size,
+            config.num_key_value_heads // ranks,
+            head_dim,
+            heads * head_dim,
             config.hidden_size,
         )
 

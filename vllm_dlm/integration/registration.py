@@ -161,7 +161,10 @@ def find_token(model_config, token: str) -> int | None:
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     for name, entries in (
-        ("tokenizer_config.json", lambda d: [(int(i), t["content"]) for i, t in d.get("added_tokens_decoder", {}).items()]),
+        (
+            "tokenizer_config.json",
+            lambda d: [(int(i), t["content"]) for i, t in d.get("added_tokens_decoder", {}).items()],
+        ),
         ("tokenizer.json", lambda d: [(t["id"], t["content"]) for t in d.get("added_tokens", [])]),
     ):
         found = get_hf_file_to_dict(name, model_config.tokenizer, model_config.tokenizer_revision) or {}

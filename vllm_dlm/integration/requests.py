@@ -7,7 +7,6 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
 import functools
-
 from dataclasses import replace
 
 from vllm.exceptions import VLLMValidationError

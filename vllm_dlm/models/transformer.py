@@ -101,7 +101,10 @@ class DiffusionModel(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, qkv_bias: bool, rope_full_precision: bool, prefix: str):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=f"{prefix}.embed_tokens"
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
         )
         self.layers = nn.ModuleList(
             DiffusionLayer(config, vllm_config, qkv_bias, f"{prefix}.layers.{i}")
@@ -131,7 +134,9 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
             config, vllm_config, self.qkv_bias, self.rope_full_precision, maybe_prefix(prefix, "model")
         )
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config,
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
             prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:

@@ -1,7 +1,7 @@
 """Where in a batch the sequences lie: without padding, each from its own first token."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 
@@ -24,7 +24,7 @@ def spans_of(batch: int, keys: int, ids=None, cu_seqlens=None, prompt_mask=None)
     prompt_mask [B, N] bool: a sequence's first tokens."""
     if cu_seqlens is not None:
         edges = cu_seqlens.tolist()
-        found = [(0, start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+        found = [(0, start, stop) for start, stop in pairwise(edges) if stop > start]
     elif ids is not None:
         found = []
         for row, values in enumerate(ids.tolist()):
