@@ -8,14 +8,13 @@ attention and head.
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import report
+from vllm_dlm.engine.counts import Counts, ModelShape
 from vllm_dlm.plugins.reuse.base import Progress, Reuse
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
-
-from benchmarks import report
-from vllm_dlm.engine.costs import Counts, ModelShape
 
 SHAPES = {
     "LLaDA-8B": ModelShape(32, 4096, 32, 32, 128, 12288, 126464),

@@ -26,7 +26,7 @@ from benchmarks.long_context import (
     skip_prompts,
     start,
 )
-from benchmarks.measure import engine_environment, pinned
+from benchmarks.timed_engine import engine_environment, pinned
 
 COLUMNS = [
     report.Column("shape", "model"),

@@ -1,9 +1,9 @@
 """Attention to all keys, by every kernel that is here; and vLLM's own over the pages that were chosen."""
 
 import torch
-from vllm_dlm.kernels.top_pages import physical_pages, top_pages
 
 from benchmarks.kernel_cases import DIM, HEADS, KV_HEADS, PAGE, Case
+from vllm_dlm.kernels.top_pages import physical_pages, top_pages
 
 
 def dense_kernels(case: Case) -> dict:
@@ -29,7 +29,7 @@ def dense_kernels(case: Case) -> dict:
 def vllm_packed(case: Case, page_size: int, page_table: torch.Tensor):
     """The case's keys in vLLM's own packed cache: (how to attend there, cache), None where vLLM is not."""
     try:
-        from vllm_dlm.attention.packed import packed_pages
+        from vllm_dlm.page_sparse.cpu_pages import packed_pages
     except ImportError:
         return None
     pages = packed_pages(HEADS, KV_HEADS, DIM, case.q.dtype, page_size)

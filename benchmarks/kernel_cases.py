@@ -1,16 +1,8 @@
 """Cases of page-sparse attention, one decoding step each, and their operations against the definitions."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-try:
-    import vllm_dlm.kernels
-except ImportError:  # a checkout that is not installed
-    import vllm_dlm
-
-    vllm_dlm.__path__.append(str(Path(__file__).resolve().parents[1]))
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 from vllm_dlm.kernels.page_scores import naive as naive_scores

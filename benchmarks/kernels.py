@@ -125,7 +125,7 @@ def notes(rows: list[dict], checked: int) -> list[str]:
         "All of one run. Medians over repetitions; a GPU is timed with events over launches in a row, caches not "
         "flushed. All three: score, select and attend together, timed as one.",
         "vLLM's kernel attends: as a server on a CPU decodes, over a table of the chosen pages in vLLM's packed cache "
-        "(vllm_dlm/attention/packed.py); attend and all three beside it are the project's kernels, torch alone.",
+        "(vllm_dlm/page_sparse/cpu_pages.py); attend and all three beside it are the project's kernels, torch alone.",
         "Dense kernels tried: " + ", ".join(sorted({name for row in rows for name in row["dense"]})) + ".",
         "byte bound: mean and spread of all pages, then keys and values of the chosen ones, at the bandwidth that "
         "summing a large tensor reaches here, and how much of it the faster way attains; bound: × dense is the same for "

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import drawing, report
-from benchmarks.cells import Policy
 from benchmarks.load import Load
+from benchmarks.workload import Policy
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "vllm_dlm" / "demo" / "checkpoint"
 CANVAS, BLOCK = 32, 8
@@ -184,11 +184,10 @@ class Engine:
 
     def _compare(self, denoise, states, counts, failed, sums: Drift):
         """One step as the policy does it, and the exact model over the same canvases."""
+        from vllm_dlm.engine.counts import Counts
+        from vllm_dlm.engine.packing import Stream
         from vllm_dlm.plugins.reuse.base import StepPlan
         from vllm_dlm.plugins.reuse.none import Dense
-
-        from vllm_dlm.engine.costs import Counts
-        from vllm_dlm.engine.rows import Stream
 
         kept, run = {}, self.runner.head.run
 

@@ -43,9 +43,8 @@ NOTES = [
 
 
 def page_rules(tokens: int, share: float) -> dict:
+    from benchmarks.baselines import Quest
     from vllm_dlm.plugins.selection.unique import Unique
-
-    from benchmarks.rules import Quest
 
     common = {
         "page_size": PAGE, "budget_tokens": int(share * tokens) // PAGE * PAGE, "min_context": 0, "dense_layers": (),
@@ -59,9 +58,8 @@ def page_rules(tokens: int, share: float) -> dict:
 
 
 def token_rules(share: float) -> dict:
+    from benchmarks.baselines import Oracle, Random, SparseDLLM
     from vllm_dlm.plugins.selection.wavefilter import WaveFilter
-
-    from benchmarks.rules import Oracle, Random, SparseDLLM
 
     serve = WaveFilter(**WaveFilter.presets["serve"], min_prompt=0)
     # the paper's form: two scales, four for the smallest budget
@@ -171,18 +169,18 @@ class SelectionEngine(Engine):
         return plain if rule is None else Options(plain.decoding, plain.reuse, rule)
 
     def grade(self, rule, samples, progress) -> dict:
-        from benchmarks.rules import attention_mass
-        from vllm_dlm.engine import visible
+        from benchmarks.baselines import attention_mass
+        from vllm_dlm.engine import selected_keys
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0
-        choose = visible.View.choose
+        choose = selected_keys.View.choose
 
         def weighed(view, layer, pages, q, voters, scale, counts):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
             units = choose(view, layer, pages, q, voters, scale, counts)
-            asked = visible.Asked(
+            asked = selected_keys.Asked(
                 q, voters, q.new_zeros(len(units), 0, 2 * q.shape[2]),
                 lambda runs, size: view._read(layer, pages, runs, size),
                 view.prompt_len, view.length, scale, None,
@@ -197,11 +195,11 @@ class SelectionEngine(Engine):
             read, prompt = read + int(seen.sum()), prompt + seen.numel()
             return units
 
-        visible.View.choose = weighed
+        selected_keys.View.choose = weighed
         try:
             right = self.exact_match_of(rule, samples, progress)
         finally:
-            visible.View.choose = choose
+            selected_keys.View.choose = choose
         if not prompt:
             return {"exact_match": right, "kept": 1.0}
         return {

@@ -17,9 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import load, report
-from benchmarks.cells import BLOCK, Cell, Policy
 from benchmarks.checkpoints import SHAPES, Shape, checkpoint
-from benchmarks.measure import Engine, loop_environment, pinned
 from benchmarks.speed_table import (
     BASELINE,
     COLUMNS,
@@ -31,6 +29,8 @@ from benchmarks.speed_table import (
     plot,
     with_ratios,
 )
+from benchmarks.timed_engine import Engine, loop_environment, pinned
+from benchmarks.workload import BLOCK, Cell, Policy
 
 LOOP = "loop"
 

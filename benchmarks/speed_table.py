@@ -4,8 +4,8 @@ import statistics
 from dataclasses import asdict
 
 from benchmarks import drawing, report
-from benchmarks.cells import Cell, Policy
 from benchmarks.checkpoints import SHAPES, Shape
+from benchmarks.workload import Cell, Policy
 
 COLUMNS = [
     report.Column("shape", "checkpoint"),

@@ -73,7 +73,7 @@ class DiffusionProm:
             engines[engine_idx].inc(getattr(counts, field))
 
 
-#: of autoregressive models that decode with a selection; see PageCounts in attention/counts.py
+#: of autoregressive models that decode with a selection; see PageCounts in page_sparse/page_counts.py
 PAGE_COUNTERS = {
     "sparse_rows": ("vllm:sparse_attention_rows", "Generated positions that read chosen pages, times layers."),
     "dense_rows": ("vllm:sparse_attention_dense_rows", "Generated positions that read everything, times layers."),

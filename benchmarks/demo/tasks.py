@@ -5,13 +5,13 @@ Every sampler takes a numpy Generator and nothing else that varies, so a seed fi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import tokenizer as tok
 from .tokenizer import ADJECTIVES, LETTERS, NAMES, NOUNS, VERBS, encode
-import itertools
 
 INTRO = encode("Remember the codes.")
 CODE_DIGITS = 5

@@ -10,7 +10,7 @@ pages [blocks, Hkv, block_size, 2 * D], keys before values. A page is
 positions p % n * page_size … of block p // n, where n pages make a block.
 """
 
-from vllm_dlm.kernels.haar_pyramid.choice import haar_pyramid, runs_of, store_statistics, store_statistics_of
+from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, runs_of, store_statistics, store_statistics_of
 from vllm_dlm.kernels.haar_pyramid.statistics import INVALID, STD_KINDS, PageStatistics, spread_of, spread_width
 
 __all__ = [

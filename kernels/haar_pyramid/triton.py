@@ -8,6 +8,7 @@ all loads can be under way before the first addition.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_dlm.kernels.triton_utils import padded
 
 
@@ -119,7 +120,7 @@ def _layout(pages, page_size, channels):
 
 
 def haar_pyramid(pages, page_ids, page_size, levels):
-    """See choice.py; what comes out for ids below 0 is undefined"""
+    """See dispatch.py; what comes out for ids below 0 is undefined"""
     count, kv_heads, dim = len(page_ids), pages.shape[1], pages.shape[3] // 2
     wanted = sorted(set(levels))
     sizes = [page_size >> level for level in wanted]
@@ -135,7 +136,7 @@ def haar_pyramid(pages, page_ids, page_size, levels):
 
 
 def store_statistics(pages, page_ids, statistics):
-    """See choice.py"""
+    """See dispatch.py"""
     nodes, width = statistics.spread.shape[2:]
     if len(page_ids):
         _statistics_kernel[len(page_ids), pages.shape[1]](

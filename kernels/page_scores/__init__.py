@@ -14,7 +14,7 @@ statistics score FORCED; those from `num_pages` on -inf; a score that is not a
 number counts as the lowest there is.
 """
 
-from vllm_dlm.kernels.page_scores.choice import page_scores, run_scores
+from vllm_dlm.kernels.page_scores.dispatch import page_scores, run_scores
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST, REDUCTIONS
 
 __all__ = ["FORCED", "LOWEST", "REDUCTIONS", "page_scores", "run_scores"]

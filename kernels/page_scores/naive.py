@@ -8,7 +8,7 @@ FORCED, LOWEST = 1e30, -1e30
 
 
 def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce):
-    """See choice.py; -> [B, Hkv, N] float64"""
+    """See dispatch.py; -> [B, Hkv, N] float64"""
     batch, width = page_table.shape
     kv_heads, dim = statistics.mean.shape[1], q.shape[2]
     group = q.shape[1] // kv_heads

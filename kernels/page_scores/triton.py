@@ -8,6 +8,7 @@ of pages, and the scoring pass puts those together.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
@@ -163,7 +164,7 @@ def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple
 
 
 def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce):
-    """See choice.py"""
+    """See dispatch.py"""
     (batch, width), (queries, heads, dim) = page_table.shape, q.shape
     mean, spread = statistics.mean[:, :, 0], statistics.spread[:, :, 0]
     kv_heads, group = mean.shape[1], heads // mean.shape[1]

@@ -1,6 +1,7 @@
 """The definition: pages laid out as one sequence, then a softmax over all of its keys."""
 
 import torch
+
 from vllm_dlm.kernels.varlen_attention.naive import varlen_attention
 
 

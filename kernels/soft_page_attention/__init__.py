@@ -13,7 +13,7 @@ Gradients reach keys and queries through the logits and, while T > 0, through
 the scores and the statistics of the pages.
 """
 
-from vllm_dlm.kernels.soft_page_attention.choice import measure, soft_page_attention
+from vllm_dlm.kernels.soft_page_attention.dispatch import measure, soft_page_attention
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 
 __all__ = ["Gate", "measure", "soft_page_attention"]

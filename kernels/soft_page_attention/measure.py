@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from vllm_dlm.kernels.soft_page_attention.chunked import (
+
+from vllm_dlm.kernels.soft_page_attention.gate import Gate, choices, parts, threshold
+from vllm_dlm.kernels.soft_page_attention.torch import (
     by_key,
     log_of_mask,
     logits_of,
@@ -11,7 +13,6 @@ from vllm_dlm.kernels.soft_page_attention.chunked import (
     page_statistics,
     rows_at_once,
 )
-from vllm_dlm.kernels.soft_page_attention.gate import Gate, choices, parts, threshold
 
 
 @dataclass

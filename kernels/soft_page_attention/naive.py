@@ -1,11 +1,12 @@
 """The definition: one head, one query after the other, the whole matrix of logits. Differentiable, in any dtype."""
 
 import torch
+
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 
 
 def soft_page_attention(q, k, v, gate: Gate, scale, prompt_len=0):
-    """See choice.py"""
+    """See dispatch.py"""
     batch, heads, count, _ = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads

@@ -11,7 +11,8 @@ tile are passed over.
 import torch
 import triton
 import triton.language as tl
-from vllm_dlm.kernels.soft_page_attention import chunked
+
+from vllm_dlm.kernels.soft_page_attention import torch as plain
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 from vllm_dlm.kernels.triton_utils import dot, padded
 
@@ -21,20 +22,20 @@ SCORES = 1 << 26
 
 
 def soft_page_attention(q, k, v, gate: Gate, scale, prompt_len=0):
-    """See choice.py"""
+    """See dispatch.py"""
     widest = max((TILES if q.element_size() < 4 else TILES_FLOAT32)["forward"])
     if gate.page_size < 16 or q.shape[3] != v.shape[3] or q.shape[3] > widest or q.dtype == torch.float64:
-        return chunked.soft_page_attention(q, k, v, gate, scale, prompt_len)
+        return plain.soft_page_attention(q, k, v, gate, scale, prompt_len)
     pages = max(1, k.shape[2] // gate.page_size)
     limit = max(128, SCORES // (q.shape[0] * q.shape[1] * pages))
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    return chunked.in_pieces(Piece, limit, q, k, v, gate, scale, prompt_len)
+    return plain.in_pieces(Piece, limit, q, k, v, gate, scale, prompt_len)
 
 
 class Piece(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mean, spread, gate, scale, rows, prompt_len, limit):
-        log_mask = chunked.page_log_mask(q, mean, spread, gate, scale, rows, k.shape[2], prompt_len, limit)
+        log_mask = plain.page_log_mask(q, mean, spread, gate, scale, rows, k.shape[2], prompt_len, limit)
         out, lse = forward(q, k, v, log_mask, gate, scale, rows)
         ctx.save_for_backward(q, k, v, mean, spread, out, lse)
         ctx.rest = gate, scale, rows, prompt_len, limit
@@ -47,7 +48,7 @@ class Piece(torch.autograd.Function):
         gate, scale, rows, prompt_len, limit = ctx.rest
         asked = [x.detach().requires_grad_() for x in (q, mean, spread)]
         with torch.enable_grad():
-            log_mask = chunked.page_log_mask(*asked, gate, scale, rows, k.shape[2], prompt_len, limit)
+            log_mask = plain.page_log_mask(*asked, gate, scale, rows, k.shape[2], prompt_len, limit)
         dq, dk, dv, dmask = backward(q, k, v, log_mask.detach(), out, lse, grad, gate, scale, rows)
         if gate.hard:
             return dq, dk, dv, None, None, None, None, None, None, None

@@ -4,7 +4,7 @@ import torch
 
 
 def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
-    """See choice.py"""
+    """See dispatch.py"""
     blocks, kv_heads, block_size, width = pages.shape
     per_block, dim, group = block_size // page_size, width // 2, q.shape[1] // kv_heads
     by_page = pages.view(blocks, kv_heads, per_block, page_size, width).transpose(1, 2).flatten(0, 1)

@@ -12,6 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
 #: keys of a tile at most, and shares that the keys of a request may have
@@ -132,7 +133,7 @@ def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
 
 
 def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
-    """See choice.py"""
+    """See dispatch.py"""
     (queries, heads, dim), batch = q.shape, len(page_table)
     kv_heads, block_size = pages.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -7,6 +7,7 @@ searched exactly: each of 32 steps counts the pages that reach a candidate.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_dlm.kernels.triton_utils import padded
 
 #: a tile of this many pages stays in registers, longer rows are read again in every step
@@ -69,7 +70,7 @@ def _top_kernel(scores, chosen, width, k, TILE: tl.constexpr, ONE_TILE: tl.const
 
 
 def top_pages(scores, k):
-    """See choice.py"""
+    """See dispatch.py"""
     *shape, width = scores.shape
     chosen = torch.empty(*shape, k, dtype=torch.int32, device=scores.device)
     tile = min(padded(width, 128), TILE)

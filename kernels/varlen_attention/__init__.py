@@ -7,7 +7,8 @@ q [Tq, H, D], k and v [Tk, Hkv, D]; sequence i owns `q_lens[i]` rows of q and
 from collections.abc import Sequence
 
 import torch
-from vllm_dlm.kernels.varlen_attention.sdpa import varlen_attention as _sdpa
+
+from vllm_dlm.kernels.varlen_attention.torch import varlen_attention as _sdpa
 
 
 def varlen_attention(

@@ -5,6 +5,6 @@ Longer filters reach over the borders of blocks, so what remains of a sequence
 after some of it was left out has to be transformed anew.
 """
 
-from vllm_dlm.kernels.wavelet_lowpass.conv import lowpass
+from vllm_dlm.kernels.wavelet_lowpass.torch import lowpass
 
 __all__ = ["lowpass"]

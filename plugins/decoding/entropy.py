@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+
 from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check, most_likely
 
 

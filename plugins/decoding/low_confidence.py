@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, most_likely
 
 

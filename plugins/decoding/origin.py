@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+
 from vllm_dlm.plugins.decoding.base import Proposal, Turn, check
 from vllm_dlm.plugins.decoding.maskgit_plus import MaskgitPlus
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from vllm_dlm.plugins.decoding.base import Rows
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 

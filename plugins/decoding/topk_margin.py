@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from vllm_dlm.plugins.decoding.entropy import Entropy
 
 

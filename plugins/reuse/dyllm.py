@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
 
 

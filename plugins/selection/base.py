@@ -49,7 +49,7 @@ class Selection:
     presets: ClassVar[dict[str, dict]] = {}
     #: leaves keys out at all
     sparse: ClassVar[bool] = True
-    #: also decodes autoregressive models (see vllm_dlm/attention)
+    #: also decodes autoregressive models (see vllm_dlm/page_sparse)
     autoregressive: ClassVar[bool] = False
 
     #: these layers read everything

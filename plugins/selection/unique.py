@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS, runs_of, spread_of, spread_width
 from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages

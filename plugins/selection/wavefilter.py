@@ -22,8 +22,9 @@ from typing import ClassVar, Literal
 
 import pywt
 import torch
+
 from vllm_dlm.kernels.haar_pyramid import runs_of
-from vllm_dlm.kernels.haar_pyramid.cpu import pyramid
+from vllm_dlm.kernels.haar_pyramid.torch import pyramid
 from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from benchmarks import figures, load, quoted
-from benchmarks.cells import Policy
 from benchmarks.checkpoints import SHAPES
 from benchmarks.load import Load
 from benchmarks.report import surroundings
+from benchmarks.workload import Policy
 
 
 def parsed(stage: figures.Stage, toy: bool = False) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def test_its_commands_are_commands(stage, toy):
 
 
 def figures_cell(prompt, args, batch):
-    from benchmarks.cells import Cell
+    from benchmarks.workload import Cell
 
     return Cell(prompt, args.new, batch, 1)
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+
+from benchmarks.baselines import Oracle, Quest, SparseDLLM, attention_mass
+from benchmarks.selection import SelectionEngine, page_rules, questions, token_rules
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.plugins.selection.base import Asked
-
-from benchmarks.rules import Oracle, Quest, SparseDLLM, attention_mass
-from benchmarks.selection import SelectionEngine, page_rules, questions, token_rules
 
 
 @pytest.fixture

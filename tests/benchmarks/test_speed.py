@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import BLOCK, Cell, Policy
 from benchmarks.checkpoints import SHAPES
+from benchmarks.workload import BLOCK, Cell, Policy
 from vllm_dlm.options import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]

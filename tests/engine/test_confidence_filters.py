@@ -3,9 +3,9 @@
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm_dlm.plugins.decoding.entropy import Entropy
 
 from tests.engine.worker_calls import logits_of
+from vllm_dlm.plugins.decoding.entropy import Entropy
 
 MASK, LENGTH = 397, 16
 PROMPT = [396, 17, 250, 31, 8, 101, 77, 5]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
+
+from tests.engine.test_invariance import tokens
+from tests.engine.test_reuse_golden import Recorder, runner_of
+from vllm_dlm.engine.counts import Counts, ModelShape
 from vllm_dlm.plugins.reuse.base import Progress, least_similar
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
-
-from tests.engine.test_invariance import tokens
-from tests.engine.test_reuse_golden import Recorder, runner_of
-from vllm_dlm.engine.costs import Counts, ModelShape
 
 CHECKPOINTS = ["llada-tiny", "llada-tiny-gqa", "dream-tiny"]
 EXACT = {

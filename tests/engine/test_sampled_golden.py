@@ -5,15 +5,16 @@ so the check is made where the two meet: logits of the recorded canvas and the
 reference's random numbers in, the recorded next canvas out.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from vllm_dlm.plugins.decoding.base import Proposal, Rows, Turn
 
 from tests.conftest import golden_tensors
 from tests.engine.worker_calls import logits_of
 from vllm_dlm.methods import methods
-import itertools
+from vllm_dlm.plugins.decoding.base import Proposal, Rows, Turn
 
 V = 512
 

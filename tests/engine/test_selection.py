@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
-from vllm_dlm.plugins.selection.base import Choice, Selection
-from vllm_dlm.plugins.selection.unique import Unique
-from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 from tests.engine.test_invariance import tokens
 from tests.engine.test_reuse import CHECKPOINTS, POLICIES
 from tests.engine.test_reuse_golden import runner_of
-from vllm_dlm.cache.pages import Pages, Slots
-from vllm_dlm.engine.costs import Counts
-from vllm_dlm.engine.visible import View
+from vllm_dlm.cache.blocks import Pages, Slots
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
+from vllm_dlm.plugins.selection.base import Choice, Selection
+from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
 WAVES = {"name": "wavefilter", "min_prompt": 64}

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vllm_dlm.engine.attention import CanvasAttention
+from vllm_dlm.engine.canvas_attention import CanvasAttention
 
 
 def logits_of(worker, canvases: list[list[int]]) -> list[torch.Tensor]:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from tests.attention.models import write
 from tests.conftest import GOLDEN
 from tests.integration.test_refused_at_start import line_of
+from tests.page_sparse.models import write
 from vllm_dlm.models import checkpoint
 
 LLADA, DREAM = "llada-tiny", "dream-tiny"

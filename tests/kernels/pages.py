@@ -1,6 +1,7 @@
 """Random paged caches for the page kernels: shuffled blocks, pages shared between requests, partly filled ends."""
 
 import torch
+
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 
 

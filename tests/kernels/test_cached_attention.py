@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_dlm.kernels.delta_attention import delta_attention
 from vllm_dlm.kernels.delta_attention.naive import delta_attention as naive_delta
 from vllm_dlm.kernels.paged_attention import paged_attention

@@ -3,9 +3,9 @@
 import pytest
 import pywt
 import torch
-from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, haar_pyramid, naive, store_statistics
 
 from tests.kernels.pages import PagedBatch
+from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, haar_pyramid, naive, store_statistics
 
 
 @pytest.fixture

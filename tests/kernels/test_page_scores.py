@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+from tests.kernels.pages import PagedBatch
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, naive, page_scores
 from vllm_dlm.kernels.top_pages import naive as naive_top
 from vllm_dlm.kernels.top_pages import top_pages
-
-from tests.kernels.pages import PagedBatch
 
 
 def arguments(batch, statistics, reduce, recent=1):

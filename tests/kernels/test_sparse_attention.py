@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+from tests.kernels.pages import PagedBatch
 from vllm_dlm.kernels.page_scores import page_scores
 from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.sparse_attention import naive, sparse_attention
 from vllm_dlm.kernels.top_pages import top_pages
-
-from tests.kernels.pages import PagedBatch
 
 
 def choose(batch, k):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 
 triton = pytest.importorskip("triton")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from vllm_dlm.kernels.varlen_attention import varlen_attention
 from vllm_dlm.kernels.varlen_attention.naive import varlen_attention as naive
 

@@ -1,6 +1,7 @@
 import pytest
 import pywt
 import torch
+
 from vllm_dlm.kernels.wavelet_lowpass import lowpass, naive
 
 

@@ -3,6 +3,8 @@ process that never imported Triton without it. Memory that a launcher allocates 
 
 import pytest
 import torch
+
+from tests.kernels.pages import PagedBatch
 from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.haar_pyramid import store_statistics as cpu_store
@@ -15,8 +17,6 @@ from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
 from vllm_dlm.kernels.top_pages import triton as top
 from vllm_dlm.kernels.triton_utils import UPCAST
-
-from tests.kernels.pages import PagedBatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+
+from vllm_dlm.methods import methods
+from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.entropy import Entropy
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.origin import Origin
-
-from vllm_dlm.methods import methods
-from vllm_dlm.options import OptionError, request_options, server_options
 
 RNG = np.random.default_rng(0)
 

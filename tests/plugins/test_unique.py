@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.plugins.selection.base import Asked
 from vllm_dlm.plugins.selection.unique import Unique

@@ -5,10 +5,10 @@ import math
 import pytest
 import pywt
 import torch
-from vllm_dlm.plugins.selection.base import Asked
-from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.plugins.selection.base import Asked
+from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 
 def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None):

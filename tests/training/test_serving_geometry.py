@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics, store_statistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
 from vllm_dlm.kernels.soft_page_attention import Gate, soft_page_attention

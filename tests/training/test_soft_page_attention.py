@@ -1,4 +1,4 @@
-"""The chunked path against the definition, its gradients, and both limits of the mask."""
+"""The path of plain torch, in pieces, against the definition, its gradients, and both limits of the mask."""
 
 from dataclasses import replace
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 from vllm_dlm.kernels.page_scores import REDUCTIONS
-from vllm_dlm.kernels.soft_page_attention import Gate, chunked, measure, naive, soft_page_attention
+from vllm_dlm.kernels.soft_page_attention import Gate, measure, naive, soft_page_attention
 from vllm_dlm.kernels.soft_page_attention import gate as gates
+from vllm_dlm.kernels.soft_page_attention import torch as plain
 
 SCALE = 0.35
 CAUSAL = Gate(page_size=4, budget_pages=4, recent_pages=1, temperature=0.7)
@@ -53,7 +55,7 @@ def compare_with_gradients(gate, q, k, v, prompt_len):
 
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
 @pytest.mark.parametrize("case", CASES)
-def test_chunked_is_naive(case, temperature):
+def test_pieces_are_naive(case, temperature):
     gate, *rest = tensors(case)
     compare_with_gradients(replace(gate, temperature=temperature), *rest)
 
@@ -71,7 +73,7 @@ def test_every_score(case, std_kind, reduce):
 @pytest.mark.parametrize("case", ["causal", "causal, prompt", "response", "bidirectional"])
 def test_the_size_of_the_pieces_does_not_matter(case, reduce, monkeypatch):
     monkeypatch.setattr(gates, "ROWS", 3)
-    monkeypatch.setattr(chunked, "ROWS", 3)
+    monkeypatch.setattr(plain, "ROWS", 3)
     gate, *rest = tensors(case)
     compare_with_gradients(replace(gate, reduce=reduce), *rest)
 
@@ -80,8 +82,8 @@ def test_the_size_of_the_pieces_does_not_matter(case, reduce, monkeypatch):
 def test_gradcheck(case, monkeypatch):
     """Against finite differences, with the thresholds held still as autograd holds them."""
     gate, q, k, v, prompt_len = tensors(case, batch=1, dim=2)
-    threshold, still = chunked.threshold, []
-    monkeypatch.setattr(chunked, "threshold", lambda *args: still.append(threshold(*args)) or still[-1])
+    threshold, still = plain.threshold, []
+    monkeypatch.setattr(plain, "threshold", lambda *args: still.append(threshold(*args)) or still[-1])
     soft_page_attention(q, k, v, gate, SCALE, prompt_len)
 
     def nearest(*args):
@@ -91,7 +93,7 @@ def test_gradcheck(case, monkeypatch):
             key=lambda tau: (tau.nan_to_num() - moved.nan_to_num()).abs().max(),
         )
 
-    monkeypatch.setattr(chunked, "threshold", nearest)
+    monkeypatch.setattr(plain, "threshold", nearest)
     assert torch.autograd.gradcheck(lambda *x: soft_page_attention(*x, gate, SCALE, prompt_len), (q, k, v), atol=1e-6)
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vllm_dlm.kernels.soft_page_attention import Gate, naive, triton
-from vllm_dlm.kernels.triton_utils import UPCAST
 
 from tests.kernels.triton_cases import garbage  # noqa: F401
+from vllm_dlm.kernels.soft_page_attention import Gate, naive, triton
+from vllm_dlm.kernels.triton_utils import UPCAST
 
 SCALE = 0.2
 CAUSAL = Gate(page_size=16, budget_pages=3, recent_pages=1, temperature=0.7)
@@ -76,7 +76,7 @@ def test_the_size_of_the_pieces_does_not_matter(monkeypatch):
         whole = triton.soft_page_attention(q, k, v, gate, SCALE, prompt_len)
         grads = torch.autograd.grad(whole.square().sum(), (q, k, v))
         with monkeypatch.context() as patch:
-            patch.setattr(triton.chunked, "in_pieces", in_small_pieces(triton.chunked.in_pieces))
+            patch.setattr(triton.plain, "in_pieces", in_small_pieces(triton.plain.in_pieces))
             cut = triton.soft_page_attention(q, k, v, gate, SCALE, prompt_len)
             torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-5)
             for mine, theirs in zip(torch.autograd.grad(cut.square().sum(), (q, k, v)), grads, strict=True):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_dlm.cache.pages import Pages
-from vllm_dlm.engine.costs import Counts
+from vllm_dlm.cache.blocks import Pages
+from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.layers import LayerStep
-from vllm_dlm.engine.rows import Packed
+from vllm_dlm.engine.packing import Packed
 
 #: sees the rows that leave each part of the model, by its name
 Watch = Callable[[str, torch.Tensor], None]

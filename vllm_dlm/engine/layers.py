@@ -14,10 +14,10 @@ from collections.abc import Generator
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from vllm_dlm.cache.pages import Pages
-from vllm_dlm.engine.attention import CanvasAttention
-from vllm_dlm.engine.costs import Counts
-from vllm_dlm.engine.rows import Group
+from vllm_dlm.cache.blocks import Pages
+from vllm_dlm.engine.canvas_attention import CanvasAttention
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.packing import Group
 
 PHASES = ("value", "query", "key", "output", "feed_forward")
 Step = Generator[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]

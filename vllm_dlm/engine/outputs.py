@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
-from vllm_dlm.engine.costs import Counts
+from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 
 

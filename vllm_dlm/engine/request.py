@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_dlm.engine.visible import View
+from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.reuse.base import Progress

@@ -19,16 +19,16 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from vllm_dlm.cache.pages import Pages
-from vllm_dlm.engine.costs import Counts
+from vllm_dlm.cache.blocks import Pages
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Head, HeadRequest
-from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.engine.outputs import make_output
+from vllm_dlm.engine.packing import Stream, pack, split
 from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.rows import Stream, pack, split
-from vllm_dlm.engine.visible import View
+from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.options import request_options
 from vllm_dlm.plugins.reuse.base import StepPlan

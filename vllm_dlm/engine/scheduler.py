@@ -17,10 +17,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.costs import ModelShape
+from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.memory import BlockShape
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options

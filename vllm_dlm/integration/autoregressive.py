@@ -3,7 +3,7 @@
 Without a selection (named by the server, or by a checkpoint that was trained
 with one) nothing of a model of vLLM's changes. With one, the configuration is
 checked in the front-end and the worker is chosen; the rest is in
-vllm_dlm/attention. Read in vLLM 0.32: config/vllm.py
+vllm_dlm/page_sparse. Read in vLLM 0.32: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
@@ -14,8 +14,8 @@ from vllm_dlm.integration.registration import asked_options, blamed, is_diffusio
 from vllm_dlm.options import OptionError, server_options
 
 WORKERS = {
-    "cpu": "vllm_dlm.attention.worker.SelectingCPUWorker",
-    "cuda": "vllm_dlm.attention.worker.SelectingGPUWorker",
+    "cpu": "vllm_dlm.page_sparse.selecting_worker.SelectingCPUWorker",
+    "cuda": "vllm_dlm.page_sparse.selecting_worker.SelectingGPUWorker",
 }
 #: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
 COUNTS = "dlm_page_counts"

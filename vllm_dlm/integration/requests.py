@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.engine.memory import BlockShape
+from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.integration.canvas import default_length
 from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options

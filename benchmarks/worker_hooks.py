@@ -1,0 +1,130 @@
+"""Looks inside an engine's worker: where a step's time goes, how many rows and FLOPs it takes.
+
+The functions travel to the worker with `LLM.collective_rpc`. FLOPs are
+counted where the rows arrive, at every linear layer and at attention, so a
+policy cannot claim a saving that does not happen. The hooks stay in during
+timed runs; they cost a few microseconds per linear, at the engine's expense.
+"""
+
+import functools
+import sys
+import time
+from collections import Counter
+
+#: counted by the engine itself
+SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
+
+
+def install(worker) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from vllm_dlm.engine.canvas_attention import CanvasAttention
+
+    runner = worker.model_runner
+    worker.dlm_awaited, worker.dlm_delivered, worker.dlm_taken = (0, 0), Counter(), {}
+    counts = worker.dlm_counts = Counter()  # "forward" and "head" are the model, the rest of "worker" is overhead
+
+    def timed(name, function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                counts[name] += time.perf_counter() - begin
+
+        return wrapper
+
+    def stepped(function):
+        @functools.wraps(function)
+        def wrapper(scheduler_output, *args, **kwargs):
+            result = function(scheduler_output, *args, **kwargs)
+            counts["steps"] += bool(scheduler_output.num_scheduled_tokens)
+            for name in SELECTED:
+                counts[name] += getattr(getattr(result, "counts", None), name, 0)
+            if worker.dlm_taken is None and delivered(worker, result):
+                worker.dlm_taken = dict(counts)
+            return result
+
+        return wrapper
+
+    module = sys.modules[type(runner).__module__]
+    module.denoise = timed("forward", module.denoise)  # embedding to the last layer
+    runner.head.run = timed("head", runner.head.run)  # final norm, logits, token and confidence
+    runner.execute_model = stepped(timed("worker", runner.execute_model))
+
+    def linear(layer, args, _):
+        rows = args[0].numel() // args[0].shape[-1]
+        counts["flops"] += 2 * rows * layer.input_size_per_partition * layer.output_size_per_partition
+
+    def feed_forward(layer, args, _):
+        counts["rows"] += len(args[0])
+
+    def head(layer, args, _):
+        counts["head_rows"] += len(args[1])
+        counts["flops"] += 2 * args[1].numel() * layer.vocab_size
+
+    for layer in runner.model.modules():
+        if isinstance(layer, LinearBase):
+            layer.register_forward_hook(linear)
+    for layer in runner.model.model.layers:
+        layer.mlp["gate_up_proj"].register_forward_hook(feed_forward)
+    runner.model.logits_processor.register_forward_hook(head)
+
+    def counted(name, cost):
+        attend = getattr(CanvasAttention, name)
+
+        def wrapper(self, q, *args):
+            counts["flops"] += cost(self, *args) * q.shape[1] * q.shape[2]
+            return attend(self, q, *args)
+
+        setattr(CanvasAttention, name, wrapper)
+
+    def pairs(attention):
+        return sum(a * b for a, b in zip(attention.q_lens, attention.kv_lens, strict=True))
+
+    def scores_and_changed(attention, *args):
+        changed = sum(a * b for a, b in zip(attention.q_lens, args[-1], strict=True))
+        return 2 * pairs(attention) + 2 * changed
+
+    counted("__call__", lambda attention, *_: 4 * pairs(attention))
+    counted("over_pages", lambda attention, *_: 4 * pairs(attention))
+    counted("delta_over_pages", scores_and_changed)
+
+    from vllm_dlm.engine import selected_keys
+
+    attend_chosen = selected_keys.sparse_attention
+
+    def over_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args):
+        counts["flops"] += 4 * min(chosen.shape[2] * unit, int(kv_lens[0])) * q.numel()
+        return attend_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args)
+
+    selected_keys.sparse_attention = over_chosen
+
+
+def delivered(worker, output) -> bool:
+    """Has each of the awaited requests handed out its awaited tokens with this step?"""
+    for request, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
+        worker.dlm_delivered[request] += len(tokens)
+    requests, tokens = worker.dlm_awaited
+    return sum(count >= tokens for count in worker.dlm_delivered.values()) >= requests
+
+
+def start(worker, requests: int, tokens: int) -> None:
+    """Counts until so many requests have so many tokens each; what the engine does before it hears of an abort
+    is left out."""
+    worker.dlm_counts.clear()
+    worker.dlm_delivered.clear()
+    worker.dlm_awaited, worker.dlm_taken = (requests, tokens), None
+
+
+def take(worker) -> dict[str, float]:
+    if worker.dlm_taken is None:
+        raise RuntimeError(f"not delivered yet: {dict(worker.dlm_delivered)} of {worker.dlm_awaited}")
+    return worker.dlm_taken
+
+
+def threads(worker) -> int:
+    import torch
+
+    return torch.get_num_threads()

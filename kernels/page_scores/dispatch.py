@@ -1,0 +1,52 @@
+"""Which implementation runs."""
+
+import torch
+
+from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
+
+
+def page_scores(
+    q: torch.Tensor,  # [Tq, H, D], the queries of request after request
+    q_starts: torch.Tensor,  # [B + 1] where each request's queries start
+    statistics: PageStatistics,
+    page_table: torch.Tensor,  # [B, N] physical page of each logical one; anything beyond num_pages must be a page
+    num_pages: torch.Tensor,  # [B]
+    forced_from: torch.Tensor,  # [B] pages from here on are always read
+    sink_pages: int,
+    lam: float,
+    reduce: str,
+) -> torch.Tensor:
+    """-> [B, Hkv, N] float32"""
+    if q.is_cuda:
+        from vllm_dlm.kernels.page_scores import triton as device
+    else:
+        from vllm_dlm.kernels.page_scores import torch as device
+    return device.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
+
+
+def run_scores(
+    q: torch.Tensor,  # [L, H, D] queries of one request
+    mean: torch.Tensor,  # [Hkv, N, D]
+    spread: torch.Tensor,  # [Hkv, N, W]
+    std_kind: str,
+    forced_from: int,
+    sink_pages: int,
+    lam: float,
+    reduce: str,
+) -> torch.Tensor:
+    """The same for one request whose statistics lie side by side -> [1, Hkv, N] float32"""
+    if not q.is_cuda:
+        from vllm_dlm.kernels.page_scores import torch as plain
+
+        return plain.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
+    count, device = mean.shape[1], q.device
+    statistics = PageStatistics(
+        mean.transpose(0, 1).contiguous()[:, :, None],
+        spread.transpose(0, 1).float().contiguous()[:, :, None],
+        1,
+        std_kind,
+    )
+    return page_scores(
+        q, torch.tensor([0, len(q)], device=device), statistics, torch.arange(count, device=device)[None],
+        torch.tensor([count], device=device), torch.tensor([forced_from], device=device), sink_pages, lam, reduce,
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""Which implementation runs."""
+
+import torch
+
+from vllm_dlm.kernels.soft_page_attention.gate import Gate
+from vllm_dlm.kernels.soft_page_attention.measure import measure
+
+__all__ = ["measure", "soft_page_attention"]
+
+
+def soft_page_attention(
+    q: torch.Tensor,  # [B, H, T, D], the last T queries of each sequence
+    k: torch.Tensor,  # [B, Hkv, N, D]
+    v: torch.Tensor,  # [B, Hkv, N, D]
+    gate: Gate,
+    scale: float,
+    prompt_len: int = 0,  # tokens of each sequence that serving would prefill
+) -> torch.Tensor:
+    """-> [B, H, T, D]. Pages are counted from each sequence's first token."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        # The products below choose their own precision; the operands get the one a fused attention would.
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    with torch.autocast(device, enabled=False):
+        if q.is_cuda:
+            from vllm_dlm.kernels.soft_page_attention import triton as implementation
+        else:
+            from vllm_dlm.kernels.soft_page_attention import torch as implementation
+        return implementation.soft_page_attention(q, k, v, gate, scale, prompt_len)

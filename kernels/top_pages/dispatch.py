@@ -1,0 +1,18 @@
+"""Which implementation runs."""
+
+import torch
+
+
+def top_pages(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """scores [B, Hkv, N] float32 -> [B, Hkv, k] int32, ascending, -1 at the end where fewer than k pages have a score
+    above -inf. Pages of score -inf must follow all others (they are those beyond the end)."""
+    if scores.is_cuda:
+        from vllm_dlm.kernels.top_pages import triton as device
+    else:
+        from vllm_dlm.kernels.top_pages import torch as device
+    return device.top_pages(scores, k)
+
+
+def physical_pages(page_table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """page_table [B, N], pages of each request [B, Hkv, K] -> where they lie, [B, Hkv, K]"""
+    return page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, pages.long())

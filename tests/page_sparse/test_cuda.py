@@ -1,0 +1,96 @@
+"""The CUDA backend's bookkeeping on a CPU: vLLM's FlashAttention replaced by the written-down definition, the page
+kernels by their CPU paths. Which rows go where, and that all of them come back, does not need a GPU."""
+
+import pytest
+import torch
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from tests.page_sparse.steps import (
+    BLOCK,
+    DIM,
+    PAGE,
+    STEP,
+    Batch,
+    assert_sparse_where_choosing,
+    causal_attention,
+    dense,
+)  # fmt: skip
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, dispatch, store_statistics
+from vllm_dlm.page_sparse import cuda
+from vllm_dlm.plugins.selection.unique import Unique
+
+FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    def build(self, common_prefix_len, common, fast_build=False):
+        return flash_attn.FlashAttentionMetadata(
+            common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len,
+            common.seq_lens, common.block_table_tensor, common.slot_mapping,
+        )  # fmt: skip
+
+    def forward(self, layer, query, key, value, kv_cache, meta, output, *rest):
+        counts, lens = meta.query_start_loc.diff().tolist(), meta.seq_lens.tolist()
+        n = sum(counts)
+        output[:n] = causal_attention(query[:n], kv_cache, list(meta.block_table), counts, lens, self.scale)
+        return output
+
+    monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "build", build)
+    monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", forward)
+    # CUDA passes over ids below 0, the CPU path wants none
+    stored = lambda pages, ids, statistics: dispatch.store_statistics(pages, ids[ids >= 0], statistics)  # noqa: E731
+    monkeypatch.setattr(cuda, "store_statistics", stored)
+
+
+def run(batch, selection):
+    statistics = PageStatistics.empty(batch.pages, PAGE, "l2")
+    store_statistics(batch.pages, batch.full_before, statistics)
+    builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
+    builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
+    builder.prompt_lens = lambda common: batch.prompts
+    meta = builder.build(0, batch.common)
+    impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
+    impl.statistics, impl.selection, impl.scale = statistics, selection, DIM**-0.5
+    impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
+    out = torch.full_like(batch.q, torch.nan)
+    impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)
+    return out, impl.counts, meta
+
+
+@pytest.mark.parametrize("step", [STEP, STEP[1:2], STEP[:1] + STEP[2:3], STEP[::-1]])
+def test_a_budget_of_all_pages(without_gpu, step):
+    """Through FlashAttention's stand-in, or forced through the page kernels."""
+    batch = Batch(step)
+    out, counts, meta = run(batch, Unique(page_size=16, budget_tokens=4096, min_context=0))
+    torch.testing.assert_close(out, dense(batch), atol=2e-5, rtol=2e-5)
+    assert meta.sparse is None and counts.sparse_rows == 0
+
+
+def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
+    batch = Batch(STEP)
+    out, counts, meta = run(batch, FOUR)
+    assert_sparse_where_choosing(batch, out)
+    assert (counts.sparse_rows, counts.dense_rows) == (9, 1)
+    assert counts.pages_read == 9 * 4 + 2
+    assert (meta.full_pages >= 0).sum() == sum(n // 16 - (n - count) // 16 for count, n, _ in STEP)
+
+
+def test_rows_are_what_they_are_alone(without_gpu):
+    """The last position of a request with drafts is the decoding step it would have been without them."""
+    batch = Batch(STEP)
+    out, _, _ = run(batch, FOUR)
+    batch.common.query_start_loc = torch.tensor([0, 1], dtype=torch.int32)
+    batch.common.query_start_loc_cpu = batch.common.query_start_loc
+    batch.common.num_reqs = batch.common.num_actual_tokens = 1
+    batch.common.seq_lens = batch.common.seq_lens_cpu_upper_bound = torch.tensor([203], dtype=torch.int32)
+    batch.common.block_table_tensor, batch.common.slot_mapping = batch.table[5:], batch.common.slot_mapping[-1:]
+    batch.prompts, batch.q = [190], batch.q[-1:]
+    alone, _, _ = run(batch, FOUR)
+    torch.testing.assert_close(alone[0], out[-1], atol=1e-6, rtol=1e-6)
+
+
+def test_the_backend_asks_for_pages_in_one_piece():
+    assert cuda.SelectingFlashBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+    assert cuda.SelectingFlashBackend.get_builder_cls().supports_update_block_table is False

@@ -1,0 +1,85 @@
+"""Statistics are part of the memory the KV cache is given, lie beside it by physical page, and follow its blocks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.page_sparse.conftest import SPARSE
+from vllm_dlm.kernels.haar_pyramid import store_statistics
+from vllm_dlm.page_sparse.statistics import StatisticsPool, kv_share
+from vllm_dlm.plugins.selection.unique import Unique
+
+
+def held(worker) -> tuple[int, int, int]:
+    """Bytes of keys and values, bytes of statistics, and of how many layers."""
+    context = worker.vllm_config.compilation_config.static_forward_context
+    caches = {
+        layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage() for layer in context.values()
+    }
+    return sum(storage.nbytes() for storage in caches.values()), worker.dlm_pool.nbytes, len(worker.dlm_pool.by_memory)
+
+
+@pytest.mark.parametrize("fields", [{}, {"std_kind": "vector", "dense_layers": []}])
+def test_the_budget_holds_both(decoder, fields):
+    budget = 1 << 24
+    llm = decoder("llama", SPARSE | fields, kv_cache_memory_bytes=budget, block_size=128)
+    ((kv, statistics, layers),) = llm.collective_rpc(held)
+    assert layers == 4 - len((SPARSE | fields)["dense_layers"])
+    assert statistics > kv / 50
+    assert 0.95 * budget < kv + statistics <= budget
+
+
+def spec(**changed):
+    values = {
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "dtype": torch.bfloat16,
+        "block_size": 64,
+        "page_size_bytes": 64 * 256,
+    }
+    return SimpleNamespace(**values | changed)
+
+
+def test_share_of_one_pool():
+    selection = Unique(page_size=32, budget_tokens=256)
+    page = 2 * (32 * 2 + 4)
+    specs = {"a": spec(), "b": spec(), "c": spec()}
+    assert kv_share(specs, {"a", "b"}, selection) == pytest.approx(3 * 64 * 256 / (3 * 64 * 256 + 2 * 2 * page))
+
+
+def test_share_where_layers_lie_over_each_other():
+    """Whatever the pool holds, its statistics are no larger a part of it than those of the worst layer."""
+    selection = Unique(page_size=32, budget_tokens=256)
+    page = 2 * (32 * 2 + 4)
+    specs = {"a": spec(), "window": spec(page_size_bytes=64 * 512)}
+    assert kv_share(specs, {"a"}, selection) == pytest.approx(1 / (1 + 2 * page / (64 * 256)))
+
+
+def layer_over(pages: torch.Tensor):
+    return SimpleNamespace(kv_cache=pages, impl=SimpleNamespace())
+
+
+def test_layers_over_the_same_memory_share_statistics():
+    pages, other = torch.zeros(4, 2, 64, 64), torch.zeros(4, 2, 64, 64)
+    layers = {"a": layer_over(pages), "b": layer_over(pages), "c": layer_over(other)}
+    pool = StatisticsPool(layers, Unique(page_size=32, budget_tokens=256))
+    assert layers["a"].impl.statistics is layers["b"].impl.statistics is not layers["c"].impl.statistics
+    assert pool.nbytes == 2 * 8 * 2 * (32 * 4 + 4)
+
+
+def test_padded_blocks_are_refused():
+    padded = torch.zeros(4, 2, 96, 64)[:, :, :64]
+    with pytest.raises(ValueError, match="model.layers.3"):
+        StatisticsPool({"model.layers.3": layer_over(padded)}, Unique(page_size=32, budget_tokens=256))
+
+
+def test_statistics_of_copied_blocks():
+    pages = torch.randn(4, 2, 64, 64)
+    layer = layer_over(pages)
+    pool = StatisticsPool({"a": layer}, Unique(page_size=32, budget_tokens=256))
+    statistics = layer.impl.statistics
+    store_statistics(pages, torch.arange(4), statistics)  # of blocks 0 and 1
+    pool.copy_blocks([(0, 2), (1, 3)], pages_per_block=2)
+    assert torch.equal(statistics.mean[4:], statistics.mean[:4])
+    assert torch.equal(statistics.spread[4:], statistics.spread[:4])

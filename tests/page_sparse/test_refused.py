@@ -1,0 +1,144 @@
+"""What page-sparse decoding cannot do stops before an engine process is started, with one line that names the field."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
+from vllm_dlm.integration.autoregressive import selection_of
+from vllm_dlm.page_sparse import layer_backends
+
+#: what the message names -> the dlm object
+OBJECTS = {
+    "dlm.decoding": {"decoding": {"name": "low_confidence"}, "selection": SPARSE},
+    "dlm.reuse": {"reuse": {"name": "none"}},
+    "dlm.canvas": {"canvas": {"max": 64}},
+    "dlm.selection.name": {"selection": {"name": "wavefilter"}},
+    "nope": {"selection": {"name": "nope"}},
+    "dlm.selection.page_size": {"selection": SPARSE | {"page_size": 48}},
+    "dlm.selection.budget_tokens": {"selection": SPARSE | {"budget_tokens": 32}},
+    "dlm.selection.dense_layers": {"selection": SPARSE | {"dense_layers": [0, 1, 2, 3]}},
+    "selectio": {"selectio": SPARSE},
+    "dlm: 3": 3,
+}
+
+
+@pytest.mark.parametrize("field", OBJECTS)
+def test_dlm_objects(checkpoints, field):
+    with pytest.raises(ValueError, match=field):
+        LLM(str(checkpoints("llama")), max_model_len=512, additional_config={"dlm": OBJECTS[field]})
+
+
+SETTINGS = {
+    "kv_cache_dtype": {"kv_cache_dtype": "fp8"},
+    "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "speculative_config": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
+    "worker_cls": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+    "attention_backend": {"attention_backend": "TRITON_ATTN"},
+    "pages of 64 do not fill block_size 32; give a multiple of 64": {"block_size": 32},
+    "generates nothing": {"runner": "pooling"},
+}
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_settings(checkpoints, field):
+    settings = SETTINGS[field]
+    if "speculative_config" in settings:
+        settings = {"speculative_config": settings["speculative_config"] | {"model": str(checkpoints("llama"))}}
+    selection = SPARSE | {"page_size": 64, "budget_tokens": 256}
+    with pytest.raises(ValueError, match=field):
+        LLM(
+            str(checkpoints("llama")),
+            max_model_len=512,
+            additional_config={"dlm": {"selection": selection}},
+            **settings,
+        )
+
+
+def given(**changed):
+    arguments = {
+        "prefix": "model.layers.5.attn", "head_size": 64, "head_size_v": None, "alibi_slopes": None,
+        "use_alibi_sqrt": None, "logits_soft_cap": None, "extra_impl_args": {}, "attn_backend": None,
+        "attn_type": "decoder", "per_layer_sliding_window": None, "cache_config": SimpleNamespace(sliding_window=None),
+    }  # fmt: skip
+    return arguments | changed
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("logits_soft_cap", 30.0),
+        ("alibi_slopes", [0.5]),
+        ("head_size_v", 32),
+        ("extra_impl_args", {"sinks": torch.ones(4)}),
+    ],
+)
+def test_layers(name, value):
+    with pytest.raises(ValueError, match="sinks" if name == "extra_impl_args" else name) as refused:
+        layer_backends.refuse(given(**{name: value}))
+    assert "model.layers.5.attn" in str(refused.value)
+
+
+def test_layers_without_any_of_it():
+    layer_backends.refuse(given(logits_soft_cap=0, extra_impl_args={"sinks": None}))
+
+
+@pytest.mark.parametrize(
+    "changed, wanted",
+    [
+        ({}, True),
+        ({"prefix": "model.layers.1.attn"}, False),
+        ({"per_layer_sliding_window": 512}, False),
+        ({"cache_config": SimpleNamespace(sliding_window=512)}, False),
+        ({"attn_backend": object}, False),
+        ({"attn_type": "encoder_only"}, False),
+    ],
+)
+def test_which_layers_choose(changed, wanted):
+    assert layer_backends.wants_selection(given(**changed), SimpleNamespace(dense_layers=(0, 1))) is wanted
+
+
+def test_options_of_requests(decoder):
+    for llm in (decoder("llama", SPARSE), decoder("llama")):
+        with pytest.raises(ValueError, match="dlm_threshold"):
+            llm.generate(
+                [{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2, extra_args={"dlm_threshold": 0.5})
+            )
+
+
+@pytest.mark.parametrize("dlm", [None, {}, {"selection": {"name": "none"}}])
+def test_without_a_selection_nothing_of_ours_is_there(decoder, dlm):
+    llm = decoder("llama", **({} if dlm is None else {"additional_config": {"dlm": dlm}}))
+    asked = prompts(60)
+    assert tokens(decode(llm, asked)) == tokens(decode(decoder("llama"), asked))
+    (found,) = llm.collective_rpc(used)
+    assert not any("vllm_dlm" in name for name in found)
+
+
+def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
+    """Its config names the selection; a server that names another one (or none) is obeyed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = tmp_path_factory.mktemp("trained")
+    for file in checkpoints("llama").iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    trained = {"budget_tokens": 128, "page_size": 32, "temperature": 1.0}
+    (folder / "config.json").write_text(json.dumps(config | {"unique": trained}))
+
+    def selection(**settings):
+        arguments = EngineArgs(str(folder), max_model_len=512, skip_tokenizer_init=True, **settings)
+        return selection_of(arguments.create_engine_config())
+
+    assert (selection().budget_tokens, selection().page_size) == (128, 32)
+    assert selection(additional_config={"dlm": {"selection": {"name": "none"}}}) is None
+    assert selection(additional_config={"dlm": {"selection": SPARSE}}).page_size == 16
+
+
+def used(worker) -> list[str]:
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return [type(worker).__module__] + [type(layer.impl).__module__ for layer in context.values()]

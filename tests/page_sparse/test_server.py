@@ -1,0 +1,63 @@
+"""`vllm serve --dlm-config` of an autoregressive model, in processes of its own and with speculated tokens."""
+
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from benchmarks.checkpoints import write_tokenizer
+from tests.integration.serving import Server
+from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
+from tests.page_sparse.models import SHAPE
+
+ASKED = prompts(300, 77, 180, seed=1)
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoints):
+    folder, vocabulary = checkpoints("qwen2"), SHAPE["vocab_size"]
+    write_tokenizer(SimpleNamespace(vocabulary=vocabulary, eos_id=vocabulary - 2, mask_id=vocabulary - 1), folder)
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", str(1 << 24), "--served-model-name", "model"),
+        *("--speculative-config", json.dumps(DRAFTS)),
+        *("--dlm-config", json.dumps({"selection": SPARSE})),
+        checkpoint=folder,
+    )
+    try:
+        server.wait_until_healthy(seconds=600)
+        yield server
+        assert server.process.poll() is None, f"the server died\n{server.log_tail()}"
+    finally:
+        server.stop()
+
+
+def complete(server, prompt, **fields):
+    body = {"model": "model", "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True} | fields
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+
+
+def test_drafts_are_what_would_have_been_decoded(server, decoder):
+    """Speculated positions choose their pages one by one."""
+    plain = decoder("qwen2", SPARSE, enable_prefix_caching=False, max_num_batched_tokens=2048)
+    answers = complete(server, ASKED, return_token_ids=True).json()["choices"]
+    assert [answer["token_ids"] for answer in answers] == tokens(decode(plain, ASKED, new=40))
+    metrics = server.metrics()
+    assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
+    # more positions than tokens: the drafts that were not accepted
+    rows = metrics["vllm:sparse_attention_rows_total"] + metrics["vllm:sparse_attention_dense_rows_total"]
+    assert rows > 3 * len(ASKED) * 39
+    assert (
+        0 < metrics["vllm:sparse_attention_pages_read_total"] < 0.6 * metrics["vllm:sparse_attention_pages_dense_total"]
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field, value", [("dlm_steps", 4), ("dlm_selection", "none"), ("dlm_nonsense", 1)])
+def test_options_of_requests_are_refused(server, stream, field, value):
+    for misplaced in ({"vllm_xargs": {field: value}}, {field: value}):
+        answer = complete(server, ASKED[0], stream=stream, **misplaced)
+        assert answer.status_code == 400 and field in answer.text

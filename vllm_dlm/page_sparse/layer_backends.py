@@ -1,0 +1,88 @@
+"""Gives vLLM's attention layers the backend that chooses pages, where the server asked for it.
+
+Read in vLLM 0.32: model_executor/layers/attention/attention.py (`Attention`:
+an `attn_backend` that is given is not asked for again, but its name must be
+registered), v1/attention/backends/registry.py.
+"""
+
+import functools
+import inspect
+
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_dlm.integration.autoregressive import selection_of
+
+BACKENDS = {
+    "DLM_SELECTING_CPU": "vllm_dlm.page_sparse.cpu.SelectingCPUBackend",
+    "DLM_SELECTING_FLASH": "vllm_dlm.page_sparse.cuda.SelectingFlashBackend",
+}
+
+
+def install() -> None:
+    for name, path in BACKENDS.items():
+        if name not in AttentionBackendEnum.__members__:
+            AttentionBackendEnum.register(name, path)
+    init = Attention.__init__
+    if getattr(init, "_dlm", False):
+        return
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def init_with_dlm(self, *args, **kwargs):
+        selection = selection_of(get_current_vllm_config())
+        if selection is None:
+            return init(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        chooses = wants_selection(given.arguments, selection)
+        if chooses:
+            refuse(given.arguments)
+            given.arguments["attn_backend"] = backend()
+        init(*given.args, **given.kwargs)
+        if chooses:
+            if is_quantized_kv_cache(self.kv_cache_dtype):
+                raise unsupported(self.layer_name, "kv_cache_dtype", self.kv_cache_dtype)
+            self.impl.selection = selection
+
+    init_with_dlm._dlm = True
+    Attention.__init__ = init_with_dlm
+
+
+def backend() -> type:
+    name = "DLM_SELECTING_CPU" if current_platform.is_cpu() else "DLM_SELECTING_FLASH"
+    return AttentionBackendEnum[name].get_class()
+
+
+def wants_selection(given: dict, selection) -> bool:
+    """Layers that look at a window, and those a model has a backend of its own for, stay as they are."""
+    if given["attn_backend"] is not None or given["attn_type"] != AttentionType.DECODER:
+        return False
+    window = given["per_layer_sliding_window"]
+    if window is None and given["cache_config"] is not None:
+        window = given["cache_config"].sliding_window
+    return window is None and extract_layer_index(given["prefix"]) not in selection.dense_layers
+
+
+def refuse(given: dict) -> None:
+    """What the page kernels do not compute. (A soft cap of 0 is none.)"""
+    for name in ("alibi_slopes", "use_alibi_sqrt", "logits_soft_cap"):
+        if given[name]:
+            raise unsupported(given["prefix"], name, given[name])
+    if given["head_size_v"] not in (None, given["head_size"]):
+        raise unsupported(given["prefix"], "head_size_v", given["head_size_v"])
+    for name, value in given["extra_impl_args"].items():
+        if value is not None:
+            raise unsupported(given["prefix"], name, "given" if hasattr(value, "shape") else value)
+
+
+def unsupported(layer: str, name: str, value) -> ValueError:
+    return ValueError(
+        f"dlm.selection: attention of {layer} has {name} ({value}), which page-sparse attention does not support; "
+        "start without dlm.selection"
+    )

@@ -1,0 +1,105 @@
+"""vLLM's workers, with statistics of pages beside the KV cache.
+
+Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py, v1/worker/gpu_model_runner.py
+and v1/worker/gpu/model_runner.py (`attn_groups`, the batch's prompt lengths),
+v1/outputs.py.
+"""
+
+from dataclasses import asdict
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_dlm.integration.autoregressive import COUNTS, selection_of
+from vllm_dlm.page_sparse import layer_backends
+from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.page_sparse.statistics import StatisticsPool, kv_share
+
+logger = init_logger("vllm." + __name__)
+
+
+class Selecting:
+    """Mixed into a worker."""
+
+    def load_model(self, *args, **kwargs) -> None:
+        layer_backends.install()
+        self.dlm_selection = selection_of(self.vllm_config)
+        self.dlm_counts, self.dlm_unsent = PageCounts(), PageCounts()
+        super().load_model(*args, **kwargs)
+        found = self._choosing()
+        if not found:
+            raise ValueError(
+                f"dlm.selection: no layer of {self.model_config.architecture} reads its whole context and is not in "
+                f"dense_layers {self.dlm_selection.dense_layers}; start without dlm.selection"
+            )
+        for layer in found.values():
+            layer.impl.counts = self.dlm_unsent
+        logger.info_once("Selection %r chooses pages in %d attention layers.", self.dlm_selection, len(found))
+
+    def _choosing(self) -> dict[str, Attention]:
+        found = get_layers_from_vllm_config(self.vllm_config, Attention)
+        return {name: layer for name, layer in found.items() if hasattr(layer.impl, "statistics")}
+
+    def determine_available_memory(self) -> int:
+        """Statistics are part of what the KV cache may take."""
+        available = super().determine_available_memory()
+        specs = self.get_kv_cache_spec()
+        # a layer that reads another one's keys has neither cache nor statistics of its own
+        choosing = self._choosing().keys() & specs.keys()
+        return int(available * kv_share(specs, choosing, self.dlm_selection))
+
+    def initialize_from_config(self, kv_cache_config, *args, **kwargs) -> None:
+        super().initialize_from_config(kv_cache_config, *args, **kwargs)
+        self.dlm_pool = StatisticsPool(self._choosing(), self.dlm_selection)
+        logger.info_once("Page statistics take %.1f MiB beside the KV cache.", self.dlm_pool.nbytes / 2**20)
+        for group in (group for groups in self.model_runner.attn_groups for group in groups):
+            for builder in group.metadata_builders:
+                if hasattr(builder, "prompt_lens"):
+                    builder.prompt_lens = self._prompt_lens
+
+    def _prompt_lens(self, common) -> list[int] | None:
+        """Of the requests of the batch that is being prepared, in its order."""
+        runner = self.model_runner
+        if hasattr(runner, "req_states"):  # model runner V2
+            return None if common.req_idx is None else runner.req_states.prompt_len.np[common.req_idx].tolist()
+        batch = runner.input_batch
+        return batch.num_prompt_tokens[: batch.num_reqs].tolist() if batch.num_reqs else None
+
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        if copies := scheduler_output.kv_cache_block_copies:
+            self.dlm_pool.copy_blocks(copies, self.cache_config.block_size // self.dlm_selection.page_size)
+        return self._counted(super().execute_model(scheduler_output, *args, **kwargs))
+
+    def sample_tokens(self, *args, **kwargs):
+        return self._counted(super().sample_tokens(*args, **kwargs))
+
+    def _counted(self, output):
+        """The step's counts travel with its tokens."""
+        carrier = output
+        for wrapped in ("_model_runner_output", "model_runner_output"):  # of asynchronous outputs, V1 and V2
+            carrier = getattr(carrier, wrapped, carrier)
+        if carrier is not None and getattr(carrier, "req_ids", None):
+            taken = self.dlm_unsent.take()
+            self.dlm_counts.add(PageCounts(**taken))
+            setattr(carrier, COUNTS, taken)
+        return output
+
+    def dlm_page_counts(self) -> dict[str, int]:
+        """For `LLM.collective_rpc`: everything since the start."""
+        total = PageCounts(**asdict(self.dlm_counts))
+        total.add(self.dlm_unsent)
+        return asdict(total)
+
+
+class SelectingGPUWorker(Selecting, Worker):
+    pass
+
+
+if current_platform.is_cpu():
+
+    class SelectingCPUWorker(Selecting, cpu_worker.CPUWorker):
+        pass
