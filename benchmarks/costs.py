@@ -8,9 +8,11 @@ attention and head.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import report
 from vllm_dlm.engine.counts import Counts, ModelShape
-from vllm_dlm.plugins.reuse.base import Progress, Reuse
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
@@ -117,18 +119,35 @@ def label(reuse: Reuse) -> str:
 def macs(setting: Setting, reuse: Reuse) -> int:
     """Of a whole response at one token per step."""
     shape, length, total = SHAPES[setting.shape], setting.prompt + setting.new, 0
+    nothing = np.zeros(0, np.int64)  # these policies go by the clock
     shift = int(setting.shape.startswith("Dream"))
     for step in range(setting.new):
         start = setting.prompt + step // setting.block * setting.block
         at = Progress(
             setting.prompt, length, (start, min(start + setting.block, length)), step % setting.block, step, step == 0,
-            shift,
+            shift, mask_id=0, tokens=nothing, confidence=nothing, changed=nothing,
         )  # fmt: skip
         plan = reuse.plan(at)
         masked = min(setting.block, length - start) - step % setting.block
         kept = min(reuse.feature_rows(setting.prompt, length), setting.new)
-        total += shape.macs(shape.predict(plan, length, masked, reuse.selects, kept))
+        total += shape.macs(predict(shape, reuse, plan, length, masked, kept))
     return total
+
+
+def predict(shape: ModelShape, reuse: Reuse, plan: StepPlan, length: int, head_rows: int, kept: int) -> Counts:
+    """Counts of one canvas's step. Threshold policies are predicted at their most: every live row."""
+    live, some = len(plan.live), len(plan.live) if plan.budget is None else plan.rows
+    counts, dense = Counts(head_rows=head_rows), plan.whole(length)
+    for layer in range(shape.layers):
+        last = layer == shape.layers - 1
+        chooses = layer > 0 and not dense and isinstance(reuse, DLLMCache | DyLLM)
+        rows = some if chooses else live
+        reads = max(head_rows, kept) if dense and last else rows
+        values = rows if isinstance(reuse, DyLLM) else live
+        for projection, number in zip(counts.rows, (values, reads, rows, reads, reads), strict=True):
+            counts.projected(projection, number)
+        counts.attended([reads], [length], read=not dense)
+    return counts
 
 
 def reference_macs(setting: Setting) -> int:

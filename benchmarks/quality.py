@@ -8,7 +8,6 @@ two distributions?
 """
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from tqdm import tqdm
 from benchmarks import drawing, report
 from benchmarks.load import Load
 from benchmarks.workload import Policy
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.denoiser import Observer, plain_stream
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "vllm_dlm" / "demo" / "checkpoint"
 CANVAS, BLOCK = 32, 8
@@ -109,17 +110,34 @@ def questions(count: int):
     return [kinds[index % len(kinds)]() for index in range(count)]
 
 
-@dataclass
-class Drift:
-    """Sums over the filled positions and the masked rows of all steps."""
+class Drift(Observer):
+    """Each step as the policy does it beside the exact model over the same canvases; sums over the filled positions
+    and the masked rows of all steps."""
 
-    filled: int = 0
-    agreed: int = 0
-    rows: int = 0
-    kl: float = 0.0
-    recomputed: int = 0
-    dense: int = 0
-    log: list = field(default_factory=list)
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.filled = self.agreed = self.rows = self.recomputed = self.dense = 0
+        self.kl = 0.0
+        self.got: dict[str, torch.Tensor] = {}
+
+    def head_read(self, hidden, requests) -> None:
+        self.got = {request.state.req_id: self.logprobs(hidden[request.rows]) for request in requests}
+
+    def step_ended(self, requests, counts) -> None:
+        streams = [plain_stream(r.state.canvas.tokens, r.positions) for r in requests]
+        exact = self.logprobs(self.denoiser.forward(streams, Counts()))
+        for request, want in zip(requests, exact.split([len(r.positions) for r in requests]), strict=True):
+            got = self.got[request.state.req_id]
+            self.kl += (want.exp() * (want - got)).sum().item()
+            self.rows += len(want)
+            chosen = int(np.argmax(request.proposal.score))  # one token per step: the most confident one
+            self.agreed += int(want[chosen].argmax() == request.proposal.token[chosen])
+            self.filled += 1
+        self.recomputed += counts.rows["feed_forward"]
+        self.dense += len(self.denoiser.model.model.layers) * sum(len(r.state.canvas) for r in requests)
+
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.denoiser.model.compute_logits(hidden).float().log_softmax(-1)
 
 
 class Engine:
@@ -146,7 +164,7 @@ class Engine:
         from vllm import SamplingParams
 
         options = self.options(policy)
-        self.scheduler.dlm_options = self.runner.options = options
+        self.scheduler.dlm_options = options
         params = SamplingParams(
             temperature=0, max_tokens=CANVAS, detokenize=False,
             extra_args={"dlm_block_length": BLOCK, **getattr(policy, "request", {})},
@@ -164,63 +182,19 @@ class Engine:
         return right / len(samples)
 
     def drift(self, policy: Policy, samples, progress) -> dict:
-        sums, denoise = Drift(), self.runner._denoise
-
-        def compared(states, counts, failed):
-            return self._compare(denoise, states, counts, failed, sums)
-
-        self.runner._denoise = compared
+        observers, sums = self.runner.denoiser.observers, Drift(self.runner.denoiser)
+        observers.append(sums)
         try:
             for start in range(0, len(samples), 16):
                 part = samples[start : start + 16]
                 self.generate(policy, part)
                 progress.update(len(part))
         finally:
-            self.runner._denoise = denoise
+            observers.remove(sums)
         return {
             "agreement": sums.agreed / sums.filled, "kl": sums.kl / sums.rows,
             "rows_share": sums.recomputed / sums.dense,
         }  # fmt: skip
-
-    def _compare(self, denoise, states, counts, failed, sums: Drift):
-        """One step as the policy does it, and the exact model over the same canvases."""
-        from vllm_dlm.engine.counts import Counts
-        from vllm_dlm.engine.packing import Stream
-        from vllm_dlm.plugins.reuse.base import StepPlan
-        from vllm_dlm.plugins.reuse.none import Dense
-
-        kept, run = {}, self.runner.head.run
-
-        def keep(hidden, requests):
-            for request in requests:
-                kept[request.state.req_id] = self.logprobs(hidden[request.rows])
-            run(hidden, requests)
-
-        self.runner.head.run = keep
-        try:
-            requests = denoise(states, counts, failed)
-        finally:
-            self.runner.head.run = run
-        nothing = np.zeros(0, np.int64)
-        streams = [
-            Stream(Dense(), plan := StepPlan.dense((0, len(r.state))), r.state.canvas, r.positions, nothing, plan.live)
-            for r in requests
-        ]
-        exact = self.logprobs(self.runner._forward(streams, Counts())).split([len(r.positions) for r in requests])
-        for request, want in zip(requests, exact, strict=True):
-            got = kept[request.state.req_id]
-            sums.kl += (want.exp() * (want - got)).sum().item()
-            sums.rows += len(want)
-            chosen = int(np.argmax(request.proposal.score))  # one token per step: the most confident one
-            sums.agreed += int(want[chosen].argmax() == request.proposal.token[chosen])
-            sums.filled += 1
-        layers = self.llm.llm_engine.model_config.hf_config.num_hidden_layers
-        sums.recomputed += counts.rows["feed_forward"]
-        sums.dense += layers * sum(len(state) for state in states)
-        return requests
-
-    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.runner.model.compute_logits(hidden).float().log_softmax(-1)
 
 
 def plot(figure, rows: list[dict]) -> None:

@@ -7,7 +7,6 @@ timed runs; they cost a few microseconds per linear, at the engine's expense.
 """
 
 import functools
-import sys
 import time
 from collections import Counter
 
@@ -18,6 +17,7 @@ SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
 def install(worker) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
+    from vllm_dlm.engine import denoiser
     from vllm_dlm.engine.canvas_attention import CanvasAttention
 
     runner = worker.model_runner
@@ -48,9 +48,9 @@ def install(worker) -> None:
 
         return wrapper
 
-    module = sys.modules[type(runner).__module__]
-    module.denoise = timed("forward", module.denoise)  # embedding to the last layer
-    runner.head.run = timed("head", runner.head.run)  # final norm, logits, token and confidence
+    denoiser.denoise = timed("forward", denoiser.denoise)  # embedding to the last layer
+    head_of = runner.denoiser.head
+    head_of.run = timed("head", head_of.run)  # final norm, logits, token and confidence
     runner.execute_model = stepped(timed("worker", runner.execute_model))
 
     def linear(layer, args, _):

@@ -130,9 +130,9 @@ def check_idle(llm) -> None:
     left = {
         "blocks in use": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is vLLM's own
         "requests of the scheduler": len(scheduler.requests) + len(scheduler.running) + len(scheduler.waiting),
-        "canvases": len(scheduler.canvases), "preempted in the scheduler": len(scheduler.preempted),
+        "canvases": len(scheduler.canvases), "overtaken": len(scheduler.overtaken),
         "requests of the runner": len(runner.requests), "tables of the runner": len(runner.tables),
-        "preempted in the runner": len(runner.preempted), "requests of the front-end": len(processor.request_states),
+        "requests of the front-end": len(processor.request_states),
         "names of the front-end": len(processor.external_req_ids), "samples": len(processor.parent_requests),
     }  # fmt: skip
     if left := {name: count for name, count in left.items() if count}:

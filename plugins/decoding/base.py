@@ -17,14 +17,14 @@ from vllm_dlm.shown import shown
 
 
 @dataclass
-class Rows:
+class LogitRows:
     """What `propose` must know of each logits row; R rows of several requests."""
 
     temperature: torch.Tensor  # [R] float32, 0 = greedy
     top_p: torch.Tensor  # [R] float32, 1 = off
     top_k: torch.Tensor  # [R] int64, vocabulary size = off
-    suppress: torch.Tensor  # [R] bool: the EOS logit is removed
-    confidence_eos_eot_inf: torch.Tensor  # [R] bool
+    #: the decoding's fields that are numbers, by name: [R] bool, or float32 with NaN for None
+    options: dict[str, torch.Tensor]
     eos_id: int
     eot_id: int | None
     mask_id: int
@@ -125,7 +125,7 @@ class Decoding:
     # -- the two halves of a step ----------------------------------------------------------
 
     @classmethod
-    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
         """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten."""
         raise NotImplementedError
 

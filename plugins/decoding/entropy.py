@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, Turn, check, most_likely
+from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, Turn, check, most_likely
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Entropy(Decoding):
         return [quota for quota in quotas if quota]
 
     @classmethod
-    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
-        logits_RV[rows.suppress, rows.eos_id] = -torch.inf
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
+        logits_RV[rows.options["suppress_eos"], rows.eos_id] = -torch.inf
         greedy_R = rows.temperature == 0
         if rows.sampled:
             logits_RV /= torch.where(greedy_R, 1.0, rows.temperature)[:, None]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, Proposal, Rows, most_likely
+from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, most_likely
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class LowConfidence(Decoding):
     confidence_eos_eot_inf: bool = False  # EOS and EOT are committed last
 
     @classmethod
-    def propose(cls, logits_RV: torch.Tensor, rows: Rows) -> Proposal:
-        logits_RV[rows.suppress, rows.eos_id] = -torch.inf
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
+        logits_RV[rows.options["suppress_eos"], rows.eos_id] = -torch.inf
         noisy_RV = logits_RV
         if rows.sampled:
             # argmax of exp(l) / E^T, the reference's Gumbel-max in float64. Temperature moves the choice
@@ -33,11 +33,11 @@ class LowConfidence(Decoding):
         # The same is done here at every temperature.
         for special in (rows.eos_id, rows.eot_id):
             if special is not None:
-                logits_RV[rows.confidence_eos_eot_inf, special] = -torch.inf
+                logits_RV[rows.options["confidence_eos_eot_inf"], special] = -torch.inf
         picked_R = logits_RV.gather(1, token_R[:, None])[:, 0]
         prob_R = (picked_R - logits_RV.logsumexp(-1)).exp_()
         return Proposal(token_R, cls.score(prob_R, rows), prob_R)
 
     @staticmethod
-    def score(prob_R: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def score(prob_R: torch.Tensor, rows: LogitRows) -> torch.Tensor:
         return prob_R

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.decoding.base import Rows
+from vllm_dlm.plugins.decoding.base import LogitRows
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 
 
@@ -18,5 +18,5 @@ class Random(LowConfidence):
     random_order: ClassVar[bool] = True
 
     @staticmethod
-    def score(prob_R: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def score(prob_R: torch.Tensor, rows: LogitRows) -> torch.Tensor:
         return rows.uniform()

@@ -1,60 +1,85 @@
-"""What every reuse policy shares: the plan of a step, made on the host, and the rows it leaves to the layers.
+"""What every reuse policy shares: the plan of a step, made on the host, and the flow of a layer.
 
 `plan` is a pure function of where a canvas stands, so the scheduler (to spend
 its budget) and the runner (to pack rows) come to the same answer without
-talking to each other. It says which rows are alive; which of those are
-recomputed may be left to the layers, where `select_pre` (before attention) and
-`select_post` (after it) see how far values and contexts have moved.
+talking to each other. It says which rows are alive. `layer` is the policy
+itself: one transformer layer written down as a generator of asks, see flow.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    from vllm_dlm.plugins.reuse.flow import Flow, Layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """Where a canvas stands; all that a plan may depend on. Positions count from the start of the canvas."""
 
     prompt_len: int
     length: int  # prompt and response
-    block: tuple[int, int]  # [start, end) of the current block
+    block: tuple[int, int]  # [start, end) of the current canvas block
     block_step: int  # forwards of this block so far
     step: int  # forwards of this request so far
     cold: bool  # nothing is cached: a new request, or one resumed after preemption
     shift: int  # logits at i predict i + shift: the row before the first wanted position lives, too
+    mask_id: int
+    tokens: np.ndarray  # [N] int64, masks where nothing is filled in yet; not to be written to
+    # [N] float32: what the last step that read a position gave its best token; NaN where none has
+    confidence: np.ndarray
+    changed: np.ndarray  # positions that the last step filled, ascending
 
     @property
     def response(self) -> tuple[int, int]:
         """Rows from which the whole response can be read."""
         return max(self.prompt_len - self.shift, 0), self.length
 
+    @cached_property
+    def masked(self) -> np.ndarray:
+        """Positions to be filled, ascending."""
+        return np.flatnonzero(self.tokens == self.mask_id)
 
-@dataclass(frozen=True)
+    def rows_reading(self, positions: np.ndarray) -> np.ndarray:
+        """Rows whose logits predict these positions. (Dream's position 0 falls back on its own row.)"""
+        return np.unique(np.maximum(positions - self.shift, 0)) if self.shift else positions
+
+
+@lru_cache(maxsize=256)
+def span(start: int, end: int) -> np.ndarray:
+    """Positions [start, end), shared: not to be written to."""
+    positions = np.arange(start, end)
+    positions.flags.writeable = False
+    return positions
+
+
+@dataclass(frozen=True, eq=False)
 class StepPlan:
-    live: tuple[int, int]  # rows carried from the embedding to the head
-    forced: tuple[int, int]  # those recomputed in every layer whatever select_pre says
-    budget: int | None  # how many of the others are recomputed; None: a threshold decides
+    live: np.ndarray  # [T] rows carried from the embedding to the head: ascending positions
+    forced: np.ndarray  # of those the ones recomputed in every layer, whatever the flow finds; ascending
+    budget: int | None  # how many of the others are recomputed; None: what the flow finds decides
     rows: int  # rows recomputed, as the scheduler counts them
     refresh: bool  # an expensive step of a policy that also has cheap ones
 
     @classmethod
-    def dense(cls, live: tuple[int, int], refresh: bool = False) -> "StepPlan":
-        return cls(live, live, 0, live[1] - live[0], refresh)
+    def dense(cls, live: np.ndarray, refresh: bool = False) -> "StepPlan":
+        return cls(live, live, 0, len(live), refresh)
 
     def whole(self, length: int) -> bool:
         """Every row is recomputed in every layer, so attention needs nothing from earlier steps."""
-        return self.live == self.forced == (0, length)
+        return len(self.live) == len(self.forced) == length
 
 
-class LayerRows(Protocol):
-    """What the select hooks may know of the live rows of one policy; T rows of several canvases."""
+@dataclass(frozen=True)
+class RowShape:
+    """Widths of one row in one layer, on one rank."""
 
-    forced: torch.Tensor  # [T] bool: recomputed anyway (by the plan, or because their token just changed)
-    canvas: torch.Tensor  # [T] int64: which canvas a row belongs to
-    budgets: torch.Tensor  # [canvases] int64: rows each canvas may recompute beside the forced ones
+    context: int  # H * D, attention before its output projection
+    hidden: int  # E
 
 
 @dataclass(frozen=True)
@@ -62,24 +87,28 @@ class Reuse:
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"
     presets: ClassVar[dict[str, dict]] = {}
-    #: "none", "sum" (attention + FFN output) or "context_ffn" (context before o_proj, FFN output)
-    features: ClassVar[str] = "none"
-    #: "exact_rows": recomputed rows attend, the others keep their cached output.
-    #: "delta_v": every live row attends; where it is not recomputed only the moved values are added.
-    attention: ClassVar[str] = "exact_rows"
-    #: K and V are written to pages and read back by later steps
+    #: field values at which every row is recomputed in every step, so that the model is exact; None: there are none
+    exact: ClassVar[dict | None] = None
+    #: K and V are written to the cache and read back by later steps
     caches: ClassVar[bool] = True
-    #: whether select_pre looks at the rows' values, and select_post at their contexts
-    selects: ClassVar[str | None] = None
+    #: contexts are kept and added to, which holds only as long as they are of the same keys: what a selection has
+    #: chosen stays until the prompt is refreshed
+    keeps_contexts: ClassVar[bool] = False
 
     #: refresh steps of different requests are kept out of each other's forwards; results do not depend on it
     stagger: ClassVar[bool] = False
+
+    # -- on the host -----------------------------------------------------------------------
 
     def plan(self, at: Progress) -> StepPlan:
         raise NotImplementedError
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
-        """How many rows, counted from the end of the canvas, keep their features."""
+        """How many rows, counted from the end of the canvas, keep features of their own in each layer."""
+        return 0
+
+    def feature_width(self, row: RowShape) -> int:
+        """Numbers that each of those rows keeps."""
         return 0
 
     @property
@@ -96,22 +125,13 @@ class Reuse:
         the decoding says."""
         return positions[:0]
 
-    def select_pre(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
-        """[T] bool: rows recomputed in this layer, by the cosine of their new and cached values."""
+    # -- in a layer ------------------------------------------------------------------------
+
+    def layer(self, at: "Layer") -> "Flow":
+        """One transformer layer over the live rows of canvases that stand alike."""
         raise NotImplementedError
 
-    def select_post(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
-        """[T] bool: rows recomputed from here on, by the cosine of their new and cached contexts."""
-        raise NotImplementedError
 
-
-def least_similar(rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
-    """[T] bool: in each canvas the `budgets` rows of lowest similarity, ties to the lowest row."""
-    # One stable sort for all canvases: by similarity, then by canvas; the rank within a canvas follows.
-    order_T = similarity_T.argsort(stable=True)
-    order_T = order_T[rows.canvas[order_T].argsort(stable=True)]
-    counts = torch.bincount(rows.canvas, minlength=len(rows.budgets))
-    first = counts.cumsum(0) - counts
-    rank_T = torch.empty_like(order_T)
-    rank_T[order_T] = torch.arange(len(order_T), device=order_T.device) - first[rows.canvas[order_T]]
-    return rank_T < rows.budgets[rows.canvas]
+def joined(*parts: Iterable[int]) -> np.ndarray:
+    """Sets of positions as one, ascending."""
+    return np.unique(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))

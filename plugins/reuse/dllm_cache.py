@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan, least_similar
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, span
+from vllm_dlm.plugins.reuse.flow import Attend, FeedForward, Flow, Key, Layer, Output, Query, Value, dense
 
 #: Kp / Kr of the official scripts; rho is 0.25 in all of them
 PUBLISHED = {
@@ -46,8 +47,7 @@ class DLLMCache(Reuse):
         for model, tasks in PUBLISHED.items()
         for task, (prompt, response) in tasks.items()
     }
-    features: ClassVar[str] = "sum"  # attention and FFN output are always renewed together
-    selects: ClassVar[str | None] = "values"
+    exact: ClassVar[dict] = {"prompt_interval": 1, "response_interval": 1}
 
     prompt_interval: int = 50  # Kp
     response_interval: int = 7  # Kr
@@ -65,20 +65,48 @@ class DLLMCache(Reuse):
         prompt_due = at.cold or at.step % self.prompt_interval == 0
         response_due = at.cold or at.step % self.response_interval == 0
         # The prompt's rows are read by nobody but themselves, so they live only while they are refreshed.
-        live = (0, at.length) if prompt_due else response
+        live = span(0 if prompt_due else response[0], at.length)
         if response_due:
             return StepPlan.dense(live, refresh=True)
         # Dream's row before the response is a prompt row that the head reads: always recomputed.
-        forced = (0, at.prompt_len) if prompt_due else (response[0], at.prompt_len)
+        forced = span(0 if prompt_due else response[0], at.prompt_len)
         budget = int(self.transfer_ratio * (at.length - at.prompt_len))
-        return StepPlan(live, forced, budget, forced[1] - forced[0] + budget, refresh=prompt_due)
+        return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due)
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length - prompt_len
+
+    def feature_width(self, row: RowShape) -> int:
+        return row.hidden
 
     @property
     def force_changed(self) -> bool:
         return not self.parity
 
-    def select_pre(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
-        return rows.forced | least_similar(rows, similarity_T.masked_fill(rows.forced, torch.inf))
+    def layer(self, at: Layer) -> Flow:
+        return dense(at, kept) if at.whole else self._partial(at)
+
+    def _partial(self, at: Layer) -> Flow:
+        """Every row gets a new value; rows whose values moved are recomputed, the others add what they kept."""
+        # The first layer recomputes every row, and with rho = 0 nothing but forced ones is looked at in the others.
+        chooses = at.index > 0 and self.transfer_ratio > 0 and len(at.forced) < len(at.all)
+        valued = at.all if at.index == 0 or chooses else at.forced
+        v = yield Value(valued.of(at.h))
+        rows = at.least_similar(at.similarity(v, at.cached_values(at.all))) if chooses else valued
+        q = yield Query(rows.of(at.h), rows.turned(at.rope))
+        k = yield Key(rows.of(at.h), rows.turned(at.rope))
+        at.store_values(valued, v)
+        at.store_keys(rows, k)
+        context = yield Attend(q, rows)
+        output = yield Output(context)
+        ffn = yield FeedForward(rows.of(at.x) + output)
+        new = kept(context, output, ffn)
+        at.keep(rows, new)
+        # Rows that keep nothing, those of the prompt, are among the recomputed whenever they live.
+        x = at.x if rows.index is None else at.x + at.features(at.all)
+        return at.all, rows.set(x, rows.of(at.x) + new)
+
+
+def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:
+    """Attention and FFN output are always renewed together, so their sum is all a row keeps: [n, E]"""
+    return output + ffn

@@ -14,7 +14,19 @@ from typing import ClassVar
 import torch
 
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.reuse.base import LayerRows, Progress, Reuse, StepPlan
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, span
+from vllm_dlm.plugins.reuse.flow import (
+    Attend,
+    AttendMoved,
+    FeedForward,
+    Flow,
+    Key,
+    Layer,
+    Output,
+    Query,
+    Value,
+    dense,
+)
 
 #: the official code's constant: every fourth step, and the first four, let the prompt's rows live
 OFFICIAL_INTERVAL = 4
@@ -29,9 +41,8 @@ class DyLLM(Reuse):
         "dream-quality": {"threshold": 0.9975, "whole_interval": OFFICIAL_INTERVAL},
         "dream-speed": {"threshold": 0.995, "whole_interval": OFFICIAL_INTERVAL},
     }
-    features: ClassVar[str] = "context_ffn"
-    attention: ClassVar[str] = "delta_v"
-    selects: ClassVar[str | None] = "contexts"
+    exact: ClassVar[dict] = {"refresh_interval": 1}
+    keeps_contexts: ClassVar[bool] = True
 
     full_steps: int = 4
     threshold: float = 0.995  # tau
@@ -49,19 +60,22 @@ class DyLLM(Reuse):
         check(self.refresh_interval >= 0, "refresh_interval", self.refresh_interval, "at least 0")
 
     def plan(self, at: Progress) -> StepPlan:
-        everything = (0, at.length)
+        everything = span(0, at.length)
         drifted = self.refresh_interval and at.step % self.refresh_interval == 0
         if at.cold or at.step < self.full_steps or drifted:
             return StepPlan.dense(everything, refresh=True)
         step = at.step + 1  # the official code counts from 1, and its first four are whole
         interval = self._interval
         whole = interval and (step % interval == 0 or step <= OFFICIAL_INTERVAL)
-        live = everything if whole else at.response
-        forced = (at.response[0], at.prompt_len)  # Dream's row before the response
-        return StepPlan(live, forced, None, live[1] - live[0], refresh=bool(whole))
+        live = everything if whole else span(*at.response)
+        forced = span(at.response[0], at.prompt_len)  # Dream's row before the response
+        return StepPlan(live, forced, None, len(live), refresh=bool(whole))
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length if self._interval else length - prompt_len
+
+    def feature_width(self, row: RowShape) -> int:
+        return row.context + row.hidden
 
     @property
     def _interval(self) -> int:
@@ -73,5 +87,45 @@ class DyLLM(Reuse):
     def force_changed(self) -> bool:
         return not self.parity
 
-    def select_post(self, rows: LayerRows, similarity_T: torch.Tensor) -> torch.Tensor:
-        return rows.forced | (similarity_T < self.threshold)
+    def layer(self, at: Layer) -> Flow:
+        return dense(at, kept) if at.whole else self._salient(at)
+
+    def _salient(self, at: Layer) -> Flow:
+        """All rows attend; where a row is not salient, only the moved values are added to its cached context."""
+        columns = at.columns
+        if at.index == 0:
+            # A context is the sum over what was visible: where that changes, it is made anew.
+            columns.carried["salient"] = columns.forced | columns.changed | columns.fresh
+        salient_T = columns.carried["salient"]
+        changed = at.where(salient_T)
+        # What the prompt's rows become in the last layer is read by nobody.
+        rows = at.response if at.last else at.all
+        exact = at.where(salient_T & columns.response) if at.last else changed
+
+        v = yield Value(changed.of(at.h))
+        q = yield Query(rows.of(at.h), rows.turned(at.rope))
+        k = yield Key(changed.of(at.h), changed.turned(at.rope))
+        moved = v - at.cached_values(changed)
+        at.store_values(changed, v)
+        at.store_keys(changed, k)
+
+        old, ffn = at.features(rows).split([q.shape[1] * q.shape[2], at.x.shape[1]], 1)
+        context = old + (yield AttendMoved(q, rows, changed, moved))
+        place = rows.places(exact)
+        context[place] = yield Attend(q[place], exact)
+
+        always_T = columns.forced | columns.fresh
+        salient_T = rows.set(always_T, rows.of(always_T) | (at.similarity(context, old) < self.threshold))
+        columns.carried["salient"] = salient_T
+        salient = rows.places(at.where(salient_T & columns.response) if at.last else at.where(salient_T))
+        output = yield Output(context)
+        x = rows.of(at.x) + output
+        new = yield FeedForward(x[salient])
+        ffn = ffn.index_copy(0, salient, new)
+        at.keep(rows, kept(context, output, ffn))
+        return rows, x + ffn
+
+
+def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:
+    """The context before its projection, and the FFN's output: [n, H * D + E]"""
+    return torch.cat([context, ffn], 1)

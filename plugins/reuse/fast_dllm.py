@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
+from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class FastDLLM(Reuse):
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:
-            return StepPlan.dense((0, at.length), refresh=True)
+            return StepPlan.dense(span(0, at.length), refresh=True)
         start, end = at.block
-        return StepPlan.dense((start, end if self.cache == "dual" else at.length))
+        return StepPlan.dense(span(start, end if self.cache == "dual" else at.length))
 
     def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
         if at.shift and at.block_step == 0:
@@ -36,3 +37,6 @@ class FastDLLM(Reuse):
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
         return positions if at.shift and at.block_step == 0 else positions[:0]
+
+    def layer(self, at: Layer) -> Flow:
+        return dense(at) if at.whole else cached(at)

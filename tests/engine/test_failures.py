@@ -6,8 +6,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.engine.test_invariance import tokens
-from tests.engine.test_lifecycle import free_blocks
+from tests.engine.running import free_blocks, tokens
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.methods import methods
 

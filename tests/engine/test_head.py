@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_dlm.engine import noise
+from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.head import Head, HeadRequest
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.options import request_options, server_options
@@ -22,7 +23,7 @@ def weight():
 
 def request(length: int, start: int, temperature: float = 0.0, **extra) -> HeadRequest:
     sampling = Sampling(temperature, 1.0, 0, seed=length, stop_ids=frozenset())
-    state = Denoising.start("r", request_options(SERVER, extra), sampling, 0, 0, [], length)
+    state = Denoising("r", Canvas(request_options(SERVER, extra), 0, 0, [], length), sampling)
     return HeadRequest(state, np.arange(length), np.arange(start, start + length), None)
 
 

@@ -8,6 +8,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
+from tests.engine.running import tokens
 from tests.engine.worker_calls import open_requests
 
 ALGORITHMS = ["low_confidence", "random", "entropy", "maskgit_plus", "topk_margin", "origin"]
@@ -41,12 +42,6 @@ def mixed_requests(count: int = 32, seed: int = 0):
         )
         prompt = {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 120))]}
         yield prompt, params
-
-
-def tokens(llm, requests) -> list[tuple[int, ...]]:
-    prompts, params = zip(*requests, strict=True)
-    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
-    return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="module")

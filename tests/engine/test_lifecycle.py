@@ -3,7 +3,8 @@
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.test_invariance import mixed_requests, tokens
+from tests.engine.running import free_blocks, tokens
+from tests.engine.test_invariance import mixed_requests
 
 CHECKPOINT = "llada-tiny"
 
@@ -25,10 +26,6 @@ def finish(llm) -> dict[str, tuple[int, ...]]:
             if output.finished:
                 done[output.request_id] = tuple(output.outputs[0].token_ids)
     return done
-
-
-def free_blocks(core) -> int:
-    return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 @pytest.mark.parametrize("steps_before", [1, 5, 11])

@@ -1,18 +1,22 @@
 """Reuse policies at their exact settings equal `none`; and requests of all policies share a batch unharmed."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.engine.test_invariance import tokens
-from tests.engine.test_reuse_golden import Recorder, runner_of
-from vllm_dlm.engine.counts import Counts, ModelShape
-from vllm_dlm.plugins.reuse.base import Progress, least_similar
+from benchmarks.costs import predict
+from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.counts import ModelShape
+from vllm_dlm.engine.packing import Stream, pack
+from vllm_dlm.methods import methods
+from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
-from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
 
@@ -43,7 +47,7 @@ def requests(count=6, **extra):
 
 
 def record(llm, request):
-    with Recorder(runner_of(llm)) as recorder:
+    with Recorder(llm) as recorder:
         got = tokens(llm, [request])
     (steps,) = recorder.steps.values()
     return got, steps
@@ -127,7 +131,7 @@ def test_mixed_batch_invariance(engines, checkpoint):
 def test_resumed_requests_start_full_at_the_same_step(engines, name):
     """A cache reset in the middle: the next plan is a refresh, and the step count goes on from the block's start."""
     llm = engines("llada-tiny")
-    core = llm.llm_engine.engine_core.engine_core
+    core = core_of(llm)
     prompt, params = {"prompt_token_ids": list(range(1, 60))}, SamplingParams(
         temperature=0, max_tokens=32, ignore_eos=True, detokenize=False,
         extra_args={"dlm_reuse": name, "dlm_block_length": 8},
@@ -139,71 +143,85 @@ def test_resumed_requests_start_full_at_the_same_step(engines, name):
     llm.llm_engine.step()
     (state,) = runner_of(llm).requests.values()
     (canvas,) = core.scheduler.canvases.values()
-    assert (state.block, state.block_start_step, state.step) == (1, 8, 1) == (canvas.block, canvas.step - 1, 1)
+    clocks = [(c.block, c.block_step, c.step) for c in (state.canvas, canvas)]
+    assert clocks == [(1, 1, 9)] * 2
     assert request_id is None or state.req_id
     while llm.llm_engine.has_unfinished_requests():
         (output,) = llm.llm_engine.step() or [None]
     assert output.finished and len(output.outputs[0].token_ids) == 32
 
 
+def progress(block, block_step, step, cold, shift=0) -> Progress:
+    tokens, confidence = np.full(72, 392), np.full(72, np.nan, np.float32)
+    tokens[:40] = 1
+    return Progress(40, 72, block, block_step, step, cold, shift, 392, tokens, confidence, np.zeros(0, np.int64))
+
+
 def test_cold_plans_are_full():
-    cold = Progress(40, 72, (48, 56), block_step=3, step=11, cold=True, shift=0)
-    for policy in (FastDLLM(), DLLMCache(), DyLLM()):
-        assert policy.plan(cold).whole(72)
+    for reuse in methods("reuse").values():
+        assert reuse().plan(progress((48, 56), 3, 11, cold=True)).whole(72)
 
 
 class TestDLLMCachePlan:
     def at(self, step, shift=0):
-        return Progress(40, 72, (40, 72), block_step=step, step=step, cold=step == 0, shift=shift)
+        return progress((40, 72), step, step, step == 0, shift)
 
     def test_schedule(self):
         policy = DLLMCache(prompt_interval=6, response_interval=4)
         kinds = []
         for step in range(13):
             plan = policy.plan(self.at(step))
-            kinds.append("PR"[plan.live[0] > 0] + ("r" if plan.live == plan.forced else "."))
+            kinds.append("PR"[plan.live[0] > 0] + ("r" if len(plan.live) == len(plan.forced) else "."))
         # P: the prompt lives, R: the response alone; r: everything alive is recomputed
         assert kinds == ["Pr", "R.", "R.", "R.", "Rr", "R.", "P.", "R.", "Rr", "R.", "R.", "R.", "Pr"]
 
     def test_dream_carries_the_row_before_the_response(self):
         plan = DLLMCache().plan(self.at(1, shift=1))
-        assert plan.live == (39, 72) and plan.forced == (39, 40) and plan.budget == 8
+        assert plan.live.tolist() == list(range(39, 72)) and plan.forced.tolist() == [39] and plan.budget == 8
+
+
+class Predicted(Watching):
+    """Counts of every step of a request, and what the cost model says they will be."""
+
+    def __enter__(self):
+        self.steps, self.expected = [], None
+        return super().__enter__()
+
+    def step_begins(self, states):
+        ((canvas),) = (state.canvas for state in states)
+        at, plan, reuse = canvas.progress, canvas.plan, canvas.options.reuse
+        kept = reuse.feature_rows(at.prompt_len, at.length)
+        self.expected = predict(self.shape, reuse, plan, at.length, len(canvas.candidates()), kept)
+
+    def step_ended(self, requests, counts):
+        self.steps.append((counts, self.expected))
 
 
 def test_counted_work_is_the_predicted_work(engines):
     """Rows per projection, query-key pairs and keys read of every step, against the cost model."""
     for reuse in (Dense(), FastDLLM(), DLLMCache(prompt_interval=7, response_interval=3)):
         llm = engine(engines, "llada-tiny", {"name": reuse.name, **vars(reuse)})
-        shape = ModelShape.of(llm.llm_engine.model_config.hf_config)
-        runner, seen = runner_of(llm), []
-        denoise = runner._denoise
-
-        def watched(states, counts, failed, denoise=denoise, seen=seen):
-            (state,) = states
-            at = state.progress()
-            plan, heads = state.options.reuse.plan(at), len(state.candidates())
-            done = denoise(states, counts, failed)
-            kept = reuse.feature_rows(at.prompt_len, at.length)
-            seen.append((counts, shape.predict(plan, at.length, heads, reuse.selects, kept)))
-            return done
-
-        runner._denoise = watched
-        try:
+        with Predicted(llm) as seen:
+            shape = seen.shape = ModelShape.of(llm.llm_engine.model_config.hf_config)
             tokens(llm, list(requests(1)))
-        finally:
-            runner._denoise = denoise
-        assert len(seen) == 24
-        for counted, predicted in seen:
+        assert len(seen.steps) == 24
+        for counted, predicted in seen.steps:
             assert counted == predicted
-        if reuse.name != "none":
-            whole = Counts()
-            assert sum(shape.macs(c) for c, _ in seen) < 0.8 * 24 * shape.macs(seen[0][0]) and whole != seen[0][0]
+        work = [shape.macs(counted) for counted, _ in seen.steps]
+        # Of `none` the head alone becomes cheaper from step to step.
+        assert (sum(work) < 0.8 * 24 * work[0]) == (reuse.name != "none")
 
 
 def test_least_similar_per_canvas():
-    class Rows:
-        canvas = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
-        budgets = torch.tensor([2, 0, 3])
-
-    similarity = torch.tensor([0.9, 0.1, 0.9, 0.0, 0.1, 0.5, 0.5, 0.4])
-    assert least_similar(Rows, similarity).tolist() == [True, True, False, False, False, True, True, True]
+    reuse, plan = DLLMCache(), StepPlan(np.arange(3), np.arange(1), 1, 2, False)
+    streams = [
+        Stream(reuse, plan, np.zeros(3, np.int64), NOTHING, NOTHING, (0, 3)),
+        Stream(reuse, replace(plan, budget=0), np.zeros(3, np.int64), NOTHING, NOTHING, (0, 3)),
+        # a row of a new token is forced, and counts against the budget
+        Stream(reuse, replace(plan, budget=2), np.zeros(3, np.int64), NOTHING, np.array([2]), (0, 3)),
+    ]
+    (group,) = pack(streams, torch.device("cpu"), BlockShape(16, 2, 8, RowShape(16, 16))).groups
+    similarity = torch.tensor([0.9, 0.5, 0.5, 0.0, 0.1, 0.2, 0.9, 0.1, 0.9])
+    rows = group.least_similar(similarity)
+    assert rows.index.tolist() == [0, 1, 3, 6, 7, 8] and rows.counts == [2, 1, 3]
+    assert group.forced.index.tolist() == [0, 3, 6, 8]

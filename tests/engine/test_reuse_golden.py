@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN, golden_tensors
+from tests.engine.running import Recorder
 
 RUNS = json.loads((GOLDEN / "reuse" / "runs.json").read_text())["runs"]
 
@@ -17,30 +18,6 @@ def policy(run: dict) -> dict:
         fields = {"prompt_interval": run["Kp"], "response_interval": run["Kr"], "transfer_ratio": run["rho"]}
         return {"name": "dllm_cache", "parity": True, **fields}
     return {"name": "dyllm", "parity": True, "threshold": run["tau"], "full_steps": run["num_full_steps"]}
-
-
-class Recorder:
-    """Logits of every candidate of every step, by request."""
-
-    def __init__(self, runner):
-        self.runner, self.original, self.steps = runner, runner.head.run, {}
-
-    def __enter__(self):
-        def run(hidden, requests):
-            for request in requests:
-                logits = self.runner.model.compute_logits(hidden[request.rows])
-                self.steps.setdefault(request.state.req_id, []).append((request.positions.copy(), logits.numpy()))
-            self.original(hidden, requests)
-
-        self.runner.head.run = run
-        return self
-
-    def __exit__(self, *_):
-        self.runner.head.run = self.original
-
-
-def runner_of(llm):
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def prompts_of(tensors: dict) -> list[str]:
@@ -57,7 +34,7 @@ def test_official_outputs(engines, run):
     )  # fmt: skip
     prefixes = prompts_of(tensors)
     prompts = [{"prompt_token_ids": tensors[f"{prefix}prompt_ids"].tolist()} for prefix in prefixes]
-    with Recorder(runner_of(llm)) as recorder:
+    with Recorder(llm) as recorder:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     recorded = [recorder.steps[key] for key in sorted(recorder.steps, key=lambda k: int(k.split("-")[0]))]
     for prefix, prompt, output, steps in zip(prefixes, prompts, outputs, recorded, strict=True):

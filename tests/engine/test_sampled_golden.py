@@ -14,7 +14,7 @@ import torch
 from tests.conftest import golden_tensors
 from tests.engine.worker_calls import logits_of
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.base import Proposal, Rows, Turn
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, Turn
 
 V = 512
 
@@ -41,9 +41,9 @@ class ReferenceOrder:
 def rows(draws, mask_id, temperature=0.0, top_p=1.0, top_k=V):
     count = len(draws.candidates)
     full = lambda value, dtype: torch.full((count,), value, dtype=dtype)  # noqa: E731
-    return Rows(
+    return LogitRows(
         temperature=full(temperature, torch.float32), top_p=full(top_p, torch.float32), top_k=full(top_k, torch.int64),
-        suppress=full(False, torch.bool), confidence_eos_eot_inf=full(False, torch.bool), eos_id=391, eot_id=395, mask_id=mask_id,
+        options=dict.fromkeys(("suppress_eos", "confidence_eos_eot_inf"), full(False, torch.bool)), eos_id=391, eot_id=395, mask_id=mask_id,
         sampled=temperature > 0, filtered=top_p < 1 or top_k < V,
         exponential=draws.exponential, uniform=draws.uniform,
     )  # fmt: skip

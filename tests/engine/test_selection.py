@@ -7,10 +7,9 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.engine.test_invariance import tokens
+from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_reuse import CHECKPOINTS, POLICIES
-from tests.engine.test_reuse_golden import runner_of
-from vllm_dlm.cache.blocks import Pages, Slots
+from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
@@ -59,27 +58,6 @@ def requests(count=24, longest=120):
 
 def engine(engines, checkpoint, selection, **settings):
     return engines(checkpoint, additional_config={"dlm": {"selection": selection}}, **settings)
-
-
-class Counted:
-    """What the runner counts while it is inside."""
-
-    def __init__(self, llm):
-        self.runner = runner_of(llm)
-
-    def __enter__(self):
-        self.steps, self.denoise = [], self.runner._denoise
-        self.runner._denoise = lambda states, counts, failed: (
-            self.steps.append(counts),
-            self.denoise(states, counts, failed),
-        )[1]
-        return self
-
-    def __exit__(self, *_):
-        self.runner._denoise = self.denoise
-
-    def total(self, field):
-        return sum(getattr(counts, field) for counts in self.steps)
 
 
 EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
@@ -151,7 +129,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     generator = torch.Generator().manual_seed(0)
     blocks = -(-length // block_size)
     order = torch.randperm(2 * blocks + 4, generator=generator)
-    pages = Pages([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
+    pages = KVBlocks([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
     view = View(selection, prompt_len, length, block_size, order[:blocks], order[blocks : 2 * blocks], frozen)
     position = torch.arange(length)

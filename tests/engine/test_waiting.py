@@ -5,7 +5,7 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.test_invariance import tokens
+from tests.engine.running import tokens
 from vllm_dlm.engine.scheduler import OVERTAKES
 
 BLOCKS = 9  # of 32 tokens, beside the one vLLM keeps for itself

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from vllm_dlm.engine.canvas_attention import CanvasAttention
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.denoiser import plain_stream
 
 
 def logits_of(worker, canvases: list[list[int]]) -> list[torch.Tensor]:
@@ -14,16 +15,13 @@ def logits_of(worker, canvases: list[list[int]]) -> list[torch.Tensor]:
 @torch.inference_mode()
 def states_of(worker, canvases: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(hidden states after the embedding, every layer and the final norm [layers + 1, L, E], logits [L, V])"""
-    model = worker.model_runner.model
-    lengths = [len(canvas) for canvas in canvases]
-    ids = torch.tensor(np.concatenate(canvases))
-    rope = model.model.rope(torch.cat([torch.arange(length) for length in lengths]))
-    attend = CanvasAttention(lengths, lengths, model.model.layers[0].head_dim ** -0.5)
-    states = [model.embed_input_ids(ids)]
-    for layer in model.model.layers:
-        states.append(layer(states[-1], rope, attend))
-    logits = model.compute_logits(states[-1])
-    states[-1] = model.model.norm(states[-1])
+    model, denoiser = worker.model_runner.model, worker.model_runner.denoiser
+    lengths, states = [len(canvas) for canvas in canvases], []
+    streams = [plain_stream(np.array(canvas), np.arange(len(canvas))) for canvas in canvases]
+    hidden = denoiser.forward(streams, Counts(), lambda _, x: states.append(x.clone()))
+    assert torch.equal(hidden, states[-1])  # all rows are those of the head
+    states[-1] = model.model.norm(hidden)
+    logits = model.compute_logits(hidden)
     return list(zip(torch.stack(states).split(lengths, 1), logits.split(lengths), strict=True))
 
 

@@ -21,7 +21,7 @@ class Slots:
         return Slots(self.block[rows], self.offset[rows])
 
 
-class Pages:
+class KVBlocks:
     def __init__(self, layers: list[torch.Tensor]):
         self.layers = layers
         self.head_dim = layers[0].shape[-1] // 2
@@ -54,10 +54,9 @@ class Pages:
         rows = blocks.shape[1] // width
         return blocks[:, : rows * width].unflatten(1, (rows, width))
 
-    def write_features(self, layer: int, slots: Slots, features_TW: torch.Tensor, width: int, start: int = 0) -> None:
-        """Columns [start, start + W) of rows that are `width` wide."""
-        end = start + features_TW.shape[1]
-        self._features(layer, width)[slots.block, slots.offset, start:end] = features_TW
+    def write_features(self, layer: int, slots: Slots, features_TW: torch.Tensor) -> None:
+        self._features(layer, features_TW.shape[1])[slots.block, slots.offset] = features_TW
 
-    def read_features(self, layer: int, slots: Slots, width: int, start: int, end: int) -> torch.Tensor:
-        return self._features(layer, width)[slots.block, slots.offset, start:end]
+    def read_features(self, layer: int, slots: Slots, width: int) -> torch.Tensor:
+        """-> [T, W]"""
+        return self._features(layer, width)[slots.block, slots.offset]

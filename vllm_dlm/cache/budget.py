@@ -9,6 +9,7 @@ the same bytes.
 from dataclasses import dataclass
 
 from vllm_dlm.options import Options
+from vllm_dlm.plugins.reuse.base import Reuse, RowShape
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,7 @@ class BlockShape:
     block_size: int
     kv_heads: int
     head_dim: int
-    context_width: int  # H * D of this rank
-    hidden_width: int
+    row: RowShape
 
     @classmethod
     def of(cls, vllm_config) -> "BlockShape":
@@ -31,26 +31,22 @@ class BlockShape:
             vllm_config.cache_config.block_size,
             config.num_key_value_heads // ranks,
             head_dim,
-            heads * head_dim,
-            config.hidden_size,
+            RowShape(heads * head_dim, config.hidden_size),
         )
 
     @property
     def elements(self) -> int:
         return self.block_size * self.kv_heads * 2 * self.head_dim
 
-    def feature_width(self, features: str) -> int:
-        return {"none": 0, "sum": self.hidden_width, "context_ffn": self.context_width + self.hidden_width}[features]
-
-    def features_per_block(self, features: str) -> int:
-        return self.elements // max(self.feature_width(features), 1)
+    def features_per_block(self, reuse: Reuse) -> int:
+        return self.elements // max(reuse.feature_width(self.row), 1)
 
     def blocks(self, options: Options, prompt_len: int, length: int) -> tuple[int, int, int]:
         """(blocks of keys and values, of features, of a selection's summaries) of one canvas."""
         reuse, selection = options.reuse, options.selection
         rows = reuse.feature_rows(prompt_len, length)
         kv_blocks = -(-length // self.block_size)
-        features = -(-rows // self.features_per_block(reuse.features)) if rows else 0
+        features = -(-rows // self.features_per_block(reuse)) if rows else 0
         # a summary fills the slots of one key and its value
         summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
         return kv_blocks, features, -(-summaries // self.block_size)

@@ -1,6 +1,16 @@
-"""What scheduling knows of a request: no tokens, only where its canvas stands in its schedule."""
+"""A canvas and where it stands in its schedule: the one clock, the same in the scheduler and in the worker.
 
+The scheduler makes a canvas when its request is first in line and hands a copy
+to the worker when the request starts. From then on both apply the same
+commits, so both plan the same next step without talking about it; a request
+that was preempted starts again from the scheduler's canvas.
+"""
+
+import copy
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
@@ -8,23 +18,46 @@ from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 #: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
 LIVE_PER_ROW = 8
 
+NOTHING = np.zeros(0, dtype=np.int64)
 
-@dataclass
+
+@dataclass(frozen=True)
+class Commit:
+    """What one step did to a canvas."""
+
+    read: np.ndarray  # [C] masked positions whose logits were read, ascending
+    confidence: np.ndarray  # [C] probability of the token proposed for each
+    filled: np.ndarray  # [F] indices into `read`, ascending
+    tokens: np.ndarray  # [F]
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[F] where tokens came in"""
+        return self.read[self.filled]
+
+
 class Canvas:
-    """What scheduling needs to know of a request: where its canvas stands, and so what its next step will be."""
+    def __init__(self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int):
+        self.options, self.mask_id, self.shift = options, mask_id, shift
+        self.prompt_len = len(prompt)
+        self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
+        self.tokens[: self.prompt_len] = prompt
+        self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
+        self.changed = NOTHING  # positions that the last step filled
+        self.blocks = options.decoding.blocks(length - self.prompt_len)  # [start, end) within the response
+        self.block = 0
+        self.block_step = 0  # forwards of the current canvas block
+        self.step = 0  # forwards of the request
+        self.emitted = 0  # tokens of the response that were handed out: whole blocks, but for the last time
+        self.cold = True  # no forward since the start or a preemption
+        self._prompt = self.tokens[: self.prompt_len].copy()  # when the current block was opened
 
-    options: Options
-    prompt_len: int
-    length: int  # prompt and response
-    shift: int
-    blocks: list[tuple[int, int]]
-    block: int = 0
-    block_step: int = 0  # forwards of the current block
-    step: int = 0  # forwards of the request
-    cold: bool = True
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
     def streams(self) -> int:
+        """Canvases denoised side by side: classifier-free guidance adds one with the prompt masked."""
         return 2 if self.options.decoding.cfg_scale > 0 else 1
 
     @property
@@ -32,19 +65,83 @@ class Canvas:
         start, end = self.blocks[self.block]
         return end - start
 
+    @property
+    def end(self) -> int:
+        """First position behind the current block."""
+        return self.prompt_len + self.blocks[self.block][1]
+
+    def copy(self) -> "Canvas":
+        twin = copy.copy(self)
+        twin.tokens, twin.confidence, twin._prompt = (a.copy() for a in (self.tokens, self.confidence, self._prompt))
+        twin._moved()
+        return twin
+
+    # -- the next step ---------------------------------------------------------------------
+
+    @cached_property
+    def progress(self) -> Progress:
+        start, end = self.blocks[self.block]
+        return Progress(
+            prompt_len=self.prompt_len,
+            length=len(self),
+            block=(self.prompt_len + start, self.prompt_len + end),
+            block_step=self.block_step,
+            step=self.step,
+            cold=self.cold,
+            shift=self.shift,
+            mask_id=self.mask_id,
+            tokens=self.tokens,
+            confidence=self.confidence,
+            changed=self.changed,
+        )
+
+    @cached_property
     def plan(self) -> StepPlan:
-        start, end = (self.prompt_len + edge for edge in self.blocks[self.block])
-        at = Progress(self.prompt_len, self.length, (start, end), self.block_step, self.step, self.cold, self.shift)
-        return self.options.reuse.plan(at)
+        return self.options.reuse.plan(self.progress)
 
-    def rows(self, plan: StepPlan) -> int:
-        """Rows the step recomputes; rows it merely carries weigh less."""
-        return self.streams * max(plan.rows, -(-(plan.live[1] - plan.live[0]) // LIVE_PER_ROW), 1)
+    @property
+    def rows(self) -> int:
+        """What the step weighs: rows it recomputes; those it merely carries weigh less."""
+        return self.streams * max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
 
-    def stepped(self) -> None:
-        self.block_step, self.step, self.cold = self.block_step + 1, self.step + 1, False
+    def candidates(self) -> np.ndarray:
+        """Masked positions that may be filled now: all before the end of the current block. Masks that the
+        prompt brought along take part (infilling), as they do in the references."""
+        return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
-    def emitted(self, num_output_tokens: int) -> None:
-        """Blocks leave whole, so the number of tokens tells the current one."""
-        while self.block + 1 < len(self.blocks) and num_output_tokens >= self.blocks[self.block][1]:
+    def unconditional(self) -> np.ndarray:
+        """[N] tokens of the guidance stream: what was given is hidden, what was generated stays."""
+        tokens = self.tokens.copy()
+        tokens[: self.prompt_len] = self.mask_id
+        return tokens
+
+    # -- the clock moves -------------------------------------------------------------------
+
+    def _moved(self) -> None:
+        self.__dict__.pop("progress", None)
+        self.__dict__.pop("plan", None)
+
+    def apply(self, commit: Commit) -> None:
+        """A step has been made."""
+        self.tokens[commit.positions] = commit.tokens
+        self.confidence[commit.read] = commit.confidence
+        self.changed, self.cold = commit.positions, False
+        self.block_step, self.step = self.block_step + 1, self.step + 1
+        self._moved()
+
+    def hand_out(self, count: int) -> None:
+        """So many more tokens are out. Blocks leave whole, so that tells the current one."""
+        self.emitted += count
+        while self.block + 1 < len(self.blocks) and self.emitted >= self.blocks[self.block][1]:
             self.block, self.block_step = self.block + 1, 0
+            self._prompt = self.tokens[: self.prompt_len].copy()
+        self._moved()
+
+    def rewind(self) -> None:
+        """The caches are gone, and with them what was filled in the unfinished block. Since noise depends on (seed,
+        block, step, position) the block comes out the same."""
+        self.tokens[: self.prompt_len] = self._prompt
+        self.tokens[self.prompt_len + self.emitted :] = self.mask_id
+        self.confidence[self.tokens == self.mask_id] = np.nan
+        self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
+        self._moved()

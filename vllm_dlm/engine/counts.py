@@ -1,12 +1,10 @@
-"""What a step costs: counted while it runs, and predicted from the plans.
+"""What a step costs, counted while it runs.
 
 Unit: multiply-adds of the matrix products and bytes of K and V read. Element-wise
 work is left out; it is small beside both.
 """
 
 from dataclasses import dataclass, field
-
-from vllm_dlm.plugins.reuse.base import StepPlan
 
 
 @dataclass
@@ -71,19 +69,3 @@ class ModelShape:
 
     def kv_bytes(self, keys: int, element: int = 2) -> int:
         return keys * 2 * self.kv_heads * self.head_dim * element
-
-    def predict(self, plan: StepPlan, length: int, head_rows: int, selects: str | None, kept: int = 0) -> Counts:
-        """Counts of one canvas's step. Threshold policies are predicted at their most: every live row."""
-        live = plan.live[1] - plan.live[0]
-        counts = Counts(head_rows=head_rows)
-        dense = plan.whole(length)
-        some = live if plan.budget is None else plan.rows
-        for layer in range(self.layers):
-            last = layer == self.layers - 1
-            rows = live if dense or layer == 0 or selects is None else some
-            reads = max(head_rows, kept) if dense and last else rows
-            values = rows if selects == "contexts" else live
-            for phase, number in zip(counts.rows, (values, reads, rows, reads, reads), strict=True):
-                counts.projected(phase, number)
-            counts.attended([reads], [length], read=not dense)
-        return counts

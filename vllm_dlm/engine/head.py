@@ -6,7 +6,7 @@ exist; that buffer is part of the memory profile.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from vllm_dlm.engine import noise
 from vllm_dlm.engine.request import Denoising
-from vllm_dlm.plugins.decoding.base import Proposal, Rows
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
 
 #: logits alive at once in float32; sampling adds two float64 buffers of that many elements
 MAX_LOGITS = 1 << 23
@@ -72,14 +72,14 @@ class Head:
         decoding, _, _, guided, num_logprobs = requests[0].kind
         rows = torch.from_numpy(np.concatenate([r.rows for r in requests])).to(device)
         guide = torch.from_numpy(np.concatenate([r.guide_rows for r in requests])).to(device) if guided else None
-        table = _row_table(requests, self.vocab_size, device)
+        table = RowTable.of(requests, self.vocab_size, device)
         parts, logprobs = [], []
         for start in range(0, len(rows), self.max_rows):
             piece = slice(start, start + self.max_rows)
             logits_RV = self.compute_logits(hidden_TD[rows[piece]]).float()
             if guided:
                 guide_RV = self.compute_logits(hidden_TD[guide[piece]]).float()
-                scale_R1 = table["cfg_scale"][piece, None] + 1
+                scale_R1 = table.options["cfg_scale"][piece, None] + 1
                 logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
             raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
             proposal = decoding.propose(logits_RV, self._rows(table, piece, requests[0]))
@@ -95,14 +95,13 @@ class Head:
             request.proposal = Proposal(token[own], score[own], prob[own])
             request.logprobs = logprobs[own] if num_logprobs is not None else None
 
-    def _rows(self, table: dict[str, torch.Tensor], piece: slice, like: HeadRequest) -> Rows:
-        keys_R = table["keys"][piece]
-        return Rows(
-            temperature=table["temperature"][piece],
-            top_p=table["top_p"][piece],
-            top_k=table["top_k"][piece],
-            suppress=table["suppress"][piece],
-            confidence_eos_eot_inf=table["confidence_eos_eot_inf"][piece],
+    def _rows(self, table: "RowTable", piece: slice, like: HeadRequest) -> LogitRows:
+        keys_R = table.keys[piece]
+        return LogitRows(
+            temperature=table.temperature[piece],
+            top_p=table.top_p[piece],
+            top_k=table.top_k[piece],
+            options={field: column[piece] for field, column in table.options.items()},
             eos_id=self.config.eos_token_id,
             eot_id=self.config.eot_token_id,
             mask_id=self.config.mask_token_id,
@@ -113,30 +112,42 @@ class Head:
         )
 
 
-def _row_table(requests: list[HeadRequest], vocab_size: int, device) -> dict[str, torch.Tensor]:
-    """Per-row parameters [R], one row per candidate."""
-    counts = [len(request.rows) for request in requests]
+@dataclass
+class RowTable:
+    """Parameters of each candidate row, [R] each."""
 
-    def column(value, dtype):
-        values = np.array([value(r.state) for r in requests], dtype=dtype)
-        return torch.from_numpy(np.repeat(values, counts)).to(device)
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    options: dict[str, torch.Tensor]
+    keys: torch.Tensor
 
-    return {
-        "temperature": column(lambda s: s.sampling.temperature, np.float32),
-        "top_p": column(lambda s: s.sampling.top_p, np.float32),
-        "top_k": column(lambda s: s.sampling.top_k or vocab_size, np.int64),
-        "suppress": column(lambda s: s.options.decoding.suppress_eos, np.bool_),
-        "cfg_scale": column(lambda s: s.options.decoding.cfg_scale, np.float32),
-        "confidence_eos_eot_inf": column(
-            lambda s: getattr(s.options.decoding, "confidence_eos_eot_inf", False), np.bool_
-        ),
-        "keys": torch.cat(
-            [
-                noise.row_keys(r.state.sampling.seed, r.state.block, r.state.step, torch.from_numpy(r.positions))
-                for r in requests
-            ]
-        ).to(device),
-    }
+    @classmethod
+    def of(cls, requests: list[HeadRequest], vocab_size: int, device: torch.device) -> "RowTable":
+        counts = [len(request.rows) for request in requests]
+        states = [request.state for request in requests]
+
+        def column(values: list, dtype) -> torch.Tensor:
+            return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), counts)).to(device)
+
+        keys = [
+            noise.row_keys(s.sampling.seed, s.canvas.block, s.canvas.block_step, torch.from_numpy(r.positions))
+            for s, r in zip(states, requests, strict=True)
+        ]
+        options = {}
+        for field in fields(states[0].options.decoding):
+            values = [getattr(s.options.decoding, field.name) for s in states]
+            if all(isinstance(value, bool) for value in values):
+                options[field.name] = column(values, np.bool_)
+            elif all(isinstance(value, int | float | None) for value in values):
+                options[field.name] = column(values, np.float32)  # None becomes NaN
+        return cls(
+            temperature=column([s.sampling.temperature for s in states], np.float32),
+            top_p=column([s.sampling.top_p for s in states], np.float32),
+            top_k=column([s.sampling.top_k or vocab_size for s in states], np.int64),
+            options=options,
+            keys=torch.cat(keys).to(device),
+        )
 
 
 def _logprobs(logprobs_RV: torch.Tensor, token_R: torch.Tensor, count: int) -> list[Logprobs]:

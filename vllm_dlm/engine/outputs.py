@@ -1,32 +1,45 @@
-"""What a step hands back to vLLM: finished blocks, their log-probabilities, what they cost and who failed.
+"""What scheduler and worker hand each other beside vLLM's own: a canvas at the start, then what each step did to it.
 
-Read in vLLM 0.32: v1/outputs.py.
+Read in vLLM 0.32: v1/core/sched/output.py, v1/outputs.py.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 
 
 @dataclass
+class CanvasData(NewRequestData):
+    """A request that starts, or starts again, from where its canvas stands."""
+
+    canvas: Canvas | None = None
+
+
+@dataclass
 class DenoisingOutput(ModelRunnerOutput):
-    """vLLM's output, what the step cost, and which of its requests cannot go on."""
+    """vLLM's output, and what it has no words for."""
 
+    commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
 
 
-def make_output(outputs: dict[str, tuple[list[int], list]], counts: Counts, failed: Failures) -> DenoisingOutput:
+def make_output(
+    outputs: dict[str, tuple[list[int], list]], commits: dict[str, Commit], counts: Counts, failed: Failures
+) -> DenoisingOutput:
     """`outputs`: what each request hands out, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),
         req_id_to_index={req_id: index for index, req_id in enumerate(outputs)},
         sampled_token_ids=[tokens for tokens, _ in outputs.values()],
         logprobs=logprobs_lists(list(outputs.values())),
+        commits=commits,
         counts=counts,
         failed=dict(failed),
     )

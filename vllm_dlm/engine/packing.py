@@ -13,8 +13,13 @@ import numpy as np
 import torch
 
 from vllm_dlm.cache.blocks import Slots
+from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
+from vllm_dlm.plugins.reuse.flow import Columns, Rows
+
+#: vLLM hands it to nobody; what has no slot of its own is written here
+NULL_BLOCK = 0
 
 
 @dataclass
@@ -44,12 +49,12 @@ class Stream:
 
     @property
     def kind(self) -> tuple:
-        # Of one policy some canvases may have pages and others none: `none` has them under a selection only.
+        # Of one policy some canvases may have blocks and others none: `none` has them under a selection only.
         return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.selection
 
     @property
     def num_rows(self) -> int:
-        return self.plan.live[1] - self.plan.live[0]
+        return len(self.plan.live)
 
 
 @dataclass
@@ -60,38 +65,35 @@ class Group:
     whole: bool
     filtered: bool
     views: list[View]  # of the canvases; none, if they see everything
-    rows: slice  # of the forward's packed rows
+    span: slice  # of the forward's packed rows
     positions: torch.Tensor  # [T]
     canvas: torch.Tensor  # [T] index of the row's canvas within the group
-    forced: torch.Tensor  # [T] bool
-    changed: torch.Tensor  # [T] bool
+    columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is to be read
-    fresh: torch.Tensor  # [T] bool: rows whose visible keys change in this step
     prompt_rows: list[int]  # live rows of each canvas before its response
     response_starts: list[int]
-    budgets: torch.Tensor  # [canvases]
-    live_lens: list[int]
     kv_lens: list[int]
     tables: list[torch.Tensor]  # block ids of each canvas
     slots: Slots  # of each row's K and V
-    featured: torch.Tensor  # [F] rows that keep features
-    feature_slots: Slots  # [F]
-    out: torch.Tensor  # [O] rows anybody reads after the last layer of a dense step
-    out_lens: list[int]
-    read: torch.Tensor  # [P] rows of the response, and the row before it: all the head can ask for
-    head: torch.Tensor  # [R] rows the head needs: into what the last layer gives
-    salient: torch.Tensor | None = None  # [T] bool, carried from layer to layer
+    feature_width: int
+    feature_slots: Slots  # of each row's features; those of rows that keep none are nobody's
+    all: Rows
+    forced: Rows
+    response: Rows
+    wanted: Rows
+    head: Rows  # [R] those the head needs
+    #: [S] the first places of each canvas when its rows are sorted by similarity, forced ones first
+    leading: Rows
 
-    def features_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, Slots]:
-        """Of ascending rows those that keep features: their places among `rows`, and their slots."""
-        if len(rows) == len(self.positions):
-            return self.featured, self.feature_slots
-        kept = torch.isin(self.featured, rows)
-        return torch.searchsorted(rows, self.featured[kept]), self.feature_slots[kept]
+    def where(self, mask_T: torch.Tensor) -> Rows:
+        index = mask_T.nonzero()[:, 0]
+        return Rows(index, torch.bincount(self.canvas[index], minlength=len(self.kv_lens)).tolist())
 
-    def split_counts(self, rows: torch.Tensor) -> list[int]:
-        """How many of the given rows each canvas has."""
-        return torch.bincount(self.canvas[rows], minlength=len(self.live_lens)).tolist()
+    def least_similar(self, similarity_T: torch.Tensor) -> Rows:
+        # One stable sort for all canvases: by similarity, then by canvas.
+        order_T = similarity_T.masked_fill(self.columns.forced, -torch.inf).argsort(stable=True)
+        order_T = order_T[self.canvas[order_T].argsort(stable=True)]
+        return Rows(self.leading.of(order_T).sort().values, self.leading.counts)
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Packed:
 
 def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
     """Forwards of at most `max_rows` rows, whole canvases each (one canvas may be alone with more)."""
-    forwards, rows = [[]], 0
+    forwards: list[list[Stream]] = [[]]
+    rows = 0
     for stream in streams:
         if forwards[-1] and rows + stream.num_rows > max_rows:
             forwards.append([])
@@ -113,93 +116,117 @@ def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
     return forwards
 
 
-def pack(streams: list[Stream], device, block_size: int, features_per_block) -> Packed:
-    """`streams` come sorted by kind; `features_per_block(reuse)` says how many feature rows a block holds."""
-    ids = np.concatenate([s.token_ids[slice(*s.plan.live)] for s in streams])
-    positions = np.concatenate([np.arange(*s.plan.live) for s in streams])
+def pack(streams: list[Stream], device: torch.device, shape: BlockShape) -> Packed:
+    """`streams` come sorted by kind."""
+    ids = np.concatenate([s.token_ids[s.plan.live] for s in streams])
+    positions = np.concatenate([s.plan.live for s in streams])
     groups, start = [], 0
-    for (reuse, *_), members in groupby(streams, key=lambda s: s.kind):
-        members = list(members)
-        count = sum(s.num_rows for s in members)
-        groups.append(
-            _group(reuse, members, slice(start, start + count), device, block_size, features_per_block(reuse))
-        )
-        start += count
+    for _, members in groupby(streams, key=lambda s: s.kind):
+        alike = list(members)
+        end = start + sum(s.num_rows for s in alike)
+        groups.append(Packing(alike, device, shape).group(slice(start, end)))
+        start = end
     both = torch.from_numpy(np.stack([ids, positions])).to(device, non_blocking=True)
     return Packed(both[0], both[1], groups)
 
 
-def _group(reuse, streams, rows, device, block_size, features_per_block) -> Group:
-    whole, cached = streams[0].whole, streams[0].cached
-    columns = {name: [] for name in ("position", "canvas", "forced", "changed", "voter", "fresh", "block", "offset")}
-    featured, feature_block, feature_offset, out, read, head = [], [], [], [], [], []
-    first = 0
-    for index, stream in enumerate(streams):
-        live = np.arange(*stream.plan.live)
-        first_feature = len(stream.token_ids) - stream.feature_rows
-        keeps = live >= first_feature
-        columns["position"].append(live)
-        columns["canvas"].append(np.full(len(live), index))
-        changed = np.isin(live, stream.changed)
-        columns["changed"].append(changed)
-        forced = (live >= stream.plan.forced[0]) & (live < stream.plan.forced[1])
-        columns["forced"].append(forced | changed if reuse.force_changed else forced)
-        if cached:
-            columns["block"].append(stream.kv_table[live // block_size])
-            columns["offset"].append(live % block_size)
-        if stream.feature_rows:
-            slot = live[keeps] - first_feature
-            featured.append(first + np.flatnonzero(keeps))
-            feature_block.append(stream.feature_table[slot // features_per_block])
-            feature_offset.append(slot % features_per_block)
-        is_head = np.isin(live, stream.head_positions)
-        head.append(first + np.flatnonzero(is_head))
-        is_read = live >= stream.response[0]
-        columns["voter"].append(is_head)
-        columns["fresh"].append(is_read & stream.chooses)
+class Packing:
+    """Of canvases of one kind."""
+
+    def __init__(self, streams: list[Stream], device: torch.device, shape: BlockShape):
+        self.streams, self.device, self.block_size = streams, device, shape.block_size
+        self.reuse = streams[0].reuse
+        self.feature_width = self.reuse.feature_width(shape.row)
+        self.features_per_block = shape.features_per_block(self.reuse)
+
+    def group(self, span: slice) -> Group:
+        streams, cached = self.streams, self.streams[0].cached
+        forced = [self._forced(stream) for stream in streams]
+        heads = [among(s, s.head_positions) for s in streams]
+        response = [s.plan.live >= s.response[0] for s in streams]
         # The last layer's features of prompt rows would feed nobody but those rows.
-        out.append(first + np.flatnonzero(is_head | (keeps & is_read)))
-        read.append(first + np.flatnonzero(is_read))
-        first += len(live)
+        wanted = [
+            head | (read & (s.plan.live >= len(s.token_ids) - s.feature_rows))
+            for s, head, read in zip(streams, heads, response, strict=True)
+        ]
+        columns = Columns(
+            forced=self._upload(forced, np.bool_),
+            changed=self._upload([among(s, s.changed) for s in streams], np.bool_),
+            fresh=self._upload([read & s.chooses for s, read in zip(streams, response, strict=True)], np.bool_),
+            response=self._upload(response, np.bool_),
+        )
+        sizes = [s.num_rows for s in streams]
+        nowhere = Slots(*[torch.zeros(0, dtype=torch.int64, device=self.device)] * 2)
+        return Group(
+            reuse=self.reuse,
+            whole=streams[0].whole,
+            filtered=streams[0].filtered,
+            views=[s.view for s in streams if s.view],
+            span=span,
+            positions=self._upload([s.plan.live for s in streams]),
+            canvas=self._upload([np.full(size, i) for i, size in enumerate(sizes)]),
+            columns=columns,
+            voters=self._upload(heads, np.bool_),
+            prompt_rows=[int(len(read) - read.sum()) for read in response],
+            response_starts=[s.response[0] for s in streams],
+            kv_lens=[len(s.token_ids) for s in streams],
+            tables=[torch.from_numpy(s.kv_table).to(self.device) for s in streams] if cached else [],
+            slots=self._slots() if cached else nowhere,
+            feature_width=self.feature_width,
+            feature_slots=self._feature_slots() if any(s.feature_rows for s in streams) else nowhere,
+            all=Rows(None, sizes),
+            forced=self._rows(forced),
+            response=self._rows(response),
+            wanted=self._rows(wanted),
+            head=self._rows(heads),
+            leading=self._leading(forced),
+        )
 
-    def upload(parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(dtype)).to(device, non_blocking=True)
+    def _upload(self, parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(self.device, non_blocking=True)
 
-    head_rows = np.concatenate(head)
-    last_rows = np.concatenate(out if whole else read if reuse.attention == "delta_v" else [np.arange(first)])
-    return Group(
-        reuse=reuse,
-        whole=whole,
-        filtered=streams[0].filtered,
-        views=[stream.view for stream in streams if stream.view],
-        rows=rows,
-        positions=upload(columns["position"]),
-        canvas=upload(columns["canvas"]),
-        forced=upload(columns["forced"], np.bool_),
-        changed=upload(columns["changed"], np.bool_),
-        voters=upload(columns["voter"], np.bool_),
-        fresh=upload(columns["fresh"], np.bool_),
-        prompt_rows=[max(0, s.response[0] - s.plan.live[0]) for s in streams],
-        response_starts=[s.response[0] for s in streams],
-        budgets=upload([np.array([_budget(stream) for stream in streams])]),
-        live_lens=[stream.num_rows for stream in streams],
-        kv_lens=[len(stream.token_ids) for stream in streams],
-        tables=[torch.from_numpy(s.kv_table).to(device) for s in streams] if cached else [],
-        slots=Slots(upload(columns["block"]), upload(columns["offset"])),
-        featured=upload(featured),
-        feature_slots=Slots(upload(feature_block), upload(feature_offset)),
-        out=upload(out),
-        out_lens=[len(part) for part in out],
-        read=upload(read),
-        head=upload([np.searchsorted(last_rows, head_rows)]),
-    )
+    def _rows(self, masks: list[np.ndarray]) -> Rows:
+        counts = [int(mask.sum()) for mask in masks]
+        together = np.concatenate(masks)
+        return Rows(None if together.all() else self._upload([np.flatnonzero(together)]), counts)
+
+    def _forced(self, stream: Stream) -> np.ndarray:
+        """[T] bool: by the plan, and those of new tokens unless the policy has it otherwise"""
+        plan = stream.plan
+        if len(plan.forced) == len(plan.live):
+            return np.ones(len(plan.live), np.bool_)
+        forced = among(stream, plan.forced)
+        return forced | among(stream, stream.changed) if self.reuse.force_changed else forced
+
+    def _leading(self, forced: list[np.ndarray]) -> Rows:
+        """Rows of new tokens are forced and count against the plan's budget."""
+        counts, places, start = [], [], 0
+        for stream, mask in zip(self.streams, forced, strict=True):
+            plan = stream.plan
+            count = min(max(int(mask.sum()), len(plan.forced) + (plan.budget or 0)), len(plan.live))
+            counts.append(count)
+            places.append(np.arange(start, start + count))
+            start += len(plan.live)
+        return Rows(self._upload(places), counts)
+
+    def _slots(self) -> Slots:
+        blocks = [s.kv_table[s.plan.live // self.block_size] for s in self.streams]
+        return Slots(self._upload(blocks), self._upload([s.plan.live % self.block_size for s in self.streams]))
+
+    def _feature_slots(self) -> Slots:
+        blocks, offsets = [], []
+        for stream in self.streams:
+            row = stream.plan.live - (len(stream.token_ids) - stream.feature_rows)
+            table = stream.feature_table if stream.feature_rows else np.array([NULL_BLOCK])
+            keeps = (row >= 0) & (stream.feature_rows > 0)
+            row = np.where(keeps, row, 0)
+            blocks.append(np.where(keeps, table[row // self.features_per_block], NULL_BLOCK))
+            offsets.append(np.where(keeps, row % self.features_per_block, 0))
+        return Slots(self._upload(blocks), self._upload(offsets))
 
 
-def _budget(stream: Stream) -> int:
-    """Rows to choose by similarity: rows of new tokens are forced and count against the plan's budget."""
-    budget = stream.plan.budget or 0
-    if stream.reuse.force_changed:
-        start, end = stream.plan.forced
-        inside = (stream.changed >= stream.plan.live[0]) & ((stream.changed < start) | (stream.changed >= end))
-        budget = max(0, budget - int(inside.sum()))
-    return budget
+def among(stream: Stream, positions: np.ndarray) -> np.ndarray:
+    """[T] bool: which live rows are of these positions"""
+    mask = np.zeros(len(stream.token_ids), np.bool_)
+    mask[positions] = True
+    return mask[stream.plan.live]

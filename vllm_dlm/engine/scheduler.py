@@ -12,7 +12,7 @@ from itertools import islice
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
@@ -21,10 +21,10 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.outputs import CanvasData
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
-from vllm_dlm.plugins.reuse.base import StepPlan
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -39,7 +39,6 @@ class DenoisingScheduler(Scheduler):
         self.shape = BlockShape.of(self.vllm_config)
         self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
         self.canvases: dict[str, Canvas] = {}
-        self.preempted: dict[str, int] = {}  # forwards behind a preempted request at its current block
         self.overtaken: Counter[str] = Counter()  # how often a waiting request was passed
         self.counts = StepCounts()
         self.failed = Failures()  # requests that end with an error when this step's output comes back
@@ -61,7 +60,7 @@ class DenoisingScheduler(Scheduler):
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
         output = SchedulerOutput(
-            scheduled_new_reqs=[self._new_request_data(request) for request in new],
+            scheduled_new_reqs=[self._canvas_data(request) for request in new],
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=[request.request_id for request in old],
                 resumed_req_ids=set(),
@@ -90,14 +89,15 @@ class DenoisingScheduler(Scheduler):
 
     # -- who runs --------------------------------------------------------------------------
 
-    def _plan(self, request: Request) -> tuple[Canvas, StepPlan] | None:
-        """What the request's next step will be; None: its policy raised an error, and it fails."""
+    def _planned(self, request: Request) -> Canvas | None:
+        """Its canvas, the next step planned; None: its policy raised an error, and it fails."""
         with self.failed.of(request.request_id):
             canvas = self._canvas(request)
-            return canvas, canvas.plan()
+            canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
+            return canvas
         return None
 
-    def _fits(self, canvas: Canvas, plan: StepPlan, rows: dict[str, int], refreshing: bool) -> bool:
+    def _fits(self, canvas: Canvas, rows: dict[str, int], refreshing: bool) -> bool:
         """Whether a request's next step goes into this one.
 
         Refreshes are dear and come at intervals: no two of them in one step (unless the policy says
@@ -106,20 +106,19 @@ class DenoisingScheduler(Scheduler):
         """
         if not rows:
             return True  # alone, a request always runs: with guidance it may exceed the budget
-        if plan.refresh and refreshing and canvas.options.reuse.stagger:
+        if canvas.plan.refresh and refreshing and canvas.options.reuse.stagger:
             return False
-        return sum(rows.values()) + canvas.rows(plan) <= self.max_num_scheduled_tokens
+        return sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
 
     def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request]]:
         taken, skipped = [], []
         refreshing = False
         for request in self.running:
-            if (planned := self._plan(request)) is None:
+            if (canvas := self._planned(request)) is None:
                 continue
-            canvas, plan = planned
-            if self._fits(canvas, plan, rows, refreshing):
-                rows[request.request_id] = canvas.rows(plan)
-                refreshing |= plan.refresh
+            if self._fits(canvas, rows, refreshing):
+                rows[request.request_id] = canvas.rows
+                refreshing |= canvas.plan.refresh
                 taken.append(request)
             else:
                 skipped.append(request)
@@ -127,12 +126,12 @@ class DenoisingScheduler(Scheduler):
 
     def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
         admitted = []
-        refreshing = any(self.canvases[request_id].plan().refresh for request_id in rows)
+        refreshing = any(self.canvases[request_id].plan.refresh for request_id in rows)
         while len(self.running) < self.max_num_active_reqs:
             if (found := self._next_waiting()) is None:
                 break
-            request, canvas, plan = found
-            if not self._fits(canvas, plan, rows, refreshing):
+            request, canvas = found
+            if not self._fits(canvas, rows, refreshing):
                 break
             self._allocate(request, canvas)
             self._leave_queue(request)
@@ -144,12 +143,12 @@ class DenoisingScheduler(Scheduler):
                     num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
                 )
             request.status = RequestStatus.RUNNING
-            rows[request.request_id] = canvas.rows(plan)
-            refreshing |= plan.refresh
+            rows[request.request_id] = canvas.rows
+            refreshing |= canvas.plan.refresh
             admitted.append(request)
         return admitted
 
-    def _next_waiting(self) -> tuple[Request, Canvas, StepPlan] | None:
+    def _next_waiting(self) -> tuple[Request, Canvas] | None:
         """The first in line; while there is no memory for that one, the first behind it for which there is.
 
         Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so
@@ -159,8 +158,8 @@ class DenoisingScheduler(Scheduler):
             with self.failed.of(request.request_id):
                 canvas = self._canvas(request)
                 self._check_size(canvas)
-                if self._has_memory(canvas):
-                    return request, canvas, canvas.plan()
+                if self._has_memory(canvas) and self._planned(request):
+                    return request, canvas
                 if self.overtaken[request.request_id] >= OVERTAKES:
                     break
         return None
@@ -172,11 +171,10 @@ class DenoisingScheduler(Scheduler):
             self.overtaken[ahead.request_id] += 1
         self.waiting.remove_request(request)
         self.overtaken.pop(request.request_id, None)
-        self.preempted.pop(request.request_id, None)
 
     def _blocks(self, canvas: Canvas) -> int:
         """Of the whole canvas at once: its length is known, so a running request never lacks memory."""
-        return self.shape.tokens(canvas.options, canvas.prompt_len, canvas.length) // self.shape.block_size
+        return self.shape.tokens(canvas.options, canvas.prompt_len, len(canvas)) // self.shape.block_size
 
     def _check_size(self, canvas: Canvas) -> None:
         """The front-end refuses what cannot fit, but of unequal replicas it knows the average only."""
@@ -198,34 +196,27 @@ class DenoisingScheduler(Scheduler):
         if canvas := self.canvases.get(request.request_id):
             return canvas
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
-        prompt_len = request.num_prompt_tokens
-        length = min(prompt_len + request.max_tokens, self.max_model_len)
-        blocks = options.decoding.blocks(length - prompt_len)
-        shift = self.vllm_config.model_config.hf_config.logits_shift
-        canvas = Canvas(options, prompt_len, length, shift, blocks, step=self.preempted.get(request.request_id, 0))
-        canvas.emitted(request.num_output_tokens)
+        config = self.vllm_config.model_config.hf_config
+        length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length)
         self.canvases[request.request_id] = canvas
         return canvas
 
-    def _new_request_data(self, request: Request) -> NewRequestData:
+    def _canvas_data(self, request: Request) -> CanvasData:
         blocks = self.kv_cache_manager.get_blocks(request.request_id)
-        return NewRequestData.from_request(
-            request, blocks.get_block_ids(), prefill_token_ids=list(request.all_token_ids)
-        )
+        data = CanvasData.from_request(request, blocks.get_block_ids())
+        data.canvas = self.canvases[request.request_id]
+        return data
 
     # -- what came back --------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
         ended = self._end_failed(model_runner_output)
+        commits = getattr(model_runner_output, "commits", {})
         for request_id in scheduler_output.num_scheduled_tokens:
-            if canvas := self.canvases.get(request_id):
-                plan = canvas.plan()
-                self.counts.denoising_steps += 1
-                self.counts.canvas_positions += canvas.block_width
-                self.counts.rows_live += canvas.streams * (plan.live[1] - plan.live[0])
-                self.counts.rows_dense += canvas.streams * canvas.length
-                self.counts.refresh_steps += plan.refresh or plan.whole(canvas.length)
-                canvas.stepped()
+            if (canvas := self.canvases.get(request_id)) and request_id in commits:
+                self._count(canvas)
+                canvas.apply(commits[request_id])
         if (counts := getattr(model_runner_output, "counts", None)) is not None:
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
@@ -240,6 +231,14 @@ class DenoisingScheduler(Scheduler):
                 outputs[request.client_index] = EngineCoreOutputs()
             outputs[request.client_index].outputs.append(end)
         return outputs
+
+    def _count(self, canvas: Canvas) -> None:
+        """A step of it has been made."""
+        self.counts.denoising_steps += 1
+        self.counts.canvas_positions += canvas.block_width
+        self.counts.rows_live += canvas.streams * len(canvas.plan.live)
+        self.counts.rows_dense += canvas.streams * len(canvas)
+        self.counts.refresh_steps += canvas.plan.refresh or canvas.plan.whole(len(canvas))
 
     def _end_failed(self, model_runner_output) -> list[tuple[Request, str]]:
         """Requests that cannot go on, here or in the worker: their clients are told, everybody else's go on."""
@@ -258,20 +257,16 @@ class DenoisingScheduler(Scheduler):
         self.counts.denoising_steps += 1
         self.counts.canvas_positions += canvas.block_width
         self.counts.committed_tokens += len(tokens)
-        canvas.emitted(request.num_output_tokens)
+        canvas.hand_out(len(tokens))
         return tokens, stopped
 
-    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
-        canvas = self.canvases[request.request_id]
-        self.preempted[request.request_id] = canvas.step - canvas.block_step
-        super()._preempt_request(request, *args, **kwargs)
-
     def _free_request_blocks(self, request: Request) -> None:
-        # finished, aborted or preempted; a preempted request gets a new canvas when it is first in line again
-        self.canvases.pop(request.request_id, None)
+        # finished, aborted or preempted; a preempted request goes on from where its last block ended
         if request.is_finished():
-            self.preempted.pop(request.request_id, None)
+            self.canvases.pop(request.request_id, None)
             self.overtaken.pop(request.request_id, None)
+        elif canvas := self.canvases.get(request.request_id):
+            canvas.rewind()
         super()._free_request_blocks(request)
 
     def make_stats(self, *args, **kwargs):

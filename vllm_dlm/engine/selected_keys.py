@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_dlm.cache.blocks import Pages, Slots
+from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.kernels.delta_attention import delta_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention
@@ -56,7 +56,7 @@ class View:
         self.steps += 1
         return not self.chosen
 
-    def refresh(self, layer: int, pages: Pages, keys: torch.Tensor, counts: Counts) -> None:
+    def refresh(self, layer: int, pages: KVBlocks, keys: torch.Tensor, counts: Counts) -> None:
         """The prompt has new keys in this layer, [prompt_len, Hkv, D]."""
         if self.sees_all(layer):
             return
@@ -71,7 +71,7 @@ class View:
 
     # -- attention -------------------------------------------------------------------------
 
-    def choose(self, layer: int, pages: Pages, q: torch.Tensor, voters: torch.Tensor, scale: float, counts: Counts):
+    def choose(self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float, counts: Counts):
         """-> [Hkv, K] units to read, those outside the prompt included"""
         if layer not in self.chosen:
             asked = Asked(
@@ -85,12 +85,14 @@ class View:
         free = torch.arange(self.free, len(self.units), dtype=units.dtype, device=units.device)
         return torch.cat([units, free.expand(len(units), -1)], 1)
 
-    def _read(self, layer: int, pages: Pages, runs: torch.Tensor, size: int) -> torch.Tensor:
+    def _read(self, layer: int, pages: KVBlocks, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Runs [Hkv, m] of `size` neighbours -> [Hkv, m, size, 2 * D]"""
         first = runs.long() * size
         return pages.read_runs(layer, Slots(self.kv_table[first // self.block_size], first % self.block_size), size)
 
-    def attend(self, layer: int, pages: Pages, q: torch.Tensor, voters, scale: float, counts: Counts) -> torch.Tensor:
+    def attend(
+        self, layer: int, pages: KVBlocks, q: torch.Tensor, voters, scale: float, counts: Counts
+    ) -> torch.Tensor:
         """q [n, H, D] over what is visible -> [n, H, D]"""
         if not len(q):
             return q
@@ -104,7 +106,7 @@ class View:
     def delta(
         self,
         layer: int,
-        pages: Pages,
+        pages: KVBlocks,
         q: torch.Tensor,
         voters,
         changed: torch.Tensor,

@@ -1,0 +1,62 @@
+"""Engines in this process: their tokens, their parts, and observers of their steps."""
+
+from vllm_dlm.engine.denoiser import Observer
+
+
+def tokens(llm, requests) -> list[tuple[int, ...]]:
+    prompts, params = zip(*requests, strict=True)
+    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def core_of(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner_of(llm):
+    return core_of(llm).model_executor.driver_worker.worker.model_runner
+
+
+def free_blocks(core) -> int:
+    return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+class Watching(Observer):
+    """Sees the steps of an engine while it is inside."""
+
+    def __init__(self, llm):
+        self.denoiser = runner_of(llm).denoiser
+
+    def __enter__(self):
+        self.denoiser.observers.append(self)
+        return self
+
+    def __exit__(self, *_):
+        self.denoiser.observers.remove(self)
+
+
+class Recorder(Watching):
+    """Positions and logits of every candidate of every step, by request."""
+
+    def __enter__(self):
+        self.steps = {}
+        return super().__enter__()
+
+    def head_read(self, hidden, requests):
+        for request in requests:
+            logits = self.denoiser.model.compute_logits(hidden[request.rows])
+            self.steps.setdefault(request.state.req_id, []).append((request.positions.copy(), logits.numpy()))
+
+
+class Counted(Watching):
+    """What each step counted."""
+
+    def __enter__(self):
+        self.steps = []
+        return super().__enter__()
+
+    def step_ended(self, requests, counts):
+        self.steps.append(counts)
+
+    def total(self, field: str) -> int:
+        return sum(getattr(counts, field) for counts in self.steps)

@@ -1,0 +1,156 @@
+"""One denoising step of every scheduled request, in one packed forward; the same Python on every device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.cache.blocks import KVBlocks
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.forward import Watch, denoise
+from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.packing import Stream, pack, split
+from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.plugins.reuse.base import StepPlan, span
+from vllm_dlm.plugins.reuse.none import Dense
+
+
+class Observer:
+    """Looks at steps as they are made; tests and benchmarks derive from it."""
+
+    def step_begins(self, states: Sequence[Denoising]) -> None: ...
+
+    def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
+        """hidden [R, E]: rows behind the last layer; the requests say which are theirs."""
+
+    def step_ended(self, requests: Sequence[HeadRequest], counts: Counts) -> None: ...
+
+
+class Reader(NamedTuple):
+    """A stream, and whose logits it gives."""
+
+    stream: Stream
+    request: HeadRequest
+    guides: bool  # it is the request's guidance twin
+
+
+class Denoiser:
+    def __init__(self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device):
+        self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
+        self.blocks: KVBlocks | None = None  # until vLLM says how many there are
+        self.observers: list[Observer] = []
+
+    def step(
+        self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures
+    ) -> list[HeadRequest]:
+        """One forward of all requests -> what is proposed for those that have not failed. `tables`: their blocks"""
+        for observer in self.observers:
+            observer.step_begins(states)
+        readers: list[Reader] = []
+        for state in states:
+            with failed.of(state.req_id):
+                readers += self._readers(state, tables[state.req_id])
+        requests = [reader.request for reader in readers if not reader.guides]
+        if readers:
+            with failed.of(*(request.state.req_id for request in requests), in_forward=True):
+                self._propose(readers, requests, counts, failed)
+        requests = [request for request in requests if request.state.req_id not in failed]
+        for observer in self.observers:
+            observer.step_ended(requests, counts)
+        return requests
+
+    def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
+        # Canvases treated alike stand together, so that they share a group of rows.
+        readers.sort(key=lambda reader: repr(reader.stream.kind))
+        hidden = self.forward([reader.stream for reader in readers], counts)
+        start = 0
+        for stream, request, guides in readers:
+            rows = np.arange(start, start := start + len(stream.head_positions))
+            # several positions may be read at one row: Dream's position 0 and 1
+            read = np.maximum(request.positions - request.state.canvas.shift, 0)
+            rows = rows[np.searchsorted(stream.head_positions, read)]
+            request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+        for observer in self.observers:
+            observer.head_read(hidden, requests)
+        self.head.run(hidden, requests)
+        for request in requests:
+            if not request.finite:
+                own = [reader.stream for reader in readers if reader.request is request]
+                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+
+    def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
+        """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
+        does not matter what that writes to its caches.)"""
+        rows = np.concatenate([request.rows, request.guide_rows if len(streams) > 1 else request.rows[:0]])
+        places = []
+        if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
+            self.forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
+            places.append("a layer")
+        return (
+            f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
+        )
+
+    def _readers(self, state: Denoising, table: np.ndarray) -> list[Reader]:
+        """The request's canvas and, with guidance, its twin: two caches that never meet."""
+        canvas, options = state.canvas, state.options
+        at, plan, reuse = canvas.progress, canvas.plan, options.reuse
+        positions = reuse.candidates(canvas.candidates(), at)
+        # Dream's logits at i predict i + 1; position 0 falls back on its own row.
+        heads = np.maximum(positions - canvas.shift, 0)
+        live = np.zeros(len(canvas), np.bool_)
+        live[plan.live] = True
+        seen = live[heads]
+        request = HeadRequest(state, positions[seen], rows=None, guide_rows=None)
+        kv_blocks, feature_blocks, summary_blocks = self.shape.blocks(options, at.prompt_len, at.length)
+        each = kv_blocks + feature_blocks + summary_blocks
+        readers = []
+        for twin in range(canvas.streams):
+            own = table[twin * each : (twin + 1) * each] if options.caches else table
+            kv_table, feature_table, summary_table = np.split(own, [kv_blocks, kv_blocks + feature_blocks])
+            if twin not in state.views:
+                state.views[twin] = self._view(state, kv_table, summary_table)
+            view = state.views[twin]
+            filtered = view is not None and not reuse.caches and not at.cold
+            stream = Stream(
+                reuse=reuse,
+                plan=plan,
+                token_ids=canvas.unconditional() if twin else canvas.tokens,
+                head_positions=np.unique(heads[seen]),
+                changed=canvas.changed,
+                response=at.response,
+                feature_rows=reuse.feature_rows(at.prompt_len, at.length),
+                kv_table=kv_table if options.caches else None,
+                feature_table=feature_table,
+                view=view,
+                filtered=filtered,
+                chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
+            )
+            readers.append(Reader(stream, request, bool(twin)))
+        return readers
+
+    def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
+        selection, canvas = state.options.selection, state.canvas
+        if not selection.applies(canvas.prompt_len, len(canvas)):
+            return None
+        tables = (torch.from_numpy(table).to(self.device) for table in (kv_table, summary_table))
+        frozen = state.options.reuse.keeps_contexts
+        return View(selection, canvas.prompt_len, len(canvas), self.shape.block_size, *tables, frozen)
+
+    def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+        """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
+        hidden = []
+        for part in split(streams, self.max_rows):
+            packed = pack(part, self.device, self.shape)
+            hidden.append(denoise(self.model, packed, self.blocks, counts, watch))
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+
+def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
+    """A canvas as the exact model sees it, without caches."""
+    plan = StepPlan.dense(span(0, len(tokens)))
+    return Stream(Dense(), plan, tokens, heads, NOTHING, (0, len(tokens)))
