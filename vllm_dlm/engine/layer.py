@@ -57,7 +57,15 @@ class LayerStep:
             together = {number: ask for number, ask in asks.items() if type(ask) is kind}
             for number, result in zip(together, self._answers(kind, together, groups), strict=True):
                 advance(number, result)
-        return [done[number] for number in range(len(flows))]
+        return [self._checked(group, *done[number]) for number, group in enumerate(groups)]
+
+    def _checked(self, group: Group, rows: Rows, x: torch.Tensor) -> tuple[Rows, torch.Tensor]:
+        if len(x) != len(rows) or (not self.last and rows.index is not None):
+            raise ValueError(
+                f"{group.reuse.name}: the flow of layer {self.index} returned {len(x)} rows as {len(rows)} of "
+                f"{len(group.all)}; all but the last layer return every live row"
+            )
+        return rows, x
 
     @staticmethod
     def _place(kind: type) -> int:

@@ -4,7 +4,6 @@ import os
 
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -26,11 +25,13 @@ class DiffusionGPUWorker(Worker):
 
 
 #: oneDNN keeps its matrix products by shape, 1,024 of them unless told otherwise. Packed batches have ever other
-#: numbers of rows, which on a CPU adds up to gigabytes; these are some hundred megabytes at most, and no step is slower.
+#: numbers of rows, which on a CPU adds up to gigabytes; these are some hundred megabytes, and no step is slower.
 ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
 
 
 if current_platform.is_cpu():
+    # Not elsewhere: on CUDA this module replaces events and streams by ones of the host.
+    from vllm.v1.worker import cpu_worker
 
     class DiffusionCPUWorker(cpu_worker.CPUWorker):
         def __init__(self, *args, **kwargs):

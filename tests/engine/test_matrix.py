@@ -1,0 +1,69 @@
+"""Every decoding with every reuse with every selection, from the registry: a method joins by being registered."""
+
+import random
+from itertools import product
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from benchmarks.soak.requests import SMALL, names
+from tests.engine.running import core_of, free_blocks, runner_of, tokens
+from vllm_dlm.methods import methods
+
+CHECKPOINTS = ["llada-tiny", "dream-tiny"]
+DECODINGS, REUSES = sorted(methods("decoding")), sorted(methods("reuse"))
+SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
+
+
+def with_presets(name: str) -> list[str]:
+    """A method, and of its presets the first and the last."""
+    presets = [found for found in names("reuse") if found.startswith(f"{name}/")]
+    return [name, *dict.fromkeys(presets[:1] + presets[-1:])]
+
+
+def small(kind: str, name: str) -> dict:
+    """Options with which a method has something to do at lengths of a test."""
+    return {"name": name} | {field: SMALL[field] for field in SMALL if hasattr(methods(kind)[name], field)}
+
+
+def combinations(selection: str):
+    """A request of each: prompts of 40 to 120 tokens, canvases of 5 to 20, greedy and sampled, guided and not."""
+    rng = random.Random(selection)
+    reuses = [name for method in REUSES for name in with_presets(method)]
+    for index, (decoding, reuse, chosen) in enumerate(product(DECODINGS, reuses, (selection, "none"))):
+        length = rng.randint(5, 20)
+        extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 8}
+        if index % 7 == 3:
+            extra["dlm_cfg_scale"] = 0.5
+        params = SamplingParams(
+            temperature=0.8 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            extra_args=extra,
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 120))]}, params
+
+
+@pytest.mark.parametrize("selection", SPARSE)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_tokens_are_those_alone(engines, checkpoint, selection):
+    """Whoever shares the batch, in either order; and caches of freed requests leak into nobody (all memory is NaN)."""
+    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
+    given = list(combinations(selection))
+    together = tokens(llm, given)
+    assert tokens(llm, given[::-1]) == together[::-1]
+    for cache in runner_of(llm).kv_caches:
+        cache.fill_(torch.nan)
+    for request, want in zip(given, together, strict=True):
+        assert tokens(llm, [request]) == [want], request[1].extra_args
+    assert free_blocks(core_of(llm)) == core_of(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+
+EXACT = {name: cls.exact for name, cls in methods("reuse").items() if cls.exact is not None}
+
+
+@pytest.mark.parametrize("reuse", sorted(EXACT))
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_exact_reuse_is_none(engines, checkpoint, reuse):
+    given = [request for request in combinations("none") if request[1].extra_args.pop("dlm_reuse") == "none"]
+    exact = engines(checkpoint, additional_config={"dlm": {"reuse": {"name": reuse} | EXACT[reuse]}})
+    assert tokens(exact, given) == tokens(engines(checkpoint), given)
