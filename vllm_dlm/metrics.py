@@ -2,10 +2,9 @@
 
 The engine counts, the front-end exports. Between them the counts travel in
 vLLM's SpecDecodingStats, which diffusion models reuse there too (read in vLLM
-0.32: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
+0.32 and 0.33: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
@@ -117,36 +116,33 @@ class PagesLogging:
         self.__init__(None)
 
 
-def install() -> None:
-    """vLLM decides by the model's `canvas_length`, which these models do not have, whether its log line and
-    its counters speak of diffusion; both are told so after they are made."""
-    diffusion = lambda config: is_diffusion_lm(config.model_config)  # noqa: E731
-    chooses = lambda config: selection_of(config) is not None  # noqa: E731
-    _after_init(
-        LoggingStatLogger,
-        [
-            (diffusion, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True)),
-            (chooses, "kv_connector_logging", PagesLogging),
-        ],
-    )
-    _after_init(
-        PrometheusStatLogger,
-        [(diffusion, "spec_decoding_prom", DiffusionProm), (chooses, "kv_connector_prom", PagesProm)],
+def _diffusion(vllm_config) -> bool:
+    return is_diffusion_lm(vllm_config.model_config)
+
+
+def _chooses(vllm_config) -> bool:
+    return selection_of(vllm_config) is not None
+
+
+def logging_init(init):
+    return _then(
+        init,
+        (_diffusion, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True)),
+        (_chooses, "kv_connector_logging", PagesLogging),
     )
 
 
-def _after_init(cls: type, replacements: list[tuple[Callable, str, Callable]]) -> None:
-    """(for which configurations, attribute, what makes it of the logger)"""
-    init = cls.__init__
-    if getattr(init, "_dlm", False):
-        return
+def prometheus_init(init):
+    return _then(init, (_diffusion, "spec_decoding_prom", DiffusionProm), (_chooses, "kv_connector_prom", PagesProm))
 
-    @functools.wraps(init)
+
+def _then(init, *replacements: tuple[Callable, str, Callable]):
+    """`init`, and after it: (for which configurations, attribute, what makes it of the logger)"""
+
     def init_with_dlm(self, vllm_config, *args, **kwargs):
         init(self, vllm_config, *args, **kwargs)
         for applies, attribute, make in replacements:
             if applies(vllm_config):
                 setattr(self, attribute, make(self))
 
-    init_with_dlm._dlm = True
-    cls.__init__ = init_with_dlm
+    return init_with_dlm

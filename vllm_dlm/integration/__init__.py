@@ -1,21 +1,32 @@
 """Everything that touches vLLM's private API outside the engine, and nothing else.
 
-`install()` runs in every vLLM process and may run more than once.
+`patches` is the table of what is changed in vLLM, `overrides` of what is inherited from it, `registration` makes the
+models known; the other files hold what those put in place.
 """
+
+from vllm_dlm.integration.cpu_wheel import alias_distribution
+from vllm_dlm.integration.gate import stand_aside, version_problem
 
 
 def install() -> None:
-    from vllm_dlm import metrics
-    from vllm_dlm.integration import autoregressive, bodies, canvas, cli, cpu_wheel, prompts, requests, shutdown
+    """Runs in every vLLM process, perhaps more than once, and must not keep any of them from starting."""
+    alias_distribution()
+    try:
+        problem = version_problem() or _install()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        stand_aside(problem)
+
+
+def _install() -> str | None:
+    """Everything or nothing; what is not as expected."""
+    from vllm_dlm.integration.patches import PATCHES, apply_patches, mismatch
     from vllm_dlm.integration.registration import register_models
 
-    cpu_wheel.alias_distribution()
+    for patch in PATCHES:
+        if (found := mismatch(patch)) is not None:
+            return f"in this vLLM {found}"
     register_models()
-    cli.install()
-    canvas.install()
-    prompts.install()
-    requests.install()
-    bodies.install()
-    shutdown.install()
-    autoregressive.install()
-    metrics.install()
+    apply_patches()
+    return None

@@ -3,12 +3,10 @@
 Without a selection (named by the server, or by a checkpoint that was trained
 with one) nothing of a model of vLLM's changes. With one, the configuration is
 checked in the front-end and the worker is chosen; the rest is in
-vllm_dlm/page_sparse. Read in vLLM 0.32: config/vllm.py
+vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
-
-import functools
 
 from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
@@ -23,21 +21,16 @@ COUNTS = "dlm_page_counts"
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
 
-def install() -> None:
-    from vllm.config import VllmConfig
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    if getattr(VllmConfig.try_verify_and_update_config, "_dlm", False):
-        return
-    verify, update = VllmConfig.try_verify_and_update_config, Scheduler.update_from_output
-
-    @functools.wraps(verify)
+def try_verify_and_update_config(verify):
     def verify_with_dlm(self):
         verify(self)
         if self.model_config is not None and not is_diffusion_lm(self.model_config):
             configure(self)
 
-    @functools.wraps(update)
+    return verify_with_dlm
+
+
+def update_from_output(update):
     def update_with_counts(self, scheduler_output, model_runner_output):
         outputs = update(self, scheduler_output, model_runner_output)
         if counts := getattr(model_runner_output, COUNTS, None):
@@ -47,9 +40,13 @@ def install() -> None:
                     output.scheduler_stats.kv_connector_stats = {COUNTS: counts}
         return outputs
 
-    verify_with_dlm._dlm = True
-    VllmConfig.try_verify_and_update_config = verify_with_dlm
-    Scheduler.update_from_output = update_with_counts
+    return update_with_counts
+
+
+def attention_init(init):
+    from vllm_dlm.page_sparse.layer_backends import with_selection
+
+    return with_selection(init)
 
 
 def selection_of(vllm_config):

@@ -1,39 +1,30 @@
 """Refuses what only the routes of a server see: options beside `vllm_xargs`, and a stream that has begun.
 
-Read in vLLM 0.32: entrypoints/serve/engine/serving.py (`_check_model`, which
+Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which
 every route asks first), serve/engine/protocol.py (`OpenAIBaseModel` keeps
 fields it does not know and says nothing), openai/responses/serving.py
 (`_generate_with_builtin_tools` is a generator, so its request is looked at
 when the response is under way).
 """
 
-import functools
-
 from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, refuse
 
 
-def install() -> None:
-    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-
-    if getattr(BaseServing._check_model, "_dlm", False):
-        return
-    check_model, generate = BaseServing._check_model, OpenAIServingResponses._generate_with_builtin_tools
-
-    @functools.wraps(check_model)
+def check_model(check):
     async def check_model_and_fields(self, request):
         refuse_misplaced(request, self.model_config)
-        return await check_model(self, request)
+        return await check(self, request)
 
-    @functools.wraps(generate)
+    return check_model_and_fields
+
+
+def generate_with_builtin_tools(generate):
     def generate_if_possible(self, *args, engine_input, sampling_params, **kwargs):
         check_early(engine_input, sampling_params, self.engine_client.input_processor)
         return generate(self, *args, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
-    check_model_and_fields._dlm = True
-    BaseServing._check_model = check_model_and_fields
-    OpenAIServingResponses._generate_with_builtin_tools = generate_if_possible
+    return generate_if_possible
 
 
 def refuse_misplaced(request, model_config) -> None:

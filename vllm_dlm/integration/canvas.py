@@ -3,34 +3,24 @@
 To a canvas that would be the dearest answer there is, and often a wrong one.
 The default is added to the model's default sampling parameters, from which
 every front-end (`LLM.chat`, chat completions, responses) takes what a request
-leaves out. Read in vLLM 0.32: config/model.py (`get_diff_sampling_param`),
+leaves out. Read in vLLM 0.32 and 0.33: config/model.py (`get_diff_sampling_param`),
 entrypoints/serve/utils/api_utils.py (`get_max_tokens`). There
 `override_generation_config` is a bound to larger requests, too, so it is not
 the place; where `--generation-config` names a folder, all of the file is, and
 then only what it says counts.
 """
 
-import functools
-
-from vllm_dlm.integration.registration import FAMILIES
+from vllm_dlm.families import FAMILIES
 
 
-def install() -> None:
-    from vllm.config import ModelConfig
-
-    if getattr(ModelConfig.get_diff_sampling_param, "_dlm", False):
-        return
-    get_diff_sampling_param = ModelConfig.get_diff_sampling_param
-
-    @functools.wraps(get_diff_sampling_param)
+def get_diff_sampling_param(get):
     def get_with_canvas(self):
-        found = get_diff_sampling_param(self)
+        found = get(self)
         if self.generation_config in ("auto", "vllm") and hasattr(self, "dlm_canvas"):
             found["max_tokens"] = usual_length(self, found)
         return found
 
-    get_with_canvas._dlm = True
-    ModelConfig.get_diff_sampling_param = get_with_canvas
+    return get_with_canvas
 
 
 def usual_length(model_config, found: dict) -> int:

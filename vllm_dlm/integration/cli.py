@@ -1,32 +1,21 @@
 """`--plugin` and `--dlm-config` for `vllm serve` and friends.
 
 vLLM has no hook for flags of plugins, but it loads general plugins before it
-builds its parser (read in vLLM 0.32: engine/arg_utils.py, `add_cli_args`,
-`from_cli_args`); two static methods are wrapped, once. What a user switched on and
-a diffusion model must have off can be told from vLLM's defaults only before
-vLLM fills those in (`_set_default_chunked_prefill_and_prefix_caching_args`).
+builds its parser. Read in vLLM 0.32 and 0.33: engine/arg_utils.py.
 """
 
 import argparse
-import functools
 import json
 
-from vllm_dlm.integration.registration import FAMILIES, is_diffusion_lm
+from vllm_dlm.families import FAMILIES
+from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.shown import shown
 
 
-def install() -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    if getattr(EngineArgs.add_cli_args, "_dlm", False):
-        return
-    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
-    set_defaults = EngineArgs._set_default_chunked_prefill_and_prefix_caching_args
-
-    @functools.wraps(add_cli_args)
+def add_cli_args(add):
     def add_with_dlm(parser):
-        parser = add_cli_args(parser)
+        parser = add(parser)
         group = parser.add_argument_group(title="vllm_dlm", description="Masked-diffusion language models.")
         group.add_argument(
             "--plugin",
@@ -42,25 +31,28 @@ def install() -> None:
         )
         return parser
 
-    @functools.wraps(from_cli_args)
+    return add_with_dlm
+
+
+def from_cli_args(make):
     def from_with_dlm(cls, args):
-        engine_args = from_cli_args(cls, args)
+        engine_args = make(cls, args)
         if (given := getattr(args, "dlm_config", None)) is not None:
             if "dlm" in (engine_args.additional_config or {}):
                 raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
             engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
         return engine_args
 
-    @functools.wraps(set_defaults)
+    return from_with_dlm
+
+
+def set_defaults(set_theirs):
     def set_defaults_with_dlm(self, model_config):
         if is_diffusion_lm(model_config):
             refuse_switched_on(self)
-        return set_defaults(self, model_config)
+        return set_theirs(self, model_config)
 
-    add_with_dlm._dlm = True
-    EngineArgs.add_cli_args = staticmethod(add_with_dlm)
-    EngineArgs.from_cli_args = classmethod(from_with_dlm)
-    EngineArgs._set_default_chunked_prefill_and_prefix_caching_args = set_defaults_with_dlm
+    return set_defaults_with_dlm
 
 
 #: engine argument -> why a canvas cannot have it

@@ -1,37 +1,27 @@
 """Mask tokens of a prompt: holes to fill where the client wrote token ids or asked for it, else text.
 
 A hole costs a step as a token of the response does, so what a user typed must
-not make holes by itself. Read in vLLM 0.32: renderers/base.py, where text
+not make holes by itself. Read in vLLM 0.32 and 0.33: renderers/base.py, where text
 (chats rendered by their template included) becomes token ids in
 `_tokenize_prompt`, and both go on together; prompts given as ids may have a
 text, too, made of the ids for `echo`.
 """
 
-import functools
+from vllm_dlm.integration.registration import is_diffusion_lm
 
 
 class Written(str):
     """The text of a prompt that a client wrote, as against one decoded from the ids it wrote."""
 
 
-def install() -> None:
-    from vllm.renderers.base import BaseRenderer
-
-    from vllm_dlm.integration.registration import is_diffusion_lm
-
-    if getattr(BaseRenderer._tokenize_prompt, "_dlm", False):
-        return
-    tokenize_prompt = BaseRenderer._tokenize_prompt
-
-    @functools.wraps(tokenize_prompt)
+def tokenize_prompt(tokenize):
     def tokenize_with_dlm(self, prompt, params):
-        tokens = tokenize_prompt(self, prompt, params)
+        tokens = tokenize(self, prompt, params)
         if is_diffusion_lm(self.model_config):
             tokens["prompt"] = Written(tokens["prompt"])
         return tokens
 
-    tokenize_with_dlm._dlm = True
-    BaseRenderer._tokenize_prompt = tokenize_with_dlm
+    return tokenize_with_dlm
 
 
 def is_text(prompt) -> bool:

@@ -1,27 +1,15 @@
 """Tells vLLM about the models and sets the engine that serves them.
 
-Read in vLLM 0.32: model_executor/models/config.py (`MODELS_CONFIG_MAP`),
+Read in vLLM 0.32 and 0.33: model_executor/models/config.py (`MODELS_CONFIG_MAP`),
 transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 (`try_verify_and_update_config`).
 """
 
-from typing import NamedTuple
+from dataclasses import fields
 
+from vllm_dlm.families import FAMILIES
+from vllm_dlm.families.family import imported
 from vllm_dlm.options import OptionError, server_options
-
-
-class Family(NamedTuple):
-    model: str  # module:class
-    decoding: str
-    end_of_turn: str
-    canvas: int  # tokens of a response when neither request, server nor checkpoint says how many
-
-
-#: architecture -> what is particular to it. Canvases are those of the papers' evaluations of short answers.
-FAMILIES = {
-    "LLaDAModelLM": Family("vllm_dlm.models.llada:LLaDAModelLM", "low_confidence", "<|eot_id|>", 256),
-    "DreamModel": Family("vllm_dlm.models.dream:DreamModel", "entropy", "<|im_end|>", 256),
-}
 
 WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
 
@@ -32,8 +20,6 @@ def is_diffusion_lm(model_config) -> bool:
 
 def asked_options(vllm_config):
     """The server's "dlm" object. A selection nobody named is the one the model was trained with."""
-    from vllm_dlm.integration.configs import trained_selection
-
     given = (vllm_config.additional_config or {}).get("dlm")
     trained = trained_selection(vllm_config.model_config.hf_config)
     return {"selection": trained} | (given or {}) if trained and isinstance(given, (dict, type(None))) else given
@@ -53,6 +39,17 @@ def resolved_options(vllm_config):
     return server_options(asked_options(vllm_config), FAMILIES[vllm_config.model_config.architecture].decoding)
 
 
+def trained_selection(config) -> dict | None:
+    """What a checkpoint trained by `vllm_dlm.training` wants of a server that names no selection: an option object."""
+    from vllm_dlm.plugins.selection.unique import Unique
+
+    given = getattr(config.get_text_config(), "unique", None)
+    if not isinstance(given, dict):
+        return None
+    known = {field.name for field in fields(Unique)}  # the rest is about training
+    return {"name": Unique.name} | {name: value for name, value in given.items() if name in known}
+
+
 def register_models() -> None:
     from transformers import AutoConfig, AutoTokenizer
     from vllm.model_executor.models import ModelRegistry
@@ -60,14 +57,18 @@ def register_models() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_dlm.integration.configs import CheckedConvertor, DreamConfig, DreamTokenizer, LLaDAConfig
+    from vllm_dlm.families.config import CheckedConvertor
 
-    for config in (LLaDAConfig, DreamConfig):
-        _CONFIG_REGISTRY[config.model_type] = config
-        MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
+    # Whatever cannot be imported ends this before anything is registered.
+    configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
     for architecture, family in FAMILIES.items():
+        config = configs[architecture]
+        # Of families with one model_type any config will do: it makes the right one from a config.json.
+        _CONFIG_REGISTRY[family.model_type] = config
+        MODEL_ARCH_CONFIG_CONVERTORS[family.model_type] = CheckedConvertor
+        AutoConfig.register(family.model_type, config, exist_ok=True)
+        if family.tokenizer is not None:
+            AutoTokenizer.register(config, imported(family.tokenizer), exist_ok=True)
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = DiffusionConfigHook
@@ -89,6 +90,9 @@ class DiffusionConfigHook:
 
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refuse_unsupported(vllm_config)
+        family = FAMILIES[model.architecture]
+        if family.attention != "full":
+            raise ValueError(f"{model.architecture}: its attention is {family.attention!r}, and only 'full' is served")
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
         try:
@@ -112,7 +116,7 @@ class DiffusionConfigHook:
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
-            model.hf_config.eot_token_id = find_token(model, FAMILIES[model.architecture].end_of_turn)
+            model.hf_config.eot_token_id = find_token(model, family.end_of_turn)
         # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)

@@ -1,15 +1,15 @@
 """Refuses, in the front-end, what a denoising step cannot honour, naming the field.
 
 An error in the scheduler or a worker would end the engine for everybody, so
-nothing may reach them unchecked. Read in vLLM 0.32: v1/engine/input_processor.py
+nothing may reach them unchecked. Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py
 (`process_inputs` sees every request of `LLM` and of the servers) and
 v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
-import functools
 from dataclasses import replace
 
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.integration.canvas import default_length
@@ -47,42 +47,34 @@ ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 READ_BY_VLLM = ("kv_cache_report_mode",)
 
 
-def install() -> None:
-    from vllm.sampling_params import BeamSearchParams
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if getattr(InputProcessor.process_inputs, "_dlm", False):
-        return
-    process_inputs, resolve_watermarking = InputProcessor.process_inputs, InputProcessor.resolve_watermarking
-    generate = AsyncLLM.generate
-
-    @functools.wraps(process_inputs)
+def process_inputs(process):
     def process_with_dlm(self, request_id, prompt, params, *args, **kwargs):
         no_max_tokens = getattr(params, "max_tokens", None) is None  # vLLM sets it, maybe in place
-        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        request = process(self, request_id, prompt, params, *args, **kwargs)
         if is_diffusion_lm(self.model_config):
             prepare(request, is_text(prompt), no_max_tokens, self)
         else:
             refuse_request(request.sampling_params)
         return request
 
-    # A stream's headers are sent before its request is processed; here it can still be answered with 400.
-    @functools.wraps(generate)
+    return process_with_dlm
+
+
+def generate(generate_theirs):
     def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
         check_early(prompt, sampling_params, self.input_processor)
-        return generate(self, prompt, sampling_params, *args, **kwargs)
+        return generate_theirs(self, prompt, sampling_params, *args, **kwargs)
 
-    # Beam search never sends its parameters to the engine; this is where both of its front-ends show them.
-    @functools.wraps(resolve_watermarking)
+    return generate_with_dlm
+
+
+def resolve_watermarking(resolve):
     def resolve_with_dlm(self, params):
         if isinstance(params, BeamSearchParams) and is_diffusion_lm(self.model_config):
             refuse("use_beam_search", True, "beams grow token by token and a canvas does not")
-        return resolve_watermarking(self, params)
+        return resolve(self, params)
 
-    process_with_dlm._dlm = True
-    InputProcessor.process_inputs, InputProcessor.resolve_watermarking = process_with_dlm, resolve_with_dlm
-    AsyncLLM.generate = generate_with_dlm
+    return resolve_with_dlm
 
 
 def check_early(prompt, params, processor) -> None:

@@ -4,33 +4,24 @@ vLLM's API server ends its engine, which within a long step has no time to
 report its requests as aborted, and then waits without limit for the streams
 of those requests. Whether they hear of it is a race between two callbacks of
 the event loop, which autoregressive models lose, too. Here they are told.
-Read in vLLM 0.32: entrypoints/launchers/launcher.py (`handle_shutdown`),
+Read in vLLM 0.32 and 0.33: entrypoints/launchers/launcher.py (`handle_shutdown`),
 v1/engine/async_llm.py (`shutdown`, `output_handler`, `generate`),
 v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
 """
 
-import functools
 from http import HTTPStatus
 
 from vllm_dlm.integration.registration import is_diffusion_lm
 
 
-def install() -> None:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    if getattr(AsyncLLM.shutdown, "_dlm", False):
-        return
-    shutdown = AsyncLLM.shutdown
-
-    @functools.wraps(shutdown)
+def shutdown(end):
     def shutdown_with_dlm(self, timeout: float | None = None) -> None:
         if not timeout:
             fail_open_requests(self)
-        shutdown(self, timeout)
+        end(self, timeout)
         fail_open_requests(self)  # what `--shutdown-timeout` was too short for, or came in meanwhile
 
-    shutdown_with_dlm._dlm = True
-    AsyncLLM.shutdown = shutdown_with_dlm
+    return shutdown_with_dlm
 
 
 def fail_open_requests(engine) -> None:

@@ -1,1 +1,1 @@
-"""LLaDA and Dream as row-wise layers on vLLM's parallel linears."""
+"""The transformer of every family as row-wise layers on vLLM's parallel linears, and the checks of its files."""

@@ -1,4 +1,4 @@
-"""The decoder both families share: Llama's and Qwen2's, with attention left to the engine.
+"""The decoder all families share: Llama's, Qwen2's and Qwen3's, with attention left to the engine.
 
 A layer is a set of row-wise functions. Which rows go through which of them,
 and which keys a query sees, is decided per step by the engine; the layer only
@@ -29,7 +29,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class DiffusionLayer(nn.Module):
     """One transformer layer. H, Hkv: this rank's heads; E: model width; D: head width."""
 
-    def __init__(self, config, vllm_config: VllmConfig, qkv_bias: bool, prefix: str):
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         quant = vllm_config.quant_config
         ranks = get_tensor_model_parallel_world_size()
@@ -39,7 +39,7 @@ class DiffusionLayer(nn.Module):
                 f"tensor_parallel_size: {ranks} does not divide this model's {heads} query and {kv_heads} "
                 "key/value heads; choose a size that divides both"
             )
-        self.head_dim = width // heads
+        family, self.head_dim = config.family, config.head_dim
         self.num_heads, self.num_kv_heads = heads // ranks, kv_heads // ranks
 
         def column(name: str, out: int, bias: bool = False):
@@ -49,14 +49,17 @@ class DiffusionLayer(nn.Module):
         # Three projections instead of vLLM's fused one: reuse policies need values of other rows than queries.
         self.self_attn = nn.ModuleDict(
             {
-                "q_proj": column("q_proj", heads * self.head_dim, qkv_bias),
-                "k_proj": column("k_proj", kv_heads * self.head_dim, qkv_bias),
-                "v_proj": column("v_proj", kv_heads * self.head_dim, qkv_bias),
+                "q_proj": column("q_proj", heads * self.head_dim, family.qkv_bias),
+                "k_proj": column("k_proj", kv_heads * self.head_dim, family.qkv_bias),
+                "v_proj": column("v_proj", kv_heads * self.head_dim, family.qkv_bias),
                 "o_proj": RowParallelLinear(
                     heads * self.head_dim, width, bias=False, quant_config=quant, prefix=f"{prefix}.self_attn.o_proj"
                 ),
             }
         )
+        if family.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                self.self_attn[name] = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         inner = config.intermediate_size
         self.mlp = nn.ModuleDict(
@@ -72,13 +75,20 @@ class DiffusionLayer(nn.Module):
         self.act = SiluAndMul()
 
     def query(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
-        return rotate(self.self_attn["q_proj"](h_TE)[0].unflatten(-1, (self.num_heads, self.head_dim)), *rope)
+        return rotate(self._normed("q_norm", self._heads("q_proj", h_TE, self.num_heads)), *rope)
 
     def key(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
-        return rotate(self.self_attn["k_proj"](h_TE)[0].unflatten(-1, (self.num_kv_heads, self.head_dim)), *rope)
+        return rotate(self._normed("k_norm", self._heads("k_proj", h_TE, self.num_kv_heads)), *rope)
 
     def value(self, h_TE: torch.Tensor) -> torch.Tensor:
-        return self.self_attn["v_proj"](h_TE)[0].unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return self._heads("v_proj", h_TE, self.num_kv_heads)
+
+    def _heads(self, projection: str, h_TE: torch.Tensor, heads: int) -> torch.Tensor:
+        """-> [T, heads, D]"""
+        return self.self_attn[projection](h_TE)[0].unflatten(-1, (heads, self.head_dim))
+
+    def _normed(self, norm: str, x_THD: torch.Tensor) -> torch.Tensor:
+        return self.self_attn[norm](x_THD) if norm in self.self_attn else x_THD
 
     def attention_output(self, context: torch.Tensor) -> torch.Tensor:
         return self.self_attn["o_proj"](context)[0]
@@ -98,7 +108,7 @@ class DiffusionLayer(nn.Module):
 class DiffusionModel(nn.Module):
     """Embedding, layers, final norm."""
 
-    def __init__(self, config, vllm_config: VllmConfig, qkv_bias: bool, rope_full_precision: bool, prefix: str):
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
@@ -107,15 +117,14 @@ class DiffusionModel(nn.Module):
             prefix=f"{prefix}.embed_tokens",
         )
         self.layers = nn.ModuleList(
-            DiffusionLayer(config, vllm_config, qkv_bias, f"{prefix}.layers.{i}")
-            for i in range(config.num_hidden_layers)
+            DiffusionLayer(config, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = RotaryTable(
-            config.hidden_size // config.num_attention_heads,
+            config.head_dim,
             config.rope_theta,
             vllm_config.model_config.max_model_len,
-            torch.float32 if rope_full_precision else vllm_config.model_config.dtype,
+            torch.float32 if config.family.rope_full_precision else vllm_config.model_config.dtype,
         )
 
 
@@ -123,16 +132,12 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
     """What vLLM's loader, quantisation and registry expect of a model. Subclasses name the family's tensors."""
 
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
-    qkv_bias = False
-    rope_full_precision = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
-        self.model = DiffusionModel(
-            config, vllm_config, self.qkv_bias, self.rope_full_precision, maybe_prefix(prefix, "model")
-        )
+        self.model = DiffusionModel(config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,

@@ -5,11 +5,9 @@ an `attn_backend` that is given is not asked for again, but its name must be
 registered), v1/attention/backends/registry.py.
 """
 
-import functools
 import inspect
 
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -17,6 +15,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_dlm.integration.autoregressive import selection_of
+from vllm_dlm.integration.patches import patch_worker
 
 BACKENDS = {
     "DLM_SELECTING_CPU": "vllm_dlm.page_sparse.cpu.SelectingCPUBackend",
@@ -28,12 +27,13 @@ def install() -> None:
     for name, path in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             AttentionBackendEnum.register(name, path)
-    init = Attention.__init__
-    if getattr(init, "_dlm", False):
-        return
+    patch_worker()
+
+
+def with_selection(init):
+    """Wraps `Attention.__init__`."""
     signature = inspect.signature(init)
 
-    @functools.wraps(init)
     def init_with_dlm(self, *args, **kwargs):
         selection = selection_of(get_current_vllm_config())
         if selection is None:
@@ -50,8 +50,7 @@ def install() -> None:
                 raise unsupported(self.layer_name, "kv_cache_dtype", self.kv_cache_dtype)
             self.impl.selection = selection
 
-    init_with_dlm._dlm = True
-    Attention.__init__ = init_with_dlm
+    return init_with_dlm
 
 
 def backend() -> type:

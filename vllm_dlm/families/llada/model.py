@@ -1,4 +1,4 @@
-"""LLaDA (8B Base, Instruct, 1.5, and the tied grouped-query iLLaDA): Llama under other names, seen from all sides."""
+"""Llama under other names, seen from all sides."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 

@@ -1,4 +1,4 @@
-"""Dream (Dream-v0, Dream-Coder, DiffuCoder): Qwen2's tensors, seen from all sides, predicting one position ahead."""
+"""Qwen2's tensors, seen from all sides, predicting one position ahead."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -9,5 +9,3 @@ class DreamModel(MaskedDiffusionLM):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)},
     )
-    qkv_bias = True
-    rope_full_precision = False

@@ -1,0 +1,125 @@
+"""What a config.json must say, whatever the family, without trust_remote_code.
+
+Read in vLLM 0.32 and 0.33: transformers_utils/config.py (`_CONFIG_REGISTRY`),
+transformers_utils/model_arch_config_convertor.py (the first to read a config,
+after `--hf-overrides` and before anything is computed from it).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+from vllm_dlm.families import FAMILIES
+from vllm_dlm.families.family import imported
+from vllm_dlm.models.files import refuse_unreadable
+
+
+class DiffusionConfig(PretrainedConfig):
+    """Takes what transformers' own checks would answer with a bare Python error, for `check_config` to name.
+
+    Subclasses set `family`, and the words in which their config.json speaks where those are not Llama's.
+    """
+
+    width, heads, kv_heads = "hidden_size", "num_attention_heads", "num_key_value_heads"
+    sizes = (width, "num_hidden_layers", heads, kv_heads, "intermediate_size", "max_position_embeddings")
+    tied = "tie_word_embeddings"
+    #: field -> the one value the architecture is implemented for
+    implemented = {}
+
+    def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, **kwargs):
+        dtype = torch_dtype if dtype is None else dtype
+        known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
+        super().__init__(dtype=dtype if known else None, **kwargs)
+        self.dtype = self.dtype if known else dtype
+        self.vocab_size = vocab_size
+        self.head_dim = head_dim  # of one that does not say, once width and heads are checked
+        self.logits_shift = self.family.logits_shift
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Of families with one model_type, `architectures` says which it is."""
+        named = config_dict.get("architectures")
+        own = [family for name, family in FAMILIES.items() if isinstance(named, list) and name in named]
+        config = imported(own[0].config) if own else cls
+        return super(DiffusionConfig, config).from_dict(config_dict, **kwargs)
+
+    def validate_rope(self) -> None:
+        """Another than the plain rotary embedding is refused whatever its details."""
+
+    @property
+    def vocab_field(self) -> str:
+        """Where config.json has the vocabulary's size."""
+        return "vocab_size"
+
+
+class CheckedConvertor(ModelArchConfigConvertorBase):
+    """vLLM's reader of a config, which would answer wrong fields with bare Python errors."""
+
+    def __init__(self, hf_config, *args, **kwargs):
+        check_config(hf_config)
+        if hf_config.dtype is None:  # vLLM looks for it in the files
+            refuse_unreadable(hf_config.family.architecture, hf_config.name_or_path)
+        if hf_config.head_dim is None:
+            hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+        super().__init__(hf_config, *args, **kwargs)
+
+
+def check_config(config) -> None:
+    """One clear line for a checkpoint this code would run wrongly or not at all."""
+    architecture = config.family.architecture
+    for field, right, wanted in _fields(config):
+        value = getattr(config, field, None)
+        if not right:
+            wrong = f"{field}={value!r} in config.json is not valid, it must be {wanted}"
+            missing = f"config.json has no {field}, which this model needs: {wanted}"
+            raise ValueError(f"{architecture}: {missing if value is None else wrong}")
+    for field, wanted in config.implemented.items():
+        value = getattr(config, field, wanted)
+        if value != wanted and not (wanted is None and not value):
+            raise ValueError(f"{architecture}: {field}={value!r} in config.json is not supported, only {wanted!r} is")
+
+
+def _fields(config) -> Iterator[tuple[str, bool, str]]:
+    """Every field that is used: name, whether its value is right, what would be. Later ones rely on earlier ones."""
+
+    def value(field: str) -> Any:
+        return getattr(config, field, None)
+
+    names, architecture = value("architectures"), config.family.architecture
+    yield "architectures", isinstance(names, list) and architecture in names, f"[{architecture!r}]"
+    for field in (*config.sizes, config.vocab_field):
+        yield field, _whole(value(field)) and value(field) > 0, "a whole number above 0"
+
+    width, heads = value(config.width), value(config.heads)
+    # Rotary embedding turns pairs of channels.
+    if (head_dim := value("head_dim")) is None:
+        even = width % (2 * heads) == 0
+        yield config.heads, even, f"a number that divides {config.width}={width} into heads of even width"
+    else:
+        even = _whole(head_dim) and head_dim > 0 and head_dim % 2 == 0
+        yield "head_dim", even, "an even whole number above 0"
+    divides = heads % value(config.kv_heads) == 0
+    yield config.kv_heads, divides, f"a number that divides {config.heads}={heads}"
+    for field in ("rope_theta", "rms_norm_eps"):
+        yield field, _number(value(field)) and 0 < value(field) < math.inf, "a number above 0"
+
+    optional = [] if value("eot_token_id") is None else ["eot_token_id"]
+    for field in ("mask_token_id", "eos_token_id", *optional):
+        inside = _whole(value(field)) and 0 <= value(field) < config.vocab_size
+        yield field, inside, f"a whole number at least 0 and below {config.vocab_field}={config.vocab_size}"
+    yield config.tied, value(config.tied) in (True, False, None), "true or false"
+    dtype = isinstance(value("dtype"), torch.dtype | None)
+    yield "dtype", dtype, "the name of a dtype of torch, such as 'bfloat16'"
+    yield "unique", isinstance(value("unique"), dict | None), "an object with the fields of that selection"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return _whole(value) or isinstance(value, float)

@@ -1,0 +1,16 @@
+"""Dream: Dream-v0, Dream-Coder, DiffuCoder (https://arxiv.org/abs/2508.15487)."""
+
+from vllm_dlm.families.family import Family
+
+FAMILY = Family(
+    architecture="DreamModel",
+    model_type="Dream",
+    model="vllm_dlm.families.dream.model:DreamModel",
+    config="vllm_dlm.families.dream.config:DreamConfig",
+    decoding="entropy",
+    end_of_turn="<|im_end|>",
+    canvas=256,  # of the paper's evaluations of short answers
+    logits_shift=1,
+    qkv_bias=True,
+    tokenizer="vllm_dlm.families.dream.config:DreamTokenizer",
+)

@@ -1,0 +1,14 @@
+"""LLaDA: 8B Base, Instruct, 1.5, and the tied grouped-query iLLaDA (https://arxiv.org/abs/2502.09992)."""
+
+from vllm_dlm.families.family import Family
+
+FAMILY = Family(
+    architecture="LLaDAModelLM",
+    model_type="llada",
+    model="vllm_dlm.families.llada.model:LLaDAModelLM",
+    config="vllm_dlm.families.llada.config:LLaDAConfig",
+    decoding="low_confidence",
+    end_of_turn="<|eot_id|>",
+    canvas=256,  # of the paper's evaluations of short answers
+    rope_full_precision=True,
+)

@@ -1,0 +1,68 @@
+"""Signatures in a few words, alike from a function and from its source: names, what may be left out, what is awaited.
+
+(self, request, *, priority=)        async (self, request)
+"""
+
+import ast
+import inspect
+from pathlib import Path
+
+POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
+LIST, DICT = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+PLAIN = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def of_function(function) -> str:
+    """Of what Python has in memory, before anybody wrapped it."""
+    function = inspect.unwrap(function)
+    given = inspect.signature(function).parameters.values()
+    parameters = [(p.kind, p.name, p.default is not p.empty) for p in given]
+    return _words(parameters, inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function))
+
+
+def of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """Of what a source file says."""
+    a = node.args
+    plain = [(POSITIONAL, arg) for arg in a.posonlyargs] + [(PLAIN, arg) for arg in a.args]
+    first_default = len(plain) - len(a.defaults)
+    parameters = [(kind, arg.arg, i >= first_default) for i, (kind, arg) in enumerate(plain)]
+    if a.vararg:
+        parameters.append((LIST, a.vararg.arg, False))
+    parameters += [
+        (KEYWORD, arg.arg, default is not None) for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)
+    ]
+    if a.kwarg:
+        parameters.append((DICT, a.kwarg.arg, False))
+    return _words(parameters, isinstance(node, ast.AsyncFunctionDef))
+
+
+def _words(parameters: list[tuple], awaited: bool) -> str:
+    words = []
+    kinds = [kind for kind, *_ in parameters]
+    for i, (kind, name, optional) in enumerate(parameters):
+        if kind is KEYWORD and not {LIST, KEYWORD} & set(kinds[:i]):
+            words.append("*")
+        words.append({LIST: "*", DICT: "**"}.get(kind, "") + name + "=" * optional)
+        if kind is POSITIONAL and kinds[i + 1 : i + 2] != [POSITIONAL]:
+            words.append("/")
+    return f"{'async ' * awaited}({', '.join(words)})"
+
+
+def source_of(root: Path, module: str) -> Path:
+    """Where a module of the package in `root` lies; nothing is imported."""
+    path = root.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def in_source(root: Path, owner: str, name: str) -> str | None:
+    """The signature of a method of "module:Class" as its source file has it; None: it is not there."""
+    module, _, cls = owner.partition(":")
+    path = source_of(root, module)
+    if not path.exists():
+        return None
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            for method in node.body:
+                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and method.name == name:
+                    return of_definition(method)
+    return None
