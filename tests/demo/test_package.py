@@ -194,22 +194,23 @@ def script(code: str) -> Server:
 
 
 def test_a_server_that_dies_shows_its_last_words():
-    with pytest.raises(ServerError, match="status 3\nout of luck"):
-        with script("print('out of luck'); raise SystemExit(3)") as server:
-            server.wait(60)
+    dying = script("print('out of luck'); raise SystemExit(3)")
+    with pytest.raises(ServerError, match="status 3\nout of luck"), dying as server:
+        server.wait(60)
 
 
 def test_a_server_that_never_gets_ready_is_stopped():
-    with pytest.raises(ServerError, match="not ready after 0 s"), script("import time; time.sleep(600)") as server:
+    sleeping = script("import time; time.sleep(600)")
+    with pytest.raises(ServerError, match="not ready after 0 s"), sleeping as server:
         server.wait(0.1)
     assert server.process.returncode is not None
 
 
 def test_what_a_dead_server_leaves_behind_is_stopped():
     helper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid"
-    with pytest.raises(ServerError) as died:
-        with script(f"import subprocess, sys; print({helper}); raise SystemExit(3)") as server:
-            server.wait(60)
+    dying = script(f"import subprocess, sys; print({helper}); raise SystemExit(3)")
+    with pytest.raises(ServerError) as died, dying as server:
+        server.wait(60)
     status = Path(f"/proc/{str(died.value).split()[-1]}/stat")
     for _ in range(100):
         # nobody may have collected the orphan yet
