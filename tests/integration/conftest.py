@@ -54,13 +54,4 @@ def ask(client, model):
 @pytest.fixture
 def counted(server):
     """counted(function) -> its result, and how far the `vllm:diffusion_*` counters went meanwhile."""
-
-    def count(function):
-        before = server.metrics()
-        result = function()
-        after = server.metrics()
-        names = ("denoising_steps", "canvas_positions", "committed_tokens", "rows_recomputed", "rows_dense")
-        full = {name: f"vllm:diffusion_num_{name}_total" for name in names}
-        return result, {name: after[full[name]] - before[full[name]] for name in names}
-
-    return count
+    return server.counted

@@ -1,10 +1,12 @@
 """The demo's `vllm serve` with what tests ask of it, and questions the bundled checkpoint can answer."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -60,6 +62,17 @@ class Server(demo.Server):
                 if engine in (None, sample.labels.get("engine")):
                     values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
+
+    def counted(self, function: Callable) -> tuple[Any, dict[str, float]]:
+        """Its result, and how far each `vllm:diffusion_*` counter went meanwhile."""
+        before = self.metrics()
+        result = function()
+        after = self.metrics()
+        return result, {
+            re.sub("^vllm:diffusion_(num_)?|_total$", "", name): after[name] - before[name]
+            for name in after
+            if name.startswith("vllm:diffusion_") and name.endswith("_total")
+        }
 
     def token_id(self, text: str) -> int:
         body = {"prompt": text, "add_special_tokens": False}
