@@ -12,7 +12,8 @@ WRONG = ["x", -1, float("inf"), 1.5, [], {}, [[]], True, None, "NaN", 1 << 70, -
 FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "logprobs", "stop", "stop_token_ids", "ignore_eos",
     "stream", "vllm_xargs", "prompt", "model", "echo", "presence_penalty", "logit_bias", "stream_options",
-    "response_format", "min_p", "min_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs", "use_beam_search", "user",
+    "response_format", "min_p", "min_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs", "use_beam_search",
+    "user",
 )  # fmt: skip
 OPTIONS = (
     "dlm_steps", "dlm_block_length", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
