@@ -1,18 +1,27 @@
-# make demo: serve the bundled checkpoint and ask it something. make test: run the tests.
-# Both make .venv first; ARGS goes to the program: make test ARGS="tests/plugins -x".
+# make demo: serve the bundled checkpoint and ask it something. make check: formatting, lint and types.
+# make test: run the tests, in minutes. make test-all: the slow sweeps, too.
+# All make .venv first; ARGS goes to the program: make test ARGS="tests/plugins -x".
 PYTHON ?= python3
 READY := .venv/ready
 
 # With it vLLM skips the plugin that makes the CPU wheel's command line work.
 unexport VLLM_TARGET_DEVICE
 
-.PHONY: demo test environment
+.PHONY: demo check test test-all environment
 
 demo: $(READY)
 	@.venv/bin/python -m vllm_dlm.demo $(ARGS)
 
+check: $(READY)
+	@.venv/bin/python -m ruff format --check
+	@.venv/bin/python -m ruff check
+	@.venv/bin/python -m mypy
+
 test: $(READY)
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-all: $(READY)
+	@.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
 environment: $(READY)
 

@@ -149,8 +149,9 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(
-            str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True, kv_cache_memory_bytes=1 << 29,
-            max_num_seqs=16, max_num_batched_tokens=max(4096, max_model_len), disable_log_stats=True,
+            str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
+            kv_cache_memory_bytes=1 << 29, max_num_seqs=16,
+            max_num_batched_tokens=max(4096, max_model_len), disable_log_stats=True,
         )  # fmt: skip
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler, self.runner = core.scheduler, core.model_executor.driver_worker.worker.model_runner

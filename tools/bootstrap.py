@@ -46,8 +46,8 @@ def main():
     if have.get(vllm) != VLLM_VERSION:
         install_vllm(cuda, f"{vllm}=={VLLM_VERSION}")
     step(
-        "Installing vllm_dlm and what its tests and benchmarks need",
-        pip("install", "--editable", f"{ROOT}[test,bench]"),
+        "Installing vllm_dlm and what its checks, tests and benchmarks need",
+        pip("install", "--editable", f"{ROOT}[check,test,bench]"),
     )
     if not cuda:
         step(f"Removing {', '.join(MISMATCHED)}", pip("uninstall", "--yes", *MISMATCHED))

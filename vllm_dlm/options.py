@@ -7,14 +7,12 @@ so the front-end (to refuse), the scheduler and the workers (to obey) read a
 request the same way.
 """
 
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_dlm.methods import KINDS, methods
+from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm
@@ -25,19 +23,11 @@ INFILL = "dlm_infill"
 PARTS = (*KINDS, "canvas")
 
 
-class OptionError(ValueError):
-    """A value that cannot be honoured. `field` is what the caller wrote."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
-
-
 @dataclass(frozen=True)
-class Canvas:
+class CanvasBounds:
     """How long a response may be. Every step computes all of it, so a server says what it is ready to pay for."""
 
-    name: typing.ClassVar[str] = "canvas"
+    name: ClassVar[str] = "canvas"
 
     default: int | None = None  # of a request that gives no max_tokens; None: the checkpoint's or its family's
     max: int | None = None  # the longest a request may ask for
@@ -63,13 +53,17 @@ class Options:
     decoding: Any
     reuse: Any
     selection: Any
-    canvas: Canvas = Canvas()
+    canvas: CanvasBounds = CanvasBounds()
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
 
     @property
     def caches(self) -> bool:
         """Keys and values are written to pages: later steps read them, or the selection does in this one."""
         return self.reuse.caches or self.selection.sparse
+
+    def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
+        """Positions of a request's canvas, its prompt among them. The response is cut to the model's length."""
+        return min(prompt_len + max_tokens, max_model_len)
 
 
 def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Options:
@@ -82,13 +76,13 @@ def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Op
             raise OptionError(part, f"dlm: unknown part {shown(part)}, valid parts are {', '.join(PARTS)}")
     default = {"decoding": default_decoding, "reuse": "none", "selection": "none"}
     chosen = {kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS}
-    return Options(**chosen, canvas=_built(Canvas, "canvas", given.get("canvas"), {}))
+    return Options(**chosen, canvas=_built(CanvasBounds, "canvas", given.get("canvas"), {}))
 
 
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
-    chosen = {"infill": _typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
+    chosen = {"infill": typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
@@ -110,7 +104,7 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
     known = {f"dlm_{field.name}": field.name for field in fields(cls)}
     for key, value in given.items():
         if key in known:
-            values = values | {known[key]: _typed(cls, known[key], value, key)}
+            values = values | {known[key]: typed(cls, known[key], value, key)}
         elif key != "dlm_algorithm":
             valid = ", ".join(request_keys(cls))
             raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
@@ -127,7 +121,7 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
 def _way_out(cls: type, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """Which of the server's values a request would have to unset."""
     for field, value in kept.items():
-        if value is not None and type(None) in _accepted(cls, field):
+        if value is not None and may_be_unset(cls, field):
             try:
                 cls(**(kept | values | {field: None}))
             except ValueError:
@@ -159,7 +153,7 @@ def _built(cls: type, part: str, given: Any, preset: Mapping[str, Any]):
         if field not in valid:
             listed = ", ".join(valid) or "none"
             raise OptionError(field, f"dlm.{part}.{field}: not a field of {cls.name!r}, valid fields are {listed}")
-    values = {field: _typed(cls, field, value, f"dlm.{part}.{field}") for field, value in given.items()}
+    values = {field: typed(cls, field, value, f"dlm.{part}.{field}") for field, value in given.items()}
     try:
         return cls(**(preset | values))
     except ValueError as error:
@@ -198,51 +192,3 @@ def _method(kind: str, name: Any, where: str) -> tuple[type, dict[str, Any]]:
 
 def _field_of(error: ValueError) -> str:
     return str(error).split(":", 1)[0]
-
-
-def _typed(cls: type, field: str, value: Any, where: str) -> Any:
-    """`value` as the field's type. HTTP carries booleans as 0/1 and whole floats as integers."""
-    accepted = _accepted(cls, field)
-    # null does not travel in vllm_xargs
-    if type(None) in accepted and (value is None or value == "none"):
-        return None
-    for kind in accepted:
-        origin = typing.get_origin(kind) or kind
-        if origin is bool and value in (0, 1):
-            return bool(value)
-        if isinstance(value, bool):
-            continue
-        if origin is int and isinstance(value, (int, float)) and value == int_or_none(value):
-            return int(value)
-        if origin is float and isinstance(value, (int, float)) and is_finite(value):
-            return float(value)
-        if origin in (list, tuple) and isinstance(value, (list, tuple)):
-            return tuple(value)
-        if origin is str and isinstance(value, str):
-            return value
-        if origin is typing.Literal and value in typing.get_args(kind):
-            return value
-    wanted = " or ".join(
-        " or ".join(map(repr, typing.get_args(kind)))
-        if typing.get_origin(kind) is typing.Literal
-        else getattr(kind, "__name__", str(kind))
-        for kind in accepted
-    ).replace("NoneType", '"none"')
-    raise OptionError(where, f"{where}: {shown(value)} is not valid, it must be {wanted}")
-
-
-def _accepted(cls: type, field: str) -> tuple:
-    """The types a field may have."""
-    hint = typing.get_type_hints(cls)[field]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
-
-
-def int_or_none(value: float) -> int | None:
-    return int(value) if value == value and abs(value) < 2**62 else None

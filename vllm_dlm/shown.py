@@ -1,12 +1,34 @@
 """Values as error messages show them: a client's megabytes do not come back."""
 
+import reprlib
+
 LONGEST = 100
 
 
+class _Brief(reprlib.Repr):
+    """Cuts what is long or deeply nested before it is rendered."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = LONGEST
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = LONGEST // 4
+        self.fillvalue = "…"
+
+    repr_bytes = reprlib.Repr.repr_str
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no number of so many digits
+            return f"a number of {x.bit_length()} bits"
+
+
+_BRIEF = _Brief()
+
+
 def shown(value) -> str:
-    """`repr(value)`, shortened. Long strings are cut before they are rendered."""
-    text = repr(value[:LONGEST] if isinstance(value, (str, bytes)) else value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    """`repr(value)`, shortened."""
+    return short(_BRIEF.repr(value))
 
 
 def short(name: str) -> str:

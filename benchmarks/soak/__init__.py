@@ -54,9 +54,8 @@ def in_process(args) -> int:
     done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
     if failure:
         print(failure.found)
-        print(
-            f"Of the batch {len(failure.batch.entries)} requests are left after {failure.tried} tries to make it smaller:\n"
-        )
+        left = len(failure.batch.entries)
+        print(f"Of the batch {left} requests are left after {failure.tried} tries to make it smaller:\n")
         print(failure.python())
         return 1
     settings = _settings(args, checkpoints, "each request alone", "requests sent, and what became of them")

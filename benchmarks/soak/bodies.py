@@ -10,9 +10,10 @@ WRONG = ["x", -1, float("inf"), 1.5, [], {}, [[]], True, None, "NaN", 1 << 70, -
 #: fields of a completion, each of which is given a value of every wrong type. Not structured_outputs: vLLM 0.32's own
 #: request model calls `.get` on whatever stands there and answers 500 (completion and chat_completion/protocol.py).
 FIELDS = (
-    "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "logprobs", "stop", "stop_token_ids", "ignore_eos", "stream",
-    "vllm_xargs", "prompt", "model", "echo", "presence_penalty", "logit_bias", "stream_options", "response_format", "min_p",
-    "min_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs", "use_beam_search", "user",
+    "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "logprobs", "stop", "stop_token_ids", "ignore_eos",
+    "stream", "vllm_xargs", "prompt", "model", "echo", "presence_penalty", "logit_bias", "stream_options",
+    "response_format", "min_p", "min_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs", "use_beam_search",
+    "user",
 )  # fmt: skip
 OPTIONS = (
     "dlm_steps", "dlm_block_length", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
@@ -102,8 +103,8 @@ def large(rng: random.Random, size: int = 10 << 20) -> tuple[str, bytes, dict]:
     """10 MB, in the place of different things."""
     text = "a" * size
     body = rng.choice((
-        plain(prompt=text), plain(vllm_xargs={"dlm_steps": text}), plain(vllm_xargs={"dlm_reuse": text}), plain(model=text),
-        plain(temperature=text), plain(max_tokens=int("9" * 4000)), plain(prompt=[5] * (size // 10)), plain(stop=[text]),
-        {**plain(), text: 1}, text, [[]] * (size // 4),
+        plain(prompt=text), plain(vllm_xargs={"dlm_steps": text}), plain(vllm_xargs={"dlm_reuse": text}),
+        plain(model=text), plain(temperature=text), plain(max_tokens=int("9" * 4000)),
+        plain(prompt=[5] * (size // 10)), plain(stop=[text]), {**plain(), text: 1}, text, [[]] * (size // 4),
     ))  # fmt: skip
     return "/v1/completions", json.dumps(body).encode(), JSON

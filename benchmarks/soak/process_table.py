@@ -20,11 +20,12 @@ COLUMNS = [
 NOTES = [
     "Every request was served in a batch of up to 24 that arrive, leave and are thrown back by cache resets at random "
     "steps, with memory for one to a few canvases, filled with NaN before each batch.",
-    "compared: answers (tokens, reason of the end, tokens of the log-probabilities) equal to those of the same request alone "
-    "in an engine of its own with ample memory and another block size. About a third of the requests of a batch are new, the "
-    "others were asked before, in other company. Not compared: aborted ones, and those restarted by a reset under a policy "
-    "that caches, which may answer otherwise.",
-    "After every batch: all blocks free, nothing left in scheduler, runner and front-end, counters equal to what was delivered.",
+    "compared: answers (tokens, reason of the end, tokens of the log-probabilities) equal to those of the same request "
+    "alone in an engine of its own with ample memory and another block size. About a third of the requests of a batch "
+    "are new, the others were asked before, in other company. Not compared: aborted ones, and those restarted by a "
+    "reset under a policy that caches, which may answer otherwise.",
+    "After every batch: all blocks free, nothing left in scheduler, runner and front-end, counters equal to what was "
+    "delivered.",
     "drawn but refused: by the front-end, with an error that names the field.",
 ]
 
@@ -33,8 +34,9 @@ def made(done: list, settings: dict, name: str) -> report.Report:
     rows = [
         {
             "checkpoint": shift.server.label, "options": str(shift.server.dlm), "requests": shift.requests,
-            "batches": shift.batches, "compared": shift.compared, "aborted": shift.aborted, "restarted": shift.restarted,
-            "refused": sum(shift.refused.values()), "steps": shift.steps, "seconds": shift.seconds,
+            "batches": shift.batches, "compared": shift.compared, "aborted": shift.aborted,
+            "restarted": shift.restarted, "refused": sum(shift.refused.values()), "steps": shift.steps,
+            "seconds": shift.seconds,
         }
         for shift in done
     ]  # fmt: skip

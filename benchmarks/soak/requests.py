@@ -157,7 +157,7 @@ def forwards(given: Given, model: Model) -> int:
 
 
 def most_forwards(given: Given, model: Model) -> int:
-    """Of one sample: a step per position, or all that are scheduled; and each block may begin with one that fills nothing."""
+    """Of one sample: a step per position, or all that are scheduled; a block may begin with one that fills nothing."""
     steps = given.fields["extra_args"].get("dlm_steps") or 0
     return given.prompt.count(model.mask_id) + max(2 * canvas_len(given, model), steps) + 8
 

@@ -46,19 +46,13 @@ class Server(demo.Server):
     """The demo's, with hardly any memory, so that requests also wait."""
 
     def __init__(self, checkpoint: str, dtype: str):
-        super().__init__()
-        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(ONEDNN_CACHE)  # the server inherits it
-        self.command[2] = checkpoint
-        settings = {
-            "--max-model-len": LIMIT,
-            "--max-num-seqs": 16,
-            "--max-num-batched-tokens": 2048,
-            "--kv-cache-memory-bytes": 16 << 20,
-        }
-        for flag, value in settings.items():
-            if flag in self.command:
-                self.command[self.command.index(flag) + 1] = str(value)
-        self.command += ["--dtype", dtype]
+        super().__init__(
+            *("--plugin", "vllm_dlm", "--served-model-name", demo.MODEL, "--dtype", dtype),
+            *("--max-model-len", str(LIMIT), "--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
+            *("--kv-cache-memory-bytes", str(16 << 20)),
+            checkpoint=checkpoint,
+            environment=demo.ENVIRONMENT | os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE)},
+        )
 
 
 @dataclass
@@ -91,9 +85,8 @@ def soak(
             wave += 1
             if wave % 5 == 0:
                 engine = [s for s in work.samples if s.process.startswith("engine")][-1:]
-                say(
-                    f"{work.requests} requests, {work.steps:.0f} steps, {[s.rss_kib >> 10 for s in engine]} MiB in the engine"
-                )
+                memory_now = f"{[s.rss_kib >> 10 for s in engine]} MiB in the engine"
+                say(f"{work.requests} requests, {work.steps:.0f} steps, {memory_now}")
         if not work.problems:
             changed = [asked for asked in known if client.ask(asked)[1] != asked.answer]
             work.problems += [f"afterwards {asked.body} is answered otherwise" for asked in changed]
@@ -199,10 +192,14 @@ def settings(work: Work) -> dict:
         f"{client}: {'left or hung up' if status is None else status}" for client, status in work.seen.elements()
     )
     return {
-        "requests": work.requests, "denoising_steps": int(work.steps), "seconds": round(work.seconds), "server": {
-            "max_model_len": LIMIT, "kv_cache_mib": 16, "max_num_seqs": 16,
-        }, "clients_together": TOGETHER, "largest_refusal_bytes": work.largest_refusal, "answers": dict(sorted(statuses.items())),
-    }  # fmt: skip
+        "requests": work.requests,
+        "denoising_steps": int(work.steps),
+        "seconds": round(work.seconds),
+        "server": {"max_model_len": LIMIT, "kv_cache_mib": 16, "max_num_seqs": 16},
+        "clients_together": TOGETHER,
+        "largest_refusal_bytes": work.largest_refusal,
+        "answers": dict(sorted(statuses.items())),
+    }
 
 
 def samples(work: Work) -> list[dict]:

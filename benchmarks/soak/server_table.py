@@ -15,13 +15,14 @@ for _measure, _unit in UNITS.items():
 COLUMNS.append(report.Column("grows", "grows"))
 
 NOTES = [
-    "Every process of the server while it is idle, after each wave of clients. Growth: slope of a line through the means of "
-    f"{memory.STRETCHES} stretches of the samples after the first {memory.WARM_UP:.0%}, ± its standard error.",
+    "Every process of the server while it is idle, after each wave of clients. Growth: slope of a line through the "
+    f"means of {memory.STRETCHES} stretches of the samples after the first {memory.WARM_UP:.0%}, ± its standard error.",
     "grows: the slope is above three standard errors and adds more than 2 % of the mean within the run.",
-    "oneDNN keeps the matrix products of each new number of rows, 1,024 of them unless told otherwise: gigabytes for many "
-    f"lengths. The server ran with ONEDNN_PRIMITIVE_CACHE_CAPACITY={served.ONEDNN_CACHE}, so that a slope is not that cache's.",
-    "No answer was a 5xx, refusals of dlm_ options stayed below 100 kB, good requests were answered as before between hostile ones, and after "
-    "every wave nothing ran, waited or held memory.",
+    "oneDNN keeps the matrix products of each new number of rows, 1,024 of them unless told otherwise: gigabytes for "
+    f"many lengths. The server ran with ONEDNN_PRIMITIVE_CACHE_CAPACITY={served.ONEDNN_CACHE}, so that a slope is not "
+    "that cache's.",
+    "No answer was a 5xx, refusals of dlm_ options stayed below 100 kB, good requests were answered as "
+    "before between hostile ones, and after every wave nothing ran, waited or held memory.",
 ]
 
 
@@ -38,7 +39,8 @@ def made(work: served.Work, settings: dict, name: str) -> report.Report:
             row[f"{measure}_growth"] = f"{per:.3f} ± {error:.3f}"
         row["grows"] = ", ".join(measure for measure in memory.MEASURES if found[measure]["grows"]) or "no"
         rows.append(row)
-    title = f"A server with hostile clients, {settings['dtype']}: {work.requests} requests, {int(work.steps)} denoising steps"
+    amount = f"{work.requests} requests, {int(work.steps)} denoising steps"
+    title = f"A server with hostile clients, {settings['dtype']}: {amount}"
     return report.Report(name, title, settings, COLUMNS, NOTES, rows)
 
 

@@ -116,8 +116,9 @@ class Recipe:
 
     def arguments(self) -> TrainingArguments:
         return TrainingArguments(
-            str(self.output), max_steps=self.steps, per_device_train_batch_size=self.batch, use_cpu=not torch.cuda.is_available(),
-            learning_rate=self.learning_rate, warmup_steps=self.warm_up, lr_scheduler_type="cosine", weight_decay=0.0,
+            str(self.output), max_steps=self.steps, per_device_train_batch_size=self.batch,
+            use_cpu=not torch.cuda.is_available(), learning_rate=self.learning_rate,
+            warmup_steps=self.warm_up, lr_scheduler_type="cosine", weight_decay=0.0,
             max_grad_norm=1.0, adam_beta2=0.98, logging_steps=10, save_strategy="steps", save_steps=self.save_every,
             save_total_limit=2, seed=self.seed, report_to=[], remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip

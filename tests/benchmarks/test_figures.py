@@ -89,7 +89,7 @@ def test_no_stage_begins_after_its_minutes(quiet, tmp_path, monkeypatch, capsys)
 
 
 def test_toy_results_do_not_come_among_the_figures(quiet):
-    with pytest.raises(SystemExit, match="--toy.*--results"):
+    with pytest.raises(SystemExit, match=r"--toy.*--results"):
         figures.run(arguments("--toy"))
     assert not quiet
 

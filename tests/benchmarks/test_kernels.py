@@ -22,9 +22,10 @@ def test_a_quick_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     data = json.loads((tmp_path / "kernels-cpu.json").read_text())
     (row,) = data["rows"]
-    assert row["keys"] == 2048 and row["ratio"] == row["dense_ms"] / row["sparse_ms"]
-    assert row["dense_ms"] == min(row["dense"].values()) and "vLLM CPU attention" in row["dense"]
-    assert row["served_ratio"] == row["dense_ms"] / row["served_ms"]
+    assert row["keys"] == 2048 and "vLLM CPU attention" in row["dense"]
+    assert all(row["dense_ms"] <= own for own in row["dense"].values())  # against the best of them
+    assert (row["ratio"] > 1) == (row["sparse_ms"] < row["dense_ms"])
+    assert (row["served_ratio"] > 1) == (row["served_ms"] < row["dense_ms"])
     assert any("36 cases compared" in note for note in data["notes"])
 
 

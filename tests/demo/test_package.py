@@ -9,9 +9,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -161,7 +163,8 @@ def test_make_bootstraps_before_it_runs_anything(tmp_path):
     for file in ("Makefile", "pyproject.toml", "tools/bootstrap.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
-    for target, program in {"demo": "-m vllm_dlm.demo", "test": "-m pytest"}.items():
+    programs = {"demo": "-m vllm_dlm.demo", "test": "-m pytest", "test-all": "-m pytest", "check": "-m ruff"}
+    for target, program in programs.items():
         assert plan(target).index("tools/bootstrap.py") < plan(target).index(f".venv/bin/python {program}")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/ready").touch()
@@ -184,30 +187,30 @@ def test_the_demo_answers_and_stops_its_server():
     assert done.stdout.count("tokens/s") == 2
 
 
-def script(port: int, code: str) -> Server:
-    server = Server(port)
+def script(code: str) -> Server:
+    server = Server()
     server.command = [sys.executable, "-c", code]
     return server
 
 
 def test_a_server_that_dies_shows_its_last_words():
-    with pytest.raises(ServerError, match="status 3\nout of luck"):
-        with script(0, "print('out of luck'); raise SystemExit(3)") as server:
-            server.wait(60)
+    dying = script("print('out of luck'); raise SystemExit(3)")
+    with pytest.raises(ServerError, match="status 3\nout of luck"), dying as server:
+        server.wait(60)
 
 
 def test_a_server_that_never_gets_ready_is_stopped():
-    with pytest.raises(ServerError, match="not ready after 0 s"):
-        with script(0, "import time; time.sleep(600)") as server:
-            server.wait(0.1)
+    sleeping = script("import time; time.sleep(600)")
+    with pytest.raises(ServerError, match="not ready after 0 s"), sleeping as server:
+        server.wait(0.1)
     assert server.process.returncode is not None
 
 
 def test_what_a_dead_server_leaves_behind_is_stopped():
     helper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid"
-    with pytest.raises(ServerError) as died:
-        with script(0, f"import subprocess, sys; print({helper}); raise SystemExit(3)") as server:
-            server.wait(60)
+    dying = script(f"import subprocess, sys; print({helper}); raise SystemExit(3)")
+    with pytest.raises(ServerError) as died, dying as server:
+        server.wait(60)
     status = Path(f"/proc/{str(died.value).split()[-1]}/stat")
     for _ in range(100):
         # nobody may have collected the orphan yet
@@ -223,26 +226,71 @@ def test_a_taken_port_is_refused():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"port {port}"):
-            Server(port)
+            Server(port=port)
 
 
-def chunk(text: str, tokens: int, finish_reason: str | None = None) -> bytes:
-    event = {
-        "choices": [{"delta": {"content": text}, "finish_reason": finish_reason}],
-        "usage": {"completion_tokens": tokens},
+def chunk(text: str, tokens: int, finish_reason: str | None = None) -> dict:
+    return {
+        "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1},
     }
-    return b"data: " + json.dumps(event).encode() + b"\n"
 
 
-def test_a_stream_is_read_event_by_event():
-    progress = client.Progress()
-    seen = []
-    for event in client.events([chunk(" a b", 8), b"\n", chunk(" c", 11, "stop"), b"data: [DONE]\n", chunk("!", 99)]):
-        client.add(progress, event)
-        seen.append((progress.text, progress.tokens, progress.finish_reason))
+@pytest.fixture
+def answered():
+    """answered(*events, status) -> what the client makes of a server that sends these"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Canned) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def answered(*events: dict | str, status: int = 200) -> list[tuple]:
+            server.status, server.events = status, events
+            url = f"http://127.0.0.1:{server.server_port}"
+            stream = client.stream(url, client.body("m", "Copy: a", 16, {"dlm_steps": 4}))
+            return [(progress.text, progress.tokens, progress.finish_reason) for progress in stream]
+
+        answered.server = server
+        yield answered
+        server.shutdown()
+
+
+class Canned(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(self.server.status)
+        self.send_header("Content-Type", "text/event-stream" if self.server.status == 200 else "application/json")
+        self.end_headers()
+        for event in self.server.events:
+            text = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f"data: {text}\n\n".encode() if self.server.status == 200 else text.encode())
+
+    def log_message(self, *_): ...
+
+
+def test_a_stream_is_read_event_by_event(answered):
+    seen = answered(chunk(" a b", 8), chunk(" c", 11, "stop"), "[DONE]", chunk("!", 99))
     assert seen == [(" a b", 8, None), (" a b c", 11, "stop")]
+    asked = answered.server.asked
+    assert asked["stream"] and asked["vllm_xargs"] == {"dlm_steps": 4} and asked["max_tokens"] == 16
 
 
-def test_an_error_inside_a_stream_is_raised():
-    with pytest.raises(client.RequestError, match="dlm_steps"):
-        list(client.events([b'data: {"error": {"message": "dlm_steps: too few"}}\n']))
+def test_an_error_inside_a_stream_is_raised(answered):
+    with pytest.raises(client.RequestError, match=r"^dlm_steps: too few$"):
+        answered(chunk(" a", 1), {"error": {"message": "dlm_steps: too few"}})
+
+
+def test_a_refusal_is_raised_with_its_message(answered):
+    with pytest.raises(client.RequestError, match=r"^HTTP 400: dlm_steps: too few$"):
+        answered({"error": {"message": "dlm_steps: too few", "code": 400}}, status=400)
+
+
+def test_an_answer_that_breaks_off_is_no_answer(answered):
+    with pytest.raises(client.RequestError, match="without a finish reason"):
+        answered(chunk(" a", 1))
+
+
+def test_nobody_there_is_said_so():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(client.RequestError, match="the server broke off"):
+        list(client.stream(url, client.body("m", "Copy: a", 16, {})))

@@ -3,7 +3,7 @@ import json
 import openai
 import pytest
 
-from tests.integration.serving import BLOCK, Server, chat
+from tests.integration.serving import BLOCK, chat, serving
 
 DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "canvas": {"max": 400}}
 
@@ -11,30 +11,24 @@ DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "ca
 @pytest.fixture(scope="package")
 def server(tmp_path_factory):
     """One server for the whole folder: starting it takes longer than all of its tests."""
-    server = Server(
-        tmp_path_factory.mktemp("server") / "log.txt",
+    arguments = (
         *("--plugin", "vllm_dlm"),
         *("--max-model-len", "512"),
         *("--kv-cache-memory-bytes", str(16 << 20)),  # ten canvases of the longest kind
         *("--dlm-config", json.dumps(DLM_CONFIG)),
     )
-    try:
-        server.wait_until_healthy(seconds=600)
+    with serving(tmp_path_factory.mktemp("server") / "log.txt", *arguments) as server:
         yield server
-        assert server.process.poll() is None, f"the server died\n{server.log_tail()}"
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="package")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0) as client:
-        yield client
+    return server.client
 
 
 @pytest.fixture(scope="package")
-def model(client) -> str:
-    return client.models.list().data[0].id
+def model(server) -> str:
+    return server.model
 
 
 @pytest.fixture
@@ -60,13 +54,4 @@ def ask(client, model):
 @pytest.fixture
 def counted(server):
     """counted(function) -> its result, and how far the `vllm:diffusion_*` counters went meanwhile."""
-
-    def count(function):
-        before = server.metrics()
-        result = function()
-        after = server.metrics()
-        names = ("denoising_steps", "canvas_positions", "committed_tokens", "rows_recomputed", "rows_dense")
-        full = {name: f"vllm:diffusion_num_{name}_total" for name in names}
-        return result, {name: after[full[name]] - before[full[name]] for name in names}
-
-    return count
+    return server.counted

@@ -1,78 +1,61 @@
-"""A `vllm serve` of its own process, and questions the bundled checkpoint can answer."""
+"""The demo's `vllm serve` with what tests ask of it, and questions the bundled checkpoint can answer."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "vllm_dlm/demo/checkpoint"
-VLLM = Path(sys.executable).with_name("vllm")
+from vllm_dlm.demo import client
+from vllm_dlm.demo import server as demo
+
+CHECKPOINT = demo.CHECKPOINT
 BLOCK = 8  # block length of the server under test, unless a request asks for another
-
-
-def vllm_command(*arguments: str) -> list[str]:
-    """The console script beside this interpreter, or the module it runs."""
-    start = [str(VLLM)] if VLLM.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-    return [*start, *arguments]
 
 
 def vllm_environment() -> dict[str, str]:
     """As a user has it: what the tests set for engines inside their own process is taken back."""
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return kept | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return demo.ENVIRONMENT | {name: value for name, value in os.environ.items() if name not in ours}
 
 
-class Server:
-    def __init__(self, log: Path, *arguments: str, checkpoint: Path = CHECKPOINT, **environment: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = vllm_command("serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *arguments)
-        with log.open("wb") as output:
-            # A session of its own: if it will not end by itself, all of its processes can be ended together.
-            self.process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=vllm_environment() | environment,
-                start_new_session=True,
-            )
+@contextmanager
+def serving(log: Path, *arguments: str, checkpoint: Path = CHECKPOINT, **environment: str) -> Iterator["Server"]:
+    """A server that answers; unless it was told to end, it must still be there afterwards."""
+    with Server(*arguments, checkpoint=checkpoint, log=log, environment=vllm_environment() | environment) as server:
+        server.wait(600)
+        yield server
+        if not server.may_end:
+            server.check()
 
-    def wait_until_healthy(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}\n{self.log_tail()}")
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        raise RuntimeError(f"the server was not healthy after {seconds} s\n{self.log_tail()}")
 
-    def log_tail(self, lines: int = 60) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+class Server(demo.Server):
+    may_end = False  # before its `with` does
 
-    def stop(self) -> None:
+    def __init__(self, *arguments: str, **where):
+        super().__init__(*arguments, **where)
+        self.client = client.connect(self.url)
+
+    def __exit__(self, *_) -> None:
+        self.client.close()
+        super().__exit__()
+
+    @cached_property
+    def model(self) -> str:
+        return self.client.models.list().data[0].id
+
+    def end(self) -> None:
+        self.may_end = True
         self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
     def metrics(self, engine: str | None = None) -> dict[str, float]:
         """name -> value, summed over labels; of one replica alone with `engine`."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -80,9 +63,20 @@ class Server:
                     values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
+    def counted(self, function: Callable) -> tuple[Any, dict[str, float]]:
+        """Its result, and how far each `vllm:diffusion_*` counter went meanwhile."""
+        before = self.metrics()
+        result = function()
+        after = self.metrics()
+        return result, {
+            re.sub("^vllm:diffusion_(num_)?|_total$", "", name): after[name] - before[name]
+            for name in after
+            if name.startswith("vllm:diffusion_") and name.endswith("_total")
+        }
+
     def token_id(self, text: str) -> int:
         body = {"prompt": text, "add_special_tokens": False}
-        (token,) = httpx.post(f"{self.url}/tokenize", json=body, timeout=60).json()["tokens"]
+        (token,) = httpx.post(f"{self.url}/tokenize", json=body, timeout=60, trust_env=False).json()["tokens"]
         return token
 
 

@@ -3,14 +3,17 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
+import openai
 import psutil
 import pytest
 
-from tests.integration.serving import BLOCK, COPY, Server, chat_text, needle, options
+from tests.integration.serving import BLOCK, COPY, Server, chat_text, needle, options, serving
+from vllm_dlm.methods import methods
 
-REUSES = ["none", "fast_dllm", "fast_dllm/prefix", "dllm_cache", "dyllm"]
+REUSES = [*sorted(methods("reuse")), "fast_dllm/prefix"]
 BLOCKS = 6  # of 128 tokens: a replica has five for its canvases, both together have eleven
 SERVED = (
     *("--plugin", "vllm_dlm", "--served-model-name", "m", "--max-model-len", "512"),
@@ -22,38 +25,25 @@ SERVED = (
 )  # fmt: skip
 REPLICAS = (*SERVED, "--data-parallel-size", "2", "--num-gpu-blocks-override", str(BLOCKS))
 ENVIRONMENT = {
-    # one thread each, tied to no core: vLLM would tie both replicas to the same one
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
     # With less to write between its two callbacks vLLM always loses the race that shutdown.py is about.
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 TELLING = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
 
 
-def started(folder, *arguments: str, environment=ENVIRONMENT) -> Server:
-    server = Server(folder / "log.txt", *arguments, **environment)
-    try:
-        server.wait_until_healthy(seconds=600)
-    except BaseException:
-        server.stop()
-        raise
-    return server
-
-
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory):
     """Two behind one front-end: it is told the sum of their blocks, and ends by waiting for its streams."""
-    server = started(tmp_path_factory.mktemp("replicas"), *REPLICAS, "--api-server-count", "1")
-    yield server
-    server.stop()
+    log = tmp_path_factory.mktemp("replicas") / "log.txt"
+    with serving(log, *REPLICAS, "--api-server-count", "1", **ENVIRONMENT) as server:
+        yield server
 
 
 def mixed() -> list[dict]:
     """Bodies of every reuse policy, greedy and seeded, guided and not."""
     prompts = [chat_text(COPY), *(chat_text(needle("carol", f"{i}1234", repeats=1)[0]) for i in range(3))]
     for index in range(20):
-        extra = {"dlm_reuse": REUSES[index % 5], "dlm_selection": "none"}
+        extra = {"dlm_reuse": REUSES[index % len(REUSES)], "dlm_selection": "none"}
         if index % 7 == 0:
             extra["dlm_cfg_scale"] = 1.0
         asked = {"prompt": prompts[index // 2 % 4], "temperature": 0}
@@ -67,16 +57,20 @@ def answers(server: Server, bodies: list[dict], at_once: int = 1, **headers: str
     """One by one: shared steps round differently in bfloat16, which a sample may show."""
 
     def answer(body: dict) -> list[int]:
-        return complete(server, body, **headers).json()["choices"][0]["token_ids"]
+        return complete(server, body, **headers).choices[0].token_ids
 
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(answer, bodies))
 
 
-def complete(server: Server, body: dict, **headers: str) -> httpx.Response:
-    model = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
-    body = {"model": model} | body
-    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=300)
+def complete(server: Server, body: dict, **headers: str):
+    return server.client.completions.create(
+        model=server.model,
+        prompt=body["prompt"],
+        stream=body.get("stream", False),
+        extra_body=body,
+        extra_headers=headers,
+    )
 
 
 def test_each_replica_answers_as_a_server_of_its_own(server, replicas):
@@ -117,10 +111,11 @@ TOO_MUCH = {
 @pytest.mark.parametrize(("prompt", "canvas", "extra"), TOO_MUCH.values(), ids=TOO_MUCH)
 def test_what_one_replica_cannot_hold_is_refused(replicas, prompt, canvas, extra, stream):
     body = {"prompt": [5] * prompt, "max_tokens": canvas, "stream": stream} | options(**extra)
-    answer = complete(replicas, body)
-    assert answer.status_code == 400 and "KV cache" in answer.text
-    fits = body | {"max_tokens": 8} | options(**extra | {"dlm_cfg_scale": 0})
-    assert complete(replicas, fits).status_code == 200
+    with pytest.raises(openai.BadRequestError, match="KV cache"):
+        complete(replicas, body)
+    answer = complete(replicas, body | {"max_tokens": 8} | options(**extra | {"dlm_cfg_scale": 0}))
+    for part in answer if stream else [answer]:
+        assert part.choices
 
 
 class Streams:
@@ -157,7 +152,7 @@ class Streams:
 def ended(server: Server, seconds: float = 60) -> int:
     """Exit status of a server that was told to end; all of its processes are gone and its port is free."""
     family = psutil.Process(server.process.pid).children(recursive=True)
-    server.process.terminate()
+    server.end()
     return gone(server, family, seconds)
 
 
@@ -189,17 +184,14 @@ class TestOtherStarts:
     @pytest.fixture(params=STARTS)
     def start(self, tmp_path, request):
         """start(*arguments) -> a server, started as the parameter says"""
-        servers = []
+        with ExitStack() as stack:
 
-        def start(*arguments: str) -> Server:
-            arguments = (*SERVED, *self.STARTS[request.param], *arguments)
-            servers.append(started(tmp_path, *arguments, environment=TELLING))
-            return servers[-1]
+            def start(*arguments: str) -> Server:
+                arguments = (*SERVED, *self.STARTS[request.param], *arguments)
+                return stack.enter_context(serving(tmp_path / "log.txt", *arguments, **TELLING))
 
-        start.name = request.param
-        yield start
-        for other in servers:
-            other.stop()
+            start.name = request.param
+            yield start
 
     def test_answers_and_the_end(self, server, start):
         other = start()
@@ -217,6 +209,7 @@ class TestOtherStarts:
         streams = Streams(other, 4)
         family = psutil.Process(other.process.pid).children(recursive=True)
         [*_, last] = [process for process in family if victim in process.cmdline()[0]]
+        other.may_end = True
         last.kill()
         gone(other, family)
         assert "unexpectedly" in other.log.read_text(errors="replace")

@@ -154,50 +154,94 @@ LONG = [pytest.param("dlm_" + "z" * 10**6, id="long option"), pytest.param("y" *
 
 @pytest.mark.parametrize("field", ["dlm_steps", "dlm_threshold", "dlm_reuse", "threshold", *LONG])
 @pytest.mark.parametrize("place", ["vllm_xargs", "body"])
-def test_a_long_wrong_value_does_not_come_back(server, model, field, place):
+def test_a_long_wrong_value_does_not_come_back(client, model, field, place):
     given = {field: "x" * 10**7}
-    body = {"model": model, "prompt": "Copy: a"} | ({"vllm_xargs": given} if place == "vllm_xargs" else given)
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    refused = place == "vllm_xargs" or field.startswith("dlm_")  # OpenAI's bodies may have other fields
-    assert answer.status_code == (400 if refused else 200)
-    if refused:
-        assert field[:50] in answer.text
-        assert len(answer.text) < 1500
+    extra = {"vllm_xargs": given} if place == "vllm_xargs" else given
+    asked = {"model": model, "prompt": "Copy: a", "extra_body": extra}
+    if place == "body" and not field.startswith("dlm_"):  # OpenAI's bodies may have other fields
+        assert client.completions.create(**asked).choices
+        return
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**asked)
+    answer = refused.value.response.text
+    assert field[:50] in answer and len(answer) < 1500
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_json_does_not_have(server, model, number):
-    """Python's parser accepts them, so they arrive."""
+    """Python's parser accepts them, so they arrive, though no client writes them."""
     body = f'{{"model": "{model}", "prompt": "Copy: a", "vllm_xargs": {{"dlm_cfg_scale": {number}}}}}'
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60, trust_env=False)
     assert answer.status_code == 400
     assert "dlm_cfg_scale" in answer.json()["error"]["message"]
 
 
+def sampled(**fields) -> dict:
+    return {"temperature": 1, "seed": 7} | fields
+
+
+#: id -> (a request, another that must be answered alike, how many tokens its prompt comes to if that is the point)
 UNUSUAL = {
-    "negative seed": {"seed": -5, "temperature": 1},
-    "smallest seed": {"seed": -(2**63), "temperature": 1},
-    "largest seed and three samples": {"seed": 2**63 - 1, "temperature": 1, "n": 3},
-    "huge top_k": {"top_k": 2**63, "temperature": 1},
-    "tiny temperature": {"temperature": 1e-9},
-    "tiny top_p": {"top_p": 1e-9, "temperature": 1},
-    "huge block": options(dlm_block_length=2**40),
-    "a block per token and most steps": options(dlm_block_length=1, dlm_steps=512),
-    "more steps than tokens in random order": options(dlm_algorithm="origin", dlm_steps=512),
-    "infinite patience": options(dlm_factor=1e300),
-    "masks in the prompt": {"prompt": [5, 2, 2, 6]},
-    "masks in the prompt as text": {"prompt": [5, 2, 2, 6]} | options(dlm_infill=0),
-    "nothing in particular": options(dlm_threshold="none", dlm_steps="none", dlm_factor="none", dlm_infill="none"),
-    "no stop tokens": {"stop_token_ids": [], "ignore_eos": True},
+    "negative seed": (sampled(seed=-5), sampled(seed=2**63 - 5), None),
+    "smallest seed": (sampled(seed=-(2**63)), sampled(seed=0), None),
+    "largest seed and three samples": (sampled(seed=2**63 - 1, n=3), sampled(seed=2**63 - 1, n=3), None),
+    "huge top_k": (sampled(top_k=2**63), sampled(), None),
+    "tiny temperature": ({"temperature": 1e-9}, {"temperature": 0}, None),
+    "tiny top_p": (sampled(top_p=1e-9), {"temperature": 0}, None),
+    "huge block": (options(dlm_block_length=2**40), options(dlm_block_length=16), None),
+    "a block per token and most steps": (
+        options(dlm_block_length=1, dlm_steps=512),
+        options(dlm_block_length=1),
+        None,
+    ),
+    "more steps than tokens in random order": (
+        sampled(**options(dlm_algorithm="origin", dlm_steps=512)),
+        sampled(**options(dlm_algorithm="origin", dlm_steps=512.0)),
+        None,
+    ),
+    "infinite patience": (options(dlm_factor=1e300), options(dlm_threshold=0), None),
+    "masks in the prompt": ({"prompt": [5, 2, 2, 6]}, {"prompt": [5, 2, 2, 6]} | options(dlm_infill=1), 4),
+    "masks in the prompt as text": (
+        {"prompt": [5, 2, 2, 6]} | options(dlm_infill=0),
+        {"prompt": [5, 2, 2, 6]} | options(dlm_infill=False),
+        2 + 2 * len("<|mdm_mask|>"),
+    ),
+    "nothing in particular": (
+        options(dlm_threshold="none", dlm_steps="none", dlm_factor="none", dlm_infill="none"),
+        {},
+        None,
+    ),
+    "no stop tokens": ({"stop_token_ids": []}, {}, None),
 }
 
 
-@pytest.mark.parametrize("body", UNUSUAL.values(), ids=UNUSUAL)
-def test_the_unusual_is_served(client, model, body):
-    """Values that once reached the engine and ended it, or might."""
-    answer = client.completions.create(model=model, prompt="Copy: a", max_tokens=16, extra_body=body)
-    assert 1 <= answer.usage.completion_tokens <= 16 * len(answer.choices)
+@pytest.mark.parametrize(("body", "like", "prompt"), UNUSUAL.values(), ids=UNUSUAL)
+def test_the_unusual_is_served(client, model, body, like, prompt):
+    """Values that once reached the engine and ended it, or might: they are obeyed."""
+
+    def answer(body: dict):
+        body = {"prompt": "What", "ignore_eos": True, "return_token_ids": True} | body
+        return client.completions.create(model=model, max_tokens=16, extra_body=body, prompt=body["prompt"])
+
+    given, other = answer(body), answer(like)
+    tokens = [choice.token_ids for choice in given.choices]
+    assert tokens == [choice.token_ids for choice in other.choices]
+    assert [len(ids) for ids in tokens] == [16] * body.get("n", 1)
+    assert prompt in (None, given.usage.prompt_tokens)
+
+
+def test_a_seed_decides(client, model):
+    """Else the seeds above would say little."""
+    body = {"ignore_eos": True, "return_token_ids": True}
+    answers = {
+        tuple(choice.token_ids)
+        for seed in (-5, 0, 7)
+        for choice in client.completions.create(
+            model=model, prompt="What", max_tokens=16, extra_body=body | sampled(seed=seed)
+        ).choices
+    }
+    assert len(answers) == 3
 
 
 @pytest.mark.parametrize("question, answer", [(COPY, COPIED), needle()], ids=["copy", "needle"])

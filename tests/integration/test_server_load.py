@@ -5,19 +5,11 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 
-from tests.integration.serving import (
-    BLOCK,
-    CHECKPOINT,
-    COPIED,
-    COPY,
-    chat_text,
-    needle,
-    vllm_command,
-    vllm_environment,
-)
+from tests.integration.serving import BLOCK, CHECKPOINT, COPIED, COPY, chat_text, needle, vllm_environment
+from vllm_dlm.demo.client import connect
+from vllm_dlm.demo.server import vllm_command
 
 
 def test_streams_closed_halfway_leave_nothing_behind(server, client, model, complete, ask):
@@ -30,7 +22,7 @@ def test_streams_closed_halfway_leave_nothing_behind(server, client, model, comp
         "stream": True,
         "extra_body": {"ignore_eos": True},
     }
-    leaving = openai.OpenAI(base_url=client.base_url, api_key="none", timeout=300, max_retries=0)
+    leaving = connect(server.url)
     streams = []
     try:
         streams += [leaving.completions.create(**fields) for _ in range(2)]

@@ -1,13 +1,26 @@
 """Per-request `dlm_*` options over HTTP: each does what it says, and unlike requests share a batch."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import openai
 import pytest
 
-from tests.integration.serving import COPIED, COPY, NEEDLE_TOKENS, chat_text, needle, options
+from tests.integration.serving import (
+    BLOCK,
+    CHECKPOINT,
+    COPIED,
+    COPY,
+    NEEDLE_TOKENS,
+    chat,
+    chat_text,
+    needle,
+    options,
+    serving,
+)
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 EOS = 1  # of the bundled checkpoint, as is the padding behind an answer
 
@@ -48,7 +61,7 @@ def test_typed_masks_take_no_steps(complete, counted, server):
     extra["vllm_xargs"] |= {"dlm_infill": 1}
     _, holes = counted(partial(complete, f"Copy: {mask * 20} a", 1, extra))
     assert holes["denoising_steps"] > 2
-    with pytest.raises(openai.BadRequestError, match="max_tokens.*leaves no room"):
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens.*leaves no room"):
         complete(mask * 500, 1)
 
 
@@ -69,32 +82,164 @@ def test_booleans_may_be_0_and_1(complete, true):
     assert EOS in padded and EOS not in suppressed and unchanged == padded
 
 
+# -- every method, and that it is the one that answers --------------------------------------
+
+
 @pytest.mark.parametrize("algorithm", sorted(methods("decoding")))
 def test_every_decoding_algorithm_can_be_asked_for(ask, algorithm):
     answer = ask(COPY, 8, extra=options(dlm_algorithm=algorithm), seed=3)
     assert answer.choices[0].message.content == COPIED
 
 
-@pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("reuse", "selection") for name in methods(kind)])
-def test_every_reuse_and_selection_can_be_asked_for(ask, kind, name):
-    question, answer = needle()
-    assert ask(question, extra=options(**{f"dlm_{kind}": name})).choices[0].message.content == answer
+@pytest.fixture
+def denoised(complete, counted):
+    """denoised(**options) -> what they may change: the steps, the tokens, how sure of each the step was that took it"""
+
+    def denoised(**extra) -> tuple:
+        body = {"ignore_eos": True} | options(**{"dlm_block_length": 16, "dlm_suppress_eos": 1} | extra)
+        prompt = "What is the color of the boat?"
+        answer, counts = counted(partial(complete, prompt, 16, body, logprobs=1, seed=3, temperature=0))
+        logprobs = answer.choices[0].logprobs
+        return counts["denoising_steps"], tuple(logprobs.tokens), tuple(round(p, 2) for p in logprobs.token_logprobs)
+
+    return denoised
 
 
-def test_requests_of_different_kinds_share_a_batch(ask):
-    kinds = [
+def test_no_two_algorithms_denoise_alike(denoised):
+    seen = {algorithm: denoised(dlm_algorithm=algorithm) for algorithm in methods("decoding")}
+    assert len(set(seen.values())) == len(seen), seen
+
+
+#: id -> (what is asked, without and with the option)
+CHANGED = {
+    "threshold": ({}, {"dlm_threshold": 0.05}),
+    "factor": ({}, {"dlm_factor": 4.0}),
+    "guidance": ({}, {"dlm_cfg_scale": 2.0}),
+    "eps": ({"dlm_algorithm": "entropy", "dlm_steps": 6}, {"dlm_eps": 0.5}),
+    "algorithm_temperature": ({"dlm_algorithm": "entropy"}, {"dlm_algorithm_temperature": 5.0}),
+    "top_p": ({"dlm_algorithm": "entropy"}, {"dlm_top_p": 0.2}),
+    "top_k": ({"dlm_algorithm": "entropy"}, {"dlm_top_k": 2}),
+    "end tokens last": ({"dlm_suppress_eos": 0}, {"dlm_confidence_eos_eot_inf": 1}),
+}
+
+
+@pytest.mark.parametrize(("asked", "option"), CHANGED.values(), ids=CHANGED)
+def test_an_option_changes_the_denoising(denoised, asked, option):
+    assert denoised(**asked | option) != denoised(**asked)
+
+
+#: reuse -> (rows alive in 16 forwards over a canvas of so many rows, forwards that refreshed), by the papers' rules.
+#: The response has two blocks of 8.
+PUBLISHED = {
+    "none": lambda rows: (16 * rows, 16),
+    "fast_dllm": lambda rows: (2 * rows + 14 * 8, 2),
+    "fast_dllm/prefix": lambda rows: (2 * rows + 7 * 16 + 7 * 8, 2),
+    "dllm_cache": lambda rows: (rows + 15 * 16, 3),  # the prompt in the first forward, the response every seventh
+    "dyllm": lambda rows: (5 * rows + 11 * 16, 5),  # everything in the first four and in the sixteenth
+}
+
+
+@pytest.mark.parametrize("reuse", PUBLISHED)
+def test_rows_and_refreshes_are_those_of_the_policy(complete, counted, reuse):
+    prompt = chat_text(needle(repeats=1)[0])
+    answer, counts = counted(partial(complete, prompt, 16, {"ignore_eos": True} | options(dlm_reuse=reuse)))
+    rows = answer.usage.prompt_tokens + 16
+    assert counts["rows_dense"] == 16 * rows
+    assert (counts["rows_live"], counts["refresh_steps"]) == PUBLISHED[reuse](rows)
+    assert 0 < counts["rows_recomputed"] <= counts["rows_live"]
+
+
+@pytest.mark.parametrize("reuse", sorted(methods("reuse")))
+def test_every_reuse_can_be_asked_for(ask, counted, reuse):
+    question, right = needle()
+    answer, counts = counted(partial(ask, question, extra=options(dlm_reuse=reuse)))
+    assert answer.choices[0].message.content == right
+    assert (counts["rows_live"] < counts["rows_dense"]) == methods("reuse")[reuse].caches
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory):
+    """A server whose own selection leaves things out, and with room for prompts of which wavefilter does."""
+    dlm = {
+        "decoding": {"name": "low_confidence", "block_length": BLOCK},
+        "reuse": {"name": "fast_dllm"},
+        "selection": {
+            "name": "unique",
+            "min_context": 0,
+            "page_size": PAGE,
+            "budget_tokens": BUDGET,
+            "dense_layers": [],
+        },
+    }
+    arguments = (
+        *("--plugin", "vllm_dlm", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 << 20)),
+        *("--dlm-config", json.dumps(dlm)),
+    )
+    with serving(tmp_path_factory.mktemp("choosing") / "log.txt", *arguments) as server:
+        yield server
+
+
+PAGE, BUDGET = 16, 256
+SELECTIONS = [*sorted(methods("selection")), *(f"wavefilter/{preset}" for preset in WaveFilter.presets)]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_selection_can_be_asked_for(choosing, selection):
+    """It finds the needle, and reads as much of the cache as it says."""
+    question, right = needle(repeats=15)
+
+    def ask():
+        return choosing.client.chat.completions.create(
+            model=choosing.model, messages=chat(question), max_tokens=16,
+            extra_body={"ignore_eos": True} | options(dlm_selection=selection),
+        )  # fmt: skip
+
+    answer, counts = choosing.counted(ask)
+    assert answer.choices[0].message.content.startswith(right)
+    prompt = answer.usage.prompt_tokens
+    assert prompt > 600
+    # of each layer and key head: what the block's rows read in the steps after its refresh
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    head_dim = config["d_model"] // config["n_heads"]
+    steps, key = 16 - 16 // BLOCK, config["n_layers"] * config["n_kv_heads"] * 2 * head_dim * 2
+    assert counts["kv_bytes_dense"] == steps * (prompt + 16) * key
+    if selection == "unique":
+        assert counts["kv_bytes_read"] == steps * (BUDGET + prompt % PAGE + 16) * key
+    elif methods("selection")[selection.partition("/")[0]].sparse:
+        assert 0 < counts["kv_bytes_read"] < 0.6 * counts["kv_bytes_dense"]
+    else:
+        assert counts["kv_bytes_read"] == counts["kv_bytes_dense"]
+
+
+# -- together --------------------------------------------------------------------------------
+
+
+def test_requests_of_different_kinds_share_a_batch(ask, counted):
+    """And each goes the way it goes alone."""
+    scheduled = [
         options(dlm_steps=8),
         options(dlm_block_length=4),
         options(dlm_algorithm="entropy", dlm_eps=0.01),
         options(dlm_algorithm="topk_margin", dlm_block_length=16),
-        options(dlm_threshold=0.9),
-        options(dlm_factor=1.0),
-        options(dlm_algorithm="maskgit_plus", dlm_threshold=0.9),
         *[options(dlm_reuse=name) for name in methods("reuse")],
         {},
     ]
-    pairs = [(needle("bob", f"{10007 + 3001 * i}", 1 + i % 4), kind) for i, kind in enumerate(kinds * 2)]
-    with ThreadPoolExecutor(len(pairs)) as pool:
-        jobs = [pool.submit(ask, question, extra=kind) for (question, _), kind in pairs]
-        answers = [job.result().choices[0].message.content for job in jobs]
-    assert answers == [answer for (_, answer), _ in pairs]
+    # how many steps these take depends on probabilities, which round differently in company
+    adaptive = [
+        options(dlm_threshold=0.9),
+        options(dlm_factor=1.0),
+        options(dlm_algorithm="maskgit_plus", dlm_threshold=0.9),
+    ]
+
+    def answers(kinds: list[dict], at_once: int) -> None:
+        pairs = [(needle("bob", f"{10007 + 3001 * i}", 1 + i % 4), kind) for i, kind in enumerate(kinds * 2)]
+        with ThreadPoolExecutor(at_once) as pool:
+            jobs = [pool.submit(ask, question, extra=kind) for (question, _), kind in pairs]
+            given = [job.result().choices[0].message.content for job in jobs]
+        assert given == [answer for (_, answer), _ in pairs]
+
+    _, alone = counted(partial(answers, scheduled, 1))
+    _, together = counted(partial(answers, scheduled, 2 * len(scheduled)))
+    del alone["rows_recomputed"], together["rows_recomputed"]  # some policies decide by values, which round, too
+    assert together == alone
+    answers(scheduled + adaptive, 2 * len(scheduled + adaptive))

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from benchmarks.checkpoints import write_tokenizer
-from tests.integration.serving import Server
+from tests.integration.serving import serving
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from tests.page_sparse.models import SHAPE
 
@@ -19,20 +19,14 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 def server(tmp_path_factory, checkpoints):
     folder, vocabulary = checkpoints("qwen2"), SHAPE["vocab_size"]
     write_tokenizer(SimpleNamespace(vocabulary=vocabulary, eos_id=vocabulary - 2, mask_id=vocabulary - 1), folder)
-    server = Server(
-        tmp_path_factory.mktemp("server") / "log.txt",
+    arguments = (
         *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(1 << 24), "--served-model-name", "model"),
         *("--speculative-config", json.dumps(DRAFTS)),
         *("--dlm-config", json.dumps({"selection": SPARSE})),
-        checkpoint=folder,
     )
-    try:
-        server.wait_until_healthy(seconds=600)
+    with serving(tmp_path_factory.mktemp("server") / "log.txt", *arguments, checkpoint=folder) as server:
         yield server
-        assert server.process.poll() is None, f"the server died\n{server.log_tail()}"
-    finally:
-        server.stop()
 
 
 def complete(server, prompt, **fields):

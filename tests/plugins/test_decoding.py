@@ -89,7 +89,7 @@ class TestOptions:
         server = server_options({"reuse": {"name": "dllm_cache", "transfer_ratio": 0.5}}, "low_confidence")
         reuse = request_options(server, {"dlm_reuse": "dllm_cache/dream-base-mbpp"}).reuse
         assert (reuse.prompt_interval, reuse.response_interval, reuse.transfer_ratio) == (25, 8, 0.5)
-        with pytest.raises(OptionError, match="no preset 'mbpp'.*dream-base-mbpp"):
+        with pytest.raises(OptionError, match=r"no preset 'mbpp'.*dream-base-mbpp"):
             request_options(server, {"dlm_reuse": "dllm_cache/mbpp"})
 
     def test_a_request_changes_only_what_it_names(self):

@@ -13,7 +13,7 @@ from rich.console import Console
 from vllm_dlm.demo import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
-from vllm_dlm.demo.server import MODEL, Server, ServerError
+from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError
 
 CANVAS = 32
 #: small blocks leave one after the other, so that the answers are seen to fill in
@@ -36,7 +36,7 @@ def main() -> int:
         signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the server is stopped, too
     console = Console()
     try:
-        with Server(args.port) as server:
+        with Server(*DEMO, port=args.port) as server:
             start(console, server, args.timeout)
             if not args.serve_only:
                 for title, options in PASSES.items():

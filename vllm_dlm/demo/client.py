@@ -1,13 +1,11 @@
-"""A streaming chat request with the standard library: server-sent events over http.client."""
+"""A chat whose answer is seen growing, with the `openai` client."""
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: urlopen without the proxies of the environment: the server is on this machine
-urlopen = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+import httpx
+import openai
+from openai.types.chat import ChatCompletionChunk
 
 
 @dataclass
@@ -23,6 +21,12 @@ class RequestError(Exception):
     """The server refused the request or broke off; the message is the server's."""
 
 
+def connect(url: str, timeout: float = 300) -> openai.OpenAI:
+    """Without the proxies of the environment: the server is on this machine."""
+    direct = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=timeout, max_retries=0, http_client=direct)
+
+
 def body(model: str, prompt: str, max_tokens: int, options: dict) -> dict:
     return {
         "model": model,
@@ -33,49 +37,37 @@ def body(model: str, prompt: str, max_tokens: int, options: dict) -> dict:
     }
 
 
-def stream(url: str, request: dict, timeout: float = 300) -> Iterator[Progress]:
-    """The growing answer, once per committed block."""
-    request = {**request, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    post = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
-    )
+def stream(url: str, request: dict) -> Iterator[Progress]:
+    """The growing answer of a request with such a body, once per committed block."""
+    rest = {field: value for field, value in request.items() if field not in ("model", "messages")}
+    rest["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     progress = Progress()
     try:
-        with urlopen(post, timeout=timeout) as response:
-            for event in events(response):
-                add(progress, event)
+        with connect(url) as client:
+            for chunk in client.chat.completions.create(
+                model=request["model"], messages=request["messages"], stream=True, extra_body=rest
+            ):
+                add(progress, chunk)
                 yield progress
-    except urllib.error.HTTPError as error:
-        raise RequestError(f"HTTP {error.code}: {message(error.read())}") from None
-    except OSError as error:
+    except openai.APIStatusError as error:
+        raise RequestError(f"HTTP {error.status_code}: {message(error)}") from None
+    except (openai.APIConnectionError, httpx.TransportError) as error:
         raise RequestError(f"the server broke off: {error}") from None
+    except openai.APIError as error:  # inside of a stream
+        raise RequestError(message(error)) from None
     if progress.finish_reason is None:
         raise RequestError("the answer ended without a finish reason")
 
 
-def events(response) -> Iterator[dict]:
-    for line in response:
-        if not line.startswith(b"data: "):
-            continue
-        data = line[len(b"data: ") :].strip()
-        if data == b"[DONE]":
-            return
-        event = json.loads(data)
-        if "error" in event:
-            raise RequestError(message(data))
-        yield event
+def add(progress: Progress, chunk: ChatCompletionChunk) -> None:
+    if chunk.usage:
+        progress.tokens = chunk.usage.completion_tokens
+    for choice in chunk.choices:
+        progress.text += choice.delta.content or ""
+        progress.finish_reason = choice.finish_reason or progress.finish_reason
 
 
-def add(progress: Progress, event: dict) -> None:
-    if usage := event.get("usage"):
-        progress.tokens = usage["completion_tokens"]
-    for choice in event["choices"]:
-        progress.text += choice["delta"].get("content") or ""
-        progress.finish_reason = choice["finish_reason"] or progress.finish_reason
-
-
-def message(data: bytes) -> str:
-    try:
-        return json.loads(data)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return data.decode(errors="replace")
+def message(error: openai.APIError) -> str:
+    """What the server said, without what the client says about it."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return said if isinstance(said, str) else error.message

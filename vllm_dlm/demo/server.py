@@ -7,11 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
-from vllm_dlm.demo.client import urlopen
+import httpx
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 HOST = "127.0.0.1"
@@ -26,6 +27,11 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
+#: of the demo: room for a handful of canvases; unasked, vLLM would take most of a GPU's memory
+DEMO = (
+    *("--plugin", "vllm_dlm", "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)),
+    *("--max-num-seqs", "8", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(128 << 20)),
+)
 
 
 class ServerError(Exception):
@@ -33,34 +39,35 @@ class ServerError(Exception):
 
 
 class Server:
-    def __init__(self, port: int | None = None):
-        self.port = bindable(port or 0)
-        self.command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--plugin", "vllm_dlm",
-            "--served-model-name", MODEL, "--host", HOST, "--port", str(self.port),
-            # room for a handful of canvases; unasked, vLLM would take most of a GPU's memory
-            "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8", "--max-num-batched-tokens", "4096",
-            "--kv-cache-memory-bytes", str(128 << 20),
-        ]  # fmt: skip
+    """Runs inside of `with`. Its log goes to a file of that name, or to one that nobody sees."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        checkpoint: Path | str = CHECKPOINT,
+        port: int | None = None,
+        log: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
+        self.port, self.log = bindable(port or 0), log
+        self.environment = {**ENVIRONMENT, **os.environ} if environment is None else environment
+        self.command = vllm_command("serve", str(checkpoint), "--host", HOST, "--port", str(self.port), *arguments)
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
-    def __enter__(self) -> "Server":
-        self.log = tempfile.TemporaryFile()
-        try:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **os.environ},
-                # Ctrl-C is for this program, which then ends the server in its own way.
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise ServerError(f"{self.command[0]} does not exist: vLLM is not installed beside this Python") from None
+    def __enter__(self) -> Self:
+        self.output = tempfile.TemporaryFile() if self.log is None else self.log.open("w+b")
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            # Ctrl-C is for this program, which then ends the server in its own way.
+            start_new_session=True,
+        )
         return self
 
     def __exit__(self, *_) -> None:
@@ -74,7 +81,7 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.log.close()
+            self.output.close()
 
     def wait(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -90,15 +97,27 @@ class Server:
 
     def healthy(self) -> bool:
         try:
-            with urlopen(f"{self.url}/health", timeout=5):
-                # Another server on this port would answer, too.
-                return self.process.poll() is None
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            # without the proxies of the environment: the server is on this machine
+            answer = httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
+        except httpx.TransportError:
             return False
+        # Another server on this port would answer, too.
+        return answer.status_code == 200 and self.process.poll() is None
+
+    def log_text(self) -> str:
+        # The server writes where this file stands, so that place is left alone.
+        size = os.fstat(self.output.fileno()).st_size
+        return os.pread(self.output.fileno(), size, 0).decode(errors="replace")
 
     def log_tail(self, lines: int = 30) -> str:
-        self.log.seek(0)
-        return "\n".join(self.log.read().decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log_text().splitlines()[-lines:])
+
+
+def vllm_command(*arguments: str) -> list[str]:
+    """The console script beside this interpreter, or the module it runs."""
+    script = Path(sys.executable).with_name("vllm")
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return [*start, *arguments]
 
 
 def bindable(port: int) -> int:

@@ -101,7 +101,8 @@ def sequence_ids(
         # Layers with a window of their own stay as they are.
         mask = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
-            local_size=local_size, device=device, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+            local_size=local_size, device=device,
+            **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
         mask.local = True
         return mask

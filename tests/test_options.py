@@ -1,0 +1,102 @@
+"""Values of options: what JSON and HTTP may write for them, and what is said of those that are wrong."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.options import request_options, server_options
+from vllm_dlm.shown import shown
+
+
+@dataclass(frozen=True)
+class Method:
+    flag: bool = False
+    count: int = 0
+    weight: float = 0.0
+    word: str = ""
+    kind: Literal["a", "b"] = "a"
+    limit: int | None = None
+    layers: tuple[int, ...] = ()
+    shares: tuple[float, ...] | float = 0.5
+    nested: tuple[tuple[int, ...], ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("flag", True, True), ("flag", 0, False), ("flag", 1, True), ("flag", 1.0, True),
+        ("count", 3, 3), ("count", 3.0, 3), ("weight", 2, 2.0), ("weight", 0.25, 0.25), ("word", "none", "none"),
+        ("kind", "b", "b"), ("limit", None, None), ("limit", "none", None), ("limit", 4.0, 4),
+        ("layers", [0, 1.0], (0, 1)), ("layers", (2,), (2,)), ("layers", [], ()),
+        ("shares", [1, 0.5], (1.0, 0.5)), ("shares", 1, 1.0), ("nested", [[1], []], ((1,), ())),
+    ],
+)  # fmt: skip
+def test_values_as_they_are_sent(field, value, wanted):
+    found = typed(Method, field, value, field)
+    assert found == wanted and type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("flag", 2, "bool"), ("flag", "yes", "bool"), ("flag", None, "bool"),
+        ("count", True, "int"), ("count", "3", "int"), ("count", 2.5, "int"), ("count", float("nan"), "int"),
+        ("weight", True, "float"), ("weight", "0.5", "float"), ("weight", float("inf"), "float"),
+        ("word", 3, "str"), ("kind", "c", "'a' or 'b'"), ("kind", ["a"], "'a' or 'b'"),
+        ("limit", "off", 'int or "none"'), ("layers", 3, "a list of int"), ("layers", "01", "a list of int"),
+        ("shares", "all", "float or a list of float"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_what_would_be_right(field, value, wanted):
+    with pytest.raises(OptionError) as refused:
+        typed(Method, field, value, f"dlm.part.{field}")
+    assert refused.value.field == f"dlm.part.{field}"
+    assert str(refused.value) == f"dlm.part.{field}: {value!r} is not valid, it must be {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layers", ["a", 2.5], "layers[0]: 'a' is not valid, it must be int"),
+        ("layers", [0, 2.5], "layers[1]: 2.5 is not valid, it must be int"),
+        ("layers", [0, True], "layers[1]: True is not valid, it must be int"),
+        ("layers", [0, None], "layers[1]: None is not valid, it must be int"),
+        ("shares", [0.5, "b"], "shares[1]: 'b' is not valid, it must be float"),
+        ("shares", [float("nan")], "shares[0]: nan is not valid, it must be float"),
+        ("nested", [[1], [2, "x"]], "nested[1][1]: 'x' is not valid, it must be int"),
+        ("nested", [[1], 2], "nested[1]: 2 is not valid, it must be a list of int"),
+    ],
+)
+def test_a_wrong_element_is_named_with_its_place(field, value, message):
+    with pytest.raises(OptionError) as refused:
+        typed(Method, field, value, field)
+    assert (refused.value.field, str(refused.value)) == (field, message)
+
+
+@pytest.mark.parametrize("name", ["unique", "wavefilter"])
+def test_a_wrong_layer_of_a_selection(name):
+    with pytest.raises(OptionError, match=r"^dlm\.selection\.dense_layers\[0\]: 'a' is not valid, it must be int$"):
+        server_options({"selection": {"name": name, "dense_layers": ["a", 2.5]}}, "random")
+
+
+@pytest.mark.parametrize(
+    "value", ["y" * 10**6, b"y" * 10**6, ["y" * 10**6], list(range(10**6)), 10**4000, [10**5000], {"y" * 10**6: 1}],
+    ids=["text", "bytes", "text in a list", "list", "number", "number nobody writes out", "object"],
+)  # fmt: skip
+def test_a_large_value_is_shown_in_a_line(value):
+    assert 0 < len(shown(value)) <= 100
+
+
+def test_a_deep_value_is_shown():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(shown(deep)) < 50
+
+
+def test_a_canvas_is_cut_to_the_models_length():
+    options = request_options(server_options(None, "entropy"), {})
+    assert options.canvas_length(prompt_len=10, max_tokens=20, max_model_len=512) == 30
+    assert options.canvas_length(prompt_len=500, max_tokens=20, max_model_len=512) == 512
