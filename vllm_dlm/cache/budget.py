@@ -25,13 +25,12 @@ class BlockShape:
     def of(cls, vllm_config) -> "BlockShape":
         config = vllm_config.model_config.hf_config
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        head_dim = config.hidden_size // config.num_attention_heads
         heads = config.num_attention_heads // ranks
         return cls(
             vllm_config.cache_config.block_size,
             config.num_key_value_heads // ranks,
-            head_dim,
-            RowShape(heads * head_dim, config.hidden_size),
+            config.head_dim,
+            RowShape(heads * config.head_dim, config.hidden_size),
         )
 
     @property

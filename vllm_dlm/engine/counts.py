@@ -44,13 +44,12 @@ class ModelShape:
 
     @classmethod
     def of(cls, config) -> "ModelShape":
-        heads = config.num_attention_heads
         return cls(
             config.num_hidden_layers,
             config.hidden_size,
-            heads,
+            config.num_attention_heads,
             config.num_key_value_heads,
-            config.hidden_size // heads,
+            config.head_dim,
             config.intermediate_size,
             config.vocab_size,
         )

@@ -69,7 +69,7 @@ class DenoisingRunner:
         spec = FullAttentionSpec(
             block_size=self.vllm_config.cache_config.block_size,
             num_kv_heads=config.num_key_value_heads // get_tensor_model_parallel_world_size(),
-            head_size=config.hidden_size // config.num_attention_heads,
+            head_size=config.head_dim,
             dtype=self.model_config.dtype,
             non_causal=True,
         )

@@ -197,7 +197,7 @@ class DenoisingScheduler(Scheduler):
             return canvas
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
         config = self.vllm_config.model_config.hf_config
-        length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
         canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length)
         self.canvases[request.request_id] = canvas
         return canvas
