@@ -2,10 +2,21 @@
 
 import torch
 
+from vllm_dlm.kernels.haar_pyramid.statistics import spread_of
+
 
 def haar_pyramid(pages, page_ids, page_size, levels):
     """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
     return pyramid(keys_of(pages, page_ids, page_size), levels)
+
+
+def store_statistics(pages, page_ids, statistics):
+    """See dispatch.py"""
+    page_ids = page_ids[page_ids >= 0].long()
+    level = (statistics.page_size // statistics.mean.shape[2]).bit_length() - 1
+    ((mean, variance),) = haar_pyramid(pages, page_ids, statistics.page_size, (level,))
+    statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
+    statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)
 
 
 def keys_of(pages, page_ids, page_size):

@@ -9,15 +9,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.page_sparse.steps import (
     BLOCK,
     DIM,
-    PAGE,
     STEP,
     Batch,
     assert_sparse_where_choosing,
     causal_attention,
     dense,
 )  # fmt: skip
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, dispatch, store_statistics
 from vllm_dlm.page_sparse import cuda
+from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
@@ -39,20 +38,17 @@ def without_gpu(monkeypatch):
 
     monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "build", build)
     monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", forward)
-    # CUDA passes over ids below 0, the CPU path wants none
-    stored = lambda pages, ids, statistics: dispatch.store_statistics(pages, ids[ids >= 0], statistics)  # noqa: E731
-    monkeypatch.setattr(cuda, "store_statistics", stored)
 
 
 def run(batch, selection):
-    statistics = PageStatistics.empty(batch.pages, PAGE, "l2")
-    store_statistics(batch.pages, batch.full_before, statistics)
+    summaries = empty_summaries(batch.pages, selection)
+    selection.store(batch.pages, batch.full_before, summaries)
     builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
     builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
     builder.prompt_lens = lambda common: batch.prompts
     meta = builder.build(0, batch.common)
     impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
-    impl.statistics, impl.selection, impl.scale = statistics, selection, DIM**-0.5
+    impl.summaries, impl.selection, impl.scale = summaries, selection, DIM**-0.5
     impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
     out = torch.full_like(batch.q, torch.nan)
     impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)

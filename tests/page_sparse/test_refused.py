@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.page_sparse import layer_backends
+from vllm_dlm.plugins.selection.unique import Unique
 
 #: what the message names -> the dlm object
 OBJECTS = {
@@ -99,7 +100,7 @@ def test_layers_without_any_of_it():
     ],
 )
 def test_which_layers_choose(changed, wanted):
-    assert layer_backends.wants_selection(given(**changed), SimpleNamespace(dense_layers=(0, 1))) is wanted
+    assert layer_backends.wants_selection(given(**changed), Unique(dense_layers=(0, 1))) is wanted
 
 
 def test_options_of_requests(decoder):

@@ -16,11 +16,10 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_dlm.integration.autoregressive import selection_of
-from vllm_dlm.kernels.haar_pyramid import store_statistics
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
-from vllm_dlm.page_sparse.queries import Queries, choose, make_queries, to_device
+from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
@@ -66,7 +65,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         self.prompt_lens = lambda common: None
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingFlashMetadata:
-        common, size = common_attn_metadata, self.selection.page_size
+        common, size = common_attn_metadata, self.selection.unit
         # The host's lengths bound the device's: exact, but for drafts that are still being verified.
         bound = common.seq_lens_cpu_upper_bound
         kv_lens = (common.seq_lens.cpu() if bound is None else bound)[: common.num_reqs].tolist()
@@ -110,7 +109,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
 class SelectingFlashImpl(FlashAttentionImpl):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.statistics = None  # hung here once the cache is allocated
+        self.summaries = None  # hung here once the cache is allocated
         self.counts = PageCounts()
         self.selection = None
 
@@ -120,10 +119,10 @@ class SelectingFlashImpl(FlashAttentionImpl):
         """query and output [T, H, D], kv_cache [blocks, Hkv, block_size, 2 * D], written to before"""
         meta: SelectingFlashMetadata | None = attn_metadata
         parent = super().forward
-        if meta is None or self.statistics is None:  # profiling
+        if meta is None or self.summaries is None:  # profiling
             return parent(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
         if key is not None and self.kv_sharing_target_layer_name is None:
-            store_statistics(kv_cache, meta.full_pages, self.statistics)
+            self.selection.store(kv_cache, meta.full_pages, self.summaries)
         if meta.whole_rows:
             self.counts.add(PageCounts(0, meta.whole_rows, meta.whole_pages, meta.whole_pages))
         if meta.sparse is None:
@@ -135,9 +134,9 @@ class SelectingFlashImpl(FlashAttentionImpl):
             output[meta.dense_rows] = context
         rows = meta.sparse
         q = query[rows.rows]
+        chosen = chosen_pages(q, rows, self.summaries, self.selection)
         output[rows.rows] = sparse_attention(
-            q, rows.q_starts, kv_cache, rows.page_table, choose(q, rows, self.statistics, self.selection), rows.kv_lens,
-            self.selection.page_size, self.scale, True,
-        )  # fmt: skip
+            q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True
+        )
         self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output

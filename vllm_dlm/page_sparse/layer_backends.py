@@ -66,7 +66,7 @@ def wants_selection(given: dict, selection) -> bool:
     window = given["per_layer_sliding_window"]
     if window is None and given["cache_config"] is not None:
         window = given["cache_config"].sliding_window
-    return window is None and extract_layer_index(given["prefix"]) not in selection.dense_layers
+    return window is None and not selection.sees_all(extract_layer_index(given["prefix"]))
 
 
 def refuse(given: dict) -> None:
