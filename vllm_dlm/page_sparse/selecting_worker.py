@@ -11,7 +11,6 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dlm.integration.autoregressive import COUNTS, selection_of
@@ -99,7 +98,9 @@ class SelectingGPUWorker(Selecting, Worker):
     pass
 
 
+# On CUDA this import would replace torch's streams and events by stand-ins.
 if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class SelectingCPUWorker(Selecting, cpu_worker.CPUWorker):
+    class SelectingCPUWorker(Selecting, CPUWorker):
         pass
