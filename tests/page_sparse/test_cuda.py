@@ -1,9 +1,12 @@
 """The CUDA backend's bookkeeping on a CPU: vLLM's FlashAttention replaced by the written-down definition, the page
 kernels by their CPU paths. Which rows go where, and that all of them come back, does not need a GPU."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.page_sparse.steps import (
@@ -87,6 +90,19 @@ def test_rows_are_what_they_are_alone(without_gpu):
     torch.testing.assert_close(alone[0], out[-1], atol=1e-6, rtol=1e-6)
 
 
-def test_the_backend_asks_for_pages_in_one_piece():
-    assert cuda.SelectingFlashBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
-    assert cuda.SelectingFlashBackend.get_builder_cls().supports_update_block_table is False
+def test_pages_lie_in_one_piece_whatever_the_other_layers_would_like():
+    """As vLLM decides for a model whose first layers are FlashAttention's."""
+    for backends in permutations((flash_attn.FlashAttentionBackend, cuda.SelectingFlashBackend)):
+        assert get_supported_kv_cache_layouts(backends) == [KVCacheLayout.LBHNC]
+
+
+def test_dense_rows_are_launched_as_outside_of_graphs(monkeypatch):
+    """vLLM's builder is made while full graphs are still asked for."""
+
+    def init(self, *_):
+        self.use_full_cuda_graph, self.max_num_splits, self.supports_draft_decode_metadata_update = True, 32, True
+
+    monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "__init__", init)
+    monkeypatch.setattr(cuda, "selection_of", lambda config: FOUR)
+    builder = cuda.SelectingFlashBuilder(None, [], None, torch.device("cpu"))
+    assert not builder.use_full_cuda_graph and builder.max_num_splits == 0

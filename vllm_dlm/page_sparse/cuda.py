@@ -61,6 +61,8 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
         self.supports_draft_decode_metadata_update = False
+        # Decided before the mode was: as no graph holds these layers, FlashAttention is free to split keys as it likes.
+        self.use_full_cuda_graph, self.max_num_splits = False, 0
         #: metadata of a step -> prompt length of each of its requests; the worker knows
         self.prompt_lens = lambda common: None
 
