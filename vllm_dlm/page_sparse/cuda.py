@@ -23,6 +23,9 @@ from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
+    # Since vLLM 0.33 FlashAttention's says yes; a forward without keys would leave full pages undescribed.
+    supports_kv_cache_update_bypass: bool = False
+
     @staticmethod
     def get_name() -> str:
         return "DLM_SELECTING_FLASH"
