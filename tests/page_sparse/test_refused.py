@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from vllm_dlm.integration.autoregressive import selection_of
@@ -82,6 +84,21 @@ def test_layers(name, value):
     with pytest.raises(ValueError, match="sinks" if name == "extra_impl_args" else name) as refused:
         layer_backends.refuse(given(**{name: value}))
     assert "model.layers.5.attn" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, size, capability",
+    [
+        (r"dtype \(float32\).* give float16 or bfloat16 as dtype", torch.float32, 128, (9, 0)),
+        (r"head_size \(100\)", torch.bfloat16, 100, (9, 0)),
+        (r"compute capability \(7.5\)", torch.float16, 128, (7, 5)),
+    ],
+)
+def test_what_the_kernels_of_a_gpu_do_not_take(name, dtype, size, capability):
+    chosen = AttentionBackendEnum.FLASH_ATTN.get_class()
+    layer_backends.refuse_kernel(chosen, given(head_size=128), torch.bfloat16, DeviceCapability(8, 0))
+    with pytest.raises(ValueError, match=rf"model\.layers\.5\.attn has {name}"):
+        layer_backends.refuse_kernel(chosen, given(head_size=size), dtype, DeviceCapability(*capability))
 
 
 def test_layers_without_any_of_it():
