@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from tests.page_sparse.conftest import SPARSE
+from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.page_sparse.selecting_worker import Selecting
 from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 from vllm_dlm.plugins.selection.unique import Unique
+
+
+class Worker:
+    def compile_or_warm_up_model(self):
+        self.dlm_unsent.add(PageCounts(sparse_rows=3))
+        return "seconds"
 
 
 def held(worker) -> tuple[int, int, int]:
@@ -82,3 +90,12 @@ def test_summaries_of_copied_blocks():
     pool.copy_blocks([(0, 2), (1, 3)], pages_per_block=2)
     assert torch.equal(summaries.first[4:], summaries.first[:4])
     assert torch.equal(summaries.second[4:], summaries.second[:4])
+
+
+def test_what_is_read_before_the_first_request_is_not_counted():
+    class Warmed(Selecting, Worker):
+        pass
+
+    worker = Warmed()
+    worker.dlm_counts, worker.dlm_unsent = PageCounts(), PageCounts()
+    assert worker.compile_or_warm_up_model() == "seconds" and worker.dlm_page_counts()["sparse_rows"] == 0

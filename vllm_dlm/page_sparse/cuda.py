@@ -4,6 +4,7 @@ Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -46,7 +47,7 @@ class SelectingFlashBackend(FlashAttentionBackend):
 
 @dataclass
 class SelectingFlashMetadata(FlashAttentionMetadata):
-    full_pages: torch.Tensor | None = None  # [T] the page whose last position a row writes, -1: none
+    full_pages: torch.Tensor | None = None  # [m] pages whose last position is written in this step, and -1
     sparse: Queries | None = None
     #: with `sparse`: the other rows as a batch of their own
     dense: FlashAttentionMetadata | None = None
@@ -79,8 +80,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
 
         step = super().build(common_prefix_len, common, fast_build or bool(plan.sparse))
         slots = common.slot_mapping[: common.num_actual_tokens]
-        ends = (slots >= 0) & (slots % size == size - 1)
-        meta = SelectingFlashMetadata(**vars(step), full_pages=torch.where(ends, slots // size, -1))
+        meta = SelectingFlashMetadata(**vars(step), full_pages=filled_pages(slots, starts, size))
         meta.whole_rows = len(plan.whole)
         meta.whole_pages = plan.whole_pages(size)
         if plan.sparse:
@@ -109,6 +109,14 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         )  # fmt: skip
         meta.dense = super().build(0, batch, True)
         meta.dense_rows = to_device(rows, self.device)
+
+
+def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Tensor:
+    """Pages whose last position is among `slots` [T], and -1: as many as the rows of each request can fill, which the
+    host knows without looking."""
+    pages = torch.where((slots >= 0) & (slots % size == size - 1), slots // size, -1)
+    most = sum(-(-(end - start) // size) for start, end in pairwise(starts))
+    return pages if most >= len(pages) else pages.topk(most).values
 
 
 class SelectingFlashImpl(FlashAttentionImpl):

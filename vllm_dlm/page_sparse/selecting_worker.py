@@ -60,6 +60,11 @@ class Selecting:
                 if hasattr(builder, "prompt_lens"):
                     builder.prompt_lens = self._prompt_lens
 
+    def compile_or_warm_up_model(self, *args, **kwargs):
+        times = super().compile_or_warm_up_model(*args, **kwargs)
+        self.dlm_unsent.take()  # nobody asked for what was read by then
+        return times
+
     def _prompt_lens(self, common) -> list[int] | None:
         """Of the requests of the batch that is being prepared, in its order."""
         runner = self.model_runner
