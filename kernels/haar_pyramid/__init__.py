@@ -5,7 +5,7 @@ With Haar, the low-pass band at scale b is the mean of 2^b neighbours (times
 their variance (times 2^b). WaveFilter descends the means; UNIQUE needs mean
 and spread of whole pages: the same pyramid, cut at another level.
 
-pages [blocks, Hkv, block_size, 2 * D], keys before values. A page is
+cache [blocks, Hkv, block_size, 2 * D], keys before values. A page is
 `page_size` (a power of two) positions of a block, which it divides; page p is
 positions p % n * page_size … of block p // n, where n pages make a block.
 """

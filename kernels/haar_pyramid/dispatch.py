@@ -7,27 +7,27 @@ from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
 
 
 def haar_pyramid(
-    pages: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     page_ids: torch.Tensor,  # [n]
     page_size: int,
     levels: tuple[int, ...],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """-> for each level b mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
-    if pages.is_cuda:
+    if cache.is_cuda:
         from vllm_dlm.kernels.haar_pyramid import triton as device
     else:
         from vllm_dlm.kernels.haar_pyramid import torch as device
-    return device.haar_pyramid(pages, page_ids, page_size, levels)
+    return device.haar_pyramid(cache, page_ids, page_size, levels)
 
 
-def store_statistics(pages: torch.Tensor, page_ids: torch.Tensor, statistics: PageStatistics) -> None:
+def store_statistics(cache: torch.Tensor, page_ids: torch.Tensor, statistics: PageStatistics) -> None:
     """Mean and spread of the named pages from the keys that lie there now. Ids below 0 are passed over, so that
     callers need no data-dependent shapes."""
-    if pages.is_cuda:
+    if cache.is_cuda:
         from vllm_dlm.kernels.haar_pyramid import triton as device
     else:
         from vllm_dlm.kernels.haar_pyramid import torch as device
-    device.store_statistics(pages, page_ids, statistics)
+    device.store_statistics(cache, page_ids, statistics)
 
 
 def mean_and_variance(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,13 +23,13 @@ class PageStatistics:
     std_kind: str
 
     @classmethod
-    def empty(cls, pages: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
+    def empty(cls, cache: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
         """For a cache [blocks, Hkv, block_size, 2 * D]: every page invalid."""
-        blocks, kv_heads, block_size, both = pages.shape
+        blocks, kv_heads, block_size, both = cache.shape
         count, dim = blocks * (block_size // page_size), both // 2
-        mean = torch.zeros(count, kv_heads, nodes, dim, dtype=pages.dtype, device=pages.device)
+        mean = torch.zeros(count, kv_heads, nodes, dim, dtype=cache.dtype, device=cache.device)
         width = spread_width(std_kind, dim)
-        spread = torch.full((count, kv_heads, nodes, width), INVALID, dtype=torch.float32, device=pages.device)
+        spread = torch.full((count, kv_heads, nodes, width), INVALID, dtype=torch.float32, device=cache.device)
         return cls(mean, spread, page_size, std_kind)
 
 
