@@ -5,23 +5,21 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
-from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompt, Choice, Selection
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 @dataclass(frozen=True)
-class Quest(Unique):
+class Quest(PageSelection):
     """Pages by the most that any key between their channel-wise minimum and maximum could score."""
 
     name: ClassVar[str] = "quest"
-    std_kind: str = "vector"
-    lam: float = 1.0
 
-    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        pages = keys[: len(keys) // self.page_size * self.page_size].unflatten(0, (-1, self.page_size))
-        top, bottom = pages.amax(1), pages.amin(1)
-        # max(q * top, q * bottom) = q * their middle + |q| * half their distance
-        return torch.cat([(top + bottom) / 2, (top - bottom) / 2], -1)
+    def describe(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys.amin(2), keys.amax(2)
+
+    def score(self, q: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return q.clamp_max(0) @ first.mT + q.clamp_min(0) @ second.mT
 
 
 @dataclass(frozen=True)
@@ -40,29 +38,37 @@ class Tokens(Selection):
     def summary_rows(self, prompt_len: int) -> int:
         return 0
 
-    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        return keys.new_zeros(0, keys.shape[1], 2 * keys.shape[2])
+    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys[:0], keys[:0]
 
     def choose(self, asked: Asked) -> Choice:
-        count = max(1, round(self.share * asked.prompt_len))
+        prompt_len = cached_prompt(asked).prompt_len
         score = self.score(asked)  # [Hkv, prompt]
-        return Choice(score.topk(count, -1)[1].sort(-1)[0].to(torch.int32), asked.prompt_len)
+        best = score.topk(max(1, round(self.share * prompt_len)), -1)[1]
+        return Choice(best.sort(-1)[0].to(torch.int32)[None], prompt_len)
 
     def score(self, asked: Asked) -> torch.Tensor:
         raise NotImplementedError
 
 
+def cached_prompt(asked: Asked) -> CachedPrompt:
+    if asked.prompt is None:
+        raise NotImplementedError("these rules choose among the keys of a cached prompt alone")
+    return asked.prompt
+
+
 def keys_of(asked: Asked, length: int) -> torch.Tensor:
     """[Hkv, length, D]"""
-    return asked.read(torch.arange(length).expand(len(asked.summary), -1), 1)[:, :, 0].chunk(2, -1)[0]
+    places = torch.arange(length).expand(asked.summaries.first.shape[1], -1)
+    return cached_prompt(asked).read(places, 1)[:, :, 0].chunk(2, -1)[0]
 
 
 def attention_mass(asked: Asked) -> torch.Tensor:
     """What the voters' queries attend to in truth, summed over them and the heads of a key head: [Hkv, length]"""
-    q = asked.electing("masked")
-    keys = keys_of(asked, asked.length)
+    q, prompt = asked.electing("masked")[0], cached_prompt(asked)
+    keys = keys_of(asked, prompt.length)
     rows = q.unflatten(1, (len(keys), -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, n * G, D]
-    return (rows @ keys.transpose(1, 2) * asked.scale).softmax(-1).sum(1)
+    return (rows @ keys.transpose(1, 2) * prompt.scale).softmax(-1).sum(1)
 
 
 class Oracle(Tokens):
@@ -71,14 +77,14 @@ class Oracle(Tokens):
     name: ClassVar[str] = "oracle"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        return attention_mass(asked)[:, : asked.prompt_len]
+        return attention_mass(asked)[:, : cached_prompt(asked).prompt_len]
 
 
 class Random(Tokens):
     name: ClassVar[str] = "random"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        return torch.rand(len(asked.summary), asked.prompt_len)
+        return torch.rand(asked.summaries.first.shape[1], cached_prompt(asked).prompt_len)
 
 
 class SparseDLLM(Tokens):
@@ -88,8 +94,8 @@ class SparseDLLM(Tokens):
     name: ClassVar[str] = "sparse-dllm"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        keys = keys_of(asked, asked.prompt_len)
-        mean = asked.q.unflatten(1, (len(keys), -1)).mean((0, 2))  # [Hkv, D]
+        keys = keys_of(asked, cached_prompt(asked).prompt_len)
+        mean = asked.q[0].unflatten(1, (len(keys), -1)).mean((0, 2))  # [Hkv, D]
         score = torch.einsum("hd,hnd->hn", mean, keys).mean(0)
         pooled = torch.nn.functional.max_pool1d(score[None], 3, stride=1, padding=1)
         return pooled.expand(len(keys), -1)

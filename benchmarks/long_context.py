@@ -110,7 +110,7 @@ def skip_prompts(worker) -> None:
 
 
 def fill_cache(worker) -> None:
-    """Random keys and values in every page, and statistics of them."""
+    """Random keys and values in every page, and summaries of them."""
     import torch
 
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
@@ -118,8 +118,8 @@ def fill_cache(worker) -> None:
         piece = torch.randn(8, *pages.shape[1:]).to(pages.dtype)
         for start in range(0, len(pages), len(piece)):
             pages[start : start + len(piece)] = piece[: len(pages) - start].roll(start, 1)
-        if (statistics := getattr(layer.impl, "statistics", None)) is not None:
-            for ids in torch.arange(len(statistics.mean)).split(256):
+        if (summaries := getattr(layer.impl, "summaries", None)) is not None:
+            for ids in torch.arange(len(summaries.first)).split(256):
                 layer.impl.describe(pages, ids)
 
 

@@ -34,11 +34,11 @@ NOTES = [
     f"Demo checkpoint, float32, greedy, canvas of {CANVAS} tokens, blocks of {BLOCK}, one token per step, reuse "
     "fast_dllm (dual); needles hidden in the prompt, some of them asked for. Exact match: the whole answer, end token "
     "included.",
-    "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over layers, "
-    "heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per key "
-    "head, for the same queries and keys.",
-    "unique, mean only and quest: rows that are still masked choose, the best score of any of them and of the heads of a "
-    "key head counts; the first page and the last two are always read.",
+    "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over "
+    "layers, heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per "
+    "key head, for the same queries and keys.",
+    "unique, mean only and quest: rows that are still masked choose, the best score of any of them and of the heads of "
+    "a key head counts; the first page and the last two are always read.",
 ]
 
 
@@ -51,7 +51,8 @@ def page_rules(tokens: int, share: float) -> dict:
         "sink_pages": 1, "recent_pages": 2,
     }  # fmt: skip
     return {
-        "unique (mean + spread)": Unique(**common), "mean only": Unique(lam=0.0, **common), "quest (min, max)": Quest(**common),
+        "unique (mean + spread)": Unique(**common), "mean only": Unique(lam=0.0, **common),
+        "quest (min, max)": Quest(**common),
         "unique, vector spread, lam 1": Unique(lam=1.0, std_kind="vector", **common),
         "unique, all rows choose": Unique(query_set="active", **common),
     }  # fmt: skip
@@ -174,20 +175,15 @@ class SelectionEngine(Engine):
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0
-        choose = selected_keys.View.choose
+        visible_units = selected_keys.View.visible_units
 
         def weighed(view, layer, pages, q, voters, scale, counts):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
-            units = choose(view, layer, pages, q, voters, scale, counts)
-            asked = selected_keys.Asked(
-                q, voters, q.new_zeros(len(units), 0, 2 * q.shape[2]),
-                lambda runs, size: view._read(layer, pages, runs, size),
-                view.prompt_len, view.length, scale, None,
-            )  # fmt: skip
-            weight = attention_mass(asked)[:, : view.prompt_len].double()
+            units = visible_units(view, layer, pages, q, voters, scale, counts)
+            weight = attention_mass(view.asked(layer, pages, q, voters, scale))[:, : view.prompt_len].double()
             unit = torch.arange(view.prompt_len) // view.selection.unit
-            seen = torch.stack([torch.isin(unit, own) for own in units])
+            seen = view.unit_mask(units)[:, unit]
             total += weight.sum()
             kept += weight[seen].sum()
             for own, mask in zip(weight, seen, strict=True):
@@ -195,11 +191,11 @@ class SelectionEngine(Engine):
             read, prompt = read + int(seen.sum()), prompt + seen.numel()
             return units
 
-        selected_keys.View.choose = weighed
+        selected_keys.View.visible_units = weighed
         try:
             right = self.exact_match_of(rule, samples, progress)
         finally:
-            selected_keys.View.choose = choose
+            selected_keys.View.visible_units = visible_units
         if not prompt:
             return {"exact_match": right, "kept": 1.0}
         return {

@@ -1,4 +1,5 @@
-"""One folder per operation: naive.py (the truth, plain torch), a fast path per device, and the choice between them.
+"""One folder per operation: naive.py (the truth), torch.py and triton.py (fast paths), and dispatch.py between them,
+which says what goes in and comes out.
 
 triton.py holds the kernels for GPUs, of torch and Triton alone. Their launchers
 know nothing but shapes: they fetch no value from the device, grids and sizes

@@ -4,6 +4,6 @@ A is the softmax over all keys. DyLLM adds this to the cached context of rows
 that are not recomputed, which leaves out that A itself has changed.
 """
 
-from vllm_dlm.kernels.delta_attention.torch import delta_attention
+from vllm_dlm.kernels.delta_attention.dispatch import delta_attention
 
 __all__ = ["delta_attention"]

@@ -4,8 +4,7 @@ import torch
 
 
 def delta_attention(query, key, columns, delta, scale):
-    """query [L, H, D], key [Hkv, N, D], columns [Hkv, S, D] the keys whose values moved, delta [S, Hkv, D]
-    -> [L, H, D]"""
+    """See dispatch.py"""
     group = query.shape[1] // key.shape[0]
     query_, key_, columns_ = (
         query.double() * scale,

@@ -12,8 +12,7 @@ CHUNK = 256
 
 
 def delta_attention(query, key, columns, delta, scale):
-    """query [L, H, D], key [Hkv, N, D], columns [Hkv, S, D] the keys whose values moved, delta [S, Hkv, D]
-    -> [L, H, D]"""
+    """See dispatch.py"""
     length, heads, dim = query.shape
     kv_heads = key.shape[0]
     if not len(delta):

@@ -5,12 +5,12 @@ With Haar, the low-pass band at scale b is the mean of 2^b neighbours (times
 their variance (times 2^b). WaveFilter descends the means; UNIQUE needs mean
 and spread of whole pages: the same pyramid, cut at another level.
 
-pages [blocks, Hkv, block_size, 2 * D], keys before values. A page is
+cache [blocks, Hkv, block_size, 2 * D], keys before values. A page is
 `page_size` (a power of two) positions of a block, which it divides; page p is
 positions p % n * page_size … of block p // n, where n pages make a block.
 """
 
-from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, runs_of, store_statistics, store_statistics_of
+from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, mean_and_variance, store_statistics
 from vllm_dlm.kernels.haar_pyramid.statistics import INVALID, STD_KINDS, PageStatistics, spread_of, spread_width
 
 __all__ = [
@@ -18,9 +18,8 @@ __all__ = [
     "STD_KINDS",
     "PageStatistics",
     "haar_pyramid",
-    "runs_of",
+    "mean_and_variance",
     "spread_of",
     "spread_width",
     "store_statistics",
-    "store_statistics_of",
 ]

@@ -13,13 +13,13 @@ def haar_bands(keys: torch.Tensor, levels: int) -> tuple[torch.Tensor, list[torc
     return low, details
 
 
-def haar_pyramid(pages, page_ids, page_size, levels):
+def haar_pyramid(cache, page_ids, page_size, levels):
     """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] each"""
-    _blocks, _kv_heads, block_size, width = pages.shape
+    _blocks, _kv_heads, block_size, width = cache.shape
     per_block = block_size // page_size
     keys = torch.stack(
         [
-            pages[page // per_block, :, page % per_block * page_size :][:, :page_size, : width // 2].double()
+            cache[page // per_block, :, page % per_block * page_size :][:, :page_size, : width // 2].double()
             for page in page_ids.tolist()
         ]
     )  # [n, Hkv, page_size, D]

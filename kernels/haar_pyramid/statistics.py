@@ -23,26 +23,18 @@ class PageStatistics:
     std_kind: str
 
     @classmethod
-    def empty(cls, pages: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
+    def empty(cls, cache: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
         """For a cache [blocks, Hkv, block_size, 2 * D]: every page invalid."""
-        blocks, kv_heads, block_size, width = pages.shape
-        count, dim = blocks * (block_size // page_size), width // 2
-        mean = torch.zeros(count, kv_heads, nodes, dim, dtype=pages.dtype, device=pages.device)
-        spread = torch.full((count, kv_heads, nodes, spread_width(std_kind, dim)), INVALID, device=pages.device)
+        blocks, kv_heads, block_size, both = cache.shape
+        count, dim = blocks * (block_size // page_size), both // 2
+        mean = torch.zeros(count, kv_heads, nodes, dim, dtype=cache.dtype, device=cache.device)
+        width = spread_width(std_kind, dim)
+        spread = torch.full((count, kv_heads, nodes, width), INVALID, dtype=torch.float32, device=cache.device)
         return cls(mean, spread, page_size, std_kind)
-
-    @property
-    def nbytes(self) -> int:
-        return self.mean.nbytes + self.spread.nbytes
 
 
 def spread_width(std_kind: str, dim: int) -> int:
     return {"l2": 1, "rms": 1, "vector": dim, "diag2": GROUPS}[std_kind]
-
-
-def statistics_bytes(kv_heads: int, dim: int, element: int, std_kind: str, nodes: int = 1) -> int:
-    """Of one page in one layer."""
-    return kv_heads * nodes * (dim * element + 4 * spread_width(std_kind, dim))
 
 
 def spread_of(variance: torch.Tensor, std_kind: str) -> torch.Tensor:

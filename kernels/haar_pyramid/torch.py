@@ -2,17 +2,28 @@
 
 import torch
 
+from vllm_dlm.kernels.haar_pyramid.statistics import spread_of
 
-def haar_pyramid(pages, page_ids, page_size, levels):
+
+def haar_pyramid(cache, page_ids, page_size, levels):
     """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
-    return pyramid(keys_of(pages, page_ids, page_size), levels)
+    return pyramid(keys_of(cache, page_ids, page_size), levels)
 
 
-def keys_of(pages, page_ids, page_size):
+def store_statistics(cache, page_ids, statistics):
+    """See dispatch.py"""
+    page_ids = page_ids[page_ids >= 0].long()
+    level = (statistics.page_size // statistics.mean.shape[2]).bit_length() - 1
+    ((mean, variance),) = haar_pyramid(cache, page_ids, statistics.page_size, (level,))
+    statistics.mean[page_ids] = mean.to(statistics.mean.dtype)
+    statistics.spread[page_ids] = spread_of(variance.expand_as(mean), statistics.std_kind)
+
+
+def keys_of(cache, page_ids, page_size):
     """-> [n, Hkv, P, D]"""
-    blocks, kv_heads, block_size, width = pages.shape
+    blocks, kv_heads, block_size, width = cache.shape
     per_block, dim = block_size // page_size, width // 2
-    runs = pages.view(blocks, kv_heads, per_block, page_size, width)
+    runs = cache.view(blocks, kv_heads, per_block, page_size, width)
     return runs[page_ids // per_block, :, page_ids % per_block, :, :dim]
 
 

@@ -13,10 +13,10 @@ from vllm_dlm.kernels.triton_utils import padded
 
 
 @triton.jit
-def _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr):
+def _page_keys(cache, page, stride_block, stride_head, stride_key, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """Where the keys of `page` and of this program's head begin"""
     h = tl.program_id(1).to(tl.int64)
-    return pages + page // PER_BLOCK * stride_block + h * stride_head + page % PER_BLOCK * PAGE * stride_key
+    return cache + page // PER_BLOCK * stride_block + h * stride_head + page % PER_BLOCK * PAGE * stride_key
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _node(
 
 @triton.jit
 def _pyramid_kernel(
-    pages, page_ids, means, variances, stride_block, stride_head, stride_key, nodes,
+    cache, page_ids, means, variances, stride_block, stride_head, stride_key, nodes,
     PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     TOP: tl.constexpr, WANTED: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _pyramid_kernel(
     page = tl.load(page_ids + i).to(tl.int64)
     if page < 0:
         return
-    keys = _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
+    keys = _page_keys(cache, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
     root = tl.program_id(2)
     keys += (root << TOP) * stride_key
     start = (i * tl.num_programs(1) + tl.program_id(1)) * nodes * DIM
@@ -92,7 +92,7 @@ def _store_spread(
 
 @triton.jit
 def _statistics_kernel(
-    pages, page_ids, means, spread, stride_block, stride_head, stride_key,
+    cache, page_ids, means, spread, stride_block, stride_head, stride_key,
     PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, STD_KIND: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _statistics_kernel(
     page = tl.load(page_ids + tl.program_id(0)).to(tl.int64)
     if page < 0:
         return
-    keys = _page_keys(pages, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
+    keys = _page_keys(cache, page, stride_block, stride_head, stride_key, PER_BLOCK, PAGE)
     channel = tl.arange(0, DIM_PAD)
     place = (page * tl.num_programs(1) + tl.program_id(1)) * (PAGE >> LEVEL)
     for first in tl.static_range(0, PAGE, 1 << LEVEL):
@@ -110,37 +110,37 @@ def _statistics_kernel(
         place += 1
 
 
-def _layout(pages, page_size, channels):
+def _layout(cache, page_size, channels):
     """What both kernels are told about the cache; a warp for so many channels, where compilers spill nothing."""
-    dim = pages.shape[3] // 2
+    dim = cache.shape[3] // 2
     return {
-        "PER_BLOCK": pages.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
+        "PER_BLOCK": cache.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
         "num_warps": max(padded(dim) // channels, 1),
     }  # fmt: skip
 
 
-def haar_pyramid(pages, page_ids, page_size, levels):
+def haar_pyramid(cache, page_ids, page_size, levels):
     """See dispatch.py; what comes out for ids below 0 is undefined"""
-    count, kv_heads, dim = len(page_ids), pages.shape[1], pages.shape[3] // 2
+    count, kv_heads, dim = len(page_ids), cache.shape[1], cache.shape[3] // 2
     wanted = sorted(set(levels))
     sizes = [page_size >> level for level in wanted]
-    means = torch.empty(count, kv_heads, sum(sizes), dim, dtype=torch.float32, device=pages.device)
+    means = torch.empty(count, kv_heads, sum(sizes), dim, dtype=torch.float32, device=cache.device)
     variances = torch.empty_like(means)
     if count:
         _pyramid_kernel[count, kv_heads, sizes[-1]](
-            pages, page_ids, means, variances, *pages.stride()[:3], sum(sizes),
-            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(pages, page_size, 128),
+            cache, page_ids, means, variances, *cache.stride()[:3], sum(sizes),
+            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(cache, page_size, 128),
         )  # fmt: skip
     pieces = dict(zip(wanted, zip(means.split(sizes, 2), variances.split(sizes, 2), strict=True), strict=True))
     return [pieces[level] for level in levels]
 
 
-def store_statistics(pages, page_ids, statistics):
+def store_statistics(cache, page_ids, statistics):
     """See dispatch.py"""
     nodes, width = statistics.spread.shape[2:]
     if len(page_ids):
-        _statistics_kernel[len(page_ids), pages.shape[1]](
-            pages, page_ids, statistics.mean, statistics.spread, *pages.stride()[:3],
+        _statistics_kernel[len(page_ids), cache.shape[1]](
+            cache, page_ids, statistics.mean, statistics.spread, *cache.stride()[:3],
             LEVEL=(statistics.page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=statistics.std_kind,
-            **_layout(pages, statistics.page_size, 64),
+            **_layout(cache, statistics.page_size, 64),
         )  # fmt: skip

@@ -29,24 +29,14 @@ def run_scores(
     mean: torch.Tensor,  # [Hkv, N, D]
     spread: torch.Tensor,  # [Hkv, N, W]
     std_kind: str,
-    forced_from: int,
+    forced_from: int | torch.Tensor,  # [1], if it is not known to the host
     sink_pages: int,
     lam: float,
     reduce: str,
 ) -> torch.Tensor:
     """The same for one request whose statistics lie side by side -> [1, Hkv, N] float32"""
-    if not q.is_cuda:
-        from vllm_dlm.kernels.page_scores import torch as plain
-
-        return plain.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
-    count, device = mean.shape[1], q.device
-    statistics = PageStatistics(
-        mean.transpose(0, 1).contiguous()[:, :, None],
-        spread.transpose(0, 1).float().contiguous()[:, :, None],
-        1,
-        std_kind,
-    )
-    return page_scores(
-        q, torch.tensor([0, len(q)], device=device), statistics, torch.arange(count, device=device)[None],
-        torch.tensor([count], device=device), torch.tensor([forced_from], device=device), sink_pages, lam, reduce,
-    )  # fmt: skip
+    if q.is_cuda:
+        from vllm_dlm.kernels.page_scores import triton as device
+    else:
+        from vllm_dlm.kernels.page_scores import torch as device
+    return device.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)

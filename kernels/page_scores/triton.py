@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
@@ -32,7 +33,7 @@ def _load_pages(
     spreads = tl.load(
         spread + page[:, None] * stride_spread + h * stride_spread_head + part[None, :],
         mask=there[:, None] & (part < WIDTH)[None, :], other=0.0,
-    )  # fmt: skip
+    ).to(tl.float32)  # fmt: skip
     unknown = tl.abs(spreads) == float("inf")
     return means, tl.where(unknown, 0.0, spreads), tl.max(unknown.to(tl.int32), 1) > 0
 
@@ -193,3 +194,15 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
         _lse_kernel[grid](*inputs, lse, *numbers, **shape)
     _score_kernel[grid](*inputs, lse, scores, *numbers, REDUCE=reduce, **shape)
     return scores
+
+
+def run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce):
+    """See dispatch.py; the request's own pages are all there are, and nothing is fetched or copied to name them"""
+    count, device = mean.shape[1], q.device
+    statistics = PageStatistics(mean.transpose(0, 1)[:, :, None], spread.transpose(0, 1)[:, :, None], 1, std_kind)
+    if not isinstance(forced_from, torch.Tensor):
+        forced_from = torch.full((1,), forced_from, device=device)
+    return page_scores(
+        q, torch.arange(2, device=device) * len(q), statistics, torch.arange(count, device=device)[None],
+        torch.full((1,), count, device=device), forced_from, sink_pages, lam, reduce,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 def sparse_attention(
     q: torch.Tensor,  # [Tq, H, D], the queries of request after request
     q_starts: torch.Tensor,  # [B + 1] where each request's queries start
-    pages: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     page_table: torch.Tensor,  # [B, N] physical page of each logical one
     chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 at the end
     kv_lens: torch.Tensor,  # [B] keys of each request; its queries are the last of them if causal
@@ -19,4 +19,4 @@ def sparse_attention(
         from vllm_dlm.kernels.sparse_attention import triton as device
     else:
         from vllm_dlm.kernels.sparse_attention import torch as device
-    return device.sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal)
+    return device.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)

@@ -3,11 +3,11 @@
 import torch
 
 
-def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
     """See dispatch.py"""
-    blocks, kv_heads, block_size, width = pages.shape
+    blocks, kv_heads, block_size, width = cache.shape
     per_block, dim, group = block_size // page_size, width // 2, q.shape[1] // kv_heads
-    by_page = pages.view(blocks, kv_heads, per_block, page_size, width).transpose(1, 2).flatten(0, 1)
+    by_page = cache.view(blocks, kv_heads, per_block, page_size, width).transpose(1, 2).flatten(0, 1)
     out = torch.empty_like(q)
     for b in range(len(page_table)):
         rows = slice(int(q_starts[b]), int(q_starts[b + 1]))

@@ -9,7 +9,7 @@ from vllm_dlm.kernels.top_pages import physical_pages
 FEW = 16
 
 
-def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
     """See dispatch.py"""
     counts, lengths = q_starts.diff().tolist(), kv_lens.tolist()
     # Requests alike in queries, and in what of their last page is filled, share one call.
@@ -18,12 +18,12 @@ def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size,
         if count:
             kinds.setdefault((count, length % page_size), []).append(b)
     if len(kinds) == 1 and len(next(iter(kinds.values()))) == len(counts):
-        return _alike(q, counts[0], pages, page_table, chosen, kv_lens, page_size, scale, causal)
+        return _alike(q, counts[0], cache, page_table, chosen, kv_lens, page_size, scale, causal)
     out = torch.empty_like(q)
     for (count, _), members in kinds.items():
         own = torch.tensor(members)
         rows = (q_starts[own][:, None] + torch.arange(count)).flatten()
-        out[rows] = _alike(q[rows], count, pages, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal)
+        out[rows] = _alike(q[rows], count, cache, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal)
     return out
 
 
@@ -34,8 +34,8 @@ def by_products(rows, keys, values, scale):
     return logits.float().mul_(scale).softmax(-1).to(rows.dtype) @ values
 
 
-def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causal):
-    _blocks, kv_heads, block_size, width = pages.shape
+def _alike(q, count, cache, page_table, chosen, kv_lens, page_size, scale, causal):
+    _blocks, kv_heads, block_size, width = cache.shape
     batch, heads, dim = len(page_table), q.shape[1], width // 2
     per_block = block_size // page_size
     filled = chosen >= 0  # [B, Hkv, K]
@@ -44,7 +44,7 @@ def _alike(q, count, pages, page_table, chosen, kv_lens, page_size, scale, causa
     logical = chosen[..., :kept].clamp_min(0).long()
     page = physical_pages(page_table, logical)  # [B, Hkv, kept]
     row = ((page // per_block) * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + page % per_block
-    kv = pages.view(-1, page_size * width).index_select(0, row.flatten())
+    kv = cache.view(-1, page_size * width).index_select(0, row.flatten())
     kv = kv.view(batch, kv_heads, kept * page_size, width)
     # position of each gathered key; only its last page may be partly filled
     tail = int(kv_lens[0]) % page_size

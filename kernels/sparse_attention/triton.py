@@ -46,7 +46,7 @@ def _key_offsets(
 
 @triton.jit
 def _attend_kernel(
-    q, q_starts, pages, table, chosen, kv_lens, out, lse, batch, slots, share, scale, heads,
+    q, q_starts, cache, table, chosen, kv_lens, out, lse, batch, slots, share, scale, heads,
     stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BATCH_PAD: tl.constexpr,
@@ -62,7 +62,7 @@ def _attend_kernel(
     length = tl.load(kv_lens + b).to(tl.int32)
     table += b.to(tl.int64) * stride_table
     chosen += (b * tl.num_programs(1) + h) * (slots // PAGE)
-    pages += h * stride_head
+    cache += h * stride_head
     # the last position that a row sees
     last = length - queries + row // GROUP if CAUSAL else tl.zeros_like(row) + (length - 1)
     channel = tl.arange(0, DIM_PAD)
@@ -76,7 +76,7 @@ def _attend_kernel(
             chosen, table, slot, slots, length, stride_block, stride_key, PAGE, PER_BLOCK
         )
         # what nobody wrote may be anything, NaN included, and is not read
-        place = pages + offset[:, None] + channel[None, :]
+        place = cache + offset[:, None] + channel[None, :]
         mask = there[:, None] & (channel < DIM)[None, :]
         keys = tl.load(place, mask=mask, other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
@@ -132,10 +132,10 @@ def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
     return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 64 else 4, "num_stages": 4}
 
 
-def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
     """See dispatch.py"""
     (queries, heads, dim), batch = q.shape, len(page_table)
-    kv_heads, block_size = pages.shape[1:3]
+    kv_heads, block_size = cache.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
@@ -149,9 +149,9 @@ def sparse_attention(q, q_starts, pages, page_table, chosen, kv_lens, page_size,
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, q_starts, pages, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, slots,
+        q, q_starts, cache, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, slots,
         triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
-        *q.stride()[:2], *pages.stride()[:3], page_table.stride(0),
+        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, CAUSAL=causal, SPLITS=splits, GROUP=group,
         DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch), **tiles,
     )  # fmt: skip

@@ -1,18 +1,5 @@
-"""Bidirectional attention over packed sequences of different lengths.
+"""Bidirectional attention over packed sequences of different lengths: each query sees all keys of its sequence."""
 
-q [Tq, H, D], k and v [Tk, Hkv, D]; sequence i owns `q_lens[i]` rows of q and
-`kv_lens[i]` rows of k and v, and each of its queries sees all of its keys.
-"""
+from vllm_dlm.kernels.varlen_attention.dispatch import varlen_attention
 
-from collections.abc import Sequence
-
-import torch
-
-from vllm_dlm.kernels.varlen_attention.torch import varlen_attention as _sdpa
-
-
-def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], scale: float
-) -> torch.Tensor:
-    """-> context [Tq, H, D]"""
-    return _sdpa(q, k, v, q_lens, kv_lens, scale)
+__all__ = ["varlen_attention"]

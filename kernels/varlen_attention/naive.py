@@ -4,6 +4,7 @@ import torch
 
 
 def varlen_attention(q, k, v, q_lens, kv_lens, scale):
+    """See dispatch.py"""
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
     q_end = kv_end = 0

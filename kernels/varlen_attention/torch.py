@@ -10,14 +10,15 @@ import torch.nn.functional as F
 
 
 def varlen_attention(q, k, v, q_lens, kv_lens, scale):
+    """See dispatch.py"""
     out = torch.empty_like(q)
     q_parts, k_parts, v_parts = q.split(list(q_lens)), k.split(list(kv_lens)), v.split(list(kv_lens))
     for query, key, value, place in zip(q_parts, k_parts, v_parts, out.split(list(q_lens)), strict=True):
-        place.copy_(attend(query, key.transpose(0, 1), value.transpose(0, 1), scale))
+        place.copy_(grouped_attention(query, key.transpose(0, 1), value.transpose(0, 1), scale))
     return out
 
 
-def attend(query, key, value, scale):
+def grouped_attention(query, key, value, scale):
     """query [L, H, D], key and value [Hkv, N, D] -> [L, H, D]"""
     length, heads, dim = query.shape
     kv_heads = key.shape[0]

@@ -4,7 +4,7 @@ import torch
 
 
 def lowpass(keys, taps, levels):
-    """keys [..., N, D], N divisible by 2^levels -> [..., N / 2^levels, D]"""
+    """See dispatch.py"""
     low = keys.double()
     for _ in range(levels):
         count = low.shape[-2]

@@ -3,8 +3,8 @@
 import torch
 
 
-def lowpass(keys: torch.Tensor, taps: tuple[float, ...], levels: int) -> torch.Tensor:
-    """keys [..., N, D], N divisible by 2^levels -> [..., N / 2^levels, D] float32"""
+def lowpass(keys, taps, levels):
+    """See dispatch.py"""
     low = keys.float()
     for _ in range(levels):
         count = low.shape[-2]

@@ -3,8 +3,7 @@
 A page's promise is the mean of its keys seen by the query, plus the spread of
 its keys times the length of the query: averaging hides a single important key,
 and the spread gives it back (`kernels/page_scores`). Works after training, on
-autoregressive models and on the cached prompt of diffusion models; pages of a
-diffusion model's response are always read.
+autoregressive models and on the cached prompt of diffusion models.
 
 The method is known from its abstract and notes on it: page size, forced pages,
 the reduction over grouped heads and which scalar the spread is are this
@@ -16,85 +15,52 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import STD_KINDS, runs_of, spread_of, spread_width
-from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
-from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.haar_pyramid import (
+    STD_KINDS,
+    PageStatistics,
+    mean_and_variance,
+    spread_of,
+    spread_width,
+    store_statistics,
+)
+from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores, run_scores
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, Summaries
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 @dataclass(frozen=True)
-class Unique(Selection):
+class Unique(PageSelection):
     name: ClassVar[str] = "unique"
-    autoregressive: ClassVar[bool] = True
 
-    budget_tokens: int = 2048  # read per query and key head, sink and recent pages included
-    page_size: int = 64  # a power of two that divides the KV block
     lam: float = 0.5  # weight of the spread
     std_kind: Literal[STD_KINDS] = "l2"
     reduce: Literal[REDUCTIONS] = "max"  # over the heads of a key head, and over the queries of a step
-    sink_pages: int = 1  # the first ones are always read
-    recent_pages: int = 2  # and the last ones
-    min_context: int = 8192  # shorter ones are read whole
-    dense_layers: tuple[int, ...] = (0, 1)  # these layers read everything
-    query_set: Literal["active", "masked"] = "masked"  # who chooses for a step: all its rows, or those to be decided
-    select_every: int = 1  # denoising steps that a choice serves; a refresh of the prompt ends it before
 
     def __post_init__(self):
-        size = self.page_size
-        check(16 <= size <= 128 and size & (size - 1) == 0, "page_size", size, "16, 32, 64 or 128")
+        super().__post_init__()
         check(self.lam >= 0, "lam", self.lam, "at least 0")
-        check(self.sink_pages >= 0, "sink_pages", self.sink_pages, "at least 0")
-        check(self.recent_pages >= 1, "recent_pages", self.recent_pages, "at least 1: the last page may be unfinished")
-        check(self.min_context >= 0, "min_context", self.min_context, "at least 0")
-        check(self.select_every >= 1, "select_every", self.select_every, "at least 1")
-        least = (self.sink_pages + self.recent_pages + 1) * size
-        check(
-            self.budget_tokens >= least, "budget_tokens", self.budget_tokens,
-            f"at least {least}: the sink and recent pages and one to choose",
-        )  # fmt: skip
 
-    @property
-    def budget_pages(self) -> int:
-        return self.budget_tokens // self.page_size
+    def vectors(self, dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
+        return (dim, dtype), (spread_width(self.std_kind, dim), torch.float32)
 
-    # -- the prompt of a diffusion model ---------------------------------------------------
+    def describe(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, variance = mean_and_variance(keys)  # [n, Hkv, D]
+        return mean, spread_of(variance, self.std_kind)
 
-    @property
-    def unit(self) -> int:
-        return self.page_size
+    def scores(self, asked: Asked) -> torch.Tensor:
+        q, given = asked.electing(self.query_set), asked.summaries
+        forced_from, options = self.forced_from(asked), (self.sink_pages, self.lam, self.reduce)
+        if asked.table is None:
+            mean, spread = given.first.transpose(0, 1), given.second.transpose(0, 1)
+            return run_scores(q[0], mean, spread, self.std_kind, forced_from, *options)
+        batch, length = q.shape[:2]
+        starts = torch.arange(0, batch * length + 1, length, device=q.device, dtype=torch.int32)
+        statistics = self._statistics(given)
+        return page_scores(q.flatten(0, 1), starts, statistics, asked.table, asked.counts, forced_from, *options)
 
-    def applies(self, prompt_len: int, length: int) -> bool:
-        return length >= self.min_context and prompt_len // self.page_size > self.budget_pages
+    def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
+        store_statistics(cache, page_ids, self._statistics(summaries))
 
-    def summary_rows(self, prompt_len: int) -> int:
-        return prompt_len // self.page_size
-
-    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        mean, variance = runs_of(keys, self.page_size)  # [R, Hkv, D]
-        spread = spread_of(variance, self.std_kind)
-        row = torch.zeros(*mean.shape[:2], 2 * mean.shape[2], dtype=keys.dtype, device=keys.device)
-        row[..., : mean.shape[2]] = mean
-        row[..., mean.shape[2] :][..., : spread.shape[2]] = spread
-        return row
-
-    def choose(self, asked: Asked) -> Choice:
-        mean, spread = asked.summary.chunk(2, -1)  # [Hkv, R, D]
-        spread = spread[..., : spread_width(self.std_kind, mean.shape[2])]
-        # The prompt's end counts as recent. Its unfinished page is read anyway.
-        forced_from = max(0, -(-asked.prompt_len // self.page_size) - self.recent_pages)
-        scores = run_scores(
-            asked.electing(self.query_set),
-            mean,
-            spread,
-            self.std_kind,
-            forced_from,
-            self.sink_pages,
-            self.lam,
-            self.reduce,
-        )  # [1, Hkv, R]
-        count = mean.shape[1]
-        return Choice(top_pages(scores, min(self.budget_pages, count))[0], count)
-
-    def keeps(self, steps: int) -> bool:
-        return steps % self.select_every != 0
+    def _statistics(self, given: Summaries) -> PageStatistics:
+        return PageStatistics(given.first[:, :, None], given.second[:, :, None], self.page_size, self.std_kind)

@@ -23,8 +23,7 @@ from typing import ClassVar, Literal
 import pywt
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import runs_of
-from vllm_dlm.kernels.haar_pyramid.torch import pyramid
+from vllm_dlm.kernels.haar_pyramid import mean_and_variance
 from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
@@ -163,32 +162,31 @@ class WaveFilter(Selection):
     def summary_rows(self, prompt_len: int) -> int:
         return prompt_len // 2**self.levels
 
-    def summarise(self, keys: torch.Tensor) -> torch.Tensor:
+    def vectors(self, dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
+        return (dim, dtype), (dim if self.detail_lambda else 0, dtype)
+
+    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         whole = keys[: len(keys) // 2**self.levels * 2**self.levels]
-        row = torch.zeros(
-            len(whole) >> self.levels, keys.shape[1], 2 * keys.shape[2], dtype=keys.dtype, device=keys.device
-        )
-        mean, spread = row.chunk(2, -1)
-        if self.wavelet == "haar":
-            means, variance = runs_of(whole, 2**self.levels)
-            mean.copy_(means)
-            if self.detail_lambda:
-                spread.copy_(variance.sqrt())
-        else:
-            mean.copy_(self._band(whole.transpose(0, 1), self.levels).transpose(0, 1))
-        return row
+        if self.wavelet != "haar":
+            band = self._band(whole.transpose(0, 1), self.levels).transpose(0, 1)
+            return band, band[..., :0]
+        mean, variance = mean_and_variance(whole.unflatten(0, (-1, 2**self.levels)).transpose(1, 2))
+        return mean, variance.sqrt() if self.detail_lambda else mean[..., :0]
 
     def choose(self, asked: Asked) -> Choice:
-        q = asked.electing(self.query_set)
-        mean, spread = asked.summary.chunk(2, -1)  # [Hkv, R, D]
+        prompt = asked.prompt
+        if prompt is None:
+            raise NotImplementedError(f"{self.name} chooses among the keys of a cached prompt alone")
+        q = asked.electing(self.query_set)[0]
+        mean, spread = (vectors[0] for vectors in asked.summaries.by_head(None))  # [Hkv, R, D]
         coarse, *finer = self.kept(mean.shape[1])
-        pins = self.pinned(asked.prompt_len)
+        pins = self.pinned(prompt.prompt_len)
         runs = self._best(q, mean, spread, self.levels, coarse, pins)  # [Hkv, coarse]
-        scored, top = mean.shape[1], runs
-        if self._reselect[0] == "drift" and asked.previous is not None and self._overlap(top, asked.previous.memo):
-            return Choice(asked.previous.units, scored, asked.previous.memo)
+        scored, top, previous = mean.shape[1], runs, prompt.previous
+        if self._reselect[0] == "drift" and previous is not None and self._overlap(top, previous.memo):
+            return Choice(previous.units, scored, previous.memo)
         if finer:
-            kv = asked.read(runs, 2**self.levels)  # [Hkv, n, 2^levels, 2 * D] of the runs that are left
+            kv = prompt.read(runs, 2**self.levels)  # [Hkv, n, 2^levels, 2 * D] of the runs that are left
         for scale, count in zip(self.scales[1:], finer, strict=True):
             # each run falls into two, each with its half of the keys
             inside = (2 * runs[..., None] + torch.arange(2, device=runs.device)).flatten(1)
@@ -199,7 +197,7 @@ class WaveFilter(Selection):
             if scale > self.scales[-1]:
                 row = best + torch.arange(len(best), device=best.device)[:, None] * kv.shape[1]
                 kv = kv.flatten(2).flatten(0, 1).index_select(0, row.flatten()).view(*best.shape, *kv.shape[2:])
-        return Choice(runs.to(torch.int32), scored, top)
+        return Choice(runs.to(torch.int32)[None], scored, top)
 
     # -- one scale -------------------------------------------------------------------------
 
@@ -212,8 +210,8 @@ class WaveFilter(Selection):
         if scale == 1:  # of two numbers, mean and deviation are half of sum and difference
             even, odd = keys[:, :, 0], keys[:, :, 1]
             return (even + odd).mul_(0.5), (even - odd).mul_(0.5).abs_() if self.detail_lambda else None
-        ((mean, variance),) = pyramid(keys, (scale,))
-        return mean[:, :, 0].to(keys.dtype), variance[:, :, 0].sqrt_().to(keys.dtype)
+        mean, variance = mean_and_variance(keys)
+        return mean.to(keys.dtype), variance.sqrt_().to(keys.dtype)
 
     def _band(self, keys: torch.Tensor, scale: int) -> torch.Tensor:
         """[Hkv, N, D] -> low-pass band in units of a mean, [Hkv, N / 2^scale, D]"""

@@ -23,10 +23,16 @@ def test_a_quick_run(tmp_path):
     data = json.loads((tmp_path / "kernels-cpu.json").read_text())
     (row,) = data["rows"]
     assert row["keys"] == 2048 and "vLLM CPU attention" in row["dense"]
-    assert all(row["dense_ms"] <= own for own in row["dense"].values())  # against the best of them
-    assert (row["ratio"] > 1) == (row["sparse_ms"] < row["dense_ms"])
-    assert (row["served_ratio"] > 1) == (row["served_ms"] < row["dense_ms"])
     assert any("36 cases compared" in note for note in data["notes"])
+
+
+def test_ratios_are_to_the_fastest_dense_kernel(monkeypatch):
+    """Two of torch's and vLLM's take 8, 6 and 4 ms; all three steps 2, with vLLM's kernel 1; then each step alone."""
+    times = iter([8.0, 6.0, 4.0, 2.0, 1.0, 0.5, 0.25, 1.25, 0.125])
+    monkeypatch.setattr(kernels, "timed", lambda function, device, seconds: next(times))
+    row = kernels.measure(kernels.Case.random(256, 1, 1, "cpu"), 0.0, 1e9)
+    assert (row["dense_kernel"], row["dense_ms"]) == ("vLLM CPU attention", 4.0)
+    assert (row["ratio"], row["served_ratio"], row["attend_ms"], row["store_us"]) == (2.0, 4.0, 1.25, 125.0)
 
 
 def test_it_needs_nothing_but_torch():

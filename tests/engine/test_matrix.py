@@ -12,7 +12,6 @@ from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
-DECODINGS, REUSES = sorted(methods("decoding")), sorted(methods("reuse"))
 SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
 
 
@@ -30,8 +29,9 @@ def small(kind: str, name: str) -> dict:
 def combinations(selection: str):
     """A request of each: prompts of 40 to 120 tokens, canvases of 5 to 20, greedy and sampled, guided and not."""
     rng = random.Random(selection)
-    reuses = [name for method in REUSES for name in with_presets(method)]
-    for index, (decoding, reuse, chosen) in enumerate(product(DECODINGS, reuses, (selection, "none"))):
+    reuses = [name for method in sorted(methods("reuse")) for name in with_presets(method)]
+    of_each = product(sorted(methods("decoding")), reuses, dict.fromkeys((selection, "none")))
+    for index, (decoding, reuse, chosen) in enumerate(of_each):
         length = rng.randint(5, 20)
         extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 8}
         if index % 7 == 3:
@@ -43,12 +43,8 @@ def combinations(selection: str):
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 120))]}, params
 
 
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint, selection):
+def assert_tokens_are_those_alone(llm, given) -> None:
     """Whoever shares the batch, in either order; and caches of freed requests leak into nobody (all memory is NaN)."""
-    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
-    given = list(combinations(selection))
     together = tokens(llm, given)
     assert tokens(llm, given[::-1]) == together[::-1]
     for cache in runner_of(llm).kv_caches:
@@ -58,12 +54,23 @@ def test_tokens_are_those_alone(engines, checkpoint, selection):
     assert free_blocks(core_of(llm)) == core_of(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
 
 
-EXACT = {name: cls.exact for name, cls in methods("reuse").items() if cls.exact is not None}
+def assert_exact(engines, checkpoint, reuse: str) -> None:
+    """With the field values it names itself, a reuse policy changes nothing."""
+    given = [request for request in combinations("none") if request[1].extra_args.pop("dlm_reuse") == "none"]
+    exact = {"name": reuse} | methods("reuse")[reuse].exact
+    assert tokens(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given) == tokens(
+        engines(checkpoint), given
+    )
 
 
-@pytest.mark.parametrize("reuse", sorted(EXACT))
+@pytest.mark.parametrize("selection", SPARSE)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_tokens_are_those_alone(engines, checkpoint, selection):
+    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
+    assert_tokens_are_those_alone(llm, list(combinations(selection)))
+
+
+@pytest.mark.parametrize("reuse", sorted(name for name, cls in methods("reuse").items() if cls.exact is not None))
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_exact_reuse_is_none(engines, checkpoint, reuse):
-    given = [request for request in combinations("none") if request[1].extra_args.pop("dlm_reuse") == "none"]
-    exact = engines(checkpoint, additional_config={"dlm": {"reuse": {"name": reuse} | EXACT[reuse]}})
-    assert tokens(exact, given) == tokens(engines(checkpoint), given)
+    assert_exact(engines, checkpoint, reuse)

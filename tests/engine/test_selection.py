@@ -1,21 +1,22 @@
 """Selections over cached prompts: exact where everything is kept, batch-invariant, and equal to masks in float64."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
 
 from tests.engine.running import Counted, runner_of, tokens
-from tests.engine.test_reuse import CHECKPOINTS, POLICIES
+from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
+from tests.engine.test_reuse import CHECKPOINTS
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
+from vllm_dlm.methods import methods
+from vllm_dlm.options import request_options
 from vllm_dlm.plugins.selection.base import Choice, Selection
 from vllm_dlm.plugins.selection.unique import Unique
-from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
 WAVES = {"name": "wavefilter", "min_prompt": 64}
@@ -40,26 +41,6 @@ KEEP_ALL = {
 }
 
 
-def requests(count=24, longest=120):
-    rng = random.Random(3)
-    for index in range(count):
-        length = rng.randint(8, 40)
-        extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
-        if index % 6 == 2:
-            extra["dlm_cfg_scale"] = 0.5
-        if index % 5 == 3:
-            extra["dlm_selection"] = "none"
-        params = SamplingParams(
-            temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
-            extra_args=extra,
-        )  # fmt: skip
-        yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(90, longest))]}, params
-
-
-def engine(engines, checkpoint, selection, **settings):
-    return engines(checkpoint, additional_config={"dlm": {"selection": selection}}, **settings)
-
-
 EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
 
 
@@ -69,39 +50,14 @@ EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
     + [(CHECKPOINTS[i % 3], name) for i, name in enumerate(n for n in SELECTIONS if n not in EVERYWHERE)],
 )
 def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
-    """Requests of all reuse policies, together and alone."""
-    llm = engine(engines, checkpoint, SELECTIONS[selection])
-    given = list(requests(12))
-    with Counted(llm) as counted:
-        together = tokens(llm, given)
-    assert together == [tokens(llm, [request])[0] for request in given]
-    assert 0 < counted.total("keys_read") < counted.total("keys_dense")
-    assert counted.total("keys_scored") > 0 and counted.total("summaries") > 0
+    assert_batch_invariant(engine(engines, checkpoint, SELECTIONS[selection]))
 
 
 @pytest.mark.parametrize("selection", KEEP_ALL)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_keeping_everything_is_the_host_policy(engines, checkpoint, selection, monkeypatch):
-    """The sparse path itself, not the way around it: everything is chosen and read as what is chosen."""
-    given = list(requests(len(POLICIES)))
-    for _, params in given:
-        params.temperature = 0.0
-        params.extra_args["dlm_selection"] = "none"
-    want = tokens(engines(checkpoint), given)
-    for _, params in given:
-        del params.extra_args["dlm_selection"]
-    llm = engine(engines, checkpoint, KEEP_ALL[selection])
-    with Counted(llm) as counted:
-        assert tokens(llm, given) == want
-    assert counted.total("keys_scored") == 0  # nothing to choose from, so nothing is chosen
-    for method in (Unique, WaveFilter):
-        monkeypatch.setattr(method, "applies", lambda self, prompt_len, length: True)
-    # all stays visible, so no cached context has to be made anew
-    begins = View.step_begins
-    monkeypatch.setattr(View, "step_begins", lambda self: begins(self) and False)
-    with Counted(llm) as counted:
-        assert tokens(llm, given) == want
-    assert counted.total("keys_scored") > 0
+    method = methods("selection")[KEEP_ALL[selection]["name"]]
+    assert_keeping_all_is_dense(engines, checkpoint, KEEP_ALL[selection], method, monkeypatch)
 
 
 def test_short_canvases_are_dense(engines):
@@ -144,7 +100,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
 def seen_keys(view: View, kv_heads: int) -> torch.Tensor:
     """[Hkv, N] bool, from what was chosen"""
     unit = torch.arange(view.length) // view.selection.unit
-    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0].units])
+    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0].units[0]])
     return chosen | (unit >= view.free)
 
 
@@ -162,14 +118,12 @@ def test_view_is_a_mask(std_kind, reduce):
         "l2": lambda: variance.sum(-1, keepdim=True).sqrt(), "rms": lambda: variance.mean(-1, keepdim=True).sqrt(),
         "vector": variance.sqrt, "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
     }[std_kind]()  # fmt: skip
-    from vllm_dlm.kernels.haar_pyramid import PageStatistics
-
     scores = naive.page_scores(
         q, torch.tensor([0, 3]), PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),
         torch.arange(12)[None], torch.tensor([12]), torch.tensor([13 - selection.recent_pages]), 1, 0.5, reduce,
     )  # fmt: skip
     want_pages = scores[0].sort(descending=True, stable=True)[1][:, :6].sort()[0]
-    assert torch.equal(view.chosen[0].units.long(), want_pages)
+    assert torch.equal(view.chosen[0].units[0].long(), want_pages)
 
     mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]  # [H, 1, N]
     keys, values = (part.double().repeat_interleave(2, 1) for part in kv.split(32, -1))
@@ -204,15 +158,13 @@ def test_choices_last_as_long_as_they_should():
     assert view.step_begins() and not view.chosen
     frozen = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)[0]
     assert frozen.step_begins()
-    frozen.chosen[0] = Choice(torch.zeros(2, 4, dtype=torch.int32), 0)
+    frozen.chosen[0] = Choice(torch.zeros(1, 2, 4, dtype=torch.int32), 0)
     assert not any(frozen.step_begins() for _ in range(5))
 
 
 def test_memory_of_summaries_is_asked_for(engines):
     llm = engine(engines, "llada-tiny", SMALL)
     shape = runner_of(llm).shape
-    from vllm_dlm.options import request_options
-
     options = request_options(runner_of(llm).options, {})
     kv, features, summaries = shape.blocks(options, 2000, 2100)
     assert (features, summaries) == (0, -(-(2000 // 16) // shape.block_size))
@@ -226,5 +178,10 @@ def test_units_must_fit_into_blocks(engines):
     llm = engines("llada-tiny", block_size=32)
     with pytest.raises(ValueError, match="dlm_selection"):
         tokens(llm, [({"prompt_token_ids": [1, 2, 3]}, SamplingParams(extra_args={"dlm_selection": "unique"}))])
-    chosen = SamplingParams(temperature=0, max_tokens=8, extra_args={"dlm_selection": "wavefilter/serve"})
-    assert len(tokens(llm, [({"prompt_token_ids": [1, 2, 3]}, chosen)])) == 1
+    # units of one token fit into any block, and a short prompt is read whole
+    plain, chosen = (
+        SamplingParams(temperature=0, max_tokens=8, extra_args=extra)
+        for extra in ({}, {"dlm_selection": "wavefilter/serve"})
+    )
+    asked = {"prompt_token_ids": [1, 2, 3]}
+    assert tokens(llm, [(asked, chosen)]) == tokens(llm, [(asked, plain)])

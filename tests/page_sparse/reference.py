@@ -81,14 +81,17 @@ class Reference:
         pages = keys.split(size)
         budget, scores = options["budget_tokens"] // size, []
         for index, page in enumerate(pages):
-            mean = page.mean(0)
-            spread = (page - mean).square().sum(1).mean().sqrt()
-            score = (queries @ mean + options["lam"] * queries.norm(dim=-1) * spread).max()
             forced = index < options["sink_pages"] or index >= len(pages) - options["recent_pages"]
-            scores.append(torch.inf if forced else float(score))
+            scores.append(torch.inf if forced else float(self.score(queries, page).max()))
         best = sorted(range(len(pages)), key=lambda i: -scores[i])[:budget]
         self.left_out += len(best) < len(pages)
         return torch.isin(torch.arange(len(keys)) // size, torch.tensor(best))
+
+    def score(self, queries, page):
+        """What the keys [P, D] of a page promise to each of the queries [G, D]; UNIQUE's"""
+        mean = page.mean(0)
+        spread = (page - mean).square().sum(1).mean().sqrt()
+        return queries @ mean + self.selection["lam"] * queries.norm(dim=-1) * spread
 
     def _rotate(self, x, position):
         half = self.head_dim // 2

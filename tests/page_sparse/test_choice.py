@@ -1,22 +1,19 @@
 """Which pages a generated position reads: one rule for all backends."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics_of
-from vllm_dlm.page_sparse.queries import choose, make_queries
+from vllm_dlm.page_sparse.queries import chosen_pages, make_queries
+from vllm_dlm.page_sparse.summaries import empty_summaries
+from vllm_dlm.plugins.selection.unique import Unique
 
 PAGE, PAGES = 16, 6
 
 
-@pytest.fixture
-def statistics():
-    keys = torch.randn(PAGES, 1, PAGE, 8, generator=torch.Generator().manual_seed(0))
-    statistics = PageStatistics.empty(torch.zeros(PAGES, 1, PAGE, 16), PAGE, "l2")
-    store_statistics_of(keys, torch.arange(PAGES), statistics)
-    return statistics
+class Unchecked(Unique):
+    """Also with budgets that leave nothing to choose."""
+
+    def __post_init__(self): ...
 
 
 @pytest.mark.parametrize(
@@ -29,11 +26,12 @@ def statistics():
     ],
 )
 @pytest.mark.parametrize("keys", [PAGES * PAGE, PAGES * PAGE - 5])
-def test_the_last_page_is_read_however_many_are_forced(statistics, sink, recent, budget, read, keys):
-    selection = SimpleNamespace(
-        page_size=PAGE, sink_pages=sink, recent_pages=recent, budget_pages=budget, lam=0.5, reduce="max"
-    )
+def test_the_last_page_is_read_however_many_are_forced(sink, recent, budget, read, keys):
+    selection = Unchecked(budget_tokens=budget * PAGE, page_size=PAGE, sink_pages=sink, recent_pages=recent)
+    summaries = empty_summaries(torch.zeros(PAGES, 1, PAGE, 16), selection)
+    g = torch.Generator().manual_seed(0)
+    selection.put(torch.randn(PAGES, 1, PAGE, 8, generator=g), torch.arange(PAGES), summaries)
     lens = torch.tensor([keys], dtype=torch.int32)
     rows = make_queries(selection, [0], lens, [keys], torch.arange(PAGES)[None], 1)
     q = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1))
-    assert choose(q, rows, statistics, selection)[0, 0].tolist() == read
+    assert chosen_pages(q, rows, summaries, selection)[0, 0].tolist() == read

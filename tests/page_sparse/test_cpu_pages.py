@@ -17,11 +17,11 @@ from tests.page_sparse.steps import (
     assert_sparse_where_choosing,
     dense,
 )  # fmt: skip
-from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.page_sparse import cpu, cpu_pages
 from vllm_dlm.page_sparse.cpu_pages import packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.page_sparse.queries import choose
+from vllm_dlm.page_sparse.queries import chosen_pages
+from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=PAGE, budget_tokens=64, min_context=0)
@@ -58,7 +58,7 @@ def run(batch: Batch, selection):
     builder.prompt_lens = lambda common: batch.prompts
     meta = builder.build(0, batch.common)
     impl = cpu.SelectingCPUImpl(HEADS, DIM, DIM**-0.5, KV_HEADS)
-    impl.statistics, impl.selection = PageStatistics.empty(cache, PAGE, "l2"), selection
+    impl.summaries, impl.selection = empty_summaries(cache, selection), selection
     impl.describe(cache, batch.full_before)
     out = torch.full_like(batch.q, torch.nan)
     impl.forward(None, batch.q, keys[new], values[new], cache, meta, out)
@@ -86,7 +86,7 @@ def test_chosen_pages_are_read_and_no_others():
     batch = Batch(STEP)
     out, impl, meta, _cache = run(batch, FOUR)
     ((rows, _),) = meta.sparse
-    chosen = choose(batch.q[rows.rows], rows, impl.statistics, FOUR)
+    chosen = chosen_pages(batch.q[rows.rows], rows, impl.summaries, FOUR)
     for i, row in enumerate(CHOOSING):
         for head in range(KV_HEADS):
             physical = rows.page_table[i, chosen[i, head].long()].long()
@@ -130,7 +130,7 @@ def test_more_forced_pages_than_the_budget():
     batch.full_before = batch.full_before[:0]
     out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
-    assert choose(batch.q, rows, impl.statistics, FOUR)[0, 0].tolist() == [0, 1, 2, 9]  # ties: the first ones
+    assert chosen_pages(batch.q, rows, impl.summaries, FOUR)[0, 0].tolist() == [0, 1, 2, 9]  # ties: the first ones
     table = rows.page_table[0, [0, 1, 2, 9]].long()
     kv = batch.pages.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)[table].transpose(0, 1).flatten(1, 2)
     kv = kv[:, : 48 + 6].double()  # [Hkv, keys, 2 * D]

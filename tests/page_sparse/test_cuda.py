@@ -1,23 +1,25 @@
 """The CUDA backend's bookkeeping on a CPU: vLLM's FlashAttention replaced by the written-down definition, the page
 kernels by their CPU paths. Which rows go where, and that all of them come back, does not need a GPU."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.page_sparse.steps import (
     BLOCK,
     DIM,
-    PAGE,
     STEP,
     Batch,
     assert_sparse_where_choosing,
     causal_attention,
     dense,
 )  # fmt: skip
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, dispatch, store_statistics
 from vllm_dlm.page_sparse import cuda
+from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
@@ -39,20 +41,17 @@ def without_gpu(monkeypatch):
 
     monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "build", build)
     monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", forward)
-    # CUDA passes over ids below 0, the CPU path wants none
-    stored = lambda pages, ids, statistics: dispatch.store_statistics(pages, ids[ids >= 0], statistics)  # noqa: E731
-    monkeypatch.setattr(cuda, "store_statistics", stored)
 
 
 def run(batch, selection):
-    statistics = PageStatistics.empty(batch.pages, PAGE, "l2")
-    store_statistics(batch.pages, batch.full_before, statistics)
+    summaries = empty_summaries(batch.pages, selection)
+    selection.store(batch.pages, batch.full_before, summaries)
     builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
     builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
     builder.prompt_lens = lambda common: batch.prompts
     meta = builder.build(0, batch.common)
     impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
-    impl.statistics, impl.selection, impl.scale = statistics, selection, DIM**-0.5
+    impl.summaries, impl.selection, impl.scale = summaries, selection, DIM**-0.5
     impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
     out = torch.full_like(batch.q, torch.nan)
     impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)
@@ -74,7 +73,13 @@ def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
     assert_sparse_where_choosing(batch, out)
     assert (counts.sparse_rows, counts.dense_rows) == (9, 1)
     assert counts.pages_read == 9 * 4 + 2
-    assert (meta.full_pages >= 0).sum() == sum(n // 16 - (n - count) // 16 for count, n, _ in STEP)
+    filled = meta.full_pages[meta.full_pages >= 0]
+    assert len(filled) == sum(n // 16 - (n - count) // 16 for count, n, _ in STEP)
+    ends = {int(row[p // BLOCK]) * 2 + p // 16 % 2 for (count, n, _), row in zip(STEP, batch.table, strict=True)
+            for p in range(n - count, n) if p % 16 == 15}  # fmt: skip
+    assert set(filled.tolist()) == ends
+    # nearly all rows fill no page, and no kernel is launched for them
+    assert len(meta.full_pages) <= sum(-(-count // 16) for count, _, _ in STEP)
 
 
 def test_rows_are_what_they_are_alone(without_gpu):
@@ -91,6 +96,19 @@ def test_rows_are_what_they_are_alone(without_gpu):
     torch.testing.assert_close(alone[0], out[-1], atol=1e-6, rtol=1e-6)
 
 
-def test_the_backend_asks_for_pages_in_one_piece():
-    assert cuda.SelectingFlashBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
-    assert cuda.SelectingFlashBackend.get_builder_cls().supports_update_block_table is False
+def test_pages_lie_in_one_piece_whatever_the_other_layers_would_like():
+    """As vLLM decides for a model whose first layers are FlashAttention's."""
+    for backends in permutations((flash_attn.FlashAttentionBackend, cuda.SelectingFlashBackend)):
+        assert get_supported_kv_cache_layouts(backends) == [KVCacheLayout.LBHNC]
+
+
+def test_dense_rows_are_launched_as_outside_of_graphs(monkeypatch):
+    """vLLM's builder is made while full graphs are still asked for."""
+
+    def init(self, *_):
+        self.use_full_cuda_graph, self.max_num_splits, self.supports_draft_decode_metadata_update = True, 32, True
+
+    monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "__init__", init)
+    monkeypatch.setattr(cuda, "selection_of", lambda config: FOUR)
+    builder = cuda.SelectingFlashBuilder(None, [], None, torch.device("cpu"))
+    assert not builder.use_full_cuda_graph and builder.max_num_splits == 0

@@ -40,7 +40,7 @@ def test_cached_prefixes(decoder, want):
 
 
 def test_a_prefix_shared_by_two(decoder, plain):
-    """The second request reads pages whose statistics the first one left."""
+    """The second request reads pages whose summaries the first one left."""
     cached = decoder("qwen2", SPARSE)
     shared, ends = prompts(256, seed=2)[0], prompts(40, 40, seed=3)
     asked = [shared + end for end in ends]
@@ -59,7 +59,8 @@ def test_preemption(decoder, want):
     """Too few blocks for all: requests lose theirs, and their generated positions are computed again, as sparse as
     the first time. Also what a server's metrics show of it."""
     llm = decoder(
-        "qwen2", SPARSE, max_model_len=352, num_gpu_blocks_override=21, disable_log_stats=False, enable_prefix_caching=False
+        "qwen2", SPARSE, max_model_len=352, num_gpu_blocks_override=21, disable_log_stats=False,
+        enable_prefix_caching=False,
     )  # fmt: skip
     assert tokens(decode(llm, ASKED, new=40)) == want
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}

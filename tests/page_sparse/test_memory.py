@@ -1,4 +1,4 @@
-"""Statistics are part of the memory the KV cache is given, lie beside it by physical page, and follow its blocks."""
+"""Summaries are part of the memory the KV cache is given, lie beside it by physical page, and follow its blocks."""
 
 from types import SimpleNamespace
 
@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from tests.page_sparse.conftest import SPARSE
-from vllm_dlm.kernels.haar_pyramid import store_statistics
-from vllm_dlm.page_sparse.statistics import StatisticsPool, kv_share
+from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.page_sparse.selecting_worker import Selecting
+from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 from vllm_dlm.plugins.selection.unique import Unique
 
 
+class Worker:
+    def compile_or_warm_up_model(self):
+        self.dlm_unsent.add(PageCounts(sparse_rows=3))
+        return "seconds"
+
+
 def held(worker) -> tuple[int, int, int]:
-    """Bytes of keys and values, bytes of statistics, and of how many layers."""
+    """Bytes of keys and values, bytes of summaries, and of how many layers."""
     context = worker.vllm_config.compilation_config.static_forward_context
     caches = {
         layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage() for layer in context.values()
@@ -24,10 +31,10 @@ def held(worker) -> tuple[int, int, int]:
 def test_the_budget_holds_both(decoder, fields):
     budget = 1 << 24
     llm = decoder("llama", SPARSE | fields, kv_cache_memory_bytes=budget, block_size=128)
-    ((kv, statistics, layers),) = llm.collective_rpc(held)
+    ((kv, summaries, layers),) = llm.collective_rpc(held)
     assert layers == 4 - len((SPARSE | fields)["dense_layers"])
-    assert statistics > kv / 50
-    assert 0.95 * budget < kv + statistics <= budget
+    assert summaries > kv / 50
+    assert 0.95 * budget < kv + summaries <= budget
 
 
 def spec(**changed):
@@ -49,7 +56,7 @@ def test_share_of_one_pool():
 
 
 def test_share_where_layers_lie_over_each_other():
-    """Whatever the pool holds, its statistics are no larger a part of it than those of the worst layer."""
+    """Whatever the pool holds, its summaries are no larger a part of it than those of the worst layer."""
     selection = Unique(page_size=32, budget_tokens=256)
     page = 2 * (32 * 2 + 4)
     specs = {"a": spec(), "window": spec(page_size_bytes=64 * 512)}
@@ -60,26 +67,35 @@ def layer_over(pages: torch.Tensor):
     return SimpleNamespace(kv_cache=pages, impl=SimpleNamespace())
 
 
-def test_layers_over_the_same_memory_share_statistics():
+def test_layers_over_the_same_memory_share_summaries():
     pages, other = torch.zeros(4, 2, 64, 64), torch.zeros(4, 2, 64, 64)
     layers = {"a": layer_over(pages), "b": layer_over(pages), "c": layer_over(other)}
-    pool = StatisticsPool(layers, Unique(page_size=32, budget_tokens=256))
-    assert layers["a"].impl.statistics is layers["b"].impl.statistics is not layers["c"].impl.statistics
+    pool = SummaryPool(layers, Unique(page_size=32, budget_tokens=256))
+    assert layers["a"].impl.summaries is layers["b"].impl.summaries is not layers["c"].impl.summaries
     assert pool.nbytes == 2 * 8 * 2 * (32 * 4 + 4)
 
 
 def test_padded_blocks_are_refused():
     padded = torch.zeros(4, 2, 96, 64)[:, :, :64]
-    with pytest.raises(ValueError, match="model.layers.3"):
-        StatisticsPool({"model.layers.3": layer_over(padded)}, Unique(page_size=32, budget_tokens=256))
+    with pytest.raises(ValueError, match=r"model\.layers\.3"):
+        SummaryPool({"model.layers.3": layer_over(padded)}, Unique(page_size=32, budget_tokens=256))
 
 
-def test_statistics_of_copied_blocks():
+def test_summaries_of_copied_blocks():
     pages = torch.randn(4, 2, 64, 64)
-    layer = layer_over(pages)
-    pool = StatisticsPool({"a": layer}, Unique(page_size=32, budget_tokens=256))
-    statistics = layer.impl.statistics
-    store_statistics(pages, torch.arange(4), statistics)  # of blocks 0 and 1
+    layer, selection = layer_over(pages), Unique(page_size=32, budget_tokens=256)
+    pool = SummaryPool({"a": layer}, selection)
+    summaries = layer.impl.summaries
+    selection.store(pages, torch.arange(4), summaries)  # of blocks 0 and 1
     pool.copy_blocks([(0, 2), (1, 3)], pages_per_block=2)
-    assert torch.equal(statistics.mean[4:], statistics.mean[:4])
-    assert torch.equal(statistics.spread[4:], statistics.spread[:4])
+    assert torch.equal(summaries.first[4:], summaries.first[:4])
+    assert torch.equal(summaries.second[4:], summaries.second[:4])
+
+
+def test_what_is_read_before_the_first_request_is_not_counted():
+    class Warmed(Selecting, Worker):
+        pass
+
+    worker = Warmed()
+    worker.dlm_counts, worker.dlm_unsent = PageCounts(), PageCounts()
+    assert worker.compile_or_warm_up_model() == "seconds" and worker.dlm_page_counts()["sparse_rows"] == 0

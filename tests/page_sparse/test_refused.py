@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.page_sparse import layer_backends
+from vllm_dlm.plugins.selection.unique import Unique
 
 #: what the message names -> the dlm object
 OBJECTS = {
@@ -83,6 +86,21 @@ def test_layers(name, value):
     assert "model.layers.5.attn" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "name, dtype, size, capability",
+    [
+        (r"dtype \(float32\).* give float16 or bfloat16 as dtype", torch.float32, 128, (9, 0)),
+        (r"head_size \(100\)", torch.bfloat16, 100, (9, 0)),
+        (r"compute capability \(7.5\)", torch.float16, 128, (7, 5)),
+    ],
+)
+def test_what_the_kernels_of_a_gpu_do_not_take(name, dtype, size, capability):
+    chosen = AttentionBackendEnum.FLASH_ATTN.get_class()
+    layer_backends.refuse_kernel(chosen, given(head_size=128), torch.bfloat16, DeviceCapability(8, 0))
+    with pytest.raises(ValueError, match=rf"model\.layers\.5\.attn has {name}"):
+        layer_backends.refuse_kernel(chosen, given(head_size=size), dtype, DeviceCapability(*capability))
+
+
 def test_layers_without_any_of_it():
     layer_backends.refuse(given(logits_soft_cap=0, extra_impl_args={"sinks": None}))
 
@@ -99,7 +117,7 @@ def test_layers_without_any_of_it():
     ],
 )
 def test_which_layers_choose(changed, wanted):
-    assert layer_backends.wants_selection(given(**changed), SimpleNamespace(dense_layers=(0, 1))) is wanted
+    assert layer_backends.wants_selection(given(**changed), Unique(dense_layers=(0, 1))) is wanted
 
 
 def test_options_of_requests(decoder):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.plugins.asking import canvas_asks
 from vllm_dlm.kernels.page_scores import naive
-from vllm_dlm.plugins.selection.base import Asked
 from vllm_dlm.plugins.selection.unique import Unique
 
 KV_HEADS, DIM, PAGES = 2, 16, 20
@@ -19,9 +19,7 @@ def asked():
     keys = torch.randn(PAGES * 16, KV_HEADS, DIM, generator=g)
     q = torch.randn(6, 4, DIM, generator=g)
     voters = torch.tensor([True, False, False, True, False, False])
-    return Asked(
-        q, voters, SELECTION.summarise(keys).transpose(0, 1), None, PAGES * 16, PAGES * 16 + 6, 0.25, None
-    ), keys
+    return canvas_asks(SELECTION, q, keys, voters=voters), keys
 
 
 def best(q, keys):
@@ -38,14 +36,14 @@ def best(q, keys):
 
 def test_rows_that_are_still_masked_choose(asked):
     given, keys = asked
-    masked = SELECTION.choose(given).units
-    assert torch.equal(masked.long(), best(given.q[given.voters], keys))
-    every = replace(SELECTION, query_set="active").choose(given).units
-    assert torch.equal(every.long(), best(given.q, keys))
+    masked = SELECTION.choose(given).units[0]
+    assert torch.equal(masked.long(), best(given.q[0, given.prompt.voters], keys))
+    every = replace(SELECTION, query_set="active").choose(given).units[0]
+    assert torch.equal(every.long(), best(given.q[0], keys))
     assert not torch.equal(masked, every)
 
 
 def test_where_none_is_masked_all_choose(asked):
     given, keys = asked
-    given.voters = torch.zeros(6, dtype=torch.bool)
-    assert torch.equal(SELECTION.choose(given).units.long(), best(given.q, keys))
+    given.prompt.voters = torch.zeros(6, dtype=torch.bool)
+    assert torch.equal(SELECTION.choose(given).units[0].long(), best(given.q[0], keys))

@@ -6,8 +6,8 @@ import pytest
 import pywt
 import torch
 
+from tests.plugins.asking import canvas_asks
 from vllm_dlm.options import OptionError, server_options
-from vllm_dlm.plugins.selection.base import Asked
 from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 
@@ -17,14 +17,8 @@ def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None)
     # neighbours alike, or the coarse scales would say nothing
     keys = keys + 2 * torch.randn(n // 8 + 1, kv_heads, dim, generator=generator).repeat_interleave(8, 0)[:n]
     q = torch.randn(queries, heads, dim, generator=generator)
-    by_head = keys.transpose(0, 1)
-
-    def read(runs, size):
-        both = torch.cat([by_head, by_head], -1)[:, : n // size * size].unflatten(1, (-1, size))
-        return torch.stack([own[where] for own, where in zip(both, runs.long(), strict=True)])
-
     voters = torch.arange(queries) % 2 == 0
-    return Asked(q, voters, selection.summarise(keys).transpose(0, 1), read, n, n + 32, dim**-0.5, None), keys
+    return canvas_asks(selection, q, keys, length=n + 32, voters=voters), keys
 
 
 def algorithm_1(q, keys, wavelet, levels, proportions):
@@ -46,9 +40,9 @@ def algorithm_1(q, keys, wavelet, levels, proportions):
 def test_descent_is_algorithm_1(wavelet, proportions):
     selection = WaveFilter(wavelet=wavelet, levels=len(proportions), proportions=proportions, min_prompt=0)
     given, keys = asked(selection=selection)
-    units = selection.choose(given).units
+    units = selection.choose(given).units[0]
     for head, own in enumerate(units):
-        queries = given.q[:, 2 * head : 2 * head + 2].flatten(0, 1)
+        queries = given.q[0, :, 2 * head : 2 * head + 2].flatten(0, 1)
         got = (own[:, None] * 2 + torch.arange(2)).flatten()
         assert torch.equal(got.long(), algorithm_1(queries, keys[:, head], wavelet, len(proportions), proportions))
 
@@ -73,7 +67,7 @@ def test_sizes_follow_the_proportions():
 def test_pinned_tokens_stay(extra):
     selection = WaveFilter(**{"proportions": (0.3, 0.3), "keep_sink": 4, "keep_tail": 5, "min_prompt": 0, **extra})
     given, _ = asked(1803, selection=selection)
-    units = selection.choose(given).units
+    units = selection.choose(given).units[0]
     free = selection.chosen_from(1803)
     for own in units:
         assert torch.equal(own, own.unique())  # ascending, no repeats
@@ -90,12 +84,8 @@ def test_detail_bound_finds_the_needle_a_mean_hides():
     keys[100:104, 0, 0] = torch.tensor([3.0, -1.0, -1.0, -1.0]) * 4
     found = {}
     for lam, chosen in selection.items():
-        given = Asked(
-            q, torch.ones(1, dtype=torch.bool), chosen.summarise(keys).transpose(0, 1),
-            lambda runs, size: keys.view(1, -1, size, 8)[:, runs[0].long()].repeat(1, 1, 1, 2),
-            256, 300, 8**-0.5, None,
-        )  # fmt: skip
-        found[lam] = 50 in chosen.choose(given).units[0].tolist()
+        given = canvas_asks(chosen, q, keys, length=300)
+        found[lam] = 50 in chosen.choose(given).units[0, 0].tolist()
     assert found == {0.0: False, 0.5: True}
 
 
@@ -103,7 +93,7 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     selection = WaveFilter(reselect="drift:0.9", min_prompt=0)
     given, _ = asked(selection=selection)
     first = selection.choose(given)
-    given.previous = first
+    given.prompt.previous = first
     assert selection.choose(given).units is first.units
     given.q = -given.q
     assert not torch.equal(selection.choose(given).units, first.units)
@@ -118,8 +108,8 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     [
         ("wavelet", "mexh"), ("levels", 5), ("proportions", [0.4]*3), ("proportions", 0), ("proportions", ["a", "b"]),
         ("budget", 0), ("normalization", "l1"), ("head_mode", "all"), ("agg", "median"), ("detail_lambda", -1),
-        ("reselect", "sometimes"), ("reselect", "every:0.5"), ("granularity", "word"), ("keep_sink", -1), ("min_prompt", "x"),
-        ("nonsense", 1), ("preset", "fast"),
+        ("reselect", "sometimes"), ("reselect", "every:0.5"), ("granularity", "word"), ("keep_sink", -1),
+        ("min_prompt", "x"), ("nonsense", 1), ("preset", "fast"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_named(field, value):

@@ -9,12 +9,13 @@ anew.
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.kernels.delta_attention import delta_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompt, Choice, Selection, Summaries
 
 
 @dataclass
@@ -33,19 +34,22 @@ class View:
     def __post_init__(self):
         unit, device = self.selection.unit, self.kv_table.device
         self.free = self.selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
+        self.summaries = self.selection.summary_rows(self.prompt_len)
         first = torch.arange(-(-self.length // unit), device=device) * unit  # position of each unit's first key
         self.units = (
             self.kv_table[first // self.block_size] * (self.block_size // unit) + first % self.block_size // unit
         )
-        self.summary_slots = self._slots(self.summary_table, self.selection.summary_rows(self.prompt_len))
+        self.summary_slots = self._slots(self.summary_table, self.summaries)
         self.lengths = torch.tensor([self.length], device=device)
+        self.described = torch.tensor([self.summaries], device=device)
+        self.ends = torch.tensor([-(-self.prompt_len // unit)], device=device)
 
     def _slots(self, table: torch.Tensor, rows: int) -> Slots:
         row = torch.arange(rows, device=table.device)
         return Slots(table[row // self.block_size], row % self.block_size)
 
     def sees_all(self, layer: int) -> bool:
-        return layer in self.selection.dense_layers
+        return self.selection.sees_all(layer)
 
     # -- between steps ---------------------------------------------------------------------
 
@@ -60,30 +64,45 @@ class View:
         """The prompt has new keys in this layer, [prompt_len, Hkv, D]."""
         if self.sees_all(layer):
             return
-        rows = self.selection.summarise(keys)
-        dim = rows.shape[2] // 2
-        pages.write_keys(layer, self.summary_slots, rows[..., :dim])
-        pages.write_values(layer, self.summary_slots, rows[..., dim:])
+        dim = keys.shape[2]
+        first, second = (
+            F.pad(vectors, (0, dim - vectors.shape[2])).to(keys.dtype) for vectors in self.selection.summarise(keys)
+        )
+        pages.write_keys(layer, self.summary_slots, first)
+        pages.write_values(layer, self.summary_slots, second)
         self.chosen.pop(layer, None)
         self.previous.pop(layer, None)
         self.steps = 0
-        counts.summaries += len(rows)
+        counts.summaries += self.summaries
 
     # -- attention -------------------------------------------------------------------------
 
-    def choose(self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float, counts: Counts):
+    def visible_units(
+        self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float, counts: Counts
+    ) -> torch.Tensor:
         """-> [Hkv, K] units to read, those outside the prompt included"""
         if layer not in self.chosen:
-            asked = Asked(
-                q, voters, pages.read_blocks(layer, self.summary_table)[:, : len(self.summary_slots.block)],
-                lambda runs, size: self._read(layer, pages, runs, size),
-                self.prompt_len, self.length, scale, self.previous.get(layer),
-            )  # fmt: skip
-            self.chosen[layer] = self.selection.choose(asked)
+            self.chosen[layer] = self.selection.choose(self.asked(layer, pages, q, voters, scale))
             counts.keys_scored += self.chosen[layer].scored
-        units = self.chosen[layer].units
+        units = self.chosen[layer].units[0]
         free = torch.arange(self.free, len(self.units), dtype=units.dtype, device=units.device)
         return torch.cat([units, free.expand(len(units), -1)], 1)
+
+    def unit_mask(self, units: torch.Tensor) -> torch.Tensor:
+        """Units to read [Hkv, K] -> which of all units of the canvas those are, [Hkv, units] bool"""
+        none = torch.zeros(len(units), len(self.units), dtype=torch.bool, device=units.device)
+        return none.scatter_(1, units.long(), True)
+
+    def asked(self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float) -> Asked:
+        dim = q.shape[2]
+        rows = pages.read_blocks(layer, self.summary_table)[:, : self.summaries].transpose(0, 1)  # [R, Hkv, 2 * D]
+        (first, _), (second, _) = self.selection.vectors(dim, rows.dtype)
+        summaries = Summaries(rows[..., :first], rows[..., dim : dim + second])
+        prompt = CachedPrompt(
+            voters, lambda runs, size: self._read(layer, pages, runs, size),
+            self.prompt_len, self.length, scale, self.previous.get(layer),
+        )  # fmt: skip
+        return Asked(q[None], summaries, None, self.described, self.ends, prompt)
 
     def _read(self, layer: int, pages: KVBlocks, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Runs [Hkv, m] of `size` neighbours -> [Hkv, m, size, 2 * D]"""
@@ -96,10 +115,10 @@ class View:
         """q [n, H, D] over what is visible -> [n, H, D]"""
         if not len(q):
             return q
-        units = self.choose(layer, pages, q, voters, scale, counts)
+        units = self.visible_units(layer, pages, q, voters, scale, counts)
         self._count(units, len(q), counts)
         return sparse_attention(
-            q, torch.tensor([0, len(q)], device=q.device), pages.layers[layer], self.units[None], units[None],
+            q, torch.arange(2, device=q.device) * len(q), pages.layers[layer], self.units[None], units[None],
             self.lengths, self.selection.unit, scale, False,
         )  # fmt: skip
 
@@ -117,15 +136,14 @@ class View:
         """What the `moved` values [S, Hkv, D] at `changed` positions [S] add to contexts over what is visible"""
         if not len(q):
             return q
-        units = self.choose(layer, pages, q, voters, scale, counts)  # [Hkv, K]
+        units = self.visible_units(layer, pages, q, voters, scale, counts)
         self._count(units, len(q), counts)
         unit = self.selection.unit
         dim = q.shape[2]
         keys = self._read(layer, pages, units, unit).flatten(1, 2)[..., :dim]
         if last := self.length % unit:
             keys = keys[:, : keys.shape[1] - unit + last]  # the last unit is visible, and last
-        # what a head does not see moves nothing for it: [Hkv, S]
-        seen = torch.stack([torch.isin(changed // unit, own) for own in units])
+        seen = self.unit_mask(units)[:, changed // unit]  # [Hkv, S]: what a head does not see moves nothing for it
         columns = self._read(layer, pages, changed.expand(len(units), -1), 1)[:, :, 0, :dim]
         return delta_attention(q, keys, columns, moved * seen.T[..., None], scale)
 

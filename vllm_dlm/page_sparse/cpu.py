@@ -12,12 +12,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from vllm_dlm.integration.autoregressive import selection_of
-from vllm_dlm.kernels.haar_pyramid import store_statistics_of
 from vllm_dlm.kernels.top_pages import physical_pages
 from vllm_dlm.page_sparse.cpu_pages import Batch, PackedPages, packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
-from vllm_dlm.page_sparse.queries import Queries, choose, make_queries, page_table, place
+from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, page_table, place
 
 #: generated positions whose pages are scored at once
 PIECE = 32
@@ -61,16 +60,16 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
-        self.pages_per_block = kv_cache_spec.block_size // self.selection.page_size
+        self.pages_per_block = kv_cache_spec.block_size // self.selection.unit
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self.pages = packed_pages(
-            heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype, self.selection.page_size
+            heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype, self.selection.unit
         )
         #: metadata of a step -> prompt length of each of its requests; the worker knows
         self.prompt_lens = lambda common: None
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingCPUMetadata:
-        common, size = common_attn_metadata, self.selection.page_size
+        common, size = common_attn_metadata, self.selection.unit
         if common.causal is not True:
             raise NotImplementedError("dlm.selection: attention that is not causal is not supported")
         starts, kv_lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
@@ -86,12 +85,12 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
 
     def _dense(self, plan: Partition, table: torch.Tensor) -> WholeReaders:
         requests, counts, keys, rows = plan.dense()
-        pages = -(-max(keys) // self.selection.page_size)
+        pages = -(-max(keys) // self.selection.unit)
         blocks = -(-pages // self.pages_per_block)
         batch = self.pages.batch(
             counts, torch.tensor(keys, dtype=torch.int32), page_table(table[requests], blocks, self.pages_per_block)
         )
-        read = plan.whole_pages(self.selection.page_size)
+        read = plan.whole_pages(self.selection.unit)
         return WholeReaders(place(rows, table.device), batch, PageCounts(0, len(plan.whole), read, read))
 
     def _sparse(self, plan: Partition, table: torch.Tensor) -> list[tuple[Queries, Batch]]:
@@ -100,7 +99,7 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
             requests, rows, keys = map(list, zip(*plan.sparse[i : i + PIECE], strict=True))
             lens = torch.tensor(keys, dtype=torch.int32)
             made = make_queries(self.selection, rows, lens, keys, table[requests], self.pages_per_block)
-            pieces.append((made, self.pages.chosen_batch(lens, self.selection.budget_pages)))
+            pieces.append((made, self.pages.chosen_batch(lens, self.selection.kept_pages)))
         return pieces
 
 
@@ -115,7 +114,7 @@ class SelectingCPUImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.statistics = None  # hung here once the cache is allocated
+        self.summaries = None  # hung here once the cache is allocated
         self.counts = PageCounts()
         self.selection = None
 
@@ -124,7 +123,7 @@ class SelectingCPUImpl(AttentionImpl):
     ):
         """query and output [T, H, D], key and value [T, Hkv, D], kv_cache [blocks, Hkv, block_size, 2 * D]"""
         meta: SelectingCPUMetadata | None = attn_metadata
-        if meta is None or self.statistics is None:  # profiling
+        if meta is None or self.summaries is None:  # profiling
             return output.fill_(0)
         selection, pages = self.selection, self.pages(kv_cache)
         if key is not None and self.kv_sharing_target_layer_name is None:
@@ -142,16 +141,16 @@ class SelectingCPUImpl(AttentionImpl):
             self.counts.add(meta.dense.counts)
         for rows, batch in meta.sparse:
             q = query[rows.rows]
-            chosen = choose(q, rows, self.statistics, selection)
+            chosen = chosen_pages(q, rows, self.summaries, selection)
             physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
             self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> PackedPages:
-        return packed_pages(self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.page_size)
+        return packed_pages(self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.unit)
 
     def describe(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> None:
-        """Statistics of pages [n] from the keys that lie there now."""
+        """Summaries of pages [n] from the keys that lie there now, which are packed."""
         if len(page_ids):
-            store_statistics_of(self.pages(kv_cache).keys(kv_cache, page_ids), page_ids, self.statistics)
+            self.selection.put(self.pages(kv_cache).keys(kv_cache, page_ids), page_ids, self.summaries)

@@ -68,7 +68,7 @@ class PackedPages:
         return self._batch(self.heads, self.kv_heads, starts, kv_lens, page_table, envs.VLLM_CPU_ATTN_SPLIT_KV)
 
     def chosen_batch(self, kv_lens: torch.Tensor, budget: int) -> "Batch":
-        """Requests of one query that will read `budget` pages per key head, the last one as far as `kv_lens` [B] goes."""
+        """Requests of one query that will read `budget` pages per key head, the last as far as `kv_lens` [B] goes."""
         unfilled = -kv_lens % self.page_size
         lens = (budget * self.page_size - unfilled).to(torch.int32).repeat_interleave(self.kv_heads)
         starts = torch.arange(len(lens) + 1, dtype=torch.int32)

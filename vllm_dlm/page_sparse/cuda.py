@@ -4,6 +4,7 @@ Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -16,14 +17,16 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_dlm.integration.autoregressive import selection_of
-from vllm_dlm.kernels.haar_pyramid import store_statistics
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
-from vllm_dlm.page_sparse.queries import Queries, choose, make_queries, to_device
+from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
+    # Since vLLM 0.33 FlashAttention's says yes; a forward without keys would leave full pages undescribed.
+    supports_kv_cache_update_bypass: bool = False
+
     @staticmethod
     def get_name() -> str:
         return "DLM_SELECTING_FLASH"
@@ -44,7 +47,7 @@ class SelectingFlashBackend(FlashAttentionBackend):
 
 @dataclass
 class SelectingFlashMetadata(FlashAttentionMetadata):
-    full_pages: torch.Tensor | None = None  # [T] the page whose last position a row writes, -1: none
+    full_pages: torch.Tensor | None = None  # [m] pages whose last position is written in this step, and -1
     sparse: Queries | None = None
     #: with `sparse`: the other rows as a batch of their own
     dense: FlashAttentionMetadata | None = None
@@ -62,11 +65,13 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
         self.supports_draft_decode_metadata_update = False
+        # Decided before the mode was: as no graph holds these layers, FlashAttention is free to split keys as it likes.
+        self.use_full_cuda_graph, self.max_num_splits = False, 0
         #: metadata of a step -> prompt length of each of its requests; the worker knows
         self.prompt_lens = lambda common: None
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingFlashMetadata:
-        common, size = common_attn_metadata, self.selection.page_size
+        common, size = common_attn_metadata, self.selection.unit
         # The host's lengths bound the device's: exact, but for drafts that are still being verified.
         bound = common.seq_lens_cpu_upper_bound
         kv_lens = (common.seq_lens.cpu() if bound is None else bound)[: common.num_reqs].tolist()
@@ -75,8 +80,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
 
         step = super().build(common_prefix_len, common, fast_build or bool(plan.sparse))
         slots = common.slot_mapping[: common.num_actual_tokens]
-        ends = (slots >= 0) & (slots % size == size - 1)
-        meta = SelectingFlashMetadata(**vars(step), full_pages=torch.where(ends, slots // size, -1))
+        meta = SelectingFlashMetadata(**vars(step), full_pages=filled_pages(slots, starts, size))
         meta.whole_rows = len(plan.whole)
         meta.whole_pages = plan.whole_pages(size)
         if plan.sparse:
@@ -107,10 +111,18 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         meta.dense_rows = to_device(rows, self.device)
 
 
+def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Tensor:
+    """Pages whose last position is among `slots` [T], and -1: as many as the rows of each request can fill, which the
+    host knows without looking."""
+    pages = torch.where((slots >= 0) & (slots % size == size - 1), slots // size, -1)
+    most = sum(-(-(end - start) // size) for start, end in pairwise(starts))
+    return pages if most >= len(pages) else pages.topk(most).values
+
+
 class SelectingFlashImpl(FlashAttentionImpl):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.statistics = None  # hung here once the cache is allocated
+        self.summaries = None  # hung here once the cache is allocated
         self.counts = PageCounts()
         self.selection = None
 
@@ -120,10 +132,10 @@ class SelectingFlashImpl(FlashAttentionImpl):
         """query and output [T, H, D], kv_cache [blocks, Hkv, block_size, 2 * D], written to before"""
         meta: SelectingFlashMetadata | None = attn_metadata
         parent = super().forward
-        if meta is None or self.statistics is None:  # profiling
+        if meta is None or self.summaries is None:  # profiling
             return parent(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
         if key is not None and self.kv_sharing_target_layer_name is None:
-            store_statistics(kv_cache, meta.full_pages, self.statistics)
+            self.selection.store(kv_cache, meta.full_pages, self.summaries)
         if meta.whole_rows:
             self.counts.add(PageCounts(0, meta.whole_rows, meta.whole_pages, meta.whole_pages))
         if meta.sparse is None:
@@ -135,9 +147,9 @@ class SelectingFlashImpl(FlashAttentionImpl):
             output[meta.dense_rows] = context
         rows = meta.sparse
         q = query[rows.rows]
+        chosen = chosen_pages(q, rows, self.summaries, self.selection)
         output[rows.rows] = sparse_attention(
-            q, rows.q_starts, kv_cache, rows.page_table, choose(q, rows, self.statistics, self.selection), rows.kv_lens,
-            self.selection.page_size, self.scale, True,
-        )  # fmt: skip
+            q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True
+        )
         self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output

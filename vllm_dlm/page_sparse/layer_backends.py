@@ -7,10 +7,11 @@ registered), v1/attention/backends/registry.py.
 
 import inspect
 
+import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
@@ -43,7 +44,8 @@ def with_selection(init):
         chooses = wants_selection(given.arguments, selection)
         if chooses:
             refuse(given.arguments)
-            given.arguments["attn_backend"] = backend()
+            chosen = given.arguments["attn_backend"] = backend()
+            refuse_kernel(chosen, given.arguments, torch.get_default_dtype(), current_platform.get_device_capability())
         init(*given.args, **given.kwargs)
         if chooses:
             if is_quantized_kv_cache(self.kv_cache_dtype):
@@ -65,7 +67,7 @@ def wants_selection(given: dict, selection) -> bool:
     window = given["per_layer_sliding_window"]
     if window is None and given["cache_config"] is not None:
         window = given["cache_config"].sliding_window
-    return window is None and extract_layer_index(given["prefix"]) not in selection.dense_layers
+    return window is None and not selection.sees_all(extract_layer_index(given["prefix"]))
 
 
 def refuse(given: dict) -> None:
@@ -80,8 +82,20 @@ def refuse(given: dict) -> None:
             raise unsupported(given["prefix"], name, "given" if hasattr(value, "shape") else value)
 
 
-def unsupported(layer: str, name: str, value) -> ValueError:
+def refuse_kernel(chosen: type[AttentionBackend], given: dict, dtype: torch.dtype, capability) -> None:
+    """What vLLM asks of backends that it picks itself. `capability`: of the device, None on CPUs."""
+    layer, size = given["prefix"], given["head_size"]
+    if not chosen.supports_dtype(dtype):
+        listed = " or ".join(str(known).removeprefix("torch.") for known in chosen.supported_dtypes)
+        raise unsupported(layer, "dtype", str(dtype).removeprefix("torch."), f"give {listed} as dtype, or ")
+    if not chosen.supports_head_size(size):
+        raise unsupported(layer, "head_size", size)
+    if capability is not None and not chosen.supports_compute_capability(capability):
+        raise unsupported(layer, "compute capability", capability.as_version_str())
+
+
+def unsupported(layer: str, name: str, value, instead: str = "") -> ValueError:
     return ValueError(
         f"dlm.selection: attention of {layer} has {name} ({value}), which page-sparse attention does not support; "
-        "start without dlm.selection"
+        f"{instead}start without dlm.selection"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Selection
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 @dataclass
@@ -40,7 +40,7 @@ def pages_of(keys: Sequence[int], page_size: int) -> int:
 
 
 def partition(
-    selection: Selection, starts: Sequence[int], kv_lens: Sequence[int], prompt_lens: Sequence[int]
+    selection: PageSelection, starts: Sequence[int], kv_lens: Sequence[int], prompt_lens: Sequence[int]
 ) -> Partition:
     """`starts` [B + 1] where each request's rows begin, `kv_lens` keys after this step, `prompt_lens` tokens that
     were not generated."""
@@ -52,14 +52,9 @@ def partition(
         if own:
             plan.prompt.append((request, first, own, computed + own))
         for i in range(own, count):
-            rows = plan.sparse if selects(selection, computed + i + 1) else plan.whole
+            rows = plan.sparse if selection.leaves_out(computed + i + 1) else plan.whole
             rows.append((request, first + i, computed + i + 1))
     return plan
-
-
-def selects(selection: Selection, keys: int) -> bool:
-    """Whether a query that sees so many keys leaves any of them out."""
-    return keys >= selection.min_context and -(-keys // selection.page_size) > selection.budget_pages
 
 
 def prompt_lengths(common, known: Sequence[int] | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""vLLM's workers, with statistics of pages beside the KV cache.
+"""vLLM's workers, with summaries of pages beside the KV cache.
 
 Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py, v1/worker/gpu_model_runner.py
 and v1/worker/gpu/model_runner.py (`attn_groups`, the batch's prompt lengths),
@@ -11,13 +11,12 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dlm.integration.autoregressive import COUNTS, selection_of
 from vllm_dlm.page_sparse import layer_backends
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.page_sparse.statistics import StatisticsPool, kv_share
+from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 
 logger = init_logger("vllm." + __name__)
 
@@ -33,8 +32,8 @@ class Selecting:
         found = self._choosing()
         if not found:
             raise ValueError(
-                f"dlm.selection: no layer of {self.model_config.architecture} reads its whole context and is not in "
-                f"dense_layers {self.dlm_selection.dense_layers}; start without dlm.selection"
+                f"dlm.selection: no layer of {self.model_config.architecture} that reads its whole context is left "
+                f"to {self.dlm_selection}; start without dlm.selection"
             )
         for layer in found.values():
             layer.impl.counts = self.dlm_unsent
@@ -42,24 +41,29 @@ class Selecting:
 
     def _choosing(self) -> dict[str, Attention]:
         found = get_layers_from_vllm_config(self.vllm_config, Attention)
-        return {name: layer for name, layer in found.items() if hasattr(layer.impl, "statistics")}
+        return {name: layer for name, layer in found.items() if hasattr(layer.impl, "summaries")}
 
     def determine_available_memory(self) -> int:
-        """Statistics are part of what the KV cache may take."""
+        """Summaries are part of what the KV cache may take."""
         available = super().determine_available_memory()
         specs = self.get_kv_cache_spec()
-        # a layer that reads another one's keys has neither cache nor statistics of its own
+        # a layer that reads another one's keys has neither cache nor summaries of its own
         choosing = self._choosing().keys() & specs.keys()
         return int(available * kv_share(specs, choosing, self.dlm_selection))
 
     def initialize_from_config(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_from_config(kv_cache_config, *args, **kwargs)
-        self.dlm_pool = StatisticsPool(self._choosing(), self.dlm_selection)
-        logger.info_once("Page statistics take %.1f MiB beside the KV cache.", self.dlm_pool.nbytes / 2**20)
+        self.dlm_pool = SummaryPool(self._choosing(), self.dlm_selection)
+        logger.info_once("Page summaries take %.1f MiB beside the KV cache.", self.dlm_pool.nbytes / 2**20)
         for group in (group for groups in self.model_runner.attn_groups for group in groups):
             for builder in group.metadata_builders:
                 if hasattr(builder, "prompt_lens"):
                     builder.prompt_lens = self._prompt_lens
+
+    def compile_or_warm_up_model(self, *args, **kwargs):
+        times = super().compile_or_warm_up_model(*args, **kwargs)
+        self.dlm_unsent.take()  # nobody asked for what was read by then
+        return times
 
     def _prompt_lens(self, common) -> list[int] | None:
         """Of the requests of the batch that is being prepared, in its order."""
@@ -71,7 +75,7 @@ class Selecting:
 
     def execute_model(self, scheduler_output, *args, **kwargs):
         if copies := scheduler_output.kv_cache_block_copies:
-            self.dlm_pool.copy_blocks(copies, self.cache_config.block_size // self.dlm_selection.page_size)
+            self.dlm_pool.copy_blocks(copies, self.cache_config.block_size // self.dlm_selection.unit)
         return self._counted(super().execute_model(scheduler_output, *args, **kwargs))
 
     def sample_tokens(self, *args, **kwargs):
@@ -99,7 +103,9 @@ class SelectingGPUWorker(Selecting, Worker):
     pass
 
 
+# On CUDA this import would replace torch's streams and events by stand-ins.
 if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class SelectingCPUWorker(Selecting, cpu_worker.CPUWorker):
+    class SelectingCPUWorker(Selecting, CPUWorker):
         pass

@@ -1,0 +1,24 @@
+"""Which implementation runs: torch's on every device."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_dlm.kernels.paged_attention import torch as device
+
+
+def paged_attention(
+    q: torch.Tensor,  # [Tq, H, D], the queries of sequence after sequence
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
+    tables: Sequence[torch.Tensor],  # each sequence's blocks, in order
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """-> [Tq, H, D]"""
+    return device.paged_attention(q, cache, tables, q_lens, kv_lens, scale)
+
+
+def gather(cache: torch.Tensor, table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one sequence, each [Hkv, kv_len, D]"""
+    return device.gather(cache, table, kv_len)

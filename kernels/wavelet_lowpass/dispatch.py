@@ -1,0 +1,14 @@
+"""Which implementation runs: torch's on every device."""
+
+import torch
+
+from vllm_dlm.kernels.wavelet_lowpass import torch as device
+
+
+def lowpass(
+    keys: torch.Tensor,  # [..., N, D], N divisible by 2^levels
+    taps: tuple[float, ...],  # of the wavelet's decomposition filter
+    levels: int,
+) -> torch.Tensor:
+    """-> [..., N / 2^levels, D] float32"""
+    return device.lowpass(keys, taps, levels)

@@ -1,0 +1,3 @@
+from tests.page_sparse.conftest import checkpoints, decoder
+
+__all__ = ["checkpoints", "decoder"]
