@@ -9,12 +9,11 @@ itself: one transformer layer written down as a generator of asks, see flow.py.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vllm_dlm.plugins.reuse.flow import Flow, Layer
+from vllm_dlm.plugins.reuse.flow import Flow, Layer, dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +83,8 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Reuse:
+    """What says nothing else recomputes every row of every layer in every step: the exact model."""
+
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"
     presets: ClassVar[dict[str, dict]] = {}
@@ -101,7 +102,7 @@ class Reuse:
     # -- on the host -----------------------------------------------------------------------
 
     def plan(self, at: Progress) -> StepPlan:
-        raise NotImplementedError
+        return StepPlan.dense(span(0, at.length))
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         """How many rows, counted from the end of the canvas, keep features of their own in each layer."""
@@ -127,9 +128,9 @@ class Reuse:
 
     # -- in a layer ------------------------------------------------------------------------
 
-    def layer(self, at: "Layer") -> "Flow":
+    def layer(self, at: Layer) -> Flow:
         """One transformer layer over the live rows of canvases that stand alike."""
-        raise NotImplementedError
+        return dense(at)
 
 
 def joined(*parts: Iterable[int]) -> np.ndarray:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
-from vllm_dlm.plugins.reuse.flow import Flow, Layer, dense
+from vllm_dlm.plugins.reuse.base import Reuse
 
 
 @dataclass(frozen=True)
@@ -12,9 +11,3 @@ class Dense(Reuse):
     name: ClassVar[str] = "none"
     exact: ClassVar[dict] = {}
     caches: ClassVar[bool] = False
-
-    def plan(self, at: Progress) -> StepPlan:
-        return StepPlan.dense(span(0, at.length))
-
-    def layer(self, at: Layer) -> Flow:
-        return dense(at)

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from tests.engine.running import free_blocks, tokens
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.reuse.flow import FeedForward
 
 PROMPT = {"prompt_token_ids": [390, 7, 8, 9, 10]}
 
@@ -24,7 +25,7 @@ def llm(engines):
     before = free_blocks(core)
     yield llm
     assert free_blocks(core) == before
-    assert not core.scheduler.canvases and not core.scheduler.preempted and not core.scheduler.running
+    assert not core.scheduler.canvases and not core.scheduler.running
 
 
 def outputs(llm, requests):
@@ -76,7 +77,7 @@ def test_a_step_in_which_nothing_is_filled(engines, reuse, seed):
 # -- errors ----------------------------------------------------------------------------------
 
 HOOKS = [
-    ("reuse", "plan"), ("reuse", "candidates"), ("reuse", "due"), ("reuse", "select_pre"), ("reuse", "feature_rows"),
+    ("reuse", "plan"), ("reuse", "candidates"), ("reuse", "due"), ("reuse", "layer"), ("reuse", "feature_rows"),
     ("decoding", "quotas"), ("decoding", "choose"), ("decoding", "propose"),
 ]  # fmt: skip
 
@@ -116,10 +117,29 @@ def test_the_others_of_the_batch_go_on(llm, hook, order):
 def test_an_error_in_the_forward_fails_its_step_and_the_next_is_right(llm):
     requests = [ask(dlm_reuse="dllm_cache"), ask(16)]
     alone = [tokens(llm, [request])[0] for request in requests]
-    with raising(methods("reuse")["dllm_cache"], "select_pre", RuntimeError("broken")):
+    with raising(methods("reuse")["dllm_cache"], "layer", RuntimeError("broken")):
         given = outputs(llm, requests)
     assert [output.finish_reason for output in given] == ["error", "error"]
     assert tokens(llm, requests) == alone
+
+
+def yields_no_ask(self, at):
+    yield "value"
+
+
+def returns_too_few(self, at):
+    x = at.x + (yield FeedForward(at.x))
+    return at.all, x[1:]
+
+
+@pytest.mark.parametrize(
+    ("flow", "why"), [(yields_no_ask, "a flow yields asks"), (returns_too_few, "returned 28 rows as 29")]
+)
+def test_a_flow_that_is_wrong_says_how(llm, monkeypatch, flow, why):
+    monkeypatch.setattr(methods("reuse")["fast_dllm"], "layer", flow)
+    ((output,), (good,)) = outputs(llm, [ask(dlm_reuse="fast_dllm")]), outputs(llm, [ask()])
+    assert output.finish_reason == "error" and why in output.stop_reason
+    assert good.finish_reason == "length"
 
 
 def test_a_request_that_waits_can_fail(llm):

@@ -16,8 +16,7 @@ from vllm_dlm.engine.head import Head, HeadRequest
 from vllm_dlm.engine.packing import Stream, pack, split
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.selected_keys import View
-from vllm_dlm.plugins.reuse.base import StepPlan, span
-from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 
 
 class Observer:
@@ -153,4 +152,4 @@ class Denoiser:
 def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
     """A canvas as the exact model sees it, without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
-    return Stream(Dense(), plan, tokens, heads, NOTHING, (0, len(tokens)))
+    return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
