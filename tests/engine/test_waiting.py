@@ -50,7 +50,7 @@ class Run:
         while self.engine.has_unfinished_requests():
             self.step()
         assert self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS
-        assert not self.scheduler.canvases and not self.scheduler.preempted and not self.scheduler.overtaken
+        assert not self.scheduler.canvases and not self.scheduler.overtaken
 
     def passed(self, index: int) -> int:
         """How many that came later were let in before."""
