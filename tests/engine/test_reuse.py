@@ -171,7 +171,7 @@ class TestDLLMCachePlan:
         kinds = []
         for step in range(13):
             plan = policy.plan(self.at(step))
-            kinds.append("PR"[plan.live[0] > 0] + ("r" if len(plan.live) == len(plan.forced) else "."))
+            kinds.append("PR"[int(plan.live[0] > 0)] + ("r" if len(plan.live) == len(plan.forced) else "."))
         # P: the prompt lives, R: the response alone; r: everything alive is recomputed
         assert kinds == ["Pr", "R.", "R.", "R.", "Rr", "R.", "P.", "R.", "Rr", "R.", "R.", "R.", "Pr"]
 
