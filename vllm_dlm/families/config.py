@@ -30,6 +30,12 @@ class DiffusionConfig(PretrainedConfig):
     #: field -> the one value the architecture is implemented for
     implemented = {}
 
+    def __init_subclass__(cls, **kwargs):
+        """A subclass without an `__init__` inherits this one; transformers would make it another from its fields."""
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = lambda self, **fields: super(cls, self).__init__(**fields)
+        super().__init_subclass__(**kwargs)
+
     def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, **kwargs):
         dtype = torch_dtype if dtype is None else dtype
         known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
