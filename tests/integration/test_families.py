@@ -93,57 +93,62 @@ def test_a_kind_of_attention_nobody_serves(normed, monkeypatch):
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, EPS = 6, 3, 48, 128, 1e-6
 
 
-def made_layer(worker, family: Family) -> DiffusionLayer:
+def made_layer(worker, family: Family) -> tuple[DiffusionLayer, dict[str, torch.Tensor]]:
+    """A layer with random weights as it serves, and those weights in float64."""
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     config = SimpleNamespace(
         family=family, hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
         intermediate_size=64, rms_norm_eps=EPS,
     )  # fmt: skip
     with set_current_vllm_config(worker.vllm_config):
-        return DiffusionLayer(config, worker.vllm_config, "layer").requires_grad_(False)
+        layer = DiffusionLayer(config, worker.vllm_config, "layer").requires_grad_(False)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        weights = {name: parameter.double() for name, parameter in layer.self_attn.named_parameters()}
+        # vLLM's CPU workers pack them
+        process_weights_after_loading(layer, worker.model_config, torch.device("cpu"))
+    return layer, weights
 
 
 def queries_and_keys(worker, family: Family) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """[(what the layer makes, the same stated directly in float64)] of queries and of keys"""
     torch.manual_seed(0)
-    layer = made_layer(worker, family)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    layer, weights = made_layer(worker, family)
     h_TE, positions = torch.randn(9, WIDTH), torch.arange(3, 12)
     rope = RotaryTable(HEAD_DIM, 10000.0, 64, torch.float32)(positions)
     return [
-        (layer.query(h_TE, rope), stated(layer, "q", HEADS, h_TE, positions, family)),
-        (layer.key(h_TE, rope), stated(layer, "k", KV_HEADS, h_TE, positions, family)),
+        (layer.query(h_TE, rope), stated(weights, "q", HEADS, h_TE.double(), positions)),
+        (layer.key(h_TE, rope), stated(weights, "k", KV_HEADS, h_TE.double(), positions)),
     ]
 
 
-def stated(layer, which: str, heads: int, h_TE: torch.Tensor, positions: torch.Tensor, family: Family) -> torch.Tensor:
-    projection = layer.self_attn[f"{which}_proj"]
-    x = h_TE.double() @ projection.weight.double().T  # [T, heads * D]
-    if family.qkv_bias:
-        x = x + projection.bias.double()
+def stated(weights: dict, which: str, heads: int, h_TE: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    x = h_TE @ weights[f"{which}_proj.weight"].T + weights.get(f"{which}_proj.bias", 0.0)  # [T, heads * D]
     x = x.reshape(len(h_TE), heads, HEAD_DIM)
-    if family.qk_norm:
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * layer.self_attn[f"{which}_norm"].weight.double()
+    if (norm := weights.get(f"{which}_norm.weight")) is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm
     angle = positions[:, None, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)  # [T, 1, D/2]
-    pair = torch.complex(x[..., : HEAD_DIM // 2], x[..., HEAD_DIM // 2 :]) * torch.polar(torch.ones(()).double(), angle)
+    pair = torch.complex(x[..., : HEAD_DIM // 2], x[..., HEAD_DIM // 2 :]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([pair.real, pair.imag], -1)
 
 
 @pytest.mark.parametrize("family", [NORMED, DREAM], ids=["normed", "with biases"])
 def test_queries_and_keys_of_a_layer(engines, family):
     (made,) = engines("llada-tiny").collective_rpc(queries_and_keys, args=(family,))
+    (names,) = engines("llada-tiny").collective_rpc(parameter_names, args=(family,))
+    assert {"q_norm.weight", "k_norm.weight"} <= names if family.qk_norm else {"q_proj.bias", "k_proj.bias"} <= names
     for own, direct in made:
         assert own.shape == direct.shape
         # float32 against float64: rounding of 128 products of size 1
         torch.testing.assert_close(own.double(), direct, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_without_the_option_has_nothing_of_it(engines):
-    (names,) = engines("llada-tiny").collective_rpc(parameter_names)
-    assert not [name for name in names if "norm" in name and "self_attn" in name]
+def test_a_layer_without_the_options_has_nothing_of_them(engines):
+    (names,) = engines("llada-tiny").collective_rpc(parameter_names, args=(FAMILIES["LLaDAModelLM"],))
+    assert names == {f"{projection}_proj.weight" for projection in "qkvo"}
 
 
-def parameter_names(worker) -> list[str]:
-    return [name for name, _ in worker.model_runner.model.named_parameters()]
+def parameter_names(worker, family: Family) -> set[str]:
+    return set(made_layer(worker, family)[1])
