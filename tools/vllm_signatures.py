@@ -43,33 +43,34 @@ class Module:
                 found |= {target.id: node for target in _targets(node) if isinstance(target, ast.Name)}
         return found
 
-    def find(self, name: str) -> tuple["Module", ast.AST] | None:
+    def find(self, name: str) -> "Found | None":
         """Where a name is defined, through the modules that import it."""
         node = self.names.get(name)
         if node is None:
-            everything = [
-                star for star in self.tree.body if isinstance(star, ast.ImportFrom) and star.names[0].name == "*"
-            ]
-            found = (self._source(star) and self._source(star).find(name) for star in everything)
-            return next((where for where in found if where), None)
-        if not isinstance(node, ast.ImportFrom):
-            return self, node
-        (original,) = [alias.name for alias in node.names if name == (alias.asname or alias.name)]
-        source = self._source(node)
-        return source and source.find(original)
+            stars = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+            return next((found for star in stars if (found := self._find_in(star, name))), None)
+        if isinstance(node, ast.ImportFrom):
+            (original,) = [alias.name for alias in node.names if name == (alias.asname or alias.name)]
+            return self._find_in(node, original)
+        return self, node
 
-    def _source(self, node: ast.ImportFrom) -> "Module | None":
-        """The module that a statement imports from."""
+    def _find_in(self, node: ast.ImportFrom, name: str) -> "Found | None":
+        """A name of the module that a statement imports from."""
         module = node.module or ""
         if node.level:
-            base = self.name.split(".")[: None if self.is_package and node.level == 1 else -node.level]
+            parts = self.name.split(".")
+            base = parts[: len(parts) - node.level + self.is_package]
             module = ".".join([*base, *([module] if module else [])])
-        return self.package.module(module)
+        return self.package.find(f"{module}:{name}")
+
+
+Found = tuple[Module, ast.AST]
 
 
 class Package:
     def __init__(self, root):
-        self.root, self.modules = root, {}
+        self.root = root
+        self.modules: dict[str, Module | None] = {}
 
     def module(self, name: str) -> Module | None:
         if name.split(".")[0] != self.root.name:
@@ -80,20 +81,22 @@ class Package:
             self.modules[name] = Module(self, name, path.read_text(encoding="utf-8")) if found else None
         return self.modules[name]
 
-    def find(self, path: str) -> tuple[Module, ast.AST] | None:
-        """ "module:name\""""
+    def find(self, path: str) -> Found | None:
+        """What a "module:name" stands for."""
         module, _, name = path.partition(":")
         source = self.module(module)
-        return source and source.find(name)
+        return None if source is None else source.find(name)
 
     def classes(self, path: str) -> list[ast.ClassDef]:
         """The class and those it inherits from, as far as they are of this package."""
         return self._classes(self.find(path))
 
-    def _classes(self, found) -> list[ast.ClassDef]:
-        if found is None or not isinstance(found[1], ast.ClassDef):
+    def _classes(self, found: Found | None) -> list[ast.ClassDef]:
+        if found is None:
             return []
         module, node = found
+        if not isinstance(node, ast.ClassDef):
+            return []
         bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
         above = [self._classes(module.find(base.id)) for base in bases if isinstance(base, ast.Name)]
         return [node, *(cls for classes in above for cls in classes)]
@@ -151,7 +154,8 @@ def fields(cls: ast.ClassDef) -> list[str]:
     """Of a dataclass or an enumeration."""
     found = []
     for node in cls.body:
-        found += [target.id + "=" * (node.value is not None) for target in _targets(node) if hasattr(target, "id")]
+        optional = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        found += [target.id + "=" * optional for target in _targets(node) if isinstance(target, ast.Name)]
     return found
 
 
@@ -167,7 +171,7 @@ def asked_of_self(cls: ast.ClassDef) -> set[str]:
 
 
 def imported_names(package: Package) -> set[str]:
-    """ "module:name" of everything that is imported from vLLM, wherever in a file."""
+    """Everything that is imported from vLLM, wherever in a file, as "module:name"."""
     found = set()
     for path in sorted(package.root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

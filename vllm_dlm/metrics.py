@@ -113,7 +113,7 @@ class PagesLogging:
                 "Sparse attention: %.1f%% of the pages read, %.1f%% of the rows sparse",
                 100 * self.totals["pages_read"] / seen, 100 * self.totals["sparse_rows"] / rows,
             )  # fmt: skip
-        self.__init__(None)
+        self.totals = dict.fromkeys(PAGE_COUNTERS, 0)
 
 
 def _diffusion(vllm_config) -> bool:

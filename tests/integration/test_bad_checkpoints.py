@@ -81,6 +81,8 @@ WRONG = [
     (LLADA, "unique", {"unique": 3}),
     (DREAM, "num_key_value_heads", {"num_key_value_heads": 3}),
     (DREAM, "tie_word_embeddings", {"tie_word_embeddings": "yes"}),
+    (DREAM, "head_dim", {"head_dim": 33}),
+    (LLADA, "head_dim", {"head_dim": -32}),
     (DREAM, "rope_type", {"rope_scaling": "linear"}),
     (DREAM, "hidden_act", {"hidden_act": "gelu"}),
 ]  # fmt: skip
@@ -264,9 +266,9 @@ def test_a_file_is_truncated(tmp_path, bytes_left, config):
 
 
 def test_a_file_turns_out_to_be_truncated_when_its_tensors_are_read(engines):
-    def tensors(error=SafetensorError("incomplete metadata\nmore of it")):
+    def tensors():
         yield "model.transformer.ln_f.weight", torch.ones(128)
-        raise error
+        raise SafetensorError("incomplete metadata\nmore of it")
 
     (error,) = engines(LLADA).collective_rpc(read, args=(tensors(),))
     assert error.startswith("LLaDAModelLM: checkpoint some/where cannot be read, the file may be incomplete: ")

@@ -81,7 +81,7 @@ def test_a_prompt_of_text_alone_is_text_to_the_engine_itself(engines):
 
 def test_what_typed_masks_become_counts_for_the_length(engines):
     llm = engines(str(CHECKPOINT), max_model_len=512)
-    with pytest.raises(ValueError, match="max_tokens.*a prompt of .* leaves no room"):
+    with pytest.raises(ValueError, match=r"max_tokens.*a prompt of .* leaves no room"):
         llm.generate(MASKS[str(CHECKPOINT)] * 500, SamplingParams(max_tokens=1), use_tqdm=False)
 
 

@@ -7,7 +7,7 @@ after `--hf-overrides` and before anything is computed from it).
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -28,13 +28,20 @@ class DiffusionConfig(PretrainedConfig):
     sizes = (width, "num_hidden_layers", heads, kv_heads, "intermediate_size", "max_position_embeddings")
     tied = "tie_word_embeddings"
     #: field -> the one value the architecture is implemented for
-    implemented = {}
+    implemented: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        """A subclass without an `__init__` inherits this one; transformers would make it another from its fields."""
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = lambda self, **fields: super(cls, self).__init__(**fields)  # type: ignore[method-assign]
+        super().__init_subclass__(**kwargs)
 
     def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, **kwargs):
         dtype = torch_dtype if dtype is None else dtype
         known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
         super().__init__(dtype=dtype if known else None, **kwargs)
-        self.dtype = self.dtype if known else dtype
+        if not known:
+            self.dtype = dtype
         self.vocab_size = vocab_size
         self.head_dim = head_dim  # of one that does not say, once width and heads are checked
         self.logits_shift = self.family.logits_shift
@@ -45,7 +52,7 @@ class DiffusionConfig(PretrainedConfig):
         named = config_dict.get("architectures")
         own = [family for name, family in FAMILIES.items() if isinstance(named, list) and name in named]
         config = imported(own[0].config) if own else cls
-        return super(DiffusionConfig, config).from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs) if config is cls else config.from_dict(config_dict, **kwargs)
 
     def validate_rope(self) -> None:
         """Another than the plain rotary embedding is refused whatever its details."""

@@ -16,6 +16,8 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, Literal
 
+import vllm
+
 from vllm_dlm import metrics
 from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, shutdown
 from vllm_dlm.integration.signatures import in_source, of_function
@@ -137,31 +139,36 @@ PATCHES = (
 )  # fmt: skip
 
 
+#: attribute of what stands in the place of vLLM's functions
+INSTALLED = "_dlm"
+
+
 def wrap(patch: Patch) -> None:
     """Puts the wrapper in place, unless it is there."""
     owner, original = _found(patch)
     kind = type(original) if isinstance(original, (staticmethod, classmethod)) else None
     function = original.__func__ if kind else original
-    if getattr(function, "_dlm", False):
+    if getattr(function, INSTALLED, False):
         return
     wrapped = functools.wraps(function)(patch.wrapper(function))
-    wrapped._dlm = True
+    vars(wrapped)[INSTALLED] = True
     setattr(owner, patch.name, kind(wrapped) if kind else wrapped)
 
 
 def mismatch(patch: Patch) -> str | None:
     """What is not as the wrapper expects it. Of an owner that no server has imported, by its source."""
+    place, signature, why = f"{patch.owner}.{patch.name}", None, ""
     if patch.at == "start" or patch.module in sys.modules:
         try:
             _, found = _found(patch)
+            signature = of_function(getattr(found, "__func__", found))
         except (ImportError, AttributeError) as error:
-            return f"{patch.owner}.{patch.name} is not there ({error})"
-        signature = of_function(getattr(found, "__func__", found))
+            why = f" ({error})"
     else:
-        signature = in_source(Path(sys.modules["vllm"].__file__).parent, patch.owner, patch.name)
-        if signature is None:
-            return f"{patch.owner}.{patch.name} is not there"
-    return None if signature in patch.signatures else f"{patch.owner}.{patch.name} is {signature}"
+        signature = in_source(Path(vllm.__path__[0]), patch.owner, patch.name)
+    if signature is None:
+        return f"{place} is not there{why}"
+    return None if signature in patch.signatures else f"{place} is {signature}"
 
 
 def apply_patches() -> None:
@@ -192,14 +199,15 @@ class WhenImported(MetaPathFinder):
         if (patches := self.late.pop(name, None)) is None:
             return None
         spec = importlib.util.find_spec(name)  # by the other finders, since the name is no longer here
-        execute = spec.loader.exec_module
+        loader: Any = spec and spec.loader
+        execute = loader.exec_module
 
         def execute_and_patch(module):
             execute(module)
             for patch in patches:
                 wrap(patch)
 
-        spec.loader.exec_module = execute_and_patch
+        loader.exec_module = execute_and_patch
         return spec
 
 

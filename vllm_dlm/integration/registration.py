@@ -61,14 +61,14 @@ def register_models() -> None:
 
     # Whatever cannot be imported ends this before anything is registered.
     configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
+    # Of families with one model_type any will do: it makes the right one from a config.json that names it.
+    for config in {config.model_type: config for config in reversed(configs.values())}.values():
+        _CONFIG_REGISTRY[config.model_type] = config
+        MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
+        AutoConfig.register(config.model_type, config, exist_ok=True)
     for architecture, family in FAMILIES.items():
-        config = configs[architecture]
-        # Of families with one model_type any config will do: it makes the right one from a config.json.
-        _CONFIG_REGISTRY[family.model_type] = config
-        MODEL_ARCH_CONFIG_CONVERTORS[family.model_type] = CheckedConvertor
-        AutoConfig.register(family.model_type, config, exist_ok=True)
         if family.tokenizer is not None:
-            AutoTokenizer.register(config, imported(family.tokenizer), exist_ok=True)
+            AutoTokenizer.register(configs[architecture], imported(family.tokenizer), exist_ok=True)
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = DiffusionConfigHook

@@ -179,7 +179,7 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
         "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
     }
     saved = {field: total - needed(other) for field, (_, other) in parts.items()}
-    field = max(saved, key=saved.get)
+    field = max(saved, key=lambda name: saved[name])
     named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
     blocks = f"{alone} blocks of the KV cache, {total} with {named}, and there are {there}"
     refuse(field, parts[field][0], f"{takes} {blocks}")
@@ -211,7 +211,8 @@ class Refusal(VLLMValidationError, ValueError):
 def refuse(field: str, value, why: str, whole: bool = False):
     message = why if whole else f"{short(field)}: {shown(value)} cannot be honoured, {why}"
     # vLLM shows the value once more
-    raise Refusal(message, parameter=short(field), value=None if value is None else shown(value))
+    value = None if value is None else shown(value)
+    raise Refusal(message, parameter=short(field), value=value)  # type: ignore[call-arg]
 
 
 def refuse_request(params) -> None:

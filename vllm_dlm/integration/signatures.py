@@ -22,9 +22,9 @@ def of_function(function) -> str:
 def of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     """Of what a source file says."""
     a = node.args
-    plain = [(POSITIONAL, arg) for arg in a.posonlyargs] + [(PLAIN, arg) for arg in a.args]
+    plain: list[tuple] = [(POSITIONAL, arg) for arg in a.posonlyargs] + [(PLAIN, arg) for arg in a.args]
     first_default = len(plain) - len(a.defaults)
-    parameters = [(kind, arg.arg, i >= first_default) for i, (kind, arg) in enumerate(plain)]
+    parameters: list[tuple] = [(kind, arg.arg, i >= first_default) for i, (kind, arg) in enumerate(plain)]
     if a.vararg:
         parameters.append((LIST, a.vararg.arg, False))
     parameters += [

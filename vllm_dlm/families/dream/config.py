@@ -17,7 +17,7 @@ class DreamConfig(DiffusionConfig):
         self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
 
     @property
-    def rope_type(self) -> str:
+    def rope_type(self) -> str | None:
         scaling = self.rope_scaling or {}
         return scaling.get("rope_type", scaling.get("type", "default"))
 

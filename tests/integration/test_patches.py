@@ -1,0 +1,135 @@
+"""vLLM is changed in one place, once, and not at all where it is not the vLLM that was read."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.integration.serving import vllm_environment
+from tests.page_sparse.models import write
+from vllm_dlm.integration import install
+from vllm_dlm.integration.patches import PATCHES, Patch, WhenImported, mismatch, wrap
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Theirs:
+    def method(self, a, b=2):
+        return a + b
+
+    @staticmethod
+    def static(a):
+        return a
+
+    @classmethod
+    def of_class(cls, a):
+        return cls, a
+
+
+def doubled(function):
+    def twice(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result * 2 if isinstance(result, int) else (*result, "again")
+
+    return twice
+
+
+def patch(name: str, signature: str, owner: str = f"{__name__}:Theirs") -> Patch:
+    return Patch(owner, name, doubled, "a test", (signature,))
+
+
+def test_a_wrapper_takes_its_place_once():
+    class Kept(Theirs):
+        pass
+
+    for name, signature in {"method": "(self, a, b=)", "static": "(a)", "of_class": "(cls, a)"}.items():
+        row = patch(name, signature)
+        for _ in range(2):
+            assert mismatch(row) is None  # before and after
+            wrap(row)
+    assert Theirs().method(1) == 6 and Theirs.static(3) == 6
+    assert Kept.of_class(1) == (Kept, 1, "again")
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        (patch("method", "(self, a)"), "Theirs.method is (self, a, b=)"),
+        (patch("gone", "(self)"), "Theirs.gone is not there"),
+        (patch("method", "(self)", "vllm.no_module:Theirs"), "vllm.no_module:Theirs.method is not there"),
+        (patch("gone", "(self)", "vllm.entrypoints.serve.engine.serving:BaseServing"), "BaseServing.gone is not there"),
+    ],
+)
+def test_what_is_not_as_expected_is_named(row, said):
+    assert said in mismatch(row)
+    if row.module.startswith("vllm."):  # what is not imported is looked up in its source
+        assert said in mismatch(replace(row, at="import"))
+
+
+@pytest.mark.parametrize("row", PATCHES, ids=lambda row: f"{row.owner.rpartition(':')[2]}.{row.name}")
+def test_source_and_memory_agree(row):
+    assert mismatch(replace(row, at="worker")) is None
+    importlib.import_module(row.module)
+    assert mismatch(row) is None
+
+
+def test_installing_again_changes_nothing():
+    install()
+    before = [getattr(owner_of(row), row.name) for row in PATCHES]
+    finders = [finder for finder in sys.meta_path if isinstance(finder, WhenImported)]
+    install()
+    assert [getattr(owner_of(row), row.name) for row in PATCHES] == before
+    assert [finder for finder in sys.meta_path if isinstance(finder, WhenImported)] == finders
+
+
+def owner_of(row: Patch) -> type:
+    module, _, cls = row.owner.partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+# -- a vLLM that is not the one that was read ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def autoregressive(tmp_path_factory) -> str:
+    return str(write("llama", tmp_path_factory.mktemp("llama")))
+
+
+#: case -> (what every process does as it starts, arguments, what the line says)
+CASES = {
+    "another version": (
+        "from vllm_dlm.integration import gate; gate.SUPPORTED = (0, 7), (0, 9)",
+        ["generate"],
+        "it knows vLLM 0.7 and 0.8, and this is 0.32",
+    ),
+    "a missing attribute": ("", ["lose"], "vllm.engine.arg_utils:EngineArgs.from_cli_args is not there"),
+    "a broken import": (
+        "import sys; sys.modules['vllm_dlm.integration.bodies'] = None",
+        [],
+        "ModuleNotFoundError: import of vllm_dlm.integration.bodies halted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_beside_another_vllm_nothing_is_touched_and_no_canvas_is_served(tmp_path, autoregressive, case):
+    at_start, arguments, said = CASES[case]
+    (tmp_path / "sitecustomize.py").write_text(at_start)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.standing_aside", autoregressive, *arguments],
+        cwd=ROOT, env=vllm_environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
+    answer = json.loads(line.removeprefix("answer: "))
+    assert answer["patched"] == [] and "--dlm-config" not in answer["flags"]
+    assert "generate" not in arguments or len(answer["tokens"]) == 4
+    assert said in answer["refused"] and "masked-diffusion language models are refused" in answer["refused"]
+    written = [line for line in (done.stdout + done.stderr).splitlines() if "[gate.py" in line]
+    assert len(written) == 1 and said in written[0]
