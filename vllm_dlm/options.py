@@ -37,7 +37,7 @@ class CanvasBounds:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}: {shown(value)} is not valid, it must be at least 1")
-        if None not in (self.default, self.max) and self.default > self.max:
+        if self.default is not None and self.max is not None and self.default > self.max:
             raise ValueError(f"default: {shown(self.default)} is not valid, it must be at most max, {self.max}")
 
     def length(self, usual: int) -> int:
@@ -98,7 +98,8 @@ def request_keys(decoding: Any) -> list[str]:
 
 def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
     """The algorithm and its fields at once, since an algorithm may go with the values that come with it only."""
-    cls, values = type(current), {}
+    cls: Any = type(current)
+    values: dict[str, Any] = {}
     if "dlm_algorithm" in given:
         cls, values = _method("decoding", given["dlm_algorithm"], "dlm_algorithm")
     known = {f"dlm_{field.name}": field.name for field in fields(cls)}
@@ -118,12 +119,12 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
         raise _does_not_go("dlm_algorithm", given["dlm_algorithm"], f"{error}{way_out}") from None
 
 
-def _way_out(cls: type, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+def _way_out(cls: Any, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """Which of the server's values a request would have to unset."""
     for field, value in kept.items():
         if value is not None and may_be_unset(cls, field):
             try:
-                cls(**(kept | values | {field: None}))
+                cls(**{**kept, **values, field: None})
             except ValueError:
                 continue
             return f'; this server sets {field}, and dlm_{field}: "none" unsets it'
@@ -143,7 +144,7 @@ def _part(kind: str, given: Any, default: str):
     return _built(cls, kind, given, preset)
 
 
-def _built(cls: type, part: str, given: Any, preset: Mapping[str, Any]):
+def _built(cls: Any, part: str, given: Any, preset: Mapping[str, Any]):
     """An object of `cls` from the fields that the server's object gives."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
@@ -155,7 +156,7 @@ def _built(cls: type, part: str, given: Any, preset: Mapping[str, Any]):
             raise OptionError(field, f"dlm.{part}.{field}: not a field of {cls.name!r}, valid fields are {listed}")
     values = {field: typed(cls, field, value, f"dlm.{part}.{field}") for field, value in given.items()}
     try:
-        return cls(**(preset | values))
+        return cls(**{**preset, **values})
     except ValueError as error:
         raise OptionError(f"dlm.{part}.{_field_of(error)}", f"dlm.{part}.{error}") from None
 
@@ -177,7 +178,7 @@ def _does_not_go(key: str, name: Any, why: object) -> OptionError:
     return OptionError(key, f"{key}: {shown(name)} does not go with this server's options: {why}")
 
 
-def _method(kind: str, name: Any, where: str) -> tuple[type, dict[str, Any]]:
+def _method(kind: str, name: Any, where: str) -> tuple[Any, dict[str, Any]]:
     """The class called `name`, and the field values of its preset if the name is "name/preset"."""
     known = methods(kind)
     method, _, preset = name.partition("/") if isinstance(name, str) else (None, "", "")

@@ -18,7 +18,7 @@ from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError
 CANVAS = 32
 #: small blocks leave one after the other, so that the answers are seen to fill in
 OPTIONS = {"dlm_block_length": 8}
-PASSES = {
+PASSES: dict[str, dict] = {
     "one token per step": OPTIONS,
     "every token at least 0.9 probable (dlm_threshold)": {**OPTIONS, "dlm_threshold": 0.9},
 }
