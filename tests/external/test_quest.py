@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine
+from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
+from tests.engine.test_invariance import tokens as canvas_tokens
 from tests.external.distribution import installed
 from tests.page_sparse.conftest import counted, decode, prompts, selecting, tokens
 from tests.page_sparse.reference import Reference
@@ -77,14 +78,17 @@ def test_keeping_all_pages_of_a_canvas_is_dense(engines, quest, monkeypatch):
 
 
 def test_a_request_asks_for_it_by_name(engines):
-    from vllm import SamplingParams
-
-    llm = engines("llada-tiny")
-    params = SamplingParams(
-        temperature=0, max_tokens=8, extra_args={"dlm_selection": "quest", "dlm_reuse": "fast_dllm"}
-    )
-    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
-    assert len(output.outputs[0].token_ids) > 0
+    """Of a server with UNIQUE, whose fields both have: other scores, other pages, other tokens."""
+    llm = engine(engines, "llada-tiny", {"name": "unique", "dense_layers": []} | FIELDS)
+    runs = {}
+    for name in ("quest", "unique", "none"):
+        given = list(requests(6))
+        for _, params in given:
+            params.temperature = 0.0
+            params.extra_args |= {"dlm_selection": name, "dlm_reuse": "fast_dllm"}
+        runs[name] = canvas_tokens(llm, given)
+    assert runs["none"] == canvas_tokens(engines("llada-tiny"), given)
+    assert runs["quest"] not in (runs["unique"], runs["none"])
 
 
 # -- generated positions -------------------------------------------------------------------
