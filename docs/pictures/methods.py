@@ -25,7 +25,7 @@ def reuse(figure) -> None:
         for end, style in ((PROMPT_LEN, "-"), (PROMPT_LEN + BLOCK, ":")):
             axes.vlines(end - 0.5, -0.5, len(states) - 0.5, color=INK, lw=1, ls=style)
         fields = ", ".join(f"{field} {value}" for field, value in given.items() if field != "name")
-        axes.set_title(f"{given['name']}\n", fontsize=10, fontweight="bold")
+        axes.set_title(given["name"], fontsize=10, fontweight="bold", pad=16)
         axes.text(0.5, 1.02, fields.replace("_", " "), fontsize=6.5, ha="center", transform=axes.transAxes)
         axes.text(PROMPT_LEN / 2 - 0.5, len(states), "prompt", fontsize=8, ha="center", va="center")
         axes.text(PROMPT_LEN + RESPONSE / 2 - 0.5, len(states), "response", fontsize=8, ha="center", va="center")
