@@ -5,7 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "figures": "all times that the README quotes, in one run on an idle machine",
+    "figures": "all times that README and docs/results.md quote, in one run on an idle machine",
     "speed": "tokens per second of the reference loop and of this engine, per policy",
     "kernels": "page-sparse attention against dense kernels, checked and timed; runs without vLLM",
     "decode": "milliseconds per token at long context, vLLM against pages chosen by UNIQUE",
@@ -13,7 +13,7 @@ COMMANDS = {
     "selection": "retrieval and kept attention mass of the selections and of other rules, on the demo checkpoint",
     "soak": "random requests for a long time, in process or at a server with hostile clients; everything is checked",
     "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
-    "redraw": "tables and plots of results once more, from their JSON files",
+    "redraw": "tables and plots of results, and the pages that quote them, once more from their JSON files",
 }
 
 

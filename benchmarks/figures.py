@@ -1,8 +1,8 @@
-"""All times that the README quotes, in one run on an idle machine, the most telling ones first.
+"""All times that README and docs/results.md quote, in one run on an idle machine, the most telling ones first.
 
 Every cell is written as soon as it is measured. The same command again goes on
 where it was stopped, as long as settings, versions and machine are the same. At
-the end the README's figures are written anew from the tables, and tables of
+the end the figures of both are written anew from the tables, and tables of
 speed that this run does not make are removed: they are superseded.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import load, redraw, report
-from benchmarks.quoted import README, put_into
+from benchmarks.quoted import rewritten
 
 #: 128 new tokens in blocks of 32: 106M parameters, the head share of LLaDA-8B
 REUSE = (
@@ -69,7 +69,9 @@ def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--minutes", type=float, help="begin no measurement after so many")
     parser.add_argument("--plan", action="store_true", help="say what there is to do and how long it takes, no more")
-    parser.add_argument("--readme", action="store_true", help="write the README's figures though some are missing")
+    parser.add_argument(
+        "--readme", action="store_true", help="write README and docs/results.md though some are missing"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure all of it again")
     parser.add_argument("--toy", action="store_true", help="try the run on toy models; needs --results")
     parser.add_argument("--threads", type=int, default=cores, help=f"(default {cores})")
@@ -96,7 +98,8 @@ def run(args) -> None:
         redraw.again(args.results, [stage.table for stage in STAGES])  # one may have been stopped before its plot
         remove_superseded(args.results)
     if args.readme or (done and not args.toy):
-        README.write_text(put_into(README.read_text(), args.results))
+        for page, text in rewritten(args.results).items():
+            page.write_text(text)
     print(
         f"{(time.monotonic() - begin) / 60:.0f} minutes; "
         + ("all of it is measured" if done else "the same command goes on")

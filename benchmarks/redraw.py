@@ -1,9 +1,9 @@
-"""Tables and plots of results once more, from their JSON: after a change of columns, notes or drawing."""
+"""Tables, plots and the pages that quote them once more, from their JSON: after a change of columns, notes, drawing."""
 
 import importlib
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import quoted, report
 
 #: what a result's name begins with -> who wrote it
 WRITERS = {
@@ -22,6 +22,9 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     for written in again(args.results, args.names):
         print(written)
+    if args.results == report.RESULTS:
+        for page, text in quoted.rewritten(args.results).items():
+            page.write_text(text)
 
 
 def again(results: Path, names: list[str]) -> list[Path]:

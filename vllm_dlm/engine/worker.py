@@ -19,7 +19,7 @@ class DiffusionGPUWorker(Worker):
         return DenoisingRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        # Nothing is compiled or captured; see "CUDA graphs" in the README for what it would take.
+        # Nothing is compiled or captured; see "CUDA graphs" in docs/limits.md for what it would take.
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
