@@ -50,8 +50,8 @@ NOTES = [
     "Weights are random: this is about time, not about quality. In place of a prompt's keys and values the cache holds "
     "random ones, alike in both engines, because no decoding step's time depends on what they are; --real-prompts "
     "computes them.",
-    "keys read, all layers: with those that read everything, by default the first two (dense_layers). The rest of a step "
-    "is the weights, which neither method saves, and the smaller part the more requests share them.",
+    "keys read, all layers: with those that read everything, by default the first two (dense_layers). The rest of a "
+    "step is the weights, which neither method saves, and the smaller part the more requests share them.",
 ]
 
 
@@ -201,7 +201,7 @@ def measure(shape: Shape, method: str, selection: dict | None, context: int, aro
 
 
 def equality(args) -> dict:
-    """A small model in float32, where rounding decides nothing: tokens of vLLM's attention and of a budget of all pages."""
+    """A small model in float32, where rounding decides nothing: tokens of vLLM's attention, and of all pages."""
     shape, context, new = SHAPES["smoke"], 1024, 65
     texts = {}
     for method, budget in (("dense", None), ("all pages", 1 << 20), ("256 tokens", 256)):

@@ -128,8 +128,8 @@ def notes(rows: list[dict], checked: int) -> list[str]:
         "(vllm_dlm/page_sparse/cpu_pages.py); attend and all three beside it are the project's kernels, torch alone.",
         "Dense kernels tried: " + ", ".join(sorted({name for row in rows for name in row["dense"]})) + ".",
         "byte bound: mean and spread of all pages, then keys and values of the chosen ones, at the bandwidth that "
-        "summing a large tensor reaches here, and how much of it the faster way attains; bound: × dense is the same for "
-        "the bytes of all keys and values over those.",
+        "summing a large tensor reaches here, and how much of it the faster way attains; bound: × dense is the same "
+        "for the bytes of all keys and values over those.",
         f"{checked} cases compared with the definitions in float64 before." if checked else "Not checked in this run.",
     ]  # fmt: skip
 
@@ -208,7 +208,8 @@ def measure(case: Case, seconds: float, bandwidth: float) -> dict:
         "score_ms": timed(graphed(case.score, device), device, seconds),
         "select_ms": timed(graphed(lambda: top_pages(scores, k), device), device, seconds),
         "attend_ms": timed(graphed(lambda: case.attend(chosen), device), device, seconds),
-        "sparse_ms": sparse, "ratio": dense[best] / sparse, "served_ms": served, "served_ratio": served and dense[best] / served,
+        "sparse_ms": sparse, "ratio": dense[best] / sparse,
+        "served_ms": served, "served_ratio": served and dense[best] / served,
         "bound_ms": bound, "of_bound": bound / min(sparse, served or sparse),
         "bound_ratio": kv_bytes / read,
         "store_us": 1000 * timed(
@@ -222,6 +223,7 @@ def plot(figure, rows: list[dict]) -> None:
     axes, groups = figure.subplots(), {}
     for row in rows:
         groups[f"{row['keys']:,} keys\nbatch {row['batch']}"] = {
-            "torch's kernels": row["ratio"], "vLLM's kernel attends": row["served_ratio"], "by bytes alone": row["bound_ratio"],
+            "torch's kernels": row["ratio"], "vLLM's kernel attends": row["served_ratio"],
+            "by bytes alone": row["bound_ratio"],
         }  # fmt: skip
     drawing.bars(axes, groups, "times faster than the fastest dense kernel")

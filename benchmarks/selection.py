@@ -35,8 +35,8 @@ NOTES = [
     "fast_dllm (dual); needles hidden in the prompt, some of them asked for. Exact match: the whole answer, end token "
     "included.",
     "attention mass kept: share of the attention that masked rows would pay to the prompt's tokens, summed over "
-    "layers, heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many per "
-    "key head, for the same queries and keys.",
+    "layers, heads and steps, that falls on what was kept; of the oracle's: against the tokens of most mass, as many "
+    "per key head, for the same queries and keys.",
     "unique, mean only and quest: rows that are still masked choose, the best score of any of them and of the heads of "
     "a key head counts; the first page and the last two are always read.",
 ]
