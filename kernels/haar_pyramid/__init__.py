@@ -11,12 +11,20 @@ positions p % n * page_size … of block p // n, where n pages make a block.
 """
 
 from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, mean_and_variance, store_statistics
-from vllm_dlm.kernels.haar_pyramid.statistics import INVALID, STD_KINDS, PageStatistics, spread_of, spread_width
+from vllm_dlm.kernels.haar_pyramid.statistics import (
+    INVALID,
+    STD_KINDS,
+    PageStatistics,
+    StdKind,
+    spread_of,
+    spread_width,
+)
 
 __all__ = [
     "INVALID",
     "STD_KINDS",
     "PageStatistics",
+    "StdKind",
     "haar_pyramid",
     "mean_and_variance",
     "spread_of",

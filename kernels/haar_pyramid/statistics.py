@@ -1,12 +1,14 @@
 """What is kept of a page's keys, by physical page."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 #: how far a page's keys lie from their mean: one number (root of the summed or of the mean variance of the
 #: channels), one per channel, or the mean variance of each quarter of the channels
-STD_KINDS = ("l2", "rms", "vector", "diag2")
+StdKind = Literal["l2", "rms", "vector", "diag2"]
+STD_KINDS: tuple[str, ...] = get_args(StdKind)
 #: channel groups of "diag2"
 GROUPS = 4
 #: spread of a page nobody has computed statistics of: it is always read

@@ -15,6 +15,6 @@ number counts as the lowest there is.
 """
 
 from vllm_dlm.kernels.page_scores.dispatch import page_scores, run_scores
-from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST, REDUCTIONS
+from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST, REDUCTIONS, Reduction
 
-__all__ = ["FORCED", "LOWEST", "REDUCTIONS", "page_scores", "run_scores"]
+__all__ = ["FORCED", "LOWEST", "REDUCTIONS", "Reduction", "page_scores", "run_scores"]

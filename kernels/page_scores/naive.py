@@ -1,8 +1,11 @@
 """The definition, in float64, one request and one key head at a time."""
 
+from typing import Literal, get_args
+
 import torch
 
-REDUCTIONS = ("max", "mean", "softmax_sum")
+Reduction = Literal["max", "mean", "softmax_sum"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 #: the score of a page that is read whatever it promises, and of one whose score is not a number
 FORCED, LOWEST = 1e30, -1e30
 

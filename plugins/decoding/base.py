@@ -141,7 +141,7 @@ class Decoding:
     def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:
         order = best(prob, len(prob))
         ranked = prob[order]
-        if self.threshold is not None:
+        if self.factor is None:
             keep = ranked >= self.threshold
             keep[0] = True  # progress: the most probable one is always filled
             return order[keep]

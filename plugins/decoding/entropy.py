@@ -42,7 +42,7 @@ class Entropy(Decoding):
         # fills nothing and the last fills two. Steps that fill nothing need no forward.
         if self.parallel:
             return super().quotas(masks, steps)  # Fast-dLLM splits evenly when it tests a threshold
-        times, quotas = self.times(steps), []
+        times, quotas = self.times(steps), list[int]()
         for i in range(steps):
             left = masks - sum(quotas)
             share = 1 - times[i + 1] / times[i]

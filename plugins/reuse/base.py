@@ -96,8 +96,10 @@ class Reuse:
     #: chosen stays until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
 
-    #: refresh steps of different requests are kept out of each other's forwards; results do not depend on it
-    stagger: ClassVar[bool] = False
+    @property
+    def stagger(self) -> bool:
+        """Refresh steps of different requests are kept out of each other's forwards; results do not depend on it."""
+        return False
 
     # -- on the host -----------------------------------------------------------------------
 

@@ -65,20 +65,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Value:
-    hidden: torch.Tensor  # [n, E], normalised
+class Projection:
+    """Of rows, each for itself."""
+
+    inputs: torch.Tensor  # [n, …]
+    rope: Rope | None = None  # of what is rotated
 
 
-@dataclass(frozen=True)
-class Query:
-    hidden: torch.Tensor  # [n, E], normalised
-    rope: Rope
+class Value(Projection):
+    """inputs [n, E]: normalised"""
 
 
-@dataclass(frozen=True)
-class Key:
-    hidden: torch.Tensor  # [n, E], normalised
-    rope: Rope
+class Query(Projection):
+    """inputs [n, E]: normalised"""
+
+
+class Key(Projection):
+    """inputs [n, E]: normalised"""
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,15 @@ class Attend:
     v: torch.Tensor | None = None  # [T, Hkv, D]
 
 
-@dataclass(frozen=True)
-class Output:
-    context: torch.Tensor  # [n, H * D]
+class Output(Projection):
+    """inputs [n, H * D]: contexts"""
 
 
-@dataclass(frozen=True)
-class FeedForward:
-    x: torch.Tensor  # [n, E] the residual stream, not normalised
+class FeedForward(Projection):
+    """inputs [n, E]: the residual stream, not normalised"""
 
 
-Ask = Value | Query | Key | AttendMoved | Attend | Output | FeedForward
+Ask = Projection | AttendMoved | Attend
 ORDER: tuple[type, ...] = (Value, Query, Key, AttendMoved, Attend, Output, FeedForward)
 Flow = Generator[Ask, torch.Tensor, tuple[Rows, torch.Tensor]]
 

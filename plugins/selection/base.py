@@ -81,8 +81,10 @@ class Selection:
     #: also decodes autoregressive models: a PageSelection (pages.py)
     autoregressive: ClassVar[bool] = False
 
-    #: these layers read everything
-    dense_layers: ClassVar[tuple[int, ...]] = ()
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """These layers read everything."""
+        return ()
 
     def sees_all(self, layer: int) -> bool:
         """Whether everything is read in this layer."""

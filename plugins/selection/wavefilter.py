@@ -24,7 +24,7 @@ import pywt
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import mean_and_variance
-from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
+from vllm_dlm.kernels.page_scores import Reduction, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -53,7 +53,7 @@ class WaveFilter(Selection):
     normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits 2^(b/2) sharper, or not
     head_mode: Literal["per_kv_head", "shared"] = "per_kv_head"
     query_set: Literal["active", "masked"] = "active"  # who votes: all rows of the step, or those to be decided
-    agg: Literal[REDUCTIONS] = "softmax_sum"
+    agg: Reduction = "softmax_sum"
     detail_lambda: float = 0.0
     token_stage: bool = False
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
@@ -88,7 +88,7 @@ class WaveFilter(Selection):
         )  # fmt: skip
         check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
         check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
-        check(self._reselect is not None, "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
+        check(self._reselect[0] != "", "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
 
     # -- what the fields come to -----------------------------------------------------------
 
@@ -130,19 +130,20 @@ class WaveFilter(Selection):
         return kept
 
     @property
-    def _reselect(self) -> tuple[str, float] | None:
+    def _reselect(self) -> tuple[str, float]:
+        """(kind, its number); of what is none of them the kind is empty"""
         kind, _, number = self.reselect.partition(":")
         try:
             value = float(number) if number else 0.0
         except ValueError:
-            return None
+            return "", 0.0
         ok = {
             "step": not number,
             "refresh": not number,
             "every": value >= 1 and value == int(value),
             "drift": 0 < value <= 1,
         }
-        return (kind, value) if ok.get(kind) else None
+        return (kind, value) if ok.get(kind) else ("", 0.0)
 
     # -- what the engine asks --------------------------------------------------------------
 

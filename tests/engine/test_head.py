@@ -24,7 +24,7 @@ def weight():
 def request(length: int, start: int, temperature: float = 0.0, **extra) -> HeadRequest:
     sampling = Sampling(temperature, 1.0, 0, seed=length, stop_ids=frozenset())
     state = Denoising("r", Canvas(request_options(SERVER, extra), 0, 0, [], length), sampling)
-    return HeadRequest(state, np.arange(length), np.arange(start, start + length), None)
+    return HeadRequest(state, np.arange(length), np.arange(start, start + length))
 
 
 def run(weight, hidden, requests, max_logits):

@@ -72,7 +72,8 @@ class Canvas:
 
     def copy(self) -> "Canvas":
         twin = copy.copy(self)
-        twin.tokens, twin.confidence, twin._prompt = (a.copy() for a in (self.tokens, self.confidence, self._prompt))
+        twin.tokens, twin.confidence = self.tokens.copy(), self.confidence.copy()
+        twin._prompt = self._prompt.copy()
         twin._moved()
         return twin
 

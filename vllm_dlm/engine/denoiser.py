@@ -104,7 +104,7 @@ class Denoiser:
         live = np.zeros(len(canvas), np.bool_)
         live[plan.live] = True
         seen = live[heads]
-        request = HeadRequest(state, positions[seen], rows=None, guide_rows=None)
+        request = HeadRequest(state, positions[seen])
         kv_blocks, feature_blocks, summary_blocks = self.shape.blocks(options, at.prompt_len, at.length)
         each = kv_blocks + feature_blocks + summary_blocks
         readers = []
@@ -136,9 +136,9 @@ class Denoiser:
         selection, canvas = state.options.selection, state.canvas
         if not selection.applies(canvas.prompt_len, len(canvas)):
             return None
-        tables = (torch.from_numpy(table).to(self.device) for table in (kv_table, summary_table))
+        keys, summaries = (torch.from_numpy(table).to(self.device) for table in (kv_table, summary_table))
         frozen = state.options.reuse.keeps_contexts
-        return View(selection, canvas.prompt_len, len(canvas), self.shape.block_size, *tables, frozen)
+        return View(selection, canvas.prompt_len, len(canvas), self.shape.block_size, keys, summaries, frozen)
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

@@ -6,6 +6,7 @@ is raised: errors of the accelerator, which poison its process, and any error
 inside a forward that other ranks take part in, who would wait for this one.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,9 +39,6 @@ def poisons(error: Exception) -> bool:
 
 def describe(error: Exception) -> str:
     """One line: what, and where."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
+    (*_, (frame, line)) = traceback.walk_tb(error.__traceback__)
     message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message} ({code.co_qualname}, line {trace.tb_lineno})"
+    return f"{type(error).__name__}: {message} ({frame.f_code.co_qualname}, line {line})"

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 
 from vllm_dlm.engine import noise
+from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
 
 #: logits alive at once in float32; sampling adds two float64 buffers of that many elements
 MAX_LOGITS = 1 << 23
+
+
+NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
 
 
 class Logprobs(NamedTuple):
@@ -34,9 +38,9 @@ class HeadRequest:
 
     state: Denoising
     positions: np.ndarray  # [C] canvas positions to decode
-    rows: np.ndarray | None  # [C] rows of the hidden states that predict them
-    guide_rows: np.ndarray | None  # [C] the same rows in the guidance stream
-    proposal: Proposal | None = None  # numpy arrays, set by Head.run
+    rows: np.ndarray = NOTHING  # [C] rows of the hidden states that predict them
+    guide_rows: np.ndarray = NOTHING  # [C] the same rows in the guidance stream
+    proposal: Proposal = NO_PROPOSAL  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
 
     @property
@@ -60,10 +64,8 @@ class Head:
         """Sets `proposal` (and `logprobs`) of every request."""
         kinds = defaultdict(list)
         for request in requests:
-            if len(request.rows):
+            if len(request.rows):  # else no masked position is read in this step
                 kinds[request.kind].append(request)
-            else:  # no masked position is read in this step
-                request.proposal = Proposal(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
         for alike in kinds.values():
             self._run_alike(hidden_TD, alike)
 
@@ -71,7 +73,7 @@ class Head:
         device = hidden_TD.device
         decoding, _, _, guided, num_logprobs = requests[0].kind
         rows = torch.from_numpy(np.concatenate([r.rows for r in requests])).to(device)
-        guide = torch.from_numpy(np.concatenate([r.guide_rows for r in requests])).to(device) if guided else None
+        guide = torch.from_numpy(np.concatenate([r.guide_rows for r in requests])).to(device)  # of guided ones
         table = RowTable.of(requests, self.vocab_size, device)
         parts, logprobs = [], []
         for start in range(0, len(rows), self.max_rows):

@@ -20,6 +20,7 @@ from vllm_dlm.plugins.reuse.flow import (
     FeedForward,
     Key,
     Output,
+    Projection,
     Query,
     Rope,
     Rows,
@@ -27,7 +28,7 @@ from vllm_dlm.plugins.reuse.flow import (
 )
 
 #: what a step counts of each projection
-COUNTED = {Value: "value", Query: "query", Key: "key", Output: "output", FeedForward: "feed_forward"}
+COUNTED: dict[type, str] = {Value: "value", Query: "query", Key: "key", Output: "output", FeedForward: "feed_forward"}
 
 
 class LayerStep:
@@ -77,56 +78,47 @@ class LayerStep:
     # -- answers ---------------------------------------------------------------------------
 
     def _answers(self, kind: type, asks: dict[int, Ask], groups: list[Group]) -> list[torch.Tensor]:
-        if kind in (Attend, AttendMoved):
+        projections = [ask for ask in asks.values() if isinstance(ask, Projection)]
+        if not projections:
             return [self._attended(groups[number], ask) for number, ask in asks.items()]
-        inputs = [rows_of(ask) for ask in asks.values()]
-        sizes = [len(own) for own in inputs]
+        sizes = [len(ask.inputs) for ask in projections]
         self.counts.projected(COUNTED[kind], sum(sizes))
         if not any(sizes):  # not every linear kernel takes an empty product
-            (ask, *_) = asks.values()
-            return [self._product(kind, inputs[0].new_zeros(1, inputs[0].shape[1]), no_rotation(ask))[:0]] * len(asks)
-        rows = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
-        result = self._product(kind, rows, joined_rope(list(asks.values())))
-        return list(result.split(sizes)) if len(inputs) > 1 else [result]
+            return [self._product(kind, one_row(projections[0]))[:0]] * len(asks)
+        if len(projections) == 1:
+            return [self._product(kind, projections[0])]
+        return list(self._product(kind, joined(projections)).split(sizes))
 
-    def _product(self, kind: type, rows: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    def _product(self, kind: type, asked: Projection) -> torch.Tensor:
         layer = self.layer
         if kind is Value:
-            return layer.value(rows)
+            return layer.value(asked.inputs)
         if kind is Query:
-            return layer.query(rows, rope)
+            return layer.query(asked.inputs, asked.rope)
         if kind is Key:
-            return layer.key(rows, rope)
-        return layer.attention_output(rows) if kind is Output else layer.feed_forward(rows)
+            return layer.key(asked.inputs, asked.rope)
+        return layer.attention_output(asked.inputs) if kind is Output else layer.feed_forward(asked.inputs)
 
     def _attended(self, group: Group, ask: Ask) -> torch.Tensor:
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, self.counts)
         if isinstance(ask, AttendMoved):
             return attention.moved(ask.q, ask.rows, ask.changed, ask.moved)
-        if ask.k is None:
+        assert isinstance(ask, Attend)
+        if ask.k is None or ask.v is None:
             return attention.over_blocks(ask.q, ask.rows)
         return attention.over_new(ask.q, ask.rows, ask.k, ask.v)
 
 
-def rows_of(ask: Ask) -> torch.Tensor:
-    if isinstance(ask, Output):
-        return ask.context
-    return ask.x if isinstance(ask, FeedForward) else ask.hidden
+def joined(asks: list[Projection]) -> Projection:
+    ropes = [ask.rope for ask in asks if ask.rope is not None]
+    rope = Rope(*(torch.cat(parts) for parts in zip(*ropes, strict=True))) if ropes else None
+    return Projection(torch.cat([ask.inputs for ask in asks]), rope)
 
 
-def joined_rope(asks: list[Ask]) -> Rope | None:
-    if not isinstance(asks[0], Query | Key):
-        return None
-    if len(asks) == 1:
-        return asks[0].rope
-    return Rope(*(torch.cat(parts) for parts in zip(*(ask.rope for ask in asks), strict=True)))
-
-
-def no_rotation(ask: Ask) -> Rope | None:
-    """Of one row."""
-    if not isinstance(ask, Query | Key):
-        return None
-    return Rope(*(part.new_zeros(1, *part.shape[1:]) for part in ask.rope))
+def one_row(ask: Projection) -> Projection:
+    """Of zeros, of the same kind."""
+    rope = None if ask.rope is None else Rope(*(part.new_zeros(1, *part.shape[1:]) for part in ask.rope))
+    return Projection(ask.inputs.new_zeros(1, ask.inputs.shape[1]), rope)
 
 
 class GroupLayer:
@@ -139,7 +131,12 @@ class GroupLayer:
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
         self.where, self.least_similar = group.where, group.least_similar
-        self._group, self._blocks = group, step.blocks
+        self._group, self._step = group, step
+
+    @property
+    def _blocks(self) -> KVBlocks:
+        assert self._step.blocks is not None, "nothing is cached before vLLM has said how many blocks there are"
+        return self._step.blocks
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         new, old = new.flatten(1).float(), old.flatten(1).float()

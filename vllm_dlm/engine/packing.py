@@ -20,6 +20,7 @@ from vllm_dlm.plugins.reuse.flow import Columns, Rows
 
 #: vLLM hands it to nobody; what has no slot of its own is written here
 NULL_BLOCK = 0
+NO_BLOCKS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Stream:
     response: tuple[int, int]  # positions from which the response is read
     feature_rows: int = 0  # the last so many positions keep features
     kv_table: np.ndarray | None = None  # block ids, in order
-    feature_table: np.ndarray | None = None
+    feature_table: np.ndarray = NO_BLOCKS
     view: View | None = None  # what a selection lets the response see; None: everything
     filtered: bool = False  # even where every row is recomputed
     chooses: bool = False  # the view changes in this step
@@ -210,7 +211,8 @@ class Packing:
         return Rows(self._upload(places), counts)
 
     def _slots(self) -> Slots:
-        blocks = [s.kv_table[s.plan.live // self.block_size] for s in self.streams]
+        tables = [(s, s.kv_table) for s in self.streams if s.kv_table is not None]
+        blocks = [table[s.plan.live // self.block_size] for s, table in tables]
         return Slots(self._upload(blocks), self._upload([s.plan.live % self.block_size for s in self.streams]))
 
     def _feature_slots(self) -> Slots:

@@ -137,6 +137,7 @@ class DenoisingRunner:
         return make_output(outputs, commits, counts, failed)
 
     def _start(self, data: CanvasData) -> Denoising:
+        assert data.canvas is not None, "the scheduler's requests all have one"
         params, canvas = data.sampling_params, data.canvas.copy()
         stop_ids = set(params.stop_token_ids or [])
         if params.eos_token_id is not None:

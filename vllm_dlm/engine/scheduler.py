@@ -33,6 +33,8 @@ OVERTAKES = 32
 
 
 class DenoisingScheduler(Scheduler):
+    running: list[Request]
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.dlm_options = resolved_options(self.vllm_config)

@@ -7,6 +7,7 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
 from dataclasses import replace
+from typing import NoReturn
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
@@ -208,7 +209,7 @@ class Refusal(VLLMValidationError, ValueError):
     """HTTP 400 to the clients of a server, a ValueError to the callers of LLM."""
 
 
-def refuse(field: str, value, why: str, whole: bool = False):
+def refuse(field: str, value, why: str, whole: bool = False) -> NoReturn:
     message = why if whole else f"{short(field)}: {shown(value)} cannot be honoured, {why}"
     # vLLM shows the value once more
     value = None if value is None else shown(value)

@@ -5,6 +5,7 @@ Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, v1/attention/backend.py
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
@@ -17,6 +18,7 @@ from vllm_dlm.page_sparse.cpu_pages import Batch, PackedPages, packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, page_table, place
+from vllm_dlm.plugins.selection.base import Summaries
 
 #: generated positions whose pages are scored at once
 PIECE = 32
@@ -114,9 +116,9 @@ class SelectingCPUImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.summaries = None  # hung here once the cache is allocated
+        self.summaries: Summaries | None = None  # hung here once the cache is allocated
         self.counts = PageCounts()
-        self.selection = None
+        self.selection: Any = None  # a PageSelection, hung here when the layer is given this backend
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None

@@ -5,6 +5,7 @@ Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -21,6 +22,7 @@ from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
+from vllm_dlm.plugins.selection.base import Summaries
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
@@ -122,9 +124,9 @@ def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Ten
 class SelectingFlashImpl(FlashAttentionImpl):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.summaries = None  # hung here once the cache is allocated
+        self.summaries: Summaries | None = None  # hung here once the cache is allocated
         self.counts = PageCounts()
-        self.selection = None
+        self.selection: Any = None  # a PageSelection, hung here when the layer is given this backend
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
