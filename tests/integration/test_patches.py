@@ -131,5 +131,7 @@ def test_beside_another_vllm_nothing_is_touched_and_no_canvas_is_served(tmp_path
     assert answer["patched"] == [] and "--dlm-config" not in answer["flags"]
     assert "generate" not in arguments or len(answer["tokens"]) == 4
     assert said in answer["refused"] and "masked-diffusion language models are refused" in answer["refused"]
-    written = [line for line in (done.stdout + done.stderr).splitlines() if "[gate.py" in line]
+    # vLLM writes down, too, why it cannot read a config.json
+    written = [line for line in (done.stdout + done.stderr).splitlines() if "is inactive" in line]
+    written = [line for line in written if "Error parsing config" not in line and not line.startswith("answer: ")]
     assert len(written) == 1 and said in written[0]
