@@ -3,6 +3,7 @@
 import torch
 
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
+from vllm_dlm.kernels.page_scores import torch as plain
 
 
 def page_scores(
@@ -18,10 +19,10 @@ def page_scores(
 ) -> torch.Tensor:
     """-> [B, Hkv, N] float32"""
     if q.is_cuda:
-        from vllm_dlm.kernels.page_scores import triton as device
-    else:
-        from vllm_dlm.kernels.page_scores import torch as device
-    return device.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
+        from vllm_dlm.kernels.page_scores import triton
+
+        return triton.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
+    return plain.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
 
 
 def run_scores(
@@ -36,7 +37,7 @@ def run_scores(
 ) -> torch.Tensor:
     """The same for one request whose statistics lie side by side -> [1, Hkv, N] float32"""
     if q.is_cuda:
-        from vllm_dlm.kernels.page_scores import triton as device
-    else:
-        from vllm_dlm.kernels.page_scores import torch as device
-    return device.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
+        from vllm_dlm.kernels.page_scores import triton
+
+        return triton.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
+    return plain.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)

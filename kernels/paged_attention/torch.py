@@ -20,5 +20,6 @@ def paged_attention(q, cache, tables, q_lens, kv_lens, scale):
     parts = zip(q.split(list(q_lens)), out.split(list(q_lens)), tables, kv_lens, strict=True)
     for query, place, table, kv_len in parts:
         if len(query):
-            place.copy_(grouped_attention(query, *gather(cache, table, kv_len), scale))
+            keys, values = gather(cache, table, kv_len)
+            place.copy_(grouped_attention(query, keys, values, scale))
     return out

@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_dlm.kernels.soft_page_attention import torch as plain
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
 from vllm_dlm.kernels.soft_page_attention.measure import measure
 
@@ -23,7 +24,7 @@ def soft_page_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         if q.is_cuda:
-            from vllm_dlm.kernels.soft_page_attention import triton as implementation
-        else:
-            from vllm_dlm.kernels.soft_page_attention import torch as implementation
-        return implementation.soft_page_attention(q, k, v, gate, scale, prompt_len)
+            from vllm_dlm.kernels.soft_page_attention import triton
+
+            return triton.soft_page_attention(q, k, v, gate, scale, prompt_len)
+        return plain.soft_page_attention(q, k, v, gate, scale, prompt_len)

@@ -1,5 +1,7 @@
 """The definition: one head, one query after the other, the whole matrix of logits. Differentiable, in any dtype."""
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_dlm.kernels.soft_page_attention.gate import Gate
@@ -69,6 +71,7 @@ def blocks(gate, first, length, prompt_len):
 def must_read(gate, positions, length, prompt_len):
     """-> pages that are read whatever they promise, and all that count"""
     size, recent = gate.page_size, gate.recent_pages
+    forced: Sequence[int]
     if gate.causal:
         last = positions[0] // size
         considered, forced = range(last + 1), range(last + 1 - recent, last + 1)

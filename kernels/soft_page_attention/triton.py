@@ -48,7 +48,8 @@ class Piece(torch.autograd.Function):
         gate, scale, rows, prompt_len, limit = ctx.rest
         asked = [x.detach().requires_grad_() for x in (q, mean, spread)]
         with torch.enable_grad():
-            log_mask = plain.page_log_mask(*asked, gate, scale, rows, k.shape[2], prompt_len, limit)
+            q_, mean_, spread_ = asked
+            log_mask = plain.page_log_mask(q_, mean_, spread_, gate, scale, rows, k.shape[2], prompt_len, limit)
         dq, dk, dv, dmask = backward(q, k, v, log_mask.detach(), out, lse, grad, gate, scale, rows)
         if gate.hard:
             return dq, dk, dv, None, None, None, None, None, None, None

@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_dlm.kernels.sparse_attention import torch as plain
+
 
 def sparse_attention(
     q: torch.Tensor,  # [Tq, H, D], the queries of request after request
@@ -16,7 +18,7 @@ def sparse_attention(
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
     if q.is_cuda:
-        from vllm_dlm.kernels.sparse_attention import triton as device
-    else:
-        from vllm_dlm.kernels.sparse_attention import torch as device
-    return device.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+        from vllm_dlm.kernels.sparse_attention import triton
+
+        return triton.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+    return plain.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)

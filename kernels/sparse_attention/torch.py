@@ -13,7 +13,7 @@ def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size,
     """See dispatch.py"""
     counts, lengths = q_starts.diff().tolist(), kv_lens.tolist()
     # Requests alike in queries, and in what of their last page is filled, share one call.
-    kinds = {}
+    kinds: dict[tuple[int, int], list[int]] = {}
     for b, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         if count:
             kinds.setdefault((count, length % page_size), []).append(b)

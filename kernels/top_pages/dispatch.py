@@ -2,15 +2,17 @@
 
 import torch
 
+from vllm_dlm.kernels.top_pages import torch as plain
+
 
 def top_pages(scores: torch.Tensor, k: int) -> torch.Tensor:
     """scores [B, Hkv, N] float32 -> [B, Hkv, k] int32, ascending, -1 at the end where fewer than k pages have a score
     above -inf. Pages of score -inf must follow all others (they are those beyond the end)."""
     if scores.is_cuda:
-        from vllm_dlm.kernels.top_pages import triton as device
-    else:
-        from vllm_dlm.kernels.top_pages import torch as device
-    return device.top_pages(scores, k)
+        from vllm_dlm.kernels.top_pages import triton
+
+        return triton.top_pages(scores, k)
+    return plain.top_pages(scores, k)
 
 
 def physical_pages(page_table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

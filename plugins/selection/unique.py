@@ -34,8 +34,9 @@ class Unique(PageSelection):
     name: ClassVar[str] = "unique"
 
     lam: float = 0.5  # weight of the spread
-    std_kind: Literal[STD_KINDS] = "l2"
-    reduce: Literal[REDUCTIONS] = "max"  # over the heads of a key head, and over the queries of a step
+    std_kind: Literal[STD_KINDS] = "l2"  # type: ignore[valid-type]
+    # over the heads of a key head, and over the queries of a step
+    reduce: Literal[REDUCTIONS] = "max"  # type: ignore[valid-type]
 
     def __post_init__(self):
         super().__post_init__()

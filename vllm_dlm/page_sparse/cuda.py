@@ -21,6 +21,8 @@ from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
+from vllm_dlm.plugins.selection.base import Summaries
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
@@ -120,11 +122,12 @@ def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Ten
 
 
 class SelectingFlashImpl(FlashAttentionImpl):
+    selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
+    summaries: Summaries | None = None  # and here once the cache is allocated
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.summaries = None  # hung here once the cache is allocated
         self.counts = PageCounts()
-        self.selection = None
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None

@@ -52,7 +52,7 @@ def install() -> None:
                 raise unsupported(self.layer_name, "kv_cache_dtype", self.kv_cache_dtype)
             self.impl.selection = selection
 
-    init_with_dlm._dlm = True
+    init_with_dlm._dlm = True  # type: ignore[attr-defined]
     Attention.__init__ = init_with_dlm
 
 

@@ -19,5 +19,6 @@ class PageCounts:
     def take(self) -> dict[str, int]:
         """What was counted since the last call."""
         counted = asdict(self)
-        self.__init__()
+        for name in counted:
+            setattr(self, name, 0)
         return counted
