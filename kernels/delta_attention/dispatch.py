@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_dlm.kernels.delta_attention import torch as device
+from vllm_dlm.kernels.delta_attention import torch as plain
 
 
 def delta_attention(
@@ -13,4 +13,4 @@ def delta_attention(
     scale: float,
 ) -> torch.Tensor:
     """-> [L, H, D]"""
-    return device.delta_attention(query, key, columns, delta, scale)
+    return plain.delta_attention(query, key, columns, delta, scale)

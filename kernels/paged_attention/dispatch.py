@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_dlm.kernels.paged_attention import torch as device
+from vllm_dlm.kernels.paged_attention import torch as plain
 
 
 def paged_attention(
@@ -16,9 +16,9 @@ def paged_attention(
     scale: float,
 ) -> torch.Tensor:
     """-> [Tq, H, D]"""
-    return device.paged_attention(q, cache, tables, q_lens, kv_lens, scale)
+    return plain.paged_attention(q, cache, tables, q_lens, kv_lens, scale)
 
 
 def gather(cache: torch.Tensor, table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one sequence, each [Hkv, kv_len, D]"""
-    return device.gather(cache, table, kv_len)
+    return plain.gather(cache, table, kv_len)

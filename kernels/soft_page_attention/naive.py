@@ -1,6 +1,6 @@
 """The definition: one head, one query after the other, the whole matrix of logits. Differentiable, in any dtype."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -71,7 +71,7 @@ def blocks(gate, first, length, prompt_len):
 def must_read(gate, positions, length, prompt_len):
     """-> pages that are read whatever they promise, and all that count"""
     size, recent = gate.page_size, gate.recent_pages
-    forced: Iterable[int]
+    forced: Sequence[int]
     if gate.causal:
         last = positions[0] // size
         considered, forced = range(last + 1), range(last + 1 - recent, last + 1)
@@ -80,8 +80,8 @@ def must_read(gate, positions, length, prompt_len):
         forced = range(-(-prompt_len // size) - recent, -(-prompt_len // size))
     else:
         considered = range(-(-length // size))
-        unfinished = range(length // size, -(-length // size))  # such a page has no statistics
-        forced = [*range(positions[0] // size - recent + 1, positions[-1] // size + recent), *unfinished]
+        forced = range(positions[0] // size - recent + 1, positions[-1] // size + recent)
+        forced = [*forced, *range(length // size, -(-length // size))]  # an unfinished page has no statistics
     return {*range(gate.sink_pages), *forced} & set(considered), set(considered)
 
 

@@ -46,8 +46,9 @@ class Piece(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, mean, spread, out, lse = ctx.saved_tensors
         gate, scale, rows, prompt_len, limit = ctx.rest
-        asked = q_, mean_, spread_ = [x.detach().requires_grad_() for x in (q, mean, spread)]
+        asked = [x.detach().requires_grad_() for x in (q, mean, spread)]
         with torch.enable_grad():
+            q_, mean_, spread_ = asked
             log_mask = plain.page_log_mask(q_, mean_, spread_, gate, scale, rows, k.shape[2], prompt_len, limit)
         dq, dk, dv, dmask = backward(q, k, v, log_mask.detach(), out, lse, grad, gate, scale, rows)
         if gate.hard:

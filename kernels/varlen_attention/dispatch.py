@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_dlm.kernels.varlen_attention import torch as device
+from vllm_dlm.kernels.varlen_attention import torch as plain
 
 
 def varlen_attention(
@@ -16,4 +16,4 @@ def varlen_attention(
     scale: float,
 ) -> torch.Tensor:
     """-> [Tq, H, D]"""
-    return device.varlen_attention(q, k, v, q_lens, kv_lens, scale)
+    return plain.varlen_attention(q, k, v, q_lens, kv_lens, scale)

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_dlm.kernels.wavelet_lowpass import torch as device
+from vllm_dlm.kernels.wavelet_lowpass import torch as plain
 
 
 def lowpass(
@@ -11,4 +11,4 @@ def lowpass(
     levels: int,
 ) -> torch.Tensor:
     """-> [..., N / 2^levels, D] float32"""
-    return device.lowpass(keys, taps, levels)
+    return plain.lowpass(keys, taps, levels)

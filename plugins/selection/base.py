@@ -81,14 +81,9 @@ class Selection:
     #: also decodes autoregressive models: a PageSelection (pages.py)
     autoregressive: ClassVar[bool] = False
 
-    @property
-    def dense_layers(self) -> tuple[int, ...]:
-        """These layers read everything."""
-        return ()
-
     def sees_all(self, layer: int) -> bool:
         """Whether everything is read in this layer."""
-        return layer in self.dense_layers
+        return False
 
     @property
     def unit(self) -> int:

@@ -58,6 +58,9 @@ class PageSelection(Selection):
 
     # -- choosing --------------------------------------------------------------------------
 
+    def sees_all(self, layer: int) -> bool:
+        return layer in self.dense_layers
+
     @property
     def unit(self) -> int:
         return self.page_size

@@ -24,7 +24,7 @@ import pywt
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import mean_and_variance
-from vllm_dlm.kernels.page_scores import Reduction, run_scores
+from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -53,7 +53,7 @@ class WaveFilter(Selection):
     normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits 2^(b/2) sharper, or not
     head_mode: Literal["per_kv_head", "shared"] = "per_kv_head"
     query_set: Literal["active", "masked"] = "active"  # who votes: all rows of the step, or those to be decided
-    agg: Reduction = "softmax_sum"
+    agg: Literal[REDUCTIONS] = "softmax_sum"  # type: ignore[valid-type]
     detail_lambda: float = 0.0
     token_stage: bool = False
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
@@ -88,7 +88,12 @@ class WaveFilter(Selection):
         )  # fmt: skip
         check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
         check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
-        check(self._reselect[0] != "", "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
+        check(
+            reselection(self.reselect) is not None,
+            "reselect",
+            self.reselect,
+            "'step', 'refresh', 'every:R' or 'drift:T'",
+        )
 
     # -- what the fields come to -----------------------------------------------------------
 
@@ -131,19 +136,7 @@ class WaveFilter(Selection):
 
     @property
     def _reselect(self) -> tuple[str, float]:
-        """(kind, its number); of what is none of them the kind is empty"""
-        kind, _, number = self.reselect.partition(":")
-        try:
-            value = float(number) if number else 0.0
-        except ValueError:
-            return "", 0.0
-        ok = {
-            "step": not number,
-            "refresh": not number,
-            "every": value >= 1 and value == int(value),
-            "drift": 0 < value <= 1,
-        }
-        return (kind, value) if ok.get(kind) else ("", 0.0)
+        return reselection(self.reselect) or ("step", 0.0)
 
     # -- what the engine asks --------------------------------------------------------------
 
@@ -152,6 +145,9 @@ class WaveFilter(Selection):
         if prompt_len < self.min_prompt or runs < 1:
             return False
         return self.kept(runs)[-1] * self.unit < runs * 2**self.levels
+
+    def sees_all(self, layer: int) -> bool:
+        return layer in self.dense_layers
 
     def keeps(self, steps: int) -> bool:
         kind, number = self._reselect
@@ -233,11 +229,29 @@ class WaveFilter(Selection):
             scores = scores.sum(0, keepdim=True).expand(len(scores), -1).contiguous()
         return top_pages(scores[None], count)[0]
 
-    def _overlap(self, top: torch.Tensor, before: torch.Tensor) -> bool:
+    def _overlap(self, top: torch.Tensor, before: torch.Tensor | None) -> bool:
         """Whether the coarsest choice is still much the same."""
+        if before is None:
+            return False
         most = int(max(top.max(), before.max())) + 1
         known = torch.zeros(len(top), most, dtype=torch.bool, device=top.device).scatter_(1, before.long(), True)
         return bool(known.gather(1, top.long()).float().mean() >= self._reselect[1])
+
+
+def reselection(text: str) -> tuple[str, float] | None:
+    """When it is chosen anew: "kind" or "kind:number"; None: neither."""
+    kind, _, number = text.partition(":")
+    try:
+        value = float(number) if number else 0.0
+    except ValueError:
+        return None
+    ok = {
+        "step": not number,
+        "refresh": not number,
+        "every": value >= 1 and value == int(value),
+        "drift": 0 < value <= 1,
+    }
+    return (kind, value) if ok.get(kind) else None
 
 
 def is_orthogonal(name: str) -> bool:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.worker.worker_base import WorkerBase
 
 from tests.page_sparse.conftest import SPARSE
 from vllm_dlm.page_sparse.page_counts import PageCounts
@@ -12,7 +13,9 @@ from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 from vllm_dlm.plugins.selection.unique import Unique
 
 
-class Worker:
+class Worker(WorkerBase):
+    def __init__(self): ...
+
     def compile_or_warm_up_model(self):
         self.dlm_unsent.add(PageCounts(sparse_rows=3))
         return "seconds"

@@ -5,7 +5,6 @@ Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, v1/attention/backend.py
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
@@ -19,6 +18,7 @@ from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, page_table, place
 from vllm_dlm.plugins.selection.base import Summaries
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 #: generated positions whose pages are scored at once
 PIECE = 32
@@ -106,6 +106,9 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
 
 
 class SelectingCPUImpl(AttentionImpl):
+    selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
+    summaries: Summaries | None = None  # and here once the cache is allocated
+
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto",
         logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
@@ -116,9 +119,7 @@ class SelectingCPUImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.summaries: Summaries | None = None  # hung here once the cache is allocated
         self.counts = PageCounts()
-        self.selection: Any = None  # a PageSelection, hung here when the layer is given this backend
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -154,5 +155,5 @@ class SelectingCPUImpl(AttentionImpl):
 
     def describe(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> None:
         """Summaries of pages [n] from the keys that lie there now, which are packed."""
-        if len(page_ids):
+        if self.summaries is not None and len(page_ids):
             self.selection.put(self.pages(kv_cache).keys(kv_cache, page_ids), page_ids, self.summaries)

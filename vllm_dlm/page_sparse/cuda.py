@@ -5,7 +5,6 @@ Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -23,6 +22,7 @@ from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
 from vllm_dlm.plugins.selection.base import Summaries
+from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
@@ -122,11 +122,12 @@ def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Ten
 
 
 class SelectingFlashImpl(FlashAttentionImpl):
+    selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
+    summaries: Summaries | None = None  # and here once the cache is allocated
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.summaries: Summaries | None = None  # hung here once the cache is allocated
         self.counts = PageCounts()
-        self.selection: Any = None  # a PageSelection, hung here when the layer is given this backend
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None

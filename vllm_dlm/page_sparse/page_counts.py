@@ -19,6 +19,6 @@ class PageCounts:
     def take(self) -> dict[str, int]:
         """What was counted since the last call."""
         counted = asdict(self)
-        for field in fields(self):
-            setattr(self, field.name, 0)
+        for name in counted:
+            setattr(self, name, 0)
         return counted

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dlm.integration.autoregressive import COUNTS, selection_of
 from vllm_dlm.page_sparse import layer_backends
@@ -21,7 +22,7 @@ from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 logger = init_logger("vllm." + __name__)
 
 
-class Selecting:
+class Selecting(WorkerBase):
     """Mixed into a worker."""
 
     def load_model(self, *args, **kwargs) -> None:
