@@ -6,7 +6,6 @@ import shutil
 import pytest
 from vllm import LLM
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.conftest import GOLDEN
@@ -82,7 +81,7 @@ def test_additional_config_that_is_wrong(field):
 
 @pytest.fixture(scope="module")
 def parse():
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 
     def parse(*arguments: str):
         return parser.parse_args(["--model", str(CHECKPOINT), "--max-model-len", "512", *arguments])
