@@ -68,7 +68,7 @@ def load_llada(folder: str | Path, attn_implementation: str = "unique", dtype=to
 
     folder = Path(folder)
     config = llama_config(json.loads((folder / "config.json").read_text()))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= {llama_name(name): tensor for name, tensor in load_file(file).items()}
     model = LlamaForCausalLM.from_pretrained(
