@@ -62,7 +62,7 @@ def attend_by_span(attend, q, k, v, spans: list[Span]):
         if span.stop > first:
             asked = span.stop - max(span.start, first)
             kinds.setdefault((len(span), asked, span.prompt), []).append(span)
-    done: dict[tuple[int, int], torch.Tensor] = {}
+    done: dict[Span, torch.Tensor] = {}
     for (_, asked, prompt), members in kinds.items():
         queries = torch.stack([q[s.row, :, s.stop - first - asked : s.stop - first] for s in members])
         cut = [torch.stack([x[s.row, :, s.start : s.stop] for s in members]) for x in (k, v)]
