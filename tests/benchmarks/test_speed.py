@@ -51,6 +51,7 @@ def exact_block_flops(rows: int) -> int:
     return BLOCK * per_step + sum(range(1, BLOCK + 1)) * per_head_row
 
 
+@pytest.mark.slow
 def test_rows_of_the_table(result):
     _, data = result
     methods = [("loop", 1), ("none", 1), ("fast_dllm/dual", 1), ("none", 8), ("fast_dllm/dual", 8)]
@@ -89,6 +90,7 @@ def test_ratios_of_rows():
     assert found == [(1, None, None), (4, 1, None), (4, 1, None), (16, 4, None), (32, 8, 0.5)]
 
 
+@pytest.mark.slow
 def test_counts_go_on_until_all_have_delivered(result):
     """Refreshes of different requests keep out of each other's steps: eight of them take more steps than one."""
     one, eight = (row for row in result[1]["rows"] if row["method"] == "fast_dllm/dual")
@@ -106,6 +108,7 @@ def first_block_share(row: dict) -> float:
     return rows / (SHAPE.layers * BLOCK * sum(length + row["new"] for length in lengths))
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_measured_again(result):
     folder, _data = result
     before = (folder / "speed.json").read_bytes()
@@ -113,6 +116,7 @@ def test_what_is_known_is_not_measured_again(result):
     assert (folder / "speed.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_counted_flops_are_the_formula(result):
     for row in of_none(result[1]):
         lengths = Cell(row["prompt"], row["new"], row["batch"], row["blocks"]).lengths()
@@ -120,6 +124,7 @@ def test_counted_flops_are_the_formula(result):
         assert row["head_rows_per_request_step"] == (BLOCK + 1) / 2
 
 
+@pytest.mark.slow
 def test_files_name_neither_host_nor_paths(result):
     folder, _ = result
     for name in ("speed.json", "speed.md"):

@@ -32,7 +32,7 @@ def test_its_tensors_are_named_shaped_and_typed_as_llada(checkpoint):
         for name in BLOCK_WEIGHTS
     }
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert set(tensors) == names
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert sum(tensor.numel() for tensor in tensors.values()) <= 3_000_000
