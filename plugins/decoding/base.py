@@ -164,6 +164,20 @@ def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
     return token_R
 
 
+def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
+    """In place: first nucleus, then top-k over what is left, as Dream orders them. What is dropped gets the lowest
+    number there is. Beside the mask, which fills nothing, the best token always stays."""
+    sorted_RV, index_RV = logits_RV.sort(-1, descending=True)
+    before_RV = sorted_RV.softmax(-1)
+    before_RV = before_RV.cumsum(-1) - before_RV  # probability mass ahead of each token
+    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    drop_RV = (before_RV > rows.top_p[:, None]) | (rank_V >= rows.top_k[:, None])
+    drop_RV[:, 0] = False
+    drop_RV[:, 1] &= index_RV[:, 0] != rows.mask_id
+    sorted_RV.masked_fill_(drop_RV, torch.finfo(logits_RV.dtype).min)
+    logits_RV.scatter_(1, index_RV, sorted_RV)
+
+
 def check(ok: bool, field: str, value, wanted: str) -> None:
     if not ok:
         raise ValueError(f"{field}: {shown(value)} is not valid, it must be {wanted}")

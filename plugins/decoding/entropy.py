@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, Turn, check, most_likely
+from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, Turn, check, filter_top_p_top_k, most_likely
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Entropy(Decoding):
             logits_RV /= torch.where(greedy_R, 1.0, rows.temperature)[:, None]
         if rows.filtered:
             # Dream filters before it takes the confidence, greedy rows included.
-            filter_top_p_top_k(logits_RV, rows.top_p, rows.top_k)
+            filter_top_p_top_k(logits_RV, rows)
         prob_RV = logits_RV.softmax(-1)
         token_R = most_likely(prob_RV, rows.mask_id)
         if rows.sampled:
@@ -82,15 +82,3 @@ class Entropy(Decoding):
             # Fast-dLLM's threshold for Dream keeps the step budget: no step gets ahead of the even split.
             chosen = chosen[: max(turn.quota, 1)]
         return chosen
-
-
-def filter_top_p_top_k(logits_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tensor) -> None:
-    """In place: first nucleus, then top-k over what is left, as Dream orders them."""
-    sorted_RV, index_RV = logits_RV.sort(-1, descending=True)
-    before_RV = sorted_RV.softmax(-1)
-    before_RV = before_RV.cumsum(-1) - before_RV  # probability mass ahead of each token
-    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    drop_RV = (before_RV > top_p_R[:, None]) | (rank_V >= top_k_R[:, None])
-    drop_RV[:, 0] = False
-    sorted_RV.masked_fill_(drop_RV, torch.finfo(logits_RV.dtype).min)
-    logits_RV.scatter_(1, index_RV, sorted_RV)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, most_likely
+from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, filter_top_p_top_k, most_likely
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LowConfidence(Decoding):
             # argmax of exp(l) / E^T, the reference's Gumbel-max in float64. Temperature moves the choice
             # of the token only: its confidence is read from the plain logits.
             noise_RV = rows.exponential().log_().mul_(-rows.temperature[:, None].double())
-            noisy_RV = noise_RV.add_(logits_RV)
+            noisy_RV = noise_RV.add_(kept(logits_RV, rows) if rows.filtered else logits_RV)
         token_R = most_likely(noisy_RV, rows.mask_id)
         # In the reference this option assigns -inf to the logits after the argmax and before the softmax
         # (and only partly so when sampling): EOS and EOT get confidence 0, the others are renormalised.
@@ -41,3 +41,11 @@ class LowConfidence(Decoding):
     @staticmethod
     def score(prob_R: torch.Tensor, rows: LogitRows) -> torch.Tensor:
         return prob_R
+
+
+def kept(logits_RV: torch.Tensor, rows: LogitRows) -> torch.Tensor:
+    """The logits of tokens that top_p and top_k leave to be drawn. LLaDA's reference knows neither; they mean what
+    they mean to vLLM, and like temperature move the choice of the token only."""
+    scaled_RV = logits_RV / torch.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
+    filter_top_p_top_k(scaled_RV, rows)
+    return logits_RV.masked_fill(scaled_RV == torch.finfo(scaled_RV.dtype).min, -torch.inf)

@@ -4,8 +4,8 @@ import random
 
 from vllm import SamplingParams
 
+from tests.engine.batches import POLICIES
 from tests.engine.running import Counted, tokens
-from tests.engine.test_reuse import POLICIES
 from vllm_dlm.engine.selected_keys import View
 
 

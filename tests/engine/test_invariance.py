@@ -1,47 +1,16 @@
 """The same tokens for a request whoever shares its batch, in whatever order, on however many ranks and blocks."""
 
+import json
 import random
 import subprocess
 import sys
 
 import pytest
-from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
+from tests.engine.batches import mixed_requests
 from tests.engine.running import tokens
 from tests.engine.worker_calls import open_requests
-
-ALGORITHMS = ["low_confidence", "random", "entropy", "maskgit_plus", "topk_margin", "origin"]
-
-
-def mixed_requests(count: int = 32, seed: int = 0):
-    """Prompts of 1 to 120 tokens, canvases of 3 to 48, every algorithm, greedy and sampled, guided and not."""
-    rng = random.Random(seed)
-    for index in range(count):
-        length = rng.randint(3, 48)
-        block = rng.choice([4, 8, 16, length])
-        blocks = -(-length // block)
-        algorithm = ALGORITHMS[index % len(ALGORITHMS)]
-        extra = {
-            "dlm_algorithm": algorithm,
-            "dlm_block_length": block,
-            "dlm_steps": rng.randint(blocks, max(blocks, length)),
-        }
-        if index % 5 == 0:
-            extra["dlm_cfg_scale"] = 1.5
-        if index % 7 == 0 and algorithm not in ("random", "origin"):
-            extra["dlm_threshold"] = 0.05
-        sampled = {"temperature": 0.8, "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 50])}
-        params = SamplingParams(
-            **(sampled if index % 2 else {"temperature": 0}),
-            max_tokens=length,
-            seed=index,
-            ignore_eos=index % 3 > 0,
-            extra_args=extra,
-            detokenize=False,
-        )
-        prompt = {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 120))]}
-        yield prompt, params
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +55,8 @@ class TestInvariance:
             env=two_rank_environment(),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-        assert eval(lines[-1].removeprefix("TOKENS ")) == together[checkpoint]
+        (*_, line) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
+        assert [tuple(given) for given in json.loads(line.removeprefix("TOKENS "))] == together[checkpoint]
 
 
 def two_rank_environment() -> dict[str, str]:
@@ -105,4 +74,4 @@ def two_ranks(checkpoint: str) -> None:
     from tests.conftest import start_engine
 
     llm = start_engine(checkpoint, tensor_parallel_size=2)
-    print("TOKENS", tokens(llm, list(mixed_requests())), flush=True)
+    print("TOKENS", json.dumps(tokens(llm, list(mixed_requests()))), flush=True)

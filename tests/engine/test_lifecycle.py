@@ -3,8 +3,8 @@
 import pytest
 from vllm import SamplingParams
 
+from tests.engine.batches import mixed_requests
 from tests.engine.running import free_blocks, tokens
-from tests.engine.test_invariance import mixed_requests
 
 CHECKPOINT = "llada-tiny"
 

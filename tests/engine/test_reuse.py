@@ -9,6 +9,7 @@ import torch
 from vllm import SamplingParams
 
 from benchmarks.costs import predict
+from tests.engine.batches import CHECKPOINTS, POLICIES
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
@@ -20,7 +21,6 @@ from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
 
-CHECKPOINTS = ["llada-tiny", "llada-tiny-gqa", "dream-tiny"]
 EXACT = {
     "dllm_cache (1, 1)": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1},
     "dllm_cache (1, 1) parity": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1, "parity": True},
@@ -88,12 +88,6 @@ def test_threshold_zero_fills_a_block_per_forward(engines):
     )  # fmt: skip
     _, steps = record(llm, (prompt, params))
     assert len(steps) == 4
-
-
-POLICIES = [
-    "none", "fast_dllm/prefix", "fast_dllm/dual", "dllm_cache", "dllm_cache/llada-instruct-mmlu-pro",
-    "dllm_cache/dream-base-humaneval", "dyllm", "dyllm/llada-speed",
-]  # fmt: skip
 
 
 def mixed(count: int = 24):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
-from tests.engine.test_reuse import CHECKPOINTS
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import View

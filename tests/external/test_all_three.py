@@ -4,8 +4,8 @@ the matrix that the package's own methods pass, next to those and with each othe
 import pytest
 from vllm import SamplingParams
 
+from tests.engine.matrix import assert_exact, assert_tokens_are_those_alone, combinations, small
 from tests.engine.running import Counted, Recorder, tokens
-from tests.engine.test_matrix import assert_exact, assert_tokens_are_those_alone, combinations, small
 from tests.external.distribution import installed
 from vllm_dlm.methods import methods
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.running import tokens as canvas_tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
-from tests.engine.test_invariance import tokens as canvas_tokens
 from tests.external.distribution import installed
 from tests.page_sparse.conftest import counted, decode, prompts, selecting, tokens
 from tests.page_sparse.reference import Reference

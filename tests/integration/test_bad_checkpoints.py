@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.conftest import GOLDEN
-from tests.integration.test_refused_at_start import line_of
+from tests.integration.refusals import line_of
 from tests.page_sparse.models import write
 from vllm_dlm.models import checkpoint
 

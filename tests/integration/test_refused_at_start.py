@@ -9,14 +9,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.conftest import GOLDEN
+from tests.integration.refusals import line_of
 from tests.integration.serving import CHECKPOINT
-
-
-def line_of(error: BaseException) -> str:
-    """The line of a message that says what is wrong; pydantic wraps two others around it."""
-    (line,) = [line for line in str(error).splitlines() if "Value error" in line]
-    return line.split(" [type=")[0]
-
 
 # -- engine arguments ------------------------------------------------------------------------
 

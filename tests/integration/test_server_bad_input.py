@@ -190,7 +190,9 @@ UNUSUAL = {
     "largest seed and three samples": (sampled(seed=2**63 - 1, n=3), sampled(seed=2**63 - 1, n=3), None),
     "huge top_k": (sampled(top_k=2**63) | ENTROPY, sampled() | ENTROPY, None),
     "tiny temperature": ({"temperature": 1e-9}, {"temperature": 0}, None),
-    "tiny top_p": (
+    "tiny top_p": (sampled(top_p=1e-9), {"temperature": 0}, None),
+    "top_k of one": (sampled(top_k=1), {"temperature": 0}, None),
+    "tiny top_p of Dream's": (
         sampled(top_p=1e-9) | ENTROPY,
         {"temperature": 0} | options(dlm_algorithm="entropy", dlm_top_p=1e-9),
         None,

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from tests.kernels.pages import PagedBatch
-from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics
+from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics, spread_width
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.haar_pyramid import store_statistics as cpu_store
 from vllm_dlm.kernels.haar_pyramid import triton as pyramid
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS
 from vllm_dlm.kernels.page_scores import naive as naive_scores
+from vllm_dlm.kernels.page_scores import torch as cpu_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
 from vllm_dlm.kernels.sparse_attention import triton as attention
@@ -157,6 +158,18 @@ def test_scores_that_are_forced_broken_or_infinite(reduce):
     assert (got[:, [0, 5, 19]] == FORCED).all() and got[0, 7] == LOWEST
     statistics.mean[infinite, 1, 0, 0] = torch.inf
     compare_scores(batch, statistics, reduce, 1e-5)
+
+
+@pytest.mark.parametrize("std_kind", STD_KINDS)
+def test_scores_of_summaries_among_keys_and_values(std_kind):
+    """As a canvas keeps them: head by head, mean and spread side by side in the keys' dtype."""
+    g = torch.Generator().manual_seed(0)
+    rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
+    q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
+    arguments = q, rows[..., :64], rows[..., 64 : 64 + width], std_kind, 35, 1, 0.5, "max"
+    torch.testing.assert_close(
+        scores_of.run_scores(*arguments), cpu_scores.run_scores(*arguments), atol=3e-2, rtol=3e-2
+    )
 
 
 def test_pages_that_requests_share_and_requests_without_pages():

@@ -124,7 +124,7 @@ def set_block_size(cache_config, selection) -> None:
     """Pages are parts of blocks. (The CPU's default of 128 holds any page.)"""
     from vllm.platforms import current_platform
 
-    size = selection.page_size
+    size = selection.unit
     if cache_config.user_specified_block_size:
         if cache_config.block_size % size:
             raise OptionError(
@@ -142,7 +142,7 @@ def refuse_unsupported(vllm_config) -> None:
     speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
     refused = {
         "kv_cache_dtype": cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        # blocks that come from elsewhere have no statistics
+        # blocks that come from elsewhere have no summaries
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
         "kv_offloading_size": getattr(cache, "kv_offloading_size", None) is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,

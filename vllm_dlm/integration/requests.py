@@ -136,11 +136,11 @@ def check(params, options: Options, prompt: int, processor) -> None:
             refuse(field, value, f"not supported with masked-diffusion language models{also}")
 
     model = processor.model_config
-    room, longest = model.max_model_len - prompt, options.canvas.max
+    longest = options.canvas.max
     asked = default_length(processor) if params.max_tokens is None else params.max_tokens
     if longest is not None and asked > longest:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
-    length = min(asked, room)
+    length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
     if length < 1:
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     blocks, steps = len(options.decoding.blocks(length)), options.decoding.steps
