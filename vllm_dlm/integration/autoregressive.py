@@ -43,12 +43,6 @@ def update_from_output(update):
     return update_with_counts
 
 
-def attention_init(init):
-    from vllm_dlm.page_sparse.layer_backends import with_selection
-
-    return with_selection(init)
-
-
 def selection_of(vllm_config):
     """The selection an autoregressive model decodes with; None: it is vLLM's alone."""
     if vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):

@@ -38,6 +38,13 @@ class Patch:
         return self.owner.partition(":")[0]
 
 
+def attention_init(init: Callable) -> Callable:
+    """Imports vLLM's attention, which only workers do."""
+    from vllm_dlm.page_sparse.layer_backends import with_selection
+
+    return with_selection(init)
+
+
 PATCHES = (
     # -- flags and configuration ---------------------------------------------------------------
     Patch(
@@ -128,7 +135,7 @@ PATCHES = (
         ("(self, vllm_config, engine_indexes=)",),
     ),
     Patch(
-        "vllm.model_executor.layers.attention.attention:Attention", "__init__", autoregressive.attention_init,
+        "vllm.model_executor.layers.attention.attention:Attention", "__init__", attention_init,
         "No model of vLLM's lets its layers be given a backend; those that choose pages get one.",
         ("(self, num_heads, head_size, scale, num_kv_heads=, alibi_slopes=, use_alibi_sqrt=, cache_config=, "
          "quant_config=, logits_soft_cap=, per_layer_sliding_window=, prefix=, attn_type=, "

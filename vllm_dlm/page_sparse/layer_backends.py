@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_dlm.integration.autoregressive import selection_of
-from vllm_dlm.integration.patches import patch_worker
 
 BACKENDS = {
     "DLM_SELECTING_CPU": "vllm_dlm.page_sparse.cpu.SelectingCPUBackend",
@@ -28,7 +27,6 @@ def install() -> None:
     for name, path in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             AttentionBackendEnum.register(name, path)
-    patch_worker()
 
 
 def with_selection(init):

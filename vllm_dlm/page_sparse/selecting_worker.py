@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dlm.integration.autoregressive import COUNTS, selection_of
+from vllm_dlm.integration.patches import patch_worker
 from vllm_dlm.page_sparse import layer_backends
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
@@ -27,6 +28,7 @@ class Selecting(WorkerBase):
 
     def load_model(self, *args, **kwargs) -> None:
         layer_backends.install()
+        patch_worker()
         self.dlm_selection = selection_of(self.vllm_config)
         self.dlm_counts, self.dlm_unsent = PageCounts(), PageCounts()
         super().load_model(*args, **kwargs)
