@@ -76,10 +76,10 @@ def configure(vllm_config) -> None:
         if selection is None:
             return
         refuse_model(vllm_config.model_config, selection)
-        set_block_size(vllm_config.cache_config, selection)
+        fit_blocks_to_pages(vllm_config.cache_config, selection)
     except OptionError as error:
         raise ValueError(blamed(vllm_config, error)) from None
-    refuse_unsupported(vllm_config)
+    refuse_beside_selection(vllm_config)
 
     from vllm.platforms import current_platform
 
@@ -114,7 +114,7 @@ def refuse_model(model_config, selection) -> None:
         )
 
 
-def set_block_size(cache_config, selection) -> None:
+def fit_blocks_to_pages(cache_config, selection) -> None:
     """Pages are parts of blocks. (The CPU's default of 128 holds any page.)"""
     from vllm.platforms import current_platform
 
@@ -131,7 +131,7 @@ def set_block_size(cache_config, selection) -> None:
         cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
 
 
-def refuse_unsupported(vllm_config) -> None:
+def refuse_beside_selection(vllm_config) -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
     refused = {
