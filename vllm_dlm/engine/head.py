@@ -6,7 +6,7 @@ exist; that buffer is part of the memory profile.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +38,9 @@ class HeadRequest:
 
     state: Denoising
     positions: np.ndarray  # [C] canvas positions to decode
-    rows: np.ndarray = NOTHING  # [C] rows of the hidden states that predict them
-    guide_rows: np.ndarray = NOTHING  # [C] the same rows in the guidance stream
-    proposal: Proposal = NO_PROPOSAL  # numpy arrays, set by Head.run
+    rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] rows of the hidden states that predict them
+    guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows in the guidance stream
+    proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
 
     @property
@@ -137,12 +137,12 @@ class RowTable:
             for s, r in zip(states, requests, strict=True)
         ]
         options = {}
-        for field in fields(states[0].options.decoding):
-            values = [getattr(s.options.decoding, field.name) for s in states]
+        for each in fields(states[0].options.decoding):
+            values = [getattr(s.options.decoding, each.name) for s in states]
             if all(isinstance(value, bool) for value in values):
-                options[field.name] = column(values, np.bool_)
+                options[each.name] = column(values, np.bool_)
             elif all(isinstance(value, int | float | None) for value in values):
-                options[field.name] = column(values, np.float32)  # None becomes NaN
+                options[each.name] = column(values, np.float32)  # None becomes NaN
         return cls(
             temperature=column([s.sampling.temperature for s in states], np.float32),
             top_p=column([s.sampling.top_p for s in states], np.float32),

@@ -6,7 +6,7 @@ Canvases that are treated alike, same policy and same kind of step, form a
 group of consecutive rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -35,7 +35,7 @@ class Stream:
     response: tuple[int, int]  # positions from which the response is read
     feature_rows: int = 0  # the last so many positions keep features
     kv_table: np.ndarray | None = None  # block ids, in order
-    feature_table: np.ndarray = NO_BLOCKS
+    feature_table: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
     view: View | None = None  # what a selection lets the response see; None: everything
     filtered: bool = False  # even where every row is recomputed
     chooses: bool = False  # the view changes in this step
