@@ -5,9 +5,9 @@ into the worker); the server tests and the tensor-parallel test cover vLLM's
 multiprocess mode.
 """
 
-import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,8 +46,26 @@ def engines():
         return started[key]
 
     yield get
-    # Each engine collects garbage when it goes, seconds for what a whole run has made.
-    gc.freeze()
+    KEPT.append(started)
+
+
+#: Taken down one by one, engines collect garbage for minutes; they end with the process instead.
+KEPT: list[dict] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    if KEPT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+EXIT_STATUS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")

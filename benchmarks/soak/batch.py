@@ -185,7 +185,7 @@ def compare(pair: Pair, batch: Batch, ran: Ran, known: dict[str, tuple]) -> None
 
 
 def caches(pair: Pair, given: Given) -> bool:
-    return request_options(runner_of(pair.tight).options, given.fields["extra_args"]).caches
+    return request_options(core_of(pair.tight).scheduler.dlm_options, given.fields["extra_args"]).caches
 
 
 def answer_alone(pair: Pair, given: Given, known: dict[str, tuple]) -> tuple:

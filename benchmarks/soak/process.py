@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.soak.batch import Batch, Entry, check
-from benchmarks.soak.engines import Pair, Server, runner_of
+from benchmarks.soak.engines import Pair, Server, core_of
 from benchmarks.soak.fork import Found, in_a_fork
 from benchmarks.soak.requests import Given, drawn_request, drawn_server
 from benchmarks.soak.shrink import shrink
@@ -145,7 +145,7 @@ def drawn_batch(rng: random.Random, pair: Pair, pool: list[Given], work: Shift, 
 
 
 def accepted_request(rng: random.Random, pair: Pair, work: Shift) -> Given:
-    server = runner_of(pair.tight).options
+    server = core_of(pair.tight).scheduler.dlm_options
     while True:
         given = drawn_request(rng, pair.model, server)
         if (field := refusal(pair, given)) is None:

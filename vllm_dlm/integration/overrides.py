@@ -85,6 +85,7 @@ READ = {
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method, for heads of drafts",
     "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beams are refused whatever they may hold",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": "supports_kv_cache_update_bypass, see page_sparse",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.supports_kv_cache_update_bypass": "new, set to False",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "other backends",
     "vllm.v1.core.sched.output:SchedulerOutput": "two fields with defaults, of encoders and of drafts",
     "vllm.v1.engine:EngineCoreOutput": "error, of requests that never ran; ours end with finish_reason and stop_reason",
