@@ -17,11 +17,12 @@ check: $(READY)
 	@.venv/bin/python -m ruff check
 	@.venv/bin/python -m mypy
 
+# A file's tests stay in one of the two processes, which shares its engines and servers among them.
 test: $(READY)
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY)
-	@.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
 environment: $(READY)
 

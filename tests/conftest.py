@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tied to the same cores, the threads of two processes would wait for each other most of the time.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 

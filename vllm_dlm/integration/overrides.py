@@ -84,6 +84,7 @@ READ = {
     "vllm.config:VllmConfig": "watchdog_config, off unless a folder is given",
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method, for heads of drafts",
     "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beams are refused whatever they may hold",
+    "vllm.v1.attention.backend:AttentionBackend": "supports_kv_cache_update_bypass, False, see page_sparse",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": "supports_kv_cache_update_bypass, see page_sparse",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.supports_kv_cache_update_bypass": "new, set to False",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "other backends",
