@@ -44,8 +44,9 @@ class Progress:
         return np.flatnonzero(self.tokens == self.mask_id)
 
     def rows_reading(self, positions: np.ndarray) -> np.ndarray:
-        """Rows whose logits predict these positions. (Dream's position 0 falls back on its own row.)"""
-        return np.unique(np.maximum(positions - self.shift, 0)) if self.shift else positions
+        """The row whose logits predict each position. Dream's at i predict i + 1; position 0 falls back on its own
+        row, which position 1 is read at, too."""
+        return np.maximum(positions - self.shift, 0)
 
 
 @lru_cache(maxsize=256)

@@ -11,19 +11,19 @@ project's reading, and fields.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import (
-    STD_KINDS,
     PageStatistics,
+    StdKind,
     mean_and_variance,
     spread_of,
     spread_width,
     store_statistics,
 )
-from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores, run_scores
+from vllm_dlm.kernels.page_scores import Reduction, page_scores, run_scores
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
@@ -34,9 +34,9 @@ class Unique(PageSelection):
     name: ClassVar[str] = "unique"
 
     lam: float = 0.5  # weight of the spread
-    std_kind: Literal[STD_KINDS] = "l2"  # type: ignore[valid-type]
+    std_kind: StdKind = "l2"
     # over the heads of a key head, and over the queries of a step
-    reduce: Literal[REDUCTIONS] = "max"  # type: ignore[valid-type]
+    reduce: Reduction = "max"
 
     def __post_init__(self):
         super().__post_init__()

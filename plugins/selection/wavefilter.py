@@ -24,7 +24,7 @@ import pywt
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import mean_and_variance
-from vllm_dlm.kernels.page_scores import REDUCTIONS, run_scores
+from vllm_dlm.kernels.page_scores import Reduction, run_scores
 from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -53,7 +53,7 @@ class WaveFilter(Selection):
     normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits 2^(b/2) sharper, or not
     head_mode: Literal["per_kv_head", "shared"] = "per_kv_head"
     query_set: Literal["active", "masked"] = "active"  # who votes: all rows of the step, or those to be decided
-    agg: Literal[REDUCTIONS] = "softmax_sum"  # type: ignore[valid-type]
+    agg: Reduction = "softmax_sum"
     detail_lambda: float = 0.0
     token_stage: bool = False
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)

@@ -24,7 +24,7 @@ class Slots:
 class KVBlocks:
     def __init__(self, layers: list[torch.Tensor]):
         self.layers = layers
-        self.head_dim = layers[0].shape[-1] // 2
+        self.head_dim = layers[0].shape[-1] // 2 if layers else 0
 
     def write_keys(self, layer: int, slots: Slots, keys_THD: torch.Tensor) -> None:
         self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, : self.head_dim] = keys_THD

@@ -41,7 +41,7 @@ class Reader(NamedTuple):
 class Denoiser:
     def __init__(self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device):
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
-        self.blocks: KVBlocks | None = None  # until vLLM says how many there are
+        self.blocks = KVBlocks([])  # until vLLM says how many there are
         self.observers: list[Observer] = []
 
     def step(
@@ -70,8 +70,8 @@ class Denoiser:
         start = 0
         for stream, request, guides in readers:
             rows = np.arange(start, start := start + len(stream.head_positions))
-            # several positions may be read at one row: Dream's position 0 and 1
-            read = np.maximum(request.positions - request.state.canvas.shift, 0)
+            # several positions may be read at one row
+            read = request.state.canvas.progress.rows_reading(request.positions)
             rows = rows[np.searchsorted(stream.head_positions, read)]
             request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
         for observer in self.observers:
@@ -99,8 +99,7 @@ class Denoiser:
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
         positions = reuse.candidates(canvas.candidates(), at)
-        # Dream's logits at i predict i + 1; position 0 falls back on its own row.
-        heads = np.maximum(positions - canvas.shift, 0)
+        heads = at.rows_reading(positions)
         live = np.zeros(len(canvas), np.bool_)
         live[plan.live] = True
         seen = live[heads]

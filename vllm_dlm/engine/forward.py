@@ -14,7 +14,7 @@ from vllm_dlm.plugins.reuse.flow import Rope
 Watch = Callable[[str, torch.Tensor], None]
 
 
-def denoise(model, packed: Packed, blocks: KVBlocks | None, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+def denoise(model, packed: Packed, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
     """-> hidden states before the final norm of the rows the head needs, canvas after canvas: [R, E]"""
     layers, groups = model.model.layers, packed.groups
     x_TE, rope = model.embed_input_ids(packed.ids), Rope(*model.model.rope(packed.positions))

@@ -10,15 +10,10 @@ from vllm_dlm.plugins.reuse.flow import Rows
 
 
 class GroupAttention:
-    def __init__(self, layer: int, group: Group, blocks: KVBlocks | None, scale: float, counts: Counts):
-        self.layer, self.group, self._blocks, self.scale, self.counts = layer, group, blocks, scale, counts
+    def __init__(self, layer: int, group: Group, blocks: KVBlocks, scale: float, counts: Counts):
+        self.layer, self.group, self.blocks, self.scale, self.counts = layer, group, blocks, scale, counts
         #: the group's responses see only part of their canvas in this layer
         self.selects = bool(group.views) and not group.views[0].sees_all(layer)
-
-    @property
-    def blocks(self) -> KVBlocks:
-        assert self._blocks is not None, "nothing is cached before vLLM has said how many blocks there are"
-        return self._blocks
 
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Queries [n, H, D] over this step's keys and values of every row of their canvas -> [n, H * D]"""

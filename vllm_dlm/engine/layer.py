@@ -34,7 +34,7 @@ COUNTED: dict[type, str] = {Value: "value", Query: "query", Key: "key", Output: 
 class LayerStep:
     """One layer in one step."""
 
-    def __init__(self, index: int, last: bool, layer, blocks: KVBlocks | None, counts: Counts):
+    def __init__(self, index: int, last: bool, layer, blocks: KVBlocks, counts: Counts):
         self.index, self.last, self.layer, self.blocks, self.counts = index, last, layer, blocks, counts
 
     def run(self, groups: list[Group], x_TE: torch.Tensor, rope: Rope) -> list[tuple[Rows, torch.Tensor]]:
@@ -131,12 +131,7 @@ class GroupLayer:
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
         self.where, self.least_similar = group.where, group.least_similar
-        self._group, self._step = group, step
-
-    @property
-    def _blocks(self) -> KVBlocks:
-        assert self._step.blocks is not None, "nothing is cached before vLLM has said how many blocks there are"
-        return self._step.blocks
+        self._group, self._blocks = group, step.blocks
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         new, old = new.flatten(1).float(), old.flatten(1).float()
