@@ -183,13 +183,13 @@ def measure(shape: Shape, method: str, selection: dict | None, context: int, aro
     for batch in args.batches:
         decode(llm, prompt, batch, 4)
         before = page_counts(llm) if selection else None
-        with around.watch():
+        with around.watch() as watch:
             seconds = [decode(llm, prompt, batch, args.new)[0] for _ in range(args.repetitions)]
         middle = statistics.median(seconds)
         row = {
             "shape": shape.name, "method": method, "context": context, "batch": batch,
             "seconds_per_step": seconds, "ms_per_token": 1000 * middle, "tokens_per_s": batch / middle,
-        }  # fmt: skip
+        } | watch.beside  # fmt: skip
         if selection:
             counts = {name: value - before[name] for name, value in page_counts(llm).items()}
             share = counts["pages_read"] / counts["pages_seen"]

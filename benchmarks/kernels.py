@@ -98,8 +98,9 @@ def run(args) -> None:
     for keys, batch in wanted:
         if time.monotonic() > end:
             break
-        with around.watch():
-            rows.append(measure(Case.random(keys, batch, args.queries, device), seconds, bandwidth))
+        with around.watch() as watch:
+            row = measure(Case.random(keys, batch, args.queries, device), seconds, bandwidth)
+        rows.append(row | watch.beside)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
         table().write(args.results)
     if not rows:

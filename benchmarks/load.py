@@ -111,6 +111,11 @@ class Noted(Watch):
         if self.others is not None:
             self.load.others.append(self.others)
 
+    @property
+    def beside(self) -> dict:
+        """For the row that was measured: whoever quotes it asks whether the machine was idle for this one."""
+        return {} if self.others is None else {"others": self.others}
+
 
 def add_arguments(parser) -> None:
     parser.add_argument(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.report import is_idle, on_machine
+from benchmarks.report import idle_part, is_idle, on_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: written by `python -m benchmarks figures` -->", "<!-- end of figures -->"
@@ -16,9 +16,9 @@ class Tables:
     def __init__(self, folder: Path):
         self.found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
         # Beside times of an idle machine no others are quoted.
-        idle = [name for name in TIMED if name in self.found and is_idle(self.found[name]["settings"]["load"])]
-        for name in set(TIMED) - set(idle) if idle else ():
-            self.found.pop(name, None)
+        idle = {name: part for name in TIMED if name in self.found and (part := idle_part(self.found[name]))}
+        if idle:
+            self.found = {name: table for name, table in self.found.items() if name not in TIMED} | idle
 
     def value(self, table: str, key: str, form: str, **where) -> str:
         """Of the one row that fits."""

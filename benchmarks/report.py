@@ -122,14 +122,26 @@ def joined(load: dict, earlier: dict | None) -> dict:
 
 
 def resumed(path: Path, settings: dict, threads: int, busy: bool) -> dict | None:
-    """What a result file has, if it is of these settings, versions and machine, and the machine was idle."""
+    """What a result file has of an idle machine, if it is of these settings, versions and machine."""
     if not path.exists():
         return None
     old = json.loads(path.read_text())
     wanted = json.loads(json.dumps(settings | {"versions": versions(), "machine": machine(threads)}))
     if any(old["settings"].get(key) != value for key, value in wanted.items()):
         return None
-    return old if busy or is_idle(old["settings"]["load"]) else None
+    return old if busy else idle_part(old)
+
+
+def idle_part(result: dict) -> dict | None:
+    """The rows that were measured on an idle machine, under the load that was beside these; None: there are none."""
+    load = result["settings"]["load"]
+    if is_idle(load):
+        return result
+    rows = [row for row in result["rows"] if row.get("others", IDLE) < IDLE]
+    if load["average_before"] >= IDLE or not rows:
+        return None
+    own_load = load | {"cores_used_by_others_at_most": max(row["others"] for row in rows)}
+    return result | {"rows": rows, "settings": result["settings"] | {"load": own_load}}
 
 
 def is_idle(load: dict) -> bool:

@@ -126,10 +126,10 @@ class Speed:
         if not cells or self.late():
             return
         self.progress.set_postfix_str(f"{shape.name} loop")
-        with self.load.watch():
+        with self.load.watch() as watch:
             found = loop_seconds(shape, checkpoint(shape), cells, self.args)
         for cell, seconds in zip(cells, found, strict=True):
-            self.keep(base_row(shape, LOOP, cell, seconds) | {"flops": cell.dense_flops(shape)})
+            self.keep(base_row(shape, LOOP, cell, seconds) | {"flops": cell.dense_flops(shape)} | watch.beside)
 
     def measure_engine(self, shape: Shape, server: dict, wanted: list[tuple[Policy, Cell]]) -> None:
         if not wanted or self.late():
@@ -140,9 +140,9 @@ class Speed:
                 break
             self.progress.set_postfix_str(f"{shape.name} {policy.label} {cell.prompt} x {cell.batch}")
             timed = cell.short(self.args.none_steps) if self.args.none_steps and policy.label == "none" else cell
-            with self.load.watch():
+            with self.load.watch() as watch:
                 runs = engine.measure(timed, policy.request, self.args.repetitions, self.args.seconds)
-            self.keep(engine_row(shape, policy, timed, runs))
+            self.keep(engine_row(shape, policy, timed, runs) | watch.beside)
         engine.close()
 
     def late(self) -> bool:

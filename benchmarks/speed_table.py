@@ -24,6 +24,7 @@ COLUMNS = [
     report.Column("flops_vs_loop", "FLOPs / loop", "{:.1%}"),
     report.Column("flops_vs_none", "FLOPs / none", "{:.1%}"),
     report.Column("overhead", "engine overhead", "{:.1%}"),
+    report.Column("others", "cores of others", "{:.2f}"),
     report.Column("kv_share", "cached keys read", "{:.1%}"),
     report.Column("scored", "keys scored / step", "{:.0f}"),
     report.Column("pyramids", "pyramid rows made / step", "{:.0f}"),
@@ -43,7 +44,7 @@ NOTES = [
     "that are there. keys scored: means and keys a selection compared with queries; pyramid rows: means it took. "
     "Both per layer.",
     "engine overhead: share of the wall time outside forward and head (scheduler, processes, packing, "
-    "committing, detokenising).",
+    "committing, detokenising). cores of others: used by other processes meanwhile, at most.",
     "steps timed: where fewer than new tokens, the first ones of the first block: with `none` every step "
     "recomputes every row, so all of them cost the same.",
 ]
@@ -96,20 +97,25 @@ def engine_row(shape: Shape, policy: Policy, cell: Cell, runs: list[dict]) -> di
 
 def with_ratios(rows: list[dict]) -> list[dict]:
     """Of one checkpoint: against the loop's one request of the same prompt, `none` in the same cell, and the
-    reuse policy without a selection."""
+    reuse policy without a selection. A row is as idle as those it is compared with."""
     cell_of = {(row["method"], row["prompt"], row["batch"]): row for row in rows}
     for row in rows:
         prompt, batch = row["prompt"], row["batch"]
         reuse, plus, _ = row["method"].partition("+")
-        if plus and (host := cell_of.get((reuse, prompt, batch))):
-            row["vs_host"] = row["ms_per_step"] / host["ms_per_step"]
         cell = Cell(prompt, row["new"], batch, row["blocks"], row["steps_per_block"])
         row["flops_vs_loop"] = row["flops"] / cell.dense_flops(SHAPES[row["shape"]])
-        if base := cell_of.get(("loop", prompt, 1)):
-            row["vs_loop"] = row["tokens_per_s"] / base["tokens_per_s"]
-        if row["method"] != "loop" and (base := cell_of.get(("none", prompt, batch))):
-            row["vs_none"] = row["tokens_per_s"] / base["tokens_per_s"]
-            row["flops_vs_none"] = (row["flops"] / row["awaited"]) / (base["flops"] / base["awaited"])
+        host = cell_of.get((reuse, prompt, batch)) if plus else None
+        loop = cell_of.get(("loop", prompt, 1))
+        none = cell_of.get(("none", prompt, batch)) if row["method"] != "loop" else None
+        if host:
+            row["vs_host"] = row["ms_per_step"] / host["ms_per_step"]
+        if loop:
+            row["vs_loop"] = row["tokens_per_s"] / loop["tokens_per_s"]
+        if none:
+            row["vs_none"] = row["tokens_per_s"] / none["tokens_per_s"]
+            row["flops_vs_none"] = (row["flops"] / row["awaited"]) / (none["flops"] / none["awaited"])
+        if "others" in row:
+            row["others"] = max(base.get("others", 0.0) for base in (row, host, loop, none) if base)
     return rows
 
 

@@ -18,6 +18,7 @@ from benchmarks.soak.clients import Asked, Client, Seen, over_http
 from benchmarks.soak.requests import Model, drawn_request
 from vllm_dlm.demo import server as demo
 from vllm_dlm.demo.questions import questions
+from vllm_dlm.methods import methods
 from vllm_dlm.options import server_options
 
 LIMIT = 512  # --max-model-len
@@ -25,6 +26,7 @@ WAVE = 50  # requests
 TOGETHER = 12  # clients at a time
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
 KNOWN = 40  # requests with known answers
+LONG = 256  # tokens and steps of some of them, which keep batches full
 #: matrix products that oneDNN keeps, one for each shape; by default so many that memory grows for hours
 ONEDNN_CACHE = 64
 ENOUGH = 20  # problems, to end a run with
@@ -108,9 +110,14 @@ def client_of(server: Server, checkpoint: str) -> Client:
 
 
 def known_answers(client: Client, rng: random.Random) -> list[Asked]:
-    """The demo's questions and random requests, those that are not refused, each served alone."""
+    """The demo's questions, the same filled to the end of a long canvas under every reuse policy, and random requests;
+    those that are not refused, each served alone."""
     model, options = Model(LIMIT, client.vocab_size, client.mask_id), server_options({}, "low_confidence")
-    ask = (Asked("/v1/chat/completions", chat(question.prompt)) for question in questions())
+    to_the_end = {"max_tokens": LONG, "ignore_eos": True}
+    long = [to_the_end | {"vllm_xargs": {"dlm_reuse": name}} for name in methods("reuse")]
+    ask = (
+        Asked("/v1/chat/completions", chat(question.prompt) | more) for question in questions() for more in ({}, *long)
+    )
     drawn = (over_http(drawn_request(rng, model, options), demo.MODEL) for _ in range(100 * KNOWN))
     asked = []
     for request in chain(ask, drawn):

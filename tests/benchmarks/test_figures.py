@@ -108,11 +108,11 @@ def test_superseded_tables_leave(tmp_path):
 
 def test_a_table_is_complete_with_all_rows_of_such_a_run(tmp_path):
     stage = next(stage for stage in figures.STAGES if stage.table == "decode")
-    assert not figures.complete(stage, tmp_path)
+    assert not figures.complete(stage, tmp_path, busy=False)
     write(tmp_path, "decode", [{}] * 5)
-    assert not figures.complete(stage, tmp_path)
+    assert not figures.complete(stage, tmp_path, busy=False)
     write(tmp_path, "decode", [{}] * 6)
-    assert figures.complete(stage, tmp_path)
+    assert figures.complete(stage, tmp_path, busy=False)
 
 
 def test_the_pages_quote_what_the_tables_say(tmp_path):

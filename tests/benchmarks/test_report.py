@@ -69,6 +69,16 @@ def test_rows_are_kept_only_under_the_same_conditions(tmp_path):
     assert resumed(path, wanted, 2, busy=True)["rows"]
 
 
+def test_a_busy_moment_costs_the_rows_it_met_and_no_others(tmp_path):
+    busy = table(Load(before=0.1, others=[0.1, 0.4]))
+    busy.rows = [{"length": 1, "others": 0.1}, {"length": 2, "others": 0.4}]
+    (path, _) = busy.write(tmp_path)
+    kept = resumed(path, SETTINGS, 2, busy=False)
+    assert kept["rows"] == busy.rows[:1]
+    assert kept["settings"]["load"]["cores_used_by_others_at_most"] == 0.1 and report.is_idle(kept["settings"]["load"])
+    assert resumed(path, SETTINGS, 2, busy=True)["rows"] == busy.rows
+
+
 def test_the_worst_load_of_several_sittings_is_stated():
     earlier = {
         "average_before": 0.2,

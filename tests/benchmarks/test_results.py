@@ -39,7 +39,7 @@ def test_pages_quote_their_tables():
 
 
 def test_no_table_of_speed_is_superseded():
-    measured = all(figures.complete(stage, report.RESULTS) for stage in figures.STAGES)
+    measured = all(figures.complete(stage, report.RESULTS, busy=False) for stage in figures.STAGES)
     speeds = {path.stem for path in report.RESULTS.glob("speed-*.json")}
     assert not measured or speeds == {stage.table for stage in figures.STAGES if stage.table.startswith("speed")}
 
