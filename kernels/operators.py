@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(schema: str, package: str, fake: Callable, module: str = "triton") -> Callable:
-    """The operator that runs the function of its name in the package's `module`. That is imported by the first
+    """The operator that runs the function of its name in a module of the package. That is imported by the first
     launch, so that Triton need not exist where nothing is launched. `fake` makes outputs of the right shapes."""
     name = schema.partition("(")[0]
     launcher: Callable | None = None

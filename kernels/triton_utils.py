@@ -49,9 +49,8 @@ def dot(a, b, acc):
 @triton.jit
 def live_row(index, i):
     """The live row of row i, below 0 if that is padding"""
-    if index is None:
-        return i.to(tl.int64)
-    return tl.load(index + i).to(tl.int64)
+    row = i if index is None else tl.load(index + i)
+    return row.to(tl.int64)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""vLLM's kernels. Read in vLLM 0.32 and 0.33: vllm_flash_attn/flash_attn_interface.py, v1/attention/backends/fa_utils.py."""
+"""vLLM's kernels. Read in vLLM 0.32 and 0.33:
+vllm_flash_attn/flash_attn_interface.py, v1/attention/backends/fa_utils.py."""
 
 import functools
 

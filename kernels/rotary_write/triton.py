@@ -29,22 +29,24 @@ def _store_halves(x, first, second, head, heads, stride_head, HALF: tl.constexpr
 
 
 @triton.jit
-def _product(x, factor, like):
-    """In float32, rounded as a product of the table's type is"""
-    return (x * factor).to(like.dtype.element_ty).to(tl.float32)
+def _product(x, factor, exact: tl.constexpr):
+    """In float32, rounded as a product of type `exact` is"""
+    return (x * factor).to(exact).to(tl.float32)
 
 
 @triton.jit
-def _rotated(first, second, table, position, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+def _rotated(x, head, heads, stride_head, table, position, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Rotated halves of some heads of a row, [HEADS, HALF_PAD] each"""
+    exact: tl.constexpr = table.dtype.element_ty
+    a, b = _load_halves(x, head, heads, stride_head, HALF, HALF_PAD)
+    a, b = a.to(exact).to(tl.float32), b.to(exact).to(tl.float32)
     channel = tl.arange(0, HALF_PAD)
-    table += position * (2 * HALF)
-    cos = tl.load(table + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(table + HALF + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :]
-    first, second = first.to(table.dtype.element_ty).to(tl.float32), second.to(table.dtype.element_ty).to(tl.float32)
-    return (
-        (_product(first, cos, table) - _product(second, sin, table)).to(table.dtype.element_ty),
-        (_product(second, cos, table) + _product(first, sin, table)).to(table.dtype.element_ty),
-    )
+    angle = table + position * (2 * HALF) + channel
+    cos = tl.load(angle, mask=channel < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(angle + HALF, mask=channel < HALF, other=0.0).to(tl.float32)[None, :]
+    first = (_product(a, cos, exact) - _product(b, sin, exact)).to(exact)
+    second = (_product(b, cos, exact) + _product(a, sin, exact)).to(exact)
+    return first.to(x.dtype.element_ty), second.to(x.dtype.element_ty)
 
 
 @triton.jit
@@ -58,39 +60,31 @@ def _rotary_kernel(
     row = live_row(index, i)
     there = row >= 0
     row = tl.maximum(row, 0)
+    position = tl.load(positions + row).to(tl.int64)
     if q is not None:
         if part < q_parts:
             head = part * HEADS + tl.arange(0, HEADS)
-            first, second = _load_halves(q + i * stride_q, head, q_heads, stride_q_head, HALF, HALF_PAD)
-            position = tl.load(positions + row).to(tl.int64)
-            first, second = _rotated(first, second, table, position, HALF, HALF_PAD)
-            out = q_out + i * q_heads * (2 * HALF)
-            _store_halves(out, first, second, head, q_heads, 2 * HALF, HALF, HALF_PAD)
+            a, b = _rotated(q + i * stride_q, head, q_heads, stride_q_head, table, position, HALF, HALF_PAD)
+            _store_halves(q_out + i * q_heads * (2 * HALF), a, b, head, q_heads, 2 * HALF, HALF, HALF_PAD)
             return
         part -= q_parts
+    head = part * HEADS + tl.arange(0, HEADS)
     if cache is not None:
         physical = tl.load(block + row).to(tl.int64)
         there = there & (physical >= 0)
         cache += physical * stride_block + tl.load(offset + row).to(tl.int64) * stride_slot
     if k is not None:
         if part < kv_parts:
-            head = part * HEADS + tl.arange(0, HEADS)
-            first, second = _load_halves(k + i * stride_k, head, kv_heads, stride_k_head, HALF, HALF_PAD)
-            position = tl.load(positions + row).to(tl.int64)
-            first, second = _rotated(first, second, table, position, HALF, HALF_PAD)
-            out = k_out + i * kv_heads * (2 * HALF)
-            _store_halves(out, first, second, head, kv_heads, 2 * HALF, HALF, HALF_PAD)
+            a, b = _rotated(k + i * stride_k, head, kv_heads, stride_k_head, table, position, HALF, HALF_PAD)
+            _store_halves(k_out + i * kv_heads * (2 * HALF), a, b, head, kv_heads, 2 * HALF, HALF, HALF_PAD)
             if cache is not None:
-                if there:
-                    first, second = first.to(k.dtype.element_ty), second.to(k.dtype.element_ty)
-                    _store_halves(cache, first, second, head, kv_heads, stride_head, HALF, HALF_PAD)
+                _store_halves(cache, a, b, head, tl.where(there, kv_heads, 0), stride_head, HALF, HALF_PAD)
             return
-        part -= kv_parts
+        head -= kv_parts * HEADS
     if v is not None and cache is not None:
-        if there:
-            head = part * HEADS + tl.arange(0, HEADS)
-            first, second = _load_halves(v + i * stride_v, head, kv_heads, stride_v_head, HALF, HALF_PAD)
-            _store_halves(cache + 2 * HALF, first, second, head, kv_heads, stride_head, HALF, HALF_PAD)
+        kv_heads = tl.where(there, kv_heads, 0)
+        a, b = _load_halves(v + i * stride_v, head, kv_heads, stride_v_head, HALF, HALF_PAD)
+        _store_halves(cache + 2 * HALF, a, b, head, kv_heads, stride_head, HALF, HALF_PAD)
 
 
 def rotary_write(q, k, v, table, positions, block, offset, cache, index):
