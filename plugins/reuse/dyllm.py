@@ -41,7 +41,7 @@ class DyLLM(Reuse):
     whole_interval: int | None = None
     refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
     parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
-    stagger: bool = True  # refreshes of different requests do not share a forward
+    stagger: bool = True  # refreshes of different requests are spread over the steps
 
     def __post_init__(self):
         check(self.full_steps >= 1, "full_steps", self.full_steps, "at least 1")
