@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 from vllm_dlm.kernels.page_scores import page_scores, run_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
@@ -87,6 +88,10 @@ def values_alone():
     )
 
 
+def lowest(rows):
+    return partial(lowest_rows, torch.empty(rows), ints(rows, dtype=torch.bool), ints(5), ints(5), 512)
+
+
 #: what is called, once its inputs are made
 CASES = {
     "pyramid": pyramid,
@@ -108,4 +113,6 @@ CASES = {
     "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
     "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),
     "values alone": values_alone,
+    "lowest rows": lambda: lowest(1152),
+    "lowest rows of long canvases": lambda: lowest(16384),
 }

@@ -7,6 +7,9 @@ import torch
 from tests.kernels.interpreted import *  # noqa: F403
 from tests.kernels.interpreted import on_gpu
 from tests.kernels.step_inputs import LiveRows, heads
+from vllm_dlm.kernels.lowest_rows import lowest_rows
+from vllm_dlm.kernels.lowest_rows import naive as naive_lowest
+from vllm_dlm.kernels.lowest_rows import triton as triton_lowest
 from vllm_dlm.kernels.rotary_write import naive as naive_rotary
 from vllm_dlm.kernels.rotary_write import rotary_write
 
@@ -72,3 +75,51 @@ def test_rotary_into_a_cache_with_other_strides(on):
     rotary_write(None, k, v, on(table), *places, cache, rows.index)
     naive_rotary.rotary_write(None, k, v, table, *places, wanted, rows.index)
     assert torch.equal(cache, wanted)
+
+
+def canvases(sizes, budgets, spare_rows=3, spare_places=2, names=torch.int64):
+    g = torch.Generator().manual_seed(sum(sizes))
+    starts, places = (torch.tensor([0, *counts]).cumsum(0).to(names) for counts in (sizes, budgets))
+    rows = sum(sizes) + spare_rows
+    score, forced = torch.randn(rows, generator=g), torch.zeros(rows, dtype=torch.bool)
+    for first, size, budget in zip(starts.tolist(), sizes, budgets, strict=False):
+        forced[first + torch.randperm(size, generator=g)[: min(budget, size) // 2]] = True
+    return score, forced, starts, places, int(places[-1]) + spare_places
+
+
+def compare_lowest(on, score, *rest):
+    assert torch.equal(lowest_rows(on(score), *rest), naive_lowest.lowest_rows(score, *rest))
+
+
+@pytest.mark.parametrize("names", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    "sizes, budgets",
+    [
+        ((9,), (4,)),
+        ((40, 1, 0, 150), (7, 1, 0, 149)),
+        ((8, 5, 3), (0, 5, 6)),  # nothing, all, and more places than rows
+        ((), ()),
+    ],
+)
+def test_lowest_rows(on, sizes, budgets, names):
+    compare_lowest(on, *canvases(sizes, budgets, names=names))
+
+
+def test_lowest_rows_that_tie_or_are_no_numbers(on):
+    score, *rest = canvases((30, 60, 20), (12, 31, 18), spare_rows=0, spare_places=0)
+    score[:30] = score[:30].round()
+    score[:30:3], score[1:30:3] = 0.0, -0.0
+    score[30:50] = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan]).repeat(5)
+    score[90:], rest[0][90:] = torch.nan, False
+    score[95] = torch.inf
+    compare_lowest(on, score, *rest)
+    score[:] = 1.0
+    compare_lowest(on, score, *rest)
+    score[::2] = -torch.inf
+    compare_lowest(on, score, *rest)
+
+
+def test_lowest_rows_of_canvases_longer_than_a_tile(on, monkeypatch):
+    monkeypatch.setattr(triton_lowest, "TILE", 128)
+    score, *rest = canvases((300, 130), (150, 20))
+    compare_lowest(on, score.round(decimals=1), *rest)
