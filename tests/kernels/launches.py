@@ -7,10 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 from vllm_dlm.kernels.page_scores import page_scores, run_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
+from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.kernels.top_pages import top_pages
 
@@ -87,6 +90,10 @@ def values_alone():
     )
 
 
+def lowest(rows):
+    return partial(lowest_rows, torch.empty(rows), ints(rows, dtype=torch.bool), ints(5), ints(5), 512)
+
+
 #: what is called, once its inputs are made
 CASES = {
     "pyramid": pyramid,
@@ -108,4 +115,11 @@ CASES = {
     "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
     "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),
     "values alone": values_alone,
+    "cosine": lambda: partial(row_cosine, halves(96, 4096), halves(96, 3, 4096).select(1, 0)),
+    "products": lambda: partial(row_products, torch.empty(96, 1024), torch.empty(96, 1024)),
+    "read rows": lambda: partial(read_rows, cache(), 4096, ints(96), ints(96), None),
+    "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
+    "read values": lambda: partial(read_values, cache(), ints(128), ints(128), ints(96)),
+    "lowest rows": lambda: lowest(1152),
+    "lowest rows of long canvases": lambda: lowest(16384),
 }
