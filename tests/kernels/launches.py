@@ -1,14 +1,13 @@
 """Calls of every kernel as a GPU would get them, on tensors that claim to lie on one."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 from vllm_dlm.kernels.page_scores import page_scores, run_scores
@@ -18,12 +17,6 @@ from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.kernels.top_pages import top_pages
 
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-@contextmanager
-def fake_gpu():
-    with FakeTensorMode(), torch.device("cuda"):
-        yield
 
 
 class Launching(TorchDispatchMode):
@@ -94,6 +87,11 @@ def lowest(rows):
     return partial(lowest_rows, torch.empty(rows), ints(rows, dtype=torch.bool), ints(5), ints(5), 512)
 
 
+def head(dtype, entropy):
+    marks = ints(64, dtype=torch.bool)
+    return partial(head_statistics, torch.empty(64, 126464, dtype=dtype), 126336, 3, 5, marks, marks, entropy)
+
+
 #: what is called, once its inputs are made
 CASES = {
     "pyramid": pyramid,
@@ -120,6 +118,8 @@ CASES = {
     "read rows": lambda: partial(read_rows, cache(), 4096, ints(96), ints(96), None),
     "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
     "read values": lambda: partial(read_values, cache(), ints(128), ints(128), ints(96)),
+    "head": lambda: head(BF16, False),
+    "head with entropy in float32": lambda: head(F32, True),
     "lowest rows": lambda: lowest(1152),
     "lowest rows of long canvases": lambda: lowest(16384),
 }

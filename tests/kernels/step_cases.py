@@ -4,8 +4,8 @@ test_triton_interpreter.py."""
 import pytest
 import torch
 
+from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.interpreted import on_gpu
 from tests.kernels.step_inputs import LiveRows, heads
 from vllm_dlm.kernels.block_rows import naive as naive_rows
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
