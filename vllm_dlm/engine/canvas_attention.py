@@ -3,7 +3,7 @@
 import torch
 
 from vllm_dlm.engine.packing import Group
-from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
+from vllm_dlm.kernels.delta_attention import delta_attention
 from vllm_dlm.kernels.flash_attention import flash_attention, has_flash
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
@@ -49,6 +49,8 @@ class CanvasAttention:
         if changed.mask is not None:
             moved = torch.where(changed.mask[:, None, None], moved, 0)
         if q.is_cuda:
+            from vllm_dlm.kernels.delta_attention import delta_over_pages
+
             added = delta_over_pages(
                 q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self._places(changed), moved, self.scale,
                 max(rows.counts), max(group.kv_lens),

@@ -133,27 +133,22 @@ class LayerStep:
         return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
 
     def _whose(self, rows: list[Rows], groups: list[Group]) -> tuple[torch.Tensor, Slots, torch.Tensor | None]:
-        """Positions and slots of all live rows of a stretch of groups, and which of them are meant."""
-        packed, block = self.packed, self.packed.slots.block
-        spans = [group.span for group in groups]
-        if any(own.mask is not None for own in rows):
-            # Rows that ride along write nothing.
-            block = block.clone()
-            for own, span in zip(rows, spans, strict=True):
-                if own.mask is not None:
-                    part = block[span] if own.index is None else block[span][own.index]
-                    part = torch.where(own.mask, part, -1)
-                    block[span] = part if own.index is None else block[span].index_copy(0, own.index, part)
-        slots = Slots(block, packed.slots.offset)
+        """Positions and slots of live rows, and which of these are meant."""
+        packed, spans = self.packed, [group.span for group in groups]
+        masked = any(own.mask is not None for own in rows)
         adjoin = all(a.stop == b.start for a, b in pairwise(spans))
-        if adjoin and (len(rows) == 1 or all(own.index is None for own in rows)):
+        if not masked and (len(rows) == 1 or (adjoin and all(own.index is None for own in rows))):
             span = slice(spans[0].start, spans[-1].stop)
-            return packed.positions[span], slots[span], rows[0].index
-        live = [
-            torch.arange(span.start, span.stop, device=block.device) if own.index is None else own.index + span.start
-            for own, span in zip(rows, spans, strict=True)
-        ]
-        return packed.positions, slots, torch.cat(live)
+            return packed.positions[span], packed.slots[span], rows[0].index
+        positions, blocks, offsets = [], [], []
+        for own, span in zip(rows, spans, strict=True):
+            slots = packed.slots[span]
+            block = own.of(slots.block)
+            positions.append(own.of(packed.positions[span]))
+            # Rows that ride along write nothing.
+            blocks.append(block if own.mask is None else torch.where(own.mask, block, -1))
+            offsets.append(own.of(slots.offset))
+        return together(positions), Slots(together(blocks), together(offsets)), None
 
     def _outputs(self, contexts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         joined = together(contexts)
