@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
+from vllm_dlm.kernels.compact_rows import compact_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
 from vllm_dlm.kernels.head_statistics import head_statistics
@@ -134,6 +135,8 @@ CASES = {
     "delta of few rows": lambda: delta(32, block_size=16),
     "delta of wide heads": lambda: delta(128, dim=256),
     "delta in float32": lambda: delta(64, dtype=F32),
+    "compact rows": lambda: partial(compact_rows, ints(4096, dtype=torch.bool), ints(17), 1024),
+    "compact rows of nobody": lambda: partial(compact_rows, ints(700, dtype=torch.bool), None, 128),
     "lowest rows": lambda: lowest(1152),
     "lowest rows of long canvases": lambda: lowest(16384),
 }
