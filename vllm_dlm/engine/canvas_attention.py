@@ -3,7 +3,7 @@
 import torch
 
 from vllm_dlm.engine.packing import Group
-from vllm_dlm.kernels.delta_attention import delta_attention
+from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
 from vllm_dlm.kernels.flash_attention import flash_attention, has_flash
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
@@ -47,10 +47,8 @@ class CanvasAttention:
         """What the `moved` values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
         group = self.group
         if changed.mask is not None:
-            moved = torch.where(changed.mask[:, None, None], moved, 0)
+            moved = moved * changed.mask[:, None, None]
         if q.is_cuda:
-            from vllm_dlm.kernels.delta_attention import delta_over_pages
-
             added = delta_over_pages(
                 q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self._places(changed), moved, self.scale,
                 max(rows.counts), max(group.kv_lens),
@@ -66,7 +64,6 @@ class CanvasAttention:
             keys = gather(pages, table, length)[0]
             added.append(delta_attention(query, keys, keys[:, where], values, self.scale))
         return torch.cat(added).flatten(1)
-
 
     def _places(self, changed: Rows) -> torch.Tensor:
         """[C, longest canvas] int32: which of the changed rows a position is, -1: none"""

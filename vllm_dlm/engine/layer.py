@@ -146,7 +146,7 @@ class LayerStep:
             block = own.of(slots.block)
             positions.append(own.of(packed.positions[span]))
             # Rows that ride along write nothing.
-            blocks.append(block if own.mask is None else torch.where(own.mask, block, -1))
+            blocks.append(block if own.mask is None else torch.where(own.mask, block, packed.nowhere))
             offsets.append(own.of(slots.offset))
         return together(positions), Slots(together(blocks), together(offsets)), None
 

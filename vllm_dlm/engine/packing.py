@@ -116,7 +116,8 @@ class Group:
 class Packed:
     ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    slots: Slots  # [T] of each row's key and value; those of canvases without blocks are nobody's
+    slots: Slots  # [T] of each row's key and value; canvases without blocks have none
+    nowhere: torch.Tensor  # [] a block that is none
     groups: list[Group]
 
 
@@ -146,7 +147,7 @@ def pack(streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool |
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks) for p in packings]
-    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), groups)
+    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), upload(np.array(-1)), groups)
 
 
 class Packing:

@@ -104,8 +104,7 @@ class DiffusionLayer(nn.Module):
             product = F.linear(h_TE, weight, bias)
             parts = list(product.split(sizes, -1)) if len(names) > 1 else [product]
         return [
-            self._normed(name, part.unflatten(-1, (-1, self.head_dim)))
-            for name, part in zip(names, parts, strict=True)
+            self._normed(name, part.unflatten(-1, (-1, self.head_dim))) for name, part in zip(names, parts, strict=True)
         ]
 
     def _normed(self, name: str, x_THD: torch.Tensor) -> torch.Tensor:
