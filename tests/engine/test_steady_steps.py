@@ -1,4 +1,4 @@
-"""Steps between refreshes, as a GPU would run them: nothing in them waits for the host, and few kernels are launched."""
+"""Steps between refreshes, as a GPU would run them: nothing in them waits for the host, and launches are few."""
 
 import pytest
 import torch

@@ -151,7 +151,8 @@ class Alike:
     def of(cls, requests: list[HeadRequest], vocab_size: int, upload: Upload) -> "Alike":
         counts = [len(request.rows) for request in requests]
         states = [request.state for request in requests]
-        numbers, flags = numeric_fields(type(states[0].options.decoding))
+        decoding: Any = type(states[0].options.decoding)
+        numbers, flags = numeric_fields(decoding)
         real = [
             (s.sampling.temperature, s.sampling.top_p, *(getattr(s.options.decoding, name) for name in numbers))
             for s in states

@@ -7,6 +7,7 @@ knows how to turn rows into other rows.
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from vllm_dlm.models.rope import RotaryTable, rotate
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: normalised rows and the rows, [T, E] each; two tensors, or one [2, T, E]
-Normed = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+Normed: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 class DiffusionLayer(nn.Module):
