@@ -79,6 +79,17 @@ def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
     batch, keys = k.shape[0], k.shape[2]
     kernels = {}
     try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        version = get_flash_attn_version(head_size=DIM)
+        if version is not None and keys % PAGE == 0:
+            kernels[f"vLLM's FlashAttention {version}"] = vllm_flash_attention(
+                flash_attn_varlen_func, version, case, k, v
+            )
+    except ImportError:
+        pass
+    try:
         from flash_attn import flash_attn_with_kvcache
 
         q = case.q.view(batch, case.queries, HEADS, DIM)
@@ -114,3 +125,17 @@ def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
     except ImportError:
         pass
     return kernels
+
+
+def vllm_flash_attention(function, version: int, case: Case, k: torch.Tensor, v: torch.Tensor):
+    """As a server calls it: over pages."""
+    batch, keys = k.shape[0], k.shape[2]
+    blocks, integers = keys // PAGE, {"dtype": torch.int32, "device": k.device}
+    table = torch.arange(batch * blocks, **integers).view(batch, blocks)
+    pages = [part.unflatten(2, (blocks, PAGE)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for part in (k, v)]
+    starts = torch.arange(0, batch * case.queries + 1, case.queries, **integers)
+    lens = torch.full((batch,), keys, **integers)
+    return lambda: function(
+        case.q, *pages, max_seqlen_q=case.queries, cu_seqlens_q=starts, max_seqlen_k=keys, seqused_k=lens,
+        block_table=table, softmax_scale=DIM**-0.5, causal=True, fa_version=version,
+    )  # fmt: skip
