@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import gpu_device, gpu_plan, load, report
 from benchmarks.gpu_parts import TABLES, Cell, Part, events, module_of
+from benchmarks.gpu_shapes import SHAPES
 
 COMPILING = {"default": "vLLM's default", "graphs": "graphs", "eager": "eager"}
 
@@ -36,8 +37,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     if args.toy and args.results == report.RESULTS:
         raise SystemExit("--toy: name a folder for its results with --results; they are not figures")
-    parts = gpu_plan.toy() if args.toy else gpu_plan.plan(COMPILING[args.compiling])
-    parts = chosen(parts, args.only)
+    everything = gpu_plan.toy() if args.toy else gpu_plan.plan(COMPILING[args.compiling])
+    parts = chosen(everything, args.only)
     if args.plan:
         for part in parts:
             print(f"{part.minutes:6.1f} min  {label(part)}, {len(part.cells)} cells: {named(part.cells)}")
@@ -46,7 +47,7 @@ def run(args) -> None:
     here = gpu_device.device()
     if here.type != "cuda" and not args.toy:
         raise SystemExit("torch finds no CUDA device here; --toy tries the run on a CPU")
-    Run(parts, args, described(0.1 if args.toy else 1.0, args.in_process)).run()
+    Run(parts, shapes_of(everything), args, described(0.1 if args.toy else 1.0, args.in_process)).run()
 
 
 def described(seconds: float, in_process: bool) -> dict:
@@ -78,8 +79,8 @@ def named(cells: tuple[Cell, ...], most: int = 8) -> str:
 
 
 class Run:
-    def __init__(self, parts: list[Part], args, device: dict):
-        self.parts, self.args, self.device = parts, args, device
+    def __init__(self, parts: list[Part], shapes: dict[str, dict], args, device: dict):
+        self.parts, self.shapes, self.args, self.device = parts, shapes, args, device
         self.peaks = gpu_device.peaks(device)
         self.load = load.Load()
         self.begin = time.monotonic()
@@ -107,9 +108,9 @@ class Run:
             self.measure(part)
         for table, rows in self.rows.items():
             if rows:
-                self.table(table).print()
-                for path in self.table(table).write(self.args.results, module_of(table).plot):
-                    print(path)
+                found = self.table(table)
+                print("\n".join(["", found.title, *(note for note in found.notes if note.startswith("Bar"))]))
+                print("\n".join(map(str, found.write(self.args.results, module_of(table).plot))))
         missing = sum(len(self.missing(part)) for part in self.parts)
         open_ = f"{missing} cells are not measured, the same command with --resume goes on"
         print(f"{(time.monotonic() - self.begin) / 60:.0f} minutes; {open_ if missing else 'all is measured'}")
@@ -129,22 +130,24 @@ class Run:
                 print(f"no minutes left for {label(part)}: {named(cells)}", flush=True)
                 return
             blamed = self.follow(replace(part, cells=fitting))
-            if blamed not in [cell.name for cell in fitting]:
+            names = [cell.name for cell in cells]
+            if blamed is not None and blamed not in names:
                 return
-            cells = cells[[cell.name for cell in cells].index(blamed) + 1 :]
+            cells = cells[names.index(blamed) + 1 if blamed else len(fitting) :]
 
     def follow(self, part: Part) -> str | None:
         """Keeps what the part gives -> the cell, or the part, that failed."""
         print(f"\n== {label(part)}, about {part.minutes:.1f} minutes", flush=True)
         seconds = None if self.args.minutes is None else max(0.0, 60 * self.left())
         self.rows[part.table].pop(part.name, None)
-        for event in events(part, self.peaks, seconds, self.args.in_process):
-            if event.failed:
-                blamed = event.cell or part.name
-                self.keep(part, blamed, {"failed": f"{blamed}: {event.failed}"})
-                return blamed
-            if event.row is not None:
-                self.keep(part, event.cell, event.row)
+        with self.load.watch():
+            for event in events(part, self.peaks, seconds, self.args.in_process):
+                if event.failed:
+                    blamed = event.cell or part.name
+                    self.keep(part, blamed, {"failed": f"{blamed}: {event.failed}"})
+                    return blamed
+                if event.row is not None:
+                    self.keep(part, event.cell, event.row)
         return None
 
     def keep(self, part: Part, name: str, row: dict) -> None:
@@ -158,7 +161,7 @@ class Run:
     def settings(self, table: str) -> dict:
         """What rows must share to stand in one table."""
         module = module_of(table)
-        shapes = {"shapes": shapes_of(self.parts, table)} if "shapes" not in module.SETTINGS else {}
+        shapes = {"shapes": self.shapes[table]} if table in self.shapes else {}
         how = {"page_sparse_engines": COMPILING[self.args.compiling]} if table == "pages" and not self.args.toy else {}
         return shapes | module.SETTINGS | how | {"device": self.device["name"]}
 
@@ -175,17 +178,24 @@ class Run:
     def peaks_note(self) -> str:
         here, sheet = self.device["measured"], self.device.get("datasheet")
         reached = (
-            f"reading {here['read_bytes_per_s'] / 1e12:.2f} TB/s, copying {here['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
-            f"bfloat16 products {here['flops_per_s'] / 1e12:.0f} TFLOP/s"
+            f"reading {speed(here['read_bytes_per_s'], 'B/s')}, copying {speed(here['copy_bytes_per_s'], 'B/s')}, "
+            f"bfloat16 products {speed(here['flops_per_s'], 'FLOP/s')}"
         )
         if not sheet:
             return f"Bounds are at what is reached here: {reached}."
-        stated = f"{sheet['bytes_per_s'] / 1e12:.2f} TB/s and {sheet['flops_per_s'] / 1e12:.0f} TFLOP/s"
+        stated = f"{speed(sheet['bytes_per_s'], 'B/s')} and {speed(sheet['flops_per_s'], 'FLOP/s')}"
         return f"Bounds are at the datasheet's {stated}; reached here: {reached}."
 
 
-def shapes_of(parts: list[Part], table: str) -> dict:
-    from benchmarks.gpu_shapes import SHAPES
+def speed(per_second: float, unit: str) -> str:
+    scale, letter = (1e12, "T") if per_second >= 1e12 else (1e9, "G")
+    return f"{per_second / scale:.3g} {letter}{unit}"
 
-    names = dict.fromkeys(part.engine.shape for part in parts if part.table == table and part.engine)
-    return {name: SHAPES[name].describe() for name in names}
+
+def shapes_of(parts: list[Part]) -> dict[str, dict]:
+    """table -> the shapes of all engines it may have, whatever this run leaves out"""
+    found: dict[str, dict] = {}
+    for part in parts:
+        if part.engine:
+            found.setdefault(part.table, {})[part.engine.shape] = SHAPES[part.engine.shape].describe()
+    return found

@@ -230,3 +230,5 @@ def plot(figure, rows: list[dict]) -> None:
         else:
             names = [f"{row['what'].partition('_p40')[0]}\n{row['kind']}, {row['by']}" for row in runs]
             drawing.dots(axes, names, [row["right"] / row["cases"] for row in runs], "texts that are equal", "{:.0%}")
+            axes.set_xlim(0, 1.25)
+            axes.set_xticks([0, 0.5, 1])

@@ -124,9 +124,12 @@ def summary(runs: list, shape, peaks: Peaks, length: int) -> dict:
         "of_bound_all": sum(one.ms for one in bounds) / sum(step.ms for step in steps),
         "rows_share": recomputed / (shape.model.layers * length * scheduled),
     }  # fmt: skip
-    for part in ("forward_ms", "head_ms"):
-        row[part] = statistics.median(getattr(step, part) for step in steps)
-    return row | {"host_ms": statistics.median(step.ms - step.forward_ms - step.head_ms for step in steps)}
+    split = [step for step in steps if step.forward_ms is not None and step.head_ms is not None]
+    if split:
+        row["forward_ms"] = statistics.median(step.forward_ms for step in split)
+        row["head_ms"] = statistics.median(step.head_ms for step in split)
+        row["host_ms"] = statistics.median(step.ms - step.forward_ms - step.head_ms for step in split)
+    return row
 
 
 def finished(rows: list[dict]) -> list[dict]:
@@ -161,15 +164,16 @@ def bars(rows: list[dict]) -> list[str]:
 
 
 def plot(figure, rows: list[dict]) -> None:
-    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells."""
+    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells, or the bars' one."""
     measured = [row for row in rows if "ms_per_step" in row]
     shapes = list(dict.fromkeys(row["shape"] for row in measured))
     if not shapes:
         return
+    methods = list(dict.fromkeys(row["method"] for row in measured))
     for axes, shape in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
-        own = [row for row in measured if row["shape"] == shape]
+        own = sorted((row for row in measured if row["shape"] == shape), key=lambda row: methods.index(row["method"]))
         prompts = [row["prompt"] for row in own]
-        prompt = max(dict.fromkeys(prompts), key=prompts.count)
+        prompt = max(prompts, key=lambda prompt: (prompts.count(prompt), prompt == 1024))
         groups: dict[str, dict[str, float]] = {}
         for row in own:
             if row["prompt"] == prompt:

@@ -126,11 +126,14 @@ class Profile:
 
 
 class Stopwatch:
-    """Milliseconds of calls of a method: on a GPU from its first kernel to its last, else on the host."""
+    """Milliseconds of calls of a method: on a GPU from its first kernel to its last, else on the host. None where
+    there is no such method, or nobody calls it."""
 
     def __init__(self, owner, name: str):
         self.marks: list[tuple] = []
-        function, cuda = getattr(owner, name), torch.cuda.is_available()
+        function, cuda = getattr(owner, name, None), torch.cuda.is_available()
+        if function is None:
+            return
 
         def mark():
             if not cuda:
@@ -148,9 +151,11 @@ class Stopwatch:
 
         setattr(owner, name, wrapper)
 
-    def take(self) -> float:
+    def take(self) -> float | None:
         """Of all calls since the last time."""
         marks, self.marks = self.marks, []
+        if not marks:
+            return None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             return sum(begin.elapsed_time(end) for begin, end in marks)

@@ -19,8 +19,8 @@ class Step:
     requests: int
     filled: int  # tokens
     ms: float = 0.0  # with the scheduler and all else between two steps
-    forward_ms: float = 0.0
-    head_ms: float = 0.0
+    forward_ms: float | None = None
+    head_ms: float | None = None
 
 
 @dataclass

@@ -119,7 +119,10 @@ def rest(cells: list[Cell]) -> list[Cell]:
 
 def denoising(shape: str, name: str, cells: list[Cell], eager: bool = False) -> Part:
     longest = max(cell.what.prompt + cell.what.new for cell in cells)
-    rows = min(32768, max(cell.what.requests * (cell.what.prompt + cell.what.new) for cell in cells))
+    rows = min(
+        36864,  # 32 canvases of 1,024 + 64 rows
+        max(cell.what.requests * (cell.what.prompt + cell.what.new) for cell in cells),
+    )
     engine = Denoising(shape, rows, max(cell.what.requests for cell in cells), longest, eager)
     return Part("denoising", f"{shape}, {name}", 1.0, tuple(cells), engine)
 
