@@ -164,7 +164,7 @@ def bars(rows: list[dict]) -> list[str]:
 
 
 def plot(figure, rows: list[dict]) -> None:
-    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells, or the bars' one."""
+    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells."""
     measured = [row for row in rows if "ms_per_step" in row]
     shapes = list(dict.fromkeys(row["shape"] for row in measured))
     if not shapes:

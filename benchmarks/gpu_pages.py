@@ -105,7 +105,7 @@ def started(engine: Engine):
 
     settings = {"additional_config": {"dlm": {"selection": engine.selection}}} if engine.selection else {}
     if engine.compiling == "graphs":
-        settings["compilation_config"] = {"mode": 0}
+        settings["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     folder = SHAPES[engine.shape].folder(Path(tempfile.mkdtemp()), engine.length)
     return LLM(
         str(folder), load_format="dummy", dtype="bfloat16", max_model_len=engine.length,
