@@ -1,59 +1,32 @@
 """Cases of every kernel, for a device: what runs there against the definition in float64 on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from benchmarks import gpu_step_cases
+from benchmarks.gpu_case import DTYPES, Case, compared, moved, word
 from benchmarks.kernel_cases import Case as Pages
-from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics
+from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-#: dtype -> absolute and relative error that rounding the inputs and results explains
-DTYPES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-class Case(NamedTuple):
-    name: str
-    got: torch.Tensor
-    want: torch.Tensor
-    tolerance: float  # 0: equal
 
 
 def folders() -> list[str]:
-    """Every operation there is: a folder with its definition in it."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/naive.py"))
+    """Every operation there is."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/dispatch.py"))
 
 
 def implementation(kernel: str, here: torch.device) -> str:
-    return "triton" if here.type == "cuda" and (KERNELS / kernel / "triton.py").exists() else "torch"
+    files = {path.stem for path in (KERNELS / kernel).glob("*.py")}
+    return next((name for name in ("triton", "vllm") if here.type == "cuda" and name in files), "torch")
 
 
 def cases(kernel: str, here: torch.device) -> Iterator[Case]:
     """KeyError for a kernel that nobody has written cases for."""
     torch.manual_seed(0)
     return CASES[kernel](here)
-
-
-def word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def moved(value, here):
-    """The same value there: tensors, and lists of them."""
-    if isinstance(value, torch.Tensor):
-        return value.to(here)
-    if isinstance(value, PageStatistics):
-        return PageStatistics(value.mean.to(here), value.spread.to(here), value.page_size, value.std_kind)
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [part.to(here) for part in value]
-    return value
-
-
-def compared(name: str, fast: Callable, naive: Callable, here, tolerance: float, *arguments) -> Case:
-    got = fast(*(moved(value, here) for value in arguments))
-    return Case(name, got.cpu(), naive(*arguments), tolerance)
 
 
 def of_pages(here) -> Iterator[tuple[str, Pages, float]]:
@@ -169,7 +142,7 @@ def soft_page_attention(here):
         yield Case(name, got.cpu().double(), want, 1e-4)
 
 
-CASES = {
+CASES = gpu_step_cases.CASES | {
     function.__name__: function
     for function in (
         page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention, delta_attention,

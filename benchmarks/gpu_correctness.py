@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from benchmarks import drawing, gpu_cases, report
+from benchmarks.gpu_case import Case
 from benchmarks.gpu_device import device
 from benchmarks.gpu_parts import Cell, Part
 from benchmarks.gpu_shapes import Peaks
@@ -81,12 +82,12 @@ def kernel(wanted: Kernel) -> dict:
     errors = {case.name: error_of(case) for case in gpu_cases.cases(wanted.name, here)}
     wrong = [name for name, error in errors.items() if not error <= 1]
     return row | {
-        "cases": len(errors), "right": len(errors) - len(wrong), "error": max(errors.values()),
-        "first": wrong[0] if wrong else None,
+        "cases": len(errors), "right": len(errors) - len(wrong), "error": max(errors.values(), default=None),
+        "first": wrong[0] if wrong else None if errors else "nothing here runs it",
     }  # fmt: skip
 
 
-def error_of(case: gpu_cases.Case) -> float:
+def error_of(case: Case) -> float:
     """The largest error as a share of what is tolerated; NaN and infinities must be the same."""
     got, want = case.got.double(), case.want.double()
     if got.shape != want.shape or got.numel() == 0:

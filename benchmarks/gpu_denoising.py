@@ -55,8 +55,9 @@ NOTES = [
     "all steps of `none` cost the same.",
     "ms/step, its bound and of the bound: of the median step, which with a cache is a partial one; all steps: summed, "
     "refreshes included. the weights' bound: reading the weights of layers and head once.",
-    "forward and head: from their first kernel to their last, idle gaps included; rest: the host's work between "
-    "steps. launches, graphs, copies and waits: per partial step, by torch.profiler in a run of its own.",
+    "forward: from the packing of a step's rows to the last layer's last kernel; head: from there until the host has "
+    "the tokens; rest: committing them, the scheduler, all else. launches, graphs, copies and waits: per partial step, "
+    "by torch.profiler in a run of its own.",
     "at most at once: requests of one step; others wait for memory or for room among the rows of a step. Rows "
     "recomputed: through the feed-forward, of canvas × layers.",
 ]

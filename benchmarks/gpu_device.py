@@ -125,38 +125,15 @@ class Profile:
         return {name: number / self.steps for name, number in calls(self.names).items()}
 
 
-class Stopwatch:
-    """Milliseconds of calls of a method: on a GPU from its first kernel to its last, else on the host. None where
-    there is no such method, or nobody calls it."""
+def mark():
+    """A moment: on a GPU when all that was launched is through."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, owner, name: str):
-        self.marks: list[tuple] = []
-        function, cuda = getattr(owner, name, None), torch.cuda.is_available()
-        if function is None:
-            return
 
-        def mark():
-            if not cuda:
-                return time.perf_counter()
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-
-        def wrapper(*args, **kwargs):
-            begin = mark()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.marks.append((begin, mark()))
-
-        setattr(owner, name, wrapper)
-
-    def take(self) -> float | None:
-        """Of all calls since the last time."""
-        marks, self.marks = self.marks, []
-        if not marks:
-            return None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            return sum(begin.elapsed_time(end) for begin, end in marks)
-        return sum(1000 * (end - begin) for begin, end in marks)
+def milliseconds(begin, end) -> float:
+    """Between two moments that have passed."""
+    return 1000 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_device import Profile, Stopwatch
+from benchmarks.gpu_device import Profile, mark, milliseconds
 from benchmarks.gpu_shapes import Shape
 from vllm_dlm.engine.counts import Counts
 
@@ -31,6 +31,32 @@ class Run:
     cut: bool
 
 
+class Marks:
+    """An observer of steps (engine/denoiser.py): where they begin, where the last layer's rows are there, and where
+    tokens are."""
+
+    def __init__(self):
+        self.moments: list = []
+
+    def step_begins(self, states) -> None:
+        self.moments = [mark()]
+
+    def head_read(self, hidden, requests) -> None:
+        self.moments.append(mark())
+
+    def step_ended(self, requests, counts) -> None:
+        self.moments.append(mark())
+
+    def parts(self) -> tuple[float | None, float | None]:
+        """Milliseconds of forward and head of the last step; unknown if it did not go through all three."""
+        if len(self.moments) != 3:
+            return None, None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin, between, end = self.moments
+        return milliseconds(begin, between), milliseconds(between, end)
+
+
 def memory() -> dict:
     """Of the device for vLLM; a CPU is for toys."""
     return {"gpu_memory_utilization": 0.9} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 1 << 26}
@@ -40,7 +66,7 @@ class DenoisingEngine:
     def __init__(self, shape: Shape, rows: int, requests: int, length: int, eager: bool):
         from vllm import LLM
 
-        self.shape, self.names, self.seen = shape, itertools.count(), []
+        self.shape, self.names, self.seen, self.marks = shape, itertools.count(), [], Marks()
         self.llm = LLM(
             str(shape.folder(Path(tempfile.mkdtemp()), max(length, 512))), load_format="dummy", dtype="bfloat16",
             max_model_len=length, max_num_seqs=requests, max_num_batched_tokens=rows, enforce_eager=eager,
@@ -50,7 +76,7 @@ class DenoisingEngine:
 
     def watch(self, worker) -> None:
         runner = worker.model_runner
-        self.forward, self.head = Stopwatch(runner.denoiser, "forward"), Stopwatch(runner.denoiser.head, "run")
+        runner.denoiser.observers.append(self.marks)
         execute = runner.execute_model
 
         def watched(scheduler_output, *args, **kwargs):
@@ -79,7 +105,7 @@ class DenoisingEngine:
             if len(self.seen) > before:
                 self.seen[-1].ms = 1000 * (time.perf_counter() - started)
                 # The step has waited for its tokens: nothing is in flight that reading the clocks would wait for.
-                self.seen[-1].forward_ms, self.seen[-1].head_ms = self.forward.take(), self.head.take()
+                self.seen[-1].forward_ms, self.seen[-1].head_ms = self.marks.parts()
         seconds = time.perf_counter() - begin
         cut = engine.has_unfinished_requests()
         if cut:

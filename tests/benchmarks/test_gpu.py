@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import drawing, gpu, gpu_cases, gpu_device, gpu_plan, report
+from benchmarks.gpu_case import Case
 from benchmarks.gpu_correctness import difference, error_of
 from benchmarks.gpu_denoising import summary
 from benchmarks.gpu_engine import Run, Step
@@ -176,6 +177,10 @@ def test_failures_are_a_line_without_folders():
     assert one_line(KeyError()) == "KeyError"
 
 
+def test_every_kernel_has_cases():
+    assert set(gpu_cases.folders()) <= set(gpu_cases.CASES)
+
+
 def test_a_kernel_without_cases_is_a_row_that_says_so():
     part = Part("correctness", "kernels", 0.1, (Cell("kernel new", 0.1, gpu_plan.Kernel("new")),), vllm=False)
     (_, failed) = events(part, H200, None, in_process=True)
@@ -273,7 +278,7 @@ def test_numbers_of_a_row():
 
 def test_errors_are_shares_of_what_is_tolerated():
     def case(got, want, tolerance):
-        return gpu_cases.Case("", torch.tensor(got), torch.tensor(want), tolerance)
+        return Case("", torch.tensor(got), torch.tensor(want), tolerance)
 
     assert error_of(case([1.0, 3.1], [1.0, 3.0], 0.1)) == pytest.approx(0.25)
     assert error_of(case([float("nan"), -torch.inf], [float("nan"), -torch.inf], 0.1)) == 0
