@@ -5,6 +5,7 @@ row. What fails, or needs what is not installed, is a row that says so; the rest
 goes on. The same command with --resume goes on where it was stopped.
 """
 
+import importlib.util
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -104,18 +105,26 @@ class Run:
         return (self.args.minutes or float("inf")) - (time.monotonic() - self.begin) / 60
 
     def run(self) -> None:
-        for part in self.parts:
-            self.measure(part)
-        for table, rows in self.rows.items():
-            if rows:
-                found = self.table(table)
-                print("\n".join(["", found.title, *(note for note in found.notes if note.startswith("Bar"))]))
-                print("\n".join(map(str, found.write(self.args.results, module_of(table).plot))))
+        try:
+            for part in self.parts:
+                self.measure(part)
+        finally:  # whoever interrupts it gets the pictures of what there is
+            for table, rows in self.rows.items():
+                if rows:
+                    self.finish(table)
         missing = sum(len(self.missing(part)) for part in self.parts)
         open_ = f"{missing} cells are not measured, the same command with --resume goes on"
         print(f"{(time.monotonic() - self.begin) / 60:.0f} minutes; {open_ if missing else 'all is measured'}")
         if failed := [name for rows in self.rows.values() for name, row in rows.items() if "failed" in row]:
             print("failed: " + "; ".join(failed))
+
+    def finish(self, table: str) -> None:
+        found, plot = self.table(table), module_of(table).plot
+        print("\n".join(["", found.title, *(note for note in found.notes if note.startswith("Bar"))]))
+        if importlib.util.find_spec("matplotlib") is None:
+            print("without a picture: there is no matplotlib here; `python -m benchmarks redraw` makes it elsewhere")
+            plot = None
+        print("\n".join(map(str, found.write(self.args.results, plot))))
 
     def missing(self, part: Part) -> tuple[Cell, ...]:
         known = {name for name, row in self.rows[part.table].items() if "failed" not in row}

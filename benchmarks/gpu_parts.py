@@ -20,6 +20,9 @@ TABLES = {
     "denoising": "benchmarks.gpu_denoising", "pages": "benchmarks.gpu_pages",
 }  # fmt: skip
 
+#: seconds after which a process that says nothing is given up
+SILENCE = 15 * 60.0
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the part's own process, where it can be looked into
     "VLLM_NO_USAGE_STATS": "1",
@@ -97,8 +100,12 @@ def events(part: Part, peaks: Peaks, seconds: float | None, in_process: bool) ->
 def received(pipe, process, seconds: float | None) -> Iterator[Event]:
     end, cell = None if seconds is None else time.monotonic() + seconds, None
     while True:
-        if not pipe.poll(None if end is None else max(0.0, end - time.monotonic())):
-            print("ended: no minutes left", flush=True)
+        left = SILENCE if end is None else end - time.monotonic()
+        if not pipe.poll(max(0.0, min(left, SILENCE))):
+            if left >= SILENCE:
+                yield Event(cell, failed=f"nothing was heard of it for {SILENCE // 60:.0f} minutes")
+            else:
+                print("ended: no minutes left", flush=True)
             return
         try:
             event = pipe.recv()

@@ -14,6 +14,8 @@ from benchmarks.gpu_parts import Cell, Part
 
 POLICIES = ("fast_dllm/dual", "none", "dllm_cache", "dyllm", "fast_dllm/prefix", "fast_dllm/dual+wavefilter/serve")
 PROMPTS, REQUESTS = (1024, 256, 4096), (1, 32, 8, 64)
+#: minutes
+STARTING = {"vLLM's default": 2.5, "graphs": 1.2, "eager": 1.0}
 #: (tokens of context, requests); pages are chosen from 8,192 tokens on
 LONG = [
     (131072, 1), (32768, 8), (131072, 8), (32768, 1), (8192, 1), (8192, 8), (65536, 1), (65536, 8), (16384, 1),
@@ -138,4 +140,4 @@ def pages(shape: str, name: str, places: list[tuple[int, int]], compiling: str) 
         )
         longest = max(context for context, _ in places) + 128
         engine = PageSparse(shape, selection, max(requests for _, requests in places), longest, compiling)
-        yield Part("pages", f"{shape} {method}, {name}", 1.0 if compiling == "eager" else 2.5, cells, engine)
+        yield Part("pages", f"{shape} {method}, {name}", STARTING[compiling], cells, engine)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import drawing, gpu, gpu_cases, gpu_device, gpu_plan, report
+from benchmarks import drawing, gpu, gpu_cases, gpu_device, gpu_parts, gpu_plan, report
 from benchmarks.gpu_case import Case
 from benchmarks.gpu_correctness import difference, error_of
 from benchmarks.gpu_denoising import summary
@@ -172,6 +172,14 @@ def test_a_process_that_takes_too_long_is_waited_for_no_longer(capsys):
     assert "no minutes left" in capsys.readouterr().out
 
 
+def test_a_process_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(gpu_parts, "SILENCE", 0.01)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    theirs.send(Event("a"))
+    (_, failed) = received(ours, Dead(), None)
+    assert failed.cell == "a" and "nothing was heard" in failed.failed
+
+
 def test_failures_are_a_line_without_folders():
     assert one_line(ValueError("no\n file /some/where/else/model.bin here")) == "ValueError: no file model.bin here"
     assert one_line(KeyError()) == "KeyError"
@@ -271,7 +279,7 @@ def test_numbers_of_a_row():
     assert (found["ms_per_step"], found["of_weights"], found["bound_by"]) == (2, 0.5, "bytes")
     assert found["of_bound"] == pytest.approx(0.5) and found["of_bound_all"] == pytest.approx(6 / 17)
     assert (found["forward_ms"], found["head_ms"], found["host_ms"]) == (1.0, 0.5, 0.5)
-    assert found["tokens_per_s"] == 4.5
+    assert (found["tokens_per_s"], found["steps_per_s"]) == (4.5, 2.25)
     nobody_called = [replace(step, forward_ms=None) for step in steps(1, 2)]
     assert "host_ms" not in summary([Run(nobody_called, 1.0, 4, True)], shape, peaks, 80)
 
