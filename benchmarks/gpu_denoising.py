@@ -60,7 +60,7 @@ NOTES = [
     "the tokens; rest: committing them, the scheduler, all else. launches, graphs, copies and waits: per partial step, "
     "by torch.profiler in a run of its own.",
     "at most at once: requests of one step; others wait for memory or for room among the rows of a step. Rows "
-    "recomputed: through the feed-forward, of canvas × layers.",
+    "recomputed: through the feed-forward, of canvas × layers, with those that ride along masked.",
 ]
 
 

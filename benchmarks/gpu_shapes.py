@@ -32,9 +32,9 @@ class Shape:
     def head_weights(self) -> int:
         return self.model.hidden * self.model.vocabulary
 
-    def weight_bytes(self, head: bool = True) -> int:
+    def weight_bytes(self) -> int:
         """Read by a step; the embedding's table is not."""
-        return ELEMENT * (self.layer_weights + head * self.head_weights)
+        return ELEMENT * (self.layer_weights + self.head_weights)
 
     def kv_bytes(self, keys: int) -> int:
         """Of so many keys and their values, in all layers."""
@@ -114,7 +114,7 @@ def bound(bytes_read: float, flops: float, peaks: Peaks) -> Bound:
 
 def denoising_bound(shape: Shape, counts: Counts, peaks: Peaks) -> Bound:
     """Of a step that did what was counted in it (`keys_read` is summed over layers)."""
-    read = shape.weight_bytes(counts.head_rows > 0) + shape.model.kv_bytes(counts.keys_read, ELEMENT)
+    read = shape.weight_bytes() + shape.model.kv_bytes(counts.keys_read, ELEMENT)
     return bound(read, 2 * shape.model.macs(counts), peaks)
 
 
