@@ -18,15 +18,15 @@ PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
 
 
 @triton.jit
-def _request(q_starts, table, num_pages, forced_from, b, asked, width, known_from, stride_table, GROUP: tl.constexpr):
-    """Where request b's queries start, its rows, its pages and where they are named, and from which on they are
-    forced. Without starts and a table there is one request, whose pages lie side by side."""
-    first, rows, count = 0, asked * GROUP, width
+def _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP: tl.constexpr):
+    """Where request b's queries start, its rows, its pages, and from which on they are forced. Without starts there
+    is one request, whose pages lie side by side."""
+    first, rows, count = b * 0, b * 0 + asked * GROUP, b * 0 + width
     if q_starts is not None:
         first, count = tl.load(q_starts + b), tl.load(num_pages + b)
         rows = (tl.load(q_starts + b + 1) - first) * GROUP
-        table += b.to(tl.int64) * stride_table
-    return first, rows, count, table, known_from if forced_from is None else tl.load(forced_from + b)
+    forced_at = b * 0 + known_from if forced_from is None else tl.load(forced_from + b)
+    return first, rows, count, forced_at
 
 
 @triton.jit
@@ -99,9 +99,9 @@ def _lse_kernel(
 ):  # fmt: skip
     """lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that compete for it"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, rows, count, table, forced_at = _request(
-        q_starts, table, num_pages, forced_from, b, asked, width, known_from, stride_table, GROUP
-    )
+    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
+    if table is not None:
+        table += b.to(tl.int64) * stride_table
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), row < rows, DIM, DIM_PAD)
@@ -134,9 +134,9 @@ def _score_kernel(
 ):  # fmt: skip
     """scores [B, Hkv, width]"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, rows, count, table, forced_at = _request(
-        q_starts, table, num_pages, forced_from, b, asked, width, known_from, stride_table, GROUP
-    )
+    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
+    if table is not None:
+        table += b.to(tl.int64) * stride_table
     scores += (b.to(tl.int64) * tl.num_programs(1) + h) * width
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(width, PAGES))):
         position = tile * PAGES + tl.arange(0, PAGES)
