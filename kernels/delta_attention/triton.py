@@ -84,7 +84,7 @@ def _tiles(q, rows: int, programs: int, max_kv: int) -> dict:
     most = 64 if dim > 128 or programs * triton.cdiv(rows, 128) < processors(q.device) else 128
     count = min(padded(rows, 16), most)
     keys = min(padded(max_kv, 16), 32 if dim > 128 else 64)
-    return {"ROWS": count, "KEYS": keys, "num_warps": 8 if count == 128 else 4, "num_stages": 3}
+    return {"ROWS": count, "KEYS": keys, "num_warps": 8 if count == 128 or dim > 128 else 4, "num_stages": 3}
 
 
 def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale, max_q, max_kv):

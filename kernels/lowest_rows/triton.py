@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_dlm.kernels.triton_utils import padded
 
 #: a canvas of this many rows stays in registers, longer ones are read again in every step
-TILE = 4096
+TILE = 2048
 #: the integers of rows that are forced, of scores that are no number, and of rows that are not there
 FORCED, NO_NUMBER, NO_ROW = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFE), tl.constexpr(0x7FFFFFFF)
 #: bits of a count, of which three make an integer of 64; no canvas has more rows

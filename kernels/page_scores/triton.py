@@ -18,12 +18,24 @@ PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
 
 
 @triton.jit
+def _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP: tl.constexpr):
+    """Where request b's queries start, its rows, its pages, and from which on they are forced. Without starts there
+    is one request, whose pages lie side by side."""
+    first, rows, count = b * 0, b * 0 + asked * GROUP, b * 0 + width
+    if q_starts is not None:
+        first, count = tl.load(q_starts + b), tl.load(num_pages + b)
+        rows = (tl.load(q_starts + b + 1) - first) * GROUP
+    forced_at = b * 0 + known_from if forced_from is None else tl.load(forced_from + b)
+    return first, rows, count, forced_at
+
+
+@triton.jit
 def _load_pages(
     mean, spread, table, position, there, h, stride_mean, stride_mean_head, stride_spread, stride_spread_head,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """-> means [PAGES, DIM_PAD], spreads [PAGES, WIDTH_PAD], and which pages have none [PAGES]"""
-    page = tl.load(table + position, mask=there, other=0).to(tl.int64)
+    page = (position if table is None else tl.load(table + position, mask=there, other=0)).to(tl.int64)
     channel, part = tl.arange(0, DIM_PAD), tl.arange(0, WIDTH_PAD)
     means = tl.load(
         mean + page[:, None] * stride_mean + h * stride_mean_head + channel[None, :],
@@ -79,17 +91,17 @@ def _normaliser(lse, offsets, there, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _lse_kernel(
-    q, q_starts, mean, spread, table, num_pages, forced_from, lse, width, tiles, sink_pages, lam,
-    stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head, stride_table,
+    q, q_starts, mean, spread, table, num_pages, forced_from, lse, asked, width, tiles, known_from, sink_pages,
+    lam, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head, stride_table,
     heads,
     STD_KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that compete for it"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = tl.load(q_starts + b), tl.load(num_pages + b)
-    rows, forced_at = (tl.load(q_starts + b + 1) - first) * GROUP, tl.load(forced_from + b)
-    table += b.to(tl.int64) * stride_table
+    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
+    if table is not None:
+        table += b.to(tl.int64) * stride_table
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), row < rows, DIM, DIM_PAD)
@@ -114,17 +126,17 @@ def _lse_kernel(
 
 @triton.jit
 def _score_kernel(
-    q, q_starts, mean, spread, table, num_pages, forced_from, lse, scores, width, tiles, sink_pages, lam,
-    stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head, stride_table,
-    heads,
+    q, q_starts, mean, spread, table, num_pages, forced_from, lse, scores, asked, width, tiles, known_from,
+    sink_pages, lam, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head,
+    stride_table, heads,
     REDUCE: tl.constexpr, STD_KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """scores [B, Hkv, width]"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = tl.load(q_starts + b), tl.load(num_pages + b)
-    rows, forced_at = (tl.load(q_starts + b + 1) - first) * GROUP, tl.load(forced_from + b)
-    table += b.to(tl.int64) * stride_table
+    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
+    if table is not None:
+        table += b.to(tl.int64) * stride_table
     scores += (b.to(tl.int64) * tl.num_programs(1) + h) * width
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(width, PAGES))):
         position = tile * PAGES + tl.arange(0, PAGES)
@@ -165,7 +177,19 @@ def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple
 
 def page_scores(q, q_starts, mean, spread, page_table, num_pages, forced_from, std_kind, sink_pages, lam, reduce):
     """See dispatch.py; mean [pages, Hkv, D], spread [pages, Hkv, W]"""
-    (batch, width), (queries, heads, dim) = page_table.shape, q.shape
+    named = q_starts, page_table, num_pages, forced_from
+    return _scores(q, named, mean, spread, 0, page_table.shape, std_kind, sink_pages, lam, reduce)
+
+
+def run_scores(q, mean, spread, std_kind, forced_from, known_from, sink_pages, lam, reduce):
+    """See dispatch.py"""
+    mean, spread, named = mean.transpose(0, 1), spread.transpose(0, 1), (None, None, None, forced_from)
+    return _scores(q, named, mean, spread, known_from, (1, len(mean)), std_kind, sink_pages, lam, reduce)
+
+
+def _scores(q, named, mean, spread, known_from, shape, std_kind, sink_pages, lam, reduce):
+    """-> [batch, Hkv, width] of `shape`, batch and width"""
+    (batch, width), (queries, heads, dim) = shape, q.shape
     kv_heads, group = mean.shape[1], heads // mean.shape[1]
     scores = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=q.device)
     if not scores.numel():
@@ -174,12 +198,13 @@ def page_scores(q, q_starts, mean, spread, page_table, num_pages, forced_from, s
     pages = min(PAGES, 32) if std_kind == "vector" else PAGES
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
     chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, q.device)
-    inputs = (q, q_starts, mean, spread, page_table, num_pages, forced_from)
+    q_starts, table, num_pages, forced_from = named
+    inputs = (q, q_starts, mean, spread, table, num_pages, forced_from)
     numbers = (
-        width, tiles, sink_pages, lam, *q.stride()[:2], *mean.stride()[:2], *spread.stride()[:2],
-        page_table.stride(0), heads,
+        queries, width, tiles, known_from, sink_pages, lam, *q.stride()[:2], *mean.stride()[:2], *spread.stride()[:2],
+        0 if table is None else table.stride(0), heads,
     )  # fmt: skip
-    shape = {
+    shapes = {
         "STD_KIND": std_kind, "GROUP": group, "DIM": dim, "DIM_PAD": padded(dim, 16),
         "WIDTH": spread.shape[2], "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else spread.shape[2],
         "ROWS": row_tile(queries, batch, group, MOST_ROWS), "PAGES": pages,
@@ -188,19 +213,7 @@ def page_scores(q, q_starts, mean, spread, page_table, num_pages, forced_from, s
     grid = (batch, kv_heads, chunks)
     lse = None
     if reduce == "softmax_sum":
-        lse = torch.empty(queries, heads, shape["CHUNKS"], dtype=torch.float32, device=q.device)
-        _lse_kernel[grid](*inputs, lse, *numbers, **shape)
-    _score_kernel[grid](*inputs, lse, scores, *numbers, REDUCE=reduce, **shape)
+        lse = torch.empty(queries, heads, shapes["CHUNKS"], dtype=torch.float32, device=q.device)
+        _lse_kernel[grid](*inputs, lse, *numbers, **shapes)
+    _score_kernel[grid](*inputs, lse, scores, *numbers, REDUCE=reduce, **shapes)
     return scores
-
-
-def run_scores(q, mean, spread, std_kind, forced_from, known_from, sink_pages, lam, reduce):
-    """See dispatch.py; the request's own pages are all there are, and nothing is fetched or copied to name them"""
-    count, device = mean.shape[1], q.device
-    if forced_from is None:
-        forced_from = torch.full((1,), known_from, device=device)
-    return page_scores(
-        q, torch.arange(2, device=device) * len(q), mean.transpose(0, 1), spread.transpose(0, 1),
-        torch.arange(count, device=device).unsqueeze(0), torch.full((1,), count, device=device), forced_from, std_kind,
-        sink_pages, lam, reduce,
-    )  # fmt: skip

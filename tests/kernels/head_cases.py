@@ -35,9 +35,10 @@ def logits_of(rows, width, dtype=torch.float32, spread=4.0):
     return logits
 
 
-@pytest.mark.parametrize("processors", [1, 1000])  # one share of a row, and several, of which some are empty
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(
+    "dtype, marked, processors",  # one share of a row, or several
+    [(torch.float32, False, 1000), (torch.float32, True, 1), (torch.bfloat16, True, 1000)],
+)
 def test_statistics(on, dtype, marked, processors, monkeypatch):
     monkeypatch.setattr(triton_head, "processors", lambda device: processors)
     logits = logits_of(6, 700, dtype)

@@ -24,17 +24,25 @@ DEVICES = [pytest.param(lambda x: x, id="cpu"), pytest.param(on_gpu, id="gpu")]
 pytestmark = pytest.mark.parametrize("on", DEVICES)
 
 
-@pytest.mark.parametrize("given, named", [("qkv", True), ("qkv", False), ("kv", True), ("q", False), ("v", True)])
+NARROW = (4, 4, 64, torch.float32, torch.float32, torch.int64)
+ODD = (6, 2, 80, torch.bfloat16, torch.float32, torch.int32)
+PARTS = (17, 3, 128, torch.bfloat16, torch.bfloat16, torch.int64)  # of heads, the last with one
+COARSE = (2, 1, 64, torch.float32, torch.bfloat16, torch.int32)
+
+
 @pytest.mark.parametrize(
-    "q_heads, kv_heads, dim, dtype, exact, names",
+    "q_heads, kv_heads, dim, dtype, exact, names, given, named",
     [
-        (4, 4, 64, torch.float32, torch.float32, torch.int64),
-        (6, 2, 80, torch.bfloat16, torch.float32, torch.int32),
-        (17, 3, 128, torch.bfloat16, torch.bfloat16, torch.int64),  # several parts of heads, the last with one
-        (2, 1, 64, torch.float32, torch.bfloat16, torch.int32),
+        (*NARROW, "qkv", False),
+        (*NARROW, "kv", True),
+        (*ODD, "qkv", True),
+        (*ODD, "v", True),
+        (*PARTS, "qkv", True),
+        (*PARTS, "q", False),
+        (*COARSE, "qkv", False),
     ],
 )
-def test_rotary_write(on, given, named, q_heads, kv_heads, dim, dtype, exact, names):
+def test_rotary_write(on, q_heads, kv_heads, dim, dtype, exact, names, given, named):
     rows = LiveRows.random(kv_heads, dim, dtype, names=names)
     index = rows.index if named else None
     count = len(rows.index if named else rows.block)
@@ -98,14 +106,12 @@ def compare_lowest(on, score, *rest):
     assert torch.equal(lowest_rows(on(score), *rest), naive_lowest.lowest_rows(score, *rest))
 
 
-@pytest.mark.parametrize("names", [torch.int64, torch.int32])
 @pytest.mark.parametrize(
-    "sizes, budgets",
+    "sizes, budgets, names",
     [
-        ((9,), (4,)),
-        ((40, 1, 0, 150), (7, 1, 0, 149)),
-        ((8, 5, 3), (0, 5, 6)),  # nothing, all, and more places than rows
-        ((), ()),
+        ((40, 1, 0, 150), (7, 1, 0, 149), torch.int64),
+        ((8, 5, 3), (0, 5, 6), torch.int32),  # nothing, all, and more places than rows
+        ((), (), torch.int64),
     ],
 )
 def test_lowest_rows(on, sizes, budgets, names):
@@ -184,8 +190,7 @@ def test_values_of_rows(on, kv_heads, dim, dtype, named):
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 60, 400])  # none, too few, and room for all
-@pytest.mark.parametrize("starts", [None, (0, 3, 3, 290), (0, 301)])
-@pytest.mark.parametrize("names", [torch.int64, torch.int32])
+@pytest.mark.parametrize("starts, names", [(None, None), ((0, 3, 3, 290), torch.int32), ((0, 301), torch.int64)])
 def test_compact_rows(on, capacity, starts, names, monkeypatch):
     monkeypatch.setattr(triton_compact, "TILE", 128)
     mask = torch.rand(301, generator=torch.Generator().manual_seed(0)) < 0.3

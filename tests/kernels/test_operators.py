@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.kernels.devices import fake_gpu
-from tests.kernels.launches import CASES, Launching
+from tests.kernels.launches import CASES, RARER, Launching
 from vllm_dlm import kernels
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 
+CALLS = CASES | RARER
 for folder in pkgutil.iter_modules(kernels.__path__):
     if folder.ispkg:
         importlib.import_module(f"{kernels.__name__}.{folder.name}")
@@ -33,30 +34,30 @@ class Watched(TorchDispatchMode):
 
 def watched(case):
     with fake_gpu():
-        call = CASES[case]()
+        call = CALLS[case]()
         with Watched() as watch:
             call()
     return watch.operators
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CALLS)
 def test_a_call_is_one_operator(case):
     (operator,) = watched(case)
     assert operator.namespace == NAMESPACE
 
 
 def test_every_operator_has_a_case():
-    assert {operator.name().partition("::")[2] for case in CASES for operator in watched(case)} == set(LAUNCHERS)
+    assert {operator.name().partition("::")[2] for case in CALLS for operator in watched(case)} == set(LAUNCHERS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CALLS)
 def test_fakes_are_like_what_launches_make(case, monkeypatch):
     """Kernels that do nothing suffice: outputs are made by launchers."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     with fake_gpu():
-        call = CASES[case]()
+        call = CALLS[case]()
         fakes = call()
         with Launching():
             made = call()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.devices import fake_gpu
-from tests.kernels.launches import CASES, Launching
+from tests.kernels.launches import CASES, RARER, Launching
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -81,10 +81,10 @@ def resources(compiled, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)])
 def test_compiles_without_spills(case, target, launches, record_property):
     with fake_gpu(), Launching():
-        CASES[case]()()
+        (CASES | RARER)[case]()()
     assert launches
     gpu, memory = TARGETS[target]
     for kernel, arguments, options in launches:

@@ -156,13 +156,16 @@ def test_scores_that_are_forced_broken_or_infinite(reduce):
     compare_scores(batch, statistics, reduce, 1e-5)
 
 
-@pytest.mark.parametrize("std_kind", STD_KINDS)
-def test_scores_of_summaries_among_keys_and_values(std_kind):
+@pytest.mark.parametrize(
+    "std_kind, reduce, forced_from",
+    [("l2", "max", 35), ("rms", "softmax_sum", torch.tensor([35])), ("vector", "mean", 35), ("diag2", "max", 35)],
+)
+def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from):
     """As a canvas keeps them: head by head, mean and spread side by side in the keys' dtype."""
     g = torch.Generator().manual_seed(0)
     rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
-    arguments = rows[..., :64], rows[..., 64 : 64 + width], std_kind, 35, 1, 0.5, "max"
+    arguments = rows[..., :64], rows[..., 64 : 64 + width], std_kind, forced_from, 1, 0.5, reduce
     torch.testing.assert_close(run_scores(on_gpu(q), *arguments), run_scores(q, *arguments), atol=3e-2, rtol=3e-2)
 
 
