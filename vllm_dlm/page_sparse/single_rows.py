@@ -11,7 +11,8 @@ which read nothing.
 
 import torch
 
-from vllm_dlm.page_sparse.queries import Queries, page_table, to_device
+from vllm_dlm.page_sparse.queries import Queries, to_device
+from vllm_dlm.page_sparse.queries import page_table as pages_of_blocks
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -35,21 +36,17 @@ class SingleRows:
         """Of a step: how its rows read, and the pages they fill [B]. `choosing`: which of its requests do; all of it
         is worked out on the device, from lengths that the host need not know."""
         count, size = common.num_reqs, self.size
-        rows = Queries(
-            slice(count), self.q_starts[: count + 1], self.page_table[:count], self.kv_lens[:count],
-            self.num_pages[:count], self.listed[:count],
-        )  # fmt: skip
+        page_table, listed, full_pages = self.page_table[:count], self.listed[:count], self.full_pages[:count]
+        kv_lens, num_pages = self.kv_lens[:count], self.num_pages[:count]
         chooses = to_device([b in choosing for b in range(count)], self.page.device, torch.bool)  # [B]
-        lens, slots = common.seq_lens[:count], common.slot_mapping[:count]
-        pages = (lens + size - 1) // size
-        rows.kv_lens.copy_(lens)
-        rows.page_table.copy_(page_table(common.block_table_tensor[:count], self.blocks, self.pages_per_block))
-        rows.num_pages.copy_(pages.where(chooses, 0))
-        listed = (self.page < pages[:, None]) & ~chooses[:, None]  # [B, N]
-        rows.listed.copy_(self.page.where(listed, -1))
-        filled = self.full_pages[:count]
-        filled.copy_(ended_pages(slots, size))
-        return rows, filled
+        kv_lens.copy_(common.seq_lens[:count])
+        pages = (kv_lens + size - 1) // size
+        num_pages.copy_(pages.where(chooses, 0))
+        listed.copy_(self.page.where((self.page < pages[:, None]) & ~chooses[:, None], -1))
+        page_table.copy_(pages_of_blocks(common.block_table_tensor[:count], self.blocks, self.pages_per_block))
+        full_pages.copy_(ended_pages(common.slot_mapping[:count], size))
+        rows = Queries(slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, listed)
+        return rows, full_pages
 
 
 def ended_pages(slots: torch.Tensor, size: int) -> torch.Tensor:
