@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
@@ -164,16 +163,15 @@ def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple
     return triton.cdiv(tiles, each), each
 
 
-def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce):
-    """See dispatch.py"""
+def page_scores(q, q_starts, mean, spread, page_table, num_pages, forced_from, std_kind, sink_pages, lam, reduce):
+    """See dispatch.py; mean [pages, Hkv, D], spread [pages, Hkv, W]"""
     (batch, width), (queries, heads, dim) = page_table.shape, q.shape
-    mean, spread = statistics.mean[:, :, 0], statistics.spread[:, :, 0]
     kv_heads, group = mean.shape[1], heads // mean.shape[1]
     scores = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=q.device)
     if not scores.numel():
         return scores
     # the spreads of every channel are more to hold than the means
-    pages = min(PAGES, 32) if statistics.std_kind == "vector" else PAGES
+    pages = min(PAGES, 32) if std_kind == "vector" else PAGES
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
     chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, q.device)
     inputs = (q, q_starts, mean, spread, page_table, num_pages, forced_from)
@@ -182,8 +180,8 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
         page_table.stride(0), heads,
     )  # fmt: skip
     shape = {
-        "STD_KIND": statistics.std_kind, "GROUP": group, "DIM": dim, "DIM_PAD": padded(dim, 16),
-        "WIDTH": spread.shape[2], "WIDTH_PAD": padded(dim, 16) if statistics.std_kind == "vector" else spread.shape[2],
+        "STD_KIND": std_kind, "GROUP": group, "DIM": dim, "DIM_PAD": padded(dim, 16),
+        "WIDTH": spread.shape[2], "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else spread.shape[2],
         "ROWS": row_tile(queries, batch, group, MOST_ROWS), "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1,
     }  # fmt: skip
@@ -196,13 +194,13 @@ def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sin
     return scores
 
 
-def run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce):
+def run_scores(q, mean, spread, std_kind, forced_from, known_from, sink_pages, lam, reduce):
     """See dispatch.py; the request's own pages are all there are, and nothing is fetched or copied to name them"""
     count, device = mean.shape[1], q.device
-    statistics = PageStatistics(mean.transpose(0, 1)[:, :, None], spread.transpose(0, 1)[:, :, None], 1, std_kind)
-    if not isinstance(forced_from, torch.Tensor):
-        forced_from = torch.full((1,), forced_from, device=device)
+    if forced_from is None:
+        forced_from = torch.full((1,), known_from, device=device)
     return page_scores(
-        q, torch.arange(2, device=device) * len(q), statistics, torch.arange(count, device=device)[None],
-        torch.full((1,), count, device=device), forced_from, sink_pages, lam, reduce,
+        q, torch.arange(2, device=device) * len(q), mean.transpose(0, 1), spread.transpose(0, 1),
+        torch.arange(count, device=device).unsqueeze(0), torch.full((1,), count, device=device), forced_from, std_kind,
+        sink_pages, lam, reduce,
     )  # fmt: skip

@@ -2,7 +2,15 @@
 
 import torch
 
+from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.sparse_attention import torch as plain
+
+_sparse_attention = operator(
+    "sparse_attention(Tensor q, Tensor q_starts, Tensor cache, Tensor page_table, Tensor chosen, Tensor kv_lens, "
+    "int page_size, float scale, bool causal) -> Tensor",
+    __package__,
+    lambda q, *rest: q.new_empty(q.shape),
+)
 
 
 def sparse_attention(
@@ -18,7 +26,5 @@ def sparse_attention(
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
     if q.is_cuda:
-        from vllm_dlm.kernels.sparse_attention import triton
-
-        return triton.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+        return _sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
     return plain.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)

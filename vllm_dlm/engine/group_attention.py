@@ -6,6 +6,8 @@ from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.canvas_attention import CanvasAttention
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.packing import Group
+from vllm_dlm.kernels.delta_attention import delta_attention
+from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.plugins.reuse.flow import Rows
 
 
@@ -24,7 +26,7 @@ class GroupAttention:
         if group.filtered and self.selects:
             return self._in_view(q, rows)
         self.counts.attended(rows.counts, group.kv_lens, read=False)
-        return CanvasAttention(rows.counts, group.kv_lens, self.scale)(q, k, v)
+        return CanvasAttention(group, self.scale).over_new(q, rows, k, v)
 
     def over_blocks(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Queries [n, H, D] over the cached keys and values of their canvas -> [n, H * D]"""
@@ -33,26 +35,25 @@ class GroupAttention:
         if self.selects:
             return self._in_view(q, rows)
         self.counts.attended(rows.counts, self.group.kv_lens, read=True)
-        attend = CanvasAttention(rows.counts, self.group.kv_lens, self.scale)
-        return attend.over_pages(q, self.blocks.layers[self.layer], self.group.tables)
+        return CanvasAttention(self.group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer])
 
     def moved(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
         """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
         group, pages = self.group, self.blocks.layers[self.layer]
-        positions = changed.of(group.positions)
         if not self.selects:
             self.counts.attended(rows.counts, group.kv_lens, read=True)
-            attend = CanvasAttention(rows.counts, group.kv_lens, self.scale)
-            return attend.delta_over_pages(q, pages, group.tables, positions, moved, changed.counts)
+            return CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved)
+        positions = changed.of(group.positions)
+        if changed.mask is not None:
+            moved = moved * changed.mask[:, None, None]
         out, voters = torch.empty_like(q), rows.of(group.voters)
         own = zip(self._parts(rows), positions.split(changed.counts), moved.split(changed.counts), strict=True)
         for canvas, ((prompt, response), where, values) in enumerate(own):
             length, table = group.kv_lens[canvas], group.tables[canvas]
             if (count := prompt.stop - prompt.start) > 0:
                 self.counts.attended([count], [length], read=True)
-                over = CanvasAttention([count], [length], self.scale)
-                added = over.delta_over_pages(q[prompt], pages, [table], where, values, [len(where)])
-                out[prompt] = added.view_as(out[prompt])
+                keys = gather(pages, table, length)[0]
+                out[prompt] = delta_attention(q[prompt], keys, keys[:, where], values, self.scale)
             out[response] = group.views[canvas].delta(
                 self.layer, self.blocks, q[response], voters[response], where, values, self.scale, self.counts
             )
@@ -66,8 +67,7 @@ class GroupAttention:
             length, table = group.kv_lens[canvas], group.tables[canvas]
             if (count := prompt.stop - prompt.start) > 0:
                 self.counts.attended([count], [length], read=True)
-                over = CanvasAttention([count], [length], self.scale).over_pages(q[prompt], pages, [table])
-                out[prompt] = over.view_as(out[prompt])
+                out[prompt] = paged_attention(q[prompt], pages, [table], [count], [length], self.scale)
             view = group.views[canvas]
             out[response] = view.attend(self.layer, self.blocks, q[response], voters[response], self.scale, self.counts)
         return out.flatten(1)
