@@ -234,7 +234,9 @@ class GroupLayer:
         return self.step.blocks.read_values(self.index, self._slots.of(rows))
 
     def features(self, rows: Rows) -> torch.Tensor:
-        return self.step.blocks.read_features(self.index, self.group.feature_slots.of(rows), self.group.feature_width)
+        return self.step.blocks.read_features(
+            self.index, self.group.feature_slots.of(rows), self.group.feature_width
+        )
 
     def keep(self, rows: Rows, features: torch.Tensor) -> None:
         self.step.blocks.write_features(self.index, self.group.feature_slots.of(rows), features)
