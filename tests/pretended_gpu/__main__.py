@@ -6,11 +6,11 @@ import time
 import traceback
 from importlib import import_module
 
-PARTS = ("denoising", "canvas_attention", "page_sparse")
+PARTS = ("denoising", "canvas_attention", "page_sparse", "decoding")
 
 
 def main(parts: list[str]) -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "TRITON_INTERPRET": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from tests.pretended_gpu import hopper, operators

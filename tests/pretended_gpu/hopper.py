@@ -19,6 +19,10 @@ def pretend() -> None:
     _management_library()
     _compiler()
     _torch()
+    from vllm.platforms import current_platform
+
+    # vLLM's operators in Python take tensors of the CPU, too
+    type(current_platform).dispatch_key = "CPU"
 
 
 def _without_a_trace_of_the_cpu_wheel() -> None:

@@ -11,6 +11,8 @@ SCHEMAS = {
         "rms_norm(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
         "fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
         "silu_and_mul(Tensor! result, Tensor input) -> ()",
+        "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, "
+        "bool is_neox, int rope_dim_offset=0, bool inverse=False) -> ()",
         # vLLM asks while it is imported
         "cutlass_scaled_mm_supports_fp8(int cuda_device_capability) -> bool",
         "cutlass_scaled_mm_supports_block_fp8(int cuda_device_capability) -> bool",
@@ -62,6 +64,17 @@ def fused_add_rms_norm(input, residual, weight, epsilon):
 def silu_and_mul(result, input):
     gate, up = input.chunk(2, -1)
     result.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def rotary_embedding(
+    positions, query, key, head_size, cos_sin_cache, is_neox, rope_dim_offset=0, inverse=False
+):  # fmt: skip
+    assert is_neox and not rope_dim_offset and not inverse and cos_sin_cache.shape[1] == head_size
+    cos, sin = cos_sin_cache[positions].float()[:, None].chunk(2, -1)  # [T, 1, D / 2] each
+    for rows in (query, key):
+        heads = rows.view(len(positions), -1, head_size)
+        first, second = heads.float().chunk(2, -1)
+        heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], -1))
 
 
 def cutlass_scaled_mm_supports_fp8(cuda_device_capability):

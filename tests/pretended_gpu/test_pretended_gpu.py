@@ -10,8 +10,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_on_a_pretended_gpu():
-    command = [sys.executable, "-m", "tests.pretended_gpu"]
+@pytest.mark.parametrize(
+    "parts", [["denoising", "canvas_attention", "page_sparse"], pytest.param(["decoding"], marks=pytest.mark.slow)]
+)
+def test_on_a_pretended_gpu(parts):
+    command = [sys.executable, "-m", "tests.pretended_gpu", *parts]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Workers of GPUs whose tensors lie on the CPU."""
+"""Workers of GPUs whose tensors lie on the CPU, where nothing is under way when the next thing begins."""
 
 import functools
 from types import SimpleNamespace
@@ -32,3 +32,55 @@ def on_cpu(worker: type) -> None:
         load_model(self, *args, **kwargs)
 
     worker.init_device, worker.load_model = init_device, load_on_cpu
+
+
+class Stream:
+    """Of streams and events, whatever they are asked to wait for has happened."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *_, **__): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+    def done(self, *_):
+        return self
+
+    wait = wait_stream = wait_event = record = record_event = synchronize = done
+
+    def query(self) -> bool:
+        return True
+
+
+def without_streams() -> None:
+    """For vLLM's own model runners, which use them, and pinned memory, and ask what a device has."""
+    import vllm.v1.worker.gpu.buffer_utils as buffers
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import gpu_worker
+
+    torch.cuda.Stream = torch.cuda.Event = torch.Stream = torch.Event = Stream
+    torch.cuda.current_stream = torch.accelerator.current_stream = Stream
+    torch.cuda.stream = lambda stream: stream
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=132, total_memory=MEMORY)
+    for owner, names in (
+        (torch.cuda, ("current_device", "set_stream", "is_current_stream_capturing")),
+        (torch.accelerator, ("current_device_index", "set_device_index")),
+    ):
+        for name in names:
+            setattr(owner, name, lambda *_, **__: 0)
+    for name in ("zeros", "empty", "tensor", "full", "arange"):
+        setattr(torch, name, not_pinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    torch.Tensor.record_stream = lambda *_: None
+    buffers.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
+    platform = type(current_platform)
+    platform.device_type, platform.get_current_memory_usage = "cpu", classmethod(lambda *_, **__: 0)
+    # of models that are not here, with packages that need not be
+    gpu_worker.kernel_warmup = lambda worker: None
+
+
+def not_pinned(make):
+    return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
