@@ -59,6 +59,7 @@ def without_streams() -> None:
     """For vLLM's own model runners, which use them, and pinned memory, and ask what a device has."""
     import vllm.v1.worker.gpu.buffer_utils as buffers
     from vllm.platforms import current_platform
+    from vllm.utils import torch_utils
     from vllm.v1.worker import gpu_worker
 
     torch.cuda.Stream = torch.cuda.Event = torch.Stream = torch.Event = Stream
@@ -75,11 +76,13 @@ def without_streams() -> None:
         setattr(torch, name, not_pinned(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
     torch.Tensor.record_stream = lambda *_: None
+    torch_utils._current_stream_tls.value = Stream()
     buffers.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
     platform = type(current_platform)
+    platform.opaque_attention_op = classmethod(lambda _: False)  # graphs.py looks into it
     platform.device_type, platform.get_current_memory_usage = "cpu", classmethod(lambda *_, **__: 0)
-    # of models that are not here, with packages that need not be
-    gpu_worker.kernel_warmup = lambda worker: None
+    # of models that are not here, with packages that need not be; and a kernel that the interpreter does not take
+    gpu_worker.kernel_warmup = gpu_worker.warmup_kernels = lambda *_: None
 
 
 def not_pinned(make):
