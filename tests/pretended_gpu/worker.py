@@ -61,6 +61,7 @@ def without_streams() -> None:
     from vllm.platforms import current_platform
     from vllm.utils import torch_utils
     from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     torch.cuda.Stream = torch.cuda.Event = torch.Stream = torch.Event = Stream
     torch.cuda.current_stream = torch.accelerator.current_stream = Stream
@@ -81,8 +82,8 @@ def without_streams() -> None:
     platform = type(current_platform)
     platform.opaque_attention_op = classmethod(lambda _: False)  # graphs.py looks into it
     platform.device_type, platform.get_current_memory_usage = "cpu", classmethod(lambda *_, **__: 0)
-    # of models that are not here, with packages that need not be; and a kernel that the interpreter does not take
-    gpu_worker.kernel_warmup = gpu_worker.warmup_kernels = lambda *_: None
+    # of models that are not here, with packages that need not be; and kernels that the interpreter does not take
+    gpu_worker.kernel_warmup = gpu_worker.warmup_kernels = GPUModelRunner._dummy_sampler_run = lambda *_: None
 
 
 def not_pinned(make):
