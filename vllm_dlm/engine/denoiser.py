@@ -12,9 +12,9 @@ from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
-from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.head import Alike, Head, HeadRequest
 from vllm_dlm.engine.packing import Packed, Stream, pack, split
-from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
@@ -37,6 +37,13 @@ class Reader(NamedTuple):
     stream: Stream
     request: HeadRequest
     guides: bool  # it is the request's guidance twin
+
+
+class Prepared(NamedTuple):
+    """What a step has on the device, once it is sent."""
+
+    packed: list[Packed]  # a forward each
+    alike: list[Alike]
 
 
 class Denoiser:
@@ -69,24 +76,28 @@ class Denoiser:
     def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
         # Canvases treated alike stand together, so that they share a group of rows.
         readers.sort(key=lambda reader: repr(reader.stream.kind))
-        packed = self._packed([reader.stream for reader in readers])
-        start = 0
+        prepared = self._prepared(readers)
+        self.upload.send()
+        hidden = self._forward(prepared.packed, counts)
+        for observer in self.observers:
+            observer.head_read(hidden, requests)
+        self.head.read(hidden, prepared.alike)
+        for request in requests:
+            if not request.finite:
+                own = [reader.stream for reader in readers if reader.request is request]
+                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+
+    def _prepared(self, readers: list[Reader]) -> Prepared:
+        """Packs the canvases, and says to each request which hidden states are its own."""
+        packed, start = self._packed([reader.stream for reader in readers]), 0
         for stream, request, guides in readers:
             rows = np.arange(start, start := start + len(stream.head_positions))
             # several positions may be read at one row
             read = request.state.canvas.progress.rows_reading(request.positions)
             rows = rows[np.searchsorted(stream.head_positions, read)]
             request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
-        alike = self.head.prepare(requests, self.upload)
-        self.upload.send()
-        hidden = self._forward(packed, counts)
-        for observer in self.observers:
-            observer.head_read(hidden, requests)
-        self.head.read(hidden, alike)
-        for request in requests:
-            if not request.finite:
-                own = [reader.stream for reader in readers if reader.request is request]
-                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+        requests = [reader.request for reader in readers if not reader.guides]
+        return Prepared(packed, self.head.prepare(requests, self.upload))
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
         """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
@@ -106,36 +117,40 @@ class Denoiser:
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
         positions = reuse.candidates(canvas.candidates(), at)
         heads = at.rows_reading(positions)
-        live = np.zeros(len(canvas), np.bool_)
-        live[plan.live] = True
-        seen = live[heads]
+        seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])
-        kv_blocks, feature_blocks, summary_blocks = self.shape.blocks(options, at.prompt_len, at.length)
-        each = kv_blocks + feature_blocks + summary_blocks
+        read = np.unique(heads[seen]) if at.shift else heads[seen]
         readers = []
         for twin in range(canvas.streams):
-            own = table[twin * each : (twin + 1) * each] if options.caches else table
-            kv_table, feature_table, summary_table = np.split(own, [kv_blocks, kv_blocks + feature_blocks])
-            if twin not in state.views:
-                state.views[twin] = self._view(state, kv_table, summary_table)
-            view = state.views[twin]
+            if twin not in state.blocks:
+                own = state.blocks[twin] = self._blocks(state, table, twin)
+                state.views[twin] = self._view(state, own.kv, own.summaries)
+            own, view = state.blocks[twin], state.views[twin]
             filtered = view is not None and not reuse.caches and not at.cold
             stream = Stream(
                 reuse=reuse,
                 plan=plan,
                 token_ids=canvas.unconditional() if twin else canvas.tokens,
-                head_positions=np.unique(heads[seen]),
+                head_positions=read,
                 changed=canvas.changed,
                 response=at.response,
                 feature_rows=reuse.feature_rows(at.prompt_len, at.length),
-                kv_table=kv_table if options.caches else None,
-                feature_table=feature_table,
+                kv_table=own.kv if options.caches else None,
+                feature_table=own.features,
                 view=view,
                 filtered=filtered,
                 chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
             )
             readers.append(Reader(stream, request, bool(twin)))
         return readers
+
+    def _blocks(self, state: Denoising, table: np.ndarray, twin: int) -> Blocks:
+        """Of the request's, which are handed out once."""
+        options, canvas = state.options, state.canvas
+        kv, features, summaries = self.shape.blocks(options, canvas.prompt_len, len(canvas))
+        each = kv + features + summaries
+        own = table[twin * each : (twin + 1) * each] if options.caches else table
+        return Blocks(own[:kv], own[kv : kv + features], own[kv + features : each])
 
     def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
         selection, canvas = state.options.selection, state.canvas
@@ -163,3 +178,12 @@ def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
     """A canvas as the exact model sees it, without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
     return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
+
+
+def held(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[n] bool: which of the positions are among the live ones; both ascend."""
+    if not len(live):
+        return np.zeros(len(positions), np.bool_)
+    if len(live) == live[-1] - live[0] + 1:
+        return (positions >= live[0]) & (positions <= live[-1])
+    return live[np.searchsorted(live, positions).clip(max=len(live) - 1)] == positions

@@ -25,9 +25,10 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.head import Head, HeadRequest, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.options import request_options
 
@@ -61,7 +62,9 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        head = Head(self.model.compute_logits, self.model_config.hf_config)
+        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+            self.model.join_projections()
+        head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         self.denoiser = Denoiser(self.model, head, BlockShape.of(self.vllm_config), self.max_rows, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
@@ -105,6 +108,11 @@ class DenoisingRunner:
         self.denoiser.head.run(hidden, [HeadRequest(Denoising("profile", canvas, sampling), part, part, part)])
 
     warming_up_model = profile_run
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        config = self.model_config.hf_config
+        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len)
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
         """Data-parallel peers keep step with a forward nobody reads."""
