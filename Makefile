@@ -1,5 +1,6 @@
 # make demo: serve the bundled checkpoint and ask it something. make check: formatting, lint and types.
 # make test: run the tests, in minutes. make test-all: the slow sweeps, too.
+# make pretend: vLLM's code for GPUs on a machine without one.
 # All make .venv first; ARGS goes to the program: make test ARGS="tests/plugins -x".
 PYTHON ?= python3
 READY := .venv/ready
@@ -7,7 +8,7 @@ READY := .venv/ready
 # With it vLLM skips the plugin that makes the CPU wheel's command line work.
 unexport VLLM_TARGET_DEVICE
 
-.PHONY: demo check test test-all environment
+.PHONY: demo check test test-all pretend environment
 
 demo: $(READY)
 	@.venv/bin/python -m vllm_dlm.demo $(ARGS)
@@ -23,6 +24,10 @@ test: $(READY)
 
 test-all: $(READY)
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+
+# With VLLM=FOLDER vLLM's Python files are those of FOLDER/vllm, say of an unpacked wheel for GPUs.
+pretend: $(READY)
+	@PYTHONPATH=$(VLLM) .venv/bin/python -m tests.pretended_gpu $(ARGS)
 
 environment: $(READY)
 

@@ -17,6 +17,8 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 
 #: keys of a tile at most, and shares that the keys of a request may have
 KEYS, MOST_SPLITS = 64, 64
+#: entries of `chosen` that are looked at together
+ENTRIES = 1024
 
 
 @triton.jit
@@ -29,6 +31,16 @@ def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr, BAT
     request = tl.sum(begun.to(tl.int32), 0) - 1
     first = tl.load(q_starts + request).to(tl.int32)
     return request, first, tile - request - first * GROUP // ROWS
+
+
+@triton.jit
+def _named(chosen, width, ENTRIES: tl.constexpr):
+    """How many pages chosen [width] names before it says -1: what is left of a wide list costs no time"""
+    number = 0
+    for first in range(0, width, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        number += tl.sum((tl.load(chosen + entry, mask=entry < width, other=-1) >= 0).to(tl.int32), 0)
+    return number
 
 
 @triton.jit
@@ -46,10 +58,11 @@ def _key_offsets(
 
 @triton.jit
 def _attend_kernel(
-    q, q_starts, cache, table, chosen, kv_lens, out, lse, batch, slots, share, scale, heads,
+    q, q_starts, cache, table, chosen, kv_lens, out, lse, batch, width, scale, heads,
     stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BATCH_PAD: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused."""
     h, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -61,7 +74,9 @@ def _attend_kernel(
         return
     length = tl.load(kv_lens + b).to(tl.int32)
     table += b.to(tl.int64) * stride_table
-    chosen += (b * tl.num_programs(1) + h) * (slots // PAGE)
+    chosen += (b * tl.num_programs(1) + h) * width
+    slots = _named(chosen, width, ENTRIES) * PAGE
+    share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
     cache += h * stride_head
     # the last position that a row sees
     last = length - queries + row // GROUP if CAUSAL else tl.zeros_like(row) + (length - 1)
@@ -86,7 +101,7 @@ def _attend_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         fading = tl.exp2(highest - shift)
-        values = tl.load(place + DIM, mask=mask, other=0.0)
+        values = tl.load(place + DIM, mask=mask, other=0.0)  # fetched as early as the keys where there are stages
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
@@ -139,21 +154,21 @@ def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size,
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    group, slots = heads // kv_heads, chosen.shape[2] * page_size
+    group, width = heads // kv_heads, chosen.shape[2]
     tiles = _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
-    key_tiles = triton.cdiv(slots, tiles["KEYS"])
-    splits = _splits(key_tiles, row_tiles * kv_heads, q.device)
+    splits = _splits(triton.cdiv(width * page_size, tiles["KEYS"]), row_tiles * kv_heads, q.device)
     partial, lse = out, None
     if splits > 1:
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, q_starts, cache, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, slots,
-        triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
+        q, q_starts, cache, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, width,
+        scale * math.log2(math.e), heads,
         *q.stride()[:2], *cache.stride()[:3], page_table.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, CAUSAL=causal, SPLITS=splits, GROUP=group,
-        DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch), **tiles,
+        DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
+        ENTRIES=min(padded(width, 32), ENTRIES), **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](partial, lse, out, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16))

@@ -223,6 +223,20 @@ def test_one_share_and_shares_without_keys(processors, monkeypatch):
     compare_attention(batch, choose(batch, 20), True)
 
 
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_a_wide_list_that_names_few_pages_and_a_request_without_keys(processors, monkeypatch):
+    """As wide as the longest context; all pages of one request, and none of what fills up a step."""
+    monkeypatch.setattr(attention, "ENTRIES", 16)
+    monkeypatch.setattr(attention, "KEYS", 16)
+    monkeypatch.setattr(attention, "processors", lambda device: processors)
+    batch = PagedBatch((400, 290, 20), (1, 1, 1), 4, 2)
+    chosen = torch.full((3, 2, 70), -1, dtype=torch.int32)
+    chosen[0, :, :4] = choose(batch, 4)[0]
+    chosen[1, :, :19] = torch.arange(19)
+    batch.kv_lens[2] = 0
+    assert (compare_attention(batch, chosen, True)[2] == 0).all()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_attention_in_half_precision(dtype, tolerance):
     batch = PagedBatch([500, 333], [1, 1], heads=8, kv_heads=2, dim=128, page_size=64, per_block=1, dtype=dtype)

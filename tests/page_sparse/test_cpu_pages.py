@@ -55,6 +55,7 @@ def run(batch: Batch, selection):
 
     builder = cpu.SelectingCPUBuilder.__new__(cpu.SelectingCPUBuilder)
     builder.selection, builder.pages, builder.pages_per_block = selection, pages, BLOCK // PAGE
+    builder.layer_names, builder.counts = ["layer"], PageCounts()
     builder.prompt_lens = lambda common: batch.prompts
     meta = builder.build(0, batch.common)
     impl = cpu.SelectingCPUImpl(HEADS, DIM, DIM**-0.5, KV_HEADS)
@@ -62,29 +63,29 @@ def run(batch: Batch, selection):
     impl.describe(cache, batch.full_before)
     out = torch.full_like(batch.q, torch.nan)
     impl.forward(None, batch.q, keys[new], values[new], cache, meta, out)
-    return out, impl, meta, cache
+    return out, impl, meta, builder.counts
 
 
 @pytest.mark.parametrize("step", [STEP, STEP[1:2], STEP[:1] + STEP[2:3], STEP[::-1]])
 def test_a_budget_of_all_pages(step):
     batch = Batch(step)
-    out, impl, meta, _ = run(batch, EVERY)
+    out, _, meta, counts = run(batch, EVERY)
     torch.testing.assert_close(out, dense(batch), atol=2e-5, rtol=2e-5)
-    assert not meta.sparse and impl.counts.sparse_rows == 0
+    assert not meta.sparse and counts.sparse_rows == 0
 
 
 def test_every_row_arrives_and_sparse_ones_choose():
     batch = Batch(STEP)
-    out, impl, meta, _ = run(batch, FOUR)
+    out, _, meta, counts = run(batch, FOUR)
     assert_sparse_where_choosing(batch, out)
-    assert impl.counts == PageCounts(9, 1, 9 * 4 + 2, impl.counts.pages_seen)
+    assert counts == PageCounts(9, 1, 9 * 4 + 2, counts.pages_seen)
     assert len(meta.full_pages) == sum(n // PAGE - (n - count) // PAGE for count, n, _ in STEP)
 
 
 def test_chosen_pages_are_read_and_no_others():
     """In float64 from the plain cache, with the pages that the backend chose."""
     batch = Batch(STEP)
-    out, impl, meta, _cache = run(batch, FOUR)
+    out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
     chosen = chosen_pages(batch.q[rows.rows], rows, impl.summaries, FOUR)
     for i, row in enumerate(CHOOSING):

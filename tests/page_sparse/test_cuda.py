@@ -2,6 +2,7 @@
 kernels by their CPU paths. Which rows go where, and that all of them come back, does not need a GPU."""
 
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
+#: keys of the longest context
+LONGEST = 10 * BLOCK
 
 
 @pytest.fixture
@@ -43,19 +46,33 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", forward)
 
 
-def run(batch, selection):
-    summaries = empty_summaries(batch.pages, selection)
-    selection.store(batch.pages, batch.full_before, summaries)
+def builder_for(batch, selection):
     builder = cuda.SelectingFlashBuilder.__new__(cuda.SelectingFlashBuilder)
     builder.selection, builder.block_size, builder.device = selection, BLOCK, torch.device("cpu")
+    builder.layer_names, builder.counts = ["layer"], cuda.PageCounts()
+    builder.single_rows = cuda.SingleRows(selection, 8, LONGEST, BLOCK // selection.unit, builder.device)
     builder.prompt_lens = lambda common: batch.prompts
-    meta = builder.build(0, batch.common)
+    return builder
+
+
+def described(batch, selection):
+    summaries = empty_summaries(batch.pages, selection)
+    selection.store(batch.pages, batch.full_before, summaries)
+    return summaries
+
+
+def forward(batch, selection, summaries, meta):
     impl = cuda.SelectingFlashImpl.__new__(cuda.SelectingFlashImpl)
     impl.summaries, impl.selection, impl.scale = summaries, selection, DIM**-0.5
-    impl.counts, impl.kv_sharing_target_layer_name = cuda.PageCounts(), None
+    impl.kv_sharing_target_layer_name = None
     out = torch.full_like(batch.q, torch.nan)
-    impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)
-    return out, impl.counts, meta
+    return impl.forward(None, batch.q, batch.q, batch.q, batch.pages, meta, out)
+
+
+def run(batch, selection):
+    builder, summaries = builder_for(batch, selection), described(batch, selection)
+    meta = builder.build(0, batch.common)
+    return forward(batch, selection, summaries, meta), builder.counts, meta
 
 
 @pytest.mark.parametrize("step", [STEP, STEP[1:2], STEP[:1] + STEP[2:3], STEP[::-1]])
@@ -64,7 +81,8 @@ def test_a_budget_of_all_pages(without_gpu, step):
     batch = Batch(step)
     out, counts, meta = run(batch, Unique(page_size=16, budget_tokens=4096, min_context=0))
     torch.testing.assert_close(out, dense(batch), atol=2e-5, rtol=2e-5)
-    assert meta.sparse is None and counts.sparse_rows == 0
+    assert meta.sparse is None or batch.common.max_query_len == 1
+    assert counts.sparse_rows == 0
 
 
 def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
@@ -88,7 +106,7 @@ def test_rows_are_what_they_are_alone(without_gpu):
     out, _, _ = run(batch, FOUR)
     batch.common.query_start_loc = torch.tensor([0, 1], dtype=torch.int32)
     batch.common.query_start_loc_cpu = batch.common.query_start_loc
-    batch.common.num_reqs = batch.common.num_actual_tokens = 1
+    batch.common.num_reqs = batch.common.num_actual_tokens = batch.common.max_query_len = 1
     batch.common.seq_lens = batch.common.seq_lens_cpu_upper_bound = torch.tensor([203], dtype=torch.int32)
     batch.common.block_table_tensor, batch.common.slot_mapping = batch.table[5:], batch.common.slot_mapping[-1:]
     batch.prompts, batch.q = [190], batch.q[-1:]
@@ -110,5 +128,9 @@ def test_dense_rows_are_launched_as_outside_of_graphs(monkeypatch):
 
     monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "__init__", init)
     monkeypatch.setattr(cuda, "selection_of", lambda config: FOUR)
-    builder = cuda.SelectingFlashBuilder(None, [], None, torch.device("cpu"))
+    monkeypatch.setattr(cuda.SelectingFlashBuilder, "block_size", BLOCK, raising=False)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=2), model_config=SimpleNamespace(max_model_len=LONGEST)
+    )
+    builder = cuda.SelectingFlashBuilder(None, [], config, torch.device("cpu"))
     assert not builder.use_full_cuda_graph and builder.max_num_splits == 0

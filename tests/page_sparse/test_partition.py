@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import partition, prompt_lengths
 from vllm_dlm.page_sparse.queries import make_queries, page_table
 from vllm_dlm.plugins.selection.unique import Unique
@@ -63,4 +64,13 @@ def test_rows(rows):
     )
     assert torch.arange(20)[made.rows].tolist() == rows
     assert made.num_pages.tolist() == [5, 6, 7]
-    assert made.page_table.shape == (3, 7) and (made.pages_read, made.pages_seen) == (12, 18)
+    assert made.page_table.shape == (3, 7) and made.listed is None
+
+
+def test_counts():
+    """Of generated positions alone: five pages of which four are read, and two that are read whole."""
+    made = partition(FOUR, [0, 1, 2, 32], [70, 20, 30], [60, 10, 30])
+    assert made.counts(FOUR) == PageCounts(sparse_rows=1, dense_rows=1, pages_read=6, pages_seen=7)
+    total = PageCounts()
+    total.add(made.counts(FOUR), 3)
+    assert total == PageCounts(3, 3, 18, 21)

@@ -47,7 +47,6 @@ class WholeReaders:
 
     rows: slice | torch.Tensor
     batch: Batch
-    counts: PageCounts
 
 
 @dataclass
@@ -67,8 +66,9 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
         self.pages = packed_pages(
             heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype, self.selection.unit
         )
-        #: metadata of a step -> prompt length of each of its requests; the worker knows
+        #: metadata of a step -> prompt length of each of its requests; the worker knows, and takes the counts
         self.prompt_lens = lambda common: None
+        self.counts = PageCounts()
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingCPUMetadata:
         common, size = common_attn_metadata, self.selection.unit
@@ -77,6 +77,7 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
         starts, kv_lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
         slots = common.slot_mapping[: starts[common.num_reqs]].long()
         plan = partition(self.selection, starts, kv_lens, prompt_lengths(common, self.prompt_lens(common)))
+        self.counts.add(plan.counts(self.selection), len(self.layer_names))
         table = common.block_table_tensor
         return SelectingCPUMetadata(
             slots=slots,
@@ -92,8 +93,7 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
         batch = self.pages.batch(
             counts, torch.tensor(keys, dtype=torch.int32), page_table(table[requests], blocks, self.pages_per_block)
         )
-        read = plan.whole_pages(self.selection.unit)
-        return WholeReaders(place(rows, table.device), batch, PageCounts(0, len(plan.whole), read, read))
+        return WholeReaders(place(rows, table.device), batch)
 
     def _sparse(self, plan: Partition, table: torch.Tensor) -> list[tuple[Queries, Batch]]:
         pieces = []
@@ -119,7 +119,6 @@ class SelectingCPUImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.counts = PageCounts()
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -141,13 +140,11 @@ class SelectingCPUImpl(AttentionImpl):
                 context = torch.empty_like(output[rows])
                 pages.attend(query[rows], kv_cache, meta.dense.batch, self.scale, context)
                 output[rows] = context
-            self.counts.add(meta.dense.counts)
         for rows, batch in meta.sparse:
             q = query[rows.rows]
             chosen = chosen_pages(q, rows, self.summaries, selection)
             physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
-            self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> PackedPages:

@@ -1,4 +1,7 @@
-"""The backend on CUDA: vLLM's FlashAttention wherever everything is read, page kernels where pages are chosen.
+"""The backend on CUDA: page kernels where pages are chosen, vLLM's FlashAttention for what is read whole beside that.
+
+A step of one row per request goes through the page kernels as a whole, since
+vLLM keeps such steps as graphs (single_rows.py).
 
 Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 """
@@ -20,7 +23,8 @@ from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
-from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, to_device
+from vllm_dlm.page_sparse.queries import Queries, all_to_device, chosen_pages, make_queries
+from vllm_dlm.page_sparse.single_rows import SingleRows, ended_pages
 from vllm_dlm.plugins.selection.base import Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
@@ -54,44 +58,60 @@ class SelectingFlashMetadata(FlashAttentionMetadata):
     #: with `sparse`: the other rows as a batch of their own
     dense: FlashAttentionMetadata | None = None
     dense_rows: torch.Tensor | None = None
-    whole_rows: int = 0
-    whole_pages: int = 0
 
 
 class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
-    # Which rows choose depends on lengths, and so does the number of pages: launched one by one for now.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     supports_update_block_table: bool = False
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
         self.supports_draft_decode_metadata_update = False
-        # Decided before the mode was: as no graph holds these layers, FlashAttention is free to split keys as it likes.
+        # No graph holds these layers' calls of FlashAttention, which is free to split keys as it likes.
         self.use_full_cuda_graph, self.max_num_splits = False, 0
-        #: metadata of a step -> prompt length of each of its requests; the worker knows
+        self.single_rows = SingleRows(
+            self.selection, vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len,
+            self.block_size // self.selection.unit, device,
+        )  # fmt: skip
+        #: metadata of a step -> prompt length of each of its requests; the worker knows, and takes the counts
         self.prompt_lens = lambda common: None
+        self.counts = PageCounts()
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingFlashMetadata:
-        common, size = common_attn_metadata, self.selection.unit
+        common = common_attn_metadata
         # The host's lengths bound the device's: exact, but for drafts that are still being verified.
         bound = common.seq_lens_cpu_upper_bound
         kv_lens = (common.seq_lens.cpu() if bound is None else bound)[: common.num_reqs].tolist()
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         plan = partition(self.selection, starts, kv_lens, prompt_lengths(common, self.prompt_lens(common)))
+        self.counts.add(plan.counts(self.selection), len(self.layer_names))
+        if common.max_query_len == 1:
+            return self._single_rows(common, {request for request, _, _ in plan.sparse})
+        return self._mixed(common, fast_build, plan, starts, kv_lens)
 
-        step = super().build(common_prefix_len, common, fast_build or bool(plan.sparse))
+    def build_for_cudagraph_capture(self, common_attn_metadata) -> SelectingFlashMetadata:
+        """Nobody reads anything yet, and requests have no prompts to ask for."""
+        if common_attn_metadata.max_query_len != 1:
+            raise NotImplementedError("dlm.selection: only steps of one row per request are kept as graphs")
+        return self._single_rows(common_attn_metadata, set())
+
+    def _single_rows(self, common, choosing: set[int]) -> SelectingFlashMetadata:
+        rows, filled = self.single_rows.fill(common, choosing)
+        return SelectingFlashMetadata(**vars(super().build(0, common, True)), full_pages=filled, sparse=rows)
+
+    def _mixed(self, common, fast_build: bool, plan: Partition, starts, kv_lens) -> SelectingFlashMetadata:
+        """A step with prompts or drafts in it, launched one by one."""
+        size = self.selection.unit
+        step = super().build(0, common, fast_build or bool(plan.sparse))
         slots = common.slot_mapping[: common.num_actual_tokens]
         meta = SelectingFlashMetadata(**vars(step), full_pages=filled_pages(slots, starts, size))
-        meta.whole_rows = len(plan.whole)
-        meta.whole_pages = plan.whole_pages(size)
         if plan.sparse:
             requests, rows, keys = map(list, zip(*plan.sparse, strict=True))
-            index = to_device(requests, self.device)
-            behind = to_device([kv_lens[r] - n for r, n in zip(requests, keys, strict=True)], self.device, torch.int32)
+            index, behind = all_to_device(self.device, requests, behind_the_end(kv_lens, requests, keys))
             meta.sparse = make_queries(
-                self.selection, rows, common.seq_lens[index] - behind, keys, common.block_table_tensor[index],
-                self.block_size // size,
+                self.selection, rows, common.seq_lens[index] - behind.to(torch.int32), keys,
+                common.block_table_tensor[index], self.block_size // size,
             )  # fmt: skip
             if plan.prompt or plan.whole:
                 self._add_dense(meta, plan, common, kv_lens)
@@ -100,23 +120,29 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
     def _add_dense(self, meta: SelectingFlashMetadata, plan: Partition, common, kv_lens: list[int]) -> None:
         requests, counts, keys, rows = plan.dense()
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-        index = to_device(requests, self.device)
-        behind = to_device([kv_lens[r] - n for r, n in zip(requests, keys, strict=True)], self.device, torch.int32)
+        index, behind, meta.dense_rows, on_device = all_to_device(
+            self.device, requests, behind_the_end(kv_lens, requests, keys), rows, starts.tolist()
+        )
         batch = common.replace(
-            query_start_loc=starts.to(self.device, non_blocking=True), query_start_loc_cpu=starts,
-            seq_lens=common.seq_lens[index] - behind, seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
+            query_start_loc=on_device.to(torch.int32), query_start_loc_cpu=starts,
+            seq_lens=common.seq_lens[index] - behind.to(torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
             num_reqs=len(requests), num_actual_tokens=len(rows), max_query_len=max(counts), max_seq_len=max(keys),
             block_table_tensor=common.block_table_tensor[index], is_prefilling=None, positions=None,
             _num_computed_tokens_cache=None, _token_to_req_indices_cache=None,
         )  # fmt: skip
         meta.dense = super().build(0, batch, True)
-        meta.dense_rows = to_device(rows, self.device)
+
+
+def behind_the_end(kv_lens: list[int], requests: list[int], keys: list[int]) -> list[int]:
+    """How many keys of its request a part of a step does not see."""
+    return [kv_lens[request] - n for request, n in zip(requests, keys, strict=True)]
 
 
 def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Tensor:
     """Pages whose last position is among `slots` [T], and -1: as many as the rows of each request can fill, which the
     host knows without looking."""
-    pages = torch.where((slots >= 0) & (slots % size == size - 1), slots // size, -1)
+    pages = ended_pages(slots, size)
     most = sum(-(-(end - start) // size) for start, end in pairwise(starts))
     return pages if most >= len(pages) else pages.topk(most).values
 
@@ -124,10 +150,6 @@ def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Ten
 class SelectingFlashImpl(FlashAttentionImpl):
     selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
     summaries: Summaries | None = None  # and here once the cache is allocated
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.counts = PageCounts()
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -139,8 +161,6 @@ class SelectingFlashImpl(FlashAttentionImpl):
             return parent(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
         if key is not None and self.kv_sharing_target_layer_name is None:
             self.selection.store(kv_cache, meta.full_pages, self.summaries)
-        if meta.whole_rows:
-            self.counts.add(PageCounts(0, meta.whole_rows, meta.whole_pages, meta.whole_pages))
         if meta.sparse is None:
             return parent(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
         if meta.dense is not None:
@@ -154,5 +174,4 @@ class SelectingFlashImpl(FlashAttentionImpl):
         output[rows.rows] = sparse_attention(
             q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True
         )
-        self.counts.add(PageCounts(len(rows.kv_lens), 0, rows.pages_read, rows.pages_seen))
         return output

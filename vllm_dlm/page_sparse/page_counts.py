@@ -12,9 +12,9 @@ class PageCounts:
     pages_read: int = 0
     pages_seen: int = 0
 
-    def add(self, other: "PageCounts") -> None:
+    def add(self, other: "PageCounts", times: int = 1) -> None:
         for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
 
     def take(self) -> dict[str, int]:
         """What was counted since the last call."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -31,8 +32,13 @@ class Partition:
         rows = [row for first, count in zip(firsts, counts, strict=True) for row in range(first, first + count)]
         return requests, counts, keys, rows
 
-    def whole_pages(self, page_size: int) -> int:
-        return pages_of([keys for _, _, keys in self.whole], page_size)
+    def counts(self, selection: PageSelection) -> PageCounts:
+        """What one layer reads for the generated positions."""
+        whole, sparse = (
+            pages_of([keys for _, _, keys in rows], selection.unit) for rows in (self.whole, self.sparse)
+        )  # fmt: skip
+        read = whole + len(self.sparse) * selection.kept_pages
+        return PageCounts(len(self.sparse), len(self.whole), read, whole + sparse)
 
 
 def pages_of(keys: Sequence[int], page_size: int) -> int:

@@ -1,10 +1,9 @@
-"""Generated positions as the page kernels see them: requests of one query each."""
+"""Rows that read pages as the page kernels see them: requests of one query each."""
 
 from dataclasses import dataclass
 
 import torch
 
-from vllm_dlm.page_sparse.partition import pages_of
 from vllm_dlm.plugins.selection.base import Asked, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
@@ -16,10 +15,10 @@ class Queries:
     rows: slice | torch.Tensor  # where they are in the step's queries
     q_starts: torch.Tensor  # [B + 1]
     page_table: torch.Tensor  # [B, N] physical pages, in order
-    num_pages: torch.Tensor  # [B]
     kv_lens: torch.Tensor  # [B]
-    pages_seen: int  # sum of num_pages
-    pages_read: int  # of them those that are attended to
+    num_pages: torch.Tensor  # [B] pages to choose from
+    #: [B, N] the pages of queries that do not choose (whose num_pages are 0), and -1; None: all of them choose
+    listed: torch.Tensor | None = None
 
 
 def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: int) -> torch.Tensor:
@@ -41,10 +40,8 @@ def make_queries(
         rows=place(rows, device),
         q_starts=torch.arange(len(rows) + 1, device=device, dtype=torch.int32),
         page_table=page_table(block_table, -(-width // pages_per_block), pages_per_block)[:, :width].contiguous(),
-        num_pages=(kv_lens + size - 1) // size,
         kv_lens=kv_lens,
-        pages_seen=pages_of(keys, size),
-        pages_read=len(rows) * selection.kept_pages,
+        num_pages=(kv_lens + size - 1) // size,
     )
 
 
@@ -60,11 +57,21 @@ def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torc
     return host.to(device, non_blocking=True)
 
 
+def all_to_device(device: torch.device, *lists: list[int]) -> tuple[torch.Tensor, ...]:
+    """In one piece"""
+    return to_device([value for values in lists for value in values], device).split([len(values) for values in lists])
+
+
 def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
-    """q [B, H, D] -> [B, Hkv, kept_pages] pages of each row, in order"""
+    """q [B, H, D] -> [B, Hkv, K] pages that each row reads, in order, and -1; no host has to wait for anything"""
     asked = Asked(q[:, None], summaries, rows.page_table, rows.num_pages, rows.num_pages)
     chosen = selection.choose(asked).units
     # A query's own keys are in the last page, and vLLM's kernels take an unfinished page for the last one of their
     # table: it is forced, and should more pages be forced than may be read, it is one of them.
     chosen[..., -1] = rows.num_pages[:, None] - 1
-    return chosen
+    if rows.listed is None:
+        return chosen
+    # Of each row either is -1 throughout: the pages it chose, or those that are listed.
+    _, heads, kept = chosen.shape
+    listed = rows.listed[:, None].expand(-1, heads, -1)  # [B, Hkv, N]
+    return torch.cat([torch.maximum(chosen, listed[..., :kept]), listed[..., kept:]], -1)

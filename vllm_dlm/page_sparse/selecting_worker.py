@@ -38,8 +38,6 @@ class Selecting(WorkerBase):
                 f"dlm.selection: no layer of {self.model_config.architecture} that reads its whole context is left "
                 f"to {self.dlm_selection}; start without dlm.selection"
             )
-        for layer in found.values():
-            layer.impl.counts = self.dlm_unsent
         logger.info_once("Selection %r chooses pages in %d attention layers.", self.dlm_selection, len(found))
 
     def _choosing(self) -> dict[str, Attention]:
@@ -61,12 +59,17 @@ class Selecting(WorkerBase):
         for group in (group for groups in self.model_runner.attn_groups for group in groups):
             for builder in group.metadata_builders:
                 if hasattr(builder, "prompt_lens"):
-                    builder.prompt_lens = self._prompt_lens
+                    builder.prompt_lens, builder.counts = self._prompt_lens, self.dlm_unsent
 
     def compile_or_warm_up_model(self, *args, **kwargs):
         times = super().compile_or_warm_up_model(*args, **kwargs)
         self.dlm_unsent.take()  # nobody asked for what was read by then
         return times
+
+    def execute_dummy_batch(self) -> None:
+        """While others of a data-parallel server work; what real steps counted has left with their tokens."""
+        super().execute_dummy_batch()
+        self.dlm_unsent.take()
 
     def _prompt_lens(self, common) -> list[int] | None:
         """Of the requests of the batch that is being prepared, in its order."""
