@@ -67,6 +67,7 @@ def install(worker) -> None:
     for layer in runner.model.modules():
         if isinstance(layer, LinearBase):
             layer.register_forward_hook(linear)
+
     def joined_heads(layer):
         heads = layer.heads
 

@@ -21,9 +21,7 @@ class CanvasAttention:
         group = self.group
         if has_flash(q):
             ends = group.kv_ends[0]
-            context = flash_attention(
-                q, k, v, starts(rows, q), ends, None, None, max(rows.counts), max(group.kv_lens), self.scale
-            )
+            context = flash_attention(q, k, v, starts(rows, q), ends, None, None, group.max_q, group.max_kv, self.scale)
         else:
             context = varlen_attention(q, k, v, rows.counts, group.kv_lens, self.scale)
         return context.flatten(1)
@@ -34,8 +32,8 @@ class CanvasAttention:
         if has_flash(q):
             keys, values = pages.transpose(1, 2).chunk(2, -1)  # [blocks, block_size, Hkv, D]
             context = flash_attention(
-                q, keys, values, starts(rows, q), None, group.kv_ends[1, :-1], group.table, max(rows.counts),
-                max(group.kv_lens), self.scale,
+                q, keys, values, starts(rows, q), None, group.kv_ends[1, :-1], group.table, group.max_q,
+                group.max_kv, self.scale,
             )  # fmt: skip
         else:
             context = paged_attention(q, pages, group.tables, rows.counts, group.kv_lens, self.scale)
@@ -48,10 +46,10 @@ class CanvasAttention:
         group = self.group
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
-        if q.is_cuda:
+        if by_tables(q):
             added = delta_over_pages(
                 q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self._places(changed), moved, self.scale,
-                max(rows.counts), max(group.kv_lens),
+                group.max_q, group.max_kv,
             )  # fmt: skip
             return added.flatten(1)
         positions = changed.of(group.positions)
@@ -70,12 +68,17 @@ class CanvasAttention:
         group = self.group
         if changed.index is None and group.places is not None:
             return group.places  # live rows stay where they are for all layers
-        places = torch.full((len(group.kv_lens), max(group.kv_lens)), -1, dtype=torch.int32, device=group.canvas.device)
+        places = torch.full((len(group.kv_lens), group.max_kv), -1, dtype=torch.int32, device=group.canvas.device)
         number = torch.arange(len(changed), dtype=torch.int32, device=places.device)
         places[changed.of(group.canvas), changed.of(group.positions)] = number
         if changed.index is None:
             group.places = places
         return places
+
+
+def by_tables(q: torch.Tensor) -> bool:
+    """Lengths and tables are read where they lie, on the device; else the host goes through lists of them."""
+    return q.is_cuda
 
 
 def starts(rows: Rows, q: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ import torch
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.captured import CapturedSteps, Filled
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Alike, Head, HeadRequest
-from vllm_dlm.engine.packing import Packed, Stream, pack, split
+from vllm_dlm.engine.packing import Packed, Stream, among, pack, split
 from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.engine.upload import Upload
@@ -43,7 +44,9 @@ class Prepared(NamedTuple):
     """What a step has on the device, once it is sent."""
 
     packed: list[Packed]  # a forward each
+    filled: Filled | None  # instead: a captured step
     alike: list[Alike]
+    upload: Upload
 
 
 class Denoiser:
@@ -51,6 +54,7 @@ class Denoiser:
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
         self.blocks = KVBlocks([])  # until vLLM says how many there are
         self.upload = Upload(device)
+        self.captured: CapturedSteps | None = None
         self.masks: bool | None = None  # see Group; None: what is best on the device
         self.observers: list[Observer] = []
 
@@ -77,8 +81,12 @@ class Denoiser:
         # Canvases treated alike stand together, so that they share a group of rows.
         readers.sort(key=lambda reader: repr(reader.stream.kind))
         prepared = self._prepared(readers)
-        self.upload.send()
-        hidden = self._forward(prepared.packed, counts)
+        prepared.upload.send()
+        if prepared.filled is not None:
+            hidden = prepared.filled.run(counts)
+            counts.head_rows += sum(len(reader.stream.head_positions) for reader in readers)
+        else:
+            hidden = self._forward(prepared.packed, counts)
         for observer in self.observers:
             observer.head_read(hidden, requests)
         self.head.read(hidden, prepared.alike)
@@ -89,15 +97,20 @@ class Denoiser:
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
         """Packs the canvases, and says to each request which hidden states are its own."""
-        packed, start = self._packed([reader.stream for reader in readers]), 0
+        streams = [reader.stream for reader in readers]
+        filled = self.captured.fill(streams) if self.captured is not None else None
+        packed = [] if filled else self._packed(streams)
+        upload = self.captured.upload if filled and self.captured else self.upload
+        start, places = 0, head_places(streams) if filled else None  # of heads among the hidden states
         for stream, request, guides in readers:
             rows = np.arange(start, start := start + len(stream.head_positions))
             # several positions may be read at one row
             read = request.state.canvas.progress.rows_reading(request.positions)
             rows = rows[np.searchsorted(stream.head_positions, read)]
+            rows = rows if places is None else places[rows]
             request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
         requests = [reader.request for reader in readers if not reader.guides]
-        return Prepared(packed, self.head.prepare(requests, self.upload))
+        return Prepared(packed, filled, self.head.prepare(requests, upload), upload)
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
         """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
@@ -178,6 +191,15 @@ def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
     """A canvas as the exact model sees it, without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
     return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
+
+
+def head_places(streams: list[Stream]) -> np.ndarray:
+    """[R] where the rows of the head stand among all live ones"""
+    places, start = [], 0
+    for stream in streams:
+        places.append(start + among(stream.plan.live, stream.head_positions))
+        start += stream.num_rows
+    return np.concatenate(places)
 
 
 def held(live: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ host, and goes to the device in one transfer.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,27 @@ NO_BLOCKS = np.zeros(0, dtype=np.int64)
 #: On a GPU so many rows take hardly longer than a few, and waiting until the host knows how many a policy found
 #: takes as long as a layer: up to here all are computed and the ones that were not meant are left as they are.
 MASKED_ROWS = 512
+
+
+class Limits(NamedTuple):
+    """What a step that is to be replayed with other contents assumes of all of them."""
+
+    max_q: int  # rows of a canvas
+    max_kv: int  # its positions
+    blocks: int  # width of the tables
+
+
+class Unknown(RuntimeError):
+    """A flow asks for rows of which a captured step knows no number."""
+
+
+class UnknownRows(Rows):
+    """Of which every step has another number."""
+
+    def __getattribute__(self, name):
+        if name == "index":
+            raise Unknown("rows that are not all of the live ones")
+        return super().__getattribute__(name)
 
 
 @dataclass
@@ -63,6 +86,24 @@ class Stream:
     def num_rows(self) -> int:
         return len(self.plan.live)
 
+    @cached_property
+    def forced(self) -> np.ndarray:
+        """Places of rows that are recomputed anyway: by the plan, and those of new tokens unless the policy has it
+        otherwise"""
+        plan = self.plan
+        if len(plan.forced) == len(plan.live):
+            return np.arange(len(plan.live))
+        forced = among(plan.live, plan.forced)
+        if not self.reuse.force_changed or not len(self.changed):
+            return forced
+        return np.union1d(forced, among(plan.live, self.changed))
+
+    @property
+    def leading(self) -> int:
+        """How many rows a plan with a budget recomputes: those of new tokens count against it."""
+        plan = self.plan
+        return min(max(len(self.forced), len(plan.forced) + (plan.budget or 0)), len(plan.live))
+
 
 @dataclass
 class Group:
@@ -95,7 +136,14 @@ class Group:
     #: how many rows of each canvas a plan with a budget recomputes, and where these begin, [C + 1] int32
     leading: tuple[list[int], torch.Tensor]
     masks: bool  # rows that only the device knows ride along with the others
+    max_q: int  # no canvas has more rows
+    max_kv: int  # nor more positions
     places: torch.Tensor | None = None  # [C, longest canvas] int32: the live row of each position, once somebody asks
+
+    def begin(self) -> None:
+        """Forgets what a forward has found."""
+        self.columns.carried.clear()
+        self.places = None
 
     def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
         mask = rows.of(mask_T)
@@ -134,8 +182,11 @@ def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
     return forwards
 
 
-def pack(streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool | None = None) -> Packed:
-    """`streams` come sorted by kind. `masks`: see Group; None: what is best on the device"""
+def pack(
+    streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool | None = None, limits: Limits | None = None
+) -> Packed:
+    """`streams` come sorted by kind. `masks`: see Group; None: what is best on the device. `limits`: where everything
+    lies must not depend on more than the number of rows, canvases and leading rows, see captured.py"""
     packings, start = [], 0
     for _, members in groupby(streams, key=lambda s: s.kind):
         packing = Packing(list(members), start, shape)
@@ -146,7 +197,7 @@ def pack(streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool |
     flags = upload(np.concatenate([packing.flags for packing in packings], axis=1))
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
-    groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks) for p in packings]
+    groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks, limits) for p in packings]
     return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), upload(np.array(-1)), groups)
 
 
@@ -165,7 +216,7 @@ class Packing:
         live = [s.plan.live for s in streams]
         self.live = live[0] if len(live) == 1 else np.concatenate(live)
         self.heads = self._flag([among(s.plan.live, s.head_positions) for s in streams])
-        self.forced = self._forced()
+        self.forced = self._flag([s.forced for s in streams])
         self.changed = self._flag([among(s.plan.live, s.changed) for s in streams])
         self.response = self.live >= np.repeat([s.response[0] for s in streams], sizes)
 
@@ -175,20 +226,6 @@ class Packing:
         for start, place in zip(self.starts.tolist(), places, strict=False):
             mask[start + place] = True
         return mask
-
-    def _forced(self) -> np.ndarray:
-        """[T] bool: by the plan, and those of new tokens unless the policy has it otherwise"""
-        places = []
-        for stream in self.streams:
-            plan = stream.plan
-            if len(plan.forced) == len(plan.live):
-                places.append(np.arange(len(plan.live)))
-                continue
-            forced = among(plan.live, plan.forced)
-            if self.reuse.force_changed:
-                forced = np.concatenate([forced, among(plan.live, stream.changed)])
-            places.append(forced)
-        return self._flag(places)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -210,12 +247,15 @@ class Packing:
         chooses = np.repeat([s.chooses for s in self.streams], self.sizes)
         return np.stack([self.forced, self.changed, self.response & chooses, self.response, self.heads])
 
-    def group(self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool) -> Group:
+    def group(
+        self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool, limits: Limits | None
+    ) -> Group:
         streams, cached = self.streams, self.streams[0].cached
         kept = self._kept()
         responses = self._counts(self.response)
         kv_lens = [len(s.token_ids) for s in streams]
-        table, tables = self._tables(upload) if cached else (upload(np.zeros((0, 0), np.int32)), [])
+        table, tables = self._tables(upload, limits) if cached else (upload(np.zeros((0, 0), np.int32)), [])
+        rows = self._rows if limits is None else self._rows_if_all
         forced, changed, fresh, response, heads = flags.unbind(0)
         _, positions, canvas, _, _ = numbers.unbind(0)
         return Group(
@@ -239,35 +279,40 @@ class Packing:
             feature_slots=self._feature_slots(kept, upload),
             all_keep=bool(kept.all()),
             all=Rows(None, self.sizes, upload(self.starts.astype(np.int32))),
-            forced=self._rows(self.forced, upload),
-            response=self._rows(self.response, upload),
+            forced=rows(self.forced, upload),
+            response=rows(self.response, upload),
             # The last layer's features of prompt rows would feed nobody but those rows.
-            wanted=self._rows(self.heads | (self.response & kept), upload),
-            head=self._rows(self.heads, upload),
+            wanted=rows(self.heads | (self.response & kept), upload),
+            head=rows(self.heads, upload),
             leading=self._leading(upload),
             masks=masks,
+            max_q=limits.max_q if limits else max(self.sizes),
+            max_kv=limits.max_kv if limits else max(kv_lens),
         )
 
     def _counts(self, mask: np.ndarray) -> list[int]:
         """True rows of each canvas"""
-        return np.add.reduceat(mask, self.starts[:-1], dtype=np.int64).tolist()
+        before = np.zeros(len(mask) + 1, np.int64)
+        np.cumsum(mask, out=before[1:])
+        return np.diff(before[self.starts]).tolist()
 
     def _rows(self, mask: np.ndarray, upload: Upload) -> Rows:
         counts = self._counts(mask)
         index = None if sum(counts) == len(mask) else upload(np.flatnonzero(mask))
         return Rows(index, counts, upload(np.array([0, *np.cumsum(counts)], np.int32)))
 
+    def _rows_if_all(self, mask: np.ndarray, upload: Upload) -> Rows:
+        counts = self._counts(mask)
+        starts = upload(np.array([0, *np.cumsum(counts)], np.int32))
+        return Rows(None, counts, starts) if sum(counts) == len(mask) else UnknownRows(None, counts, starts)
+
     def _leading(self, upload: Upload) -> tuple[list[int], torch.Tensor]:
-        """Rows of new tokens are forced and count against the plan's budget."""
-        counts = []
-        for stream, forced in zip(self.streams, self._counts(self.forced), strict=True):
-            plan = stream.plan
-            counts.append(min(max(forced, len(plan.forced) + (plan.budget or 0)), len(plan.live)))
+        counts = [stream.leading for stream in self.streams]
         return counts, upload(np.array([0, *np.cumsum(counts)], np.int32))
 
-    def _tables(self, upload: Upload) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _tables(self, upload: Upload, limits: Limits | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [s.kv_table for s in self.streams if s.kv_table is not None]
-        table = np.full((len(own), max(map(len, own))), NULL_BLOCK, np.int32)
+        table = np.full((len(own), limits.blocks if limits else max(map(len, own))), NULL_BLOCK, np.int32)
         for row, blocks in zip(table, own, strict=True):
             row[: len(blocks)] = blocks
         return upload(table), [upload(blocks) for blocks in own]

@@ -11,6 +11,7 @@ import torch
 #: every array starts at a multiple of so many bytes, which kernels may take for granted
 ALIGNMENT = 16
 FIRST_CAPACITY = 1 << 16
+STAYING_CAPACITY = 1 << 22
 
 DTYPES = {
     np.dtype(np.int64): torch.int64,
@@ -23,14 +24,16 @@ DTYPES = {
 class Upload:
     """Of a device; the same memory serves step after step."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stays: bool = False):
+        """`stays`: what is sent lies in the same place each time, on the CPU, too; steps begin with `begin`."""
         self.device = device
         self._capacity, self._used = 0, 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that were too small for this step
         self._sent: torch.cuda.Event | None = None  # the last transfer, which must have read its buffer
         self._host: torch.Tensor | None = None
-        if device.type != "cpu":
-            self._host, self._there = self._buffers(FIRST_CAPACITY)
+        if device.type != "cpu" or stays:
+            self._host, self._there = self._buffers(STAYING_CAPACITY if stays else FIRST_CAPACITY)
+        self.stays = stays
 
     def _buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._capacity, self._used = capacity, 0
@@ -47,11 +50,16 @@ class Upload:
             self._sent = None
         size = array.nbytes
         if self._used + size > self._capacity:
+            if self.stays:
+                raise MemoryError(f"a captured step sends more than {self._capacity} bytes")
             self._pending.append((self._host[: self._used], self._there[: self._used]))
             self._host, self._there = self._buffers(max(2 * self._capacity, 2 * size))
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         self._host[start : start + size].numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         return self._there[start : start + size].view(DTYPES[array.dtype]).view(array.shape)
+
+    def begin(self) -> None:
+        self._used = 0
 
     def send(self) -> None:
         if self._host is None:

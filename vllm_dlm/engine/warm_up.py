@@ -20,7 +20,7 @@ from vllm_dlm.options import Options, request_options
 logger = init_logger(f"vllm.{__name__}")
 
 CANVASES = (1, 2, 5, 16)
-STEPS = 3
+STEPS = 6
 PROMPT, RESPONSE = 96, 64
 
 
@@ -33,6 +33,10 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int) -> 
             for _ in range(STEPS):
                 for request in denoiser.step(states, tables, Counts(), failed):
                     request.state.commit(request.positions, request.proposal, None)
+            if denoiser.captured is not None and count == 1 and reuse == server.reuse.name and not failed:
+                # between refreshes by now
+                (state,) = states
+                denoiser.captured.capture_all(denoiser._readers(state, tables[state.req_id])[0].stream)
             if failed:
                 logger.warning("Requests with reuse %r will fail here: %s", reuse, next(iter(failed.values())))
                 break

@@ -1,0 +1,122 @@
+"""Steps that are replayed over memory that stays: the same tokens as without, whoever fills up the batch.
+
+There is no GPU here: in the place of a graph the function is called again, over
+the memory and with the sizes it was captured with.
+"""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engine.running import Counted, runner_of, tokens
+from vllm_dlm.engine import canvas_attention
+from vllm_dlm.engine.captured import CANVASES, ROWS, CapturedSteps, bucket_of, repeated
+from vllm_dlm.engine.forward import denoise_live
+from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
+from vllm_dlm.methods import methods
+
+REUSES = sorted(name for name, reuse in methods("reuse").items() if reuse.caches)
+
+
+class Capturing(CapturedSteps):
+    """Each step when it is first met, and notes of them all."""
+
+    def __init__(self, llm):
+        self.denoiser = denoiser = runner_of(llm).denoiser
+        super().__init__(
+            lambda packed, counts: denoise_live(denoiser.model, packed, denoiser.blocks, counts),
+            repeated, denoiser.shape, denoiser.device, runner_of(llm).max_model_len,
+        )  # fmt: skip
+        self.met = []
+
+    def fill(self, streams):
+        bucket = bucket_of(streams)
+        if bucket is not None and bucket not in self.steps:
+            self._captured(streams[0], bucket)
+        self.met.append(bucket)
+        return super().fill(streams)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """An engine whose steps are captured while the test runs, with attention that reads lengths and tables where a
+    GPU's would: in the memory that stays."""
+    monkeypatch.setattr(canvas_attention, "by_tables", lambda q: True)
+    monkeypatch.setattr(canvas_attention, "has_flash", lambda q: True)
+    monkeypatch.setattr(canvas_attention, "flash_attention", over_tables)
+
+    def start(llm):
+        captured = Capturing(llm)
+        monkeypatch.setattr(captured.denoiser, "captured", captured)
+        return captured
+
+    return start
+
+
+def over_tables(q, k, v, q_starts, k_starts, kv_lens, table, max_q, max_kv, scale):
+    """See vllm_dlm/engine/flash_attention.py; rows behind the last start are not numbers."""
+    out = torch.full_like(q, torch.nan)
+    ends = q_starts.tolist()
+    for canvas, (start, end) in enumerate(pairwise(ends)):
+        assert end - start <= max_q
+        if k_starts is not None:
+            first, last = k_starts[canvas : canvas + 2].tolist()
+            keys, values = k[first:last], v[first:last]
+        else:
+            length = int(kv_lens[canvas])
+            assert length <= max_kv
+            keys, values = (part[table[canvas].long()].flatten(0, 1)[:length] for part in (k, v))
+        if end > start:
+            out[start:end] = varlen_attention(q[start:end], keys, values, [end - start], [len(keys)], scale)
+    return out
+
+
+def some(reuse: str, count: int, guided: bool = False):
+    rng = random.Random(reuse)
+    for index in range(count):
+        extra = {"dlm_reuse": reuse, "dlm_block_length": rng.choice([8, 16])}
+        if guided and index % 3 == 1:
+            extra["dlm_cfg_scale"] = 0.5
+        params = SamplingParams(
+            temperature=0.5 * (index % 4 == 3), seed=index, max_tokens=rng.randint(8, 40), ignore_eos=True,
+            detokenize=False, extra_args=extra,
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(1, 60))]}, params
+
+
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
+@pytest.mark.parametrize("reuse", REUSES)
+def test_replayed_steps_are_the_steps(engines, capturing, checkpoint, reuse):
+    llm = engines(checkpoint)
+    given = list(some(reuse, 6, guided=True))
+    with Counted(llm) as plain:
+        wanted = tokens(llm, given)
+    captured = capturing(llm)
+    with Counted(llm) as counted:
+        for cache in runner_of(llm).kv_caches:
+            cache.fill_(torch.nan)  # nobody's block, too
+        assert tokens(llm, given) == wanted
+    assert sum(bucket in captured.steps for bucket in captured.met) > len(captured.met) / 3
+    if reuse in ("fast_dllm", "dllm_cache"):  # others count rows that ride along
+        assert counted.total("pairs") == plain.total("pairs") and counted.total("keys_read") == plain.total("keys_read")
+
+
+def test_every_boundary_is_crossed(engines, capturing):
+    """One to seventeen canvases, so that rows and canvases pass each size there is and the last."""
+    llm = engines("llada-tiny", max_num_batched_tokens=4096)
+    longest = runner_of(llm).max_model_len
+    params = SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True, detokenize=False,
+        extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40},
+    )  # fmt: skip
+    given = [({"prompt_token_ids": [7 + index] * (3 + index)}, params) for index in range(17)]
+    alone = [tokens(llm, [request])[0] for request in given]
+    captured = capturing(llm)
+    for count in range(1, 18):
+        assert tokens(llm, given[:count]) == alone[:count]
+    replayed = {bucket for bucket in captured.met if bucket in captured.steps}
+    assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
+    assert {bucket.canvases for bucket in replayed} == set(CANVASES) - {1} and None in captured.met

@@ -1,0 +1,236 @@
+"""Steps whose launches are replayed: small ones, which a GPU runs faster than the host can launch them.
+
+A step between refreshes is captured for a bucket of rows and canvases, over
+memory that stays: the tables of its packing and its hidden states. A later
+step of the same shape is filled up with canvases of nobody, which lie in the
+block that vLLM hands to nobody, its tables are written over, and the launches
+are replayed. Whatever flows decide by on the host is part of the shape. Steps
+that recompute whole canvases are long enough for the host and stay as they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Packed, Stream, Unknown, pack
+from vllm_dlm.engine.upload import Upload
+from vllm_dlm.plugins.reuse.base import StepPlan, span
+
+ROWS = (32, 64, 96, 128, 192, 256, 384, 512)
+CANVASES = (1, 2, 4, 8, 16)
+#: parts of the rows that a policy with a budget recomputes in a layer
+LEADING = (8, 4, 2)
+
+
+class Graph(Protocol):
+    """Launches that can be repeated."""
+
+    def replay(self) -> None: ...
+
+
+#: runs a function and remembers its launches
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Graph, torch.Tensor]]
+
+
+class Bucket(NamedTuple):
+    kind: tuple  # of the streams
+    all_keep: bool  # every live row keeps features
+    rows: int
+    canvases: int
+    leading: int  # rows that a budget lets recompute in a layer; 0: there is no budget
+
+
+@dataclass
+class Recorded(Counts):
+    """What a step counts, and by which of its rows that goes."""
+
+    events: list[tuple[str | None, int, bool]] = field(default_factory=list)
+
+    def projected(self, phase: str, rows: int) -> None:
+        self.events.append((phase, rows, False))
+
+    def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
+        self.events.append((None, sum(q_lens), read))
+
+    def repeat(self, bucket: Bucket, packed: Packed, own: int, counts: Counts) -> None:
+        """The same of another step of that shape, whose first canvases are somebody's."""
+        (group,) = packed.groups
+        for phase, number, read in self.events:
+            lengths = (group.all.counts if number == bucket.rows else group.leading[0])[:own]
+            if phase is None:
+                counts.attended(lengths, group.kv_lens[:own], read=read)
+            else:
+                counts.projected(phase, sum(lengths))
+
+
+class Step(NamedTuple):
+    """One that was captured."""
+
+    graph: Graph
+    hidden: torch.Tensor  # [rows, E]
+    recorded: Recorded
+
+
+class Filled(NamedTuple):
+    """A step that is to be replayed."""
+
+    bucket: Bucket
+    step: Step
+    packed: Packed  # of its own streams and of nobody's
+    own: int  # how many are its own
+
+    def run(self, counts: Counts) -> torch.Tensor:
+        """-> [rows, E]"""
+        self.step.graph.replay()
+        self.step.recorded.repeat(self.bucket, self.packed, self.own, counts)
+        return self.step.hidden
+
+
+class CapturedSteps:
+    def __init__(
+        self,
+        run: Callable[[Packed, Counts], torch.Tensor],  # all layers -> hidden states of all live rows [rows, E]
+        capture: Capture,
+        shape: BlockShape,
+        device: torch.device,
+        longest: int,  # canvas
+    ):
+        self.run, self.capture, self.shape = run, capture, shape
+        self.limits = Limits(max_q=ROWS[-1], max_kv=longest, blocks=-(-longest // shape.block_size))
+        self.upload = Upload(device, stays=True)  # one step's tables at a time
+        self.rows = [rows for rows in reversed(ROWS) if rows < longest]  # a canvas of nobody can have them all
+        self.steps: dict[Bucket, Step] = {}
+
+    def fill(self, streams: list[Stream]) -> Filled | None:
+        """The streams in the memory of a captured step; None: there is none for them."""
+        bucket = bucket_of(streams)
+        if bucket is None or (step := self.steps.get(bucket)) is None:
+            return None
+        return Filled(bucket, step, self._packed(streams, streams[0], bucket), len(streams))
+
+    def capture_all(self, like: Stream) -> None:
+        """Steps of every size of canvases that are treated like this one, the largest first: the memory of the others
+        is part of theirs. None, if its flow asks for what a captured step does not know."""
+        if bucket_of([like]) is None:
+            return
+        budget = bool(like.plan.budget) and not dense(like)
+        for rows in self.rows:
+            for canvases in reversed(CANVASES):
+                for part in LEADING if budget else (0,):
+                    bucket = Bucket(like.kind, keeps(like), rows, canvases, rows // part if part else 0)
+                    if bucket not in self.steps and not self._captured(like, bucket):
+                        return
+
+    def _captured(self, like: Stream, bucket: Bucket) -> bool:
+        packed, recorded = self._packed([], like, bucket), Recorded()
+        self.upload.send()
+
+        def run(counts: Counts = recorded) -> torch.Tensor:
+            packed.groups[0].begin()
+            return self.run(packed, counts)
+
+        try:
+            run(Counts())  # what is compiled or allocated once is no part of the launches
+            graph, hidden = self.capture(run)
+        except Unknown:
+            return False
+        self.steps[bucket] = Step(graph, hidden, Recorded(events=list(recorded.events)))
+        return True
+
+    def _packed(self, streams: list[Stream], like: Stream, bucket: Bucket) -> Packed:
+        """With canvases of nobody up to the bucket's size; the last one has all the rows that are missing."""
+        missing = bucket.canvases - len(streams)
+        rows = bucket.rows - sum(stream.num_rows for stream in streams)
+        leading = bucket.leading - (leading_rows(streams) if bucket.leading else 0)
+        sizes = [(0, 0)] * (missing - 1) + [(rows, leading)] * (missing > 0)
+        streams = streams + [self._nobody(like, *size) for size in sizes]
+        self.upload.begin()
+        return pack(streams, self.upload, self.shape, masks=True, limits=self.limits)
+
+    def _nobody(self, like: Stream, rows: int, leading: int) -> Stream:
+        live = span(0, rows)
+        plan = StepPlan(live, live if dense(like) else live[:0], leading or like.plan.budget, rows, refresh=False)
+        length = rows + 1  # not all of it lives, as in the others
+        tokens, blocks = np.zeros(length, np.int64), np.full(self.limits.blocks, NULL_BLOCK)
+        feature_rows, feature_blocks = length if keeps(like) else 0, np.full(length, NULL_BLOCK)
+        return Stream(
+            like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks, feature_blocks
+        )  # fmt: skip
+
+
+def bucket_of(streams: list[Stream]) -> Bucket | None:
+    """The smallest that holds them; None: they are not to be captured."""
+    first = streams[0]
+    if first.whole or not first.cached or first.view is not None:
+        return None
+    if any(stream.kind != first.kind or dense(stream) != dense(first) for stream in streams):
+        return None
+    if any(stream.plan.live[0] < stream.response[0] for stream in streams):
+        return None  # with rows of the prompt it is long enough
+    rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
+    budget, keep = bool(first.plan.budget) and not dense(first), all(map(keeps, streams))
+    for canvases in CANVASES:
+        for size in ROWS:
+            spare = size - rows
+            # rows that are missing need a canvas that has them
+            if canvases < len(streams) or spare < 0 or (spare > 0 and canvases == len(streams)):
+                continue
+            if not budget:
+                return Bucket(first.kind, keep, size, canvases, 0)
+            for part in LEADING:
+                missing = size // part - leading
+                if 0 <= missing <= spare and (missing == 0 or canvases > len(streams)):
+                    return Bucket(first.kind, keep, size, canvases, size // part)
+    return None
+
+
+def dense(stream: Stream) -> bool:
+    """All that lives is recomputed."""
+    return len(stream.plan.forced) == len(stream.plan.live)
+
+
+def keeps(stream: Stream) -> bool:
+    """Every live row keeps features."""
+    return stream.plan.live[0] >= len(stream.token_ids) - stream.feature_rows
+
+
+def leading_rows(streams: list[Stream]) -> int:
+    return sum(stream.leading for stream in streams)
+
+
+def cuda_graph(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool()):
+        out = function()
+    return graph, out
+
+
+_pool: list = []
+
+
+def pool():
+    """Steps are never replayed side by side, so all of them work in the same memory."""
+    if not _pool:
+        _pool.append(torch.cuda.graph_pool_handle())
+    return _pool[0]
+
+
+class Repeated:
+    """In the place of a graph where there is none: the function is called again, over the same memory."""
+
+    def __init__(self, function: Callable[[], torch.Tensor]):
+        self.function, self.out = function, function()
+
+    def replay(self) -> None:
+        self.out.copy_(self.function())
+
+
+def repeated(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    graph = Repeated(function)
+    return graph, graph.out
