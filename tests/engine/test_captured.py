@@ -34,7 +34,7 @@ class Capturing(CapturedSteps):
 
     def fill(self, streams):
         bucket = bucket_of(streams)
-        if bucket is not None and bucket not in self.steps:
+        if bucket is not None and bucket.rows in self.rows and bucket not in self.steps:
             self._captured(streams[0], bucket)
         self.met.append(bucket)
         return super().fill(streams)

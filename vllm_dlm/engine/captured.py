@@ -155,7 +155,8 @@ class CapturedSteps:
 
     def _nobody(self, like: Stream, rows: int, leading: int) -> Stream:
         live = span(0, rows)
-        plan = StepPlan(live, live if dense(like) else live[:0], leading or like.plan.budget, rows, refresh=False)
+        budget = leading if like.plan.budget and not dense(like) else like.plan.budget
+        plan = StepPlan(live, live if dense(like) else live[:0], budget, rows, refresh=False)
         length = rows + 1  # not all of it lives, as in the others
         tokens, blocks = np.zeros(length, np.int64), np.full(self.limits.blocks, NULL_BLOCK)
         feature_rows, feature_blocks = length if keeps(like) else 0, np.full(length, NULL_BLOCK)

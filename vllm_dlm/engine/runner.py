@@ -22,9 +22,12 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.engine.captured import CapturedSteps, cuda_graph
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.flash_attention import installed
+from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.engine.head import Head, HeadRequest, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
@@ -111,7 +114,13 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        config = self.model_config.hf_config
+        """Compiles kernels, and captures steps unless `enforce_eager` says otherwise."""
+        config, denoiser = self.model_config.hf_config, self.denoiser
+        if self.device.type == "cuda" and not self.model_config.enforce_eager and can_be_captured(self.model_config):
+            denoiser.captured = CapturedSteps(
+                lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
+                cuda_graph, denoiser.shape, self.device, self.max_model_len,
+            )  # fmt: skip
         warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len)
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
@@ -187,6 +196,12 @@ class DenoisingRunner:
 
     def shutdown(self) -> None:
         self.requests.clear()
+
+
+def can_be_captured(model_config) -> bool:
+    """Attention that reads lengths on the device is FlashAttention's; ranks would have to capture together."""
+    half = model_config.dtype in (torch.float16, torch.bfloat16)
+    return half and installed() and get_tensor_model_parallel_world_size() == 1
 
 
 def own_seed(request_id: str, server_seed: int) -> int:
