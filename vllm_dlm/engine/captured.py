@@ -22,8 +22,10 @@ from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Packed, Stream, Unknown,
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import StepPlan, span
 
-ROWS = (32, 64, 96, 128, 192, 256, 384, 512)
-CANVASES = (1, 2, 4, 8, 16)
+ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024)
+CANVASES = (1, 2, 4, 8, 16, 32)
+#: of more canvases than a few, that have fewer rows than so many on average, there is nothing of its own
+ROWS_OF_MANY = 16
 #: parts of the rows that a policy with a budget recomputes in a layer
 LEADING = (8, 4, 2)
 
@@ -121,7 +123,7 @@ class CapturedSteps:
             return
         budget = bool(like.plan.budget) and not dense(like)
         for rows in self.rows:
-            for canvases in reversed(CANVASES):
+            for canvases in reversed([number for number in CANVASES if is_common(rows, number)]):
                 for part in LEADING if budget else (0,):
                     bucket = Bucket(like.kind, keeps(like), rows, canvases, rows // part if part else 0)
                     if bucket not in self.steps and not self._captured(like, bucket):
@@ -182,6 +184,8 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
             # rows that are missing need a canvas that has them
             if canvases < len(streams) or spare < 0 or (spare > 0 and canvases == len(streams)):
                 continue
+            if not is_common(size, canvases):
+                continue
             if not budget:
                 return Bucket(first.kind, keep, size, canvases, 0)
             for part in LEADING:
@@ -189,6 +193,10 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
                 if 0 <= missing <= spare and (missing == 0 or canvases > len(streams)):
                     return Bucket(first.kind, keep, size, canvases, size // part)
     return None
+
+
+def is_common(rows: int, canvases: int) -> bool:
+    return canvases <= 2 or rows >= ROWS_OF_MANY * canvases
 
 
 def dense(stream: Stream) -> bool:

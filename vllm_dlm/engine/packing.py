@@ -315,7 +315,8 @@ class Packing:
         table = np.full((len(own), limits.blocks if limits else max(map(len, own))), NULL_BLOCK, np.int32)
         for row, blocks in zip(table, own, strict=True):
             row[: len(blocks)] = blocks
-        return upload(table), [upload(blocks) for blocks in own]
+        # Kernels that read tables need no list of them, and their sizes are those of this step alone.
+        return upload(table), [] if limits else [upload(blocks) for blocks in own]
 
     def _kept(self) -> np.ndarray:
         """[T] bool: rows that keep features"""
