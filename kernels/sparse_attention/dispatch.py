@@ -7,18 +7,47 @@ from vllm_dlm.kernels.sparse_attention import torch as plain
 
 def sparse_attention(
     q: torch.Tensor,  # [Tq, H, D], the queries of request after request
-    q_starts: torch.Tensor,  # [B + 1] where each request's queries start
+    q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B], ascending
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
-    page_table: torch.Tensor,  # [B, N] physical page of each logical one
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 at the end
+    page_table: torch.Tensor,  # [B, N] physical page of each logical one, or with table_pages of each so many pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
     kv_lens: torch.Tensor,  # [B] keys of each request; its queries are the last of them if causal
     page_size: int,
     scale: float,
     causal: bool,
+    q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
+    table_pages: int = 1,  # neighbouring pages that lie together: table[p // n] * n + p % n is page p
+    out: torch.Tensor | None = None,  # [Tq, H, D] it is written here; queries of no request keep what stands there
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
+    arguments = (q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
     if q.is_cuda:
         from vllm_dlm.kernels.sparse_attention import triton
 
-        return triton.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
-    return plain.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+        return triton.sparse_attention(*arguments, q_ends, table_pages, out)
+    return plain.sparse_attention(*arguments, q_ends, table_pages, out)
+
+
+def sparse_delta(
+    q: torch.Tensor,  # [Tq, H, D]
+    q_starts: torch.Tensor,  # [B] where each request's queries start, ascending
+    q_ends: torch.Tensor,  # [B] and end
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D]
+    page_table: torch.Tensor,  # [B, N] place of each `table_pages` pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
+    kv_lens: torch.Tensor,  # [B]
+    page_size: int,
+    scale: float,
+    moved: torch.Tensor,  # [S, Hkv, D] by how much values have moved
+    places: torch.Tensor,  # [B, positions] int32: which of `moved` belongs to a position, -1: none
+    table_pages: int = 1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What moved values add to the attention of queries: as sparse_attention, but over what the values have moved by
+    -> [Tq, H, D]"""
+    arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places)
+    if q.is_cuda:
+        from vllm_dlm.kernels.sparse_attention import triton
+
+        return triton.sparse_delta(*arguments, table_pages, out)
+    return plain.sparse_delta(*arguments, table_pages, out)

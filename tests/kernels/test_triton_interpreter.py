@@ -1,5 +1,5 @@
 """The Triton kernels without a GPU. The interpreter must be chosen before Triton is imported, which other tests do
-without it: the cases (triton_cases.py) have a process of their own."""
+without it: the cases (triton_…cases.py) have a process of their own."""
 
 import os
 import subprocess
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_choice_cases.py")]
 
 
 def test_cases_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *map(str, CASES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, cwd=CASES[0].parents[2], capture_output=True, text=True)
     # pytest ends with an error of its own where it collects nothing
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr

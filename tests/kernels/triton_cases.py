@@ -166,9 +166,12 @@ def test_scores_of_summaries_among_keys_and_values(std_kind):
     g = torch.Generator().manual_seed(0)
     rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
-    arguments = q, rows[..., :64], rows[..., 64 : 64 + width], std_kind, 35, 1, 0.5, "max"
+    blocks = torch.nn.functional.pad(rows, (0, 0, 0, 3)).unflatten(1, (5, 8)).transpose(0, 1)  # [5, Hkv, 8, 2 * D]
+    statistics = PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind)
+    number = torch.tensor([37])
+    arguments = q, torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
     torch.testing.assert_close(
-        scores_of.run_scores(*arguments), cpu_scores.run_scores(*arguments), atol=3e-2, rtol=3e-2
+        scores_of.page_scores(*arguments), cpu_scores.page_scores(*arguments), atol=3e-2, rtol=3e-2
     )
 
 

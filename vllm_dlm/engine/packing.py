@@ -15,6 +15,7 @@ import torch
 from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
 from vllm_dlm.plugins.reuse.flow import Columns, Rows
 
@@ -65,14 +66,12 @@ class Group:
     reuse: Reuse
     whole: bool
     filtered: bool
-    views: list[View]  # of the canvases; none, if they see everything
+    selecting: Selecting | None  # what their responses see; None: everything
     span: slice  # of the forward's packed rows
     positions: torch.Tensor  # [T]
     canvas: torch.Tensor  # [T] index of the row's canvas within the group
     columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is to be read
-    prompt_rows: list[int]  # live rows of each canvas before its response
-    response_starts: list[int]
     kv_lens: list[int]
     tables: list[torch.Tensor]  # block ids of each canvas
     slots: Slots  # of each row's K and V
@@ -157,34 +156,41 @@ class Packing:
             response=self._upload(response, np.bool_),
         )
         sizes = [s.num_rows for s in streams]
+        every = [np.ones(size, np.bool_) for size in sizes]
+        masks = {"all": every, "forced": forced, "response": response, "wanted": wanted}
+        sets = {name: self._rows(own) for name, own in masks.items()}
+        prompt_rows = [int(len(read) - read.sum()) for read in response]
+        chosen = None
+        if views := [s.view for s in streams if s.view]:
+            chosen = selecting(views, sizes, prompt_rows, streams[0].whole, self._upload_array)
+            for name, own in masks.items():
+                chosen.knows(sets[name], [int((mask & ~read).sum()) for mask, read in zip(own, response, strict=True)])
         nowhere = Slots(*[torch.zeros(0, dtype=torch.int64, device=self.device)] * 2)
         return Group(
             reuse=self.reuse,
             whole=streams[0].whole,
             filtered=streams[0].filtered,
-            views=[s.view for s in streams if s.view],
+            selecting=chosen,
             span=span,
             positions=self._upload([s.plan.live for s in streams]),
             canvas=self._upload([np.full(size, i) for i, size in enumerate(sizes)]),
             columns=columns,
             voters=self._upload(heads, np.bool_),
-            prompt_rows=[int(len(read) - read.sum()) for read in response],
-            response_starts=[s.response[0] for s in streams],
             kv_lens=[len(s.token_ids) for s in streams],
             tables=[torch.from_numpy(s.kv_table).to(self.device) for s in streams] if cached else [],
             slots=self._slots() if cached else nowhere,
             feature_width=self.feature_width,
             feature_slots=self._feature_slots() if any(s.feature_rows for s in streams) else nowhere,
-            all=Rows(None, sizes),
-            forced=self._rows(forced),
-            response=self._rows(response),
-            wanted=self._rows(wanted),
+            **sets,
             head=self._rows(heads),
             leading=self._leading(forced),
         )
 
     def _upload(self, parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(self.device, non_blocking=True)
+
+    def _upload_array(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _rows(self, masks: list[np.ndarray]) -> Rows:
         counts = [int(mask.sum()) for mask in masks]
