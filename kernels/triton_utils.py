@@ -47,6 +47,13 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def live_row(index, i):
+    """The live row of row i, below 0 if that is padding"""
+    row = i if index is None else tl.load(index + i)
+    return row.to(tl.int64)
+
+
+@triton.jit
 def row_offsets(first, row, h, stride_token, stride_head, GROUP: tl.constexpr):
     """Where the rows `row` [R] of the request whose queries start at `first` lie in a tensor [Tq, H, …]: [R] int64"""
     return (first + row // GROUP).to(tl.int64) * stride_token + (h * GROUP + row % GROUP) * stride_head

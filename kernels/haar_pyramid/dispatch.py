@@ -4,6 +4,25 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid import torch as plain
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
+from vllm_dlm.kernels.operators import operator
+
+
+def _nodes(cache, page_ids, page_size, levels):
+    """Means and variances of all levels, the lowest first: [n, Hkv, nodes, D] float32 each"""
+    nodes = sum(page_size >> level for level in levels)
+    made = cache.new_empty(len(page_ids), cache.shape[1], nodes, cache.shape[3] // 2, dtype=torch.float32)
+    return made, torch.empty_like(made)
+
+
+_haar_pyramid = operator(
+    "haar_pyramid(Tensor cache, Tensor page_ids, int page_size, int[] levels) -> (Tensor, Tensor)", __package__, _nodes
+)
+_store_statistics = operator(
+    "store_statistics(Tensor cache, Tensor page_ids, Tensor(a!) mean, Tensor(b!) spread, int page_size, str std_kind) "
+    "-> ()",
+    __package__,
+    lambda *args: None,
+)
 
 
 def haar_pyramid(
@@ -14,9 +33,11 @@ def haar_pyramid(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """-> for each level b mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
     if cache.is_cuda:
-        from vllm_dlm.kernels.haar_pyramid import triton
-
-        return triton.haar_pyramid(cache, page_ids, page_size, levels)
+        ascending = sorted(set(levels))
+        sizes = [page_size >> level for level in ascending]
+        means, variances = (x.split(sizes, 2) for x in _haar_pyramid(cache, page_ids, page_size, ascending))
+        found = dict(zip(ascending, zip(means, variances, strict=True), strict=True))
+        return [found[level] for level in levels]
     return plain.haar_pyramid(cache, page_ids, page_size, levels)
 
 
@@ -24,9 +45,8 @@ def store_statistics(cache: torch.Tensor, page_ids: torch.Tensor, statistics: Pa
     """Mean and spread of the named pages from the keys that lie there now. Ids below 0 are passed over, so that
     callers need no data-dependent shapes."""
     if cache.is_cuda:
-        from vllm_dlm.kernels.haar_pyramid import triton
-
-        return triton.store_statistics(cache, page_ids, statistics)
+        kept = statistics.mean, statistics.spread, statistics.page_size, statistics.std_kind
+        return _store_statistics(cache, page_ids, *kept)
     return plain.store_statistics(cache, page_ids, statistics)
 
 

@@ -120,27 +120,26 @@ def _layout(cache, page_size, channels):
 
 
 def haar_pyramid(cache, page_ids, page_size, levels):
-    """See dispatch.py; what comes out for ids below 0 is undefined"""
+    """`levels` ascend; all nodes of a page side by side, the lowest level first. What comes out for ids below 0 is
+    undefined."""
     count, kv_heads, dim = len(page_ids), cache.shape[1], cache.shape[3] // 2
-    wanted = sorted(set(levels))
-    sizes = [page_size >> level for level in wanted]
+    sizes = [page_size >> level for level in levels]
     means = torch.empty(count, kv_heads, sum(sizes), dim, dtype=torch.float32, device=cache.device)
     variances = torch.empty_like(means)
     if count:
         _pyramid_kernel[count, kv_heads, sizes[-1]](
             cache, page_ids, means, variances, *cache.stride()[:3], sum(sizes),
-            TOP=wanted[-1], WANTED=sum(1 << level for level in wanted), **_layout(cache, page_size, 128),
+            TOP=levels[-1], WANTED=sum(1 << level for level in levels), **_layout(cache, page_size, 128),
         )  # fmt: skip
-    pieces = dict(zip(wanted, zip(means.split(sizes, 2), variances.split(sizes, 2), strict=True), strict=True))
-    return [pieces[level] for level in levels]
+    return means, variances
 
 
-def store_statistics(cache, page_ids, statistics):
+def store_statistics(cache, page_ids, mean, spread, page_size, std_kind):
     """See dispatch.py"""
-    nodes, width = statistics.spread.shape[2:]
+    nodes, width = spread.shape[2:]
     if len(page_ids):
         _statistics_kernel[len(page_ids), cache.shape[1]](
-            cache, page_ids, statistics.mean, statistics.spread, *cache.stride()[:3],
-            LEVEL=(statistics.page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=statistics.std_kind,
-            **_layout(cache, statistics.page_size, 64),
+            cache, page_ids, mean, spread, *cache.stride()[:3],
+            LEVEL=(page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=std_kind,
+            **_layout(cache, page_size, 64),
         )  # fmt: skip

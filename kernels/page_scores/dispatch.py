@@ -3,7 +3,28 @@
 import torch
 
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
+from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.page_scores import torch as plain
+
+_page_scores = operator(
+    "page_scores(Tensor q, Tensor q_starts, Tensor q_ends, Tensor? voters, Tensor mean, Tensor spread, "
+    "Tensor page_table, Tensor num_pages, Tensor forced_from, Tensor? sinks, int sink_pages, str std_kind, float lam, "
+    "str reduce, float sharpness) -> Tensor",
+    __package__,
+    lambda q, starts, ends, voters, mean, spread, table, *rest: q.new_empty(
+        len(table), mean.shape[1], table.shape[1] * mean.shape[2], dtype=torch.float32
+    ),
+)
+_half_scores = operator(
+    "half_scores(Tensor q, Tensor q_starts, Tensor q_ends, Tensor? voters, Tensor cache, Tensor block_table, "
+    "Tensor runs, int size, Tensor forced_from, Tensor sinks, float lam, str reduce, float sharpness) "
+    "-> (Tensor, Tensor)",
+    __package__,
+    lambda q, starts, ends, voters, cache, table, runs, *rest: (
+        q.new_empty(*runs.shape[:2], 2 * runs.shape[2], dtype=torch.float32),
+        q.new_empty(*runs.shape[:2], 2 * runs.shape[2], dtype=torch.int32),
+    ),
+)
 
 
 def page_scores(
@@ -21,11 +42,14 @@ def page_scores(
     sharpness: float = 1.0,  # of the queries, which are multiplied by it
 ) -> torch.Tensor:
     """-> [B, Hkv, N * n] float32"""
-    arguments = (q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
     if q.is_cuda:
-        from vllm_dlm.kernels.page_scores import triton
-
-        return triton.page_scores(*arguments, q_ends, voters, sharpness)
+        ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
+        sinks, number = (sink_pages, 0) if isinstance(sink_pages, torch.Tensor) else (None, sink_pages)
+        return _page_scores(
+            q, q_starts, ends, voters, statistics.mean, statistics.spread, page_table, num_pages, forced_from, sinks,
+            number, statistics.std_kind, lam, reduce, sharpness,
+        )  # fmt: skip
+    arguments = (q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
     return plain.page_scores(*arguments, q_ends, voters, sharpness)
 
 
@@ -46,9 +70,7 @@ def half_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of both halves of each run, side by side, and which run of `size` keys each half is:
     [B, Hkv, 2 * n] float32 and int32"""
-    arguments = (q, q_starts, q_ends, cache, block_table, runs, size, forced_from, sinks, lam, reduce)
+    arguments = (cache, block_table, runs, size, forced_from, sinks, lam, reduce)
     if q.is_cuda:
-        from vllm_dlm.kernels.page_scores import triton
-
-        return triton.half_scores(*arguments, voters, sharpness)
-    return plain.half_scores(*arguments, voters, sharpness)
+        return _half_scores(q, q_starts, q_ends, voters, *arguments, sharpness)
+    return plain.half_scores(q, q_starts, q_ends, *arguments, voters, sharpness)

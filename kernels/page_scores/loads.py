@@ -16,7 +16,9 @@ def load_pages(
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     table += b * stride_table
     if SIZE > 0:
-        run = tl.load(runs + (b * tl.num_programs(1) + h) * (width // 2) + position // 2, mask=position < width, other=-1)
+        run = tl.load(
+            runs + (b * tl.num_programs(1) + h) * (width // 2) + position // 2, mask=position < width, other=-1
+        )
         there = run >= 0
         name = tl.where(there, 2 * run + position % 2, -1)
         means, spreads = _of_keys(

@@ -79,7 +79,7 @@ def half_scores(
     q, q_starts, q_ends, cache, block_table, runs, size, forced_from, sinks, lam, reduce, voters=None, sharpness=1.0
 ):
     """See dispatch.py"""
-    batch, kv_heads, width = runs.shape
+    kv_heads = runs.shape[1]
     halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype)).flatten(2)
     halves.masked_fill_((runs < 0).repeat_interleave(2, -1), -1)
     scores = torch.full(halves.shape, -torch.inf)

@@ -44,16 +44,21 @@ def _votes(voters, number, first, row, rows, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _logits(rows, means, spreads, lam, sharpness, STD_KIND: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def _logits(
+    rows, means, spreads, lam, sharpness, SHARP: tl.constexpr, STD_KIND: tl.constexpr, WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
     """rows [R, DIM_PAD], means [PAGES, DIM_PAD], spreads [PAGES, WIDTH_PAD] -> [R, PAGES] float32, see __init__.py"""
     scale: tl.constexpr = DIM**-0.5
-    exact = (rows.to(tl.float32) * sharpness).to(rows.dtype).to(tl.float32)
+    if SHARP:
+        rows = (rows.to(tl.float32) * sharpness).to(rows.dtype)
+    exact = rows.to(tl.float32)
     logits = tl.zeros([rows.shape[0], means.shape[0]], tl.float32)
     if STD_KIND == "vector":
         # with lam inside the product: one accumulator for both
         weighted = (tl.abs(exact) * lam).to(means.dtype)
         logits = dot(weighted, tl.trans(spreads.to(means.dtype)), logits)
-    logits = dot(exact.to(means.dtype), tl.trans(means), logits) * scale
+    logits = dot(rows.to(means.dtype), tl.trans(means), logits) * scale
     if STD_KIND == "diag2":
         channel, part = tl.arange(0, rows.shape[1]), tl.arange(0, spreads.shape[1])
         for group in tl.static_range(WIDTH):
@@ -102,7 +107,7 @@ def _lse_kernel(
     stride_spread_head, stride_spread_node, stride_table, heads,
     STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr,
-    CHUNKS: tl.constexpr, SINKS: tl.constexpr,
+    CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
     """lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that compete for it"""
     h, chunk = tl.program_id(1), tl.program_id(2)
@@ -119,7 +124,7 @@ def _lse_kernel(
                 stride_spread, stride_spread_head, stride_spread_node, stride_table,
                 STD_KIND, NODES, SIZE, DIM, DIM_PAD, WIDTH, WIDTH_PAD,
             )  # fmt: skip
-            logits = _logits(queries, means, spreads, lam, sharpness, STD_KIND, WIDTH, DIM)
+            logits = _logits(queries, means, spreads, lam, sharpness, SHARP, STD_KIND, WIDTH, DIM)
             compete = there & (position >= sink) & (position < forced_at) & (unknown == 0)
             logits = tl.where(compete[None, :] & (logits == logits), logits, float("-inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
@@ -137,7 +142,7 @@ def _score_kernel(
     stride_spread_head, stride_spread_node, stride_table, heads,
     REDUCE: tl.constexpr, STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr,
-    PAGES: tl.constexpr, CHUNKS: tl.constexpr, SINKS: tl.constexpr,
+    PAGES: tl.constexpr, CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
     """scores and names [B, Hkv, width]"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -157,7 +162,7 @@ def _score_kernel(
             row = start + tl.arange(0, ROWS)
             votes = _votes(voters, number, first, row, rows, GROUP)
             queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), votes, DIM, DIM_PAD)
-            logits = _logits(queries, means, spreads, lam, sharpness, STD_KIND, WIDTH, DIM)
+            logits = _logits(queries, means, spreads, lam, sharpness, SHARP, STD_KIND, WIDTH, DIM)
             # a maximum passes over what is not a number: it is looked for by itself
             broken = tl.maximum(broken, tl.max((votes[:, None] & (logits != logits)).to(tl.int32), 0))
             if REDUCE == "max":
@@ -185,29 +190,28 @@ def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple
 
 
 def page_scores(
-    q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce, q_ends=None, voters=None,
-    sharpness=1.0,
+    q, q_starts, q_ends, voters, mean, spread, page_table, num_pages, forced_from, sinks, sink_pages, std_kind, lam,
+    reduce, sharpness,
 ):  # fmt: skip
     """See dispatch.py"""
-    mean, spread = statistics.mean, statistics.spread
     shape = (len(page_table), mean.shape[1], page_table.shape[1] * mean.shape[2])
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    ends = q_starts[1:] if q_ends is None else q_ends
+    marks = num_pages, forced_from, sink_pages if sinks is None else sinks
     _launch(
-        q, (q_starts, ends), voters, (mean, spread), (page_table, None), (num_pages, forced_from, sink_pages), scores,
-        None, lam, sharpness, reduce, statistics.std_kind, 0,
+        q, (q_starts, q_ends), voters, (mean, spread), (page_table, None), marks, scores, None, lam, sharpness, reduce,
+        std_kind, 0,
     )  # fmt: skip
     return scores
 
 
 def half_scores(
-    q, q_starts, q_ends, cache, block_table, runs, size, forced_from, sinks, lam, reduce, voters=None, sharpness=1.0
+    q, q_starts, q_ends, voters, cache, block_table, runs, size, forced_from, sinks, lam, reduce, sharpness
 ):
     """See dispatch.py"""
     batch, kv_heads, count = runs.shape
     scores = torch.empty(batch, kv_heads, 2 * count, dtype=torch.float32, device=q.device)
     halves = torch.empty(scores.shape, dtype=torch.int32, device=q.device)
-    keys = cache[..., : q.shape[2]]
+    keys = cache.narrow(3, 0, q.shape[2])
     _launch(
         q, (q_starts, q_ends), voters, (keys, keys), (block_table, runs), (forced_from, forced_from, sinks), scores,
         halves, lam, sharpness, reduce, "vector" if lam else "none", size,
@@ -220,8 +224,9 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
     if not scores.numel():
         return
     mean, spread = vectors
-    # the spreads of every channel are more to hold than the means
-    pages = min(PAGES, 32) if std_kind == "vector" else PAGES
+    # the spreads of every channel are more to hold than the means, and so are keys beside what they come to
+    held = (std_kind == "vector") + (size > 1)
+    pages = min(PAGES, 64 >> held)
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
     chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, q.device)
     voters = None if voters is None else voters.view(torch.int8)
@@ -237,6 +242,7 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
         "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
         "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
+        "SHARP": sharpness != 1, "num_stages": 2 if size else 3,
     }  # fmt: skip
     grid = (batch, kv_heads, chunks)
     lse = None

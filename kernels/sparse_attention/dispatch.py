@@ -2,7 +2,19 @@
 
 import torch
 
+from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.sparse_attention import torch as plain
+
+_ARGUMENTS = (
+    "Tensor q, Tensor q_starts, Tensor q_ends, Tensor cache, Tensor page_table, Tensor chosen, Tensor kv_lens, "
+    "int page_size, float scale, bool causal, int table_pages, Tensor? moved, Tensor? places"
+)
+_sparse_attention = operator(
+    f"sparse_attention({_ARGUMENTS}) -> Tensor", __package__, lambda q, *rest: q.new_empty(q.shape)
+)
+_sparse_attention_into = operator(
+    f"sparse_attention_into(Tensor(a!) out, {_ARGUMENTS}) -> ()", __package__, lambda *arguments: None
+)
 
 
 def sparse_attention(
@@ -20,12 +32,18 @@ def sparse_attention(
     out: torch.Tensor | None = None,  # [Tq, H, D] it is written here; queries of no request keep what stands there
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
-    arguments = (q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+    arguments = (cache, page_table, chosen, kv_lens, page_size, scale, causal)
     if q.is_cuda:
-        from vllm_dlm.kernels.sparse_attention import triton
+        ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
+        return _launched(out, q, q_starts, ends, *arguments, table_pages, None, None)
+    return plain.sparse_attention(q, q_starts, *arguments, q_ends, table_pages, out)
 
-        return triton.sparse_attention(*arguments, q_ends, table_pages, out)
-    return plain.sparse_attention(*arguments, q_ends, table_pages, out)
+
+def _launched(out: torch.Tensor | None, *arguments) -> torch.Tensor:
+    if out is None:
+        return _sparse_attention(*arguments)
+    _sparse_attention_into(out, *arguments)
+    return out
 
 
 def sparse_delta(
@@ -45,9 +63,7 @@ def sparse_delta(
 ) -> torch.Tensor:
     """What moved values add to the attention of queries: as sparse_attention, but over what the values have moved by
     -> [Tq, H, D]"""
-    arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places)
+    arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale)
     if q.is_cuda:
-        from vllm_dlm.kernels.sparse_attention import triton
-
-        return triton.sparse_delta(*arguments, table_pages, out)
-    return plain.sparse_delta(*arguments, table_pages, out)
+        return _launched(out, *arguments, False, table_pages, moved, places)
+    return plain.sparse_delta(*arguments, moved, places, table_pages, out)

@@ -49,8 +49,9 @@ def _key_offsets(
 def _attend_kernel(
     q, q_starts, q_ends, cache, table, chosen, kv_lens, moved, places, out, lse, batch, slots, share, scale, heads,
     stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_places,
-    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BATCH_PAD: tl.constexpr,
+    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
 ):  # fmt: skip
     """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused.
     With `moved` [S, Hkv, DIM] those are the values, of the positions that `places` gives one."""
@@ -147,34 +148,23 @@ def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
     return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 64 else 4, "num_stages": 4}
 
 
-def sparse_attention(
-    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None
+def sparse_attention(q, *arguments):
+    """See dispatch.py"""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sparse_attention_into(out, q, *arguments)
+    return out
+
+
+def sparse_attention_into(
+    out, q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, moved, places
 ):
     """See dispatch.py"""
-    ends = q_starts[1:] if q_ends is None else q_ends
-    nothing = None, None
-    return _attend(
-        q, (q_starts, ends), cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, nothing, out
-    )
-
-
-def sparse_delta(
-    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None
-):
-    """See dispatch.py"""
-    moved = (moved.contiguous(), places)
-    return _attend(
-        q, (q_starts, q_ends), cache, page_table, chosen, kv_lens, page_size, scale, False, table_pages, moved, out
-    )
-
-
-def _attend(q, spans, cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, moved, out):
     (queries, heads, dim), batch = q.shape, len(page_table)
     kv_heads, block_size = cache.shape[1:3]
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
-        return out
+        return
+    if moved is not None:
+        moved = moved.contiguous()
     group, slots = heads // kv_heads, chosen.shape[2] * page_size
     tiles = _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
@@ -185,15 +175,14 @@ def _attend(q, spans, cache, page_table, chosen, kv_lens, page_size, scale, caus
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, *spans, cache, page_table, chosen.contiguous(), kv_lens, *moved, partial, lse, batch, slots,
+        q, q_starts, q_ends, cache, page_table, chosen.contiguous(), kv_lens, moved, places, partial, lse, batch, slots,
         triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
-        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), 0 if moved[1] is None else moved[1].stride(0),
-        PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits, GROUP=group,
-        DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch), **tiles,
+        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), 0 if places is None else places.stride(0),
+        PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
+        GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch), **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](
-            partial, lse, out, *spans, batch, heads, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16),
+            partial, lse, out, q_starts, q_ends, batch, heads, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16),
             BATCH_PAD=padded(batch),
         )  # fmt: skip
-    return out

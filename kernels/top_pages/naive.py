@@ -13,8 +13,15 @@ def top_pages(scores, k, kept=None, names=None):
     return out
 
 
-def overlap(pages, before):
+def unless_alike(pages, before, share):
     """See dispatch.py"""
+    same = overlap(pages, before) >= share
+    mask = same[:, None, None]
+    return same, pages.masked_fill(mask, -1), torch.where(mask, before[..., : pages.shape[2]], pages)
+
+
+def overlap(pages, before):
+    """-> [B] what share of the pages were there before"""
     out = torch.zeros(len(pages))
     for b in range(len(pages)):
         there = pages[b] >= 0

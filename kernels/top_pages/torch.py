@@ -47,8 +47,15 @@ def top(scores, k):
     return pages
 
 
-def overlap(pages, before):
+def unless_alike(pages, before, share):
     """See dispatch.py"""
+    same = overlap(pages, before) >= share
+    mask = same[:, None, None]
+    return same, pages.masked_fill(mask, -1), torch.where(mask, before[..., : pages.shape[2]], pages)
+
+
+def overlap(pages, before):
+    """-> [B] what share of the pages were there before"""
     there = pages >= 0
     known = before.masked_fill(before < 0, torch.iinfo(before.dtype).max)  # still ascending
     place = torch.searchsorted(known, pages).clamp_max_(known.shape[-1] - 1)

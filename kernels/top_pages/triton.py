@@ -77,7 +77,7 @@ def _top_kernel(
         tl.store(chosen + slot, -1, mask=(slot >= number) & (slot < k))
 
 
-def top_pages(scores, k, kept=None, names=None):
+def top_pages(scores, k, kept, names):
     """See dispatch.py"""
     *shape, width = scores.shape
     chosen = torch.empty(*shape, k, dtype=torch.int32, device=scores.device)
@@ -117,13 +117,40 @@ def _overlap_kernel(
     tl.store(found + number + place, total)
 
 
-def overlap(pages, before):
+@triton.jit
+def _unless_kernel(
+    pages, before, found, same, left, memo, number, share, stride_b, stride_h, stride_before_b, stride_before_h,
+    K: tl.constexpr, TILE: tl.constexpr, HEADS_PAD: tl.constexpr,
+):  # fmt: skip
+    """same [B], left and memo [B, Hkv, K]"""
+    b, h, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    head = tl.arange(0, HEADS_PAD)
+    common = tl.sum(tl.load(found + b * heads + head, mask=head < heads, other=0), 0)
+    total = tl.sum(tl.load(found + number + b * heads + head, mask=head < heads, other=0), 0)
+    alike = (common.to(tl.float32) / total.to(tl.float32) >= share).to(tl.int8)
+    if h == 0:
+        tl.store(same + b, alike)
+    row = (b * heads + h) * K
+    for start in range(0, K, TILE):
+        place = start + tl.arange(0, TILE)
+        page = tl.load(pages + b * stride_b + h * stride_h + place, mask=place < K, other=-1)
+        old = tl.load(before + b * stride_before_b + h * stride_before_h + place, mask=place < K, other=-1)
+        tl.store(left + row + place, tl.where(alike > 0, -1, page), mask=place < K)
+        tl.store(memo + row + place, tl.where(alike > 0, old, page), mask=place < K)
+
+
+def unless_alike(pages, before, share):
     """See dispatch.py"""
-    (batch, kv_heads, k), most = pages.shape, before.shape[2]
-    found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=pages.device)
+    (batch, kv_heads, k), most, device = pages.shape, before.shape[2], pages.device
+    found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=device)
+    same = torch.empty(batch, dtype=torch.bool, device=device)
+    left, memo = (torch.empty(pages.shape, dtype=torch.int32, device=device) for _ in range(2))
+    strides, tile = (*pages.stride()[:2], *before.stride()[:2]), min(padded(k, 128), 1024)
     _overlap_kernel[batch, kv_heads](
-        pages, before, found, batch * kv_heads, most, *pages.stride()[:2], *before.stride()[:2],
-        K=k, STEPS=most.bit_length() + 1, TILE=min(padded(k, 128), 1024),
+        pages, before, found, batch * kv_heads, most, *strides, K=k, STEPS=most.bit_length() + 1, TILE=tile
+    )
+    _unless_kernel[batch, kv_heads](
+        pages, before, found, same.view(torch.int8), left, memo, batch * kv_heads, float(share), *strides,
+        K=k, TILE=tile, HEADS_PAD=padded(kv_heads),
     )  # fmt: skip
-    common, total = found.sum(2)
-    return common / total
+    return same, left, memo

@@ -16,7 +16,17 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, span
-from vllm_dlm.plugins.reuse.flow import Attend, FeedForward, Flow, Key, Layer, Output, Query, Value, dense
+from vllm_dlm.plugins.reuse.flow import (
+    Attend,
+    FeedForward,
+    Flow,
+    Layer,
+    Output,
+    QueryKey,
+    QueryKeyValue,
+    Value,
+    dense,
+)
 
 #: Kp / Kr of the official scripts; rho is 0.25 in all of them
 PUBLISHED = {
@@ -89,22 +99,26 @@ class DLLMCache(Reuse):
     def _partial(self, at: Layer) -> Flow:
         """Every row gets a new value; rows whose values moved are recomputed, the others add what they kept."""
         # The first layer recomputes every row, and with rho = 0 nothing but forced ones is looked at in the others.
-        chooses = at.index > 0 and self.transfer_ratio > 0 and len(at.forced) < len(at.all)
-        valued = at.all if at.index == 0 or chooses else at.forced
-        v = yield Value(valued.of(at.h))
-        rows = at.least_similar(at.similarity(v, at.cached_values(at.all))) if chooses else valued
-        q = yield Query(rows.of(at.h), rows.turned(at.rope))
-        k = yield Key(rows.of(at.h), rows.turned(at.rope))
-        at.store_values(valued, v)
-        at.store_keys(rows, k)
+        if at.index > 0 and self.transfer_ratio > 0 and len(at.forced) < len(at.all):
+            before = at.cached_values(at.all)
+            v = yield Value(at.h, at.all)
+            rows = at.least_similar(at.similarity(v, before))
+            x, h = at.of(rows)
+            q, _ = yield QueryKey(h, rows)
+        else:
+            rows = at.all if at.index == 0 else at.forced
+            x, h = at.of(rows)
+            q, _, _ = yield QueryKeyValue(h, rows)
         context = yield Attend(q, rows)
         output = yield Output(context)
-        ffn = yield FeedForward(rows.of(at.x) + output)
+        _, ffn = yield FeedForward(x, output)
         new = kept(context, output, ffn)
         at.keep(rows, new)
+        if rows.index is None:
+            return at.all, at.x, new
         # Rows that keep nothing, those of the prompt, are among the recomputed whenever they live.
-        x = at.x if rows.index is None else at.x + at.features(at.all)
-        return at.all, rows.set(x, rows.of(at.x) + new)
+        added = at.features(at.all)
+        return at.all, at.x, added if at.all_keep else rows.set(added, new)
 
 
 def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:

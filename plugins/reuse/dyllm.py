@@ -15,18 +15,7 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, span
-from vllm_dlm.plugins.reuse.flow import (
-    Attend,
-    AttendMoved,
-    FeedForward,
-    Flow,
-    Key,
-    Layer,
-    Output,
-    Query,
-    Value,
-    dense,
-)
+from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Flow, Layer, Output, dense, heads
 
 #: the official code's constant: every fourth step, and the first four, let the prompt's rows live
 OFFICIAL_INTERVAL = 4
@@ -97,33 +86,26 @@ class DyLLM(Reuse):
             # A context is the sum over what was visible: where that changes, it is made anew.
             columns.carried["salient"] = columns.forced | columns.changed | columns.fresh
         salient_T = columns.carried["salient"]
-        changed = at.where(salient_T)
+        changed = at.where(salient_T, at.all)
         # What the prompt's rows become in the last layer is read by nobody.
         rows = at.response if at.last else at.all
-        exact = at.where(salient_T & columns.response) if at.last else changed
+        exact = at.where(salient_T, rows) if at.last else changed
 
-        v = yield Value(changed.of(at.h))
-        q = yield Query(rows.of(at.h), rows.turned(at.rope))
-        k = yield Key(changed.of(at.h), changed.turned(at.rope))
-        moved = v - at.cached_values(changed)
-        at.store_values(changed, v)
-        at.store_keys(changed, k)
-
+        before = at.cached_values(changed.rows)
+        q, _, v = yield from heads(at, rows, changed.rows)
         old, ffn = at.features(rows).split([q.shape[1] * q.shape[2], at.x.shape[1]], 1)
-        context = old + (yield AttendMoved(q, rows, changed, moved))
-        place = rows.places(exact)
-        context[place] = yield Attend(q[place], exact)
+        context = old + (yield AttendMoved(q, rows, changed.rows, v - before))
+        context = exact.set(context, (yield Attend(exact.of(q), exact.rows)))
 
         always_T = columns.forced | columns.fresh
         salient_T = rows.set(always_T, rows.of(always_T) | (at.similarity(context, old) < self.threshold))
         columns.carried["salient"] = salient_T
-        salient = rows.places(at.where(salient_T & columns.response) if at.last else at.where(salient_T))
+        salient = at.where(salient_T, rows)
         output = yield Output(context)
-        x = rows.of(at.x) + output
-        new = yield FeedForward(x[salient])
-        ffn = ffn.index_copy(0, salient, new)
+        x, new = yield FeedForward(rows.of(at.x), output, salient)
+        ffn = salient.set(ffn, new)
         at.keep(rows, kept(context, output, ffn))
-        return rows, x + ffn
+        return rows, x, ffn
 
 
 def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, mean_and_variance
 from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
-from vllm_dlm.kernels.top_pages import overlap, top_pages
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
@@ -195,14 +195,12 @@ class WaveFilter(Selection):
         same = None
         if prompts.previous is not None and prompts.previous.memo is not None:
             # Where the coarsest choice is still much the same the old one serves on, and no run is looked into.
-            before = prompts.previous.memo[..., : most[0]]
-            same = (overlap(top, before) >= self._reselect[1])[:, None, None]  # [B, 1, 1]
-            top, runs = torch.where(same, before, top), top.masked_fill(same, -1)
+            same, runs, top = unless_alike(top, prompts.previous.memo, self._reselect[1])
         for stage, scale in enumerate(self.scales[1:], 1):
             scores, halves = self._halves(asked, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
             runs = self._best(scores, most[stage], prompts.numbers[3 * stage], halves)
         if same is not None:
-            runs = torch.where(same, prompts.previous.units[..., : most[-1]], runs)
+            runs = torch.where(same[:, None, None], prompts.previous.units[..., : most[-1]], runs)
         scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
         return Choice(runs, scored, top)
 

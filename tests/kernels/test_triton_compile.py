@@ -7,11 +7,12 @@ No GPU takes part: launches are caught before they reach one, and their argument
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import PageStatistics
+from tests.kernels.launches import CASES, Launching, fake_gpu
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -25,8 +26,9 @@ TARGETS = {
 }
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.bool: "i1",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def launches(monkeypatch, tmp_path):
         caught.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return caught
 
@@ -76,71 +79,11 @@ def resources(compiled, target):
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def cache(dim=128, kv_heads=8, dtype=torch.bfloat16, blocks=64, block_size=64):
-    return torch.empty(blocks, kv_heads, block_size, 2 * dim, dtype=dtype, device="meta")
-
-
-def meta(*shape, dtype=torch.int32):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def launch_pyramid():
-    from vllm_dlm.kernels.haar_pyramid.triton import haar_pyramid
-
-    haar_pyramid(cache(), meta(16), 64, (1, 2, 6))
-
-
-def launch_statistics(std_kind, **shape):
-    from vllm_dlm.kernels.haar_pyramid.triton import store_statistics
-
-    pages = cache(**shape)
-    store_statistics(pages, meta(16), PageStatistics.empty(pages, pages.shape[2], std_kind))
-
-
-def launch_top_pages(pages):
-    from vllm_dlm.kernels.top_pages.triton import top_pages
-
-    top_pages(meta(4, 8, pages, dtype=torch.float32), 32)
-
-
-def launch_scores(std_kind, reduce, queries=4):
-    from vllm_dlm.kernels.page_scores.triton import page_scores
-
-    statistics = PageStatistics.empty(cache(), 64, std_kind)
-    q = meta(queries, 32, 128, dtype=torch.bfloat16)
-    page_scores(q, meta(5), statistics, meta(4, 2048), meta(4), meta(4), 1, 0.5, reduce)
-
-
-def launch_attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):
-    from vllm_dlm.kernels.sparse_attention.triton import sparse_attention
-
-    pages = cache(**shape)
-    q = meta(4 * queries, 8 * group, pages.shape[3] // 2, dtype=pages.dtype)
-    sparse_attention(q, meta(5), pages, meta(4, 2048), meta(4, 8, kept), meta(4), page_size, 0.1, causal)
-
-
-CASES = {
-    "pyramid": launch_pyramid,
-    "statistics": lambda: launch_statistics("l2"),
-    "statistics of large pages": lambda: launch_statistics("diag2", block_size=128, dim=256),
-    "scores": lambda: launch_scores("l2", "max"),
-    "scores of many queries": lambda: launch_scores("l2", "max", 4 * 32),
-    "scores by channel": lambda: launch_scores("vector", "mean", 4 * 32),
-    "normalised scores": lambda: launch_scores("diag2", "softmax_sum"),
-    "top pages": lambda: launch_top_pages(512),
-    "top pages of long rows": lambda: launch_top_pages(16384),
-    "attention": lambda: launch_attention(1),
-    "attention of a block": lambda: launch_attention(32, causal=False),
-    "attention over single keys": lambda: launch_attention(8, page_size=1, kept=2048, group=1),
-    "attention of wide heads": lambda: launch_attention(32, dim=256),
-    "attention in float32": lambda: launch_attention(32, dtype=torch.float32),
-}
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, target, launches, record_property):
-    CASES[case]()
+    with fake_gpu(), Launching():
+        CASES[case]()()
     assert launches
     gpu, memory = TARGETS[target]
     for kernel, arguments, options in launches:

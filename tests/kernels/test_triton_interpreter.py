@@ -1,5 +1,5 @@
 """The Triton kernels without a GPU. The interpreter must be chosen before Triton is imported, which other tests do
-without it: the cases (triton_…cases.py) have a process of their own."""
+without it: the cases have a process of their own."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_choice_cases.py")]
+CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_choice_cases.py", "step_cases.py")]
 
 
 def test_cases_under_the_interpreter():

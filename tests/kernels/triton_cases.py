@@ -1,38 +1,33 @@
-"""The Triton kernels under the interpreter against their definitions; run by test_triton_interpreter.py, in a
-process that never imported Triton without it. Memory that a launcher allocates holds garbage."""
+"""The kernels of page-sparse attention against their definitions, under Triton's interpreter; run by
+test_triton_interpreter.py."""
 
 import pytest
 import torch
 
+from tests.kernels.interpreted import *  # noqa: F403
+from tests.kernels.interpreted import on_gpu
 from tests.kernels.pages import PagedBatch
-from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, PageStatistics, spread_width
+from vllm_dlm.kernels.haar_pyramid import (
+    INVALID,
+    STD_KINDS,
+    PageStatistics,
+    haar_pyramid,
+    spread_width,
+    store_statistics,
+)
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
-from vllm_dlm.kernels.haar_pyramid import store_statistics as cpu_store
-from vllm_dlm.kernels.haar_pyramid import triton as pyramid
-from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS
+from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
-from vllm_dlm.kernels.page_scores import torch as cpu_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
+from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
+from vllm_dlm.kernels.top_pages import top_pages
 from vllm_dlm.kernels.top_pages import triton as top
 from vllm_dlm.kernels.triton_utils import UPCAST
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def garbage(monkeypatch):
-    def poisoned(make):
-        def empty(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(torch.nan if made.is_floating_point() else -77)
-
-        return empty
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
 def test_the_interpreter_runs():
@@ -48,7 +43,7 @@ def test_pyramid(page_size, per_block, dim, dtype):
     page_ids = batch.full_pages[:6]
     top = page_size.bit_length() - 1
     levels = (top, 0, 1)
-    got = pyramid.haar_pyramid(batch.pages, page_ids, page_size, levels)
+    got = haar_pyramid(on_gpu(batch.pages), page_ids, page_size, levels)
     for pair, wanted in zip(got, naive_pyramid.haar_pyramid(batch.pages, page_ids, page_size, levels), strict=True):
         for part, whole in zip(pair, wanted, strict=True):
             torch.testing.assert_close(part.double(), whole, atol=2e-6, rtol=2e-6)
@@ -62,8 +57,8 @@ def test_statistics(std_kind, nodes, dim, dtype):
     got = PageStatistics.empty(batch.pages, 16, std_kind, nodes)
     want = PageStatistics.empty(batch.pages, 16, std_kind, nodes)
     page_ids = batch.full_pages[1:].clone()
-    cpu_store(batch.pages, page_ids, want)
-    pyramid.store_statistics(batch.pages, torch.cat([page_ids, torch.tensor([-1, -5])]).to(torch.int32), got)
+    store_statistics(batch.pages, page_ids, want)
+    store_statistics(on_gpu(batch.pages), torch.cat([page_ids, torch.tensor([-1, -5])]).to(torch.int32), got)
     torch.testing.assert_close(got.mean, want.mean)
     torch.testing.assert_close(got.spread, want.spread, atol=1e-6, rtol=1e-5)
     assert (got.spread[batch.full_pages[0]] == INVALID).all()
@@ -73,7 +68,7 @@ def test_statistics_of_a_cache_with_other_strides():
     """Keys of all heads beside each other, as some engines keep them."""
     batch = PagedBatch([64], [1], dtype=torch.float16)
     got, want = PageStatistics.empty(batch.pages, 16, "l2"), batch.statistics("l2")
-    pyramid.store_statistics(batch.pages.transpose(1, 2).contiguous().transpose(1, 2), batch.full_pages, got)
+    store_statistics(on_gpu(batch.pages.transpose(1, 2).contiguous().transpose(1, 2)), batch.full_pages, got)
     torch.testing.assert_close(got.mean, want.mean)
     torch.testing.assert_close(got.spread, want.spread)
 
@@ -89,7 +84,7 @@ def test_top_pages(width, k):
     scores[2, :, 4:] = -torch.inf
     scores[2, 1, :2] = FORCED
     scores[2, 1, 2], scores[2, 0, 1] = -FORCED, torch.finfo(torch.float32).min
-    assert torch.equal(top.top_pages(scores, k), naive_top.top_pages(scores, k))
+    assert torch.equal(top_pages(on_gpu(scores), k), naive_top.top_pages(scores, k))
 
 
 def test_top_pages_of_rows_longer_than_a_tile(monkeypatch):
@@ -98,11 +93,11 @@ def test_top_pages_of_rows_longer_than_a_tile(monkeypatch):
     scores[0, 0] = scores[0, 0].round()
     scores[0, 1, 600:] = -torch.inf
     for k in (3, 300, 650):
-        assert torch.equal(top.top_pages(scores, k), naive_top.top_pages(scores, k))
+        assert torch.equal(top_pages(on_gpu(scores), k), naive_top.top_pages(scores, k))
 
 
 def test_no_page_has_a_score():
-    assert (top.top_pages(torch.full((1, 1, 5), -torch.inf), 3) == -1).all()
+    assert (top_pages(on_gpu(torch.full((1, 1, 5), -torch.inf)), 3) == -1).all()
 
 
 def beyond_means_nothing(batch):
@@ -114,9 +109,10 @@ def beyond_means_nothing(batch):
 def compare_scores(batch, statistics, reduce, tolerance):
     beyond_means_nothing(batch)
     arguments = (
-        batch.q, batch.q_starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 1, 1, 0.5, reduce,
+        on_gpu(batch.q), batch.q_starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 1, 1, 0.5,
+        reduce,
     )  # fmt: skip
-    got = scores_of.page_scores(*arguments)
+    got = page_scores(*arguments)
     torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
     return got
 
@@ -167,12 +163,11 @@ def test_scores_of_summaries_among_keys_and_values(std_kind):
     rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
     blocks = torch.nn.functional.pad(rows, (0, 0, 0, 3)).unflatten(1, (5, 8)).transpose(0, 1)  # [5, Hkv, 8, 2 * D]
-    statistics = PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind)
-    number = torch.tensor([37])
-    arguments = q, torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
-    torch.testing.assert_close(
-        scores_of.page_scores(*arguments), cpu_scores.page_scores(*arguments), atol=3e-2, rtol=3e-2
-    )
+    statistics, number = (
+        PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind), torch.tensor([37]),
+    )  # fmt: skip
+    arguments = torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
+    torch.testing.assert_close(page_scores(on_gpu(q), *arguments), page_scores(q, *arguments), atol=3e-2, rtol=3e-2)
 
 
 def test_pages_that_requests_share_and_requests_without_pages():
@@ -195,10 +190,10 @@ def choose(batch, k):
 def compare_attention(batch, chosen, causal, tolerance=2e-5):
     beyond_means_nothing(batch)
     arguments = (
-        batch.q, batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size,
+        on_gpu(batch.q), batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size,
         batch.q.shape[2] ** -0.5, causal,
     )  # fmt: skip
-    got = attention.sparse_attention(*arguments)
+    got = sparse_attention(*arguments)
     torch.testing.assert_close(got, naive_attention.sparse_attention(*arguments), atol=tolerance, rtol=tolerance)
     return got
 

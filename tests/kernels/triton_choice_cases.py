@@ -4,20 +4,21 @@ against their definitions; run by test_triton_interpreter.py."""
 import pytest
 import torch
 
+from tests.kernels.interpreted import *  # noqa: F403
+from tests.kernels.interpreted import on_gpu
 from tests.kernels.pages import PagedBatch
-from tests.kernels.triton_cases import choose, garbage
-from vllm_dlm.kernels.page_scores import REDUCTIONS
+from tests.kernels.triton_cases import choose
+from vllm_dlm.kernels.page_scores import REDUCTIONS, half_scores, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
-from vllm_dlm.kernels.page_scores import torch as cpu_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
-from vllm_dlm.kernels.sparse_attention import torch as cpu_attention
+from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
 from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
-from vllm_dlm.kernels.top_pages import torch as cpu_top
-from vllm_dlm.kernels.top_pages import triton as top
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 
-__all__ = ["garbage"]
+#: where the first argument lies
+DEVICES = (on_gpu, lambda x: x)
 
 
 def ragged(lens=(200, 331, 90), q_lens=(5, 2, 4), skipped=(0, 3, 1), **shape):
@@ -47,8 +48,9 @@ def test_scores_of_some_queries(reduce, std_kind):
         torch.tensor([0, 3, 1]), 0.5, reduce, ends, voters, 2**0.5,
     )  # fmt: skip
     want = naive_scores.page_scores(*arguments)
-    for ours in (scores_of, cpu_scores):
-        torch.testing.assert_close(ours.page_scores(*arguments).double(), want, atol=1e-5, rtol=1e-5)
+    for put in DEVICES:
+        got = page_scores(put(batch.q), *arguments[1:])
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -67,8 +69,8 @@ def test_halves_of_runs(size, lam, reduce, monkeypatch):
         torch.tensor([1, 0, 2]), lam, reduce, voters, 0.7,
     )  # fmt: skip
     want, names = naive_scores.half_scores(*arguments)
-    for ours in (scores_of, cpu_scores):
-        scores, halves = ours.half_scores(*arguments)
+    for put in DEVICES:
+        scores, halves = half_scores(put(batch.q), *arguments[1:])
         assert torch.equal(halves, names)
         torch.testing.assert_close(scores.double(), want, atol=1e-5, rtol=1e-5)
 
@@ -81,24 +83,27 @@ def test_each_asker_keeps_as_many_as_it_may_by_their_names():
     names[scores == -torch.inf] = -1
     kept = torch.tensor([3, 25, 4, 9])
     want = naive_top.top_pages(scores, 9, kept.clamp_max(9), names)
-    for ours in (top, cpu_top):
-        assert torch.equal(ours.top_pages(scores, 9, kept.clamp_max(9), names), want)
+    for put in DEVICES:
+        assert torch.equal(top_pages(put(scores), 9, kept.clamp_max(9), names), want)
 
 
-@pytest.mark.parametrize("k, m", [(5, 9), (40, 30), (300, 300), (7, 1)])
+@pytest.mark.parametrize("k, m", [(5, 9), (30, 40), (300, 300), (1, 7)])
 def test_what_two_choices_share(k, m):
     def pages(count, seed):
         g = torch.Generator().manual_seed(seed)
         rows = torch.rand(6, 2 * max(k, m), generator=g).argsort(1)[:, :count].sort(1)[0].view(3, 2, count)
-        rows[1, :, count * 2 // 3 :] = -1
+        rows[1, :, max(count * 2 // 3, 1) :] = -1
         return rows.to(torch.int32)
 
     now, before = pages(k, 0), pages(m, 1)
     before[2] = -1
-    want = naive_top.overlap(now, before)
-    assert want[2] == 0 < want[0]
-    for ours in (top, cpu_top):
-        torch.testing.assert_close(ours.overlap(now, before), want)
+    shares = naive_top.overlap(now, before)
+    assert shares[2] == 0 < shares.max()
+    for share in (*shares.unique().tolist(), 0.1, 1.0):  # at least, and not more than
+        want = naive_top.unless_alike(now, before, share)
+        for put in DEVICES:
+            for got, wanted in zip(unless_alike(put(now), before, share), want, strict=True):
+                assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("processors", [1, 1000])
@@ -112,8 +117,8 @@ def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch
     arguments = (batch.q, starts, batch.pages, blocks_of(batch, 8), chosen, batch.kv_lens, 4, 0.3, False, ends, 8)
     want = naive_attention.sparse_attention(*arguments, own.clone())
     assert (want[[5, 6, 7, 10]] == 7).all() and (want != 7).any()
-    for ours in (attention, cpu_attention):
-        got = ours.sparse_attention(*arguments, own.clone())
+    for put in DEVICES:
+        got = sparse_attention(put(batch.q), *arguments[1:], own.clone())
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
@@ -134,5 +139,6 @@ def test_moved_values(processors, monkeypatch):
     own = torch.full_like(batch.q, 7.0)
     want = naive_attention.sparse_delta(*arguments, own.clone())
     assert (want[:5] == 0).all() and (want[5] == 7).all() and want[8:10].abs().sum() > 0
-    for ours in (attention, cpu_attention):
-        torch.testing.assert_close(ours.sparse_delta(*arguments, own.clone()), want, atol=2e-5, rtol=2e-5)
+    for put in DEVICES:
+        got = sparse_delta(put(batch.q), *arguments[1:], own.clone())
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

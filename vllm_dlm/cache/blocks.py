@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dlm.plugins.reuse.flow import Rows
+
 
 @dataclass
 class Slots:
@@ -19,6 +21,9 @@ class Slots:
 
     def __getitem__(self, rows) -> "Slots":
         return Slots(self.block[rows], self.offset[rows])
+
+    def of(self, rows: Rows) -> "Slots":
+        return self if rows.index is None else self[rows.index]
 
 
 class KVBlocks:

@@ -13,9 +13,10 @@ from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Head, HeadRequest
-from vllm_dlm.engine.packing import Stream, pack, split
+from vllm_dlm.engine.packing import Packed, Stream, pack, split
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 from vllm_dlm.plugins.selection.base import Selection
 
@@ -43,6 +44,8 @@ class Denoiser:
     def __init__(self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device):
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
         self.blocks = KVBlocks([])  # until vLLM says how many there are
+        self.upload = Upload(device)
+        self.masks: bool | None = None  # see Group; None: what is best on the device
         self.choices: dict[Selection, ChoicePool] = {}
         self.observers: list[Observer] = []
 
@@ -68,7 +71,7 @@ class Denoiser:
     def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
         # Canvases treated alike stand together, so that they share a group of rows.
         readers.sort(key=lambda reader: repr(reader.stream.kind))
-        hidden = self.forward([reader.stream for reader in readers], counts)
+        packed = self._packed([reader.stream for reader in readers])
         start = 0
         for stream, request, guides in readers:
             rows = np.arange(start, start := start + len(stream.head_positions))
@@ -76,9 +79,12 @@ class Denoiser:
             read = request.state.canvas.progress.rows_reading(request.positions)
             rows = rows[np.searchsorted(stream.head_positions, read)]
             request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+        alike = self.head.prepare(requests, self.upload)
+        self.upload.send()
+        hidden = self._forward(packed, counts)
         for observer in self.observers:
             observer.head_read(hidden, requests)
-        self.head.run(hidden, requests)
+        self.head.read(hidden, alike)
         for request in requests:
             if not request.finite:
                 own = [reader.stream for reader in readers if reader.request is request]
@@ -143,10 +149,15 @@ class Denoiser:
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
-        hidden = []
-        for part in split(streams, self.max_rows):
-            packed = pack(part, self.device, self.shape)
-            hidden.append(denoise(self.model, packed, self.blocks, counts, watch))
+        packed = self._packed(streams)
+        self.upload.send()
+        return self._forward(packed, counts, watch)
+
+    def _packed(self, streams: list[Stream]) -> list[Packed]:
+        return [pack(part, self.upload, self.shape, self.masks) for part in split(streams, self.max_rows)]
+
+    def _forward(self, packed: list[Packed], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+        hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
 

@@ -6,9 +6,8 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.layer import LayerStep
+from vllm_dlm.engine.layer import LayerStep, together
 from vllm_dlm.engine.packing import Packed
-from vllm_dlm.plugins.reuse.flow import Rope
 
 #: sees the rows that leave each part of the model, by its name
 Watch = Callable[[str, torch.Tensor], None]
@@ -16,19 +15,25 @@ Watch = Callable[[str, torch.Tensor], None]
 
 def denoise(model, packed: Packed, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
     """-> hidden states before the final norm of the rows the head needs, canvas after canvas: [R, E]"""
-    layers, groups = model.model.layers, packed.groups
-    x_TE, rope = model.embed_input_ids(packed.ids), Rope(*model.model.rope(packed.positions))
+    layers = model.model.layers
+    step = LayerStep(packed, model.model.rope.table, layers, blocks, counts)
+    x_TE = model.embed_input_ids(packed.ids)
     if watch is not None:
         watch("the embedding", x_TE)
-    for index, layer in enumerate(layers):
-        last = index == len(layers) - 1
-        done = LayerStep(index, last, layer, blocks, counts).run(groups, x_TE, rope)
-        parts = [x for _, x in done]
+    h_TE = layers[0].input_layernorm(x_TE)
+    for index in range(len(layers)):
+        behind = step.run(index, x_TE, h_TE)
+        residual, added = together([x for _, x, _ in behind]), together([ffn for _, _, ffn in behind])
         if watch is not None:
-            watch(f"layer {index}", torch.cat(parts))
-        if not last:
-            x_TE = torch.cat(parts) if len(parts) > 1 else parts[0]
+            watch(f"layer {index}", residual + added)
+        if index + 1 < len(layers):
+            h_TE, x_TE = layers[index + 1].add_and_norm_input(residual, added)
     # The last layer may have computed some rows only: where are those of the head among them?
-    heads = [x[rows.places(group.head)] for (rows, x), group in zip(done, groups, strict=True)]
+    heads = [
+        x[place] + ffn[place]
+        for place, x, ffn in (
+            (rows.places(group.head), x, ffn) for (rows, x, ffn), group in zip(behind, packed.groups, strict=True)
+        )
+    ]
     counts.head_rows += sum(map(len, heads))
-    return torch.cat(heads) if len(heads) > 1 else heads[0]
+    return together(heads)

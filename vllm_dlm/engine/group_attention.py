@@ -23,7 +23,7 @@ class GroupAttention:
         if group.filtered and self.selects:
             return self._in_view(q, rows)
         self.counts.attended(rows.counts, group.kv_lens, read=False)
-        return CanvasAttention(rows.counts, group.kv_lens, self.scale)(q, k, v)
+        return CanvasAttention(group, self.scale).over_new(q, rows, k, v)
 
     def over_blocks(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Queries [n, H, D] over the cached keys and values of their canvas -> [n, H * D]"""
@@ -32,26 +32,22 @@ class GroupAttention:
         if self.selects:
             return self._in_view(q, rows)
         self.counts.attended(rows.counts, self.group.kv_lens, read=True)
-        attend = CanvasAttention(rows.counts, self.group.kv_lens, self.scale)
-        return attend.over_pages(q, self.blocks.layers[self.layer], self.group.tables)
+        return CanvasAttention(self.group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer])
 
     def moved(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
         """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
         group, pages, selecting = self.group, self.blocks.layers[self.layer], self.group.selecting
-        positions = changed.of(group.positions)
         if selecting is None or not self.selects:
             self.counts.attended(rows.counts, group.kv_lens, read=True)
-            attend = CanvasAttention(rows.counts, group.kv_lens, self.scale)
-            return attend.delta_over_pages(q, pages, group.tables, positions, moved, changed.counts)
+            return CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved)
         out = None
         if any(read := selecting.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
-            over = CanvasAttention(rows.counts, group.kv_lens, self.scale)
-            out = over.delta_over_pages(q, pages, group.tables, positions, moved, changed.counts).view_as(q)
+            out = CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved).view_as(q)
+        where = changed.of(group.canvas), changed.of(group.positions), changed.mask
         return selecting.delta(
-            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, moved, changed.of(group.canvas),
-            positions, out,
-        ).flatten(1)  # fmt: skip
+            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, moved, *where, out
+        ).flatten(1)
 
     def _in_view(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of the response see what their canvas's view shows them, those of the prompt everything. Where any of
@@ -60,8 +56,7 @@ class GroupAttention:
         assert selecting is not None
         if any(read := selecting.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
-            over = CanvasAttention(rows.counts, group.kv_lens, self.scale)
-            out = over.over_pages(q, self.blocks.layers[self.layer], group.tables).view_as(q)
+            out = CanvasAttention(group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer]).view_as(q)
         return selecting.attend(
             self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, out
         ).flatten(1)  # fmt: skip

@@ -7,14 +7,18 @@ exist; that buffer is part of the memory profile.
 
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from functools import cache
+from types import NoneType
+from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 
 from vllm_dlm.engine import noise
 from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.noise import row_keys, signed
 from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
 
 #: logits alive at once in float32; sampling adds two float64 buffers of that many elements
@@ -62,94 +66,120 @@ class Head:
 
     def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
         """Sets `proposal` (and `logprobs`) of every request."""
+        upload = Upload(hidden_TD.device)
+        alike = self.prepare(requests, upload)
+        upload.send()
+        self.read(hidden_TD, alike)
+
+    def prepare(self, requests: list[HeadRequest], upload: Upload) -> list["Alike"]:
+        """What `read` needs on the device; before the forward, which then need not wait for it."""
         kinds = defaultdict(list)
         for request in requests:
             if len(request.rows):  # else no masked position is read in this step
                 kinds[request.kind].append(request)
-        for alike in kinds.values():
-            self._run_alike(hidden_TD, alike)
+        return [Alike.of(requests, self.vocab_size, upload) for requests in kinds.values()]
 
-    def _run_alike(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
-        device = hidden_TD.device
-        decoding, _, _, guided, num_logprobs = requests[0].kind
-        rows = torch.from_numpy(np.concatenate([r.rows for r in requests])).to(device)
-        guide = torch.from_numpy(np.concatenate([r.guide_rows for r in requests])).to(device)  # of guided ones
-        table = RowTable.of(requests, self.vocab_size, device)
-        parts, logprobs = [], []
-        for start in range(0, len(rows), self.max_rows):
-            piece = slice(start, start + self.max_rows)
-            logits_RV = self.compute_logits(hidden_TD[rows[piece]]).float()
-            if guided:
-                guide_RV = self.compute_logits(hidden_TD[guide[piece]]).float()
-                scale_R1 = table.options["cfg_scale"][piece, None] + 1
-                logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
-            raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
-            proposal = decoding.propose(logits_RV, self._rows(table, piece, requests[0]))
-            # One transfer for all three; float64 holds every token id exactly.
-            parts.append(torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()]))
-            if num_logprobs is not None:
-                logprobs += _logprobs(raw_RV, proposal.token, num_logprobs)
-        token, score, prob = torch.cat(parts, 1).cpu().numpy()
+    def read(self, hidden_TD: torch.Tensor, kinds: list["Alike"]) -> None:
+        parts = [self._proposed(hidden_TD, alike) for alike in kinds]
+        if not parts:
+            return
+        # One transfer for all; float64 holds every token id exactly.
+        token, score, prob = torch.cat(parts, 1).cpu().numpy()  # [3, R]
         token = token.astype(np.int64)
         start = 0
-        for request in requests:
-            own = slice(start, start := start + len(request.rows))
-            request.proposal = Proposal(token[own], score[own], prob[own])
-            request.logprobs = logprobs[own] if num_logprobs is not None else None
+        for alike in kinds:
+            first = start
+            for request in alike.requests:
+                own = slice(start, start := start + len(request.rows))
+                request.proposal = Proposal(token[own], score[own], prob[own])
+                if alike.logprobs is not None:
+                    request.logprobs = alike.logprobs[own.start - first : own.stop - first]
 
-    def _rows(self, table: "RowTable", piece: slice, like: HeadRequest) -> LogitRows:
-        keys_R = table.keys[piece]
+    def _proposed(self, hidden_TD: torch.Tensor, alike: "Alike") -> torch.Tensor:
+        """-> [3, R] float64: token, score and probability of each row"""
+        decoding, _, _, guided, num_logprobs = alike.requests[0].kind
+        parts = []
+        for start in range(0, len(alike.rows), self.max_rows):
+            piece = slice(start, start + self.max_rows)
+            logits_RV = self.compute_logits(hidden_TD[alike.rows[piece]]).float()
+            if guided:
+                guide_RV = self.compute_logits(hidden_TD[alike.guide_rows[piece]]).float()
+                scale_R1 = alike.options["cfg_scale"][piece, None] + 1
+                logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
+            raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
+            proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
+            parts.append(torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()]))
+            if num_logprobs is not None:
+                alike.logprobs = (alike.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _logit_rows(self, alike: "Alike", piece: slice) -> LogitRows:
+        keys_R, sampling = alike.keys[piece], alike.requests[0].state.sampling
         return LogitRows(
-            temperature=table.temperature[piece],
-            top_p=table.top_p[piece],
-            top_k=table.top_k[piece],
-            options={field: column[piece] for field, column in table.options.items()},
+            temperature=alike.temperature[piece],
+            top_p=alike.top_p[piece],
+            top_k=alike.top_k[piece],
+            options={field: column[piece] for field, column in alike.options.items()},
             eos_id=self.config.eos_token_id,
             eot_id=self.config.eot_token_id,
             mask_id=self.config.mask_token_id,
-            sampled=not like.state.sampling.greedy,
-            filtered=like.state.sampling.filtered,
+            sampled=not sampling.greedy,
+            filtered=sampling.filtered,
             exponential=lambda: noise.exponential(keys_R, self.vocab_size),
             uniform=lambda: noise.uniform(keys_R),
         )
 
 
 @dataclass
-class RowTable:
-    """Parameters of each candidate row, [R] each."""
+class Alike:
+    """Candidate rows of requests that are decoded alike, R rows, and their parameters."""
 
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    options: dict[str, torch.Tensor]
-    keys: torch.Tensor
+    requests: list[HeadRequest]
+    rows: torch.Tensor  # [R] of the hidden states
+    guide_rows: torch.Tensor  # [R] of guided ones
+    temperature: torch.Tensor  # [R]
+    top_p: torch.Tensor  # [R]
+    top_k: torch.Tensor  # [R]
+    options: dict[str, torch.Tensor]  # [R] each
+    keys: torch.Tensor  # [R] of their noise
+    logprobs: list[Logprobs] | None = None
 
     @classmethod
-    def of(cls, requests: list[HeadRequest], vocab_size: int, device: torch.device) -> "RowTable":
+    def of(cls, requests: list[HeadRequest], vocab_size: int, upload: Upload) -> "Alike":
         counts = [len(request.rows) for request in requests]
         states = [request.state for request in requests]
-
-        def column(values: list, dtype) -> torch.Tensor:
-            return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), counts)).to(device)
-
-        keys = [
-            noise.row_keys(s.sampling.seed, s.canvas.block, s.canvas.block_step, torch.from_numpy(r.positions))
-            for s, r in zip(states, requests, strict=True)
+        numbers, flags = numeric_fields(type(states[0].options.decoding))
+        real = [
+            (s.sampling.temperature, s.sampling.top_p, *(getattr(s.options.decoding, name) for name in numbers))
+            for s in states
         ]
-        options = {}
-        for each in fields(states[0].options.decoding):
-            values = [getattr(s.options.decoding, each.name) for s in states]
-            if all(isinstance(value, bool) for value in values):
-                options[each.name] = column(values, np.bool_)
-            elif all(isinstance(value, int | float | None) for value in values):
-                options[each.name] = column(values, np.float32)  # None becomes NaN
-        return cls(
-            temperature=column([s.sampling.temperature for s in states], np.float32),
-            top_p=column([s.sampling.top_p for s in states], np.float32),
-            top_k=column([s.sampling.top_k or vocab_size for s in states], np.int64),
-            options=options,
-            keys=torch.cat(keys).to(device),
-        )
+        whole = [(s.sampling.top_k or vocab_size, signed(s.sampling.seed), s.canvas.block, s.canvas.block_step)
+                 for s in states]  # fmt: skip
+        true = [tuple(getattr(s.options.decoding, name) for name in flags) for s in states]
+        temperature, top_p, *options = upload(of_rows(real, np.float32, counts))  # None becomes NaN
+        top_k, seeds, blocks, steps = of_rows(whole, np.int64, counts)
+        positions = np.concatenate([request.positions for request in requests])
+        parts = [np.concatenate([r.rows for r in requests]), top_k, row_keys(seeds, blocks, steps, positions)]
+        if any(len(r.guide_rows) for r in requests):
+            parts.append(np.concatenate([r.guide_rows for r in requests]))
+        rows, top_k_R, keys, *guide = upload(np.stack(parts))
+        columns = dict(zip(flags, upload(of_rows(true, np.bool_, counts)), strict=True)) if flags else {}
+        columns |= dict(zip(numbers, options, strict=True))
+        return cls(requests, rows, guide[0] if guide else rows[:0], temperature, top_p, top_k_R, columns, keys)
+
+
+def of_rows(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:
+    """A tuple of each request, repeated for its rows: [values of a tuple, R]"""
+    return np.ascontiguousarray(np.repeat(np.array(values, dtype).T, counts, axis=1))
+
+
+@cache
+def numeric_fields(decoding: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a decoding's fields that are numbers, and of those that are flags."""
+    hints = get_type_hints(decoding)
+    kinds = {each.name: set(get_args(hints[each.name])) or {hints[each.name]} for each in fields(decoding)}
+    flags = tuple(name for name, types in kinds.items() if types == {bool})
+    return tuple(name for name, types in kinds.items() if types <= {int, float, NoneType}), flags
 
 
 def _logprobs(logprobs_RV: torch.Tensor, token_R: torch.Tensor, count: int) -> list[Logprobs]:

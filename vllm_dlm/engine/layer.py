@@ -5,46 +5,58 @@ of a batch advance in lockstep, and asks of one type are joined into one
 product, whoever they come from.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from vllm_dlm.cache.blocks import KVBlocks
+from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.group_attention import GroupAttention
-from vllm_dlm.engine.packing import Group
+from vllm_dlm.engine.packing import NULL_BLOCK, Group, Packed
+from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.plugins.reuse.flow import (
     ORDER,
     Ask,
     Attend,
     AttendMoved,
+    Behind,
     FeedForward,
+    Heads,
     Key,
+    KeyValue,
     Output,
-    Projection,
     Query,
-    Rope,
+    QueryKey,
+    QueryKeyValue,
     Rows,
     Value,
 )
 
-#: what a step counts of each projection
-COUNTED: dict[type, str] = {Value: "value", Query: "query", Key: "key", Output: "output", FeedForward: "feed_forward"}
+#: which projections an ask is for, and what a step counts of them
+PARTS: dict[type, str] = {Value: "v", QueryKeyValue: "qkv", KeyValue: "kv", QueryKey: "qk", Query: "q", Key: "k"}
+COUNTED = {"q": "query", "k": "key", "v": "value"}
 
 
 class LayerStep:
-    """One layer in one step."""
+    """The layers of one forward, one after the other."""
 
-    def __init__(self, index: int, last: bool, layer, blocks: KVBlocks, counts: Counts):
-        self.index, self.last, self.layer, self.blocks, self.counts = index, last, layer, blocks, counts
+    def __init__(self, packed: Packed, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
+        self.packed, self.layers, self.blocks, self.counts = packed, layers, blocks, counts
+        self.table = table  # [positions, D] of the rotary embedding
+        self.parts = [GroupLayer(self, group) for group in packed.groups]
 
-    def run(self, groups: list[Group], x_TE: torch.Tensor, rope: Rope) -> list[tuple[Rows, torch.Tensor]]:
-        """-> what each group's flow returns: rows, and their residual stream behind this layer"""
-        h_TE = self.layer.input_layernorm(x_TE)
-        flows = [group.reuse.layer(GroupLayer(self, group, x_TE, h_TE, rope)) for group in groups]
+    def run(self, index: int, x_TE: torch.Tensor, h_TE: torch.Tensor) -> list[Behind]:
+        """x and its normalised rows -> what each group's flow returns, in the order of the groups"""
+        self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
+        for part in self.parts:
+            part.enter(x_TE, h_TE)
+        flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # what each flow waits for
-        done: dict[int, tuple[Rows, torch.Tensor]] = {}
+        done: dict[int, Behind] = {}
 
-        def advance(number: int, result: torch.Tensor | None) -> None:
+        def advance(number: int, result: Any) -> None:
             try:
                 asks[number] = flows[number].send(result)
             except StopIteration as end:
@@ -54,19 +66,20 @@ class LayerStep:
         for number in range(len(flows)):
             advance(number, None)
         while asks:
-            kind = min({type(ask) for ask in asks.values()}, key=self._place)
+            kinds = {type(ask) for ask in asks.values()}
+            kind = min(kinds, key=self._place) if len(kinds) > 1 else kinds.pop()
             together = {number: ask for number, ask in asks.items() if type(ask) is kind}
-            for number, result in zip(together, self._answers(kind, together, groups), strict=True):
+            for number, result in zip(together, self._answers(kind, together), strict=True):
                 advance(number, result)
-        return [self._checked(group, *done[number]) for number, group in enumerate(groups)]
+        return [self._checked(part.group, *done[number]) for number, part in enumerate(self.parts)]
 
-    def _checked(self, group: Group, rows: Rows, x: torch.Tensor) -> tuple[Rows, torch.Tensor]:
-        if len(x) != len(rows) or (not self.last and rows.index is not None):
+    def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> Behind:
+        if not len(x) == len(ffn) == len(rows) or (not self.last and rows.index is not None):
             raise ValueError(
                 f"{group.reuse.name}: the flow of layer {self.index} returned {len(x)} rows as {len(rows)} of "
                 f"{len(group.all)}; all but the last layer return every live row"
             )
-        return rows, x
+        return rows, x, ffn
 
     @staticmethod
     def _place(kind: type) -> int:
@@ -77,27 +90,91 @@ class LayerStep:
 
     # -- answers ---------------------------------------------------------------------------
 
-    def _answers(self, kind: type, asks: dict[int, Ask], groups: list[Group]) -> list[torch.Tensor]:
-        projections = [ask for ask in asks.values() if isinstance(ask, Projection)]
-        if not projections:
-            return [self._attended(groups[number], ask) for number, ask in asks.items()]
-        sizes = [len(ask.inputs) for ask in projections]
-        self.counts.projected(COUNTED[kind], sum(sizes))
-        if not any(sizes):  # not every linear kernel takes an empty product
-            return [self._product(kind, one_row(projections[0]))[:0]] * len(asks)
-        if len(projections) == 1:
-            return [self._product(kind, projections[0])]
-        return list(self._product(kind, joined(projections)).split(sizes))
+    def _answers(self, kind: type, asks: dict[int, Any]) -> Sequence:
+        groups = [self.parts[number].group for number in asks]
+        if kind in PARTS:
+            return self._heads(PARTS[kind], list(asks.values()), groups)
+        if kind is Output:
+            return self._outputs([ask.context for ask in asks.values()])
+        if kind is FeedForward:
+            return self._feed_forward(list(asks.values()))
+        self._place(kind)
+        return [self._attended(group, ask) for group, ask in zip(groups, asks.values(), strict=True)]
 
-    def _product(self, kind: type, asked: Projection) -> torch.Tensor:
-        layer = self.layer
-        if kind is Value:
-            return layer.value(asked.inputs)
-        if kind is Query:
-            return layer.query(asked.inputs, asked.rope)
-        if kind is Key:
-            return layer.key(asked.inputs, asked.rope)
-        return layer.attention_output(asked.inputs) if kind is Output else layer.feed_forward(asked.inputs)
+    def _heads(self, names: str, asks: list[Heads], groups: list[Group]) -> list:
+        """`names`: of q, k and v, in this order"""
+        inputs = together([ask.inputs for ask in asks])
+        sizes = [len(ask.inputs) for ask in asks]
+        for name in names:
+            self.counts.projected(COUNTED[name], len(inputs))
+        padded = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])
+        made = dict(zip(names, self.layer.heads(names, padded), strict=True))  # not every product takes no rows
+        if not len(inputs):
+            made = {name: x[:0] for name, x in made.items()}
+        else:
+            made |= self._rotated_and_kept(made, asks, groups)
+        if len(asks) == 1:
+            return [tuple(made.values()) if len(made) > 1 else made[names]]
+        parts = zip(*(x.split(sizes) for x in made.values()), strict=True)
+        return [part if len(made) > 1 else part[0] for part in parts]
+
+    def _rotated_and_kept(self, made: dict[str, torch.Tensor], asks: list[Heads], groups: list[Group]) -> dict:
+        """-> queries and keys rotated; new keys and values are in the cache."""
+        q, k, v = (made.get(name) for name in "qkv")
+        keeps = (k is not None or v is not None) and any(group.cached for group in groups)
+        if q is None and k is None and not keeps:
+            return {}
+        positions, slots, index = self._whose([ask.rows for ask in asks], groups)
+        cache = self.blocks.layers[self.index] if keeps else None
+        q, k = rotary_write(q, k, v, self.table, positions, slots.block, slots.offset, cache, index)
+        return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
+
+    def _whose(self, rows: list[Rows], groups: list[Group]) -> tuple[torch.Tensor, Slots, torch.Tensor | None]:
+        """Positions and slots of all live rows of a stretch of groups, and which of them are meant."""
+        packed, block = self.packed, self.packed.slots.block
+        spans = [group.span for group in groups]
+        if any(own.mask is not None for own in rows):
+            # Rows that ride along write nothing.
+            block = block.clone()
+            for own, span in zip(rows, spans, strict=True):
+                if own.mask is not None:
+                    part = block[span] if own.index is None else block[span][own.index]
+                    part = torch.where(own.mask, part, NULL_BLOCK)
+                    block[span] = part if own.index is None else block[span].index_copy(0, own.index, part)
+        slots = Slots(block, packed.slots.offset)
+        adjoin = all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+        if adjoin and (len(rows) == 1 or all(own.index is None for own in rows)):
+            span = slice(spans[0].start, spans[-1].stop)
+            return packed.positions[span], slots[span], rows[0].index
+        live = [
+            torch.arange(span.start, span.stop, device=block.device) if own.index is None else own.index + span.start
+            for own, span in zip(rows, spans, strict=True)
+        ]
+        return packed.positions, slots, torch.cat(live)
+
+    def _outputs(self, contexts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        joined = together(contexts)
+        self.counts.projected("output", len(joined))
+        if not len(joined):
+            return [self.layer.attention_output(joined.new_zeros(1, joined.shape[1]))[:0]] * len(contexts)
+        return split(self.layer.attention_output(joined), contexts)
+
+    def _feed_forward(self, asks: list[FeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        residual, output = [ask.x for ask in asks], [ask.output for ask in asks]
+        if all(part is None for part in output):
+            x = together(residual)
+            h = self.layer.post_attention_layernorm(x)
+        else:
+            added = [torch.zeros_like(ask.x) if ask.output is None else ask.output for ask in asks]
+            h, x = self.layer.add_and_norm(together(residual), together(added))
+        xs, hs = split(x, residual), split(h, residual)
+        passed = [h if ask.picked is None else ask.picked.of(h) for ask, h in zip(asks, hs, strict=True)]
+        joined = together(passed)
+        self.counts.projected("feed_forward", len(joined))
+        if not len(joined):
+            nothing = self.layer.feed_forward(joined.new_zeros(1, joined.shape[1]))[:0]
+            return [(x, nothing) for x in xs]
+        return list(zip(xs, split(self.layer.feed_forward(joined), passed), strict=True))
 
     def _attended(self, group: Group, ask: Ask) -> torch.Tensor:
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, self.counts)
@@ -109,29 +186,40 @@ class LayerStep:
         return attention.over_new(ask.q, ask.rows, ask.k, ask.v)
 
 
-def joined(asks: list[Projection]) -> Projection:
-    ropes = [ask.rope for ask in asks if ask.rope is not None]
-    rope = Rope(*(torch.cat(parts) for parts in zip(*ropes, strict=True))) if ropes else None
-    return Projection(torch.cat([ask.inputs for ask in asks]), rope)
+def together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all rows; without a copy where they are neighbours in memory already."""
+    if len(parts) == 1:
+        return parts[0]
+    first, rows = parts[0], sum(map(len, parts))
+    end, memory = first.storage_offset(), first.untyped_storage()._cdata
+    for part in parts:
+        if part.storage_offset() != end or part.untyped_storage()._cdata != memory or not part.is_contiguous():
+            return torch.cat(parts)
+        end += part.numel()
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def one_row(ask: Projection) -> Projection:
-    """Of zeros, of the same kind."""
-    rope = None if ask.rope is None else Rope(*(part.new_zeros(1, *part.shape[1:]) for part in ask.rope))
-    return Projection(ask.inputs.new_zeros(1, ask.inputs.shape[1]), rope)
+def split(joined: torch.Tensor, like: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return (joined,) if len(like) == 1 else joined.split([len(part) for part in like])
 
 
 class GroupLayer:
     """What a flow sees of one layer: see `Layer` in plugins/reuse/flow.py."""
 
-    def __init__(self, step: LayerStep, group: Group, x_TE: torch.Tensor, h_TE: torch.Tensor, rope: Rope):
-        self.index, self.last = step.index, step.last
-        self.x, self.h = x_TE[group.span], h_TE[group.span]
-        self.rope = Rope(rope.cos[group.span], rope.sin[group.span])
+    def __init__(self, step: LayerStep, group: Group):
+        self.step, self.group = step, group
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
+        self.all_keep = group.all_keep
         self.where, self.least_similar = group.where, group.least_similar
-        self._group, self._blocks = group, step.blocks
+        self._slots = step.packed.slots[group.span] if group.cached else None
+
+    def enter(self, x_TE: torch.Tensor, h_TE: torch.Tensor) -> None:
+        self.index, self.last = self.step.index, self.step.last
+        self.x, self.h = x_TE[self.group.span], h_TE[self.group.span]
+
+    def of(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.of(self.x), rows.of(self.h)
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         new, old = new.flatten(1).float(), old.flatten(1).float()
@@ -142,24 +230,11 @@ class GroupLayer:
         return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
-        return self._blocks.read_values(self.index, self._slots(rows))
-
-    def store_values(self, rows: Rows, v: torch.Tensor) -> None:
-        if self._group.tables:
-            self._blocks.write_values(self.index, self._slots(rows), v)
-
-    def store_keys(self, rows: Rows, k: torch.Tensor) -> None:
-        if self._group.tables:
-            self._blocks.write_keys(self.index, self._slots(rows), k)
-
-    def _slots(self, rows: Rows):
-        return self._group.slots if rows.index is None else self._group.slots[rows.index]
+        assert self._slots is not None, "asked of canvases with blocks"
+        return self.step.blocks.read_values(self.index, self._slots.of(rows))
 
     def features(self, rows: Rows) -> torch.Tensor:
-        return self._blocks.read_features(self.index, self._feature_slots(rows), self._group.feature_width)
+        return self.step.blocks.read_features(self.index, self.group.feature_slots.of(rows), self.group.feature_width)
 
     def keep(self, rows: Rows, features: torch.Tensor) -> None:
-        self._blocks.write_features(self.index, self._feature_slots(rows), features)
-
-    def _feature_slots(self, rows: Rows):
-        return self._group.feature_slots if rows.index is None else self._group.feature_slots[rows.index]
+        self.step.blocks.write_features(self.index, self.group.feature_slots.of(rows), features)

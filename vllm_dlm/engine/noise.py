@@ -5,6 +5,7 @@ its batch, on how rows are chunked, on preemption, on the device or on the
 tensor-parallel rank.
 """
 
+import numpy as np
 import torch
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
@@ -13,10 +14,10 @@ _MIX2 = -0x6B2FB644ECCEEE15
 _NOISE, _ORDER = 1, 2  # independent streams of one row
 
 
-def row_keys(seed: int, block: int, step: int, positions: torch.Tensor) -> torch.Tensor:
-    """positions [R] int64 -> one 64-bit key per row."""
-    key = torch.tensor(_signed(seed), dtype=torch.int64, device=positions.device)
-    for part in (block, step):
+def row_keys(seeds: np.ndarray, blocks: np.ndarray, steps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Of each row its request's seed, block and step, and its position, [R] int64 -> one 64-bit key per row."""
+    key = seeds
+    for part in (blocks, steps):
         key = _mix(key * 31 + part + 1)
     return _mix(key + positions * _GOLDEN)
 
@@ -37,17 +38,18 @@ def uniform_bits(key: torch.Tensor, counter) -> torch.Tensor:
     return bits.double().add_(0.5).mul_(2.0**-53)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x):
+    """splitmix64 of int64, of torch or numpy: both wrap around."""
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift; torch's is arithmetic."""
+def _shift(x, bits: int):
+    """Logical right shift; that of int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -3,7 +3,8 @@
 Rows (queries), positions of a canvas (keys) and requests are three index
 spaces and stay apart: a row knows its canvas, its position and its slots.
 Canvases that are treated alike, same policy and same kind of step, form a
-group of consecutive rows.
+group of consecutive rows. Everything a forward must know is made here, on the
+host, and goes to the device in one transfer.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +17,16 @@ from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.engine.selecting import Selecting, selecting
+from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
-from vllm_dlm.plugins.reuse.flow import Columns, Rows
+from vllm_dlm.plugins.reuse.flow import Columns, Picked, Rows
 
 #: vLLM hands it to nobody; what has no slot of its own is written here
 NULL_BLOCK = 0
 NO_BLOCKS = np.zeros(0, dtype=np.int64)
+#: On a GPU so many rows take hardly longer than a few, and waiting until the host knows how many a policy found
+#: takes as long as a layer: up to here all are computed and the ones that were not meant are left as they are.
+MASKED_ROWS = 512
 
 
 @dataclass
@@ -61,11 +66,12 @@ class Stream:
 
 @dataclass
 class Group:
-    """Packed live rows of the canvases of one kind. T rows; all tensors on the device."""
+    """Packed live rows of the canvases of one kind: T rows, C canvases; all tensors on the device."""
 
     reuse: Reuse
     whole: bool
     filtered: bool
+    cached: bool  # the canvases have blocks for keys and values
     selecting: Selecting | None  # what their responses see; None: everything
     span: slice  # of the forward's packed rows
     positions: torch.Tensor  # [T]
@@ -73,10 +79,12 @@ class Group:
     columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is to be read
     kv_lens: list[int]
-    tables: list[torch.Tensor]  # block ids of each canvas
-    slots: Slots  # of each row's K and V
+    kv_ends: torch.Tensor  # [2, C + 1] int32: where each canvas's keys begin among all of them; their number (and 0)
+    table: torch.Tensor  # [C, blocks] int32 ids of each canvas, filled up with NULL_BLOCK
+    tables: list[torch.Tensor]  # the same, each canvas its own
     feature_width: int
     feature_slots: Slots  # of each row's features; those of rows that keep none are nobody's
+    all_keep: bool  # there are no such rows
     all: Rows
     forced: Rows
     response: Rows
@@ -84,22 +92,30 @@ class Group:
     head: Rows  # [R] those the head needs
     #: [S] the first places of each canvas when its rows are sorted by similarity, forced ones first
     leading: Rows
+    masks: bool  # rows that only the device knows ride along with the others
 
-    def where(self, mask_T: torch.Tensor) -> Rows:
-        index = mask_T.nonzero()[:, 0]
-        return Rows(index, torch.bincount(self.canvas[index], minlength=len(self.kv_lens)).tolist())
+    def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
+        mask = rows.of(mask_T)
+        if self.masks:
+            return Picked(Rows(rows.index, rows.counts, rows.starts, mask), None)
+        place = mask.nonzero()[:, 0]
+        index = place if rows.index is None else rows.index[place]
+        counts = torch.bincount(self.canvas[index], minlength=len(self.kv_lens)).tolist()
+        return Picked(Rows(index, counts), place)
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:
         # One stable sort for all canvases: by similarity, then by canvas.
         order_T = similarity_T.masked_fill(self.columns.forced, -torch.inf).argsort(stable=True)
         order_T = order_T[self.canvas[order_T].argsort(stable=True)]
-        return Rows(self.leading.of(order_T).sort().values, self.leading.counts)
+        leading = self.leading
+        return Rows(leading.of(order_T).sort().values, leading.counts, leading.starts)
 
 
 @dataclass
 class Packed:
     ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
+    slots: Slots  # [T] of each row's key and value; those of canvases without blocks are nobody's
     groups: list[Group]
 
 
@@ -116,125 +132,183 @@ def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
     return forwards
 
 
-def pack(streams: list[Stream], device: torch.device, shape: BlockShape) -> Packed:
-    """`streams` come sorted by kind."""
-    ids = np.concatenate([s.token_ids[s.plan.live] for s in streams])
-    positions = np.concatenate([s.plan.live for s in streams])
-    groups, start = [], 0
+def pack(streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool | None = None) -> Packed:
+    """`streams` come sorted by kind. `masks`: see Group; None: what is best on the device"""
+    packings, start = [], 0
     for _, members in groupby(streams, key=lambda s: s.kind):
-        alike = list(members)
-        end = start + sum(s.num_rows for s in alike)
-        groups.append(Packing(alike, device, shape).group(slice(start, end)))
-        start = end
-    both = torch.from_numpy(np.stack([ids, positions])).to(device, non_blocking=True)
-    return Packed(both[0], both[1], groups)
+        packing = Packing(list(members), start, shape)
+        packings.append(packing)
+        start = packing.span.stop
+    # One table for all groups: ids, positions, canvases, and slots of keys and values, [5, T]; flags, [5, T]
+    numbers = upload(np.concatenate([packing.numbers for packing in packings], axis=1))
+    flags = upload(np.concatenate([packing.flags for packing in packings], axis=1))
+    if masks is None:
+        masks = upload.device.type != "cpu" and start <= MASKED_ROWS
+    groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks) for p in packings]
+    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), groups)
 
 
 class Packing:
-    """Of canvases of one kind."""
+    """Of canvases of one kind, on the host."""
 
-    def __init__(self, streams: list[Stream], device: torch.device, shape: BlockShape):
-        self.streams, self.device, self.block_size = streams, device, shape.block_size
+    def __init__(self, streams: list[Stream], start: int, shape: BlockShape):
+        self.streams, self.block_size = streams, shape.block_size
         self.reuse = streams[0].reuse
         self.feature_width = self.reuse.feature_width(shape.row)
         self.features_per_block = shape.features_per_block(self.reuse)
-
-    def group(self, span: slice) -> Group:
-        streams, cached = self.streams, self.streams[0].cached
-        forced = [self._forced(stream) for stream in streams]
-        heads = [among(s, s.head_positions) for s in streams]
-        response = [s.plan.live >= s.response[0] for s in streams]
-        # The last layer's features of prompt rows would feed nobody but those rows.
-        wanted = [
-            head | (read & (s.plan.live >= len(s.token_ids) - s.feature_rows))
-            for s, head, read in zip(streams, heads, response, strict=True)
-        ]
-        columns = Columns(
-            forced=self._upload(forced, np.bool_),
-            changed=self._upload([among(s, s.changed) for s in streams], np.bool_),
-            fresh=self._upload([read & s.chooses for s, read in zip(streams, response, strict=True)], np.bool_),
-            response=self._upload(response, np.bool_),
-        )
         sizes = [s.num_rows for s in streams]
-        every = [np.ones(size, np.bool_) for size in sizes]
-        masks = {"all": every, "forced": forced, "response": response, "wanted": wanted}
-        sets = {name: self._rows(own) for name, own in masks.items()}
-        prompt_rows = [int(len(read) - read.sum()) for read in response]
-        chosen = None
-        if views := [s.view for s in streams if s.view]:
-            chosen = selecting(views, sizes, prompt_rows, streams[0].whole, self._upload_array)
-            for name, own in masks.items():
-                chosen.knows(sets[name], [int((mask & ~read).sum()) for mask, read in zip(own, response, strict=True)])
-        nowhere = Slots(*[torch.zeros(0, dtype=torch.int64, device=self.device)] * 2)
+        self.starts = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(sizes, out=self.starts[1:])
+        self.sizes, self.span = sizes, slice(start, start + int(self.starts[-1]))
+        live = [s.plan.live for s in streams]
+        self.live = live[0] if len(live) == 1 else np.concatenate(live)
+        self.heads = self._flag([among(s.plan.live, s.head_positions) for s in streams])
+        self.forced = self._forced()
+        self.changed = self._flag([among(s.plan.live, s.changed) for s in streams])
+        self.response = self.live >= np.repeat([s.response[0] for s in streams], sizes)
+
+    def _flag(self, places: list[np.ndarray]) -> np.ndarray:
+        """[T] bool: rows at these places of their canvases"""
+        mask = np.zeros(len(self.live), np.bool_)
+        for start, place in zip(self.starts.tolist(), places, strict=False):
+            mask[start + place] = True
+        return mask
+
+    def _forced(self) -> np.ndarray:
+        """[T] bool: by the plan, and those of new tokens unless the policy has it otherwise"""
+        places = []
+        for stream in self.streams:
+            plan = stream.plan
+            if len(plan.forced) == len(plan.live):
+                places.append(np.arange(len(plan.live)))
+                continue
+            forced = among(plan.live, plan.forced)
+            if self.reuse.force_changed:
+                forced = np.concatenate([forced, among(plan.live, stream.changed)])
+            places.append(forced)
+        return self._flag(places)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """[5, T] int64"""
+        table = np.empty((5, len(self.live)), np.int64)
+        for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
+            own = slice(start, start + stream.num_rows)
+            live = stream.plan.live
+            table[0, own] = stream.token_ids[live]
+            table[3, own] = NULL_BLOCK if stream.kv_table is None else stream.kv_table[live // self.block_size]
+        table[1] = self.live
+        table[2] = np.repeat(np.arange(len(self.streams)), self.sizes)
+        table[4] = self.live % self.block_size
+        return table
+
+    @property
+    def flags(self) -> np.ndarray:
+        """[5, T] bool"""
+        chooses = np.repeat([s.chooses for s in self.streams], self.sizes)
+        return np.stack([self.forced, self.changed, self.response & chooses, self.response, self.heads])
+
+    def group(self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool) -> Group:
+        streams, cached = self.streams, self.streams[0].cached
+        kept = self._kept()
+        # The last layer's features of prompt rows would feed nobody but those rows.
+        wanted = self.heads | (self.response & kept)
+        masks_T = np.ones(len(self.live), np.bool_), self.forced, self.response, wanted
+        sets = [(self._rows(mask, upload), mask) for mask in masks_T]
+        kv_lens = [len(s.token_ids) for s in streams]
+        table, tables = self._tables(upload) if cached else (upload(np.zeros((0, 0), np.int32)), [])
+        forced, changed, fresh, response, heads = flags.unbind(0)
+        _, positions, canvas, _, _ = numbers.unbind(0)
         return Group(
             reuse=self.reuse,
             whole=streams[0].whole,
             filtered=streams[0].filtered,
-            selecting=chosen,
-            span=span,
-            positions=self._upload([s.plan.live for s in streams]),
-            canvas=self._upload([np.full(size, i) for i, size in enumerate(sizes)]),
-            columns=columns,
-            voters=self._upload(heads, np.bool_),
-            kv_lens=[len(s.token_ids) for s in streams],
-            tables=[torch.from_numpy(s.kv_table).to(self.device) for s in streams] if cached else [],
-            slots=self._slots() if cached else nowhere,
+            cached=cached,
+            selecting=self._selecting(sets, upload),
+            span=self.span,
+            positions=positions,
+            canvas=canvas,
+            columns=Columns(forced, changed, fresh, response),
+            voters=heads,
+            kv_lens=kv_lens,
+            kv_ends=upload(np.array([[0, *np.cumsum(kv_lens)], [*kv_lens, 0]], np.int32)),
+            table=table,
+            tables=tables,
             feature_width=self.feature_width,
-            feature_slots=self._feature_slots() if any(s.feature_rows for s in streams) else nowhere,
-            **sets,
-            head=self._rows(heads),
-            leading=self._leading(forced),
+            feature_slots=self._feature_slots(kept, upload),
+            all_keep=bool(kept.all()),
+            all=sets[0][0],
+            forced=sets[1][0],
+            response=sets[2][0],
+            wanted=sets[3][0],
+            head=self._rows(self.heads, upload),
+            leading=self._leading(upload),
+            masks=masks,
         )
 
-    def _upload(self, parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(self.device, non_blocking=True)
+    def _counts(self, mask: np.ndarray) -> list[int]:
+        """True rows of each canvas"""
+        return np.add.reduceat(mask, self.starts[:-1], dtype=np.int64).tolist()
 
-    def _upload_array(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def _rows(self, mask: np.ndarray, upload: Upload) -> Rows:
+        counts = self._counts(mask)
+        index = None if sum(counts) == len(mask) else upload(np.flatnonzero(mask))
+        return Rows(index, counts, upload(np.array([0, *np.cumsum(counts)], np.int32)))
 
-    def _rows(self, masks: list[np.ndarray]) -> Rows:
-        counts = [int(mask.sum()) for mask in masks]
-        together = np.concatenate(masks)
-        return Rows(None if together.all() else self._upload([np.flatnonzero(together)]), counts)
+    def _selecting(self, sets: list[tuple[Rows, np.ndarray]], upload: Upload) -> Selecting | None:
+        """`sets`: rows, and which those are [T]"""
+        views = [s.view for s in self.streams if s.view]
+        if not views:
+            return None
+        prompts = self._counts(~self.response)
+        made = selecting(views, self.sizes, prompts, self.streams[0].whole, upload)
+        for rows, mask in sets:
+            made.knows(rows, self._counts(mask & ~self.response))
+        return made
 
-    def _forced(self, stream: Stream) -> np.ndarray:
-        """[T] bool: by the plan, and those of new tokens unless the policy has it otherwise"""
-        plan = stream.plan
-        if len(plan.forced) == len(plan.live):
-            return np.ones(len(plan.live), np.bool_)
-        forced = among(stream, plan.forced)
-        return forced | among(stream, stream.changed) if self.reuse.force_changed else forced
-
-    def _leading(self, forced: list[np.ndarray]) -> Rows:
+    def _leading(self, upload: Upload) -> Rows:
         """Rows of new tokens are forced and count against the plan's budget."""
-        counts, places, start = [], [], 0
-        for stream, mask in zip(self.streams, forced, strict=True):
+        counts = []
+        for stream, forced in zip(self.streams, self._counts(self.forced), strict=True):
             plan = stream.plan
-            count = min(max(int(mask.sum()), len(plan.forced) + (plan.budget or 0)), len(plan.live))
-            counts.append(count)
-            places.append(np.arange(start, start + count))
-            start += len(plan.live)
-        return Rows(self._upload(places), counts)
+            counts.append(min(max(forced, len(plan.forced) + (plan.budget or 0)), len(plan.live)))
+        if counts == self.sizes:
+            return Rows(None, counts, upload(self.starts.astype(np.int32)))
+        places = [np.arange(start, start + count) for start, count in zip(self.starts.tolist(), counts, strict=False)]
+        return Rows(upload(np.concatenate(places)), counts, upload(np.array([0, *np.cumsum(counts)], np.int32)))
 
-    def _slots(self) -> Slots:
-        tables = [(s, s.kv_table) for s in self.streams if s.kv_table is not None]
-        blocks = [table[s.plan.live // self.block_size] for s, table in tables]
-        return Slots(self._upload(blocks), self._upload([s.plan.live % self.block_size for s in self.streams]))
+    def _tables(self, upload: Upload) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        own = [s.kv_table for s in self.streams if s.kv_table is not None]
+        table = np.full((len(own), max(map(len, own))), NULL_BLOCK, np.int32)
+        for row, blocks in zip(table, own, strict=True):
+            row[: len(blocks)] = blocks
+        return upload(table), [upload(blocks) for blocks in own]
 
-    def _feature_slots(self) -> Slots:
-        blocks, offsets = [], []
-        for stream in self.streams:
-            row = stream.plan.live - (len(stream.token_ids) - stream.feature_rows)
-            table = stream.feature_table if stream.feature_rows else np.array([NULL_BLOCK])
-            keeps = (row >= 0) & (stream.feature_rows > 0)
-            row = np.where(keeps, row, 0)
-            blocks.append(np.where(keeps, table[row // self.features_per_block], NULL_BLOCK))
-            offsets.append(np.where(keeps, row % self.features_per_block, 0))
-        return Slots(self._upload(blocks), self._upload(offsets))
+    def _kept(self) -> np.ndarray:
+        """[T] bool: rows that keep features"""
+        first = [len(s.token_ids) - s.feature_rows if s.feature_rows else len(s.token_ids) for s in self.streams]
+        return self.live >= np.repeat(first, self.sizes)
+
+    def _feature_slots(self, kept: np.ndarray, upload: Upload) -> Slots:
+        slots = np.empty((2, len(kept)), np.int64)
+        slots[0], slots[1] = NULL_BLOCK, 0
+        for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
+            if not stream.feature_rows:
+                continue
+            place = start + np.flatnonzero(kept[start : start + stream.num_rows])
+            row = self.live[place] - (len(stream.token_ids) - stream.feature_rows)
+            slots[0, place] = stream.feature_table[row // self.features_per_block]
+            slots[1, place] = row % self.features_per_block
+        return Slots(*upload(slots).unbind(0))
 
 
-def among(stream: Stream, positions: np.ndarray) -> np.ndarray:
-    """[T] bool: which live rows are of these positions"""
-    mask = np.zeros(len(stream.token_ids), np.bool_)
-    mask[positions] = True
-    return mask[stream.plan.live]
+def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Places in `live` of those of the positions that are there; both ascend."""
+    if not len(positions) or not len(live):
+        return NO_BLOCKS
+    first, last = live[0], live[-1]
+    positions = positions[(positions >= first) & (positions <= last)]
+    if last - first + 1 == len(live):
+        return positions - first
+    place = np.searchsorted(live, positions)
+    return place[live[place] == positions]

@@ -75,12 +75,12 @@ class Selecting:
 
     def knows(self, rows: Rows, prompts: list[int]) -> None:
         """How many of a set's rows belong to each prompt, where the host knows."""
-        self._prompts[id(rows)] = prompts
+        self._prompts[id(rows.index)] = prompts
 
     def prompts_of(self, rows: Rows) -> list[int]:
         """How many rows of a set belong to each prompt; at most so many, if only the device knows which they are."""
         known = [min(pair) for pair in zip(self.prompt_rows, rows.counts, strict=True)]
-        return self._prompts.get(id(rows), known)
+        return self._prompts.get(id(rows.index), known)
 
     def _spans(self, rows: Rows, bounds: torch.Tensor) -> torch.Tensor:
         """Where each response's rows stand among these: [2, B] starts and ends"""
@@ -186,16 +186,18 @@ class Selecting:
     def delta(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
         counts: Counts, moved: torch.Tensor, canvas: torch.Tensor, positions: torch.Tensor,
-        out: torch.Tensor | None = None,
+        meant: torch.Tensor | None = None, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """What `moved` values [S, Hkv, D] at `positions` [S] of `canvas` [S] add to contexts over what is visible"""
+        """What `moved` values [S, Hkv, D] at `positions` [S] of `canvas` [S] add to contexts over what is
+        visible; `meant` [S] bool: those that have moved at all"""
         units = self.visible(layer, blocks, q, rows, voters, scale, counts)
         self._count(rows, counts)
         starts, ends = self._spans(rows, self.bounds)
         unit, cache = self.selection.unit, blocks.layers[layer]
         shape = len(self.views), max(view.length for view in self.views)
         places = torch.full(shape, -1, dtype=torch.int32, device=q.device)
-        places[canvas, positions] = torch.arange(len(positions), dtype=torch.int32, device=q.device)
+        place = torch.arange(len(positions), dtype=torch.int32, device=q.device)
+        places[canvas, positions] = place if meant is None else torch.where(meant, place, -1)
         return sparse_delta(
             q, starts, ends, cache, self.tables, units, self.lengths, unit, scale, moved, places,
             cache.shape[2] // unit, out,
@@ -206,9 +208,7 @@ class Selecting:
         counts.attended(own, [view.visible for view in self.views], read=True, dense=[v.length for v in self.views])
 
 
-def selecting(
-    views: list[View], live: Sequence[int], prompts: Sequence[int], whole: bool, upload: Upload
-) -> Selecting:
+def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], whole: bool, upload: Upload) -> Selecting:
     """`live` rows of each canvas in this step, of which the first `prompts` lie before its response. `whole`: every
     row of every canvas is recomputed, so that nothing holds that was chosen"""
     prompts = list(prompts)

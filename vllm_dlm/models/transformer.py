@@ -74,35 +74,44 @@ class DiffusionLayer(nn.Module):
         )
         self.act = SiluAndMul()
 
-    def query(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
-        return rotate(self._normed("q_norm", self._heads("q_proj", h_TE, self.num_heads)), *rope)
+    def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
+        """`names`: some of q, k and v, in this order -> those of each row, not rotated, [T, heads, D] each"""
+        return [self._normed(name, self._projected(name, h_TE)) for name in names]
 
-    def key(self, h_TE: torch.Tensor, rope) -> torch.Tensor:
-        return rotate(self._normed("k_norm", self._heads("k_proj", h_TE, self.num_kv_heads)), *rope)
+    def _projected(self, name: str, h_TE: torch.Tensor) -> torch.Tensor:
+        heads = self.num_heads if name == "q" else self.num_kv_heads
+        return self.self_attn[f"{name}_proj"](h_TE)[0].unflatten(-1, (heads, self.head_dim))
 
-    def value(self, h_TE: torch.Tensor) -> torch.Tensor:
-        return self._heads("v_proj", h_TE, self.num_kv_heads)
-
-    def _heads(self, projection: str, h_TE: torch.Tensor, heads: int) -> torch.Tensor:
-        """-> [T, heads, D]"""
-        return self.self_attn[projection](h_TE)[0].unflatten(-1, (heads, self.head_dim))
-
-    def _normed(self, norm: str, x_THD: torch.Tensor) -> torch.Tensor:
-        return self.self_attn[norm](x_THD) if norm in self.self_attn else x_THD
+    def _normed(self, name: str, x_THD: torch.Tensor) -> torch.Tensor:
+        return self.self_attn[f"{name}_norm"](x_THD) if f"{name}_norm" in self.self_attn else x_THD
 
     def attention_output(self, context: torch.Tensor) -> torch.Tensor:
         return self.self_attn["o_proj"](context)[0]
 
-    def feed_forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.mlp["gate_up_proj"](self.post_attention_layernorm(x_TE))
+    def add_and_norm_input(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> the sum normalised for this layer, and the sum"""
+        return add_norm(x_TE, added_TE, self.input_layernorm)
+
+    def add_and_norm(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> the sum normalised for the FFN, and the sum"""
+        return add_norm(x_TE, added_TE, self.post_attention_layernorm)
+
+    def feed_forward(self, h_TE: torch.Tensor) -> torch.Tensor:
+        """Of normalised rows."""
+        gate_up, _ = self.mlp["gate_up_proj"](h_TE)
         return self.mlp["down_proj"](self.act(gate_up))[0]
 
     def forward(self, x_TE: torch.Tensor, rope, attend: Attend) -> torch.Tensor:
         """Every row through everything: the exact model."""
-        h_TE = self.input_layernorm(x_TE)
-        context = attend(self.query(h_TE, rope), self.key(h_TE, rope), self.value(h_TE))
-        x_TE = x_TE + self.attention_output(context)
-        return x_TE + self.feed_forward(x_TE)
+        q, k, v = self.heads("qkv", self.input_layernorm(x_TE))
+        context = attend(rotate(q, *rope), rotate(k, *rope), v)
+        h_TE, x_TE = self.add_and_norm(x_TE, self.attention_output(context))
+        return x_TE + self.feed_forward(h_TE)
+
+
+def add_norm(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TE = x_TE + added_TE
+    return norm(x_TE), x_TE
 
 
 class DiffusionModel(nn.Module):

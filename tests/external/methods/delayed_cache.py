@@ -13,7 +13,7 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, joined, span
-from vllm_dlm.plugins.reuse.flow import Attend, FeedForward, Flow, Key, Layer, Output, Query, Value
+from vllm_dlm.plugins.reuse.flow import Attend, FeedForward, Flow, Layer, Output, QueryKeyValue
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,16 @@ class DelayedCache(Reuse):
         return 2 * row.hidden
 
     def layer(self, at: Layer) -> Flow:
-        v = yield Value(at.h)
-        q = yield Query(at.h, at.rope)
-        k = yield Key(at.h, at.rope)
-        at.store_values(at.all, v)
-        at.store_keys(at.all, k)
+        q, k, v = yield QueryKeyValue(at.h, at.all)
         context = yield (Attend(q, at.all, k, v) if at.whole else Attend(q, at.all))
         output = yield Output(context)
-        x = at.x + output
         seen, said = at.features(at.all).chunk(2, 1)
-        moved_T = at.similarity(x, seen) < self.threshold
-        rows = at.all if at.whole else at.where(at.columns.forced | at.columns.changed | moved_T)
-        said = rows.set(said, (yield FeedForward(rows.of(x))))
-        at.keep(at.all, torch.cat([rows.set(seen, rows.of(x)), said], 1))
-        return at.all, x + said
+        x = at.x + output
+        picked = None
+        if not at.whole:
+            moved_T = at.similarity(x, seen) < self.threshold
+            picked = at.where(at.columns.forced | at.columns.changed | moved_T, at.all)
+        _, new = yield FeedForward(x, picked=picked)
+        seen, said = (x, new) if picked is None else (picked.set(seen, picked.of(x)), picked.set(said, new))
+        at.keep(at.all, torch.cat([seen, said], 1))
+        return at.all, x, said

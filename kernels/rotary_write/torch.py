@@ -1,0 +1,35 @@
+"""Cosines and sines looked up once for queries and keys."""
+
+import torch
+
+
+def rotary_write(q, k, v, table, positions, block, offset, cache, index):
+    """See dispatch.py"""
+    if index is not None:
+        rows = index.clamp_min(0)
+        positions = positions[rows]
+        if cache is not None:
+            block, offset = block[rows].masked_fill(index < 0, -1), offset[rows]
+    if q is not None or k is not None:
+        cos, sin = table[positions][:, None].chunk(2, -1)  # [n, 1, D / 2]
+        q, k = (None if x is None else rotate(x, cos, sin) for x in (q, k))
+    if cache is not None:
+        write(k, v, block, offset, cache)
+    return q, k
+
+
+def rotate(x, cos, sin):
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def write(k, v, block, offset, cache):
+    there = block >= 0
+    if not there.all():
+        block, offset = block[there], offset[there]
+        k, v = (None if x is None else x[there] for x in (k, v))
+    slots, dim = cache.transpose(1, 2), cache.shape[3] // 2  # [blocks, block_size, Hkv, 2 * D]
+    if k is not None:
+        slots[block, offset, :, :dim] = k
+    if v is not None:
+        slots[block, offset, :, dim:] = v

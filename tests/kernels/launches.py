@@ -1,0 +1,146 @@
+"""Calls of every kernel as a GPU would get them, on tensors that claim to lie on one."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
+from vllm_dlm.kernels.page_scores import half_scores, page_scores
+from vllm_dlm.kernels.rotary_write import rotary_write
+from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@contextmanager
+def fake_gpu():
+    with FakeTensorMode(), torch.device("cuda"):
+        yield
+
+
+class Launching(TorchDispatchMode):
+    """Operators of this package do what they would do on a GPU."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == NAMESPACE:
+            return LAUNCHERS[operator.name().partition("::")[2].partition(".")[0]](*args)
+        return operator(*args, **(kwargs or {}))
+
+
+def ints(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype)
+
+
+def halves(*shape):
+    return torch.empty(shape, dtype=BF16)
+
+
+def cache(dim=128, kv_heads=8, dtype=BF16, blocks=64, block_size=64):
+    return torch.empty(blocks, kv_heads, block_size, 2 * dim, dtype=dtype)
+
+
+def pyramid():
+    return partial(haar_pyramid, cache(), ints(16), 64, (1, 2, 6))
+
+
+def statistics(std_kind, **shape):
+    pages = cache(**shape)
+    return partial(store_statistics, pages, ints(16), PageStatistics.empty(pages, pages.shape[2], std_kind))
+
+
+def scores(std_kind, reduce, queries=4):
+    described = PageStatistics.empty(cache(), 64, std_kind)
+    q = halves(queries, 32, 128)
+    return partial(page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
+
+
+def scores_of_canvases(std_kind, reduce="softmax_sum"):
+    """Whose summaries lie among their keys and values, with some voters."""
+    pages, q = cache(), halves(4 * 32, 32, 128)
+    described = PageStatistics(*pages.split(128, 3), 64, std_kind)
+    return partial(
+        page_scores, q, ints(4), described, ints(4, 32), ints(4), ints(4), ints(4), 0.5, reduce, ints(4),
+        torch.empty(4 * 32, dtype=torch.bool), 2.0,
+    )  # fmt: skip
+
+
+def scores_of_halves(size, lam, reduce="softmax_sum"):
+    q = halves(4 * 32, 32, 128)
+    return partial(
+        half_scores, q, ints(4), ints(4), cache(), ints(4, 256), ints(4, 8, 1640), size, ints(4), ints(4), lam, reduce,
+        torch.empty(4 * 32, dtype=torch.bool), 2.0,
+    )  # fmt: skip
+
+
+def attention_of_canvases(page_size, kept, moved=False, **shape):
+    pages = cache(**shape)
+    q = torch.empty(4 * 32, 32, pages.shape[3] // 2, dtype=pages.dtype)
+    where = q, ints(4), ints(4), pages, ints(4, 256), ints(4, 8, kept), ints(4), page_size, 0.1
+    if moved:
+        values, places = q.new_empty(64, 8, q.shape[2]), ints(4, 16384)
+        return partial(sparse_delta, *where, values, places, 64 // page_size, q.new_empty(q.shape))
+    q, starts, ends, *rest = where
+    return partial(sparse_attention, q, starts, *rest, False, ends, 64 // page_size, q.new_empty(q.shape))
+
+
+def attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):
+    pages = cache(**shape)
+    q = torch.empty(4 * queries, 8 * group, pages.shape[3] // 2, dtype=pages.dtype)
+    return partial(
+        sparse_attention, q, ints(5), pages, ints(4, 2048), ints(4, 8, kept), ints(4), page_size, 0.1, causal
+    )
+
+
+def rotary(dim=128, dtype=BF16, table=F32, index=None):
+    """q, k and v are views of one product."""
+    pages = cache(dim, dtype=dtype)
+    q, k, v = torch.empty(96, 48, dim, dtype=dtype).split((32, 8, 8), 1)
+    return partial(
+        rotary_write, q, k, v, torch.empty(4096, dim, dtype=table), ints(128), ints(128), ints(128), pages, index
+    )
+
+
+def values_alone():
+    v = halves(96, 32, 128)
+    return partial(
+        rotary_write, None, None, v, torch.empty(4096, 128), ints(96), ints(96), ints(96), cache(kv_heads=32), None
+    )
+
+
+#: what is called, once its inputs are made
+CASES = {
+    "pyramid": pyramid,
+    "statistics": lambda: statistics("l2"),
+    "statistics of large pages": lambda: statistics("diag2", block_size=128, dim=256),
+    "scores": lambda: scores("l2", "max"),
+    "scores of many queries": lambda: scores("l2", "max", 4 * 32),
+    "scores by channel": lambda: scores("vector", "mean", 4 * 32),
+    "normalised scores": lambda: scores("diag2", "softmax_sum"),
+    "scores of canvases": lambda: scores_of_canvases("none"),
+    "scores of canvases by channel": lambda: scores_of_canvases("vector"),
+    "scores of pairs": lambda: scores_of_halves(2, 0.0),
+    "scores of pairs by channel": lambda: scores_of_halves(2, 0.5),
+    "scores of keys": lambda: scores_of_halves(1, 0.5, "max"),
+    "scores of eights": lambda: scores_of_halves(8, 0.0, "mean"),
+    "top of canvases": lambda: partial(top_pages, torch.empty(4, 8, 512), 32, ints(4), ints(4, 8, 512)),
+    "what two choices share": lambda: partial(unless_alike, ints(4, 8, 2458), ints(4, 8, 2500), 0.9),
+    "attention of canvases": lambda: attention_of_canvases(1, 2700),
+    "moved values": lambda: attention_of_canvases(2, 1400, moved=True),
+    "moved values in float32": lambda: attention_of_canvases(2, 1400, moved=True, dtype=F32),
+    "top pages": lambda: partial(top_pages, torch.empty(4, 8, 512), 32),
+    "top pages of long rows": lambda: partial(top_pages, torch.empty(4, 8, 16384), 32),
+    "attention": lambda: attention(1),
+    "attention of a block": lambda: attention(32, causal=False),
+    "attention over single keys": lambda: attention(8, page_size=1, kept=2048, group=1),
+    "attention of wide heads": lambda: attention(32, dim=256),
+    "attention in float32": lambda: attention(32, dtype=F32),
+    "rotary and write": rotary,
+    "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
+    "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),
+    "values alone": values_alone,
+}

@@ -1,0 +1,66 @@
+"""To PyTorch a launch is one operator, whatever device its tensors claim to be on."""
+
+import importlib
+import pkgutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.kernels.launches import CASES, Launching, fake_gpu
+from vllm_dlm import kernels
+from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
+
+for folder in pkgutil.iter_modules(kernels.__path__):
+    if folder.ispkg:
+        importlib.import_module(f"{kernels.__name__}.{folder.name}")
+
+
+class Watched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        # outputs may be cut into pieces, and fakes are asked for their device
+        if not operator.is_view and operator.namespace != "prim":
+            self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def watched(case):
+    with fake_gpu():
+        call = CASES[case]()
+        with Watched() as watch:
+            call()
+    return watch.operators
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_is_one_operator(case):
+    (operator,) = watched(case)
+    assert operator.namespace == NAMESPACE
+
+
+def test_every_operator_has_a_case():
+    assert {operator.name().partition("::")[2] for case in CASES for operator in watched(case)} == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fakes_are_like_what_launches_make(case, monkeypatch):
+    """Kernels that do nothing suffice: outputs are made by launchers."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    with fake_gpu():
+        call = CASES[case]()
+        fakes = call()
+        with Launching():
+            made = call()
+    assert likeness(fakes) == likeness(made)
+
+
+def likeness(outputs):
+    return [(x.shape, x.dtype, x.stride(), x.device) for x in tree_leaves(outputs) if x is not None]
