@@ -28,7 +28,7 @@ from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
 from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
 
 
 @dataclass(frozen=True)
@@ -191,34 +191,34 @@ class WaveFilter(Selection):
             raise NotImplementedError(f"{self.name} chooses among the keys of a cached prompt alone")
         kept = [self.kept(self.summary_rows(n)) for n in prompts.prompt_lens]
         most = [max(own) for own in zip(*kept, strict=True)]
-        runs = top = self._best(self._coarsest(asked), most[0], prompts.numbers[0])  # [B, Hkv, coarse]
-        same = None
-        if prompts.previous is not None and prompts.previous.memo is not None:
+        runs = top = self._best(self._coarsest(asked, prompts), most[0], prompts.numbers[0])  # [B, Hkv, coarse]
+        same, before = None, prompts.previous
+        if before is not None and before.memo is not None:
             # Where the coarsest choice is still much the same the old one serves on, and no run is looked into.
-            same, runs, top = unless_alike(top, prompts.previous.memo, self._reselect[1])
+            same, runs, top = unless_alike(top, before.memo, self._reselect[1])
         for stage, scale in enumerate(self.scales[1:], 1):
-            scores, halves = self._halves(asked, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
+            scores, halves = self._halves(asked, prompts, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
             runs = self._best(scores, most[stage], prompts.numbers[3 * stage], halves)
-        if same is not None:
-            runs = torch.where(same[:, None, None], prompts.previous.units[..., : most[-1]], runs)
+        if before is not None and same is not None:
+            runs = torch.where(same[:, None, None], before.units[..., : most[-1]], runs)
         scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
         return Choice(runs, scored, top)
 
     # -- one scale -------------------------------------------------------------------------
 
-    def _coarsest(self, asked: Asked) -> torch.Tensor:
+    def _coarsest(self, asked: Asked, prompts: CachedPrompts) -> torch.Tensor:
         """Votes for the runs that were summarised, [B, Hkv, N]"""
-        _, sinks, forced_from = asked.prompts.numbers[:3].unbind()
+        _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
         return page_scores(
             asked.q, asked.starts, statistics, asked.table, asked.counts, forced_from, sinks, self.detail_lambda,
             self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
         )  # fmt: skip
 
-    def _halves(self, asked: Asked, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
+    def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
         """Votes for the halves of what is left at the scale above, and which runs of 2^scale those are, [B, Hkv, n]"""
         above, _, _, _, sinks, forced_from = numbers.unbind()
-        prompts, voters, sharpness = asked.prompts, asked.voters(self.query_set), self._sharpness(scale)
+        voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
             return half_scores(
                 asked.q, asked.starts, asked.ends, prompts.cache, prompts.table, runs, 2**scale, forced_from, sinks,
