@@ -39,3 +39,17 @@ def log_sum_exp(packed: torch.Tensor, key: torch.Tensor, scale: float) -> torch.
         torch.bmm(part.float() * scale, key.float().transpose(1, 2)).logsumexp(-1) for part in packed.split(CHUNK, 1)
     ]
     return torch.cat(parts, 1)
+
+
+def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale):
+    """See dispatch.py"""
+    out, block_size, dim = torch.empty_like(q), cache.shape[2], q.shape[2]
+    starts = q_starts.tolist()
+    for c, length in enumerate(kv_lens.tolist()):
+        rows = slice(starts[c], starts[c + 1])
+        table = tables[c, : -(-length // block_size)].long()
+        key = cache[table, :, :, :dim].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, N, D]
+        changed = (place[c, :length] >= 0).nonzero()[:, 0]
+        delta = moved[place[c, changed].long()]
+        out[rows] = delta_attention(q[rows], key, key[:, changed], delta, scale)
+    return out

@@ -126,7 +126,8 @@ class Decoding:
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten."""
+        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten. On a GPU nothing
+        may depend on how many rows are of some kind: shapes follow from those of the inputs."""
         raise NotImplementedError
 
     def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
@@ -157,11 +158,23 @@ class Decoding:
 def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
     """[R] the token of the highest score, the mask itself left out: the references may "fill" a position with
     a mask and return it; here such a position would never be done. Probabilities are not touched."""
-    kept_R = score_RV[:, mask_id].clone()
-    score_RV[:, mask_id] = -torch.inf
+    of_mask_R = score_RV.select(1, mask_id)
+    kept_R = of_mask_R.clone()
+    of_mask_R.fill_(-torch.inf)
     token_R = score_RV.argmax(-1)
-    score_RV[:, mask_id] = kept_R
+    of_mask_R.copy_(kept_R)
     return token_R
+
+
+def rule_out(token: int, logits_RV: torch.Tensor, marked_R: torch.Tensor) -> None:
+    """In place, in the rows that are marked. How many they are stays on the device: logits[marked, token] = … would
+    make the host wait for it."""
+    logits_RV.select(1, token).masked_fill_(marked_R, -torch.inf)
+
+
+def at_token(values_RV: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
+    """[R] of each row the value at its token"""
+    return values_RV.gather(1, token_R.unsqueeze(1)).squeeze(1)
 
 
 def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
@@ -171,9 +184,9 @@ def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
     before_RV = sorted_RV.softmax(-1)
     before_RV = before_RV.cumsum(-1) - before_RV  # probability mass ahead of each token
     rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    drop_RV = (before_RV > rows.top_p[:, None]) | (rank_V >= rows.top_k[:, None])
-    drop_RV[:, 0] = False
-    drop_RV[:, 1] &= index_RV[:, 0] != rows.mask_id
+    drop_RV = (before_RV > rows.top_p.unsqueeze(1)) | (rank_V >= rows.top_k.unsqueeze(1))
+    drop_RV.select(1, 0).fill_(False)
+    drop_RV.select(1, 1).logical_and_(index_RV.select(1, 0) != rows.mask_id)
     sorted_RV.masked_fill_(drop_RV, torch.finfo(logits_RV.dtype).min)
     logits_RV.scatter_(1, index_RV, sorted_RV)
 

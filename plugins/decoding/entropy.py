@@ -10,19 +10,37 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, Turn, check, filter_top_p_top_k, most_likely
+from vllm_dlm.kernels.head_statistics import head_statistics
+from vllm_dlm.plugins.decoding.base import (
+    Decoding,
+    LogitRows,
+    Proposal,
+    Turn,
+    at_token,
+    check,
+    filter_top_p_top_k,
+    most_likely,
+    rule_out,
+)
 
 
 @dataclass(frozen=True)
 class Entropy(Decoding):
     name: ClassVar[str] = "entropy"
     schedules_prompt_masks: ClassVar[bool] = True
+    #: which of head_statistics `score` is; None where a class has a score of its own
+    statistic: ClassVar[str | None] = "entropy"
 
     eps: float = 1e-3  # end of the time schedule
     algorithm_temperature: float = 0.0  # alg_temp: > 0 draws positions instead of taking the best
     # vLLM resets its own to off at temperature 0, where they make no token but Dream's confidence. None: vLLM's.
     top_p: float | None = None
     top_k: int | None = None  # 0: off
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "score" in vars(cls) and "statistic" not in vars(cls):
+            cls.statistic = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,10 +69,17 @@ class Entropy(Decoding):
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        logits_RV[rows.options["suppress_eos"], rows.eos_id] = -torch.inf
+        suppress_R = rows.options["suppress_eos"]
+        if logits_RV.is_cuda and cls.statistic and not (rows.sampled or rows.filtered):
+            # the same in one kernel
+            found = head_statistics(
+                logits_RV, rows.mask_id, rows.eos_id, suppress_eos=suppress_R, entropy=cls.statistic == "entropy"
+            )
+            return Proposal(found.token, getattr(found, cls.statistic), found.prob)
+        rule_out(rows.eos_id, logits_RV, suppress_R)
         greedy_R = rows.temperature == 0
         if rows.sampled:
-            logits_RV /= torch.where(greedy_R, 1.0, rows.temperature)[:, None]
+            logits_RV /= torch.where(greedy_R, 1.0, rows.temperature).unsqueeze(1)
         if rows.filtered:
             # Dream filters before it takes the confidence, greedy rows included.
             filter_top_p_top_k(logits_RV, rows)
@@ -63,7 +88,7 @@ class Entropy(Decoding):
         if rows.sampled:
             drawn_R = most_likely(prob_RV / rows.exponential(), rows.mask_id)
             token_R = torch.where(greedy_R, token_R, drawn_R)
-        prob_R = prob_RV.gather(1, token_R[:, None])[:, 0]
+        prob_R = at_token(prob_RV, token_R)
         return Proposal(token_R, cls.score(prob_RV, prob_R), prob_R)
 
     @staticmethod

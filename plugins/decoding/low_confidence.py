@@ -8,7 +8,16 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Proposal, filter_top_p_top_k, most_likely
+from vllm_dlm.kernels.head_statistics import head_statistics
+from vllm_dlm.plugins.decoding.base import (
+    Decoding,
+    LogitRows,
+    Proposal,
+    at_token,
+    filter_top_p_top_k,
+    most_likely,
+    rule_out,
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,17 @@ class LowConfidence(Decoding):
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        logits_RV[rows.options["suppress_eos"], rows.eos_id] = -torch.inf
+        suppress_R, unlikely_R = rows.options["suppress_eos"], rows.options["confidence_eos_eot_inf"]
+        if logits_RV.is_cuda and not rows.sampled:
+            # the same in one kernel
+            found = head_statistics(logits_RV, rows.mask_id, rows.eos_id, rows.eot_id, suppress_R, unlikely_R)
+            return Proposal(found.token, cls.score(found.prob, rows), found.prob)
+        rule_out(rows.eos_id, logits_RV, suppress_R)
         noisy_RV = logits_RV
         if rows.sampled:
             # argmax of exp(l) / E^T, the reference's Gumbel-max in float64. Temperature moves the choice
             # of the token only: its confidence is read from the plain logits.
-            noise_RV = rows.exponential().log_().mul_(-rows.temperature[:, None].double())
+            noise_RV = rows.exponential().log_().mul_(-rows.temperature.unsqueeze(1).double())
             noisy_RV = noise_RV.add_(kept(logits_RV, rows) if rows.filtered else logits_RV)
         token_R = most_likely(noisy_RV, rows.mask_id)
         # In the reference this option assigns -inf to the logits after the argmax and before the softmax
@@ -33,9 +47,8 @@ class LowConfidence(Decoding):
         # The same is done here at every temperature.
         for special in (rows.eos_id, rows.eot_id):
             if special is not None:
-                logits_RV[rows.options["confidence_eos_eot_inf"], special] = -torch.inf
-        picked_R = logits_RV.gather(1, token_R[:, None])[:, 0]
-        prob_R = (picked_R - logits_RV.logsumexp(-1)).exp_()
+                rule_out(special, logits_RV, unlikely_R)
+        prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
         return Proposal(token_R, cls.score(prob_R, rows), prob_R)
 
     @staticmethod
@@ -46,6 +59,6 @@ class LowConfidence(Decoding):
 def kept(logits_RV: torch.Tensor, rows: LogitRows) -> torch.Tensor:
     """The logits of tokens that top_p and top_k leave to be drawn. LLaDA's reference knows neither; they mean what
     they mean to vLLM, and like temperature move the choice of the token only."""
-    scaled_RV = logits_RV / torch.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
+    scaled_RV = logits_RV / torch.where(rows.temperature == 0, 1.0, rows.temperature).unsqueeze(1)
     filter_top_p_top_k(scaled_RV, rows)
     return logits_RV.masked_fill(scaled_RV == torch.finfo(scaled_RV.dtype).min, -torch.inf)

@@ -14,6 +14,7 @@ from vllm_dlm.plugins.decoding.entropy import Entropy
 @dataclass(frozen=True)
 class MaskgitPlus(Entropy):
     name: ClassVar[str] = "maskgit_plus"
+    statistic: ClassVar[str | None] = "prob"
 
     @staticmethod
     def score(prob_RV: torch.Tensor, prob_R: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from vllm_dlm.plugins.decoding.entropy import Entropy
 @dataclass(frozen=True)
 class TopkMargin(Entropy):
     name: ClassVar[str] = "topk_margin"
+    statistic: ClassVar[str | None] = "margin"
 
     @staticmethod
     def score(prob_RV: torch.Tensor, prob_R: torch.Tensor) -> torch.Tensor:
-        first_second_R2 = prob_RV.topk(2, dim=-1).values
-        return first_second_R2[:, 0] - first_second_R2[:, 1]
+        first_R, second_R = prob_RV.topk(2, dim=-1).values.unbind(1)
+        return first_R - second_R

@@ -99,7 +99,7 @@ class Reuse:
 
     @property
     def stagger(self) -> bool:
-        """Refresh steps of different requests are kept out of each other's forwards; results do not depend on it."""
+        """Refreshes of different requests are spread over the engine's steps; results do not depend on it."""
         return False
 
     # -- on the host -----------------------------------------------------------------------

@@ -63,7 +63,7 @@ class DLLMCache(Reuse):
     response_interval: int = 7  # Kr
     transfer_ratio: float = 0.25  # rho
     parity: bool = False  # exactly the official code: rows of new tokens are not forced in
-    stagger: bool = True  # refreshes of different requests do not share a forward
+    stagger: bool = True  # refreshes of different requests are spread over the steps
 
     def __post_init__(self):
         check(self.prompt_interval >= 1, "prompt_interval", self.prompt_interval, "at least 1")

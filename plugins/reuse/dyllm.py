@@ -41,7 +41,7 @@ class DyLLM(Reuse):
     whole_interval: int | None = None
     refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
     parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
-    stagger: bool = True  # refreshes of different requests do not share a forward
+    stagger: bool = True  # refreshes of different requests are spread over the steps
 
     def __post_init__(self):
         check(self.full_steps >= 1, "full_steps", self.full_steps, "at least 1")
@@ -84,8 +84,10 @@ class DyLLM(Reuse):
         columns = at.columns
         if at.index == 0:
             # A context is the sum over what was visible: where that changes, it is made anew.
-            columns.carried["salient"] = columns.forced | columns.changed | columns.fresh
-        salient_T = columns.carried["salient"]
+            always_T = columns.forced | columns.fresh
+            columns.carried["salient"] = always_T | columns.changed
+            columns.carried["limit"] = torch.where(always_T, torch.inf, self.threshold)
+        salient_T, limit_T = columns.carried["salient"], columns.carried["limit"]
         changed = at.where(salient_T, at.all)
         # What the prompt's rows become in the last layer is read by nobody.
         rows = at.response if at.last else at.all
@@ -97,8 +99,7 @@ class DyLLM(Reuse):
         context = old + (yield AttendMoved(q, rows, changed.rows, v - before))
         context = exact.set(context, (yield Attend(exact.of(q), exact.rows)))
 
-        always_T = columns.forced | columns.fresh
-        salient_T = rows.set(always_T, rows.of(always_T) | (at.similarity(context, old) < self.threshold))
+        salient_T = rows.set(salient_T, at.similarity(context, old) < rows.of(limit_T))
         columns.carried["salient"] = salient_T
         salient = at.where(salient_T, rows)
         output = yield Output(context)

@@ -20,7 +20,7 @@ class FastDLLM(Reuse):
     presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
 
     cache: Literal["prefix", "dual"] = "dual"
-    stagger: bool = True  # refreshes of different requests do not share a forward
+    stagger: bool = True  # refreshes of different requests are spread over the steps
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:

@@ -2,12 +2,14 @@
 and without one that has to wait for the device."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tests.engine import pretended_gpu
 from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
@@ -164,7 +166,9 @@ def launches(selection, prompts, monkeypatch, step=3, delta=False):
         group, asked = canvases.step(number)
         group.visible(*asked)
     group, asked = canvases.step(step)
-    moved = torch.randn(5, KV_HEADS, DIM), torch.arange(5) % len(prompts), torch.arange(5) * 40
+    places = torch.full((len(prompts), max(prompts) + RESPONSE), -1, dtype=torch.int32)
+    places[:2, 100:220:30] = torch.arange(8, dtype=torch.int32).view(2, 4)
+    moved = torch.randn(8, KV_HEADS, DIM), places
     with monkeypatch.context() as patch, Launches(patch) as watch:
         if delta:
             group.delta(*asked, *moved)
@@ -196,3 +200,45 @@ def test_a_wait_would_be_seen(monkeypatch):
     monkeypatch.setattr(type(selection), "forced_from", lambda self, asked: asked.counts[asked.counts > 0])
     with pytest.raises(AssertionError, match="boolean index"):
         launches(selection, PROMPTS, monkeypatch)
+
+
+# -- as a GPU would run it -----------------------------------------------------------------
+
+
+def launched_on_a_gpu(monkeypatch, selection, reuse: str, count: int) -> list[str]:
+    """By a layer in the second step between refreshes."""
+    options = replace(server_options(None, "low_confidence"), selection=selection)
+    monkeypatch.setattr(pretended_gpu, "server_options", lambda *_: options)
+    with pretended_gpu.pretended(monkeypatch):
+        step = pretended_gpu.Step(pretended_gpu.states(count, {"dlm_reuse": reuse}))
+        step.run()
+        return step.run().of_layer(1)
+
+
+def for_a_gpu():
+    """With something to leave out of prompts of 170 to 300, and pages that blocks of 64 divide into"""
+    wave, pages = methods("selection")["wavefilter"], {"budget_tokens": 80, "page_size": 16, "dense_layers": ()}
+    made = {"unique": methods("selection")["unique"](min_context=0, **pages), "quest": quest()(min_context=0, **pages)}
+    for preset, fields in {"paper": {}, **wave.presets}.items():
+        made[f"wavefilter/{preset}"] = wave(min_prompt=0, **fields)
+    return made | {"wavefilter, db2": wave(min_prompt=0, wavelet="db2")}
+
+
+ON_A_GPU = for_a_gpu()
+
+
+@pytest.mark.parametrize("reuse", ["fast_dllm", "dllm_cache", "dyllm"])
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_a_gpu_waits_for_nothing(monkeypatch, name, reuse):
+    few, many = (launched_on_a_gpu(monkeypatch, ON_A_GPU[name], reuse, count) for count in (2, 4))
+    print(f"{name}, {reuse}: {len(many)} launches a layer", *many, sep="\n  ")
+    assert len(few) == len(many) and any("sparse_attention" in operator for operator in many)
+
+
+@pytest.mark.parametrize("name", sorted(MOST.keys() & ON_A_GPU.keys()))
+def test_few_launches_on_a_gpu(monkeypatch, name):
+    none, some = (
+        len(launched_on_a_gpu(monkeypatch, selection, "fast_dllm", 4))
+        for selection in (methods("selection")["none"](), ON_A_GPU[name])
+    )
+    assert some - none <= MOST[name]

@@ -156,8 +156,9 @@ def test_moved_values_add_what_a_mask_lets_through():
     view, pages, kv, q = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)
     changed = torch.tensor([5, 60, 130, 210, 230])
     moved = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
-    group = step(view, 3)
-    got = group.delta(*arguments(pages, q), Counts(), moved, torch.zeros_like(changed), changed)
+    group, places = step(view, 3), torch.full((1, 231), -1, dtype=torch.int32)
+    places[0, changed] = torch.arange(5, dtype=torch.int32)
+    got = group.delta(*arguments(pages, q), Counts(), moved, places)
     mask = seen_keys(group.visible(*arguments(pages, q), Counts())[0], 231, 16).repeat_interleave(2, 0)[:, None]
     assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
     keys = kv[..., :32].double().repeat_interleave(2, 1)

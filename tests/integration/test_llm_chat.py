@@ -101,18 +101,3 @@ def test_one_wrong_request_takes_its_batch_along_and_nothing_else(llm):
     question, answer = needle()
     (output,) = llm.chat(chat(question), greedy(), use_tqdm=False)
     assert output.outputs[0].text == answer
-
-
-@pytest.mark.parametrize(("stagger", "steps"), [(True, 8 + 3), (False, 8)])
-def test_refreshes_are_kept_out_of_each_others_steps(engines, stagger, steps):
-    """Four requests of one block: staggered, the last one begins when three others have refreshed."""
-    reuse = {"name": "fast_dllm", "stagger": stagger}
-    engine = engines("llada-tiny", additional_config={"dlm": {"reuse": reuse}}).llm_engine
-    for index in range(4):
-        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
-        engine.add_request(f"r{index}", {"prompt_token_ids": [7 + index] * 20}, params)
-    taken = 0
-    while engine.has_unfinished_requests():
-        engine.step()
-        taken += 1
-    assert taken == steps

@@ -9,19 +9,7 @@ from triton.runtime import interpreter
 
 from vllm_dlm.kernels import operators
 
-__all__ = ["bfloat16_is_rounded", "garbage", "on_gpu", "operators_take_tensors_of_the_cpu"]
-
-
-class OnGpu(torch.Tensor):
-    """Claims to lie on a GPU; what is computed from it does not."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    is_cuda = True
-
-
-def on_gpu(x: torch.Tensor) -> torch.Tensor:
-    """The same memory: what a kernel writes to it is seen in x."""
-    return x.as_subclass(OnGpu)
+__all__ = ["bfloat16_is_rounded", "garbage", "operators_take_tensors_of_the_cpu"]
 
 
 @pytest.fixture(autouse=True, scope="module")

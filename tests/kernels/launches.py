@@ -1,26 +1,24 @@
 """Calls of every kernel as a GPU would get them, on tensors that claim to lie on one."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
+from vllm_dlm.kernels.compact_rows import compact_rows
+from vllm_dlm.kernels.delta_attention import delta_over_pages
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.head_statistics import head_statistics
+from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 from vllm_dlm.kernels.page_scores import half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
+from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
 from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-@contextmanager
-def fake_gpu():
-    with FakeTensorMode(), torch.device("cuda"):
-        yield
 
 
 class Launching(TorchDispatchMode):
@@ -112,6 +110,24 @@ def values_alone():
     )
 
 
+def lowest(rows):
+    return partial(lowest_rows, torch.empty(rows), ints(rows, dtype=torch.bool), ints(5), ints(5), 512)
+
+
+def head(dtype, entropy):
+    marks = ints(64, dtype=torch.bool)
+    return partial(head_statistics, torch.empty(64, 126464, dtype=dtype), 126336, 3, 5, marks, marks, entropy)
+
+
+def delta(rows, group=4, **shape):
+    pages = cache(**shape)
+    dim, dtype = pages.shape[3] // 2, pages.dtype
+    q, moved = torch.empty(2 * rows, 8 * group, dim, dtype=dtype), torch.empty(128, 8, dim, dtype=dtype)
+    return partial(
+        delta_over_pages, q, ints(3), pages, ints(2, 32), ints(2), ints(2, 2048), moved, 0.1, rows, 2048
+    )  # fmt: skip
+
+
 #: what is called, once its inputs are made
 CASES = {
     "pyramid": pyramid,
@@ -143,4 +159,19 @@ CASES = {
     "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
     "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),
     "values alone": values_alone,
+    "cosine": lambda: partial(row_cosine, halves(96, 4096), halves(96, 3, 4096).select(1, 0)),
+    "products": lambda: partial(row_products, torch.empty(96, 1024), torch.empty(96, 1024)),
+    "read rows": lambda: partial(read_rows, cache(), 4096, ints(96), ints(96), None),
+    "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
+    "read values": lambda: partial(read_values, cache(), ints(128), ints(128), ints(96)),
+    "head": lambda: head(BF16, False),
+    "head with entropy in float32": lambda: head(F32, True),
+    "delta": lambda: delta(512),
+    "delta of few rows": lambda: delta(32, block_size=16),
+    "delta of wide heads": lambda: delta(128, dim=256),
+    "delta in float32": lambda: delta(64, dtype=F32),
+    "compact rows": lambda: partial(compact_rows, ints(4096, dtype=torch.bool), ints(17), 1024),
+    "compact rows of nobody": lambda: partial(compact_rows, ints(700, dtype=torch.bool), None, 128),
+    "lowest rows": lambda: lowest(1152),
+    "lowest rows of long canvases": lambda: lowest(16384),
 }

@@ -4,11 +4,21 @@ test_triton_interpreter.py."""
 import pytest
 import torch
 
+from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.interpreted import on_gpu
 from tests.kernels.step_inputs import LiveRows, heads
+from vllm_dlm.kernels.block_rows import naive as naive_rows
+from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
+from vllm_dlm.kernels.compact_rows import compact_rows
+from vllm_dlm.kernels.compact_rows import naive as naive_compact
+from vllm_dlm.kernels.compact_rows import triton as triton_compact
+from vllm_dlm.kernels.lowest_rows import lowest_rows
+from vllm_dlm.kernels.lowest_rows import naive as naive_lowest
+from vllm_dlm.kernels.lowest_rows import triton as triton_lowest
 from vllm_dlm.kernels.rotary_write import naive as naive_rotary
 from vllm_dlm.kernels.rotary_write import rotary_write
+from vllm_dlm.kernels.row_cosine import naive as naive_cosine
+from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 
 DEVICES = [pytest.param(lambda x: x, id="cpu"), pytest.param(on_gpu, id="gpu")]
 pytestmark = pytest.mark.parametrize("on", DEVICES)
@@ -72,3 +82,124 @@ def test_rotary_into_a_cache_with_other_strides(on):
     rotary_write(None, k, v, on(table), *places, cache, rows.index)
     naive_rotary.rotary_write(None, k, v, table, *places, wanted, rows.index)
     assert torch.equal(cache, wanted)
+
+
+def canvases(sizes, budgets, spare_rows=3, spare_places=2, names=torch.int64):
+    g = torch.Generator().manual_seed(sum(sizes))
+    starts, places = (torch.tensor([0, *counts]).cumsum(0).to(names) for counts in (sizes, budgets))
+    rows = sum(sizes) + spare_rows
+    score, forced = torch.randn(rows, generator=g), torch.zeros(rows, dtype=torch.bool)
+    for first, size, budget in zip(starts.tolist(), sizes, budgets, strict=False):
+        forced[first + torch.randperm(size, generator=g)[: min(budget, size) // 2]] = True
+    return score, forced, starts, places, int(places[-1]) + spare_places
+
+
+def compare_lowest(on, score, *rest):
+    assert torch.equal(lowest_rows(on(score), *rest), naive_lowest.lowest_rows(score, *rest))
+
+
+@pytest.mark.parametrize("names", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    "sizes, budgets",
+    [
+        ((9,), (4,)),
+        ((40, 1, 0, 150), (7, 1, 0, 149)),
+        ((8, 5, 3), (0, 5, 6)),  # nothing, all, and more places than rows
+        ((), ()),
+    ],
+)
+def test_lowest_rows(on, sizes, budgets, names):
+    compare_lowest(on, *canvases(sizes, budgets, names=names))
+
+
+def test_lowest_rows_that_tie_or_are_no_numbers(on):
+    score, *rest = canvases((30, 60, 20), (12, 31, 18), spare_rows=0, spare_places=0)
+    score[:30] = score[:30].round()
+    score[:30:3], score[1:30:3] = 0.0, -0.0
+    score[30:50] = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan]).repeat(5)
+    score[90:], rest[0][90:] = torch.nan, False
+    score[95] = torch.inf
+    compare_lowest(on, score, *rest)
+    score[:] = 1.0
+    compare_lowest(on, score, *rest)
+    score[::2] = -torch.inf
+    compare_lowest(on, score, *rest)
+
+
+def test_lowest_rows_of_canvases_longer_than_a_tile(on, monkeypatch):
+    monkeypatch.setattr(triton_lowest, "TILE", 128)
+    score, *rest = canvases((300, 130), (150, 20))
+    compare_lowest(on, score.round(decimals=1), *rest)
+
+
+@pytest.mark.parametrize(
+    "width, dtype, tolerance", [(300, torch.float32, 1e-6), (96, torch.bfloat16, 1e-6), (4500, torch.float16, 1e-6)]
+)
+def test_cosines(on, width, dtype, tolerance):
+    new = heads(5, 2, width, dtype=dtype)[:, 1]  # rows lie apart
+    old = (new + heads(5, width, dtype=dtype, seed=2)).contiguous()
+    old[1], old[2] = 0.0, new[2]
+    got, wanted = row_cosine(on(new), old), naive_cosine.row_cosine(new, old)
+    torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=0)
+    assert got[1] == 0
+    torch.testing.assert_close(
+        row_products(on(new), old).double(), naive_cosine.row_products(new, old), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_cosines_of_no_rows(on):
+    empty = torch.zeros(0, 64)
+    assert row_cosine(on(empty), empty).shape == (0,) and row_products(on(empty), empty).shape == (3, 0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "width, dtype, names", [(256, torch.float32, torch.int64), (3000, torch.bfloat16, torch.int32)]
+)
+def test_rows_in_blocks(on, width, dtype, names, named):
+    """3000 leaves the end of a block unused, and takes two programs."""
+    rows = LiveRows.random(kv_heads=3, dim=64, dtype=dtype, names=names)
+    rows.offset %= rows.cache[0].numel() // width
+    if width > 256:  # nobody writes where another does
+        rows.block, rows.offset = torch.arange(11).to(names) // 2 - 1, torch.arange(11).to(names) % 2
+        rows.cache = heads(5, 3, 16, 128, dtype=dtype)
+    index = rows.index if named else None
+    places = rows.block, rows.offset
+    got = read_rows(on(rows.cache), width, *places, index)
+    assert torch.equal(got, naive_rows.read_rows(rows.cache, width, *places, index))
+    values = heads(len(got), 2, width, dtype=dtype, seed=3)[:, 0]
+    cache, wanted = rows.cache.clone(), rows.cache.clone()
+    write_rows(on(cache), *places, values, index)
+    naive_rows.write_rows(wanted, *places, values, index)
+    assert torch.equal(cache, wanted) and not torch.equal(cache, rows.cache)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kv_heads, dim, dtype", [(3, 80, torch.float32), (20, 128, torch.bfloat16)])
+def test_values_of_rows(on, kv_heads, dim, dtype, named):
+    rows = LiveRows.random(kv_heads, dim, dtype)
+    cache = rows.cache.transpose(1, 2).contiguous().transpose(1, 2)
+    arguments = rows.block, rows.offset, rows.index if named else None
+    assert torch.equal(read_values(on(cache), *arguments), naive_rows.read_values(cache, *arguments))
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 60, 400])  # none, too few, and room for all
+@pytest.mark.parametrize("starts", [None, (0, 3, 3, 290), (0, 301)])
+@pytest.mark.parametrize("names", [torch.int64, torch.int32])
+def test_compact_rows(on, capacity, starts, names, monkeypatch):
+    monkeypatch.setattr(triton_compact, "TILE", 128)
+    mask = torch.rand(301, generator=torch.Generator().manual_seed(0)) < 0.3
+    starts = None if starts is None else torch.tensor(starts, dtype=names)
+    index, counts = compact_rows(on(mask), starts, capacity)
+    wanted_index, wanted_counts = naive_compact.compact_rows(mask, starts, capacity)
+    assert torch.equal(index, wanted_index)
+    assert counts is None if starts is None else (counts.dtype == torch.int32 and torch.equal(counts, wanted_counts))
+
+
+@pytest.mark.parametrize("rows, value", [(0, False), (5, False), (128, True)])
+def test_compact_rows_of_none_and_all(on, rows, value):
+    mask = torch.full((rows,), value)
+    starts = torch.tensor([0, rows])
+    index, counts = compact_rows(on(mask), starts, 130)
+    assert index.tolist() == [*range(rows if value else 0), *[-1] * (130 - (rows if value else 0))]
+    assert counts.tolist() == [0, rows if value else 0]

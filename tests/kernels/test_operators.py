@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.launches import CASES, Launching, fake_gpu
+from tests.kernels.devices import fake_gpu
+from tests.kernels.launches import CASES, Launching
 from vllm_dlm import kernels
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.kernels.launches import CASES, Launching, fake_gpu
+from tests.kernels.devices import fake_gpu
+from tests.kernels.launches import CASES, Launching
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402

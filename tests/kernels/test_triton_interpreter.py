@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_choice_cases.py", "step_cases.py")]
+CASES = [
+    Path(__file__).with_name(name)
+    for name in ("triton_cases.py", "triton_choice_cases.py", "step_cases.py", "head_cases.py", "delta_cases.py")
+]
 
 
 def test_cases_under_the_interpreter():

@@ -4,8 +4,8 @@ test_triton_interpreter.py."""
 import pytest
 import torch
 
+from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.interpreted import on_gpu
 from tests.kernels.pages import PagedBatch
 from vllm_dlm.kernels.haar_pyramid import (
     INVALID,

@@ -9,21 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.plugins.reuse.flow import Rows
 
 
 @dataclass
 class Slots:
-    """Where rows live: block and offset of each, [T] int64."""
+    """Where live rows have their place: block and offset of each, [T] int64; those of block -1 have none."""
 
     block: torch.Tensor
     offset: torch.Tensor
 
     def __getitem__(self, rows) -> "Slots":
         return Slots(self.block[rows], self.offset[rows])
-
-    def of(self, rows: Rows) -> "Slots":
-        return self if rows.index is None else self[rows.index]
 
 
 class KVBlocks:
@@ -37,9 +35,9 @@ class KVBlocks:
     def write_values(self, layer: int, slots: Slots, values_THD: torch.Tensor) -> None:
         self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, self.head_dim :] = values_THD
 
-    def read_values(self, layer: int, slots: Slots) -> torch.Tensor:
-        """-> [T, Hkv, D]"""
-        return self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, self.head_dim :]
+    def read_values(self, layer: int, slots: Slots, rows: Rows) -> torch.Tensor:
+        """-> [n, Hkv, D]"""
+        return read_values(self.layers[layer], slots.block, slots.offset, rows.index)
 
     def read_blocks(self, layer: int, table: torch.Tensor) -> torch.Tensor:
         """All keys and values of some blocks, [Hkv, len(table) * block_size, 2 * D]"""
@@ -54,14 +52,10 @@ class KVBlocks:
         rows = cache.view(-1, size * width).index_select(0, run.flatten())
         return rows.view(*run.shape, size, width)
 
-    def _features(self, layer: int, width: int) -> torch.Tensor:
-        blocks = self.layers[layer].flatten(1)  # [blocks, elements]
-        rows = blocks.shape[1] // width
-        return blocks[:, : rows * width].unflatten(1, (rows, width))
+    def write_features(self, layer: int, slots: Slots, rows: Rows, features: torch.Tensor) -> None:
+        """[n, W]"""
+        write_rows(self.layers[layer], slots.block, slots.offset, features, rows.index)
 
-    def write_features(self, layer: int, slots: Slots, features_TW: torch.Tensor) -> None:
-        self._features(layer, features_TW.shape[1])[slots.block, slots.offset] = features_TW
-
-    def read_features(self, layer: int, slots: Slots, width: int) -> torch.Tensor:
-        """-> [T, W]"""
-        return self._features(layer, width)[slots.block, slots.offset]
+    def read_features(self, layer: int, slots: Slots, rows: Rows, width: int) -> torch.Tensor:
+        """-> [n, W]"""
+        return read_rows(self.layers[layer], width, slots.block, slots.offset, rows.index)

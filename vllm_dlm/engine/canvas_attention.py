@@ -3,7 +3,7 @@
 import torch
 
 from vllm_dlm.engine.packing import Group
-from vllm_dlm.kernels.delta_attention import delta_attention
+from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
 from vllm_dlm.kernels.flash_attention import flash_attention, has_flash
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
@@ -45,11 +45,18 @@ class CanvasAttention:
         self, q: torch.Tensor, rows: Rows, pages: torch.Tensor, changed: Rows, moved: torch.Tensor
     ) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
-        positions = changed.of(self.group.positions)
+        group = self.group
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
+        if q.is_cuda:
+            added = delta_over_pages(
+                q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self.places(changed), moved, self.scale,
+                max(rows.counts), max(group.kv_lens),
+            )  # fmt: skip
+            return added.flatten(1)
+        positions = changed.of(group.positions)
         parts = zip(
-            q.split(rows.counts), self.group.tables, self.group.kv_lens, positions.split(changed.counts),
+            q.split(rows.counts), group.tables, group.kv_lens, positions.split(changed.counts),
             moved.split(changed.counts), strict=True,
         )  # fmt: skip
         added = []
@@ -57,6 +64,18 @@ class CanvasAttention:
             keys = gather(pages, table, length)[0]
             added.append(delta_attention(query, keys, keys[:, where], values, self.scale))
         return torch.cat(added).flatten(1)
+
+    def places(self, changed: Rows) -> torch.Tensor:
+        """[C, longest canvas] int32: which of the changed rows a position is, -1: none"""
+        group = self.group
+        if changed.index is None and group.places is not None:
+            return group.places  # live rows stay where they are for all layers
+        places = torch.full((len(group.kv_lens), max(group.kv_lens)), -1, dtype=torch.int32, device=group.canvas.device)
+        number = torch.arange(len(changed), dtype=torch.int32, device=places.device)
+        places[changed.of(group.canvas), changed.of(group.positions)] = number
+        if changed.index is None:
+            group.places = places
+        return places
 
 
 def starts(rows: Rows, q: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
-from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.head import Alike, Head, HeadRequest
 from vllm_dlm.engine.packing import Packed, Stream, pack, split
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
@@ -38,6 +38,13 @@ class Reader(NamedTuple):
     stream: Stream
     request: HeadRequest
     guides: bool  # it is the request's guidance twin
+
+
+class Prepared(NamedTuple):
+    """What a step has on the device, once it is sent."""
+
+    packed: list[Packed]  # a forward each
+    alike: list[Alike]
 
 
 class Denoiser:
@@ -71,24 +78,28 @@ class Denoiser:
     def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
         # Canvases treated alike stand together, so that they share a group of rows.
         readers.sort(key=lambda reader: repr(reader.stream.kind))
-        packed = self._packed([reader.stream for reader in readers])
-        start = 0
+        prepared = self._prepared(readers)
+        self.upload.send()
+        hidden = self._forward(prepared.packed, counts)
+        for observer in self.observers:
+            observer.head_read(hidden, requests)
+        self.head.read(hidden, prepared.alike)
+        for request in requests:
+            if not request.finite:
+                own = [reader.stream for reader in readers if reader.request is request]
+                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+
+    def _prepared(self, readers: list[Reader]) -> Prepared:
+        """Packs the canvases, and says to each request which hidden states are its own."""
+        packed, start = self._packed([reader.stream for reader in readers]), 0
         for stream, request, guides in readers:
             rows = np.arange(start, start := start + len(stream.head_positions))
             # several positions may be read at one row
             read = request.state.canvas.progress.rows_reading(request.positions)
             rows = rows[np.searchsorted(stream.head_positions, read)]
             request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
-        alike = self.head.prepare(requests, self.upload)
-        self.upload.send()
-        hidden = self._forward(packed, counts)
-        for observer in self.observers:
-            observer.head_read(hidden, requests)
-        self.head.read(hidden, alike)
-        for request in requests:
-            if not request.finite:
-                own = [reader.stream for reader in readers if reader.request is request]
-                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+        requests = [reader.request for reader in readers if not reader.guides]
+        return Prepared(packed, self.head.prepare(requests, self.upload))
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
         """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it

@@ -8,6 +8,7 @@ from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.layer import LayerStep, together
 from vllm_dlm.engine.packing import Packed
+from vllm_dlm.models.transformer import Normed
 
 #: sees the rows that leave each part of the model, by its name
 Watch = Callable[[str, torch.Tensor], None]
@@ -20,14 +21,14 @@ def denoise(model, packed: Packed, blocks: KVBlocks, counts: Counts, watch: Watc
     x_TE = model.embed_input_ids(packed.ids)
     if watch is not None:
         watch("the embedding", x_TE)
-    h_TE = layers[0].input_layernorm(x_TE)
+    normed: Normed = layers[0].input_layernorm(x_TE), x_TE
     for index in range(len(layers)):
-        behind = step.run(index, x_TE, h_TE)
+        behind = step.run(index, normed)
         residual, added = together([x for _, x, _ in behind]), together([ffn for _, _, ffn in behind])
         if watch is not None:
             watch(f"layer {index}", residual + added)
         if index + 1 < len(layers):
-            h_TE, x_TE = layers[index + 1].add_and_norm_input(residual, added)
+            normed = layers[index + 1].add_and_norm_input(residual, added)
     # The last layer may have computed some rows only: where are those of the head among them?
     heads = [
         x[place] + ffn[place]

@@ -40,13 +40,14 @@ class GroupAttention:
         if selecting is None or not self.selects:
             self.counts.attended(rows.counts, group.kv_lens, read=True)
             return CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved)
-        out = None
+        out, over = None, CanvasAttention(group, self.scale)
         if any(read := selecting.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
-            out = CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved).view_as(q)
-        where = changed.of(group.canvas), changed.of(group.positions), changed.mask
+            out = over.delta_over_pages(q, rows, pages, changed, moved).view_as(q)
+        if changed.mask is not None:
+            moved = moved * changed.mask[:, None, None]
         return selecting.delta(
-            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, moved, *where, out
+            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, moved, over.places(changed), out
         ).flatten(1)
 
     def _in_view(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:

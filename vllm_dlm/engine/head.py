@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import NoneType
-from typing import NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -21,8 +21,11 @@ from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
 
-#: logits alive at once in float32; sampling adds two float64 buffers of that many elements
-MAX_LOGITS = 1 << 23
+
+def max_logits(device: torch.device) -> int:
+    """Logits alive at once in float32; sampling adds two float64 buffers of that many elements. A GPU reads the head's
+    weights again for each piece, so pieces are large there."""
+    return 1 << 23 if device.type == "cpu" else 1 << 27
 
 
 NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
@@ -59,7 +62,7 @@ class HeadRequest:
 
 
 class Head:
-    def __init__(self, compute_logits, config, max_logits: int = MAX_LOGITS):
+    def __init__(self, compute_logits, config, max_logits: int):
         self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
         self.config, self.vocab_size = config, config.vocab_size
         self.max_rows = max(1, max_logits // config.vocab_size)
@@ -148,7 +151,8 @@ class Alike:
     def of(cls, requests: list[HeadRequest], vocab_size: int, upload: Upload) -> "Alike":
         counts = [len(request.rows) for request in requests]
         states = [request.state for request in requests]
-        numbers, flags = numeric_fields(type(states[0].options.decoding))
+        decoding: Any = type(states[0].options.decoding)
+        numbers, flags = numeric_fields(decoding)
         real = [
             (s.sampling.temperature, s.sampling.top_p, *(getattr(s.options.decoding, name) for name in numbers))
             for s in states
@@ -174,7 +178,7 @@ def of_rows(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:
 
 
 @cache
-def numeric_fields(decoding: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def numeric_fields(decoding: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of a decoding's fields that are numbers, and of those that are flags."""
     hints = get_type_hints(decoding)
     kinds = {each.name: set(get_args(hints[each.name])) or {hints[each.name]} for each in fields(decoding)}

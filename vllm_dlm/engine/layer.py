@@ -6,6 +6,7 @@ product, whoever they come from.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.group_attention import GroupAttention
-from vllm_dlm.engine.packing import NULL_BLOCK, Group, Packed
+from vllm_dlm.engine.packing import Group, Packed
 from vllm_dlm.kernels.rotary_write import rotary_write
+from vllm_dlm.kernels.row_cosine import row_cosine, row_products
+from vllm_dlm.models.transformer import Normed
 from vllm_dlm.plugins.reuse.flow import (
     ORDER,
     Ask,
@@ -47,11 +50,11 @@ class LayerStep:
         self.table = table  # [positions, D] of the rotary embedding
         self.parts = [GroupLayer(self, group) for group in packed.groups]
 
-    def run(self, index: int, x_TE: torch.Tensor, h_TE: torch.Tensor) -> list[Behind]:
-        """x and its normalised rows -> what each group's flow returns, in the order of the groups"""
+    def run(self, index: int, normed: Normed) -> list[Behind]:
+        """-> what each group's flow returns, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
         for part in self.parts:
-            part.enter(x_TE, h_TE)
+            part.enter(normed)
         flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # what each flow waits for
         done: dict[int, Behind] = {}
@@ -130,27 +133,22 @@ class LayerStep:
         return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
 
     def _whose(self, rows: list[Rows], groups: list[Group]) -> tuple[torch.Tensor, Slots, torch.Tensor | None]:
-        """Positions and slots of all live rows of a stretch of groups, and which of them are meant."""
-        packed, block = self.packed, self.packed.slots.block
-        spans = [group.span for group in groups]
-        if any(own.mask is not None for own in rows):
-            # Rows that ride along write nothing.
-            block = block.clone()
-            for own, span in zip(rows, spans, strict=True):
-                if own.mask is not None:
-                    part = block[span] if own.index is None else block[span][own.index]
-                    part = torch.where(own.mask, part, NULL_BLOCK)
-                    block[span] = part if own.index is None else block[span].index_copy(0, own.index, part)
-        slots = Slots(block, packed.slots.offset)
-        adjoin = all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
-        if adjoin and (len(rows) == 1 or all(own.index is None for own in rows)):
+        """Positions and slots of live rows, and which of these are meant."""
+        packed, spans = self.packed, [group.span for group in groups]
+        masked = any(own.mask is not None for own in rows)
+        adjoin = all(a.stop == b.start for a, b in pairwise(spans))
+        if not masked and (len(rows) == 1 or (adjoin and all(own.index is None for own in rows))):
             span = slice(spans[0].start, spans[-1].stop)
-            return packed.positions[span], slots[span], rows[0].index
-        live = [
-            torch.arange(span.start, span.stop, device=block.device) if own.index is None else own.index + span.start
-            for own, span in zip(rows, spans, strict=True)
-        ]
-        return packed.positions, slots, torch.cat(live)
+            return packed.positions[span], packed.slots[span], rows[0].index
+        positions, blocks, offsets = [], [], []
+        for own, span in zip(rows, spans, strict=True):
+            slots = packed.slots[span]
+            block = own.of(slots.block)
+            positions.append(own.of(packed.positions[span]))
+            # Rows that ride along write nothing.
+            blocks.append(block if own.mask is None else torch.where(own.mask, block, packed.nowhere))
+            offsets.append(own.of(slots.offset))
+        return together(positions), Slots(together(blocks), together(offsets)), None
 
     def _outputs(self, contexts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         joined = together(contexts)
@@ -214,27 +212,35 @@ class GroupLayer:
         self.where, self.least_similar = group.where, group.least_similar
         self._slots = step.packed.slots[group.span] if group.cached else None
 
-    def enter(self, x_TE: torch.Tensor, h_TE: torch.Tensor) -> None:
-        self.index, self.last = self.step.index, self.step.last
-        self.x, self.h = x_TE[self.group.span], h_TE[self.group.span]
+    def enter(self, normed: Normed) -> None:
+        self.index, self.last, span = self.step.index, self.step.last, self.group.span
+        if isinstance(normed, torch.Tensor):
+            self._normed = normed[:, span]
+            self.h, self.x = self._normed.unbind(0)
+        else:
+            self._normed = None
+            self.h, self.x = (part[span] for part in normed)
 
     def of(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows.of(self.x), rows.of(self.h)
+        if self._normed is None or rows.index is None:
+            return rows.of(self.x), rows.of(self.h)
+        h, x = self._normed[:, rows.index].unbind(0)
+        return x, h
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        new, old = new.flatten(1).float(), old.flatten(1).float()
-        parts = torch.stack([(new * old).sum(-1), new.square().sum(-1), old.square().sum(-1)])
-        if get_tensor_model_parallel_world_size() > 1:
-            parts = tensor_model_parallel_all_reduce(parts)
-        product, a, b = parts
+        new, old = new.flatten(1), old.flatten(1)
+        if get_tensor_model_parallel_world_size() == 1:
+            return row_cosine(new, old)
+        product, a, b = tensor_model_parallel_all_reduce(row_products(new, old))
         return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
         assert self._slots is not None, "asked of canvases with blocks"
-        return self.step.blocks.read_values(self.index, self._slots.of(rows))
+        return self.step.blocks.read_values(self.index, self._slots, rows)
 
     def features(self, rows: Rows) -> torch.Tensor:
-        return self.step.blocks.read_features(self.index, self.group.feature_slots.of(rows), self.group.feature_width)
+        group = self.group
+        return self.step.blocks.read_features(self.index, group.feature_slots, rows, group.feature_width)
 
     def keep(self, rows: Rows, features: torch.Tensor) -> None:
-        self.step.blocks.write_features(self.index, self.group.feature_slots.of(rows), features)
+        self.step.blocks.write_features(self.index, self.group.feature_slots, rows, features)

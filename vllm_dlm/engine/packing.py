@@ -18,10 +18,11 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.engine.upload import Upload
+from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
 from vllm_dlm.plugins.reuse.flow import Columns, Picked, Rows
 
-#: vLLM hands it to nobody; what has no slot of its own is written here
+#: vLLM hands it to nobody; fills up the tables of canvases that have fewer blocks than others
 NULL_BLOCK = 0
 NO_BLOCKS = np.zeros(0, dtype=np.int64)
 #: On a GPU so many rows take hardly longer than a few, and waiting until the host knows how many a policy found
@@ -90,9 +91,10 @@ class Group:
     response: Rows
     wanted: Rows
     head: Rows  # [R] those the head needs
-    #: [S] the first places of each canvas when its rows are sorted by similarity, forced ones first
-    leading: Rows
+    #: how many rows of each canvas a plan with a budget recomputes, and where these begin, [C + 1] int32
+    leading: tuple[list[int], torch.Tensor]
     masks: bool  # rows that only the device knows ride along with the others
+    places: torch.Tensor | None = None  # [C, longest canvas] int32: the live row of each position, once somebody asks
 
     def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
         mask = rows.of(mask_T)
@@ -104,18 +106,17 @@ class Group:
         return Picked(Rows(index, counts), place)
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:
-        # One stable sort for all canvases: by similarity, then by canvas.
-        order_T = similarity_T.masked_fill(self.columns.forced, -torch.inf).argsort(stable=True)
-        order_T = order_T[self.canvas[order_T].argsort(stable=True)]
-        leading = self.leading
-        return Rows(leading.of(order_T).sort().values, leading.counts, leading.starts)
+        counts, starts = self.leading
+        index = lowest_rows(similarity_T, self.columns.forced, self.all.starts, starts, sum(counts))
+        return Rows(index, counts, starts)
 
 
 @dataclass
 class Packed:
     ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    slots: Slots  # [T] of each row's key and value; those of canvases without blocks are nobody's
+    slots: Slots  # [T] of each row's key and value; canvases without blocks have none
+    nowhere: torch.Tensor  # [] a block that is none
     groups: list[Group]
 
 
@@ -145,7 +146,7 @@ def pack(streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool |
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks) for p in packings]
-    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), groups)
+    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), upload(np.array(-1)), groups)
 
 
 class Packing:
@@ -196,7 +197,7 @@ class Packing:
             own = slice(start, start + stream.num_rows)
             live = stream.plan.live
             table[0, own] = stream.token_ids[live]
-            table[3, own] = NULL_BLOCK if stream.kv_table is None else stream.kv_table[live // self.block_size]
+            table[3, own] = -1 if stream.kv_table is None else stream.kv_table[live // self.block_size]
         table[1] = self.live
         table[2] = np.repeat(np.arange(len(self.streams)), self.sizes)
         table[4] = self.live % self.block_size
@@ -266,16 +267,13 @@ class Packing:
             made.knows(rows, self._counts(mask & ~self.response))
         return made
 
-    def _leading(self, upload: Upload) -> Rows:
+    def _leading(self, upload: Upload) -> tuple[list[int], torch.Tensor]:
         """Rows of new tokens are forced and count against the plan's budget."""
         counts = []
         for stream, forced in zip(self.streams, self._counts(self.forced), strict=True):
             plan = stream.plan
             counts.append(min(max(forced, len(plan.forced) + (plan.budget or 0)), len(plan.live)))
-        if counts == self.sizes:
-            return Rows(None, counts, upload(self.starts.astype(np.int32)))
-        places = [np.arange(start, start + count) for start, count in zip(self.starts.tolist(), counts, strict=False)]
-        return Rows(upload(np.concatenate(places)), counts, upload(np.array([0, *np.cumsum(counts)], np.int32)))
+        return counts, upload(np.array([0, *np.cumsum(counts)], np.int32))
 
     def _tables(self, upload: Upload) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [s.kv_table for s in self.streams if s.kv_table is not None]
@@ -291,7 +289,7 @@ class Packing:
 
     def _feature_slots(self, kept: np.ndarray, upload: Upload) -> Slots:
         slots = np.empty((2, len(kept)), np.int64)
-        slots[0], slots[1] = NULL_BLOCK, 0
+        slots[0], slots[1] = -1, 0
         for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
             if not stream.feature_rows:
                 continue

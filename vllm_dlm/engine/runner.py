@@ -25,7 +25,7 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head, HeadRequest
+from vllm_dlm.engine.head import Head, HeadRequest, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.integration.registration import resolved_options
@@ -61,7 +61,9 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        head = Head(self.model.compute_logits, self.model_config.hf_config)
+        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+            self.model.join_projections()
+        head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         self.denoiser = Denoiser(self.model, head, BlockShape.of(self.vllm_config), self.max_rows, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:

@@ -30,6 +30,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 #: so many later requests may pass one that waits for memory; then everybody waits with it
 OVERTAKES = 32
+#: of its own steps a request waits at most this part for refreshes of others
+HELD_BACK = 0.1
 
 
 class DenoisingScheduler(Scheduler):
@@ -42,6 +44,8 @@ class DenoisingScheduler(Scheduler):
         self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
         self.canvases: dict[str, Canvas] = {}
         self.overtaken: Counter[str] = Counter()  # how often a waiting request was passed
+        self.refreshed: Counter[str] = Counter()  # how many of a running request's steps were refreshes
+        self.held: Counter[str] = Counter()  # how often one was held back
         self.counts = StepCounts()
         self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
@@ -55,10 +59,10 @@ class DenoisingScheduler(Scheduler):
         new: list[Request] = []
         old: list[Request] = []
         if self._pause_state != PauseState.PAUSED_ALL:
-            old, skipped = self._take_running(rows)
+            old, held, skipped = self._take_running(rows)
             # Whoever had no room is first in line next time, and nobody new is let in before.
             failing = [request for request in self.running if request.request_id in self.failed]
-            self.running = skipped + old + failing
+            self.running = skipped + held + old + failing
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
         output = SchedulerOutput(
@@ -99,41 +103,47 @@ class DenoisingScheduler(Scheduler):
             return canvas
         return None
 
-    def _fits(self, canvas: Canvas, rows: dict[str, int], refreshing: bool) -> bool:
-        """Whether a request's next step goes into this one.
+    def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
+        """Whether there is room for a request's next step in this one."""
+        # alone, a request always runs: with guidance it may exceed the budget
+        return not rows or sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
 
-        Refreshes are dear and come at intervals: no two of them in one step (unless the policy says
-        otherwise), and requests that started together fall out of step for good. Which step of the engine a
-        step of a request runs in changes nothing about its result.
-        """
-        if not rows:
-            return True  # alone, a request always runs: with guidance it may exceed the budget
-        if canvas.plan.refresh and refreshing and canvas.options.reuse.stagger:
-            return False
-        return sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
+    def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request], list[Request]]:
+        """-> who runs, whose refresh is held back, and who found no room.
 
-    def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request]]:
-        taken, skipped = [], []
-        refreshing = False
-        for request in self.running:
-            if (canvas := self._planned(request)) is None:
-                continue
-            if self._fits(canvas, rows, refreshing):
-                rows[request.request_id] = canvas.rows
-                refreshing |= canvas.plan.refresh
+        Refreshes are dear and come at intervals: they are spread over the steps as evenly as that can be had for
+        HELD_BACK of a request's steps, unless its policy says otherwise. In which step of the engine a step of a
+        request runs changes nothing about its result."""
+        taken, held, skipped = [], [], []
+        planned = [(request, canvas) for request in self.running if (canvas := self._planned(request))]
+        steps = sum(canvas.step for _, canvas in planned)
+        made = sum(self.refreshed[request.request_id] for request, _ in planned)
+        # as many as keep up with those that fall due
+        at_once = -(-len(planned) * made // steps) if steps else len(planned)
+        for request, canvas in planned:
+            name, refresh = request.request_id, canvas.plan.refresh
+            if refresh and at_once <= 0 and canvas.options.reuse.stagger and self._may_wait(name, canvas):
+                self.held[name] += 1
+                held.append(request)
+            elif self._fits(canvas, rows):
+                rows[name] = canvas.rows
+                self.refreshed[name] += refresh
+                at_once -= refresh
                 taken.append(request)
             else:
                 skipped.append(request)
-        return taken, skipped
+        return taken, held, skipped
+
+    def _may_wait(self, name: str, canvas: Canvas) -> bool:
+        return self.held[name] < int(HELD_BACK * canvas.step)
 
     def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
         admitted = []
-        refreshing = any(self.canvases[request_id].plan.refresh for request_id in rows)
         while len(self.running) < self.max_num_active_reqs:
             if (found := self._next_waiting()) is None:
                 break
             request, canvas = found
-            if not self._fits(canvas, rows, refreshing):
+            if not self._fits(canvas, rows):
                 break
             self._allocate(request, canvas)
             self._leave_queue(request)
@@ -146,7 +156,7 @@ class DenoisingScheduler(Scheduler):
                 )
             request.status = RequestStatus.RUNNING
             rows[request.request_id] = canvas.rows
-            refreshing |= canvas.plan.refresh
+            self.refreshed[request.request_id] += canvas.plan.refresh
             admitted.append(request)
         return admitted
 
@@ -264,6 +274,8 @@ class DenoisingScheduler(Scheduler):
 
     def _free_request_blocks(self, request: Request) -> None:
         # finished, aborted or preempted; a preempted request goes on from where its last block ended
+        self.refreshed.pop(request.request_id, None)
+        self.held.pop(request.request_id, None)
         if request.is_finished():
             self.canvases.pop(request.request_id, None)
             self.overtaken.pop(request.request_id, None)

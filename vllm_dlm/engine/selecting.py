@@ -82,11 +82,13 @@ class Selecting:
         known = [min(pair) for pair in zip(self.prompt_rows, rows.counts, strict=True)]
         return self._prompts.get(id(rows.index), known)
 
-    def _spans(self, rows: Rows, bounds: torch.Tensor) -> torch.Tensor:
-        """Where each response's rows stand among these: [2, B] starts and ends"""
+    def _spans(self, rows: Rows, bounds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Where each response's rows stand among these: [B] starts and ends"""
         if rows.index is None:
-            return bounds
-        return self._once(rows.index, bounds, lambda: torch.searchsorted(rows.index, bounds))
+            return bounds.unbind()
+        if bounds is self.bounds and rows.starts is not None and not any(self.prompt_rows):
+            return rows.starts[:-1], rows.starts[1:]
+        return self._once(rows.index, bounds, lambda: torch.searchsorted(rows.index, bounds)).unbind()
 
     def _once(self, index: torch.Tensor, of: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Several layers ask about the same rows."""
@@ -185,19 +187,14 @@ class Selecting:
 
     def delta(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
-        counts: Counts, moved: torch.Tensor, canvas: torch.Tensor, positions: torch.Tensor,
-        meant: torch.Tensor | None = None, out: torch.Tensor | None = None,
+        counts: Counts, moved: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """What `moved` values [S, Hkv, D] at `positions` [S] of `canvas` [S] add to contexts over what is
-        visible; `meant` [S] bool: those that have moved at all"""
+        """What `moved` values [S, Hkv, D] add to contexts over what is visible; `places` [C, longest canvas]: which of
+        them a position has, -1: none"""
         units = self.visible(layer, blocks, q, rows, voters, scale, counts)
         self._count(rows, counts)
         starts, ends = self._spans(rows, self.bounds)
         unit, cache = self.selection.unit, blocks.layers[layer]
-        shape = len(self.views), max(view.length for view in self.views)
-        places = torch.full(shape, -1, dtype=torch.int32, device=q.device)
-        place = torch.arange(len(positions), dtype=torch.int32, device=q.device)
-        places[canvas, positions] = place if meant is None else torch.where(meant, place, -1)
         return sparse_delta(
             q, starts, ends, cache, self.tables, units, self.lengths, unit, scale, moved, places,
             cache.shape[2] // unit, out,

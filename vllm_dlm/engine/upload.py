@@ -28,7 +28,9 @@ class Upload:
         self._capacity, self._used = 0, 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that were too small for this step
         self._sent: torch.cuda.Event | None = None  # the last transfer, which must have read its buffer
-        self._host, self._there = self._buffers(FIRST_CAPACITY) if device.type != "cpu" else (None, None)
+        self._host: torch.Tensor | None = None
+        if device.type != "cpu":
+            self._host, self._there = self._buffers(FIRST_CAPACITY)
 
     def _buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._capacity, self._used = capacity, 0

@@ -6,8 +6,11 @@ knows how to turn rows into other rows.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -19,11 +22,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.models.checkpoint import Checkpoint
 from vllm_dlm.models.rope import RotaryTable, rotate
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: normalised rows and the rows, [T, E] each; two tensors, or one [2, T, E]
+Normed: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 class DiffusionLayer(nn.Module):
@@ -46,7 +52,7 @@ class DiffusionLayer(nn.Module):
             return ColumnParallelLinear(width, out, bias=bias, quant_config=quant, prefix=f"{prefix}.self_attn.{name}")
 
         self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        # Three projections instead of vLLM's fused one: reuse policies need values of other rows than queries.
+        # Three projections instead of vLLM's joined one: reuse policies need values of other rows than queries.
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": column("q_proj", heads * self.head_dim, family.qkv_bias),
@@ -73,14 +79,34 @@ class DiffusionLayer(nn.Module):
             }
         )
         self.act = SiluAndMul()
+        self.joined: tuple[torch.Tensor, torch.Tensor | None] | None = None  # see join_projections
+
+    def join_projections(self) -> None:
+        """One weight for queries, keys and values, of which the three projections become parts: what is asked for
+        together is one product then. On CPUs the kernels keep weights of a form of their own, that cannot be cut."""
+        projections = [self.self_attn[f"{name}_proj"] for name in "qkv"]
+        weights = [projection.weight.data for projection in projections]
+        biases = [projection.bias.data for projection in projections if projection.bias is not None]
+        self.joined = torch.cat(weights), torch.cat(biases) if biases else None
+        sizes = [len(weight) for weight in weights]
+        for whole, name in zip(self.joined, ("weight", "bias"), strict=True):
+            for projection, part in zip(projections, whole.split(sizes) if whole is not None else (), strict=False):
+                getattr(projection, name).data = part
+        self.ends = dict(zip("qkv", accumulate(sizes), strict=True))
 
     def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
-        """`names`: some of q, k and v, in this order -> those of each row, not rotated, [T, heads, D] each"""
-        return [self._normed(name, self._projected(name, h_TE)) for name in names]
-
-    def _projected(self, name: str, h_TE: torch.Tensor) -> torch.Tensor:
-        heads = self.num_heads if name == "q" else self.num_kv_heads
-        return self.self_attn[f"{name}_proj"](h_TE)[0].unflatten(-1, (heads, self.head_dim))
+        """`names`: some of q, k and v, neighbours in this order -> those of each row, not rotated, [T, heads, D]"""
+        sizes = [self.head_dim * (self.num_heads if name == "q" else self.num_kv_heads) for name in names]
+        if self.joined is None:
+            parts = [self.self_attn[f"{name}_proj"](h_TE)[0] for name in names]
+        else:
+            end = self.ends[names[-1]]
+            weight, bias = (None if whole is None else whole[end - sum(sizes) : end] for whole in self.joined)
+            product = F.linear(h_TE, weight, bias)
+            parts = list(product.split(sizes, -1)) if len(names) > 1 else [product]
+        return [
+            self._normed(name, part.unflatten(-1, (-1, self.head_dim))) for name, part in zip(names, parts, strict=True)
+        ]
 
     def _normed(self, name: str, x_THD: torch.Tensor) -> torch.Tensor:
         return self.self_attn[f"{name}_norm"](x_THD) if f"{name}_norm" in self.self_attn else x_THD
@@ -88,13 +114,13 @@ class DiffusionLayer(nn.Module):
     def attention_output(self, context: torch.Tensor) -> torch.Tensor:
         return self.self_attn["o_proj"](context)[0]
 
-    def add_and_norm_input(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm_input(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> Normed:
         """-> the sum normalised for this layer, and the sum"""
-        return add_norm(x_TE, added_TE, self.input_layernorm)
+        return normed_sum(x_TE, added_TE, self.input_layernorm)
 
-    def add_and_norm(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> Normed:
         """-> the sum normalised for the FFN, and the sum"""
-        return add_norm(x_TE, added_TE, self.post_attention_layernorm)
+        return normed_sum(x_TE, added_TE, self.post_attention_layernorm)
 
     def feed_forward(self, h_TE: torch.Tensor) -> torch.Tensor:
         """Of normalised rows."""
@@ -109,7 +135,9 @@ class DiffusionLayer(nn.Module):
         return x_TE + self.feed_forward(h_TE)
 
 
-def add_norm(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+def normed_sum(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> Normed:
+    if x_TE.is_cuda:
+        return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
     x_TE = x_TE + added_TE
     return norm(x_TE), x_TE
 
@@ -160,6 +188,11 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         self.checkpoint = Checkpoint(self, self.hf_to_vllm_mapper, model.architecture, model.model)
         # Into dummy weights a trainer may send real ones piece by piece.
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
+
+    def join_projections(self) -> None:
+        """Of each layer, where weights are plain."""
+        for layer in self.model.layers:
+            layer.join_projections()
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)

@@ -1,0 +1,42 @@
+"""Indexing. Rows without a place are left out, where there are any."""
+
+
+def placed(block, offset, index):
+    """Block and offset of each row, and which rows have a place, [n] bool"""
+    if index is not None:
+        rows = index.clamp_min(0)
+        block, offset = block[rows].masked_fill(index < 0, -1), offset[rows]
+    return block, offset, block >= 0
+
+
+def as_rows(cache, width):
+    """A view [blocks, rows, width]"""
+    blocks = cache.view(len(cache), -1)
+    rows = blocks.shape[1] // width
+    return blocks[:, : rows * width].unflatten(1, (rows, width))
+
+
+def read_rows(cache, width, block, offset, index):
+    """See dispatch.py"""
+    block, offset, there = placed(block, offset, index)
+    return kept(as_rows(cache, width)[block.clamp_min(0), offset], there)
+
+
+def write_rows(cache, block, offset, values, index):
+    """See dispatch.py"""
+    block, offset, there = placed(block, offset, index)
+    if not there.all():
+        block, offset, values = block[there], offset[there], values[there]
+    as_rows(cache, values.shape[1])[block, offset] = values
+
+
+def read_values(cache, block, offset, index):
+    """See dispatch.py"""
+    block, offset, there = placed(block, offset, index)
+    return kept(cache.transpose(1, 2)[block.clamp_min(0), offset, :, cache.shape[3] // 2 :], there)
+
+
+def kept(values, there):
+    if there.all():
+        return values
+    return values.masked_fill_(~there.view(-1, *[1] * (values.ndim - 1)), 0)

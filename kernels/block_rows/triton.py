@@ -1,0 +1,92 @@
+"""A program copies a piece of one row."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dlm.kernels.triton_utils import live_row, padded
+
+#: elements of a row that a program takes
+TILE = 2048
+
+
+@triton.jit
+def _placed(block, offset, index, i):
+    """Block and offset of row i, and whether it has a place"""
+    row = live_row(index, i)
+    there = row >= 0
+    row = tl.maximum(row, 0)
+    physical = tl.load(block + row).to(tl.int64)
+    return physical, tl.load(offset + row).to(tl.int64), there & (physical >= 0)
+
+
+@triton.jit
+def _rows_kernel(
+    cache, block, offset, values, index, width, stride_block, stride_row, WRITES: tl.constexpr, TILE: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64)
+    physical, row, there = _placed(block, offset, index, i)
+    piece = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    kept = cache + physical * stride_block + row * width + piece
+    given = values + i * stride_row + piece
+    mask = piece < tl.where(there, width, 0)
+    if WRITES:
+        tl.store(kept, tl.load(given, mask=mask, other=0.0).to(cache.dtype.element_ty), mask=mask)
+    else:
+        tl.store(given, tl.load(kept, mask=mask, other=0.0), mask=piece < width)
+
+
+@triton.jit
+def _values_kernel(
+    cache, block, offset, out, index, heads, stride_block, stride_head, stride_slot,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    physical, slot, there = _placed(block, offset, index, i)
+    head, channel = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM_PAD)
+    kept = (head < tl.where(there, heads, 0))[:, None] & (channel < DIM)[None, :]
+    cache += physical * stride_block + slot * stride_slot + DIM
+    values = tl.load(cache + head[:, None] * stride_head + channel[None, :], mask=kept, other=0.0)
+    mask = (head < heads)[:, None] & (channel < DIM)[None, :]
+    tl.store(out + (i * heads + head)[:, None] * DIM + channel[None, :], values, mask=mask)
+
+
+def read_rows(cache, width, block, offset, index):
+    """See dispatch.py"""
+    count = len(block if index is None else index)
+    out = torch.empty(count, width, dtype=cache.dtype, device=cache.device)
+    _copy_rows(cache, block, offset, out, index, False)
+    return out
+
+
+def write_rows(cache, block, offset, values, index):
+    """See dispatch.py"""
+    _copy_rows(cache, block, offset, values, index, True)
+
+
+def _copy_rows(cache, block, offset, values, index, writes):
+    count, width = values.shape
+    # or the rows of a block would not be where they are looked for
+    block_size, both = cache.shape[2:]
+    if cache.stride()[1:] != (block_size * both, both, 1):
+        raise ValueError(f"the elements of a block must lie side by side, not {cache.stride()[1:]} apart")
+    tile = min(padded(width, 128), TILE)
+    if count:
+        _rows_kernel[count, triton.cdiv(width, tile)](
+            cache, block, offset, values, index, width, cache.stride(0), values.stride(0), WRITES=writes, TILE=tile,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def read_values(cache, block, offset, index):
+    """See dispatch.py"""
+    count, (_, kv_heads, _, both) = len(block if index is None else index), cache.shape
+    dim = both // 2
+    out = torch.empty(count, kv_heads, dim, dtype=cache.dtype, device=cache.device)
+    heads = min(padded(kv_heads), max(TILE // padded(dim), 1))
+    if count:
+        _values_kernel[count, triton.cdiv(kv_heads, heads)](
+            cache, block, offset, out, index, kv_heads, *cache.stride()[:3], HEADS=heads, DIM=dim,
+            DIM_PAD=padded(dim), num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,27 @@
+"""Which implementation runs."""
+
+import torch
+
+from vllm_dlm.kernels.compact_rows import torch as plain
+from vllm_dlm.kernels.operators import operator
+
+
+def _fake(mask, starts, capacity):
+    counts = mask.new_empty(0 if starts is None else len(starts), dtype=torch.int32)
+    return mask.new_empty(capacity, dtype=torch.int64), counts
+
+
+_compact_rows = operator(
+    "compact_rows(Tensor mask, Tensor? starts, int capacity) -> (Tensor, Tensor)", __package__, _fake
+)
+
+
+def compact_rows(
+    mask: torch.Tensor,  # [T] bool
+    starts: torch.Tensor | None,  # [C + 1] where each canvas's rows start; those from starts[C] on are nobody's
+    capacity: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-> [capacity] int64, ascending, and where each canvas's start in it, [C + 1] int32"""
+    run = _compact_rows if mask.is_cuda else plain.compact_rows
+    index, counts = run(mask, starts, capacity)
+    return index, None if starts is None else counts

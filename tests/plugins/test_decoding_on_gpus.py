@@ -1,0 +1,103 @@
+"""The device half of decoding as a GPU runs it: nothing waits for what the logits say, and greedy rows take one kernel
+that means what the CPU's code means."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.devices import fake_gpu, on_gpu
+from vllm_dlm.kernels.head_statistics import dispatch
+from vllm_dlm.kernels.head_statistics import torch as plain
+from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.base import LogitRows
+from vllm_dlm.plugins.decoding.entropy import Entropy
+
+NAMES = sorted(methods("decoding"))
+ROWS, V, MASK, EOS, EOT = 6, 300, 17, 5, 9
+
+
+def rows(suppress, unlikely, sampled=False, filtered=False, eot_id=EOT):
+    count = len(suppress)
+    return LogitRows(
+        temperature=torch.full((count,), 0.7 if sampled else 0.0),
+        top_p=torch.full((count,), 0.8 if filtered else 1.0),
+        top_k=torch.full((count,), 50 if filtered else V),
+        options={"suppress_eos": suppress, "confidence_eos_eot_inf": unlikely},
+        eos_id=EOS, eot_id=eot_id, mask_id=MASK, sampled=sampled, filtered=filtered,
+        exponential=lambda: torch.ones(count, V, dtype=torch.float64),
+        uniform=lambda: torch.ones(count),
+    )  # fmt: skip
+
+
+class Watched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace != "prim":  # fakes are asked for their device
+            self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def operators(decoding, sampled=False, filtered=False):
+    """Of one `propose`, in order"""
+    marks = torch.empty(ROWS, dtype=torch.bool)
+    of_rows, logits_RV = rows(marks, marks, sampled, filtered), torch.empty(ROWS, V)
+    with Watched() as watched:
+        proposal = decoding.propose(logits_RV, of_rows)
+    assert proposal.token.shape == proposal.score.shape == proposal.prob.shape == (ROWS,)
+    return watched.names
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_do_not_depend_on_what_is_in_the_logits(name, sampled, filtered):
+    with FakeTensorMode():  # of the CPU: it is the same code, and PyTorch without a GPU's driver gets through
+        assert operators(methods("decoding")[name], sampled, filtered)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_rows_take_one_kernel(name):
+    with fake_gpu():
+        names = operators(methods("decoding")[name], filtered=name in ("low_confidence", "random"))
+    # random draws its order
+    assert names == ["vllm_dlm::head_statistics"] + ["aten::ones"] * (name == "random")
+
+
+@pytest.mark.parametrize("eot_id", [EOT, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_kernel_means_the_same(name, eot_id, monkeypatch):
+    """It is run by its torch twin, which tests/kernels compares with the kernel."""
+    monkeypatch.setattr(dispatch, "_head_statistics", plain.head_statistics)
+    g = torch.Generator().manual_seed(0)
+    logits_RV = torch.randn(ROWS, V, generator=g) * 4
+    for row, token in enumerate((MASK, EOS, EOT, EOS, EOT)):
+        logits_RV[row, token] = 30.0
+    suppress, unlikely = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    of_rows = rows(suppress, unlikely, eot_id=eot_id)
+    wanted = methods("decoding")[name].propose(logits_RV.clone(), of_rows)
+    got = methods("decoding")[name].propose(on_gpu(logits_RV.clone()), of_rows)
+    assert torch.equal(got.token, wanted.token)
+    torch.testing.assert_close(got.prob, wanted.prob, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.score, wanted.score, atol=1e-6, rtol=1e-5)
+
+
+def test_a_score_of_its_own_is_not_passed_over():
+    @dataclass(frozen=True)
+    class Own(Entropy):
+        name: ClassVar[str] = "own"
+
+        @staticmethod
+        def score(prob_RV, prob_R):
+            return prob_R * 2
+
+    assert Entropy.statistic == "entropy" and Own.statistic is None
+    logits_RV, none = torch.randn(ROWS, V), torch.zeros(ROWS, dtype=torch.bool)
+    proposal = Own.propose(on_gpu(logits_RV), rows(none, none))
+    assert torch.equal(proposal.score, proposal.prob * 2)
