@@ -86,7 +86,7 @@ class PageSelection(Selection):
         rows = q.to(first.dtype).unflatten(2, (first.shape[1], -1)).transpose(1, 2)  # [B, Hkv, L, G, D]
         score = self.score(rows.flatten(2, 3), first, second).float()  # [B, Hkv, L * G, N]
         if votes is not None:
-            left_out = ~votes.repeat_interleave(rows.shape[3], 1, output_size=rows.shape[2] * rows.shape[3])
+            left_out = votes.logical_not()[..., None].expand(-1, -1, rows.shape[3]).flatten(1)  # [B, L * G]
             score = score.masked_fill(left_out[:, None, :, None], -torch.inf)
         score = score.amax(2)
         score = score.masked_fill(score.isnan(), LOWEST).clamp_(LOWEST, FORCED / 10)
