@@ -17,25 +17,30 @@ def page_scores(
 ):  # fmt: skip
     """See dispatch.py"""
     batch, nodes = len(page_table), statistics.mean.shape[2]
+    width, options = page_table.shape[1] * nodes, (lam, reduce, sharpness)
     starts, ends = q_starts.tolist(), (q_starts[1:] if q_ends is None else q_ends).tolist()
-    sinks = sink_pages[:, None] if isinstance(sink_pages, torch.Tensor) else sink_pages
     if batch > 1 and voters is None and len(q) == batch == ends[-1] and {1} == {*map(int.__sub__, ends, starts)}:
-        count = page_table.shape[1] * nodes
-        return _scored(q[:, None], statistics, page_table, num_pages, forced_from, sinks, lam, reduce, sharpness, count)
-    width, counts = page_table.shape[1] * nodes, num_pages.tolist()
-    parts = []
-    for b, (start, end, count) in enumerate(zip(starts, ends, counts, strict=False)):
-        members = slice(b, b + 1)
-        parts.append(
-            _scored(
-                electing(q[start:end], voters, start)[None], statistics, page_table[members, : -(-count // nodes)],
-                num_pages[members], forced_from[members], sinks if isinstance(sinks, int) else sinks[members], lam,
-                reduce, sharpness, count,
-            )
-        )  # fmt: skip
-    if len(parts) == 1 and counts[0] == width:
-        return parts[0]
-    return torch.cat([torch.nn.functional.pad(own, (0, width - own.shape[2]), value=-torch.inf) for own in parts])
+        position = torch.arange(width)
+        sinks = sink_pages[:, None] if isinstance(sink_pages, torch.Tensor) else sink_pages
+        forced = (position < sinks) | (position >= forced_from[:, None])
+        beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, N * n]
+        score = _scored(q[:, None], statistics, page_table, width, forced[:, None], beyond, *options)
+        return score.masked_fill_(beyond, -torch.inf)
+    sinks = sink_pages.tolist() if isinstance(sink_pages, torch.Tensor) else [sink_pages] * batch
+    marks = zip(starts, ends, num_pages.tolist(), sinks, forced_from.tolist(), strict=False)
+    out = None
+    for b, (start, end, count, sink, last) in enumerate(marks):
+        forced = torch.zeros(1, 1, count, dtype=torch.bool)
+        forced[..., :sink] = True
+        forced[..., max(last, 0) :] = True
+        own, table = electing(q[start:end], voters, start)[None], page_table[b : b + 1, : -(-count // nodes)]
+        score = _scored(own, statistics, table, count, forced, None, *options)
+        if batch == 1 and count == width:
+            return score
+        if out is None:
+            out = torch.full((batch, score.shape[1], width), -torch.inf)
+        out[b, :, :count] = score[0]
+    return out
 
 
 def electing(q, voters, start):
@@ -46,18 +51,13 @@ def electing(q, voters, start):
     return q[own] if bool(own.any()) and not bool(own.all()) else q
 
 
-def _scored(q, statistics, page_table, num_pages, forced_from, sinks, lam, reduce, sharpness, count):
+def _scored(q, statistics, page_table, count, forced, beyond, lam, reduce, sharpness):
     """q [B, L, H, D] -> [B, Hkv, count]"""
-    kv_heads = statistics.mean.shape[1]
+    kv_heads, kind = statistics.mean.shape[1], statistics.std_kind
     mean = by_head(statistics.mean, page_table)[:, :, :count]
-    kind = statistics.std_kind
     spread = None if kind == "none" else by_head(statistics.spread, page_table)[:, :, :count].transpose(2, 3)
-    position = torch.arange(count)
-    beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, count]
-    forced = ((position < sinks) | (position >= forced_from[:, None]))[:, None]
     rows = by_key_head(q, kv_heads, sharpness)
-    score = score_rows(rows, mean.transpose(2, 3), spread, kind, forced, beyond, lam, reduce)
-    return score.masked_fill_(beyond, -torch.inf)
+    return score_rows(rows, mean.transpose(2, 3), spread, kind, forced, beyond, lam, reduce)
 
 
 def by_head(vectors, table):
@@ -82,18 +82,19 @@ def half_scores(
     kv_heads = runs.shape[1]
     halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype)).flatten(2)
     halves.masked_fill_((runs < 0).repeat_interleave(2, -1), -1)
-    scores = torch.full(halves.shape, -torch.inf)
+    scores, marks = torch.full(halves.shape, -torch.inf), (sinks.tolist(), forced_from.tolist())
     for b, (start, end) in enumerate(zip(q_starts.tolist(), q_ends.tolist(), strict=True)):
         count = int((runs[b, 0] >= 0).sum())
         if not count:
             continue
         mean, spread = describe(keys_of(cache, block_table[b], runs[b, :, :count], 2 * size), size, lam > 0)
         rows = by_key_head(electing(q[start:end], voters, start)[None], kv_heads, sharpness)
-        position = torch.arange(2 * count)
-        forced = ((position < sinks[b]) | (position >= forced_from[b])).view(1, 1, -1)
+        forced = torch.zeros(1, 1, 2 * count, dtype=torch.bool)
+        forced[..., : marks[0][b]] = True
+        forced[..., max(marks[1][b], 0) :] = True
         spread = None if spread is None else spread.transpose(1, 2)[None]
-        kind, beyond = "none" if spread is None else "vector", torch.zeros_like(forced)
-        own = score_rows(rows, mean.transpose(1, 2)[None], spread, kind, forced, beyond, lam, reduce)
+        kind = "none" if spread is None else "vector"
+        own = score_rows(rows, mean.transpose(1, 2)[None], spread, kind, forced, None, lam, reduce)
         scores[b, :, : 2 * count] = own[0]
     return scores, halves
 
@@ -121,7 +122,8 @@ def describe(keys, size, spread):
 
 
 def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
-    """rows [B, Hkv, R, D], mean [B, Hkv, D, N], spread [B, Hkv, W, N], forced and beyond [B, 1, N] -> [B, Hkv, N]"""
+    """rows [B, Hkv, R, D], mean [B, Hkv, D, N], spread [B, Hkv, W, N], forced and beyond (None: none) [B, 1, N]
+    -> [B, Hkv, N]"""
     dim = rows.shape[3]
     if std_kind != "none":
         invalid = spread[:, :, 0].isinf()  # [B, Hkv, N]; a page is invalid as a whole
@@ -149,7 +151,7 @@ def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
     elif reduce == "mean":
         score = logits.mean(2)
     else:
-        score = votes(logits, forced | beyond)
+        score = votes(logits, forced if beyond is None else forced | beyond)
     score = score.masked_fill(score.isnan(), LOWEST).clamp_(LOWEST, FORCED / 10)
     return score.masked_fill_(forced, FORCED)
 

@@ -10,7 +10,7 @@ from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
@@ -90,7 +90,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     pages = KVBlocks([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
     tables = order[:blocks].numpy(), order[blocks : 2 * blocks].numpy()
-    view = View(selection, prompt_len, length, block_size, *tables, frozen)
+    view = View(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
     slots = Slots(order[position // block_size], position % block_size)
     pages.write_keys(0, slots, kv[..., :dim])

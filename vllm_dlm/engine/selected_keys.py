@@ -9,7 +9,7 @@ operator.
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -84,7 +84,7 @@ class View:
     kv_table: np.ndarray  # [blocks] ids
     summary_table: np.ndarray  # [blocks] ids
     frozen: bool  # a choice lasts until the next refresh, whatever the selection says
-    pool: ChoicePool = field(default_factory=ChoicePool)
+    pool: ChoicePool  # that of all canvases of this selection
     steps: int = 0  # served by the present choice
     held: bool = False  # there is a choice
     known: bool = False  # a choice before this one, of the same keys, may still be in the pool
