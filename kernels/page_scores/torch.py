@@ -64,6 +64,8 @@ def by_head(vectors, table):
     """vectors [places, Hkv, n, W], table [B, N] -> [B, Hkv, N * n, W]. Gathered head by head: products with vectors
     that do not lie side by side are many times slower."""
     kv_heads = vectors.shape[1]
+    if len(vectors) == 1 == table.numel():
+        return vectors
     row = table[:, None] * kv_heads + torch.arange(kv_heads)[:, None]  # [B, Hkv, N]
     found = vectors.flatten(0, 1).index_select(0, row.flatten())
     return found.view(len(table), kv_heads, -1, vectors.shape[3])
