@@ -1,5 +1,8 @@
 """Attention to all keys, by every kernel that is here; and vLLM's own over the pages that were chosen."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from benchmarks.kernel_cases import DIM, HEADS, KV_HEADS, PAGE, Case
@@ -74,19 +77,36 @@ def chosen_by_vllm(case: Case, k: int):
     return call
 
 
-def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
-    """FlashInfer, FlashAttention and xformers, those that are installed."""
-    batch, keys = k.shape[0], k.shape[2]
-    kernels = {}
+@contextmanager
+def optional(name: str) -> Iterator[None]:
+    """What is not installed is left out; so is, with a line, what does not work here."""
     try:
+        yield
+    except ImportError:
+        pass
+    except Exception as error:
+        print(f"{name} does not work here: {type(error).__name__}: {str(error)[:160]}")
+
+
+def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
+    """FlashInfer, FlashAttention (vLLM's, too) and xformers, those that are installed."""
+    batch, keys = k.shape[0], k.shape[2]
+    found, kernels = {}, {}
+    with optional("vLLM's FlashAttention"):
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        version = get_flash_attn_version(head_size=DIM)
+        if version is not None and keys % PAGE == 0:
+            call = vllm_flash_attention(flash_attn_varlen_func, version, case, k, v)
+            found[f"vLLM's FlashAttention {version}"] = call
+    with optional("FlashAttention"):
         from flash_attn import flash_attn_with_kvcache
 
         q = case.q.view(batch, case.queries, HEADS, DIM)
         k_, v_ = (part.transpose(1, 2).contiguous() for part in (k, v))
-        kernels["FlashAttention"] = lambda: flash_attn_with_kvcache(q, k_, v_, causal=True)
-    except ImportError:
-        pass
-    try:
+        found["FlashAttention"] = lambda: flash_attn_with_kvcache(q, k_, v_, causal=True)
+    with optional("FlashInfer"):
         import flashinfer
 
         if case.queries == 1:
@@ -101,16 +121,30 @@ def cuda_kernels(case: Case, k: torch.Tensor, v: torch.Tensor) -> dict:
                 torch.full((batch,), size, dtype=torch.int32, device=k.device),
                 HEADS, KV_HEADS, DIM, size, q_data_type=case.q.dtype, data_type=case.q.dtype,
             )  # fmt: skip
-            kernels["FlashInfer"] = lambda: wrapper.run(case.q, cache)
-    except ImportError:
-        pass
-    try:
+            found["FlashInfer"] = lambda: wrapper.run(case.q, cache)
+    with optional("xformers"):
         from xformers.ops import memory_efficient_attention
 
         group = HEADS // KV_HEADS
         q5 = case.q.view(batch, case.queries, KV_HEADS, group, DIM)
         k5, v5 = (part.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, group, -1) for part in (k, v))
-        kernels["xformers"] = lambda: memory_efficient_attention(q5, k5, v5)
-    except ImportError:
-        pass
+        found["xformers"] = lambda: memory_efficient_attention(q5, k5, v5)
+    for name, call in found.items():
+        with optional(name):
+            call()  # before it is put into a graph, where an error would take the stream along
+            kernels[name] = call
     return kernels
+
+
+def vllm_flash_attention(function, version: int, case: Case, k: torch.Tensor, v: torch.Tensor):
+    """As a server calls it: over pages."""
+    batch, keys = k.shape[0], k.shape[2]
+    blocks, integers = keys // PAGE, {"dtype": torch.int32, "device": k.device}
+    table = torch.arange(batch * blocks, **integers).view(batch, blocks)
+    pages = [part.unflatten(2, (blocks, PAGE)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for part in (k, v)]
+    starts = torch.arange(0, batch * case.queries + 1, case.queries, **integers)
+    lens = torch.full((batch,), keys, **integers)
+    return lambda: function(
+        case.q, *pages, max_seqlen_q=case.queries, cu_seqlens_q=starts, max_seqlen_k=keys, seqused_k=lens,
+        block_table=table, softmax_scale=DIM**-0.5, causal=True, fa_version=version,
+    )  # fmt: skip

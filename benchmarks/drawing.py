@@ -12,6 +12,7 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, GREY = (
 COLOURS = {
     "loop": "#444444", "none": GREY, "dense": GREY, "fast_dllm": ORANGE, "dllm_cache": GREEN, "dyllm": BLUE,
     "fast_dllm/dual+wavefilter": SKY, "fast_dllm/dual+wavefilter/paper": BLUE, "fast_dllm/dual+unique": PINK,
+    "score, select and attend": PINK, "fast_dllm/prefix": YELLOW, "fast_dllm/dual, eager": RED,
     "unique": PINK, "unique, dense_layers []": RED, "unique, vector": RED, "unique, all rows": YELLOW,
     "wavefilter/serve": SKY, "wavefilter/serve, every step": GREEN, "wavefilter/paper": BLUE,
     "mean only": ORANGE, "quest": GREEN, "block mean": ORANGE, "block mean + spread": RED, "sparse-dllm": PINK,

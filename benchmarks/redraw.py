@@ -10,6 +10,8 @@ WRITERS = {
     "speed": "benchmarks.speed", "kernels": "benchmarks.kernels", "decode": "benchmarks.decode",
     "costs": "benchmarks.costs", "selection": "benchmarks.selection", "quality": "benchmarks.quality",
     "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
+    "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",
+    "gpu-denoising": "benchmarks.gpu_denoising", "gpu-pages": "benchmarks.gpu_pages",
     "recovery": "benchmarks.train.recovery", "training-memory": "benchmarks.train.memory",
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def install(worker) -> None:
 
     denoiser.denoise = timed("forward", denoiser.denoise)  # embedding to the last layer
     head_of = runner.denoiser.head
-    head_of.run = timed("head", head_of.run)  # final norm, logits, token and confidence
+    head_of.read = timed("head", head_of.read)  # final norm, logits, token and confidence
     runner.execute_model = stepped(timed("worker", runner.execute_model))
 
     def linear(layer, args, _):
@@ -67,29 +67,37 @@ def install(worker) -> None:
     for layer in runner.model.modules():
         if isinstance(layer, LinearBase):
             layer.register_forward_hook(linear)
+    def joined_heads(layer):
+        heads = layer.heads
+
+        def wrapper(names, h):
+            made = heads(names, h)
+            counts["flops"] += sum(2 * x.numel() for x in made) * h.shape[1]
+            return made
+
+        layer.heads = wrapper
+
     for layer in runner.model.model.layers:
+        if layer.joined is not None:  # else they are linear layers of their own
+            joined_heads(layer)
         layer.mlp["gate_up_proj"].register_forward_hook(feed_forward)
     runner.model.logits_processor.register_forward_hook(head)
 
     def counted(name, cost):
         attend = getattr(CanvasAttention, name)
 
-        def wrapper(self, q, *args):
-            counts["flops"] += cost(self, *args) * q.shape[1] * q.shape[2]
-            return attend(self, q, *args)
+        def wrapper(self, q, rows, *args):
+            counts["flops"] += cost(pairs(rows.counts, self.group.kv_lens), rows, *args) * q.shape[1] * q.shape[2]
+            return attend(self, q, rows, *args)
 
         setattr(CanvasAttention, name, wrapper)
 
-    def pairs(attention):
-        return sum(a * b for a, b in zip(attention.q_lens, attention.kv_lens, strict=True))
+    def pairs(q_lens, kv_lens):
+        return sum(a * b for a, b in zip(q_lens, kv_lens, strict=True))
 
-    def scores_and_changed(attention, *args):
-        changed = sum(a * b for a, b in zip(attention.q_lens, args[-1], strict=True))
-        return 2 * pairs(attention) + 2 * changed
-
-    counted("__call__", lambda attention, *_: 4 * pairs(attention))
-    counted("over_pages", lambda attention, *_: 4 * pairs(attention))
-    counted("delta_over_pages", scores_and_changed)
+    counted("over_new", lambda seen, *_: 4 * seen)
+    counted("over_pages", lambda seen, *_: 4 * seen)
+    counted("delta_over_pages", lambda seen, rows, _, changed, __: 2 * seen + 2 * pairs(rows.counts, changed.counts))
 
     from vllm_dlm.engine import selecting
 

@@ -17,8 +17,8 @@ LAUNCHERS: dict[str, Callable] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(schema: str, package: str, fake: Callable, module: str = "triton") -> Callable:
-    """The operator that runs the function of its name in a module of the package. That is imported by the first
+def operator(schema: str, package: str, fake: Callable) -> Callable:
+    """The operator that runs the function of its name in the package's triton.py. That is imported by the first
     launch, so that Triton need not exist where nothing is launched. `fake` makes outputs of the right shapes."""
     name = schema.partition("(")[0]
     launcher: Callable | None = None
@@ -26,7 +26,7 @@ def operator(schema: str, package: str, fake: Callable, module: str = "triton") 
     def launch(*args):
         nonlocal launcher
         if launcher is None:
-            launcher = getattr(importlib.import_module(f"{package}.{module}"), name)
+            launcher = getattr(importlib.import_module(f"{package}.triton"), name)
         return launcher(*args)
 
     _LIBRARY.define(schema)

@@ -43,6 +43,10 @@ class Proposal:
     prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
 
 
+#: makes the generator of a step, which takes longer than what most decodings do on the host
+Random = Callable[[], np.random.Generator]
+
+
 class Turn(NamedTuple):
     """Where a block stands in its schedule."""
 
@@ -130,13 +134,13 @@ class Decoding:
         may depend on how many rows are of some kind: shapes follow from those of the inputs."""
         raise NotImplementedError
 
-    def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         """Indices (into the candidates, ascending positions) to fill now."""
         if self.parallel:
             return self._choose_parallel(proposal.prob)
         return best(self.rank(proposal.score, rng), turn.quota)
 
-    def rank(self, score: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         return score
 
     def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:

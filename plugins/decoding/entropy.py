@@ -15,6 +15,7 @@ from vllm_dlm.plugins.decoding.base import (
     Decoding,
     LogitRows,
     Proposal,
+    Random,
     Turn,
     at_token,
     check,
@@ -95,13 +96,13 @@ class Entropy(Decoding):
     def score(prob_RV: torch.Tensor, prob_R: torch.Tensor) -> torch.Tensor:
         return (prob_RV * (prob_RV + 1e-10).log()).sum(-1)  # negative entropy
 
-    def rank(self, score: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         if self.algorithm_temperature == 0:
             return score
         # Gumbel top-k draws without replacement from softmax(score / algorithm_temperature).
-        return score / self.algorithm_temperature + rng.gumbel(size=score.shape)
+        return score / self.algorithm_temperature + rng().gumbel(size=score.shape)
 
-    def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         chosen = super().choose(proposal, turn, rng)
         if self.threshold is not None and self.steps is not None:
             # Fast-dLLM's threshold for Dream keeps the step budget: no step gets ahead of the even split.

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_dlm.plugins.decoding.base import Proposal, Turn, check
+from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, check
 from vllm_dlm.plugins.decoding.maskgit_plus import MaskgitPlus
 
 
@@ -30,10 +30,10 @@ class Origin(MaskgitPlus):
         # A toss may fill nothing, so every step is run; the quotas only count the steps.
         return [1] * steps
 
-    def choose(self, proposal: Proposal, turn: Turn, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         candidates = np.arange(len(proposal.score))
         if turn.last:
             return candidates
         times = self.times(turn.steps)
         fill = float(1 - times[turn.step + 1] / times[turn.step])
-        return candidates[rng.random(len(candidates)) < fill]
+        return candidates[rng().random(len(candidates)) < fill]

@@ -5,7 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from tests.engine.pretended_gpu import GPU, Step, pretended, states
+from tests.engine.running import Recorder, runner_of
 from vllm_dlm.engine.layer import GroupLayer
+from vllm_dlm.engine.warm_up import STEPS
 from vllm_dlm.methods import methods
 
 #: launches of a layer between refreshes; with a selection, of a policy that has no more than nine without
@@ -48,3 +50,29 @@ def test_a_wait_would_be_found(monkeypatch, added, error, words):
     monkeypatch.setattr(GroupLayer, "similarity", waiting)
     with pretended(monkeypatch), pytest.raises(error, match=words):
         Step(states(2, {"dlm_reuse": "dyllm"})).run()
+
+
+def test_every_policy_is_warmed_up(engines):
+    """Two steps that refresh nothing, of one canvas and of many; and nobody's blocks are written to."""
+    llm = engines("llada-tiny")
+    runner = runner_of(llm)
+    for cache in runner.kv_caches:
+        cache.fill_(7)
+    with Recorder(llm) as seen:
+        runner.warm_up()
+    names = {name.split()[0] for name in seen.steps}
+    assert names == set(methods("reuse")) and all(len(steps) >= STEPS for steps in seen.steps.values())
+    assert all((cache[1:] == 7).all() for cache in runner.kv_caches)
+
+
+def test_a_policy_that_cannot_run_is_told_at_the_start(engines, monkeypatch):
+    def broken(self, at):
+        raise NotImplementedError("no kernel")
+        yield
+
+    told = []
+    monkeypatch.setattr("vllm_dlm.engine.warm_up.logger.warning", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(methods("reuse")["dyllm"], "layer", broken)
+    runner_of(engines("llada-tiny")).warm_up()
+    (line,) = told
+    assert line.startswith("Requests with reuse 'dyllm' will fail here: NotImplementedError: no kernel")

@@ -141,6 +141,15 @@ def test_what_hf_overrides_mend(tmp_path):
     assert config.model_config.hf_config.num_attention_heads == 4
 
 
+def test_a_context_that_no_model_was_trained_on_is_not_the_default(tmp_path):
+    """Dream's config.json has Qwen2's, of which a step of one canvas alone would take ten gigabytes."""
+    path = copied(DREAM, tmp_path, {"max_position_embeddings": 131072})
+    for asked, served in ((None, 2048), (4096, 4096)):
+        config = AsyncEngineArgs(str(path), max_model_len=asked).create_engine_config()
+        assert config.model_config.max_model_len == served
+        assert served <= config.scheduler_config.max_num_batched_tokens < 131072
+
+
 @pytest.fixture(scope="module")
 def autoregressive(tmp_path_factory):
     return write("llama", tmp_path_factory.mktemp("llama"))

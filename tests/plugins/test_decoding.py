@@ -19,7 +19,7 @@ def proposal(*prob: float) -> Proposal:
 
 
 def chosen(decoding, prob, quota=1, step=0, steps=4) -> list[int]:
-    return sorted(decoding.choose(proposal(*prob), Turn(step, steps, quota), RNG).tolist())
+    return sorted(decoding.choose(proposal(*prob), Turn(step, steps, quota), lambda: RNG).tolist())
 
 
 @pytest.mark.parametrize("name", sorted(methods("decoding")))

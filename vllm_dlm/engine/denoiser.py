@@ -14,7 +14,7 @@ from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Alike, Head, HeadRequest
 from vllm_dlm.engine.packing import Packed, Stream, pack, split
-from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
@@ -119,36 +119,40 @@ class Denoiser:
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
         positions = reuse.candidates(canvas.candidates(), at)
         heads = at.rows_reading(positions)
-        live = np.zeros(len(canvas), np.bool_)
-        live[plan.live] = True
-        seen = live[heads]
+        seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])
-        kv_blocks, feature_blocks, summary_blocks = self.shape.blocks(options, at.prompt_len, at.length)
-        each = kv_blocks + feature_blocks + summary_blocks
+        read = np.unique(heads[seen]) if at.shift else heads[seen]
         readers = []
         for twin in range(canvas.streams):
-            own = table[twin * each : (twin + 1) * each] if options.caches else table
-            kv_table, feature_table, summary_table = np.split(own, [kv_blocks, kv_blocks + feature_blocks])
-            if twin not in state.views:
-                state.views[twin] = self._view(state, kv_table, summary_table)
-            view = state.views[twin]
+            if twin not in state.blocks:
+                own = state.blocks[twin] = self._blocks(state, table, twin)
+                state.views[twin] = self._view(state, own.kv, own.summaries)
+            own, view = state.blocks[twin], state.views[twin]
             filtered = view is not None and not reuse.caches and not at.cold
             stream = Stream(
                 reuse=reuse,
                 plan=plan,
                 token_ids=canvas.unconditional() if twin else canvas.tokens,
-                head_positions=np.unique(heads[seen]),
+                head_positions=read,
                 changed=canvas.changed,
                 response=at.response,
                 feature_rows=reuse.feature_rows(at.prompt_len, at.length),
-                kv_table=kv_table if options.caches else None,
-                feature_table=feature_table,
+                kv_table=own.kv if options.caches else None,
+                feature_table=own.features,
                 view=view,
                 filtered=filtered,
                 chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
             )
             readers.append(Reader(stream, request, bool(twin)))
         return readers
+
+    def _blocks(self, state: Denoising, table: np.ndarray, twin: int) -> Blocks:
+        """Of the request's, which are handed out once."""
+        options, canvas = state.options, state.canvas
+        kv, features, summaries = self.shape.blocks(options, canvas.prompt_len, len(canvas))
+        each = kv + features + summaries
+        own = table[twin * each : (twin + 1) * each] if options.caches else table
+        return Blocks(own[:kv], own[kv : kv + features], own[kv + features : each])
 
     def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
         selection, canvas = state.options.selection, state.canvas
@@ -176,3 +180,12 @@ def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
     """A canvas as the exact model sees it, without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
     return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
+
+
+def held(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[n] bool: which of the positions are among the live ones; both ascend."""
+    if not len(live):
+        return np.zeros(len(positions), np.bool_)
+    if len(live) == live[-1] - live[0] + 1:
+        return (positions >= live[0]) & (positions <= live[-1])
+    return live[np.searchsorted(live, positions).clip(max=len(live) - 1)] == positions

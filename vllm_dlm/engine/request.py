@@ -5,7 +5,8 @@ gets a token, a score and a probability per candidate back, nothing more.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,14 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0
 
 
+class Blocks(NamedTuple):
+    """Ids of the KV blocks of one stream, in order."""
+
+    kv: np.ndarray
+    features: np.ndarray
+    summaries: np.ndarray
+
+
 @dataclass
 class Denoising:
     """State of one request between steps."""
@@ -47,6 +56,7 @@ class Denoising:
     filled: int = field(init=False)  # positions filled since the current block was opened
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
+    blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream
 
     def __post_init__(self):
         self.logprobs = [None] * (len(self.canvas) - self.canvas.prompt_len)
@@ -91,8 +101,8 @@ class Denoising:
         """Indices into `positions`, ascending."""
         canvas, decoding = self.canvas, self.options.decoding
         step = canvas.block_step
-        rng = np.random.default_rng((self.sampling.seed, canvas.block, step))
         turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled)
+        rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, step))
         chosen = decoding.choose(proposal, turn, rng)
         if turn.last and not decoding.parallel:
             # With masks in the prompt LLaDA's reference can run out of quota and return masks inside the
@@ -109,8 +119,10 @@ class Denoising:
         canvas = self.canvas
         start, block = canvas.emitted, canvas.block
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
-        masked = pending == canvas.mask_id
-        known = int(masked.argmax()) if masked.any() else len(pending)
+        masked = np.flatnonzero(pending == canvas.mask_id)
+        known = int(masked[0]) if len(masked) else len(pending)
+        if known == 0 and len(pending):
+            return [], []
         stops = np.flatnonzero(np.isin(pending[:known], list(self.sampling.stop_ids)))
         if len(stops):
             known = int(stops[0]) + 1

@@ -28,6 +28,7 @@ from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.head import Head, HeadRequest, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.options import request_options
 
@@ -107,6 +108,11 @@ class DenoisingRunner:
         self.denoiser.head.run(hidden, [HeadRequest(Denoising("profile", canvas, sampling), part, part, part)])
 
     warming_up_model = profile_run
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        config = self.model_config.hf_config
+        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len)
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
         """Data-parallel peers keep step with a forward nobody reads."""

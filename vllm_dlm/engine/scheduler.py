@@ -170,7 +170,7 @@ class DenoisingScheduler(Scheduler):
             with self.failed.of(request.request_id):
                 canvas = self._canvas(request)
                 self._check_size(canvas)
-                if self._has_memory(canvas) and self._planned(request):
+                if self._has_memory(canvas) and canvas.plan:
                     return request, canvas
                 if self.overtaken[request.request_id] >= OVERTAKES:
                     break

@@ -1,8 +1,10 @@
 """vLLM's workers with the denoising runner in them. Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py."""
 
 import os
+import time
 
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import enable_gpu_sync_check
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -19,9 +21,12 @@ class DiffusionGPUWorker(Worker):
         return DenoisingRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        # Nothing is compiled or captured; see "CUDA graphs" in docs/limits.md for what it would take.
+        # Nothing is captured; see "CUDA graphs" in docs/limits.md for what it would take.
+        begin = time.perf_counter()
+        self.model_runner.warm_up()
         set_random_seed(self.model_config.seed)
-        return CompilationTimes(language_model=0.0, encoder=0.0)
+        enable_gpu_sync_check()  # of VLLM_GPU_SYNC_CHECK
+        return CompilationTimes(language_model=time.perf_counter() - begin, encoder=0.0)
 
 
 #: oneDNN keeps its matrix products by shape, 1,024 of them unless told otherwise. Packed batches have ever other

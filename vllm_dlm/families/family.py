@@ -19,6 +19,8 @@ class Family:
     decoding: str  # of a server that names none
     end_of_turn: str  # ends a response beside the tokenizer's end of text
     canvas: int = 256  # tokens of a response when neither request, server nor checkpoint says how many
+    #: positions of a server that says none, where config.json promises more than the model was trained on
+    context: int | None = None
     logits_shift: int = 0  # logits at position i predict the token at i + shift
     attention: str = "full"
     qkv_bias: bool = False

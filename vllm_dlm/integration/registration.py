@@ -7,9 +7,13 @@ transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 
 from dataclasses import fields
 
+from vllm.logger import init_logger
+
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.options import OptionError, server_options
+
+logger = init_logger(f"vllm.{__name__}")
 
 WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
 
@@ -91,6 +95,12 @@ class DiffusionConfigHook:
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refuse_unsupported(vllm_config)
         family = FAMILIES[model.architecture]
+        if model.original_max_model_len is None and (family.context or model.max_model_len) < model.max_model_len:
+            logger.info_once(
+                "max_model_len: %d, as %s was trained; its config.json allows %d, which --max-model-len can ask for",
+                family.context, model.architecture, model.max_model_len,
+            )  # fmt: skip
+            model.max_model_len = family.context
         if family.attention != "full":
             raise ValueError(f"{model.architecture}: its attention is {family.attention!r}, and only 'full' is served")
         if vllm_config.load_config.load_format != "dummy":

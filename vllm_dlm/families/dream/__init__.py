@@ -10,6 +10,7 @@ FAMILY = Family(
     decoding="entropy",
     end_of_turn="<|im_end|>",
     canvas=256,  # of the paper's evaluations of short answers
+    context=2048,  # config.json says Qwen2's 131,072
     logits_shift=1,
     qkv_bias=True,
     tokenizer="vllm_dlm.families.dream.config:DreamTokenizer",

@@ -1,0 +1,151 @@
+"""Cases of every kernel, for a device: what runs there against the definition in float64 on the CPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_step_cases
+from benchmarks.gpu_case import DTYPES, Case, compared, moved, word
+from benchmarks.kernel_cases import Case as Pages
+from vllm_dlm.kernels.haar_pyramid import STD_KINDS
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+
+
+def folders() -> list[str]:
+    """Every operation there is."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/dispatch.py"))
+
+
+def implementation(kernel: str, here: torch.device) -> str:
+    files = {path.stem for path in (KERNELS / kernel).glob("*.py")}
+    return next((name for name in ("triton", "vllm") if here.type == "cuda" and name in files), "torch")
+
+
+def cases(kernel: str, here: torch.device) -> Iterator[Case]:
+    """KeyError for a kernel that nobody has written cases for."""
+    torch.manual_seed(0)
+    return CASES[kernel](here)
+
+
+def of_pages(here) -> Iterator[tuple[str, Pages, float]]:
+    """Requests of some lengths, with partly filled pages, one query and several, every dtype and kind of spread."""
+    places = ((1000, 1), (500, 3), (640, 2), (777, 8))
+    for dtype, tolerance in DTYPES.items():
+        for (keys, queries), std_kind in zip(places, STD_KINDS, strict=True):
+            name = f"{keys} keys, {queries} queries, {std_kind}, {word(dtype)}"
+            yield name, Pages.random(keys, 2, queries, here, dtype, std_kind), tolerance
+
+
+def on_cpu(case: Pages) -> Pages:
+    return Pages(**{name: moved(value, "cpu") for name, value in vars(case).items()})
+
+
+def page_scores(here):
+    from vllm_dlm.kernels.page_scores import naive
+
+    for name, case, tolerance in of_pages(here):
+        yield Case(name, case.score().cpu().double(), on_cpu(case).score(naive.page_scores), tolerance)
+
+
+def top_pages(here):
+    from vllm_dlm.kernels.top_pages import naive, top_pages
+
+    for width, k in ((30, 1), (30, 12), (30, 40), (512, 32), (2048, 32), (2048, 500)):
+        scores = torch.randn(3, 4, width)
+        scores[0] = scores[0].round()  # ties
+        scores[1, :, width // 2 :] = -torch.inf
+        yield compared(f"{k} of {width}", top_pages, naive.top_pages, here, 0, scores, k)
+
+
+def sparse_attention(here):
+    from vllm_dlm.kernels.sparse_attention import naive
+    from vllm_dlm.kernels.top_pages import top_pages
+
+    for name, case, tolerance in of_pages(here):
+        chosen = top_pages(case.score(), 5)
+        want = on_cpu(case).attend(chosen.cpu(), naive.sparse_attention)
+        yield Case(name, case.attend(chosen).cpu(), want, tolerance)
+
+
+def haar_pyramid(here):
+    from vllm_dlm.kernels.haar_pyramid import haar_pyramid, naive
+
+    for dtype in DTYPES:
+        for page_size, dim in ((16, 64), (64, 128), (128, 80)):
+            cache, ids, levels = torch.randn(5, 2, 128, 2 * dim).to(dtype), torch.tensor([3, 0, 4]), (2, 0)
+            got = haar_pyramid(cache.to(here), ids.to(here), page_size, levels)
+            want = naive.haar_pyramid(cache, ids, page_size, levels)
+            flat = [torch.cat([part.cpu().double().flatten() for pair in one for part in pair]) for one in (got, want)]
+            yield Case(f"pages of {page_size}, {dim} channels, {word(dtype)}", *flat, 2e-6)
+
+
+def varlen_attention(here):
+    from vllm_dlm.kernels.varlen_attention import naive, varlen_attention
+
+    for dtype, tolerance in DTYPES.items():
+        for q_lens, kv_lens in (([1], [1]), ([5, 17, 1], [5, 17, 1]), ([40, 1, 7], [40, 33, 90])):
+            q = torch.randn(sum(q_lens), 8, 64).to(dtype)
+            k, v = (torch.randn(sum(kv_lens), 2, 64).to(dtype) for _ in range(2))
+            yield compared(
+                f"{q_lens} queries, {word(dtype)}", varlen_attention, naive.varlen_attention, here, tolerance,
+                q, k, v, q_lens, kv_lens, 64**-0.5,
+            )  # fmt: skip
+
+
+def paged_attention(here):
+    from vllm_dlm.kernels.paged_attention import naive, paged_attention
+
+    for dtype, tolerance in DTYPES.items():
+        for q_lens, kv_lens in (([5, 0, 20], [33, 64, 100]), ([70, 3], [70, 200])):
+            tables = list(torch.randperm(20)[: sum(-(-n // 32) for n in kv_lens)].split([-(-n // 32) for n in kv_lens]))
+            q, cache = torch.randn(sum(q_lens), 8, 64).to(dtype), torch.randn(20, 2, 32, 128).to(dtype)
+            yield compared(
+                f"{q_lens} queries, {word(dtype)}", paged_attention, naive.paged_attention, here,
+                tolerance, q, cache, tables, q_lens, kv_lens, 64**-0.5,
+            )  # fmt: skip
+
+
+def delta_attention(here):
+    from vllm_dlm.kernels.delta_attention import delta_attention, naive
+
+    for dtype, tolerance in DTYPES.items():
+        for count in (0, 1, 9):
+            query, key = torch.randn(7, 8, 64).to(dtype), torch.randn(2, 300, 64).to(dtype)
+            index, delta = torch.randperm(300)[:count], torch.randn(count, 2, 64).to(dtype)
+            yield compared(
+                f"{count} changed, {word(dtype)}", delta_attention, naive.delta_attention, here,
+                tolerance, query, key, key[:, index], delta, 0.125,
+            )  # fmt: skip
+
+
+def wavelet_lowpass(here):
+    from vllm_dlm.kernels.wavelet_lowpass import lowpass, naive
+
+    haar, db2 = (2**-0.5,) * 2, (-0.1294095226, 0.2241438680, 0.8365163037, 0.4829629131)
+    for taps, levels in ((haar, 2), (haar, 1), (db2, 2), (db2, 4)):
+        name = f"{len(taps)} taps, {levels} levels"
+        case = compared(name, lowpass, naive.lowpass, here, 2e-6, torch.randn(2, 96, 64), taps, levels)
+        yield case._replace(got=case.got.double())
+
+
+def soft_page_attention(here):
+    from vllm_dlm.kernels.soft_page_attention import Gate, naive, soft_page_attention
+
+    causal = Gate(page_size=16, budget_pages=3, recent_pages=1, temperature=0.7)
+    both = Gate(page_size=16, budget_pages=3, recent_pages=1, temperature=0.7, causal=False, query_block=8)
+    for name, gate, count, keys, prompt in (("causal", causal, 70, 70, 0), ("response", both, 20, 110, 90)):
+        q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((4, count), (2, keys), (2, keys)))
+        got = soft_page_attention(*(part.to(here) for part in (q, k, v)), gate, 0.2, prompt)
+        want = naive.soft_page_attention(q.double(), k.double(), v.double(), gate, 0.2, prompt)
+        yield Case(name, got.cpu().double(), want, 1e-4)
+
+
+CASES = gpu_step_cases.CASES | {
+    function.__name__: function
+    for function in (
+        page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention, delta_attention,
+        wavelet_lowpass, soft_page_attention,
+    )
+}  # fmt: skip
