@@ -1,11 +1,11 @@
 """Other rules for choosing cached keys, to compare the selections with at equal budget."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompt, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -38,37 +38,64 @@ class Tokens(Selection):
     def summary_rows(self, prompt_len: int) -> int:
         return 0
 
-    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def units_kept(self, prompt_len: int) -> int:
+        return max(1, round(self.share * prompt_len))
+
+    def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return keys[:0], keys[:0]
 
     def choose(self, asked: Asked) -> Choice:
-        prompt_len = cached_prompt(asked).prompt_len
-        score = self.score(asked)  # [Hkv, prompt]
-        best = score.topk(max(1, round(self.share * prompt_len)), -1)[1]
-        return Choice(best.sort(-1)[0].to(torch.int32)[None], prompt_len)
+        lens = cached_prompts(asked).prompt_lens
+        chosen = []
+        for own, prompt_len in zip(canvases(asked), lens, strict=True):
+            best = self.score(own).topk(self.units_kept(prompt_len), -1)[1].sort(-1)[0].to(torch.int32)  # [Hkv, K]
+            chosen.append(torch.nn.functional.pad(best, (0, max(map(self.units_kept, lens)) - best.shape[1]), value=-1))
+        return Choice(torch.stack(chosen), sum(lens))
 
     def score(self, asked: Asked) -> torch.Tensor:
+        """Of one canvas -> [Hkv, prompt]"""
         raise NotImplementedError
 
 
-def cached_prompt(asked: Asked) -> CachedPrompt:
-    if asked.prompt is None:
+def cached_prompts(asked: Asked) -> CachedPrompts:
+    if asked.prompts is None:
         raise NotImplementedError("these rules choose among the keys of a cached prompt alone")
-    return asked.prompt
+    return asked.prompts
+
+
+def canvases(asked: Asked) -> list[Asked]:
+    """Each asker by itself."""
+    parts = []
+    for i, (start, end) in enumerate(zip(asked.starts.tolist(), asked.ends.tolist(), strict=True)):
+        prompts = cached_prompts(asked)
+        own = replace(
+            prompts, table=prompts.table[i : i + 1], prompt_lens=[prompts.prompt_lens[i]],
+            lengths=[prompts.lengths[i]], numbers=prompts.numbers[:, i : i + 1], voters=prompts.voters[start:end],
+        )  # fmt: skip
+        parts.append(
+            Asked(
+                asked.q[start:end], asked.starts[:1] * 0, asked.ends[i : i + 1] - start, end - start, asked.summaries,
+                asked.table[i : i + 1], asked.counts[i : i + 1], own,
+            )
+        )  # fmt: skip
+    return parts
 
 
 def keys_of(asked: Asked, length: int) -> torch.Tensor:
     """[Hkv, length, D]"""
-    places = torch.arange(length).expand(asked.summaries.first.shape[1], -1)
-    return cached_prompt(asked).read(places, 1)[:, :, 0].chunk(2, -1)[0]
+    prompts = cached_prompts(asked)
+    return prompts.keys(torch.arange(length).expand(1, prompts.cache.shape[1], -1), 1)[0, :, :, 0]
 
 
 def attention_mass(asked: Asked) -> torch.Tensor:
-    """What the voters' queries attend to in truth, summed over them and the heads of a key head: [Hkv, length]"""
-    q, prompt = asked.electing("masked")[0], cached_prompt(asked)
-    keys = keys_of(asked, prompt.length)
+    """What a canvas's voters' queries attend to in truth, summed over them and the heads of a key head:
+    [Hkv, length]"""
+    prompts = cached_prompts(asked)
+    q, keys = asked.q, keys_of(asked, prompts.lengths[0])
+    if prompts.voters.any():
+        q = q[prompts.voters]
     rows = q.unflatten(1, (len(keys), -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, n * G, D]
-    return (rows @ keys.transpose(1, 2) * prompt.scale).softmax(-1).sum(1)
+    return (rows @ keys.transpose(1, 2) * prompts.scale).softmax(-1).sum(1)
 
 
 class Oracle(Tokens):
@@ -77,14 +104,14 @@ class Oracle(Tokens):
     name: ClassVar[str] = "oracle"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        return attention_mass(asked)[:, : cached_prompt(asked).prompt_len]
+        return attention_mass(asked)[:, : cached_prompts(asked).prompt_lens[0]]
 
 
 class Random(Tokens):
     name: ClassVar[str] = "random"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        return torch.rand(asked.summaries.first.shape[1], cached_prompt(asked).prompt_len)
+        return torch.rand(asked.summaries.first.shape[1], cached_prompts(asked).prompt_lens[0])
 
 
 class SparseDLLM(Tokens):
@@ -94,8 +121,8 @@ class SparseDLLM(Tokens):
     name: ClassVar[str] = "sparse-dllm"
 
     def score(self, asked: Asked) -> torch.Tensor:
-        keys = keys_of(asked, cached_prompt(asked).prompt_len)
-        mean = asked.q[0].unflatten(1, (len(keys), -1)).mean((0, 2))  # [Hkv, D]
+        keys = keys_of(asked, cached_prompts(asked).prompt_lens[0])
+        mean = asked.q.unflatten(1, (len(keys), -1)).mean((0, 2))  # [Hkv, D]
         score = torch.einsum("hd,hnd->hn", mean, keys).mean(0)
         pooled = torch.nn.functional.max_pool1d(score[None], 3, stride=1, padding=1)
         return pooled.expand(len(keys), -1)

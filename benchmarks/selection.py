@@ -170,32 +170,34 @@ class SelectionEngine(Engine):
         return plain if rule is None else Options(plain.decoding, plain.reuse, rule)
 
     def grade(self, rule, samples, progress) -> dict:
-        from benchmarks.baselines import attention_mass
-        from vllm_dlm.engine import selected_keys
+        from benchmarks.baselines import attention_mass, canvases
+        from vllm_dlm.engine.selecting import Selecting
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0
-        visible_units = selected_keys.View.visible_units
+        visible = Selecting.visible
 
-        def weighed(view, layer, pages, q, voters, scale, counts):
+        def weighed(group, layer, blocks, q, rows, voters, scale, counts):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
-            units = visible_units(view, layer, pages, q, voters, scale, counts)
-            weight = attention_mass(view.asked(layer, pages, q, voters, scale))[:, : view.prompt_len].double()
-            unit = torch.arange(view.prompt_len) // view.selection.unit
-            seen = view.unit_mask(units)[:, unit]
-            total += weight.sum()
-            kept += weight[seen].sum()
-            for own, mask in zip(weight, seen, strict=True):
-                oracle += own.topk(int(mask.sum()))[0].sum()
-            read, prompt = read + int(seen.sum()), prompt + seen.numel()
+            units = visible(group, layer, blocks, q, rows, voters, scale, counts)
+            asked = canvases(group.asked(layer, blocks, q, rows, voters, scale))
+            for view, own_units, own_asked in zip(group.views, units, asked, strict=True):
+                weight = attention_mass(own_asked)[:, : view.prompt_len].double()
+                unit = torch.arange(view.prompt_len) // view.selection.unit
+                seen = torch.stack([torch.isin(unit, own) for own in own_units])
+                total += weight.sum()
+                kept += weight[seen].sum()
+                for own, mask in zip(weight, seen, strict=True):
+                    oracle += own.topk(int(mask.sum()))[0].sum()
+                read, prompt = read + int(seen.sum()), prompt + seen.numel()
             return units
 
-        selected_keys.View.visible_units = weighed
+        Selecting.visible = weighed
         try:
             right = self.exact_match_of(rule, samples, progress)
         finally:
-            selected_keys.View.visible_units = visible_units
+            Selecting.visible = visible
         if not prompt:
             return {"exact_match": right, "kept": 1.0}
         return {

@@ -100,15 +100,16 @@ def install(worker) -> None:
     counted("over_pages", lambda seen, *_: 4 * seen)
     counted("delta_over_pages", lambda seen, rows, _, changed, __: 2 * seen + 2 * pairs(rows.counts, changed.counts))
 
-    from vllm_dlm.engine import selected_keys
+    from vllm_dlm.engine import selecting
 
-    attend_chosen = selected_keys.sparse_attention
+    attend_chosen = selecting.sparse_attention
 
-    def over_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args):
-        counts["flops"] += 4 * min(chosen.shape[2] * unit, int(kv_lens[0])) * q.numel()
-        return attend_chosen(q, starts, pages, table, chosen, kv_lens, unit, *args)
+    def over_chosen(q, starts, pages, table, chosen, kv_lens, unit, scale, causal, ends, *args):
+        keys = ((chosen[:, 0] >= 0).sum(-1) * unit).minimum(kv_lens)
+        counts["flops"] += 4 * int((keys * (ends - starts)).sum()) * q[0].numel()
+        return attend_chosen(q, starts, pages, table, chosen, kv_lens, unit, scale, causal, ends, *args)
 
-    selected_keys.sparse_attention = over_chosen
+    selecting.sparse_attention = over_chosen
 
 
 def delivered(worker, output) -> bool:

@@ -7,53 +7,70 @@ from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.page_scores import torch as plain
 
 _page_scores = operator(
-    "page_scores(Tensor q, Tensor q_starts, Tensor mean, Tensor spread, Tensor page_table, Tensor num_pages, "
-    "Tensor forced_from, str std_kind, int sink_pages, float lam, str reduce) -> Tensor",
+    "page_scores(Tensor q, Tensor q_starts, Tensor q_ends, Tensor? voters, Tensor mean, Tensor spread, "
+    "Tensor page_table, Tensor num_pages, Tensor forced_from, Tensor? sinks, int sink_pages, str std_kind, float lam, "
+    "str reduce, float sharpness) -> Tensor",
     __package__,
-    lambda q, q_starts, mean, spread, table, *rest: q.new_empty(
-        len(table), mean.shape[1], table.shape[1], dtype=torch.float32
+    lambda q, starts, ends, voters, mean, spread, table, *rest: q.new_empty(
+        len(table), mean.shape[1], table.shape[1] * mean.shape[2], dtype=torch.float32
     ),
 )
-_run_scores = operator(
-    "run_scores(Tensor q, Tensor mean, Tensor spread, str std_kind, Tensor? forced_from, int known_from, "
-    "int sink_pages, float lam, str reduce) -> Tensor",
+_half_scores = operator(
+    "half_scores(Tensor q, Tensor q_starts, Tensor q_ends, Tensor? voters, Tensor cache, Tensor block_table, "
+    "Tensor runs, int size, Tensor forced_from, Tensor sinks, float lam, str reduce, float sharpness) "
+    "-> (Tensor, Tensor)",
     __package__,
-    lambda q, mean, *rest: q.new_empty(1, *mean.shape[:2], dtype=torch.float32),
+    lambda q, starts, ends, voters, cache, table, runs, *rest: (
+        q.new_empty(*runs.shape[:2], 2 * runs.shape[2], dtype=torch.float32),
+        q.new_empty(*runs.shape[:2], 2 * runs.shape[2], dtype=torch.int32),
+    ),
 )
 
 
 def page_scores(
     q: torch.Tensor,  # [Tq, H, D], the queries of request after request
-    q_starts: torch.Tensor,  # [B + 1] where each request's queries start
-    statistics: PageStatistics,
-    page_table: torch.Tensor,  # [B, N] physical page of each logical one; anything beyond num_pages must be a page
+    q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B]
+    statistics: PageStatistics,  # places of n pages each
+    page_table: torch.Tensor,  # [B, N] place of each n pages of a request; anything beyond num_pages must be a place
     num_pages: torch.Tensor,  # [B]
     forced_from: torch.Tensor,  # [B] pages from here on are always read
-    sink_pages: int,
+    sink_pages: int | torch.Tensor,  # the first so many are; [B] if they are not the same for all
     lam: float,
     reduce: str,
+    q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
+    voters: torch.Tensor | None = None,  # [Tq] bool; None: all
+    sharpness: float = 1.0,  # of the queries, which are multiplied by it
 ) -> torch.Tensor:
-    """-> [B, Hkv, N] float32"""
+    """-> [B, Hkv, N * n] float32"""
     if q.is_cuda:
-        kept = statistics.mean.select(2, 0), statistics.spread.select(2, 0)  # [pages, Hkv, D], [pages, Hkv, W]
+        ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
+        sinks, number = (sink_pages, 0) if isinstance(sink_pages, torch.Tensor) else (None, sink_pages)
         return _page_scores(
-            q, q_starts, *kept, page_table, num_pages, forced_from, statistics.std_kind, sink_pages, lam, reduce
-        )
-    return plain.page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
+            q, q_starts, ends, voters, statistics.mean, statistics.spread, page_table, num_pages, forced_from, sinks,
+            number, statistics.std_kind, lam, reduce, sharpness,
+        )  # fmt: skip
+    arguments = (q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
+    return plain.page_scores(*arguments, q_ends, voters, sharpness)
 
 
-def run_scores(
-    q: torch.Tensor,  # [L, H, D] queries of one request
-    mean: torch.Tensor,  # [Hkv, N, D]
-    spread: torch.Tensor,  # [Hkv, N, W]
-    std_kind: str,
-    forced_from: int | torch.Tensor,  # [1], if it is not known to the host
-    sink_pages: int,
-    lam: float,
+def half_scores(
+    q: torch.Tensor,  # [Tq, H, D]
+    q_starts: torch.Tensor,  # [B] where each request's queries start
+    q_ends: torch.Tensor,  # [B] and end
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
+    block_table: torch.Tensor,  # [B, blocks]
+    runs: torch.Tensor,  # [B, Hkv, n] int32 runs of 2 * size keys, -1 at the end where a request has fewer
+    size: int,  # a power of two; runs lie within blocks
+    forced_from: torch.Tensor,  # [B] halves from here on, counted among those given, are always read
+    sinks: torch.Tensor,  # [B] and the first so many
+    lam: float,  # above 0: with the standard deviation of each channel
     reduce: str,
-) -> torch.Tensor:
-    """The same for one request whose statistics lie side by side -> [1, Hkv, N] float32"""
+    voters: torch.Tensor | None = None,  # [Tq] bool; None: all
+    sharpness: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of both halves of each run, side by side, and which run of `size` keys each half is:
+    [B, Hkv, 2 * n] float32 and int32"""
+    arguments = (cache, block_table, runs, size, forced_from, sinks, lam, reduce)
     if q.is_cuda:
-        start, known = (forced_from, 0) if isinstance(forced_from, torch.Tensor) else (None, forced_from)
-        return _run_scores(q, mean, spread, std_kind, start, known, sink_pages, lam, reduce)
-    return plain.run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce)
+        return _half_scores(q, q_starts, q_ends, voters, *arguments, sharpness)
+    return plain.half_scores(q, q_starts, q_ends, *arguments, voters, sharpness)

@@ -1,78 +1,145 @@
 """One product of all queries of a request with its pages' means, and one with their spreads.
 
-Requests of equally many queries are scored together. Rows are the queries of
-the heads that share a key head.
+Requests of one query each are scored together, others one by one. Rows are the
+queries of the heads that share a key head.
 """
 
 import torch
 
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
+from vllm_dlm.kernels.haar_pyramid.torch import pyramid
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST
 
 
-def page_scores(q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce):
+def page_scores(
+    q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce, q_ends=None, voters=None,
+    sharpness=1.0,
+):  # fmt: skip
     """See dispatch.py"""
-    batch, width = page_table.shape
-    kv_heads, heads, dim = statistics.mean.shape[1], q.shape[1], q.shape[2]
-    counts = q_starts.diff().tolist()
-    if len(set(counts)) > 1:
-        parts = [
-            page_scores(
-                q[start : start + n],
-                torch.tensor([0, n]),
-                statistics,
-                page_table[b : b + 1],
-                num_pages[b : b + 1],
-                forced_from[b : b + 1],
-                sink_pages,
-                lam,
-                reduce,
-            )
-            for b, (start, n) in enumerate(zip(q_starts.tolist(), counts, strict=False))
-        ]
-        return torch.cat(parts)
-    # gathered head by head: products with keys that do not lie side by side are many times slower
-    head = torch.arange(kv_heads)[:, None]
-    row = (page_table[:, None] * kv_heads + head).flatten()  # [B, Hkv, N]
-    mean = statistics.mean.view(-1, dim).index_select(0, row).view(batch, kv_heads, width, dim)
-    spread = statistics.spread.flatten(0, 2).index_select(0, row).view(batch, kv_heads, width, -1)
-    # [B * L, Hkv * G, D] -> rows [B, Hkv, L * G, D]
-    rows = q.view(batch, -1, kv_heads, heads // kv_heads, dim).transpose(1, 2).flatten(2, 3)
-    position = torch.arange(width)
-    beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, N]
-    forced = ((position < sink_pages) | (position >= forced_from[:, None]))[:, None]
-    score = score_rows(
-        rows, mean.transpose(2, 3), spread.transpose(2, 3), statistics.std_kind, forced, beyond, lam, reduce
-    )
-    return score.masked_fill_(beyond, -torch.inf)
+    batch, nodes = len(page_table), statistics.mean.shape[2]
+    width, options = page_table.shape[1] * nodes, (lam, reduce, sharpness)
+    starts, ends = q_starts.tolist(), (q_starts[1:] if q_ends is None else q_ends).tolist()
+    if batch > 1 and voters is None and len(q) == batch == ends[-1] and {1} == {*map(int.__sub__, ends, starts)}:
+        position = torch.arange(width)
+        sinks = sink_pages[:, None] if isinstance(sink_pages, torch.Tensor) else sink_pages
+        forced = (position < sinks) | (position >= forced_from[:, None])
+        beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, N * n]
+        score = _scored(q[:, None], statistics, page_table, width, forced[:, None], beyond, *options)
+        return score.masked_fill_(beyond, -torch.inf)
+    sinks = sink_pages.tolist() if isinstance(sink_pages, torch.Tensor) else [sink_pages] * batch
+    marks = zip(starts, ends, num_pages.tolist(), sinks, forced_from.tolist(), strict=False)
+    out = None
+    for b, (start, end, count, sink, last) in enumerate(marks):
+        forced = torch.zeros(1, 1, count, dtype=torch.bool)
+        forced[..., :sink] = True
+        forced[..., max(last, 0) :] = True
+        own, table = electing(q[start:end], voters, start)[None], page_table[b : b + 1, : -(-count // nodes)]
+        score = _scored(own, statistics, table, count, forced, None, *options)
+        if batch == 1 and count == width:
+            return score
+        if out is None:
+            out = torch.full((batch, score.shape[1], width), -torch.inf)
+        out[b, :, :count] = score[0]
+    return out
 
 
-def run_scores(q, mean, spread, std_kind, forced_from, sink_pages, lam, reduce):
+def electing(q, voters, start):
+    """Queries that vote, all where none does; q is `voters` from `start` on"""
+    if voters is None:
+        return q
+    own = voters[start : start + len(q)]
+    return q[own] if bool(own.any()) and not bool(own.all()) else q
+
+
+def _scored(q, statistics, page_table, count, forced, beyond, lam, reduce, sharpness):
+    """q [B, L, H, D] -> [B, Hkv, count]"""
+    kv_heads, kind = statistics.mean.shape[1], statistics.std_kind
+    mean = by_head(statistics.mean, page_table)[:, :, :count]
+    spread = None if kind == "none" else by_head(statistics.spread, page_table)[:, :, :count].transpose(2, 3)
+    rows = by_key_head(q, kv_heads, sharpness)
+    return score_rows(rows, mean.transpose(2, 3), spread, kind, forced, beyond, lam, reduce)
+
+
+def by_head(vectors, table):
+    """vectors [places, Hkv, n, W], table [B, N] -> [B, Hkv, N * n, W]. Gathered head by head: products with vectors
+    that do not lie side by side are many times slower."""
+    kv_heads = vectors.shape[1]
+    if len(vectors) == 1 == table.numel():
+        return vectors
+    row = table[:, None] * kv_heads + torch.arange(kv_heads)[:, None]  # [B, Hkv, N]
+    found = vectors.flatten(0, 1).index_select(0, row.flatten())
+    return found.view(len(table), kv_heads, -1, vectors.shape[3])
+
+
+def by_key_head(q, kv_heads, sharpness):
+    """[B, L, Hkv * G, D] -> rows [B, Hkv, L * G, D]"""
+    q = q if sharpness == 1 else q * sharpness
+    return q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def half_scores(
+    q, q_starts, q_ends, cache, block_table, runs, size, forced_from, sinks, lam, reduce, voters=None, sharpness=1.0
+):
     """See dispatch.py"""
-    kv_heads, count, _dim = mean.shape
-    rows = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, L * G, D]
-    position = torch.arange(count)
-    forced = ((position < sink_pages) | (position >= forced_from)).view(1, 1, count)
-    beyond = torch.zeros_like(forced)
-    return score_rows(
-        rows[None], mean.transpose(1, 2)[None], spread.transpose(1, 2)[None], std_kind, forced, beyond, lam, reduce
-    )
+    kv_heads = runs.shape[1]
+    halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype)).flatten(2)
+    halves.masked_fill_((runs < 0).repeat_interleave(2, -1), -1)
+    scores, marks = torch.full(halves.shape, -torch.inf), (sinks.tolist(), forced_from.tolist())
+    for b, (start, end) in enumerate(zip(q_starts.tolist(), q_ends.tolist(), strict=True)):
+        count = int((runs[b, 0] >= 0).sum())
+        if not count:
+            continue
+        mean, spread = describe(keys_of(cache, block_table[b], runs[b, :, :count], 2 * size), size, lam > 0)
+        rows = by_key_head(electing(q[start:end], voters, start)[None], kv_heads, sharpness)
+        forced = torch.zeros(1, 1, 2 * count, dtype=torch.bool)
+        forced[..., : marks[0][b]] = True
+        forced[..., max(marks[1][b], 0) :] = True
+        spread = None if spread is None else spread.transpose(1, 2)[None]
+        kind = "none" if spread is None else "vector"
+        own = score_rows(rows, mean.transpose(1, 2)[None], spread, kind, forced, None, lam, reduce)
+        scores[b, :, : 2 * count] = own[0]
+    return scores, halves
+
+
+def keys_of(cache, table, runs, size):
+    """Runs [Hkv, n] of so many neighbours -> [Hkv, n, size, D]"""
+    _, kv_heads, block_size, width = cache.shape
+    per_block = block_size // size
+    block = table.index_select(0, (runs // per_block).flatten()).view(runs.shape)
+    row = (block * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + runs % per_block
+    found = cache.view(-1, size * width).index_select(0, row.flatten())
+    return found.view(*runs.shape, size, width)[..., : width // 2]
+
+
+def describe(keys, size, spread):
+    """[Hkv, n, 2 * size, D] -> mean and standard deviation (None unless wanted) of the halves, [Hkv, 2 * n, D]"""
+    keys = keys.unflatten(2, (2, size)).flatten(1, 2)
+    if size == 1:
+        return keys[:, :, 0], torch.zeros_like(keys[:, :, 0]) if spread else None
+    if size == 2:  # of two numbers, mean and deviation are half of sum and difference
+        even, odd = keys[:, :, 0], keys[:, :, 1]
+        return (even + odd).mul_(0.5), (even - odd).mul_(0.5).abs_() if spread else None
+    ((mean, variance),) = pyramid(keys, (size.bit_length() - 1,))
+    return mean[:, :, 0].to(keys.dtype), variance[:, :, 0].sqrt_().to(keys.dtype) if spread else None
 
 
 def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
-    """rows [B, Hkv, R, D], mean [B, Hkv, D, N], spread [B, Hkv, W, N], forced and beyond [B, 1, N] -> [B, Hkv, N]"""
+    """rows [B, Hkv, R, D], mean [B, Hkv, D, N], spread [B, Hkv, W, N], forced and beyond (None: none) [B, 1, N]
+    -> [B, Hkv, N]"""
     dim = rows.shape[3]
-    invalid = spread[:, :, 0].isinf()  # [B, Hkv, N]; a page is invalid as a whole
-    if invalid.any():
-        spread = spread.masked_fill(spread.isinf(), 0.0)
+    if std_kind != "none":
+        invalid = spread[:, :, 0].isinf()  # [B, Hkv, N]; a page is invalid as a whole
+        if invalid.any():
+            spread = spread.masked_fill(spread.isinf(), 0.0)
+        forced = forced | invalid
     if reduce == "mean" and std_kind in ("l2", "rms"):
         # the mean of the products is the product with the mean: one row instead of L * G
         norm = rows.float().norm(dim=-1).mean(-1)[..., None, None]
         rows = rows.float().mean(2, keepdim=True)
-    else:
+    elif std_kind in ("l2", "rms"):
         norm = rows.float().norm(dim=-1, keepdim=True)  # [B, Hkv, R, 1]
     logits = (rows.to(mean.dtype) @ mean).float().mul_(dim**-0.5)  # [B, Hkv, R, N]
-    if not lam:
+    if not lam or std_kind == "none":
         pass
     elif std_kind == "vector":
         logits += (lam * dim**-0.5 * rows.abs()).to(spread.dtype) @ spread
@@ -81,13 +148,12 @@ def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
         logits += (lam / dim) * (torch.stack([part.sum(-1) for part in parts], -1) @ spread.float())
     else:
         logits += (lam * dim**-0.5) * (norm @ spread.float())
-    forced = forced | invalid
     if reduce == "max":
         score = logits.amax(2)
     elif reduce == "mean":
         score = logits.mean(2)
     else:
-        score = votes(logits, forced | beyond)
+        score = votes(logits, forced if beyond is None else forced | beyond)
     score = score.masked_fill(score.isnan(), LOWEST).clamp_(LOWEST, FORCED / 10)
     return score.masked_fill_(forced, FORCED)
 

@@ -3,6 +3,10 @@
 The rows-by-pages matrix is never stored. `softmax_sum` needs each row's
 normaliser first: another pass leaves the log-sum-exp of each row over each run
 of pages, and the scoring pass puts those together.
+
+Where a tile's means come from is all that `half_scores` does otherwise: not
+from statistics (SIZE = 0), but from the keys themselves, SIZE of which make a
+half (see loads.py).
 """
 
 import torch
@@ -10,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_dlm.kernels.page_scores import naive
+from vllm_dlm.kernels.page_scores.loads import load_pages
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
 FORCED, LOWEST = tl.constexpr(naive.FORCED), tl.constexpr(naive.LOWEST)
@@ -18,41 +23,35 @@ PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
 
 
 @triton.jit
-def _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP: tl.constexpr):
-    """Where request b's queries start, its rows, its pages, and from which on they are forced. Without starts there
-    is one request, whose pages lie side by side."""
-    first, rows, count = b * 0, b * 0 + asked * GROUP, b * 0 + width
-    if q_starts is not None:
-        first, count = tl.load(q_starts + b), tl.load(num_pages + b)
-        rows = (tl.load(q_starts + b + 1) - first) * GROUP
-    forced_at = b * 0 + known_from if forced_from is None else tl.load(forced_from + b)
-    return first, rows, count, forced_at
+def _electing(voters, first, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """How many rows of a request vote; 0 where all do, because nobody was named."""
+    number = tl.zeros([], tl.int32)
+    if voters is not None:
+        for start in range(0, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            number += tl.sum((tl.load(voters + first + row // GROUP, mask=row < rows, other=0) != 0).to(tl.int32), 0)
+    return number
 
 
 @triton.jit
-def _load_pages(
-    mean, spread, table, position, there, h, stride_mean, stride_mean_head, stride_spread, stride_spread_head,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+def _votes(voters, number, first, row, rows, GROUP: tl.constexpr):
+    """[R] bool"""
+    there = row < rows
+    if voters is not None:
+        named = tl.load(voters + first + row // GROUP, mask=there, other=0).to(tl.int32)
+        there = there & (named + (number == 0).to(tl.int32) > 0)
+    return there
+
+
+@triton.jit
+def _logits(
+    rows, means, spreads, lam, sharpness, SHARP: tl.constexpr, STD_KIND: tl.constexpr, WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
-    """-> means [PAGES, DIM_PAD], spreads [PAGES, WIDTH_PAD], and which pages have none [PAGES]"""
-    page = (position if table is None else tl.load(table + position, mask=there, other=0)).to(tl.int64)
-    channel, part = tl.arange(0, DIM_PAD), tl.arange(0, WIDTH_PAD)
-    means = tl.load(
-        mean + page[:, None] * stride_mean + h * stride_mean_head + channel[None, :],
-        mask=there[:, None] & (channel < DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    spreads = tl.load(
-        spread + page[:, None] * stride_spread + h * stride_spread_head + part[None, :],
-        mask=there[:, None] & (part < WIDTH)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    unknown = tl.abs(spreads) == float("inf")
-    return means, tl.where(unknown, 0.0, spreads), tl.max(unknown.to(tl.int32), 1) > 0
-
-
-@triton.jit
-def _logits(rows, means, spreads, lam, STD_KIND: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """rows [R, DIM_PAD], means [PAGES, DIM_PAD], spreads [PAGES, WIDTH_PAD] -> [R, PAGES] float32, see __init__.py"""
     scale: tl.constexpr = DIM**-0.5
+    if SHARP:
+        rows = (rows.to(tl.float32) * sharpness).to(rows.dtype)
     exact = rows.to(tl.float32)
     logits = tl.zeros([rows.shape[0], means.shape[0]], tl.float32)
     if STD_KIND == "vector":
@@ -70,7 +69,7 @@ def _logits(rows, means, spreads, lam, STD_KIND: tl.constexpr, WIDTH: tl.constex
             energy = tl.sum(tl.where(inside[None, :], exact * exact, 0.0), 1)
             spread = tl.sum(tl.where((part == group)[None, :], spreads, 0.0), 1)
             logits += energy[:, None] * spread[None, :] * (lam / DIM)
-    elif STD_KIND != "vector":
+    elif STD_KIND == "l2" or STD_KIND == "rms":
         length = tl.sqrt(tl.sum(exact * exact, 1))
         logits += length[:, None] * tl.sum(spreads, 1)[None, :] * (lam * scale)
     return logits
@@ -90,18 +89,29 @@ def _normaliser(lse, offsets, there, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP: tl.constexpr, SINKS: tl.constexpr):
+    """Of this program's request: its first query, its rows, pages, the first of the last pages, its sink pages"""
+    b = tl.program_id(0)
+    first = tl.load(q_starts + b)
+    rows = (tl.load(q_ends + b) - first) * GROUP
+    sink = sinks
+    if SINKS:  # of each request its own
+        sink = tl.load(sinks + b).to(tl.int32)
+    return first, rows, tl.load(num_pages + b), tl.load(forced_from + b), sink
+
+
+@triton.jit
 def _lse_kernel(
-    q, q_starts, mean, spread, table, num_pages, forced_from, lse, asked, width, tiles, known_from, sink_pages,
-    lam, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head, stride_table,
-    heads,
-    STD_KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr,
+    q, q_starts, q_ends, voters, mean, spread, table, runs, num_pages, forced_from, sinks, lse, width, tiles, lam,
+    sharpness, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_mean_node, stride_spread,
+    stride_spread_head, stride_spread_node, stride_table, heads,
+    STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr,
+    CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
     """lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that compete for it"""
-    b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
-    if table is not None:
-        table += b.to(tl.int64) * stride_table
+    h, chunk = tl.program_id(1), tl.program_id(2)
+    first, rows, count, forced_at, sink = _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP, SINKS)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), row < rows, DIM, DIM_PAD)
@@ -109,12 +119,13 @@ def _lse_kernel(
         total = tl.zeros([ROWS], tl.float32)
         for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(width, PAGES))):
             position = tile * PAGES + tl.arange(0, PAGES)
-            means, spreads, unknown = _load_pages(
-                mean, spread, table, position, position < count, h, stride_mean, stride_mean_head, stride_spread,
-                stride_spread_head, DIM, DIM_PAD, WIDTH, WIDTH_PAD,
+            means, spreads, unknown, there, _ = load_pages(
+                mean, spread, table, runs, position, count, width, stride_mean, stride_mean_head, stride_mean_node,
+                stride_spread, stride_spread_head, stride_spread_node, stride_table,
+                STD_KIND, NODES, SIZE, DIM, DIM_PAD, WIDTH, WIDTH_PAD,
             )  # fmt: skip
-            logits = _logits(queries, means, spreads, lam, STD_KIND, WIDTH, DIM)
-            compete = (position < count) & (position >= sink_pages) & (position < forced_at) & (unknown == 0)
+            logits = _logits(queries, means, spreads, lam, sharpness, SHARP, STD_KIND, WIDTH, DIM)
+            compete = there & (position >= sink) & (position < forced_at) & (unknown == 0)
             logits = tl.where(compete[None, :] & (logits == logits), logits, float("-inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -126,46 +137,49 @@ def _lse_kernel(
 
 @triton.jit
 def _score_kernel(
-    q, q_starts, mean, spread, table, num_pages, forced_from, lse, scores, asked, width, tiles, known_from,
-    sink_pages, lam, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_spread, stride_spread_head,
-    stride_table, heads,
-    REDUCE: tl.constexpr, STD_KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr,
+    q, q_starts, q_ends, voters, mean, spread, table, runs, num_pages, forced_from, sinks, lse, scores, names, width,
+    tiles, lam, sharpness, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_mean_node, stride_spread,
+    stride_spread_head, stride_spread_node, stride_table, heads,
+    REDUCE: tl.constexpr, STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr,
+    PAGES: tl.constexpr, CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
-    """scores [B, Hkv, width]"""
+    """scores and names [B, Hkv, width]"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, rows, count, forced_at = _request(q_starts, num_pages, forced_from, b, asked, width, known_from, GROUP)
-    if table is not None:
-        table += b.to(tl.int64) * stride_table
-    scores += (b.to(tl.int64) * tl.num_programs(1) + h) * width
+    first, rows, count, forced_at, sink = _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP, SINKS)
+    number = _electing(voters, first, rows, GROUP, ROWS)
+    place = (b.to(tl.int64) * tl.num_programs(1) + h) * width
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(width, PAGES))):
         position = tile * PAGES + tl.arange(0, PAGES)
-        means, spreads, unknown = _load_pages(
-            mean, spread, table, position, position < count, h, stride_mean, stride_mean_head, stride_spread,
-            stride_spread_head, DIM, DIM_PAD, WIDTH, WIDTH_PAD,
+        means, spreads, unknown, there, name = load_pages(
+            mean, spread, table, runs, position, count, width, stride_mean, stride_mean_head, stride_mean_node,
+            stride_spread, stride_spread_head, stride_spread_node, stride_table,
+            STD_KIND, NODES, SIZE, DIM, DIM_PAD, WIDTH, WIDTH_PAD,
         )  # fmt: skip
         score = tl.full([PAGES], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
         broken = tl.zeros([PAGES], tl.int32)
         for start in range(0, rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            there = row < rows
-            queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), there, DIM, DIM_PAD)
-            logits = _logits(queries, means, spreads, lam, STD_KIND, WIDTH, DIM)
+            votes = _votes(voters, number, first, row, rows, GROUP)
+            queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), votes, DIM, DIM_PAD)
+            logits = _logits(queries, means, spreads, lam, sharpness, SHARP, STD_KIND, WIDTH, DIM)
             # a maximum passes over what is not a number: it is looked for by itself
-            broken = tl.maximum(broken, tl.max((there[:, None] & (logits != logits)).to(tl.int32), 0))
+            broken = tl.maximum(broken, tl.max((votes[:, None] & (logits != logits)).to(tl.int32), 0))
             if REDUCE == "max":
-                score = tl.maximum(score, tl.max(tl.where(there[:, None], logits, float("-inf")), 0))
+                score = tl.maximum(score, tl.max(tl.where(votes[:, None], logits, float("-inf")), 0))
             elif REDUCE == "mean":
-                score += tl.sum(tl.where(there[:, None], logits, 0.0), 0) / rows
+                score += tl.sum(tl.where(votes[:, None], logits, 0.0), 0) / tl.where(number > 0, number, rows)
             else:
-                norm = _normaliser(lse, row_offsets(first, row, h, heads, 1, GROUP), there, CHUNKS)
-                sensible = there & (tl.abs(norm) < float("inf"))
+                norm = _normaliser(lse, row_offsets(first, row, h, heads, 1, GROUP), votes, CHUNKS)
+                sensible = votes & (tl.abs(norm) < float("inf"))
                 score += tl.sum(tl.where(sensible[:, None], tl.exp(logits - norm[:, None]), 0.0), 0)
         score = tl.where((broken > 0) | (score != score), LOWEST, score)
         score = tl.minimum(tl.maximum(score, LOWEST), FORCED / 10)
-        forced = (position < sink_pages) | (position >= forced_at) | unknown
-        score = tl.where(position < count, tl.where(forced, FORCED, score), float("-inf"))
-        tl.store(scores + position, score, mask=position < width)
+        forced = (position < sink) | (position >= forced_at) | (unknown > 0)
+        score = tl.where(there, tl.where(forced, FORCED, score), float("-inf"))
+        tl.store(scores + place + position, score, mask=position < width)
+        if SIZE > 0:
+            tl.store(names + place + position, name, mask=position < width)
 
 
 def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple[int, int]:
@@ -175,45 +189,64 @@ def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple
     return triton.cdiv(tiles, each), each
 
 
-def page_scores(q, q_starts, mean, spread, page_table, num_pages, forced_from, std_kind, sink_pages, lam, reduce):
-    """See dispatch.py; mean [pages, Hkv, D], spread [pages, Hkv, W]"""
-    named = q_starts, page_table, num_pages, forced_from
-    return _scores(q, named, mean, spread, 0, page_table.shape, std_kind, sink_pages, lam, reduce)
-
-
-def run_scores(q, mean, spread, std_kind, forced_from, known_from, sink_pages, lam, reduce):
+def page_scores(
+    q, q_starts, q_ends, voters, mean, spread, page_table, num_pages, forced_from, sinks, sink_pages, std_kind, lam,
+    reduce, sharpness,
+):  # fmt: skip
     """See dispatch.py"""
-    mean, spread, named = mean.transpose(0, 1), spread.transpose(0, 1), (None, None, None, forced_from)
-    return _scores(q, named, mean, spread, known_from, (1, len(mean)), std_kind, sink_pages, lam, reduce)
+    shape = (len(page_table), mean.shape[1], page_table.shape[1] * mean.shape[2])
+    scores = torch.empty(shape, dtype=torch.float32, device=q.device)
+    marks = num_pages, forced_from, sink_pages if sinks is None else sinks
+    _launch(
+        q, (q_starts, q_ends), voters, (mean, spread), (page_table, None), marks, scores, None, lam, sharpness, reduce,
+        std_kind, 0,
+    )  # fmt: skip
+    return scores
 
 
-def _scores(q, named, mean, spread, known_from, shape, std_kind, sink_pages, lam, reduce):
-    """-> [batch, Hkv, width] of `shape`, batch and width"""
-    (batch, width), (queries, heads, dim) = shape, q.shape
-    kv_heads, group = mean.shape[1], heads // mean.shape[1]
-    scores = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=q.device)
+def half_scores(
+    q, q_starts, q_ends, voters, cache, block_table, runs, size, forced_from, sinks, lam, reduce, sharpness
+):
+    """See dispatch.py"""
+    batch, kv_heads, count = runs.shape
+    scores = torch.empty(batch, kv_heads, 2 * count, dtype=torch.float32, device=q.device)
+    halves = torch.empty(scores.shape, dtype=torch.int32, device=q.device)
+    keys = cache.narrow(3, 0, q.shape[2])
+    _launch(
+        q, (q_starts, q_ends), voters, (keys, keys), (block_table, runs), (forced_from, forced_from, sinks), scores,
+        halves, lam, sharpness, reduce, "vector" if lam else "none", size,
+    )  # fmt: skip
+    return scores, halves
+
+
+def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpness, reduce, std_kind, size) -> None:
+    (batch, kv_heads, width), (queries, heads, dim) = scores.shape, q.shape
     if not scores.numel():
-        return scores
-    # the spreads of every channel are more to hold than the means
-    pages = min(PAGES, 32) if std_kind == "vector" else PAGES
+        return
+    mean, spread = vectors
+    # the spreads of every channel are more to hold than the means, and so are keys beside what they come to
+    held = (std_kind == "vector") + (size > 1)
+    pages = min(PAGES, 64 >> held)
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
     chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, q.device)
-    q_starts, table, num_pages, forced_from = named
-    inputs = (q, q_starts, mean, spread, table, num_pages, forced_from)
+    voters = None if voters is None else voters.view(torch.int8)
+    inputs = (q, *spans, voters, mean, spread, *tables, *marks)
     numbers = (
-        queries, width, tiles, known_from, sink_pages, lam, *q.stride()[:2], *mean.stride()[:2], *spread.stride()[:2],
-        0 if table is None else table.stride(0), heads,
+        width, tiles, float(lam), float(sharpness), *q.stride()[:2], *mean.stride()[:3], *spread.stride()[:3],
+        tables[0].stride(0), heads,
     )  # fmt: skip
-    shapes = {
-        "STD_KIND": std_kind, "GROUP": group, "DIM": dim, "DIM_PAD": padded(dim, 16),
-        "WIDTH": spread.shape[2], "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else spread.shape[2],
-        "ROWS": row_tile(queries, batch, group, MOST_ROWS), "PAGES": pages,
-        "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1,
+    spread_width = dim if size else spread.shape[3]
+    shape = {
+        "STD_KIND": std_kind, "NODES": mean.shape[2], "SIZE": size, "GROUP": heads // kv_heads, "DIM": dim,
+        "DIM_PAD": padded(dim, 16), "WIDTH": spread_width,
+        "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
+        "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
+        "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
+        "SHARP": sharpness != 1, "num_stages": 2 if size else 3,
     }  # fmt: skip
     grid = (batch, kv_heads, chunks)
     lse = None
     if reduce == "softmax_sum":
-        lse = torch.empty(queries, heads, shapes["CHUNKS"], dtype=torch.float32, device=q.device)
-        _lse_kernel[grid](*inputs, lse, *numbers, **shapes)
-    _score_kernel[grid](*inputs, lse, scores, *numbers, REDUCE=reduce, **shapes)
-    return scores
+        lse = torch.empty(queries, heads, shape["CHUNKS"], dtype=torch.float32, device=q.device)
+        _lse_kernel[grid](*inputs, lse, *numbers, **shape)
+    _score_kernel[grid](*inputs, lse, scores, names, *numbers, REDUCE=reduce, **shape)

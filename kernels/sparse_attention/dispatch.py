@@ -5,26 +5,65 @@ import torch
 from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.sparse_attention import torch as plain
 
+_ARGUMENTS = (
+    "Tensor q, Tensor q_starts, Tensor q_ends, Tensor cache, Tensor page_table, Tensor chosen, Tensor kv_lens, "
+    "int page_size, float scale, bool causal, int table_pages, Tensor? moved, Tensor? places"
+)
 _sparse_attention = operator(
-    "sparse_attention(Tensor q, Tensor q_starts, Tensor cache, Tensor page_table, Tensor chosen, Tensor kv_lens, "
-    "int page_size, float scale, bool causal) -> Tensor",
-    __package__,
-    lambda q, *rest: q.new_empty(q.shape),
+    f"sparse_attention({_ARGUMENTS}) -> Tensor", __package__, lambda q, *rest: q.new_empty(q.shape)
+)
+_sparse_attention_into = operator(
+    f"sparse_attention_into(Tensor(a!) out, {_ARGUMENTS}) -> ()", __package__, lambda *arguments: None
 )
 
 
 def sparse_attention(
     q: torch.Tensor,  # [Tq, H, D], the queries of request after request
-    q_starts: torch.Tensor,  # [B + 1] where each request's queries start
+    q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B], ascending
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
-    page_table: torch.Tensor,  # [B, N] physical page of each logical one
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 at the end
+    page_table: torch.Tensor,  # [B, N] physical page of each logical one, or with table_pages of each so many pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
     kv_lens: torch.Tensor,  # [B] keys of each request; its queries are the last of them if causal
     page_size: int,
     scale: float,
     causal: bool,
+    q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
+    table_pages: int = 1,  # neighbouring pages that lie together: table[p // n] * n + p % n is page p
+    out: torch.Tensor | None = None,  # [Tq, H, D] it is written here; queries of no request keep what stands there
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
+    arguments = (cache, page_table, chosen, kv_lens, page_size, scale, causal)
     if q.is_cuda:
-        return _sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
-    return plain.sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal)
+        ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
+        return _launched(out, q, q_starts, ends, *arguments, table_pages, None, None)
+    return plain.sparse_attention(q, q_starts, *arguments, q_ends, table_pages, out)
+
+
+def _launched(out: torch.Tensor | None, *arguments) -> torch.Tensor:
+    if out is None:
+        return _sparse_attention(*arguments)
+    _sparse_attention_into(out, *arguments)
+    return out
+
+
+def sparse_delta(
+    q: torch.Tensor,  # [Tq, H, D]
+    q_starts: torch.Tensor,  # [B] where each request's queries start, ascending
+    q_ends: torch.Tensor,  # [B] and end
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D]
+    page_table: torch.Tensor,  # [B, N] place of each `table_pages` pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
+    kv_lens: torch.Tensor,  # [B]
+    page_size: int,
+    scale: float,
+    moved: torch.Tensor,  # [S, Hkv, D] by how much values have moved
+    places: torch.Tensor,  # [B, positions] int32: which of `moved` belongs to a position, -1: none
+    table_pages: int = 1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What moved values add to the attention of queries: as sparse_attention, but over what the values have moved by
+    -> [Tq, H, D]"""
+    arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale)
+    if q.is_cuda:
+        return _launched(out, *arguments, False, table_pages, moved, places)
+    return plain.sparse_delta(*arguments, moved, places, table_pages, out)

@@ -3,25 +3,51 @@
 import torch
 
 
-def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(
+    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None
+):
     """See dispatch.py"""
-    blocks, kv_heads, block_size, width = cache.shape
-    per_block, dim, group = block_size // page_size, width // 2, q.shape[1] // kv_heads
-    by_page = cache.view(blocks, kv_heads, per_block, page_size, width).transpose(1, 2).flatten(0, 1)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
+    ends = q_starts[1:] if q_ends is None else q_ends
     for b in range(len(page_table)):
-        rows = slice(int(q_starts[b]), int(q_starts[b + 1]))
-        count, length = rows.stop - rows.start, int(kv_lens[b])
-        position = torch.arange(length)
-        kv = by_page[page_table[b, : -(-length // page_size)].long()]  # [n, Hkv, P, 2D]
-        kv = kv.transpose(0, 1).flatten(1, 2)[:, :length].double()  # [Hkv, N, 2D]
-        for h in range(kv_heads):
-            seen = torch.isin(position // page_size, chosen[b, h].long())
-            mask = seen.expand(count, length)
-            if causal:
-                mask = mask & (position <= length - count + torch.arange(count)[:, None])
-            for head in range(h * group, (h + 1) * group):
-                logits = q[rows, head].double() @ kv[h, :, :dim].T * scale
-                weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-                out[rows, head] = (weights @ kv[h, :, dim:]).to(q.dtype)
+        rows = slice(int(q_starts[b]), int(ends[b]))
+        kv = _keys_and_values(cache, page_table[b], int(kv_lens[b]), page_size * table_pages).double()
+        values = kv[..., q.shape[2] :]
+        out[rows] = _attended(q[rows].double(), kv, values, chosen[b], page_size, scale, causal).to(q.dtype)
+    return out
+
+
+def sparse_delta(
+    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None
+):
+    """See dispatch.py"""
+    out = torch.empty_like(q) if out is None else out
+    for b in range(len(page_table)):
+        rows, length = slice(int(q_starts[b]), int(q_ends[b])), int(kv_lens[b])
+        kv = _keys_and_values(cache, page_table[b], length, page_size * table_pages).double()
+        place = places[b, :length]
+        values = moved[place.clamp_min(0).long()].masked_fill((place < 0)[:, None, None], 0.0) if len(moved) else None
+        values = torch.zeros_like(kv[..., : q.shape[2]]) if values is None else values.transpose(0, 1).double()
+        out[rows] = _attended(q[rows].double(), kv, values, chosen[b], page_size, scale, False).to(q.dtype)
+    return out
+
+
+def _keys_and_values(cache, table, length, size):
+    """Of the entries of a table, of `size` keys each -> [Hkv, length, 2 * D]"""
+    blocks, kv_heads, _, width = cache.shape
+    runs = cache.reshape(blocks, kv_heads, -1, size, width).transpose(1, 2).flatten(0, 1)
+    return runs[table[: -(-length // size)].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def _attended(q, kv, values, chosen, page_size, scale, causal):
+    """q [L, H, D], kv [Hkv, N, 2 * D], values [Hkv, N, D], chosen [Hkv, K] -> [L, H, D]"""
+    (count, heads, dim), (kv_heads, length, _) = q.shape, kv.shape
+    position, out = torch.arange(length), torch.empty_like(q)
+    for head in range(heads):
+        h = head * kv_heads // heads
+        mask = torch.isin(position // page_size, chosen[h].long()).expand(count, length)
+        if causal:
+            mask = mask & (position <= length - count + torch.arange(count)[:, None])
+        logits = q[:, head] @ kv[h, :, :dim].T * scale
+        out[:, head] = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values[h]
     return out

@@ -3,28 +3,74 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_dlm.kernels.delta_attention.torch import delta_attention
 from vllm_dlm.kernels.top_pages import physical_pages
 
 #: rows of queries per key head up to which products are faster than the fused kernel
 FEW = 16
 
 
-def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(
+    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None
+):
     """See dispatch.py"""
-    counts, lengths = q_starts.diff().tolist(), kv_lens.tolist()
-    # Requests alike in queries, and in what of their last page is filled, share one call.
-    kinds: dict[tuple[int, int], list[int]] = {}
-    for b, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+    starts = q_starts[:-1] if q_ends is None else q_starts
+    counts, lengths = ((q_starts[1:] if q_ends is None else q_ends) - starts).tolist(), kv_lens.tolist()
+    numbers = (chosen[:, 0] >= 0).sum(-1).tolist()
+    # Requests alike in queries and pages, and in what of their last page is filled, share one call.
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for b, (count, number, length) in enumerate(zip(counts, numbers, lengths, strict=True)):
         if count:
-            kinds.setdefault((count, length % page_size), []).append(b)
-    if len(kinds) == 1 and len(next(iter(kinds.values()))) == len(counts):
-        return _alike(q, counts[0], cache, page_table, chosen, kv_lens, page_size, scale, causal)
-    out = torch.empty_like(q)
-    for (count, _), members in kinds.items():
-        own = torch.tensor(members)
-        rows = (q_starts[own][:, None] + torch.arange(count)).flatten()
-        out[rows] = _alike(q[rows], count, cache, page_table[own], chosen[own], kv_lens[own], page_size, scale, causal)
+            kinds.setdefault((count, number, length % page_size), []).append(b)
+    common = (cache, table_pages, page_size, scale, causal)
+    if len(kinds) == 1 and sum(counts) == len(q) and len(next(iter(kinds.values()))) == len(counts):
+        context = _alike(q, counts[0], page_table, chosen, kv_lens, *common)
+        return context if out is None else out.copy_(context)
+    out = torch.empty_like(q) if out is None else out
+    for (count, _, _), members in kinds.items():
+        if len(members) == 1:
+            own = slice(members[0], members[0] + 1)
+            rows = slice(int(starts[members[0]]), int(starts[members[0]]) + count)
+        else:
+            own = torch.tensor(members)
+            rows = (starts[own][:, None] + torch.arange(count)).flatten()
+        out[rows] = _alike(q[rows], count, page_table[own], chosen[own], kv_lens[own], *common)
     return out
+
+
+def sparse_delta(
+    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None
+):
+    """See dispatch.py; canvas by canvas, see kernels/delta_attention"""
+    out = torch.empty_like(q) if out is None else out
+    dim = q.shape[2]
+    for b, (start, end, length) in enumerate(zip(q_starts.tolist(), q_ends.tolist(), kv_lens.tolist(), strict=True)):
+        if start == end:
+            continue
+        units = compact(chosen[b : b + 1])[0]
+        keys = _gathered(cache, page_table[b : b + 1], units[None], page_size, table_pages)[0, ..., :dim]
+        if (last := length % page_size) and int(units[0, -1]) == length // page_size:
+            keys = keys[:, : keys.shape[1] - page_size + last]
+        changed = (places[b] >= 0).nonzero()[:, 0]
+        # what a head does not see moves nothing for it
+        seen = torch.zeros(len(units), -(-length // page_size), dtype=torch.bool).scatter_(1, units.long(), True)
+        values = moved[places[b][changed].long()] * seen[:, changed // page_size].T[..., None]
+        block = page_table[b][changed // (page_size * table_pages)]
+        columns = cache[block, :, changed % cache.shape[2], :dim].transpose(0, 1)
+        out[start:end] = delta_attention(q[start:end], keys, columns, values, scale)
+    return out
+
+
+def compact(chosen):
+    """[B, Hkv, K] with -1 anywhere -> [B, Hkv, k] with -1 at the end, if anywhere at all"""
+    filled = chosen >= 0
+    if bool(filled.all()):
+        return chosen
+    number = filled.sum(-1)
+    if bool((filled[..., :-1] >= filled[..., 1:]).all()):
+        return chosen[..., : int(number.max())]
+    order = (~filled).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(number.max())]
+    return chosen.gather(-1, order)
 
 
 def by_products(rows, keys, values, scale):
@@ -34,18 +80,27 @@ def by_products(rows, keys, values, scale):
     return logits.float().mul_(scale).softmax(-1).to(rows.dtype) @ values
 
 
-def _alike(q, count, cache, page_table, chosen, kv_lens, page_size, scale, causal):
+def _gathered(cache, page_table, pages, page_size, table_pages):
+    """pages [B, Hkv, K], all of them there -> their keys and values [B, Hkv, K * page_size, 2 * D]"""
     _blocks, kv_heads, block_size, width = cache.shape
-    batch, heads, dim = len(page_table), q.shape[1], width // 2
     per_block = block_size // page_size
-    filled = chosen >= 0  # [B, Hkv, K]
-    number = filled.sum(-1)
-    kept = int(number.max())
-    logical = chosen[..., :kept].clamp_min(0).long()
-    page = physical_pages(page_table, logical)  # [B, Hkv, kept]
+    if table_pages == 1:
+        page = physical_pages(page_table, pages)
+    else:
+        page = physical_pages(page_table, pages // table_pages) * table_pages + pages % table_pages
     row = ((page // per_block) * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + page % per_block
     kv = cache.view(-1, page_size * width).index_select(0, row.flatten())
-    kv = kv.view(batch, kv_heads, kept * page_size, width)
+    return kv.view(*pages.shape[:2], -1, width)
+
+
+def _alike(q, count, page_table, chosen, kv_lens, cache, table_pages, page_size, scale, causal):
+    kv_heads, width = cache.shape[1], cache.shape[3]
+    batch, heads, dim = len(page_table), q.shape[1], width // 2
+    chosen = compact(chosen)
+    filled = chosen >= 0  # [B, Hkv, K]
+    number, kept = filled.sum(-1), chosen.shape[2]
+    logical = chosen.clamp_min(0).long()
+    kv = _gathered(cache, page_table, logical, page_size, table_pages)
     # position of each gathered key; only its last page may be partly filled
     tail = int(kv_lens[0]) % page_size
     last = (kv_lens - 1) // page_size
@@ -59,7 +114,7 @@ def _alike(q, count, cache, page_table, chosen, kv_lens, page_size, scale, causa
             kv = kv[:, :, : (kept - 1) * page_size + tail]
     else:
         position = (logical[..., None] * page_size + torch.arange(page_size)).flatten(2)  # [B, Hkv, keys]
-        there = filled[..., :kept].repeat_interleave(page_size, -1) & (position < kv_lens[:, None, None])
+        there = filled.repeat_interleave(page_size, -1) & (position < kv_lens[:, None, None])
         kv = kv.masked_fill(~there[..., None], 0.0)  # what lies beyond the end may be anything, NaN included
         mask = there[:, :, None].expand(-1, -1, count, -1)
         if causal:

@@ -35,39 +35,42 @@ def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr, BAT
 
 @triton.jit
 def _named(chosen, width, ENTRIES: tl.constexpr):
-    """How many pages chosen [width] names before it says -1: what is left of a wide list costs no time"""
+    """Up to where chosen [width] names pages: what is left of a wide list costs no time"""
     number = 0
     for first in range(0, width, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        number += tl.sum((tl.load(chosen + entry, mask=entry < width, other=-1) >= 0).to(tl.int32), 0)
+        page = tl.load(chosen + entry, mask=entry < width, other=-1)
+        number = tl.maximum(number, tl.max(tl.where(page >= 0, entry + 1, 0), 0))
     return number
 
 
 @triton.jit
 def _key_offsets(
-    chosen, table, slot, slots, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr
-):
+    chosen, table, slot, slots, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    PER_ENTRY: tl.constexpr,
+):  # fmt: skip
     """The keys in places `slot` [KEYS] of the chosen pages: their positions, where they lie, whether they are there"""
     page = tl.load(chosen + slot // PAGE, mask=slot < slots, other=-1)
     position = page * PAGE + slot % PAGE
     there = (page >= 0) & (position < length)
-    physical = tl.load(table + page, mask=there, other=0).to(tl.int64)
+    physical = tl.load(table + page // PER_ENTRY, mask=there, other=0).to(tl.int64) * PER_ENTRY + page % PER_ENTRY
     inside = physical % PER_BLOCK * PAGE + slot % PAGE
     return position, physical // PER_BLOCK * stride_block + inside * stride_key, there
 
 
 @triton.jit
 def _attend_kernel(
-    q, q_starts, cache, table, chosen, kv_lens, out, lse, batch, width, scale, heads,
-    stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table,
-    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BATCH_PAD: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    q, q_starts, q_ends, cache, table, chosen, kv_lens, moved, places, out, lse, batch, width, scale, heads,
+    stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_places,
+    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BATCH_PAD: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused."""
+    """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused.
+    With `moved` [S, Hkv, DIM] those are the values, of the positions that `places` gives one."""
     h, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS, BATCH_PAD)
-    queries = tl.load(q_starts + b + 1).to(tl.int32) - first
+    queries = tl.load(q_ends + b).to(tl.int32) - first
     row = tile * ROWS + tl.arange(0, ROWS)
     present = row < queries * GROUP
     if tile * ROWS >= queries * GROUP:
@@ -88,7 +91,7 @@ def _attend_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, slots), KEYS):
         slot = start + tl.arange(0, KEYS)
         position, offset, there = _key_offsets(
-            chosen, table, slot, slots, length, stride_block, stride_key, PAGE, PER_BLOCK
+            chosen, table, slot, slots, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
         )
         # what nobody wrote may be anything, NaN included, and is not read
         place = cache + offset[:, None] + channel[None, :]
@@ -101,7 +104,12 @@ def _attend_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         fading = tl.exp2(highest - shift)
-        values = tl.load(place + DIM, mask=mask, other=0.0)  # fetched as early as the keys where there are stages
+        if moved is None:
+            values = tl.load(place + DIM, mask=mask, other=0.0)
+        else:
+            own = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
+            place = moved + ((own * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
+            values = tl.load(place, mask=(own >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
@@ -114,9 +122,17 @@ def _attend_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+def _merge_kernel(
+    partial, lse, out, q_starts, q_ends, batch, heads, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+):  # fmt: skip
     """partial [rows, SPLITS, DIM], lse [rows, SPLITS] -> out [rows, DIM]"""
     row = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, BATCH_PAD)
+    begun = tl.load(q_starts + b, mask=b < batch, other=1 << 30) <= row // heads
+    over = tl.load(q_ends + b, mask=b < batch, other=0) <= row // heads
+    if tl.sum((begun & ~over).to(tl.int32), 0) == 0:  # nobody's
+        return
     split, channel = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
     logs = tl.load(lse + row * SPLITS + split)
     highest = tl.max(logs, 0)
@@ -147,13 +163,23 @@ def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
     return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 64 else 4, "num_stages": 4}
 
 
-def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal):
+def sparse_attention(q, *arguments):
+    """See dispatch.py"""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sparse_attention_into(out, q, *arguments)
+    return out
+
+
+def sparse_attention_into(
+    out, q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, moved, places
+):
     """See dispatch.py"""
     (queries, heads, dim), batch = q.shape, len(page_table)
     kv_heads, block_size = cache.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
-        return out
+        return
+    if moved is not None:
+        moved = moved.contiguous()
     group, width = heads // kv_heads, chosen.shape[2]
     tiles = _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
@@ -163,13 +189,15 @@ def sparse_attention(q, q_starts, cache, page_table, chosen, kv_lens, page_size,
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, q_starts, cache, page_table, chosen.contiguous(), kv_lens, partial, lse, batch, width,
+        q, q_starts, q_ends, cache, page_table, chosen.contiguous(), kv_lens, moved, places, partial, lse, batch, width,
         scale * math.log2(math.e), heads,
-        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0),
-        PAGE=page_size, PER_BLOCK=block_size // page_size, CAUSAL=causal, SPLITS=splits, GROUP=group,
-        DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
+        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), 0 if places is None else places.stride(0),
+        PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
+        GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
         ENTRIES=min(padded(width, 32), ENTRIES), **tiles,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[queries * heads,](partial, lse, out, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16))
-    return out
+        _merge_kernel[queries * heads,](
+            partial, lse, out, q_starts, q_ends, batch, heads, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16),
+            BATCH_PAD=padded(batch),
+        )  # fmt: skip

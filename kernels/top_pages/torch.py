@@ -3,10 +3,37 @@
 import torch
 
 
-def top_pages(scores, k):
+def top_pages(scores, k, kept=None, names=None):
     """See dispatch.py"""
+    counts = [] if kept is None else kept.tolist()
+    if len(counts) == 1:
+        pages = padded(some(scores, counts[0]), k)
+    elif counts:  # each asker as many as it may
+        pages = torch.cat([padded(some(own[None], count), k) for own, count in zip(scores, counts, strict=True)])
+    else:
+        pages = top(scores, k)
+    if names is None:
+        return pages
+    return names.gather(-1, pages.clamp_min(0).long()).to(torch.int32).masked_fill_(pages < 0, -1)
+
+
+def padded(pages, k):
+    return torch.nn.functional.pad(pages, (0, k - pages.shape[-1]), value=-1)
+
+
+def some(scores, k):
+    """The same for one asker; where no page has a score there is no search."""
+    if bool((scores[..., 0] == -torch.inf).all()):
+        return scores.new_full((*scores.shape[:2], k), -1, dtype=torch.int32)
+    return top(scores, k)
+
+
+def top(scores, k):
+    """-> [B, Hkv, k]"""
     *shape, width = scores.shape
     taken = min(k, width)
+    if not taken:
+        return scores.new_full((*shape, k), -1, dtype=torch.int32)
     threshold = scores.kthvalue(width - taken + 1, -1, keepdim=True)[0]
     above = scores > threshold
     level = scores == threshold
@@ -16,5 +43,21 @@ def top_pages(scores, k):
     if k > width or taken == width or bool((threshold == -torch.inf).any()):
         # -inf is no score: such pages leave, and since they are the last ones order stays
         pages = pages.masked_fill(scores.gather(-1, pages.long()) == -torch.inf, -1)
-        pages = torch.nn.functional.pad(pages, (0, k - taken), value=-1)
+        pages = padded(pages, k)
     return pages
+
+
+def unless_alike(pages, before, share):
+    """See dispatch.py"""
+    same = overlap(pages, before) >= share
+    mask = same[:, None, None]
+    return same, pages.masked_fill(mask, -1), torch.where(mask, before[..., : pages.shape[2]], pages)
+
+
+def overlap(pages, before):
+    """-> [B] what share of the pages were there before"""
+    there = pages >= 0
+    known = before.masked_fill(before < 0, torch.iinfo(before.dtype).max)  # still ascending
+    place = torch.searchsorted(known, pages).clamp_max_(known.shape[-1] - 1)
+    found = (known.gather(-1, place) == pages) & there
+    return found.flatten(1).sum(1) / there.flatten(1).sum(1)

@@ -3,8 +3,13 @@
 import torch
 
 
-def lowpass(keys, taps, levels):
+def lowpass(keys, taps, levels, counts=None):
     """See dispatch.py"""
+    if counts is not None:
+        out = keys.new_full((*keys.shape[:-2], keys.shape[-2] >> levels, keys.shape[-1]), torch.nan).double()
+        for own, given, count in zip(out, keys, counts.tolist(), strict=True):
+            own[..., : count >> levels, :] = lowpass(given[..., :count, :], taps, levels)
+        return out
     low = keys.double()
     for _ in range(levels):
         count = low.shape[-2]

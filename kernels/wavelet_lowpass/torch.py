@@ -3,11 +3,19 @@
 import torch
 
 
-def lowpass(keys, taps, levels):
+def lowpass(keys, taps, levels, counts=None):
     """See dispatch.py"""
     low = keys.float()
-    for _ in range(levels):
-        count = low.shape[-2]
-        start = torch.arange(0, count, 2, device=keys.device) + len(taps) // 2
-        low = sum(tap * low.index_select(-2, (start - j) % count) for j, tap in enumerate(taps))
+    for level in range(levels):
+        start = torch.arange(0, low.shape[-2], 2, device=keys.device) + len(taps) // 2
+        if counts is None:
+            low = sum(tap * low.index_select(-2, (start - j) % low.shape[-2]) for j, tap in enumerate(taps))
+        else:
+            end = (counts >> level)[:, None]  # [B, 1]
+            low = sum(tap * low.gather(-2, spread((start - j) % end, low)) for j, tap in enumerate(taps))
     return low
+
+
+def spread(index, like):
+    """[B, n] for every vector of [B, ..., N, D]"""
+    return index.view(len(index), *[1] * (like.dim() - 3), -1, 1).expand(*like.shape[:-2], -1, like.shape[-1])

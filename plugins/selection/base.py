@@ -9,7 +9,6 @@ the slots of as many keys and values; the page-sparse engine beside vLLM's KV
 cache, by physical page.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,57 +17,87 @@ import torch
 
 @dataclass
 class Summaries:
-    """One layer's. `second` is INVALID (see kernels/haar_pyramid) in a unit nobody has described."""
+    """One layer's, n to a place; the second is INVALID (see kernels/haar_pyramid) where nobody has described."""
 
-    first: torch.Tensor  # [places, Hkv, W1]
-    second: torch.Tensor  # [places, Hkv, W2]
+    first: torch.Tensor  # [places, Hkv, n, W1]; n = 1: [places, Hkv, W1]
+    second: torch.Tensor  # the same of W2
 
-    def by_head(self, table: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the places table [B, N] (None: all of them, in order, B = 1) -> [B, Hkv, N, W1], [B, Hkv, N, W2]"""
-        if table is None:
-            return self.first.transpose(0, 1)[None], self.second.transpose(0, 1)[None]
+    def by_place(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[places, Hkv, n, W1], [places, Hkv, n, W2]"""
+        first, second = self.first, self.second
+        return (first, second) if first.dim() == 4 else (first[:, :, None], second[:, :, None])
+
+    def by_head(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the places table [B, N] -> [B, Hkv, N * n, W1], [B, Hkv, N * n, W2]"""
+        first, second = self.by_place()
         # gathered head by head: products with rows that do not lie side by side are many times slower
-        kv_heads = self.first.shape[1]
-        row = table[:, None] * kv_heads + torch.arange(kv_heads, device=table.device)[:, None]  # [B, Hkv, N]
-        return self.first.flatten(0, 1)[row], self.second.flatten(0, 1)[row]
+        kv_heads = first.shape[1]
+        row = (table[:, None] * kv_heads + torch.arange(kv_heads, device=table.device)[:, None]).flatten()
+        shape = (len(table), kv_heads, -1)
+        return tuple(part.flatten(0, 1).index_select(0, row).view(*shape, part.shape[3]) for part in (first, second))
 
 
 @dataclass
 class Choice:
-    units: torch.Tensor  # [B, Hkv, K] int32, ascending
-    scored: int  # summaries and keys that were compared with the queries
-    memo: torch.Tensor | None = None  # for the selection's next choice
+    units: torch.Tensor  # [B, Hkv, K] int32, ascending, -1 at the end where an asker has fewer
+    scored: int  # summaries and keys that were compared with the queries, at most
+    memo: torch.Tensor | None = None  # [B, Hkv, M] int32: for the selection's next choice
 
 
 @dataclass
-class CachedPrompt:
-    """What is known of a canvas beyond its summaries."""
+class CachedPrompts:
+    """What is known of canvases beyond their summaries."""
 
-    voters: torch.Tensor  # [L] bool: queries whose token is about to be decided
-    # runs [Hkv, m] of so many neighbours -> their cached keys and values [Hkv, m, size, 2 * D]
-    read: Callable[[torch.Tensor, int], torch.Tensor]
-    prompt_len: int
-    length: int  # prompt and response
+    cache: torch.Tensor  # [blocks, Hkv, block_size, 2 * D], keys before values
+    table: torch.Tensor  # [B, N] blocks of each canvas
+    prompt_lens: list[int]
+    lengths: list[int]  # prompt and response
+    numbers: torch.Tensor  # [M, B] int32: `Selection.numbers` of each
     scale: float
-    previous: Choice | None = None  # what was chosen last, if the prompt has not been refreshed since
+    voters: torch.Tensor  # [Tq] bool: queries whose token is about to be decided
+    #: what was chosen last, all -1 where the prompt has been refreshed since; None unless `Selection.memo` asks for it
+    previous: Choice | None = None
+
+    def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
+        """Runs [B, Hkv, n] of so many neighbours, which lie within blocks -> [B, Hkv, n, size, D]. A run of -1 is
+        anything."""
+        _, kv_heads, block_size, width = self.cache.shape
+        per_block, runs = block_size // size, runs.clamp_min(0).long()
+        block = self.table[:, None].expand(-1, kv_heads, -1).gather(2, (runs // per_block).flatten(2)).view(runs.shape)
+        head = torch.arange(kv_heads, device=runs.device)[:, None]
+        row = (block * kv_heads + head) * per_block + runs % per_block
+        found = self.cache.view(-1, size * width).index_select(0, row.flatten())
+        return found.view(*runs.shape, size, width)[..., : width // 2]
 
 
 @dataclass
 class Asked:
-    """B askers, in one layer: a canvas (B = 1) whose queries read together, or generated positions (L = 1)."""
+    """B askers, in one layer: canvases whose queries read together, or generated positions, of a query each."""
 
-    q: torch.Tensor  # [B, L, H, D]
+    q: torch.Tensor  # [Tq, H, D]
+    starts: torch.Tensor  # [B] each asker's queries are q[start:end]
+    ends: torch.Tensor  # [B]
+    most: int  # queries that an asker has at most
     summaries: Summaries
-    table: torch.Tensor | None  # [B, N] where the summaries of each asker's units lie; None: as they are, B = 1
-    counts: torch.Tensor  # [B] units of each asker that may be chosen
-    ends: torch.Tensor  # [B] units that the keys it chooses among reach into, an unfinished one included
-    prompt: CachedPrompt | None = None  # of a canvas
+    table: torch.Tensor  # [B, N] where the summaries of each asker's units lie, n to a place
+    counts: torch.Tensor  # [B] units of each asker that may be chosen; of generated positions, all that they see
+    prompts: CachedPrompts | None = None  # of canvases
 
-    def electing(self, query_set: str) -> torch.Tensor:
-        """Queries of all rows ("active") or of those to be decided ("masked"), if there are any."""
-        if query_set == "active" or self.prompt is None or not bool(self.prompt.voters.any()):
-            return self.q
-        return self.q[:, self.prompt.voters]
+    def voters(self, query_set: str) -> torch.Tensor | None:
+        """[Tq] those to be decided ("masked"), or None for all rows ("active"). An asker with no voters has all."""
+        return None if query_set == "active" or self.prompts is None else self.prompts.voters
+
+    def electing(self, query_set: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Each asker's queries side by side [B, L, H, D], and which of them vote [B, L] (None: all)."""
+        if self.most == 1 and len(self.q) == len(self.starts):
+            return self.q[:, None], None
+        row = self.starts[:, None] + torch.arange(self.most, device=self.q.device)
+        votes = row < self.ends[:, None]
+        row = row.clamp_max(len(self.q) - 1)
+        if (voters := self.voters(query_set)) is not None:
+            named = votes & voters[row]
+            votes = torch.where(named.any(1, keepdim=True), named, votes)
+        return self.q[row], votes
 
 
 @dataclass(frozen=True)
@@ -95,8 +124,9 @@ class Selection:
         of a canvas they are kept in the dtype of those."""
         return (dim, dtype), (dim, dtype)
 
-    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt's cached keys [N, Hkv, D] -> [R, Hkv, W1], [R, Hkv, W2]"""
+    def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cached keys of prompts one after the other, so many of each (`chosen_from`), [N, Hkv, D]
+        -> [R, Hkv, W1], [R, Hkv, W2]"""
         raise NotImplementedError
 
     def choose(self, asked: Asked) -> Choice:
@@ -116,6 +146,18 @@ class Selection:
     def summary_rows(self, prompt_len: int) -> int:
         """How many summaries a prompt has."""
         raise NotImplementedError
+
+    def units_kept(self, prompt_len: int) -> int:
+        """How many units of a prompt are chosen."""
+        raise NotImplementedError
+
+    def numbers(self, prompt_len: int) -> list[int]:
+        """What `choose` has to know of each prompt on the device (CachedPrompts.numbers)."""
+        return []
+
+    def memo(self, prompt_len: int) -> int:
+        """How many numbers each head's choice keeps for the next one, which then is told of it; 0: it is not."""
+        return 0
 
     def keeps(self, steps: int) -> bool:
         """Whether a choice that has served so many steps serves another one. (A refresh of the prompt ends it.)"""

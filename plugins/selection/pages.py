@@ -73,15 +73,22 @@ class PageSelection(Selection):
     def choose(self, asked: Asked) -> Choice:
         scores = self.scores(asked)
         batch, _, count = scores.shape
-        return Choice(top_pages(scores, min(self.kept_pages, count)), batch * count)
+        if asked.prompts is None:
+            return Choice(top_pages(scores, min(self.kept_pages, count)), batch * count)
+        most = max(map(self.units_kept, asked.prompts.prompt_lens))
+        return Choice(top_pages(scores, most), sum(map(self.summary_rows, asked.prompts.prompt_lens)))
 
     def scores(self, asked: Asked) -> torch.Tensor:
         """[B, Hkv, N] float32: FORCED where a page is always read, -inf beyond an asker's pages. A method with a
         kernel of its own replaces it as a whole."""
         first, second = asked.summaries.by_head(asked.table)
-        q = asked.electing(self.query_set).to(first.dtype)  # [B, L, H, D]
-        rows = q.unflatten(2, (first.shape[1], -1)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, L * G, D]
-        score = self.score(rows, first, second).float().amax(2)
+        q, votes = asked.electing(self.query_set)  # [B, L, H, D], [B, L]
+        rows = q.to(first.dtype).unflatten(2, (first.shape[1], -1)).transpose(1, 2)  # [B, Hkv, L, G, D]
+        score = self.score(rows.flatten(2, 3), first, second).float()  # [B, Hkv, L * G, N]
+        if votes is not None:
+            left_out = votes.logical_not()[..., None].expand(-1, -1, rows.shape[3]).flatten(1)  # [B, L * G]
+            score = score.masked_fill(left_out[:, None, :, None], -torch.inf)
+        score = score.amax(2)
         score = score.masked_fill(score.isnan(), LOWEST).clamp_(LOWEST, FORCED / 10)
         page = torch.arange(score.shape[2], device=score.device)
         forced = (page < self.sink_pages) | (page >= self.forced_from(asked)[:, None])  # [B, N]
@@ -90,7 +97,7 @@ class PageSelection(Selection):
 
     def forced_from(self, asked: Asked) -> torch.Tensor:
         """[B] the first of each asker's last pages. Of a canvas, the prompt's end counts as recent."""
-        return asked.ends - self.recent_pages
+        return asked.counts - self.recent_pages if asked.prompts is None else asked.prompts.numbers[0]
 
     # -- the prompt of a diffusion model ---------------------------------------------------
 
@@ -100,9 +107,14 @@ class PageSelection(Selection):
     def summary_rows(self, prompt_len: int) -> int:
         return prompt_len // self.page_size
 
-    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = keys[: len(keys) // self.page_size * self.page_size]
-        return self.describe(whole.unflatten(0, (-1, self.page_size)).transpose(1, 2))
+    def units_kept(self, prompt_len: int) -> int:
+        return min(self.kept_pages, self.summary_rows(prompt_len))
+
+    def numbers(self, prompt_len: int) -> list[int]:
+        return [-(-prompt_len // self.page_size) - self.recent_pages]
+
+    def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.describe(keys.unflatten(0, (-1, self.page_size)).transpose(1, 2))
 
     def keeps(self, steps: int) -> bool:
         return steps % self.select_every != 0

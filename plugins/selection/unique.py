@@ -23,7 +23,7 @@ from vllm_dlm.kernels.haar_pyramid import (
     spread_width,
     store_statistics,
 )
-from vllm_dlm.kernels.page_scores import Reduction, page_scores, run_scores
+from vllm_dlm.kernels.page_scores import Reduction, page_scores
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
@@ -50,18 +50,13 @@ class Unique(PageSelection):
         return mean, spread_of(variance, self.std_kind)
 
     def scores(self, asked: Asked) -> torch.Tensor:
-        q, given = asked.electing(self.query_set), asked.summaries
-        forced_from, options = self.forced_from(asked), (self.sink_pages, self.lam, self.reduce)
-        if asked.table is None:
-            mean, spread = given.first.transpose(0, 1), given.second.transpose(0, 1)
-            return run_scores(q[0], mean, spread, self.std_kind, forced_from, *options)
-        batch, length = q.shape[:2]
-        starts = torch.arange(0, batch * length + 1, length, device=q.device, dtype=torch.int32)
-        statistics = self._statistics(given)
-        return page_scores(q.flatten(0, 1), starts, statistics, asked.table, asked.counts, forced_from, *options)
+        return page_scores(
+            asked.q, asked.starts, self._statistics(asked.summaries), asked.table, asked.counts,
+            self.forced_from(asked), self.sink_pages, self.lam, self.reduce, asked.ends, asked.voters(self.query_set),
+        )  # fmt: skip
 
     def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
         store_statistics(cache, page_ids, self._statistics(summaries))
 
     def _statistics(self, given: Summaries) -> PageStatistics:
-        return PageStatistics(given.first[:, :, None], given.second[:, :, None], self.page_size, self.std_kind)
+        return PageStatistics(*given.by_place(), self.page_size, self.std_kind)

@@ -23,12 +23,12 @@ from typing import ClassVar, Literal
 import pywt
 import torch
 
-from vllm_dlm.kernels.haar_pyramid import mean_and_variance
-from vllm_dlm.kernels.page_scores import Reduction, run_scores
-from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, mean_and_variance
+from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
 
 
 @dataclass(frozen=True)
@@ -162,80 +162,94 @@ class WaveFilter(Selection):
     def vectors(self, dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
         return (dim, dtype), (dim if self.detail_lambda else 0, dtype)
 
-    def summarise(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = keys[: len(keys) // 2**self.levels * 2**self.levels]
-        if self.wavelet != "haar":
-            band = self._band(whole.transpose(0, 1), self.levels).transpose(0, 1)
+    def units_kept(self, prompt_len: int) -> int:
+        return self.kept(self.summary_rows(prompt_len))[-1]
+
+    def numbers(self, prompt_len: int) -> list[int]:
+        """Of each scale: runs that stay, the first ones that stay anyway, and where the last ones begin that do."""
+        runs, found = self.summary_rows(prompt_len), []
+        for scale, kept in zip(self.scales, self.kept(runs), strict=True):
+            sink, tail = (-(-tokens // 2**scale) for tokens in self.pinned(prompt_len))
+            found += [kept, sink, runs - tail]  # they come first and last at every scale
+            runs = 2 * kept
+        return found
+
+    def memo(self, prompt_len: int) -> int:
+        return self.kept(self.summary_rows(prompt_len))[0] if self._reselect[0] == "drift" else 0
+
+    def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.wavelet != "haar":  # a band reaches round the ends of its prompt
+            bands = [self._band(own.transpose(0, 1), self.levels).transpose(0, 1) for own in keys.split(lens)]
+            band = torch.cat(bands)
             return band, band[..., :0]
-        mean, variance = mean_and_variance(whole.unflatten(0, (-1, 2**self.levels)).transpose(1, 2))
+        mean, variance = mean_and_variance(keys.unflatten(0, (-1, 2**self.levels)).transpose(1, 2))
         return mean, variance.sqrt() if self.detail_lambda else mean[..., :0]
 
     def choose(self, asked: Asked) -> Choice:
-        prompt = asked.prompt
-        if prompt is None:
+        prompts = asked.prompts
+        if prompts is None:
             raise NotImplementedError(f"{self.name} chooses among the keys of a cached prompt alone")
-        q = asked.electing(self.query_set)[0]
-        mean, spread = (vectors[0] for vectors in asked.summaries.by_head(None))  # [Hkv, R, D]
-        coarse, *finer = self.kept(mean.shape[1])
-        pins = self.pinned(prompt.prompt_len)
-        runs = self._best(q, mean, spread, self.levels, coarse, pins)  # [Hkv, coarse]
-        scored, top, previous = mean.shape[1], runs, prompt.previous
-        if self._reselect[0] == "drift" and previous is not None and self._overlap(top, previous.memo):
-            return Choice(previous.units, scored, previous.memo)
-        if finer:
-            kv = prompt.read(runs, 2**self.levels)  # [Hkv, n, 2^levels, 2 * D] of the runs that are left
-        for scale, count in zip(self.scales[1:], finer, strict=True):
-            # each run falls into two, each with its half of the keys
-            inside = (2 * runs[..., None] + torch.arange(2, device=runs.device)).flatten(1)
-            kv = kv.unflatten(2, (2, -1)).flatten(1, 2)
-            best = self._best(q, *self._describe(kv.chunk(2, -1)[0], scale), scale, count, pins).long()
-            scored += inside.shape[1]
-            runs = inside.gather(1, best)
-            if scale > self.scales[-1]:
-                row = best + torch.arange(len(best), device=best.device)[:, None] * kv.shape[1]
-                kv = kv.flatten(2).flatten(0, 1).index_select(0, row.flatten()).view(*best.shape, *kv.shape[2:])
-        return Choice(runs.to(torch.int32)[None], scored, top)
+        kept = [self.kept(self.summary_rows(n)) for n in prompts.prompt_lens]
+        most = [max(own) for own in zip(*kept, strict=True)]
+        runs = top = self._best(self._coarsest(asked, prompts), most[0], prompts.numbers[0])  # [B, Hkv, coarse]
+        same, before = None, prompts.previous
+        if before is not None and before.memo is not None:
+            # Where the coarsest choice is still much the same the old one serves on, and no run is looked into.
+            same, runs, top = unless_alike(top, before.memo, self._reselect[1])
+        for stage, scale in enumerate(self.scales[1:], 1):
+            scores, halves = self._halves(asked, prompts, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
+            runs = self._best(scores, most[stage], prompts.numbers[3 * stage], halves)
+        if before is not None and same is not None:
+            runs = torch.where(same[:, None, None], before.units[..., : most[-1]], runs)
+        scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
+        return Choice(runs, scored, top)
 
     # -- one scale -------------------------------------------------------------------------
 
-    def _describe(self, keys: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys of runs [Hkv, n, 2^scale, D] -> their band and its spread, [Hkv, n, D] each"""
-        if self.wavelet != "haar":
-            return self._band(keys.flatten(1, 2), scale).to(keys.dtype), None
-        if scale == 0:
-            return keys[:, :, 0], None
-        if scale == 1:  # of two numbers, mean and deviation are half of sum and difference
-            even, odd = keys[:, :, 0], keys[:, :, 1]
-            return (even + odd).mul_(0.5), (even - odd).mul_(0.5).abs_() if self.detail_lambda else None
-        mean, variance = mean_and_variance(keys)
-        return mean.to(keys.dtype), variance.sqrt_().to(keys.dtype)
+    def _coarsest(self, asked: Asked, prompts: CachedPrompts) -> torch.Tensor:
+        """Votes for the runs that were summarised, [B, Hkv, N]"""
+        _, sinks, forced_from = prompts.numbers[:3].unbind()
+        statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
+        return page_scores(
+            asked.q, asked.starts, statistics, asked.table, asked.counts, forced_from, sinks, self.detail_lambda,
+            self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
+        )  # fmt: skip
 
-    def _band(self, keys: torch.Tensor, scale: int) -> torch.Tensor:
-        """[Hkv, N, D] -> low-pass band in units of a mean, [Hkv, N / 2^scale, D]"""
-        return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale) / 2 ** (scale / 2)
+    def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
+        """Votes for the halves of what is left at the scale above, and which runs of 2^scale those are, [B, Hkv, n]"""
+        above, _, _, _, sinks, forced_from = numbers.unbind()
+        voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
+        if self.wavelet == "haar":
+            return half_scores(
+                asked.q, asked.starts, asked.ends, prompts.cache, prompts.table, runs, 2**scale, forced_from, sinks,
+                self.detail_lambda, self.agg, voters, sharpness,
+            )  # fmt: skip
+        keys, counts = prompts.keys(runs, 2 ** (scale + 1)).flatten(2, 3), 2 * above
+        band = self._band(keys, scale, None if len(runs) == 1 else counts << scale).to(keys.dtype)
+        scores = page_scores(
+            asked.q, asked.starts, PageStatistics(band, band, 2**scale, "none"),
+            torch.arange(len(runs), device=runs.device)[:, None], counts, forced_from, sinks, 0.0, self.agg, asked.ends,
+            voters, sharpness,
+        )  # fmt: skip
+        halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype, device=runs.device)).flatten(2)
+        return scores, halves
 
-    def _best(self, q, mean, spread, scale: int, count: int, pins: tuple[int, int]) -> torch.Tensor:
-        """The `count` runs voted for, [Hkv, count], as places in what is described [Hkv, n, D], ascending."""
-        if self.normalization == "orthonormal":
-            q = q * 2 ** (scale / 2)
-        sink, tail = (-(-tokens // 2**scale) for tokens in pins)  # they come first and last at every scale
-        if self.detail_lambda and spread is not None:
-            kind = "vector"
-        else:
-            kind, spread = "l2", torch.zeros(*mean.shape[:2], 1, dtype=mean.dtype, device=mean.device)
-        lam = self.detail_lambda if kind == "vector" else 0.0
-        scores = run_scores(q, mean, spread, kind, mean.shape[1] - tail, sink, lam, self.agg)[0]
+    @property
+    def _spread(self) -> str:
+        return "vector" if self.detail_lambda else "none"
+
+    def _sharpness(self, scale: int) -> float:
+        return 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
+
+    def _band(self, keys: torch.Tensor, scale: int, counts: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., Hkv, N, D] -> low-pass band in units of a mean, [..., Hkv, N / 2^scale, D]"""
+        return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale, counts) / 2 ** (scale / 2)
+
+    def _best(self, scores, most: int, kept: torch.Tensor, names: torch.Tensor | None = None) -> torch.Tensor:
+        """Those voted for, `kept` [B] of each asker: [B, Hkv, most]"""
         if self.head_mode == "shared":
-            scores = scores.sum(0, keepdim=True).expand(len(scores), -1).contiguous()
-        return top_pages(scores[None], count)[0]
-
-    def _overlap(self, top: torch.Tensor, before: torch.Tensor | None) -> bool:
-        """Whether the coarsest choice is still much the same."""
-        if before is None:
-            return False
-        most = int(max(top.max(), before.max())) + 1
-        known = torch.zeros(len(top), most, dtype=torch.bool, device=top.device).scatter_(1, before.long(), True)
-        return bool(known.gather(1, top.long()).float().mean() >= self._reselect[1])
+            scores = scores.sum(1, keepdim=True).expand(scores.shape).contiguous()
+        return top_pages(scores, most, kept, names)
 
 
 def reselection(text: str) -> tuple[str, float] | None:

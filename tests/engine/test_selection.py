@@ -10,12 +10,14 @@ from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options
-from vllm_dlm.plugins.selection.base import Choice, Selection
+from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.plugins.selection.base import Selection
 from vllm_dlm.plugins.selection.unique import Unique
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
@@ -87,21 +89,36 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     order = torch.randperm(2 * blocks + 4, generator=generator)
     pages = KVBlocks([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
-    view = View(selection, prompt_len, length, block_size, order[:blocks], order[blocks : 2 * blocks], frozen)
+    tables = order[:blocks].numpy(), order[blocks : 2 * blocks].numpy()
+    view = View(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
-    slots = Slots(view.kv_table[position // block_size], position % block_size)
+    slots = Slots(order[position // block_size], position % block_size)
     pages.write_keys(0, slots, kv[..., :dim])
     pages.write_values(0, slots, kv[..., dim:])
-    view.refresh(0, pages, kv[:prompt_len, :, :dim], Counts())
+    refresh(view, pages, kv)
     q = torch.randn(3, 2 * kv_heads, dim, generator=generator)
     return view, pages, kv, q
 
 
-def seen_keys(view: View, kv_heads: int) -> torch.Tensor:
-    """[Hkv, N] bool, from what was chosen"""
-    unit = torch.arange(view.length) // view.selection.unit
-    chosen = torch.stack([torch.isin(unit, own) for own in view.chosen[0].units[0]])
-    return chosen | (unit >= view.free)
+def refresh(view: View, pages, kv) -> None:
+    whole = selecting([view], [view.length], [view.prompt_len], True, torch.from_numpy)
+    whole.refresh(0, pages, kv[..., : kv.shape[2] // 2], Counts())
+
+
+def step(view: View, queries: int) -> Selecting:
+    """The view as a group of its own, of which so many rows of the response live."""
+    view.step_begins()
+    return selecting([view], [queries], [0], False, torch.from_numpy)
+
+
+def arguments(pages, q):
+    """What a group is asked with where all rows vote."""
+    return 0, pages, q, Rows(None, [len(q)]), torch.ones(len(q), dtype=torch.bool), 0.2
+
+
+def seen_keys(units: torch.Tensor, length: int, unit: int) -> torch.Tensor:
+    """Units that are read [Hkv, K] -> [Hkv, N] bool"""
+    return torch.stack([torch.isin(torch.arange(length) // unit, own) for own in units])
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -110,7 +127,9 @@ def test_view_is_a_mask(std_kind, reduce):
     selection = Unique(page_size=16, budget_tokens=96, min_context=0, dense_layers=(), std_kind=std_kind, reduce=reduce)
     view, pages, kv, q = view_of(selection)
     counts = Counts()
-    got = view.attend(0, pages, q, torch.ones(3, dtype=torch.bool), 0.2, counts)
+    group = step(view, 3)
+    got = group.attend(*arguments(pages, q), counts)
+    (units,) = group.visible(*arguments(pages, q), counts)
 
     runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
     mean, variance = runs.mean(1), runs.var(1, correction=0)
@@ -123,9 +142,9 @@ def test_view_is_a_mask(std_kind, reduce):
         torch.arange(12)[None], torch.tensor([12]), torch.tensor([13 - selection.recent_pages]), 1, 0.5, reduce,
     )  # fmt: skip
     want_pages = scores[0].sort(descending=True, stable=True)[1][:, :6].sort()[0]
-    assert torch.equal(view.chosen[0].units[0].long(), want_pages)
+    assert torch.equal(units[:, :6].long(), want_pages)
 
-    mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]  # [H, 1, N]
+    mask = seen_keys(units, 231, 16).repeat_interleave(2, 0)[:, None]  # [H, 1, N]
     keys, values = (part.double().repeat_interleave(2, 1) for part in kv.split(32, -1))
     weight = (torch.einsum("lhd,nhd->hln", q.double(), keys) * 0.2).masked_fill(~mask, -torch.inf).softmax(-1)
     want = torch.einsum("hln,nhd->lhd", weight, values)
@@ -137,8 +156,10 @@ def test_moved_values_add_what_a_mask_lets_through():
     view, pages, kv, q = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)
     changed = torch.tensor([5, 60, 130, 210, 230])
     moved = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
-    got = view.delta(0, pages, q, torch.ones(3, dtype=torch.bool), changed, moved, 0.2, Counts())
-    mask = seen_keys(view, 2).repeat_interleave(2, 0)[:, None]
+    group, places = step(view, 3), torch.full((1, 231), -1, dtype=torch.int32)
+    places[0, changed] = torch.arange(5, dtype=torch.int32)
+    got = group.delta(*arguments(pages, q), Counts(), moved, places)
+    mask = seen_keys(group.visible(*arguments(pages, q), Counts())[0], 231, 16).repeat_interleave(2, 0)[:, None]
     assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
     keys = kv[..., :32].double().repeat_interleave(2, 1)
     weight = (torch.einsum("lhd,nhd->hln", q.double(), keys) * 0.2).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -148,17 +169,20 @@ def test_moved_values_add_what_a_mask_lets_through():
 
 def test_choices_last_as_long_as_they_should():
     view, pages, kv, q = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=(), select_every=2))
-    voters = torch.ones(3, dtype=torch.bool)
-    chose = []
-    for step in range(6):
-        chose.append(view.step_begins())
-        view.attend(0, pages, q * (-1) ** step, voters, 0.2, Counts())
+    chose, shown = [], []
+    for number in range(6):
+        group, counts = step(view, 3), Counts()
+        shown.append(group.visible(*arguments(pages, q * (-1) ** number), counts))
+        chose.append(view.chooses)
+        assert chose[-1] == (counts.keys_scored > 0)
     assert chose == [True, False] * 3
-    view.refresh(0, pages, kv[:200, :, :32], Counts())
-    assert view.step_begins() and not view.chosen
+    assert torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[4])
+    assert not torch.equal(shown[0], step(view, 3).visible(*arguments(pages, -q), Counts()))
+    assert not view.step_begins()
+    refresh(view, pages, kv)
+    assert view.step_begins() and not view.known
     frozen = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)[0]
     assert frozen.step_begins()
-    frozen.chosen[0] = Choice(torch.zeros(1, 2, 4, dtype=torch.int32), 0)
     assert not any(frozen.step_begins() for _ in range(5))
 
 

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.kernels.compact_rows import compact_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
@@ -12,11 +13,11 @@ from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_st
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
-from vllm_dlm.kernels.page_scores import page_scores, run_scores
+from vllm_dlm.kernels.page_scores import half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
-from vllm_dlm.kernels.sparse_attention import sparse_attention
-from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -57,8 +58,33 @@ def scores(std_kind, reduce, queries=4):
     return partial(page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
 
 
-def scores_of_a_run():
-    return partial(run_scores, halves(32, 32, 128), halves(8, 512, 128), halves(8, 512, 1), "l2", 500, 1, 0.5, "max")
+def scores_of_canvases(std_kind, reduce="softmax_sum"):
+    """Whose summaries lie among their keys and values, with some voters."""
+    pages, q = cache(), halves(4 * 32, 32, 128)
+    described = PageStatistics(*pages.split(128, 3), 64, std_kind)
+    return partial(
+        page_scores, q, ints(4), described, ints(4, 32), ints(4), ints(4), ints(4), 0.5, reduce, ints(4),
+        torch.empty(4 * 32, dtype=torch.bool), 2.0,
+    )  # fmt: skip
+
+
+def scores_of_halves(size, lam, reduce="softmax_sum"):
+    q = halves(4 * 32, 32, 128)
+    return partial(
+        half_scores, q, ints(4), ints(4), cache(), ints(4, 256), ints(4, 8, 1640), size, ints(4), ints(4), lam, reduce,
+        torch.empty(4 * 32, dtype=torch.bool), 2.0,
+    )  # fmt: skip
+
+
+def attention_of_canvases(page_size, kept, moved=False, **shape):
+    pages = cache(**shape)
+    q = torch.empty(4 * 32, 32, pages.shape[3] // 2, dtype=pages.dtype)
+    where = q, ints(4), ints(4), pages, ints(4, 256), ints(4, 8, kept), ints(4), page_size, 0.1
+    if moved:
+        values, places = q.new_empty(64, 8, q.shape[2]), ints(4, 16384)
+        return partial(sparse_delta, *where, values, places, 64 // page_size, q.new_empty(q.shape))
+    q, starts, ends, *rest = where
+    return partial(sparse_attention, q, starts, *rest, False, ends, 64 // page_size, q.new_empty(q.shape))
 
 
 def attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):
@@ -112,6 +138,18 @@ CASES = {
     "scores of many queries": lambda: scores("l2", "max", 4 * 32),
     "scores by channel": lambda: scores("vector", "mean", 4 * 32),
     "normalised scores": lambda: scores("diag2", "softmax_sum"),
+    "scores of canvases": lambda: scores_of_canvases("none"),
+    "scores of canvases by channel": lambda: scores_of_canvases("vector"),
+    "scores of pairs": lambda: scores_of_halves(2, 0.0),
+    "scores of pairs by channel": lambda: scores_of_halves(2, 0.5),
+    "scores of keys": lambda: scores_of_halves(1, 0.5, "max"),
+    "scores of eights": lambda: scores_of_halves(8, 0.0, "mean"),
+    "top of canvases": lambda: partial(top_pages, torch.empty(4, 8, 512), 32, ints(4), ints(4, 8, 512)),
+    "what two choices share": lambda: partial(unless_alike, ints(4, 8, 2458), ints(4, 8, 2500), 0.9),
+    "attention of canvases": lambda: attention_of_canvases(1, 2700),
+    "moved values": lambda: attention_of_canvases(2, 1400, moved=True),
+    "moved values in float32": lambda: attention_of_canvases(2, 1400, moved=True, dtype=F32),
+    "sum and norm": lambda: partial(add_norm, halves(96, 4096), halves(96, 4096), halves(4096), 1e-5),
     "top pages": lambda: partial(top_pages, torch.empty(4, 8, 512), 32),
     "top pages of long rows": lambda: partial(top_pages, torch.empty(4, 8, 16384), 32),
     "attention": lambda: attention(1),
@@ -132,7 +170,6 @@ CASES = {
 
 #: rarer, or much like one of the above: only `make test-all` compiles them
 RARER = {
-    "scores of a run": scores_of_a_run,
     "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
     "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),
     "values alone": values_alone,

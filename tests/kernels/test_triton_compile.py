@@ -27,7 +27,7 @@ TARGETS = {
 }
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1",
+    torch.int8: "i8", torch.bool: "i1",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

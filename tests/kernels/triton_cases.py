@@ -16,7 +16,7 @@ from vllm_dlm.kernels.haar_pyramid import (
     store_statistics,
 )
 from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
-from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, page_scores, run_scores
+from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
@@ -165,8 +165,12 @@ def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from
     g = torch.Generator().manual_seed(0)
     rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
-    arguments = rows[..., :64], rows[..., 64 : 64 + width], std_kind, forced_from, 1, 0.5, reduce
-    torch.testing.assert_close(run_scores(on_gpu(q), *arguments), run_scores(q, *arguments), atol=3e-2, rtol=3e-2)
+    blocks = torch.nn.functional.pad(rows, (0, 0, 0, 3)).unflatten(1, (5, 8)).transpose(0, 1)  # [5, Hkv, 8, 2 * D]
+    statistics, number = (
+        PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind), torch.tensor([37]),
+    )  # fmt: skip
+    arguments = torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
+    torch.testing.assert_close(page_scores(on_gpu(q), *arguments), page_scores(q, *arguments), atol=3e-2, rtol=3e-2)
 
 
 def test_pages_that_requests_share_and_requests_without_pages():

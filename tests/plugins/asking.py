@@ -1,23 +1,42 @@
-"""A canvas that asks a selection, without an engine."""
+"""Canvases that ask a selection, without an engine."""
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompt, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Selection, Summaries
+
+#: cached keys lie in blocks of so many
+BLOCK = 64
 
 
 def canvas_asks(selection: Selection, q, keys, prompt_len=None, length=None, voters=None, scale=None) -> Asked:
     """q [L, H, D]; cached keys [N, Hkv, D] of the canvas or of its prompt, which are its values too"""
-    prompt_len = len(keys) if prompt_len is None else prompt_len
-    by_head = torch.cat([keys, keys], -1).transpose(0, 1)  # [Hkv, N, 2 * D]
+    return canvases_ask(selection, [q], [keys], [prompt_len], [length], [voters], scale)
 
-    def read(runs, size):
-        whole = by_head[:, : len(keys) // size * size].unflatten(1, (-1, size))
-        return torch.stack([own[where] for own, where in zip(whole, runs.long(), strict=True)])
 
-    summaries = Summaries(*selection.summarise(keys[:prompt_len]))
-    prompt = CachedPrompt(
-        torch.ones(len(q), dtype=torch.bool) if voters is None else voters, read, prompt_len,
-        prompt_len + len(q) if length is None else length, q.shape[2] ** -0.5 if scale is None else scale,
+def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, scale=None) -> Asked:
+    """The same of several; None: as long as its keys are, as long as prompt and queries are, all"""
+    prompt_lens = [len(own) if n is None else n for n, own in zip(prompt_lens, keys, strict=True)]
+    voters = [torch.ones(len(q), dtype=torch.bool) if v is None else v for v, q in zip(voters, qs, strict=True)]
+    lengths = [n + len(q) if own is None else own for own, n, q in zip(lengths, prompt_lens, qs, strict=True)]
+    blocks = [-(-len(own) // BLOCK) for own in keys]
+    cache, parts = torch.zeros(sum(blocks), keys[0].shape[1], BLOCK, 2 * keys[0].shape[2], dtype=keys[0].dtype), []
+    for own, place in zip(keys, torch.arange(sum(blocks)).split(blocks), strict=True):
+        position = torch.arange(len(own))
+        cache.transpose(1, 2)[place[position // BLOCK], position % BLOCK] = torch.cat([own, own], -1)
+        free = selection.chosen_from(prompt_lens[len(parts)])
+        parts.append(selection.summarise(own[:free], [free]))
+    described = [len(first) for first, _ in parts]
+    starts = torch.tensor([0, *map(len, qs)]).cumsum(0)
+    prompts = CachedPrompts(
+        cache, pad(torch.arange(sum(blocks)).split(blocks)), prompt_lens, lengths,
+        torch.tensor([selection.numbers(n) for n in prompt_lens], dtype=torch.int32).T.contiguous(),
+        qs[0].shape[2] ** -0.5 if scale is None else scale, torch.cat(voters),
     )  # fmt: skip
-    ends = torch.tensor([-(-prompt_len // selection.unit)])
-    return Asked(q[None], summaries, None, torch.tensor([len(summaries.first)]), ends, prompt)
+    summaries = Summaries(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+    table = pad(torch.arange(sum(described)).split(described))
+    most = max(map(len, qs))
+    return Asked(torch.cat(qs), starts[:-1], starts[1:], most, summaries, table, torch.tensor(described), prompts)
+
+
+def pad(tables):
+    return torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)

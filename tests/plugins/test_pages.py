@@ -70,7 +70,8 @@ def test_first_last_and_undescribed_pages_are_read(selection):
     assert rows.num_pages.tolist() == [5, 6, 7]
     summaries.second[rows.page_table[2, 3]] = torch.inf
     summaries.first[rows.page_table[2, 1]] = torch.nan
-    asked = Asked(q[:, None], summaries, rows.page_table, rows.num_pages, rows.num_pages)
+    starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
+    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
     scores = selection.scores(asked)
     for own, forced, count in zip(scores, ([0, 3, 4], [0, 4, 5], [0, 3, 5, 6]), (5, 6, 7), strict=True):
         assert (own == FORCED).nonzero()[:, 1].tolist() == 2 * forced

@@ -37,13 +37,13 @@ def best(q, keys):
 def test_rows_that_are_still_masked_choose(asked):
     given, keys = asked
     masked = SELECTION.choose(given).units[0]
-    assert torch.equal(masked.long(), best(given.q[0, given.prompt.voters], keys))
+    assert torch.equal(masked.long(), best(given.q[given.prompts.voters], keys))
     every = replace(SELECTION, query_set="active").choose(given).units[0]
-    assert torch.equal(every.long(), best(given.q[0], keys))
+    assert torch.equal(every.long(), best(given.q, keys))
     assert not torch.equal(masked, every)
 
 
 def test_where_none_is_masked_all_choose(asked):
     given, keys = asked
-    given.prompt.voters = torch.zeros(6, dtype=torch.bool)
-    assert torch.equal(SELECTION.choose(given).units[0].long(), best(given.q[0], keys))
+    given.prompts.voters = torch.zeros(6, dtype=torch.bool)
+    assert torch.equal(SELECTION.choose(given).units[0].long(), best(given.q, keys))

@@ -48,7 +48,7 @@ class CanvasAttention:
             moved = moved * changed.mask[:, None, None]
         if by_tables(q):
             added = delta_over_pages(
-                q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self._places(changed), moved, self.scale,
+                q, starts(rows, q), pages, group.table, group.kv_ends[1, :-1], self.places(changed), moved, self.scale,
                 group.max_q, group.max_kv,
             )  # fmt: skip
             return added.flatten(1)
@@ -63,7 +63,7 @@ class CanvasAttention:
             added.append(delta_attention(query, keys, keys[:, where], values, self.scale))
         return torch.cat(added).flatten(1)
 
-    def _places(self, changed: Rows) -> torch.Tensor:
+    def places(self, changed: Rows) -> torch.Tensor:
         """[C, longest canvas] int32: which of the changed rows a position is, -1: none"""
         group = self.group
         if changed.index is None and group.places is not None:

@@ -16,9 +16,10 @@ from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.head import Alike, Head, HeadRequest
 from vllm_dlm.engine.packing import Packed, Stream, among, pack, split
 from vllm_dlm.engine.request import Blocks, Denoising
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
+from vllm_dlm.plugins.selection.base import Selection
 
 
 class Observer:
@@ -56,6 +57,7 @@ class Denoiser:
         self.upload = Upload(device)
         self.captured: CapturedSteps | None = None
         self.masks: bool | None = None  # see Group; None: what is best on the device
+        self.choices: dict[Selection, ChoicePool] = {}
         self.observers: list[Observer] = []
 
     def step(
@@ -169,9 +171,9 @@ class Denoiser:
         selection, canvas = state.options.selection, state.canvas
         if not selection.applies(canvas.prompt_len, len(canvas)):
             return None
-        keys, summaries = (torch.from_numpy(table).to(self.device) for table in (kv_table, summary_table))
-        frozen = state.options.reuse.keeps_contexts
-        return View(selection, canvas.prompt_len, len(canvas), self.shape.block_size, keys, summaries, frozen)
+        frozen, size = state.options.reuse.keeps_contexts, self.shape.block_size
+        pool = self.choices.setdefault(selection, ChoicePool())
+        return View(selection, canvas.prompt_len, len(canvas), size, kv_table, summary_table, frozen, pool)
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

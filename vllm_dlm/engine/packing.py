@@ -18,6 +18,7 @@ import torch
 from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
@@ -113,14 +114,12 @@ class Group:
     whole: bool
     filtered: bool
     cached: bool  # the canvases have blocks for keys and values
-    views: list[View]  # of the canvases; none, if they see everything
+    selecting: Selecting | None  # what their responses see; None: everything
     span: slice  # of the forward's packed rows
     positions: torch.Tensor  # [T]
     canvas: torch.Tensor  # [T] index of the row's canvas within the group
     columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is to be read
-    prompt_rows: list[int]  # live rows of each canvas before its response
-    response_starts: list[int]
     kv_lens: list[int]
     kv_ends: torch.Tensor  # [2, C + 1] int32: where each canvas's keys begin among all of them; their number (and 0)
     table: torch.Tensor  # [C, blocks] int32 ids of each canvas, filled up with NULL_BLOCK
@@ -252,10 +251,13 @@ class Packing:
     ) -> Group:
         streams, cached = self.streams, self.streams[0].cached
         kept = self._kept()
-        responses = self._counts(self.response)
+        # The last layer's features of prompt rows would feed nobody but those rows.
+        wanted = self.heads | (self.response & kept)
+        masks_T = np.ones(len(self.live), np.bool_), self.forced, self.response, wanted
+        rows = self._rows if limits is None else self._rows_if_all
+        sets = [(rows(mask, upload), mask) for mask in masks_T]
         kv_lens = [len(s.token_ids) for s in streams]
         table, tables = self._tables(upload, limits) if cached else (upload(np.zeros((0, 0), np.int32)), [])
-        rows = self._rows if limits is None else self._rows_if_all
         forced, changed, fresh, response, heads = flags.unbind(0)
         _, positions, canvas, _, _ = numbers.unbind(0)
         return Group(
@@ -263,14 +265,12 @@ class Packing:
             whole=streams[0].whole,
             filtered=streams[0].filtered,
             cached=cached,
-            views=[s.view for s in streams if s.view],
+            selecting=self._selecting(sets, upload),
             span=self.span,
             positions=positions,
             canvas=canvas,
             columns=Columns(forced, changed, fresh, response),
             voters=heads,
-            prompt_rows=[size - response for size, response in zip(self.sizes, responses, strict=True)],
-            response_starts=[s.response[0] for s in streams],
             kv_lens=kv_lens,
             kv_ends=upload(np.array([[0, *np.cumsum(kv_lens)], [*kv_lens, 0]], np.int32)),
             table=table,
@@ -278,11 +278,10 @@ class Packing:
             feature_width=self.feature_width,
             feature_slots=self._feature_slots(kept, upload),
             all_keep=bool(kept.all()),
-            all=Rows(None, self.sizes, upload(self.starts.astype(np.int32))),
-            forced=rows(self.forced, upload),
-            response=rows(self.response, upload),
-            # The last layer's features of prompt rows would feed nobody but those rows.
-            wanted=rows(self.heads | (self.response & kept), upload),
+            all=sets[0][0],
+            forced=sets[1][0],
+            response=sets[2][0],
+            wanted=sets[3][0],
             head=rows(self.heads, upload),
             leading=self._leading(upload),
             masks=masks,
@@ -305,6 +304,17 @@ class Packing:
         counts = self._counts(mask)
         starts = upload(np.array([0, *np.cumsum(counts)], np.int32))
         return Rows(None, counts, starts) if sum(counts) == len(mask) else UnknownRows(None, counts, starts)
+
+    def _selecting(self, sets: list[tuple[Rows, np.ndarray]], upload: Upload) -> Selecting | None:
+        """`sets`: rows, and which those are [T]"""
+        views = [s.view for s in self.streams if s.view]
+        if not views:
+            return None
+        prompts = self._counts(~self.response)
+        made = selecting(views, self.sizes, prompts, self.streams[0].whole, upload)
+        for rows, mask in sets:
+            made.knows(rows, self._counts(mask & ~self.response))
+        return made
 
     def _leading(self, upload: Upload) -> tuple[list[int], torch.Tensor]:
         counts = [stream.leading for stream in self.streams]

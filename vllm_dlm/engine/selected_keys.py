@@ -1,152 +1,124 @@
-"""Which cached keys a canvas may see: a selection's choices, and attention over them.
+"""What is remembered between steps of a canvas whose response sees only part of it.
 
 A view belongs to one canvas of one request and lives as long as it does. Its
 summaries lie in blocks of the request, in the slots of so many keys; what was
 chosen lasts until the prompt is refreshed or the selection wants to choose
-anew.
+anew. All the host knows is whether there is a choice; the choices themselves
+lie in a pool on the device, from which a group's are gathered with one
+operator.
 """
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.kernels.delta_attention import delta_attention
-from vllm_dlm.kernels.sparse_attention import sparse_attention
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompt, Choice, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Choice, Selection
 
 
-@dataclass
+class ChoicePool:
+    """Choices of the canvases of one selection, by layer. Slot 0 has none: -1 everywhere."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, torch.Tensor] = {}  # [slots, Hkv, units + memo] int32
+        self._free: list[int] = []
+        self._slots, self._units, self._memo = 1, 0, 0
+
+    def slot(self, units: int, memo: int) -> int:
+        """For a canvas with so many chosen units, and numbers kept for the next choice."""
+        if units > self._units or memo > self._memo:
+            # What others keep moves to wider rows.
+            kept, before = self.layers, self._units
+            self._units, self._memo = max(units, self._units), max(memo, self._memo)
+            self.layers = {layer: self._empty(own) for layer, own in kept.items()}
+            for layer, own in kept.items():
+                units_of, memo_of = own.split([before, own.shape[2] - before], 2)
+                self.layers[layer][: len(own), :, :before] = units_of
+                self.layers[layer][: len(own), :, self._units : self._units + memo_of.shape[2]] = memo_of
+        if not self._free:
+            self._free = list(range(self._slots, 2 * self._slots))[::-1]
+            self._slots *= 2
+        return self._free.pop()
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        shape = (self._slots, like.shape[1], self._units + self._memo)
+        return torch.full(shape, -1, dtype=torch.int32, device=like.device)
+
+    def put(self, layer: int, slots: torch.Tensor, choice: Choice) -> None:
+        """Of canvases in `slots` [B]"""
+        kept = self.layers.get(layer)
+        if kept is None or len(kept) < self._slots:
+            self.layers[layer] = self._empty(choice.units)
+            if kept is not None:
+                self.layers[layer][: len(kept)] = kept
+            kept = self.layers[layer]
+        rows = [padded(choice.units, self._units)]
+        if self._memo and choice.memo is not None:
+            rows.append(padded(choice.memo, self._memo))
+        kept.index_copy_(0, slots, torch.cat(rows, 2) if len(rows) > 1 else rows[0])
+
+    def get(self, layer: int, slots: torch.Tensor) -> Choice | None:
+        """Of canvases in `slots` [B], as wide as the pool's widest choice; None: nobody has chosen in this layer"""
+        if layer not in self.layers:
+            return None
+        found = self.layers[layer].index_select(0, slots)
+        return Choice(found[..., : self._units], 0, found[..., self._units :] if self._memo else None)
+
+
+def padded(units: torch.Tensor, width: int) -> torch.Tensor:
+    return units if units.shape[2] == width else F.pad(units, (0, width - units.shape[2]), value=-1)
+
+
+@dataclass(eq=False)
 class View:
     selection: Selection
     prompt_len: int
     length: int
     block_size: int
-    kv_table: torch.Tensor  # [blocks] ids
-    summary_table: torch.Tensor  # [blocks] ids
+    kv_table: np.ndarray  # [blocks] ids
+    summary_table: np.ndarray  # [blocks] ids
     frozen: bool  # a choice lasts until the next refresh, whatever the selection says
+    pool: ChoicePool  # that of all canvases of this selection
     steps: int = 0  # served by the present choice
-    chosen: dict[int, Choice] = field(default_factory=dict)  # by layer
-    previous: dict[int, Choice] = field(default_factory=dict)  # the choice before, of the same keys
+    held: bool = False  # there is a choice
+    known: bool = False  # a choice before this one, of the same keys, may still be in the pool
+    chooses: bool = False  # in this step
 
-    def __post_init__(self):
-        unit, device = self.selection.unit, self.kv_table.device
-        self.free = self.selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
-        self.summaries = self.selection.summary_rows(self.prompt_len)
-        first = torch.arange(-(-self.length // unit), device=device) * unit  # position of each unit's first key
-        self.units = (
-            self.kv_table[first // self.block_size] * (self.block_size // unit) + first % self.block_size // unit
-        )
-        self.summary_slots = self._slots(self.summary_table, self.summaries)
-        self.lengths = torch.tensor([self.length], device=device)
-        self.described = torch.tensor([self.summaries], device=device)
-        self.ends = torch.tensor([-(-self.prompt_len // unit)], device=device)
+    def __post_init__(self) -> None:
+        selection, unit = self.selection, self.selection.unit
+        self.free = selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
+        self.summaries = selection.summary_rows(self.prompt_len)
+        self.kept = selection.units_kept(self.prompt_len)
+        #: choices are needed after the step that made them
+        self.remembers = self.frozen or selection.keeps(1) or selection.memo(self.prompt_len) > 0
+        self.slot = self.pool.slot(self.kept, selection.memo(self.prompt_len)) if self.remembers else 0
+        if self.slot:
+            weakref.finalize(self, self.pool.release, self.slot)
 
-    def _slots(self, table: torch.Tensor, rows: int) -> Slots:
-        row = torch.arange(rows, device=table.device)
-        return Slots(table[row // self.block_size], row % self.block_size)
+    @cached_property
+    def free_units(self) -> np.ndarray:
+        """[F] those always visible"""
+        return np.arange(self.free, -(-self.length // self.selection.unit), dtype=np.int32)
 
-    def sees_all(self, layer: int) -> bool:
-        return self.selection.sees_all(layer)
-
-    # -- between steps ---------------------------------------------------------------------
+    @property
+    def visible(self) -> int:
+        """Keys that a query sees."""
+        return min((self.kept + len(self.free_units)) * self.selection.unit, self.length)
 
     def step_begins(self) -> bool:
         """-> whether this step chooses anew"""
-        if self.chosen and not self.frozen and not self.selection.keeps(self.steps):
-            self.steps, self.previous, self.chosen = 0, self.chosen, {}
+        if self.held and not self.frozen and not self.selection.keeps(self.steps):
+            self.steps, self.known, self.held = 0, True, False
         self.steps += 1
-        return not self.chosen
+        self.chooses, self.held = not self.held, True
+        return self.chooses
 
-    def refresh(self, layer: int, pages: KVBlocks, keys: torch.Tensor, counts: Counts) -> None:
-        """The prompt has new keys in this layer, [prompt_len, Hkv, D]."""
-        if self.sees_all(layer):
-            return
-        dim = keys.shape[2]
-        first, second = (
-            F.pad(vectors, (0, dim - vectors.shape[2])).to(keys.dtype) for vectors in self.selection.summarise(keys)
-        )
-        pages.write_keys(layer, self.summary_slots, first)
-        pages.write_values(layer, self.summary_slots, second)
-        self.chosen.pop(layer, None)
-        self.previous.pop(layer, None)
-        self.steps = 0
-        counts.summaries += self.summaries
-
-    # -- attention -------------------------------------------------------------------------
-
-    def visible_units(
-        self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float, counts: Counts
-    ) -> torch.Tensor:
-        """-> [Hkv, K] units to read, those outside the prompt included"""
-        if layer not in self.chosen:
-            self.chosen[layer] = self.selection.choose(self.asked(layer, pages, q, voters, scale))
-            counts.keys_scored += self.chosen[layer].scored
-        units = self.chosen[layer].units[0]
-        free = torch.arange(self.free, len(self.units), dtype=units.dtype, device=units.device)
-        return torch.cat([units, free.expand(len(units), -1)], 1)
-
-    def unit_mask(self, units: torch.Tensor) -> torch.Tensor:
-        """Units to read [Hkv, K] -> which of all units of the canvas those are, [Hkv, units] bool"""
-        none = torch.zeros(len(units), len(self.units), dtype=torch.bool, device=units.device)
-        return none.scatter_(1, units.long(), True)
-
-    def asked(self, layer: int, pages: KVBlocks, q: torch.Tensor, voters: torch.Tensor, scale: float) -> Asked:
-        dim = q.shape[2]
-        rows = pages.read_blocks(layer, self.summary_table)[:, : self.summaries].transpose(0, 1)  # [R, Hkv, 2 * D]
-        (first, _), (second, _) = self.selection.vectors(dim, rows.dtype)
-        summaries = Summaries(rows[..., :first], rows[..., dim : dim + second])
-        prompt = CachedPrompt(
-            voters, lambda runs, size: self._read(layer, pages, runs, size),
-            self.prompt_len, self.length, scale, self.previous.get(layer),
-        )  # fmt: skip
-        return Asked(q[None], summaries, None, self.described, self.ends, prompt)
-
-    def _read(self, layer: int, pages: KVBlocks, runs: torch.Tensor, size: int) -> torch.Tensor:
-        """Runs [Hkv, m] of `size` neighbours -> [Hkv, m, size, 2 * D]"""
-        first = runs.long() * size
-        return pages.read_runs(layer, Slots(self.kv_table[first // self.block_size], first % self.block_size), size)
-
-    def attend(
-        self, layer: int, pages: KVBlocks, q: torch.Tensor, voters, scale: float, counts: Counts
-    ) -> torch.Tensor:
-        """q [n, H, D] over what is visible -> [n, H, D]"""
-        if not len(q):
-            return q
-        units = self.visible_units(layer, pages, q, voters, scale, counts)
-        self._count(units, len(q), counts)
-        return sparse_attention(
-            q, torch.arange(2, device=q.device) * len(q), pages.layers[layer], self.units[None], units[None],
-            self.lengths, self.selection.unit, scale, False,
-        )  # fmt: skip
-
-    def delta(
-        self,
-        layer: int,
-        pages: KVBlocks,
-        q: torch.Tensor,
-        voters,
-        changed: torch.Tensor,
-        moved: torch.Tensor,
-        scale: float,
-        counts: Counts,
-    ) -> torch.Tensor:
-        """What the `moved` values [S, Hkv, D] at `changed` positions [S] add to contexts over what is visible"""
-        if not len(q):
-            return q
-        units = self.visible_units(layer, pages, q, voters, scale, counts)
-        self._count(units, len(q), counts)
-        unit = self.selection.unit
-        dim = q.shape[2]
-        keys = self._read(layer, pages, units, unit).flatten(1, 2)[..., :dim]
-        if last := self.length % unit:
-            keys = keys[:, : keys.shape[1] - unit + last]  # the last unit is visible, and last
-        seen = self.unit_mask(units)[:, changed // unit]  # [Hkv, S]: what a head does not see moves nothing for it
-        columns = self._read(layer, pages, changed.expand(len(units), -1), 1)[:, :, 0, :dim]
-        return delta_attention(q, keys, columns, moved * seen.T[..., None], scale)
-
-    def _count(self, units: torch.Tensor, queries: int, counts: Counts) -> None:
-        visible = min(units.shape[1] * self.selection.unit, self.length)
-        counts.attended([queries], [visible], read=True, dense=[self.length])
+    def refreshed(self) -> None:
+        """The prompt has new keys, or nobody asked when it was time to choose."""
+        self.steps, self.known, self.held = 0, False, False

@@ -64,7 +64,8 @@ def all_to_device(device: torch.device, *lists: list[int]) -> tuple[torch.Tensor
 
 def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
     """q [B, H, D] -> [B, Hkv, K] pages that each row reads, in order, and -1; no host has to wait for anything"""
-    asked = Asked(q[:, None], summaries, rows.page_table, rows.num_pages, rows.num_pages)
+    starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
+    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
     chosen = selection.choose(asked).units
     # A query's own keys are in the last page, and vLLM's kernels take an unfinished page for the last one of their
     # table: it is forced, and should more pages be forced than may be read, it is one of them.

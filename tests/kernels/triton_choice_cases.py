@@ -1,0 +1,144 @@
+"""What a group of canvases asks of the kernels beyond single requests: Triton's under the interpreter and torch's,
+against their definitions; run by test_triton_interpreter.py."""
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import *  # noqa: F403
+from tests.kernels.interpreted import on_gpu
+from tests.kernels.pages import PagedBatch
+from tests.kernels.triton_cases import choose
+from vllm_dlm.kernels.page_scores import REDUCTIONS, half_scores, page_scores
+from vllm_dlm.kernels.page_scores import naive as naive_scores
+from vllm_dlm.kernels.page_scores import triton as scores_of
+from vllm_dlm.kernels.sparse_attention import naive as naive_attention
+from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
+from vllm_dlm.kernels.sparse_attention import triton as attention
+from vllm_dlm.kernels.top_pages import naive as naive_top
+from vllm_dlm.kernels.top_pages import top_pages, unless_alike
+
+#: where the first argument lies
+DEVICES = (on_gpu, lambda x: x)
+
+
+def ragged(lens=(200, 331, 90), q_lens=(5, 2, 4), skipped=(0, 3, 1), **shape):
+    """Requests whose queries are the last of so many others, which belong to nobody; [B] starts and ends"""
+    batch = PagedBatch(lens, [own + before for own, before in zip(q_lens, skipped, strict=True)], **shape)
+    starts = batch.q_starts[:-1] + torch.tensor(skipped)
+    return batch, starts, starts + torch.tensor(q_lens)
+
+
+def blocks_of(batch, per_block):
+    """[B, blocks] of a page table; what lies beyond a request is a block that does not exist."""
+    table = batch.page_table[:, ::per_block] // per_block
+    beyond = torch.arange(table.shape[1]) * per_block >= batch.num_pages[:, None]
+    return table.masked_fill(beyond, 1 << 40)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("std_kind", ["l2", "none"])
+def test_scores_of_some_queries(reduce, std_kind):
+    """Some queries are nobody's, some do not vote; of the third request none does, so that all do."""
+    batch, starts, ends = ragged(heads=6)
+    statistics = batch.statistics("l2")
+    statistics.std_kind = std_kind
+    voters = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0], dtype=torch.bool)
+    arguments = (
+        batch.q, starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 2,
+        torch.tensor([0, 3, 1]), 0.5, reduce, ends, voters, 2**0.5,
+    )  # fmt: skip
+    want = naive_scores.page_scores(*arguments)
+    for put in DEVICES:
+        got = page_scores(put(batch.q), *arguments[1:])
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_halves_of_runs(size, lam, reduce, monkeypatch):
+    monkeypatch.setattr(scores_of, "PAGES", 16)
+    batch, starts, ends = ragged(page_size=16, per_block=2)
+    g = torch.Generator().manual_seed(0)
+    runs = torch.stack([torch.rand(2, 200 // (2 * size), generator=g).argsort(-1)[:, :5].sort(-1)[0] for _ in range(3)])
+    runs, runs[1, :, 3:], runs[2] = runs.to(torch.int32), -1, runs[2] % (90 // (2 * size)) if size < 8 else -1
+    runs[2] = runs[2].sort(-1)[0]
+    voters = torch.arange(len(batch.q)) % 2 == 0
+    arguments = (
+        batch.q, starts, ends, batch.pages, blocks_of(batch, 2), runs, size, torch.tensor([9, 6, 8]),
+        torch.tensor([1, 0, 2]), lam, reduce, voters, 0.7,
+    )  # fmt: skip
+    want, names = naive_scores.half_scores(*arguments)
+    for put in DEVICES:
+        scores, halves = half_scores(put(batch.q), *arguments[1:])
+        assert torch.equal(halves, names)
+        torch.testing.assert_close(scores.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_each_asker_keeps_as_many_as_it_may_by_their_names():
+    scores = torch.randn(4, 2, 30, generator=torch.Generator().manual_seed(0))
+    scores[1, :, 20:] = -torch.inf
+    scores[2] = -torch.inf
+    names = (3 * torch.arange(30) + 1).expand(4, 2, -1).contiguous().to(torch.int32)
+    names[scores == -torch.inf] = -1
+    kept = torch.tensor([3, 25, 4, 9])
+    want = naive_top.top_pages(scores, 9, kept.clamp_max(9), names)
+    for put in DEVICES:
+        assert torch.equal(top_pages(put(scores), 9, kept.clamp_max(9), names), want)
+
+
+@pytest.mark.parametrize("k, m", [(5, 9), (30, 40), (300, 300), (1, 7)])
+def test_what_two_choices_share(k, m):
+    def pages(count, seed):
+        g = torch.Generator().manual_seed(seed)
+        rows = torch.rand(6, 2 * max(k, m), generator=g).argsort(1)[:, :count].sort(1)[0].view(3, 2, count)
+        rows[1, :, max(count * 2 // 3, 1) :] = -1
+        return rows.to(torch.int32)
+
+    now, before = pages(k, 0), pages(m, 1)
+    before[2] = -1
+    shares = naive_top.overlap(now, before)
+    assert shares[2] == 0 < shares.max()
+    for share in (*shares.unique().tolist(), 0.1, 1.0):  # at least, and not more than
+        want = naive_top.unless_alike(now, before, share)
+        for put in DEVICES:
+            for got, wanted in zip(unless_alike(put(now), before, share), want, strict=True):
+                assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch):
+    monkeypatch.setattr(attention, "KEYS", 16)
+    monkeypatch.setattr(attention, "processors", lambda device: processors)
+    batch, starts, ends = ragged(page_size=4, per_block=8)
+    chosen = choose(batch, 24)
+    chosen[0, :, 10:14] = -1  # gaps
+    own = torch.full_like(batch.q, 7.0)
+    arguments = (batch.q, starts, batch.pages, blocks_of(batch, 8), chosen, batch.kv_lens, 4, 0.3, False, ends, 8)
+    want = naive_attention.sparse_attention(*arguments, own.clone())
+    assert (want[[5, 6, 7, 10]] == 7).all() and (want != 7).any()
+    for put in DEVICES:
+        got = sparse_attention(put(batch.q), *arguments[1:], own.clone())
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_moved_values(processors, monkeypatch):
+    monkeypatch.setattr(attention, "KEYS", 16)
+    monkeypatch.setattr(attention, "processors", lambda device: processors)
+    batch, starts, ends = ragged(page_size=4, per_block=8)
+    g = torch.Generator().manual_seed(0)
+    places = torch.full((3, 331), -1, dtype=torch.int32)
+    for b, length in enumerate((200, 331, 90)):
+        places[b, torch.randperm(length, generator=g)[: 20 * b]] = torch.arange(20 * b, dtype=torch.int32)
+    moved = torch.randn(40, 2, 64, generator=g)
+    arguments = (
+        batch.q, starts, ends, batch.pages, blocks_of(batch, 8), choose(batch, 24), batch.kv_lens, 4, 0.3, moved,
+        places, 8,
+    )  # fmt: skip
+    own = torch.full_like(batch.q, 7.0)
+    want = naive_attention.sparse_delta(*arguments, own.clone())
+    assert (want[:5] == 0).all() and (want[5] == 7).all() and want[8:10].abs().sum() > 0
+    for put in DEVICES:
+        got = sparse_delta(put(batch.q), *arguments[1:], own.clone())
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
