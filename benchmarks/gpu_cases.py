@@ -14,13 +14,14 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 
 def folders() -> list[str]:
-    """Every operation there is."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/dispatch.py"))
+    """Every operation there is, and vLLM's attention as the engine calls it."""
+    return sorted([*(path.parent.name for path in KERNELS.glob("*/dispatch.py")), "flash_attention"])
 
 
 def implementation(kernel: str, here: torch.device) -> str:
-    files = {path.stem for path in (KERNELS / kernel).glob("*.py")}
-    return next((name for name in ("triton", "vllm") if here.type == "cuda" and name in files), "torch")
+    if kernel == "flash_attention":
+        return "vllm"
+    return "triton" if here.type == "cuda" and (KERNELS / kernel / "triton.py").exists() else "torch"
 
 
 def cases(kernel: str, here: torch.device) -> Iterator[Case]:

@@ -105,7 +105,7 @@ def test_replayed_steps_are_the_steps(engines, capturing, checkpoint, reuse):
 
 
 def test_every_boundary_is_crossed(engines, capturing):
-    """One to seventeen canvases, so that rows and canvases pass each size that such a short context has, and the last."""
+    """One to seventeen canvases: rows and canvases pass each size that such a short context has, and the last."""
     llm = engines("llada-tiny", max_num_batched_tokens=4096)
     longest = runner_of(llm).max_model_len
     params = SamplingParams(

@@ -15,6 +15,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.packing import Stream, pack
+from vllm_dlm.engine.upload import Upload
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
@@ -214,7 +215,7 @@ def test_least_similar_per_canvas():
         # a row of a new token is forced, and counts against the budget
         Stream(reuse, replace(plan, budget=2), np.zeros(3, np.int64), NOTHING, np.array([2]), (0, 3)),
     ]
-    (group,) = pack(streams, torch.device("cpu"), BlockShape(16, 2, 8, RowShape(16, 16))).groups
+    (group,) = pack(streams, Upload(torch.device("cpu")), BlockShape(16, 2, 8, RowShape(16, 16))).groups
     similarity = torch.tensor([0.9, 0.5, 0.5, 0.0, 0.1, 0.2, 0.9, 0.1, 0.9])
     rows = group.least_similar(similarity)
     assert rows.index.tolist() == [0, 1, 3, 6, 7, 8] and rows.counts == [2, 1, 3]

@@ -104,7 +104,7 @@ class CapturedSteps:
         longest: int,  # canvas
     ):
         self.run, self.capture, self.shape = run, capture, shape
-        self.limits = Limits(max_q=ROWS[-1], max_kv=longest, blocks=-(-longest // shape.block_size))
+        self.longest, self.table_width = longest, -(-longest // shape.block_size)
         self.upload = Upload(device, stays=True)  # one step's tables at a time
         self.rows = [rows for rows in reversed(ROWS) if rows < longest]  # a canvas of nobody can have them all
         self.steps: dict[Bucket, Step] = {}
@@ -153,14 +153,15 @@ class CapturedSteps:
         sizes = [(0, 0)] * (missing - 1) + [(rows, leading)] * (missing > 0)
         streams = streams + [self._nobody(like, *size) for size in sizes]
         self.upload.begin()
-        return pack(streams, self.upload, self.shape, masks=True, limits=self.limits)
+        limits = Limits(bucket.rows, self.longest, self.table_width)
+        return pack(streams, self.upload, self.shape, masks=True, limits=limits)
 
     def _nobody(self, like: Stream, rows: int, leading: int) -> Stream:
         live = span(0, rows)
         budget = leading if like.plan.budget and not dense(like) else like.plan.budget
         plan = StepPlan(live, live if dense(like) else live[:0], budget, rows, refresh=False)
         length = rows + 1  # not all of it lives, as in the others
-        tokens, blocks = np.zeros(length, np.int64), np.full(self.limits.blocks, NULL_BLOCK)
+        tokens, blocks = np.zeros(length, np.int64), np.full(self.table_width, NULL_BLOCK)
         feature_rows, feature_blocks = length if keeps(like) else 0, np.full(length, NULL_BLOCK)
         return Stream(
             like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks, feature_blocks
