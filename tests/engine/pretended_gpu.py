@@ -145,7 +145,7 @@ class Step:
         readers = [reader for state in self.states for reader in denoiser._readers(state, self.tables[state.req_id])]
         prepared = denoiser._prepared(readers)
         with Watched() as watched, layers_noted(watched):
-            hidden = denoiser._forward(prepared.packed, Counts())
+            hidden = denoiser._hidden(prepared, Counts())
             watched.layers.append(len(watched.launched))
             for alike in prepared.alike:
                 denoiser.head._proposed(hidden, alike)

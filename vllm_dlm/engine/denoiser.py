@@ -45,9 +45,10 @@ class Prepared(NamedTuple):
     """What a step has on the device, once it is sent."""
 
     packed: list[Packed]  # a forward each
-    filled: Filled | None  # instead: a captured step
+    filled: Filled | None  # and a captured step
+    replayed_heads: int  # rows that the head needs of that
     alike: list[Alike]
-    upload: Upload
+    uploads: list[Upload]
 
 
 class Denoiser:
@@ -80,15 +81,10 @@ class Denoiser:
         return requests
 
     def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
-        # Canvases treated alike stand together, so that they share a group of rows.
-        readers.sort(key=lambda reader: repr(reader.stream.kind))
         prepared = self._prepared(readers)
-        prepared.upload.send()
-        if prepared.filled is not None:
-            hidden = prepared.filled.run(counts)
-            counts.head_rows += sum(len(reader.stream.head_positions) for reader in readers)
-        else:
-            hidden = self._forward(prepared.packed, counts)
+        for upload in prepared.uploads:
+            upload.send()
+        hidden = self._hidden(prepared, counts)
         for observer in self.observers:
             observer.head_read(hidden, requests)
         self.head.read(hidden, prepared.alike)
@@ -99,20 +95,47 @@ class Denoiser:
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
         """Packs the canvases, and says to each request which hidden states are its own."""
-        streams = [reader.stream for reader in readers]
-        filled = self.captured.fill(streams) if self.captured is not None else None
-        packed = [] if filled else self._packed(streams)
-        upload = self.captured.upload if filled and self.captured else self.upload
-        start, places = 0, head_places(streams) if filled else None  # of heads among the hidden states
-        for stream, request, guides in readers:
-            rows = np.arange(start, start := start + len(stream.head_positions))
-            # several positions may be read at one row
-            read = request.state.canvas.progress.rows_reading(request.positions)
-            rows = rows[np.searchsorted(stream.head_positions, read)]
-            rows = rows if places is None else places[rows]
-            request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+        # Canvases treated alike stand together, so that they share a group of rows.
+        kinds: dict[tuple, list[Reader]] = {}
+        for reader in readers:
+            kinds.setdefault(reader.stream.kind, []).append(reader)
+        filled, replayed = None, list[Reader]()
+        if self.captured is not None:
+            # The others of a step are canvases to be refreshed, as a rule, which keep the device busy.
+            for kind, alike in kinds.items():
+                if filled := self.captured.fill([reader.stream for reader in alike]):
+                    replayed = kinds.pop(kind)
+                    break
+        launched = [reader for alike in kinds.values() for reader in alike]
+        packed = self._packed([reader.stream for reader in launched]) if launched else []
+        start = 0
+        for reader in launched:
+            self._assign(reader, np.arange(start, start := start + len(reader.stream.head_positions)))
+        # of a captured step all live rows come back
+        for reader in replayed:
+            self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
+            start += reader.stream.num_rows
+        upload = self.captured.upload if filled and self.captured and not launched else self.upload
         requests = [reader.request for reader in readers if not reader.guides]
-        return Prepared(packed, filled, self.head.prepare(requests, upload), upload)
+        uploads = dict.fromkeys([upload, *([self.captured.upload] if filled and self.captured else [])])
+        heads = sum(len(reader.stream.head_positions) for reader in replayed)
+        return Prepared(packed, filled, heads, self.head.prepare(requests, upload), list(uploads))
+
+    @staticmethod
+    def _assign(reader: Reader, rows: np.ndarray) -> None:
+        """`rows` [R]: the hidden states of the stream's head positions"""
+        stream, request, guides = reader
+        # several positions may be read at one row
+        read = request.state.canvas.progress.rows_reading(request.positions)
+        rows = rows[np.searchsorted(stream.head_positions, read)]
+        request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+
+    def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
+        hidden = [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
+        if prepared.filled is not None:
+            hidden.append(prepared.filled.run(counts))
+            counts.head_rows += prepared.replayed_heads
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
         """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
@@ -179,29 +202,17 @@ class Denoiser:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
         packed = self._packed(streams)
         self.upload.send()
-        return self._forward(packed, counts, watch)
+        hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _packed(self, streams: list[Stream]) -> list[Packed]:
         return [pack(part, self.upload, self.shape, self.masks) for part in split(streams, self.max_rows)]
-
-    def _forward(self, packed: list[Packed], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
-        hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
-        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
 
 def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
     """A canvas as the exact model sees it, without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
     return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
-
-
-def head_places(streams: list[Stream]) -> np.ndarray:
-    """[R] where the rows of the head stand among all live ones"""
-    places, start = [], 0
-    for stream in streams:
-        places.append(start + among(stream.plan.live, stream.head_positions))
-        start += stream.num_rows
-    return np.concatenate(places)
 
 
 def held(live: np.ndarray, positions: np.ndarray) -> np.ndarray:

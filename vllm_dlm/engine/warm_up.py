@@ -27,19 +27,26 @@ PROMPT, RESPONSE = 96, 64
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int) -> None:
     for reuse in sorted(methods("reuse")):
         for count in CANVASES:
-            failed = Failures()
             states = [_state(f"{reuse} {i}", reuse, server, config, max_model_len) for i in range(count)]
-            tables = {state.req_id: np.zeros(_blocks(denoiser, state), np.int64) for state in states}
-            for _ in range(STEPS):
-                for request in denoiser.step(states, tables, Counts(), failed):
-                    request.state.commit(request.positions, request.proposal, None)
-            if denoiser.captured is not None and count == 1 and reuse == server.reuse.name and not failed:
-                # between refreshes by now
-                (state,) = states
-                denoiser.captured.capture_all(denoiser._readers(state, tables[state.req_id])[0].stream)
-            if failed:
+            if failed := _run(denoiser, states, captures=count == 1 and reuse == server.reuse.name):
                 logger.warning("Requests with reuse %r will fail here: %s", reuse, next(iter(failed.values())))
                 break
+
+
+def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failures:
+    """One canvas to its end, which meets rare kinds of steps, too; several for some steps."""
+    failed = Failures()
+    tables = {state.req_id: np.zeros(_blocks(denoiser, state), np.int64) for state in states}
+    for step in range(STEPS if len(states) > 1 else RESPONSE):
+        if step == STEPS and captures and denoiser.captured is not None:  # between refreshes by now
+            (state,) = states
+            denoiser.captured.capture_all(denoiser._readers(state, tables[state.req_id])[0].stream)
+        if failed or not all(len(state.canvas.candidates()) for state in states):
+            break
+        for request in denoiser.step(states, tables, Counts(), failed):
+            request.state.commit(request.positions, request.proposal, None)
+            request.state.take_output()
+    return failed
 
 
 def _state(name: str, reuse: str, server: Options, config, max_model_len: int) -> Denoising:
