@@ -3,7 +3,7 @@
 import torch
 
 from vllm_dlm.engine.flash_attention import flash_attention, has_flash
-from vllm_dlm.engine.packing import Group
+from vllm_dlm.engine.group import Group
 from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention

@@ -18,7 +18,8 @@ import torch
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Packed, Stream, Unknown, pack
+from vllm_dlm.engine.group import Packed, Unknown
+from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Stream, pack
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import StepPlan, span
 

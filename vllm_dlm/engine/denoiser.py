@@ -13,8 +13,9 @@ from vllm_dlm.engine.captured import CapturedSteps, Filled
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
+from vllm_dlm.engine.group import Packed
 from vllm_dlm.engine.head import Alike, Head, HeadRequest
-from vllm_dlm.engine.packing import Packed, Stream, among, pack, split
+from vllm_dlm.engine.packing import Stream, among, pack, split
 from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.upload import Upload

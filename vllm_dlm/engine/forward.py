@@ -6,8 +6,8 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.group import Packed
 from vllm_dlm.engine.layer import LayerStep, together
-from vllm_dlm.engine.packing import Packed
 from vllm_dlm.models.transformer import Normed
 from vllm_dlm.plugins.reuse.flow import Behind
 

@@ -5,7 +5,7 @@ import torch
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.canvas_attention import CanvasAttention
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.packing import Group
+from vllm_dlm.engine.group import Group
 from vllm_dlm.plugins.reuse.flow import Rows
 
 

@@ -14,8 +14,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.group import Group, Packed
 from vllm_dlm.engine.group_attention import GroupAttention
-from vllm_dlm.engine.packing import Group, Packed
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.models.transformer import Normed
