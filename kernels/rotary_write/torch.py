@@ -11,7 +11,7 @@ def rotary_write(q, k, v, table, positions, block, offset, cache, index):
         if cache is not None:
             block, offset = block[rows].masked_fill(index < 0, -1), offset[rows]
     if q is not None or k is not None:
-        cos, sin = table[positions][:, None].chunk(2, -1)  # [n, 1, D / 2]
+        cos, sin = table.index_select(0, positions)[:, None].chunk(2, -1)  # [n, 1, D / 2]
         q, k = (None if x is None else rotate(x, cos, sin) for x in (q, k))
     if cache is not None:
         write(k, v, block, offset, cache)

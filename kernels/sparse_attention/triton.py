@@ -60,7 +60,7 @@ def _key_offsets(
 
 @triton.jit
 def _attend_kernel(
-    q, q_starts, q_ends, cache, table, chosen, kv_lens, moved, places, out, lse, batch, width, scale, heads,
+    q, q_starts, q_ends, cache, table, chosen, kv_lens, moved, places, out, lse, batch, slots, share, scale, heads,
     stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_places,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -77,9 +77,10 @@ def _attend_kernel(
         return
     length = tl.load(kv_lens + b).to(tl.int32)
     table += b.to(tl.int64) * stride_table
-    chosen += (b * tl.num_programs(1) + h) * width
-    slots = _named(chosen, width, ENTRIES) * PAGE
-    share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
+    chosen += (b * tl.num_programs(1) + h) * (slots // PAGE)
+    if ENTRIES > 0:
+        slots = _named(chosen, slots // PAGE, ENTRIES) * PAGE
+        share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
     cache += h * stride_head
     # the last position that a row sees
     last = length - queries + row // GROUP if CAUSAL else tl.zeros_like(row) + (length - 1)
@@ -183,18 +184,20 @@ def sparse_attention_into(
     group, width = heads // kv_heads, chosen.shape[2]
     tiles = _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
-    splits = _splits(triton.cdiv(width * page_size, tiles["KEYS"]), row_tiles * kv_heads, q.device)
+    key_tiles = triton.cdiv(width * page_size, tiles["KEYS"])
+    splits = _splits(key_tiles, row_tiles * kv_heads, q.device)
     partial, lse = out, None
     if splits > 1:
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, q_starts, q_ends, cache, page_table, chosen.contiguous(), kv_lens, moved, places, partial, lse, batch, width,
-        scale * math.log2(math.e), heads,
+        q, q_starts, q_ends, cache, page_table, chosen.contiguous(), kv_lens, moved, places, partial, lse, batch,
+        width * page_size, triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
         *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), 0 if places is None else places.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
         GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
-        ENTRIES=min(padded(width, 32), ENTRIES), **tiles,
+        # rows that generate may name all pages of a wide table, others as many as there are places
+        ENTRIES=min(padded(width, 32), ENTRIES) if queries == batch else 0, **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](

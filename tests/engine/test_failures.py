@@ -128,8 +128,8 @@ def yields_no_ask(self, at):
 
 
 def returns_too_few(self, at):
-    x = at.x + (yield FeedForward(at.x))
-    return at.all, x[1:]
+    x, ffn = yield FeedForward(at.x)
+    return at.all, x[1:], ffn[1:]
 
 
 @pytest.mark.parametrize(

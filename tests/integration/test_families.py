@@ -16,7 +16,7 @@ from vllm_dlm.families.config import DiffusionConfig
 from vllm_dlm.families.dream import FAMILY as DREAM
 from vllm_dlm.families.family import Family, imported
 from vllm_dlm.integration.registration import is_diffusion_lm, register_models
-from vllm_dlm.models.rope import RotaryTable
+from vllm_dlm.models.rope import RotaryTable, rotate
 from vllm_dlm.models.transformer import DiffusionLayer
 
 #: says `llada` in its config.json, and the rest of it in Llama's words
@@ -118,9 +118,10 @@ def queries_and_keys(worker, family: Family) -> list[tuple[torch.Tensor, torch.T
     layer, weights = made_layer(worker, family)
     h_TE, positions = torch.randn(9, WIDTH), torch.arange(3, 12)
     rope = RotaryTable(HEAD_DIM, 10000.0, 64, torch.float32)(positions)
+    q, k = (rotate(x, *rope) for x in layer.heads("qk", h_TE))
     return [
-        (layer.query(h_TE, rope), stated(weights, "q", HEADS, h_TE.double(), positions)),
-        (layer.key(h_TE, rope), stated(weights, "k", KV_HEADS, h_TE.double(), positions)),
+        (q, stated(weights, "q", HEADS, h_TE.double(), positions)),
+        (k, stated(weights, "k", KV_HEADS, h_TE.double(), positions)),
     ]
 
 

@@ -4,8 +4,8 @@ against their definitions; run by test_triton_interpreter.py."""
 import pytest
 import torch
 
+from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.interpreted import on_gpu
 from tests.kernels.pages import PagedBatch
 from tests.kernels.triton_cases import choose
 from vllm_dlm.kernels.page_scores import REDUCTIONS, half_scores, page_scores
