@@ -4,7 +4,9 @@ import torch
 
 
 def lowest_rows(score, forced, starts, places, total):
-    """See dispatch.py. Shapes follow from those of the inputs alone."""
+    """See dispatch.py. Of several canvases shapes follow from those of the inputs alone."""
+    if len(starts) == 2:
+        return of_one(score, forced, *starts.tolist(), *places.tolist(), total)
     rows = torch.arange(len(score), device=score.device)
     starts, places = starts.long(), places.long()
     canvas = torch.bucketize(rows, starts[1:], right=True)  # [T], C for rows of none
@@ -18,6 +20,16 @@ def lowest_rows(score, forced, starts, places, total):
     place = torch.cat([places, places[-1:]])[canvas] + before[:-1] - before[first]
     out = places.new_full((total + 1,), -1)
     return out.scatter_(0, torch.where(taken, place, total), torch.where(taken, rows, -1))[:total]
+
+
+def of_one(score, forced, begin, end, place, behind, total):
+    own = score[begin:end].masked_fill(forced[begin:end], -torch.inf)
+    rows = own.argsort(stable=True)[: behind - place].sort().values + begin
+    if len(rows) == total:
+        return rows
+    out = rows.new_full((total,), -1)
+    out[place : place + len(rows)] = rows
+    return out
 
 
 def in_order(score):
