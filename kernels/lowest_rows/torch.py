@@ -6,7 +6,7 @@ import torch
 def lowest_rows(score, forced, starts, places, total):
     """See dispatch.py. Of several canvases shapes follow from those of the inputs alone."""
     if len(starts) == 2:
-        return of_one(score, forced, *starts.tolist(), *places.tolist(), total)
+        return of_one(score, forced, starts.tolist(), places.tolist(), total)
     rows = torch.arange(len(score), device=score.device)
     starts, places = starts.long(), places.long()
     canvas = torch.bucketize(rows, starts[1:], right=True)  # [T], C for rows of none
@@ -22,7 +22,8 @@ def lowest_rows(score, forced, starts, places, total):
     return out.scatter_(0, torch.where(taken, place, total), torch.where(taken, rows, -1))[:total]
 
 
-def of_one(score, forced, begin, end, place, behind, total):
+def of_one(score, forced, starts, places, total):
+    (begin, end), (place, behind) = starts, places
     own = score[begin:end].masked_fill(forced[begin:end], -torch.inf)
     rows = own.argsort(stable=True)[: behind - place].sort().values + begin
     if len(rows) == total:
