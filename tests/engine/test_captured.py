@@ -115,7 +115,7 @@ def test_every_boundary_is_crossed(engines, capturing):
     given = [({"prompt_token_ids": [7 + index] * (3 + index)}, params) for index in range(17)]
     alone = [tokens(llm, [request])[0] for request in given]
     captured = capturing(llm)
-    for count in range(1, 18):
+    for count in (1, 2, 3, 4, 5, 8, 17):
         assert tokens(llm, given[:count]) == alone[:count]
     replayed = {bucket for bucket in captured.met if bucket in captured.steps}
     assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
