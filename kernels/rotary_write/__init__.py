@@ -9,5 +9,6 @@ block -1 have no place in the cache.
 """
 
 from vllm_dlm.kernels.rotary_write.dispatch import rotary_write
+from vllm_dlm.kernels.rotary_write.torch import rotate
 
-__all__ = ["rotary_write"]
+__all__ = ["rotary_write", "rotate"]

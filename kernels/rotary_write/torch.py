@@ -18,7 +18,8 @@ def rotary_write(q, k, v, table, positions, block, offset, cache, index):
     return q, k
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rows x [T, H, D] by cosines and sines [T, 1, D / 2]; halves, in the precision of the table."""
     first, second = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

@@ -16,7 +16,8 @@ from vllm_dlm.families.config import DiffusionConfig
 from vllm_dlm.families.dream import FAMILY as DREAM
 from vllm_dlm.families.family import Family, imported
 from vllm_dlm.integration.registration import is_diffusion_lm, register_models
-from vllm_dlm.models.rope import RotaryTable, rotate
+from vllm_dlm.kernels.rotary_write import rotate
+from vllm_dlm.models.rope import RotaryTable
 from vllm_dlm.models.transformer import DiffusionLayer
 
 #: says `llada` in its config.json, and the rest of it in Llama's words

@@ -39,19 +39,6 @@ class KVBlocks:
         """-> [n, Hkv, D]"""
         return read_values(self.layers[layer], slots.block, slots.offset, rows.index)
 
-    def read_blocks(self, layer: int, table: torch.Tensor) -> torch.Tensor:
-        """All keys and values of some blocks, [Hkv, len(table) * block_size, 2 * D]"""
-        return self.layers[layer].index_select(0, table).transpose(0, 1).flatten(1, 2)
-
-    def read_runs(self, layer: int, slots: Slots, size: int) -> torch.Tensor:
-        """Keys and values of runs within blocks, each head its own: first slots [Hkv, m] -> [Hkv, m, size, 2 * D]"""
-        cache = self.layers[layer]
-        _, kv_heads, block_size, width = cache.shape
-        head = torch.arange(kv_heads, device=cache.device)[:, None]
-        run = ((slots.block * kv_heads + head) * block_size + slots.offset) // size
-        rows = cache.view(-1, size * width).index_select(0, run.flatten())
-        return rows.view(*run.shape, size, width)
-
     def write_features(self, layer: int, slots: Slots, rows: Rows, features: torch.Tensor) -> None:
         """[n, W]"""
         write_rows(self.layers[layer], slots.block, slots.offset, features, rows.index)

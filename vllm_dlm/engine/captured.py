@@ -10,6 +10,7 @@ that recompute whole canvases are long enough for the host and stay as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -86,6 +87,7 @@ class Filled(NamedTuple):
     bucket: Bucket
     step: Step
     packed: Packed  # of its own streams and of nobody's
+    upload: Upload  # brings its tables
     own: int  # how many are its own
 
     def run(self, counts: Counts) -> torch.Tensor:
@@ -115,7 +117,7 @@ class CapturedSteps:
         bucket = bucket_of(streams)
         if bucket is None or (step := self.steps.get(bucket)) is None:
             return None
-        return Filled(bucket, step, self._packed(streams, streams[0], bucket), len(streams))
+        return Filled(bucket, step, self._packed(streams, streams[0], bucket), self.upload, len(streams))
 
     def capture_all(self, like: Stream) -> None:
         """Steps of every size of canvases that are treated like this one, the largest first: the memory of the others
@@ -222,14 +224,10 @@ def cuda_graph(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tenso
     return graph, out
 
 
-_pool: list = []
-
-
+@cache
 def pool():
     """Steps are never replayed side by side, so all of them work in the same memory."""
-    if not _pool:
-        _pool.append(torch.cuda.graph_pool_handle())
-    return _pool[0]
+    return torch.cuda.graph_pool_handle()
 
 
 class Repeated:

@@ -116,11 +116,11 @@ class Denoiser:
         for reader in replayed:
             self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
             start += reader.stream.num_rows
-        upload = self.captured.upload if filled and self.captured and not launched else self.upload
+        uploads = [self.upload] if launched else []
+        uploads += [filled.upload] if filled else []
         requests = [reader.request for reader in readers if not reader.guides]
-        uploads = dict.fromkeys([upload, *([self.captured.upload] if filled and self.captured else [])])
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
-        return Prepared(packed, filled, heads, self.head.prepare(requests, upload), list(uploads))
+        return Prepared(packed, filled, heads, self.head.prepare(requests, uploads[0]), uploads)
 
     @staticmethod
     def _assign(reader: Reader, rows: np.ndarray) -> None:

@@ -197,7 +197,7 @@ class Packing:
             columns=Columns(forced, changed, fresh, response),
             voters=heads,
             kv_lens=kv_lens,
-            kv_ends=upload(np.array([[0, *np.cumsum(kv_lens)], [*kv_lens, 0]], np.int32)),
+            kv_ends=upload(np.stack([starts_of(kv_lens), np.array([*kv_lens, 0], np.int32)])),
             table=table,
             tables=tables,
             feature_width=self.feature_width,
@@ -223,11 +223,11 @@ class Packing:
     def _rows(self, mask: np.ndarray, upload: Upload) -> Rows:
         counts = self._counts(mask)
         index = None if sum(counts) == len(mask) else upload(np.flatnonzero(mask))
-        return Rows(index, counts, upload(np.array([0, *np.cumsum(counts)], np.int32)))
+        return Rows(index, counts, upload(starts_of(counts)))
 
     def _rows_if_all(self, mask: np.ndarray, upload: Upload) -> Rows:
         counts = self._counts(mask)
-        starts = upload(np.array([0, *np.cumsum(counts)], np.int32))
+        starts = upload(starts_of(counts))
         return Rows(None, counts, starts) if sum(counts) == len(mask) else UnknownRows(None, counts, starts)
 
     def _selecting(self, sets: list[tuple[Rows, np.ndarray]], upload: Upload) -> Selecting | None:
@@ -243,7 +243,7 @@ class Packing:
 
     def _leading(self, upload: Upload) -> tuple[list[int], torch.Tensor]:
         counts = [stream.leading for stream in self.streams]
-        return counts, upload(np.array([0, *np.cumsum(counts)], np.int32))
+        return counts, upload(starts_of(counts))
 
     def _tables(self, upload: Upload, limits: Limits | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [s.kv_table for s in self.streams if s.kv_table is not None]
@@ -281,3 +281,8 @@ def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return positions - first
     place = np.searchsorted(live, positions)
     return place[live[place] == positions]
+
+
+def starts_of(counts: list[int]) -> np.ndarray:
+    """[C + 1] int32: where the parts begin, and where the last one ends"""
+    return np.array([0, *np.cumsum(counts)], np.int32)

@@ -23,9 +23,3 @@ class RotaryTable(nn.Module):
         """-> cos, sin [T, 1, D/2]"""
         cos, sin = self.table[positions_T].unsqueeze(1).chunk(2, -1)
         return cos, sin
-
-
-def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half, in the precision of the table."""
-    first, second = x_THD.to(cos.dtype).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_THD.dtype)

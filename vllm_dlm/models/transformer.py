@@ -23,8 +23,9 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from vllm_dlm.kernels.add_norm import add_norm
+from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.models.checkpoint import Checkpoint
-from vllm_dlm.models.rope import RotaryTable, rotate
+from vllm_dlm.models.rope import RotaryTable
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
