@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks import drawing, report
 from benchmarks.gpu_engine import DenoisingEngine
 from benchmarks.gpu_parts import Cell, Part
-from benchmarks.gpu_shapes import SHAPES, Peaks, denoising_bound
+from benchmarks.gpu_shapes import SHAPES, Peaks, denoising_bound, in_order, panels
 
 BLOCK = 32
 
@@ -144,14 +144,7 @@ def finished(rows: list[dict]) -> list[dict]:
             row["vs_one"] = row["tokens_per_s"] / one["tokens_per_s"]
         if none := known.get((shape, "none", prompt, requests)):
             row["vs_none"] = row["tokens_per_s"] / none["tokens_per_s"]
-    shapes = list(SHAPES)
-
-    def place(row: dict) -> tuple:
-        if "ms_per_step" not in row:
-            return (len(shapes),)
-        return shapes.index(row["shape"]), row["prompt"], row["requests"], row["method"]
-
-    return sorted(rows, key=place)
+    return in_order(rows, "prompt", "requests", "method")
 
 
 def bars(rows: list[dict]) -> list[str]:
@@ -168,13 +161,9 @@ def bars(rows: list[dict]) -> list[str]:
 
 def plot(figure, rows: list[dict]) -> None:
     """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells."""
-    measured = [row for row in rows if "ms_per_step" in row]
-    shapes = list(dict.fromkeys(row["shape"] for row in measured))
-    if not shapes:
-        return
-    methods = list(dict.fromkeys(row["method"] for row in measured))
-    for axes, shape in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
-        own = sorted((row for row in measured if row["shape"] == shape), key=lambda row: methods.index(row["method"]))
+    methods = list(dict.fromkeys(row["method"] for row in rows if "ms_per_step" in row))
+    for axes, shape, own in panels(figure, rows):
+        own.sort(key=lambda row: methods.index(row["method"]))
         prompts = [row["prompt"] for row in own]
         prompt = max(prompts, key=lambda prompt: (prompts.count(prompt), prompt == 1024))
         groups: dict[str, dict[str, float]] = {}

@@ -13,7 +13,7 @@ from benchmarks import drawing, report
 from benchmarks.gpu_device import Profile
 from benchmarks.gpu_engine import memory
 from benchmarks.gpu_parts import Cell, Part
-from benchmarks.gpu_shapes import SHAPES, Peaks, Reading, decoding_bound
+from benchmarks.gpu_shapes import SHAPES, Peaks, Reading, decoding_bound, in_order, panels
 
 TITLE = "Page-sparse decoding"
 COLUMNS = [
@@ -179,14 +179,7 @@ def finished(rows: list[dict]) -> list[dict]:
         if base and "ms_per_step" in row and base["requests"] == row["requests"]:
             row["speedup"] = base["ms_per_step"] / row["ms_per_step"]
             row["bound_speedup"] = base["bound_ms"] / row["bound_ms"]
-    shapes = list(SHAPES)
-
-    def place(row: dict) -> tuple:
-        if "ms_per_step" not in row:
-            return (len(shapes),)
-        return shapes.index(row["shape"]), row["context"], row["asked"], row["method"]
-
-    return sorted(rows, key=place)
+    return in_order(rows, "context", "asked", "method")
 
 
 def bars(rows: list[dict]) -> list[str]:
@@ -206,15 +199,10 @@ def bars(rows: list[dict]) -> list[str]:
 
 def plot(figure, rows: list[dict]) -> None:
     """Milliseconds of a step; a panel per shape."""
-    measured = [row for row in rows if "ms_per_step" in row]
-    shapes = list(dict.fromkeys(row["shape"] for row in measured))
-    if not shapes:
-        return
-    for axes, shape in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
+    for axes, shape, own in panels(figure, rows):
         groups: dict[str, dict[str, float]] = {}
-        for row in measured:
-            if row["shape"] == shape:
-                short = f"{row['context'] // 1024}k" if row["context"] >= 1024 else str(row["context"])
-                groups.setdefault(f"{short} × {row['requests']}", {})[row["method"]] = row["ms_per_step"]
+        for row in own:
+            short = f"{row['context'] // 1024}k" if row["context"] >= 1024 else str(row["context"])
+            groups.setdefault(f"{short} × {row['requests']}", {})[row["method"]] = row["ms_per_step"]
         drawing.bars(axes, groups, f"{shape}\nms per step")
         axes.set_xlabel("tokens of context × requests", fontsize=8)

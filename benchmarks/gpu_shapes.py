@@ -5,9 +5,10 @@ device's bandwidth, or its multiply-adds at the device's speed.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_dlm.engine.counts import Counts, ModelShape
 
@@ -137,3 +138,24 @@ def decoding_bound(shape: Shape, context: int, requests: int, reading: Reading |
     seen = (own.layers - choosing) * context + choosing * keys
     flops = 2 * requests * (shape.layer_weights + shape.head_weights + 2 * own.heads * own.head_dim * seen)
     return bound(shape.weight_bytes() + requests * each, flops, peaks)
+
+
+def in_order(rows: list[dict], *fields: str) -> list[dict]:
+    """As the shapes are, then by these fields; cells without a time last."""
+    shapes = list(SHAPES)
+
+    def place(row: dict) -> tuple:
+        if "ms_per_step" not in row:
+            return (len(shapes),)
+        return shapes.index(row["shape"]), *(row[field] for field in fields)
+
+    return sorted(rows, key=place)
+
+
+def panels(figure, rows: list[dict]) -> Iterator[tuple[Any, str, list[dict]]]:
+    """(axes, shape, its rows that have a time), one under the other; nothing where none has."""
+    measured = [row for row in rows if "ms_per_step" in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in measured))
+    if shapes:
+        for axes, shape in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
+            yield axes, shape, [row for row in measured if row["shape"] == shape]
