@@ -170,7 +170,6 @@ class Columns:
     forced: torch.Tensor  # [T] bool: recomputed anyway, by the plan or because their token just changed
     changed: torch.Tensor  # [T] bool: their token just changed
     fresh: torch.Tensor  # [T] bool: the keys they may see change in this step
-    response: torch.Tensor  # [T] bool: rows from which the response is read
     #: what a flow hands to the next layer
     carried: dict[str, Any] = field(default_factory=dict)
 

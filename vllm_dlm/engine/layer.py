@@ -5,7 +5,7 @@ of a batch advance in lockstep, and asks of one type are joined into one
 product, whoever they come from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -153,9 +153,7 @@ class LayerStep:
     def _outputs(self, contexts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         joined = together(contexts)
         self.counts.projected("output", len(joined))
-        if not len(joined):
-            return [self.layer.attention_output(joined.new_zeros(1, joined.shape[1]))[:0]] * len(contexts)
-        return split(self.layer.attention_output(joined), contexts)
+        return split(product(self.layer.attention_output, joined), contexts)
 
     def _feed_forward(self, asks: list[FeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         residual, output = [ask.x for ask in asks], [ask.output for ask in asks]
@@ -169,10 +167,7 @@ class LayerStep:
         passed = [h if ask.picked is None else ask.picked.of(h) for ask, h in zip(asks, hs, strict=True)]
         joined = together(passed)
         self.counts.projected("feed_forward", len(joined))
-        if not len(joined):
-            nothing = self.layer.feed_forward(joined.new_zeros(1, joined.shape[1]))[:0]
-            return [(x, nothing) for x in xs]
-        return list(zip(xs, split(self.layer.feed_forward(joined), passed), strict=True))
+        return list(zip(xs, split(product(self.layer.feed_forward, joined), passed), strict=True))
 
     def _attended(self, group: Group, ask: Ask) -> torch.Tensor:
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, self.counts)
@@ -182,6 +177,11 @@ class LayerStep:
         if ask.k is None or ask.v is None:
             return attention.over_blocks(ask.q, ask.rows)
         return attention.over_new(ask.q, ask.rows, ask.k, ask.v)
+
+
+def product(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """Not every linear kernel takes no rows."""
+    return function(rows) if len(rows) else function(rows.new_zeros(1, rows.shape[1]))[:0]
 
 
 def together(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -116,7 +116,7 @@ def pack(
         packing = Packing(list(members), start, shape)
         packings.append(packing)
         start = packing.span.stop
-    # One table for all groups: ids, positions, canvases, and slots of keys and values, [5, T]; flags, [5, T]
+    # One table for all groups: ids, positions, canvases, and slots of keys and values, [5, T]; flags, [4, T]
     numbers = upload(np.concatenate([packing.numbers for packing in packings], axis=1))
     flags = upload(np.concatenate([packing.flags for packing in packings], axis=1))
     if masks is None:
@@ -167,9 +167,9 @@ class Packing:
 
     @property
     def flags(self) -> np.ndarray:
-        """[5, T] bool"""
+        """[4, T] bool"""
         chooses = np.repeat([s.chooses for s in self.streams], self.sizes)
-        return np.stack([self.forced, self.changed, self.response & chooses, self.response, self.heads])
+        return np.stack([self.forced, self.changed, self.response & chooses, self.heads])
 
     def group(
         self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool, limits: Limits | None
@@ -183,7 +183,7 @@ class Packing:
         sets = [(rows(mask, upload), mask) for mask in masks_T]
         kv_lens = [len(s.token_ids) for s in streams]
         table, tables = self._tables(upload, limits) if cached else (upload(np.zeros((0, 0), np.int32)), [])
-        forced, changed, fresh, response, heads = flags.unbind(0)
+        forced, changed, fresh, heads = flags.unbind(0)
         _, positions, canvas, _, _ = numbers.unbind(0)
         return Group(
             reuse=self.reuse,
@@ -194,7 +194,7 @@ class Packing:
             span=self.span,
             positions=positions,
             canvas=canvas,
-            columns=Columns(forced, changed, fresh, response),
+            columns=Columns(forced, changed, fresh),
             voters=heads,
             kv_lens=kv_lens,
             kv_ends=upload(np.stack([starts_of(kv_lens), np.array([*kv_lens, 0], np.int32)])),
