@@ -175,14 +175,14 @@ class SelectionEngine(Engine):
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0
-        visible = Selecting.visible
+        shown = Selecting.shown
 
         def weighed(group, layer, blocks, q, rows, voters, scale, counts):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
-            units = visible(group, layer, blocks, q, rows, voters, scale, counts)
+            found = shown(group, layer, blocks, q, rows, voters, scale, counts)
             asked = canvases(group.asked(layer, blocks, q, rows, voters, scale))
-            for view, own_units, own_asked in zip(group.views, units, asked, strict=True):
+            for view, own_units, own_asked in zip(group.views, group.units(found), asked, strict=True):
                 weight = attention_mass(own_asked)[:, : view.prompt_len].double()
                 unit = torch.arange(view.prompt_len) // view.selection.unit
                 seen = torch.stack([torch.isin(unit, own) for own in own_units])
@@ -191,13 +191,13 @@ class SelectionEngine(Engine):
                 for own, mask in zip(weight, seen, strict=True):
                     oracle += own.topk(int(mask.sum()))[0].sum()
                 read, prompt = read + int(seen.sum()), prompt + seen.numel()
-            return units
+            return found
 
-        Selecting.visible = weighed
+        Selecting.shown = weighed
         try:
             right = self.exact_match_of(rule, samples, progress)
         finally:
-            Selecting.visible = visible
+            Selecting.shown = shown
         if not prompt:
             return {"exact_match": right, "kept": 1.0}
         return {

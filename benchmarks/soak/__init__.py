@@ -8,6 +8,7 @@ small and printed as Python. With --server: a `vllm serve` between good clients,
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -28,6 +29,9 @@ def add_arguments(parser) -> None:
         "--shift", type=int, default=500, help="requests until other engines with other options take over"
     )
     parser.add_argument("--server", action="store_true", help="a server with hostile clients instead")
+    parser.add_argument(
+        "--small", action="store_true", help="of --server: two narrow random layers, for many steps in little time"
+    )
     parser.add_argument(
         "--steps",
         type=int,
@@ -68,7 +72,10 @@ def at_a_server(args) -> int:
     from vllm_dlm.demo.server import CHECKPOINT
 
     checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
-    work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
+    with TemporaryDirectory() as folder:
+        if args.small:
+            checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
+        work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
     for problem in work.problems[:20]:
         print(problem)
     baseline = "the server's first answers, before any hostile client"

@@ -6,6 +6,7 @@ Good requests are served in peace first; from then on their answers are known.
 import json
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.checkpoints import Shape, random_weights
 from benchmarks.soak import memory
 from benchmarks.soak.clients import Asked, Client, Seen, over_http
 from benchmarks.soak.requests import Model, drawn_request
@@ -67,6 +72,18 @@ class Work:
     seconds: float = 0.0
     largest_refusal: int = 0
     dead: bool = False
+
+
+def small(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint with the same tokenizer and hardly anything to compute."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    shape = Shape("small", 64, 2, 2, 192, config["vocab_size"])
+    names = "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size"
+    sizes = shape.width, shape.layers, shape.heads, shape.heads, shape.feed_forward
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (folder / "config.json").write_text(json.dumps(config | dict(zip(names, sizes, strict=True))))
+    save_file(dict(random_weights(shape, torch.bfloat16, seed=0)), folder / "model.safetensors")
+    return folder
 
 
 def soak(

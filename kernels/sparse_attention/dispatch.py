@@ -7,7 +7,8 @@ from vllm_dlm.kernels.sparse_attention import torch as plain
 
 _ARGUMENTS = (
     "Tensor q, Tensor q_starts, Tensor q_ends, Tensor cache, Tensor page_table, Tensor chosen, Tensor kv_lens, "
-    "int page_size, float scale, bool causal, int table_pages, Tensor? moved, Tensor? places"
+    "int page_size, float scale, bool causal, int table_pages, Tensor? moved, Tensor? places, Tensor? rows, "
+    "Tensor? tails, int tail"
 )
 _sparse_attention = operator(
     f"sparse_attention({_ARGUMENTS}) -> Tensor", __package__, lambda q, *rest: q.new_empty(q.shape)
@@ -22,7 +23,7 @@ def sparse_attention(
     q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B], ascending
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     page_table: torch.Tensor,  # [B, N] physical page of each logical one, or with table_pages of each so many pages
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are; see `rows` and `tails`
     kv_lens: torch.Tensor,  # [B] keys of each request; its queries are the last of them if causal
     page_size: int,
     scale: float,
@@ -30,13 +31,16 @@ def sparse_attention(
     q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
     table_pages: int = 1,  # neighbouring pages that lie together: table[p // n] * n + p % n is page p
     out: torch.Tensor | None = None,  # [Tq, H, D] it is written here; queries of no request keep what stands there
+    rows: torch.Tensor | None = None,  # [B] int64 which row of `chosen` is each request's; None: those in order
+    tails: torch.Tensor | None = None,  # [B] int32: the pages from here on are read, too, up to the last one
+    tail: int = 0,  # so many at most
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
     arguments = (cache, page_table, chosen, kv_lens, page_size, scale, causal)
     if q.is_cuda:
         ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
-        return _launched(out, q, q_starts, ends, *arguments, table_pages, None, None)
-    return plain.sparse_attention(q, q_starts, *arguments, q_ends, table_pages, out)
+        return _launched(out, q, q_starts, ends, *arguments, table_pages, None, None, rows, tails, tail)
+    return plain.sparse_attention(q, q_starts, *arguments, q_ends, table_pages, out, rows, tails, tail)
 
 
 def _launched(out: torch.Tensor | None, *arguments) -> torch.Tensor:
@@ -52,7 +56,7 @@ def sparse_delta(
     q_ends: torch.Tensor,  # [B] and end
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D]
     page_table: torch.Tensor,  # [B, N] place of each `table_pages` pages
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are; see `rows` and `tails`
     kv_lens: torch.Tensor,  # [B]
     page_size: int,
     scale: float,
@@ -60,10 +64,13 @@ def sparse_delta(
     places: torch.Tensor,  # [B, positions] int32: which of `moved` belongs to a position, -1: none
     table_pages: int = 1,
     out: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    tails: torch.Tensor | None = None,
+    tail: int = 0,
 ) -> torch.Tensor:
     """What moved values add to the attention of queries: as sparse_attention, but over what the values have moved by
     -> [Tq, H, D]"""
     arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale)
     if q.is_cuda:
-        return _launched(out, *arguments, False, table_pages, moved, places)
-    return plain.sparse_delta(*arguments, moved, places, table_pages, out)
+        return _launched(out, *arguments, False, table_pages, moved, places, rows, tails, tail)
+    return plain.sparse_delta(*arguments, moved, places, table_pages, out, rows, tails, tail)

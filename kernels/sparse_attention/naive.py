@@ -4,9 +4,11 @@ import torch
 
 
 def sparse_attention(
-    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None
-):
+    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None,
+    rows=None, tails=None, tail=0,
+):  # fmt: skip
     """See dispatch.py"""
+    chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     out = torch.empty_like(q) if out is None else out
     ends = q_starts[1:] if q_ends is None else q_ends
     for b in range(len(page_table)):
@@ -18,9 +20,11 @@ def sparse_attention(
 
 
 def sparse_delta(
-    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None
-):
+    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None,
+    rows=None, tails=None, tail=0,
+):  # fmt: skip
     """See dispatch.py"""
+    chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     out = torch.empty_like(q) if out is None else out
     for b in range(len(page_table)):
         rows, length = slice(int(q_starts[b]), int(q_ends[b])), int(kv_lens[b])
@@ -29,6 +33,17 @@ def sparse_delta(
         values = moved[place.clamp_min(0).long()].masked_fill((place < 0)[:, None, None], 0.0) if len(moved) else None
         values = torch.zeros_like(kv[..., : q.shape[2]]) if values is None else values.transpose(0, 1).double()
         out[rows] = _attended(q[rows].double(), kv, values, chosen[b], page_size, scale, False).to(q.dtype)
+    return out
+
+
+def listed(chosen, kv_lens, page_size, rows, tails, tail):
+    """-> [B, Hkv, K + tail] what each request reads"""
+    out = torch.full((len(kv_lens), chosen.shape[1], chosen.shape[2] + tail), -1, dtype=torch.int32)
+    for b, length in enumerate(kv_lens.tolist()):
+        out[b, :, : chosen.shape[2]] = chosen[b if rows is None else rows[b]]
+        if tails is not None:
+            pages = torch.arange(int(tails[b]), -(-length // page_size))
+            out[b, :, chosen.shape[2] : chosen.shape[2] + len(pages)] = pages
     return out
 
 

@@ -11,9 +11,11 @@ FEW = 16
 
 
 def sparse_attention(
-    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None
-):
+    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None,
+    rows=None, tails=None, tail=0,
+):  # fmt: skip
     """See dispatch.py"""
+    chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     starts = q_starts[:-1] if q_ends is None else q_starts
     counts, lengths = ((q_starts[1:] if q_ends is None else q_ends) - starts).tolist(), kv_lens.tolist()
     numbers = (chosen[:, 0] >= 0).sum(-1).tolist()
@@ -30,18 +32,20 @@ def sparse_attention(
     for (count, _, _), members in kinds.items():
         if len(members) == 1:
             own = slice(members[0], members[0] + 1)
-            rows = slice(int(starts[members[0]]), int(starts[members[0]]) + count)
+            queries = slice(int(starts[members[0]]), int(starts[members[0]]) + count)
         else:
             own = torch.tensor(members)
-            rows = (starts[own][:, None] + torch.arange(count)).flatten()
-        out[rows] = _alike(q[rows], count, page_table[own], chosen[own], kv_lens[own], *common)
+            queries = (starts[own][:, None] + torch.arange(count)).flatten()
+        out[queries] = _alike(q[queries], count, page_table[own], chosen[own], kv_lens[own], *common)
     return out
 
 
 def sparse_delta(
-    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None
-):
+    q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None,
+    rows=None, tails=None, tail=0,
+):  # fmt: skip
     """See dispatch.py; canvas by canvas, see kernels/delta_attention"""
+    chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     out = torch.empty_like(q) if out is None else out
     dim = q.shape[2]
     for b, (start, end, length) in enumerate(zip(q_starts.tolist(), q_ends.tolist(), kv_lens.tolist(), strict=True)):
@@ -59,6 +63,17 @@ def sparse_delta(
         columns = cache[block, :, changed % cache.shape[2], :dim].transpose(0, 1)
         out[start:end] = delta_attention(q[start:end], keys, columns, values, scale)
     return out
+
+
+def listed(chosen, kv_lens, page_size, rows, tails, tail):
+    """-> [B, Hkv, K + tail] what each request reads"""
+    if rows is not None:
+        chosen = chosen.index_select(0, rows)
+    if tails is None:
+        return chosen
+    pages = tails[:, None] + torch.arange(tail, dtype=torch.int32)
+    pages = pages.masked_fill_(pages * page_size >= kv_lens[:, None], -1)
+    return torch.cat([chosen, pages[:, None].expand(-1, chosen.shape[1], -1)], 2)
 
 
 def compact(chosen):

@@ -46,11 +46,14 @@ def _named(chosen, width, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _key_offsets(
-    chosen, table, slot, slots, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
     PER_ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """The keys in places `slot` [KEYS] of the chosen pages: their positions, where they lie, whether they are there"""
-    page = tl.load(chosen + slot // PAGE, mask=slot < slots, other=-1)
+    """The keys in places `slot` [KEYS] of the pages that are read, `named` of them chosen, then those from `tail` on:
+    their positions, where they lie, whether they are there"""
+    entry = slot // PAGE
+    beyond = -1 if tail is None else entry + (tail - named)
+    page = tl.load(chosen + entry, mask=entry < named, other=beyond)
     position = page * PAGE + slot % PAGE
     there = (page >= 0) & (position < length)
     physical = tl.load(table + page // PER_ENTRY, mask=there, other=0).to(tl.int64) * PER_ENTRY + page % PER_ENTRY
@@ -60,13 +63,15 @@ def _key_offsets(
 
 @triton.jit
 def _attend_kernel(
-    q, q_starts, q_ends, cache, table, chosen, kv_lens, moved, places, out, lse, batch, slots, share, scale, heads,
-    stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_places,
+    q, q_starts, q_ends, cache, table, chosen, rows, tails, kv_lens, moved, places, out, lse, batch, named, slots,
+    share, scale, heads, stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_chosen,
+    stride_chosen_head, stride_places,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BATCH_PAD: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused.
+    Of a request's `slots` keys at most, those of `named` pages come first.
     With `moved` [S, Hkv, DIM] those are the values, of the positions that `places` gives one."""
     h, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS, BATCH_PAD)
@@ -77,9 +82,16 @@ def _attend_kernel(
         return
     length = tl.load(kv_lens + b).to(tl.int32)
     table += b.to(tl.int64) * stride_table
-    chosen += (b * tl.num_programs(1) + h) * (slots // PAGE)
+    own = b.to(tl.int64)
+    tail = None
+    if rows is not None:
+        own = tl.load(rows + b)
+    if tails is not None:
+        tail = tl.load(tails + b)
+    chosen += own * stride_chosen + h * stride_chosen_head
     if ENTRIES > 0:
-        slots = _named(chosen, slots // PAGE, ENTRIES) * PAGE
+        named = _named(chosen, named, ENTRIES)
+        slots = named * PAGE
         share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
     cache += h * stride_head
     # the last position that a row sees
@@ -92,7 +104,7 @@ def _attend_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, slots), KEYS):
         slot = start + tl.arange(0, KEYS)
         position, offset, there = _key_offsets(
-            chosen, table, slot, slots, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
+            chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
         )
         # what nobody wrote may be anything, NaN included, and is not read
         place = cache + offset[:, None] + channel[None, :]
@@ -108,9 +120,9 @@ def _attend_kernel(
         if moved is None:
             values = tl.load(place + DIM, mask=mask, other=0.0)
         else:
-            own = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
-            place = moved + ((own * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
-            values = tl.load(place, mask=(own >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
+            change = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
+            place = moved + ((change * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
+            values = tl.load(place, mask=(change >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
@@ -172,8 +184,9 @@ def sparse_attention(q, *arguments):
 
 
 def sparse_attention_into(
-    out, q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, moved, places
-):
+    out, q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, causal, table_pages, moved, places,
+    rows, tails, tail,
+):  # fmt: skip
     """See dispatch.py"""
     (queries, heads, dim), batch = q.shape, len(page_table)
     kv_heads, block_size = cache.shape[1:3]
@@ -181,8 +194,9 @@ def sparse_attention_into(
         return
     if moved is not None:
         moved = moved.contiguous()
-    group, width = heads // kv_heads, chosen.shape[2]
-    tiles = _tiles(q, batch, group)
+    chosen = chosen if chosen.stride(2) == 1 else chosen.contiguous()
+    group, named = heads // kv_heads, chosen.shape[2]
+    width, tiles = named + tail, _tiles(q, batch, group)
     row_tiles = batch + queries * group // tiles["ROWS"]
     key_tiles = triton.cdiv(width * page_size, tiles["KEYS"])
     splits = _splits(key_tiles, row_tiles * kv_heads, q.device)
@@ -191,13 +205,14 @@ def sparse_attention_into(
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[row_tiles, kv_heads, splits](
-        q, q_starts, q_ends, cache, page_table, chosen.contiguous(), kv_lens, moved, places, partial, lse, batch,
-        width * page_size, triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
-        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), 0 if places is None else places.stride(0),
+        q, q_starts, q_ends, cache, page_table, chosen, rows, tails, kv_lens, moved, places, partial, lse, batch,
+        named, width * page_size, triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
+        *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), *chosen.stride()[:2],
+        0 if places is None else places.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
         GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
         # rows that generate may name all pages of a wide table, others as many as there are places
-        ENTRIES=min(padded(width, 32), ENTRIES) if queries == batch else 0, **tiles,
+        ENTRIES=min(padded(width, 32), ENTRIES) if queries == batch and tails is None else 0, **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](

@@ -1,5 +1,5 @@
 """The k pages of highest score, in ascending order; ties to the lowest page."""
 
-from vllm_dlm.kernels.top_pages.dispatch import physical_pages, top_pages, unless_alike
+from vllm_dlm.kernels.top_pages.dispatch import physical_pages, store_top_pages, top_pages, unless_alike
 
-__all__ = ["physical_pages", "top_pages", "unless_alike"]
+__all__ = ["physical_pages", "store_top_pages", "top_pages", "unless_alike"]

@@ -13,11 +13,23 @@ def top_pages(scores, k, kept=None, names=None):
     return out
 
 
-def unless_alike(pages, before, share):
+def store_top_pages(out, rows, scores, k, kept=None, names=None):
     """See dispatch.py"""
-    same = overlap(pages, before) >= share
-    mask = same[:, None, None]
-    return same, pages.masked_fill(mask, -1), torch.where(mask, before[..., : pages.shape[2]], pages)
+    found = top_pages(scores, k, kept, names)
+    for b, h in torch.cartesian_prod(*map(torch.arange, scores.shape[:2])).tolist():
+        if (scores[b, h] > -torch.inf).any():
+            out[rows[b], h] = -1
+            out[rows[b], h, :k] = found[b, h]
+
+
+def unless_alike(pages, before, rows, known, share):
+    """See dispatch.py"""
+    left = torch.full_like(pages, -1)
+    for b, alike in enumerate(overlap(pages, before[rows]) >= share):
+        if not (known[b] and alike):
+            left[b], before[rows[b]] = pages[b], -1
+            before[rows[b], :, : pages.shape[2]] = pages[b]
+    return left
 
 
 def overlap(pages, before):

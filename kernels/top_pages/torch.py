@@ -47,11 +47,20 @@ def top(scores, k):
     return pages
 
 
-def unless_alike(pages, before, share):
+def store_top_pages(out, rows, scores, k, kept=None, names=None):
     """See dispatch.py"""
-    same = overlap(pages, before) >= share
-    mask = same[:, None, None]
-    return same, pages.masked_fill(mask, -1), torch.where(mask, before[..., : pages.shape[2]], pages)
+    scored = scores[..., :1] > -torch.inf  # those without a score come last
+    if bool(scored.any()):
+        pages = padded(top_pages(scores, k, kept, names), out.shape[2])
+        out.index_copy_(0, rows, torch.where(scored, pages, out.index_select(0, rows)))
+
+
+def unless_alike(pages, before, rows, known, share):
+    """See dispatch.py"""
+    own = before.index_select(0, rows)
+    same = ((overlap(pages, own) >= share) & known)[:, None, None]
+    before.index_copy_(0, rows, torch.where(same, own, padded(pages, before.shape[2])))
+    return pages.masked_fill(same, -1)
 
 
 def overlap(pages, before):

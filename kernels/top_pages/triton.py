@@ -40,12 +40,16 @@ def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.cons
 
 @triton.jit
 def _top_kernel(
-    scores, kept, names, chosen, width, k, heads, TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr
-):
-    """scores [rows, width] -> chosen [rows, k]"""
+    scores, kept, names, chosen, rows, width, k, room_for, heads, stride_row, stride_head,
+    TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """scores [B * heads, width] -> chosen [B or as many as `rows` names, heads, room_for >= k]"""
     row = tl.program_id(0).to(tl.int64)
     scores += row * width
-    chosen += row * k
+    own = row // heads
+    if rows is not None:
+        own = tl.load(rows + own)
+    chosen += own * stride_row + row % heads * stride_head
     most = k
     if kept is not None:
         most = tl.minimum(tl.load(kept + row // heads).to(tl.int32), k)
@@ -72,33 +76,43 @@ def _top_kernel(
         above_before += tl.sum(above, 0)
         ties_before += tl.sum(ties, 0)
     number = above_before + tl.minimum(ties_before, room)
-    for first in range(0, k, SLOTS):
+    end = room_for
+    if rows is not None:
+        end = tl.where(number > 0, room_for, 0)  # nothing had a score: what stands there stays
+    for first in range(0, end, SLOTS):
         slot = first + tl.arange(0, SLOTS)
-        tl.store(chosen + slot, -1, mask=(slot >= number) & (slot < k))
+        tl.store(chosen + slot, -1, mask=(slot >= number) & (slot < end))
 
 
 def top_pages(scores, k, kept, names):
     """See dispatch.py"""
-    *shape, width = scores.shape
-    chosen = torch.empty(*shape, k, dtype=torch.int32, device=scores.device)
-    tile = min(padded(width, 128), TILE)
-    if chosen.numel():
-        _top_kernel[(chosen.numel() // k,)](
-            scores.contiguous(), kept, names, chosen, width, k, shape[1],
-            TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(k, 128), TILE), num_warps=4 if tile < TILE else 8,
-        )  # fmt: skip
+    chosen = torch.empty(*scores.shape[:2], k, dtype=torch.int32, device=scores.device)
+    store_top_pages(chosen, None, scores, k, kept, names)
     return chosen
+
+
+def store_top_pages(out, rows, scores, k, kept, names):
+    """See dispatch.py"""
+    batch, heads, width = scores.shape
+    room_for, tile = out.shape[2], min(padded(width, 128), TILE)
+    if batch and room_for:
+        _top_kernel[batch * heads,](
+            scores.contiguous(), kept, names, out, rows, width, k, room_for, heads, *out.stride()[:2],
+            TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(room_for, 128), TILE),
+            num_warps=4 if tile < TILE else 8,
+        )  # fmt: skip
 
 
 @triton.jit
 def _overlap_kernel(
-    pages, before, found, number, most, stride_b, stride_h, stride_before_b, stride_before_h, K: tl.constexpr,
-    STEPS: tl.constexpr, TILE: tl.constexpr,
+    pages, before, rows, known, found, number, most, stride_b, stride_h, stride_before_b, stride_before_h,
+    K: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """found [2, B, Hkv]: pages of a head that were there before, and all of them; each is looked for by halving."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pages += b * stride_b + h * stride_h
-    before += b * stride_before_b + h * stride_before_h
+    before += tl.load(rows + b) * stride_before_b + h * stride_before_h
+    most = tl.where(tl.load(known + b) != 0, most, 0)
     common, total = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for start in range(0, K, TILE):
         place = start + tl.arange(0, TILE)
@@ -106,8 +120,8 @@ def _overlap_kernel(
         low, high = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32) + most
         for _ in range(STEPS):  # the first place whose page is not below
             middle = (low + high) // 2
-            known = tl.load(before + middle, mask=middle < high, other=-1)
-            below = (middle < high) & (known >= 0) & (known < page)
+            old = tl.load(before + middle, mask=middle < high, other=-1)
+            below = (middle < high) & (old >= 0) & (old < page)
             low, high = tl.where(below, middle + 1, low), tl.where(below, high, tl.minimum(middle, high))
         same = (page >= 0) & (tl.load(before + low, mask=low < most, other=-1) == page)
         common += tl.sum(same.to(tl.int32), 0)
@@ -119,38 +133,39 @@ def _overlap_kernel(
 
 @triton.jit
 def _unless_kernel(
-    pages, before, found, same, left, memo, number, share, stride_b, stride_h, stride_before_b, stride_before_h,
+    pages, before, rows, known, found, left, number, most, share, stride_b, stride_h, stride_before_b, stride_before_h,
     K: tl.constexpr, TILE: tl.constexpr, HEADS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """same [B], left and memo [B, Hkv, K]"""
+    """left [B, Hkv, K]; its pages go to `before`, too"""
     b, h, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     head = tl.arange(0, HEADS_PAD)
     common = tl.sum(tl.load(found + b * heads + head, mask=head < heads, other=0), 0)
     total = tl.sum(tl.load(found + number + b * heads + head, mask=head < heads, other=0), 0)
-    alike = (common.to(tl.float32) / total.to(tl.float32) >= share).to(tl.int8)
-    if h == 0:
-        tl.store(same + b, alike)
+    alike = (common.to(tl.float32) / total.to(tl.float32) >= share).to(tl.int32)
+    alike = tl.where(tl.load(known + b) != 0, alike, 0)
+    changes = tl.where(alike > 0, 0, most)
     row = (b * heads + h) * K
-    for start in range(0, K, TILE):
+    before += tl.load(rows + b) * stride_before_b + h * stride_before_h
+    for start in range(0, most, TILE):
         place = start + tl.arange(0, TILE)
         page = tl.load(pages + b * stride_b + h * stride_h + place, mask=place < K, other=-1)
-        old = tl.load(before + b * stride_before_b + h * stride_before_h + place, mask=place < K, other=-1)
         tl.store(left + row + place, tl.where(alike > 0, -1, page), mask=place < K)
-        tl.store(memo + row + place, tl.where(alike > 0, old, page), mask=place < K)
+        tl.store(before + place, page, mask=place < changes)
 
 
-def unless_alike(pages, before, share):
+def unless_alike(pages, before, rows, known, share):
     """See dispatch.py"""
-    (batch, kv_heads, k), most, device = pages.shape, before.shape[2], pages.device
-    found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=device)
-    same = torch.empty(batch, dtype=torch.bool, device=device)
-    left, memo = (torch.empty(pages.shape, dtype=torch.int32, device=device) for _ in range(2))
+    (batch, kv_heads, k), most = pages.shape, before.shape[2]
+    found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=pages.device)
+    left = torch.empty(pages.shape, dtype=torch.int32, device=pages.device)
     strides, tile = (*pages.stride()[:2], *before.stride()[:2]), min(padded(k, 128), 1024)
+    known = known.view(torch.int8)
     _overlap_kernel[batch, kv_heads](
-        pages, before, found, batch * kv_heads, most, *strides, K=k, STEPS=most.bit_length() + 1, TILE=tile
-    )
+        pages, before, rows, known, found, batch * kv_heads, most, *strides,
+        K=k, STEPS=most.bit_length() + 1, TILE=tile,
+    )  # fmt: skip
     _unless_kernel[batch, kv_heads](
-        pages, before, found, same.view(torch.int8), left, memo, batch * kv_heads, float(share), *strides,
+        pages, before, rows, known, found, left, batch * kv_heads, most, float(share), *strides,
         K=k, TILE=tile, HEADS_PAD=padded(kv_heads),
     )  # fmt: skip
-    return same, left, memo
+    return left

@@ -38,10 +38,19 @@ class Summaries:
 
 
 @dataclass
+class Held:
+    """Where choices of canvases that serve longer than a step stay, in one layer: int32, -1 at the end of a row."""
+
+    units: torch.Tensor  # [slots, Hkv, units]
+    memo: torch.Tensor  # [slots, Hkv, M] what a selection keeps for its next choice
+    rows: torch.Tensor  # [B] int64 slot of each canvas
+    known: torch.Tensor  # [B] bool: what stands there was chosen from the same keys
+
+
+@dataclass
 class Choice:
-    units: torch.Tensor  # [B, Hkv, K] int32, ascending, -1 at the end where an asker has fewer
+    units: torch.Tensor | None  # [B, Hkv, K] int32, ascending, -1 at the end where an asker has fewer; None: see `Held`
     scored: int  # summaries and keys that were compared with the queries, at most
-    memo: torch.Tensor | None = None  # [B, Hkv, M] int32: for the selection's next choice
 
 
 @dataclass
@@ -55,8 +64,7 @@ class CachedPrompts:
     numbers: torch.Tensor  # [M, B] int32: `Selection.numbers` of each
     scale: float
     voters: torch.Tensor  # [Tq] bool: queries whose token is about to be decided
-    #: what was chosen last, all -1 where the prompt has been refreshed since; None unless `Selection.memo` asks for it
-    previous: Choice | None = None
+    held: Held | None = None  # choices of several steps: may be written there, and are then not returned
 
     def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Runs [B, Hkv, n] of so many neighbours, which lie within blocks -> [B, Hkv, n, size, D]. A run of -1 is
@@ -156,7 +164,7 @@ class Selection:
         return []
 
     def memo(self, prompt_len: int) -> int:
-        """How many numbers each head's choice keeps for the next one, which then is told of it; 0: it is not."""
+        """How many numbers each head's choice keeps for the next one (`Held.memo`)."""
         return 0
 
     def keeps(self, steps: int) -> bool:

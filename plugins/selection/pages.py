@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST
-from vllm_dlm.kernels.top_pages import top_pages
+from vllm_dlm.kernels.top_pages import store_top_pages, top_pages
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, Choice, Selection, Summaries
 
@@ -76,7 +76,11 @@ class PageSelection(Selection):
         if asked.prompts is None:
             return Choice(top_pages(scores, min(self.kept_pages, count)), batch * count)
         most = max(map(self.units_kept, asked.prompts.prompt_lens))
-        return Choice(top_pages(scores, most), sum(map(self.summary_rows, asked.prompts.prompt_lens)))
+        scored, held = sum(map(self.summary_rows, asked.prompts.prompt_lens)), asked.prompts.held
+        if held is None:
+            return Choice(top_pages(scores, most), scored)
+        store_top_pages(held.units, held.rows, scores, most)
+        return Choice(None, scored)
 
     def scores(self, asked: Asked) -> torch.Tensor:
         """[B, Hkv, N] float32: FORCED where a page is always read, -inf beyond an asker's pages. A method with a

@@ -25,7 +25,7 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, mean_and_variance
 from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
-from vllm_dlm.kernels.top_pages import top_pages, unless_alike
+from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
@@ -175,7 +175,9 @@ class WaveFilter(Selection):
         return found
 
     def memo(self, prompt_len: int) -> int:
-        return self.kept(self.summary_rows(prompt_len))[0] if self._reselect[0] == "drift" else 0
+        if self._reselect[0] != "drift" or self.stages == 1:  # at one scale there is no descent to spare
+            return 0
+        return self.kept(self.summary_rows(prompt_len))[0]
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.wavelet != "haar":  # a band reaches round the ends of its prompt
@@ -191,18 +193,19 @@ class WaveFilter(Selection):
             raise NotImplementedError(f"{self.name} chooses among the keys of a cached prompt alone")
         kept = [self.kept(self.summary_rows(n)) for n in prompts.prompt_lens]
         most = [max(own) for own in zip(*kept, strict=True)]
-        runs = top = self._best(self._coarsest(asked, prompts), most[0], prompts.numbers[0])  # [B, Hkv, coarse]
-        same, before = None, prompts.previous
-        if before is not None and before.memo is not None:
-            # Where the coarsest choice is still much the same the old one serves on, and no run is looked into.
-            same, runs, top = unless_alike(top, before.memo, self._reselect[1])
-        for stage, scale in enumerate(self.scales[1:], 1):
-            scores, halves = self._halves(asked, prompts, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
-            runs = self._best(scores, most[stage], prompts.numbers[3 * stage], halves)
-        if before is not None and same is not None:
-            runs = torch.where(same[:, None, None], before.units[..., : most[-1]], runs)
         scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
-        return Choice(runs, scored, top)
+        held, scores, names = prompts.held, self._coarsest(asked, prompts), None
+        for stage, scale in enumerate(self.scales[1:], 1):
+            runs = top_pages(scores, most[stage - 1], prompts.numbers[3 * stage - 3], names)  # [B, Hkv, most of them]
+            if stage == 1 and held is not None and held.memo.shape[2]:
+                # Where the coarsest choice is still much the same no run is looked into, and the old one serves on.
+                runs = unless_alike(runs, held.memo, held.rows, held.known, self._reselect[1])
+            scores, names = self._halves(asked, prompts, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
+        last = scores, most[-1], prompts.numbers[-3], names
+        if held is None:
+            return Choice(top_pages(*last), scored)
+        store_top_pages(held.units, held.rows, *last)
+        return Choice(None, scored)
 
     # -- one scale -------------------------------------------------------------------------
 
@@ -210,29 +213,30 @@ class WaveFilter(Selection):
         """Votes for the runs that were summarised, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
-        return page_scores(
+        return self._of_heads(page_scores(
             asked.q, asked.starts, statistics, asked.table, asked.counts, forced_from, sinks, self.detail_lambda,
             self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
         """Votes for the halves of what is left at the scale above, and which runs of 2^scale those are, [B, Hkv, n]"""
         above, _, _, _, sinks, forced_from = numbers.unbind()
         voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
-            return half_scores(
+            scores, halves = half_scores(
                 asked.q, asked.starts, asked.ends, prompts.cache, prompts.table, runs, 2**scale, forced_from, sinks,
                 self.detail_lambda, self.agg, voters, sharpness,
             )  # fmt: skip
+            return self._of_heads(scores), halves
         keys, counts = prompts.keys(runs, 2 ** (scale + 1)).flatten(2, 3), 2 * above
         band = self._band(keys, scale, None if len(runs) == 1 else counts << scale).to(keys.dtype)
         scores = page_scores(
             asked.q, asked.starts, PageStatistics(band, band, 2**scale, "none"),
-            torch.arange(len(runs), device=runs.device)[:, None], counts, forced_from, sinks, 0.0, self.agg, asked.ends,
-            voters, sharpness,
+            torch.arange(len(runs), device=runs.device)[:, None], counts * (runs[:, 0, 0] >= 0), forced_from, sinks,
+            0.0, self.agg, asked.ends, voters, sharpness,
         )  # fmt: skip
         halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype, device=runs.device)).flatten(2)
-        return scores, halves
+        return self._of_heads(scores), halves
 
     @property
     def _spread(self) -> str:
@@ -245,11 +249,9 @@ class WaveFilter(Selection):
         """[..., Hkv, N, D] -> low-pass band in units of a mean, [..., Hkv, N / 2^scale, D]"""
         return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale, counts) / 2 ** (scale / 2)
 
-    def _best(self, scores, most: int, kept: torch.Tensor, names: torch.Tensor | None = None) -> torch.Tensor:
-        """Those voted for, `kept` [B] of each asker: [B, Hkv, most]"""
-        if self.head_mode == "shared":
-            scores = scores.sum(1, keepdim=True).expand(scores.shape).contiguous()
-        return top_pages(scores, most, kept, names)
+    def _of_heads(self, scores: torch.Tensor) -> torch.Tensor:
+        """Votes [B, Hkv, N] of each key head, or of all together."""
+        return scores if self.head_mode == "per_kv_head" else scores.sum(1, keepdim=True).expand(scores.shape)
 
 
 def reselection(text: str) -> tuple[str, float] | None:

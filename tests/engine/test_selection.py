@@ -129,7 +129,7 @@ def test_view_is_a_mask(std_kind, reduce):
     counts = Counts()
     group = step(view, 3)
     got = group.attend(*arguments(pages, q), counts)
-    (units,) = group.visible(*arguments(pages, q), counts)
+    (units,) = group.units(group.shown(*arguments(pages, q), counts))
 
     runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
     mean, variance = runs.mean(1), runs.var(1, correction=0)
@@ -159,7 +159,9 @@ def test_moved_values_add_what_a_mask_lets_through():
     group, places = step(view, 3), torch.full((1, 231), -1, dtype=torch.int32)
     places[0, changed] = torch.arange(5, dtype=torch.int32)
     got = group.delta(*arguments(pages, q), Counts(), moved, places)
-    mask = seen_keys(group.visible(*arguments(pages, q), Counts())[0], 231, 16).repeat_interleave(2, 0)[:, None]
+    mask = seen_keys(group.units(group.shown(*arguments(pages, q), Counts()))[0], 231, 16).repeat_interleave(2, 0)[
+        :, None
+    ]
     assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
     keys = kv[..., :32].double().repeat_interleave(2, 1)
     weight = (torch.einsum("lhd,nhd->hln", q.double(), keys) * 0.2).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -172,12 +174,13 @@ def test_choices_last_as_long_as_they_should():
     chose, shown = [], []
     for number in range(6):
         group, counts = step(view, 3), Counts()
-        shown.append(group.visible(*arguments(pages, q * (-1) ** number), counts))
+        shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), counts)))
         chose.append(view.chooses)
         assert chose[-1] == (counts.keys_scored > 0)
     assert chose == [True, False] * 3
     assert torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[4])
-    assert not torch.equal(shown[0], step(view, 3).visible(*arguments(pages, -q), Counts()))
+    group = step(view, 3)
+    assert not torch.equal(shown[0], group.units(group.shown(*arguments(pages, -q), Counts())))
     assert not view.step_begins()
     refresh(view, pages, kv)
     assert view.step_begins() and not view.known

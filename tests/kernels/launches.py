@@ -17,7 +17,7 @@ from vllm_dlm.kernels.page_scores import half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
-from vllm_dlm.kernels.top_pages import top_pages, unless_alike
+from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -33,6 +33,10 @@ class Launching(TorchDispatchMode):
 
 def ints(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype)
+
+
+def longs(*shape):
+    return ints(*shape, dtype=torch.int64)
 
 
 def halves(*shape):
@@ -79,12 +83,13 @@ def scores_of_halves(size, lam, reduce="softmax_sum"):
 def attention_of_canvases(page_size, kept, moved=False, **shape):
     pages = cache(**shape)
     q = torch.empty(4 * 32, 32, pages.shape[3] // 2, dtype=pages.dtype)
-    where = q, ints(4), ints(4), pages, ints(4, 256), ints(4, 8, kept), ints(4), page_size, 0.1
+    held = ints(9, 8, kept + 100).narrow(2, 0, kept)
+    where = q, ints(4), ints(4), pages, ints(4, 256), held, ints(4), page_size, 0.1
+    read = 64 // page_size, q.new_empty(q.shape), longs(4), ints(4), 256 // page_size
     if moved:
-        values, places = q.new_empty(64, 8, q.shape[2]), ints(4, 16384)
-        return partial(sparse_delta, *where, values, places, 64 // page_size, q.new_empty(q.shape))
+        return partial(sparse_delta, *where, q.new_empty(64, 8, q.shape[2]), ints(4, 16384), *read)
     q, starts, ends, *rest = where
-    return partial(sparse_attention, q, starts, *rest, False, ends, 64 // page_size, q.new_empty(q.shape))
+    return partial(sparse_attention, q, starts, *rest, False, ends, *read)
 
 
 def attention(queries, causal=True, page_size=64, kept=32, group=4, **shape):
@@ -145,7 +150,18 @@ CASES = {
     "scores of keys": lambda: scores_of_halves(1, 0.5, "max"),
     "scores of eights": lambda: scores_of_halves(8, 0.0, "mean"),
     "top of canvases": lambda: partial(top_pages, torch.empty(4, 8, 512), 32, ints(4), ints(4, 8, 512)),
-    "what two choices share": lambda: partial(unless_alike, ints(4, 8, 2458), ints(4, 8, 2500), 0.9),
+    "top of canvases that hold": lambda: partial(
+        store_top_pages,
+        ints(9, 8, 700).narrow(2, 100, 600),
+        longs(4),
+        torch.empty(4, 8, 512),
+        32,
+        ints(4),
+        ints(4, 8, 512),
+    ),
+    "what two choices share": lambda: partial(
+        unless_alike, ints(4, 8, 2458), ints(9, 8, 2500), longs(4), ints(4, dtype=torch.bool), 0.9
+    ),
     "attention of canvases": lambda: attention_of_canvases(1, 2700),
     "moved values": lambda: attention_of_canvases(2, 1400, moved=True),
     "moved values in float32": lambda: attention_of_canvases(2, 1400, moved=True, dtype=F32),

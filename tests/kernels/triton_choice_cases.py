@@ -15,7 +15,7 @@ from vllm_dlm.kernels.sparse_attention import naive as naive_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
 from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
-from vllm_dlm.kernels.top_pages import top_pages, unless_alike
+from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 
 #: where the first argument lies
 DEVICES = (on_gpu, lambda x: x)
@@ -95,15 +95,39 @@ def test_what_two_choices_share(k, m):
         rows[1, :, max(count * 2 // 3, 1) :] = -1
         return rows.to(torch.int32)
 
-    now, before = pages(k, 0), pages(m, 1)
-    before[2] = -1
-    shares = naive_top.overlap(now, before)
+    now, before, rows = pages(k, 0), torch.full((5, 2, m + 3), -1, dtype=torch.int32), torch.tensor([4, 0, 2])
+    before[rows, :, :m] = pages(m, 1)
+    before[2] = before[3] = -1
+    shares = naive_top.overlap(now, before[rows])
     assert shares[2] == 0 < shares.max()
-    for share in (*shares.unique().tolist(), 0.1, 1.0):  # at least, and not more than
-        want = naive_top.unless_alike(now, before, share)
-        for put in DEVICES:
-            for got, wanted in zip(unless_alike(put(now), before, share), want, strict=True):
-                assert torch.equal(got, wanted)
+    for known in ([True] * 3, [True, False, True]):
+        known = torch.tensor(known)
+        for share in (*shares.unique().tolist(), 0.1, 1.0):  # at least, and not more than
+            memo = before.clone()
+            want = naive_top.unless_alike(now, memo, rows, known, share)
+            for put in DEVICES:
+                wide = torch.full((5, 2, m + 7), 7, dtype=torch.int32)  # what lies beside it stays as it is
+                own = wide[..., 2:-2]
+                own[:] = before
+                assert torch.equal(unless_alike(put(now), own, rows, known, share), want)
+                assert torch.equal(own, memo) and (wide[..., :2] == 7).all() and (wide[..., -2:] == 7).all()
+
+
+def test_pages_are_written_where_choices_are_held():
+    """As far as there are any: a head without scores keeps its own."""
+    scores = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
+    scores[1], scores[2, 0, 4:] = -torch.inf, -torch.inf
+    rows, kept = torch.tensor([3, 0, 1]), torch.tensor([6, 9, 9])
+    held = torch.arange(4 * 2 * 12, dtype=torch.int32).view(4, 2, 12)
+    want = held.clone()
+    naive_top.store_top_pages(want, rows, scores, 9, kept)
+    assert torch.equal(want[[0, 2]], held[[0, 2]]) and (want[1, 0, 4:] == -1).all() and (want[3, :, 6:] == -1).all()
+    for put in DEVICES:
+        wide = torch.full((4, 2, 15), 7, dtype=torch.int32)
+        own = wide[..., :12]
+        own[:] = held
+        store_top_pages(own, rows, put(scores), 9, kept)
+        assert torch.equal(own, want) and (wide[..., 12:] == 7).all()
 
 
 @pytest.mark.parametrize("processors", [1, 1000])
@@ -114,11 +138,21 @@ def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch
     chosen = choose(batch, 24)
     chosen[0, :, 10:14] = -1  # gaps
     own = torch.full_like(batch.q, 7.0)
-    arguments = (batch.q, starts, batch.pages, blocks_of(batch, 8), chosen, batch.kv_lens, 4, 0.3, False, ends, 8)
-    want = naive_attention.sparse_attention(*arguments, own.clone())
+    where = (batch.q, starts, batch.pages, blocks_of(batch, 8))
+    arguments = (batch.kv_lens, 4, 0.3, False, ends, 8)
+    want = naive_attention.sparse_attention(*where, chosen, *arguments, own.clone())
     assert (want[[5, 6, 7, 10]] == 7).all() and (want != 7).any()
     for put in DEVICES:
-        got = sparse_attention(put(batch.q), *arguments[1:], own.clone())
+        got = sparse_attention(put(batch.q), *where[1:], chosen, *arguments, own.clone())
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    # the same from rows of a wider pool, and all that is behind a page of each request's own
+    tails = torch.tensor([45, 70, 23], dtype=torch.int32)  # of 50, 83 and 23 pages
+    pool, rows = torch.full((6, 2, 31), 99, dtype=torch.int32), torch.tensor([5, 0, 3])
+    held = pool[..., 2:26]
+    held[rows] = torch.where(chosen < tails[:, None, None], chosen, -1)
+    want = naive_attention.sparse_attention(*where, held, *arguments, own.clone(), rows, tails, 13)
+    for put in DEVICES:
+        got = sparse_attention(put(batch.q), *where[1:], held, *arguments, own.clone(), rows, tails, 13)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
@@ -132,13 +166,18 @@ def test_moved_values(processors, monkeypatch):
     for b, length in enumerate((200, 331, 90)):
         places[b, torch.randperm(length, generator=g)[: 20 * b]] = torch.arange(20 * b, dtype=torch.int32)
     moved = torch.randn(40, 2, 64, generator=g)
+    tails = torch.tensor([45, 70, 20], dtype=torch.int32)
+    chosen = torch.full((3, 2, 24), -1, dtype=torch.int32)
+    for own, tail, kept in zip(chosen, tails.tolist(), (10, 24, 12), strict=True):  # of all heads as many
+        own[:, :kept] = torch.rand(2, tail, generator=g).argsort(1)[:, :kept].sort(1)[0]
+    rows = torch.tensor([2, 0, 1])
     arguments = (
-        batch.q, starts, ends, batch.pages, blocks_of(batch, 8), choose(batch, 24), batch.kv_lens, 4, 0.3, moved,
+        batch.q, starts, ends, batch.pages, blocks_of(batch, 8), chosen[[1, 2, 0]], batch.kv_lens, 4, 0.3, moved,
         places, 8,
     )  # fmt: skip
     own = torch.full_like(batch.q, 7.0)
-    want = naive_attention.sparse_delta(*arguments, own.clone())
+    want = naive_attention.sparse_delta(*arguments, own.clone(), rows, tails, 13)
     assert (want[:5] == 0).all() and (want[5] == 7).all() and want[8:10].abs().sum() > 0
     for put in DEVICES:
-        got = sparse_delta(put(batch.q), *arguments[1:], own.clone())
+        got = sparse_delta(put(batch.q), *arguments[1:], own.clone(), rows, tails, 13)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

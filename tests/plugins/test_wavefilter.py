@@ -8,6 +8,7 @@ import torch
 
 from tests.plugins.asking import canvas_asks
 from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.plugins.selection.base import Held
 from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 
@@ -93,11 +94,22 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     selection = WaveFilter(reselect="drift:0.9", min_prompt=0)
     given, _ = asked(selection=selection)
     first = selection.choose(given)
-    given.prompts.previous = first
-    again = selection.choose(given)
-    assert torch.equal(again.units, first.units) and torch.equal(again.memo, first.memo)
+    held = Held(
+        torch.full((3, *first.units.shape[1:]), -1, dtype=torch.int32),
+        torch.full((3, first.units.shape[1], selection.memo(given.prompts.prompt_lens[0])), -1, dtype=torch.int32),
+        torch.tensor([2]), torch.tensor([False]),
+    )  # fmt: skip
+    given.prompts.held = held
+    assert selection.choose(given).units is None
+    assert torch.equal(held.units[2], first.units[0]) and (held.units[:2] == -1).all()
+    memo, marked = held.memo.clone(), held.units.clone()
+    held.units[2, :, 0], held.known = 5, torch.tensor([True])
+    marked[2, :, 0] = 5
+    selection.choose(given)  # nothing has moved: what stands there stays, whatever it is
+    assert torch.equal(held.units, marked) and torch.equal(held.memo, memo) and (memo[2] >= 0).all()
     given.q = -given.q
-    assert not torch.equal(selection.choose(given).units, first.units)
+    selection.choose(given)
+    assert not torch.equal(held.units[2], first.units[0]) and not torch.equal(held.memo, memo)
     assert not selection.keeps(1)
     every = WaveFilter(reselect="every:3")
     assert [every.keeps(n) for n in range(1, 7)] == [True, True, False] * 2

@@ -4,28 +4,25 @@ A view belongs to one canvas of one request and lives as long as it does. Its
 summaries lie in blocks of the request, in the slots of so many keys; what was
 chosen lasts until the prompt is refreshed or the selection wants to choose
 anew. All the host knows is whether there is a choice; the choices themselves
-lie in a pool on the device, from which a group's are gathered with one
-operator.
+lie in a pool on the device, where they are read in place.
 """
 
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from vllm_dlm.plugins.selection.base import Choice, Selection
+from vllm_dlm.plugins.selection.base import Selection
 
 
 class ChoicePool:
-    """Choices of the canvases of one selection, by layer. Slot 0 has none: -1 everywhere."""
+    """Choices of the canvases of one selection, by layer. Slot 0 is nobody's."""
 
     def __init__(self) -> None:
         self.layers: dict[int, torch.Tensor] = {}  # [slots, Hkv, units + memo] int32
         self._free: list[int] = []
-        self._slots, self._units, self._memo = 1, 0, 0
+        self._slots, self._units, self._memo = 1, 0, 0  # how many slots, how wide
 
     def slot(self, units: int, memo: int) -> int:
         """For a canvas with so many chosen units, and numbers kept for the next choice."""
@@ -33,7 +30,7 @@ class ChoicePool:
             # What others keep moves to wider rows.
             kept, before = self.layers, self._units
             self._units, self._memo = max(units, self._units), max(memo, self._memo)
-            self.layers = {layer: self._empty(own) for layer, own in kept.items()}
+            self.layers = {layer: self._empty(own.shape[1], own.device) for layer, own in kept.items()}
             for layer, own in kept.items():
                 units_of, memo_of = own.split([before, own.shape[2] - before], 2)
                 self.layers[layer][: len(own), :, :before] = units_of
@@ -46,33 +43,19 @@ class ChoicePool:
     def release(self, slot: int) -> None:
         self._free.append(slot)
 
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        shape = (self._slots, like.shape[1], self._units + self._memo)
-        return torch.full(shape, -1, dtype=torch.int32, device=like.device)
+    def _empty(self, kv_heads: int, device: torch.device) -> torch.Tensor:
+        shape = (self._slots, kv_heads, self._units + self._memo)
+        return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-    def put(self, layer: int, slots: torch.Tensor, choice: Choice) -> None:
-        """Of canvases in `slots` [B]"""
+    def of(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """[slots, Hkv, units] and [slots, Hkv, memo], to be read and written"""
         kept = self.layers.get(layer)
         if kept is None or len(kept) < self._slots:
-            self.layers[layer] = self._empty(choice.units)
+            self.layers[layer] = self._empty(kv_heads, device)
             if kept is not None:
                 self.layers[layer][: len(kept)] = kept
             kept = self.layers[layer]
-        rows = [padded(choice.units, self._units)]
-        if self._memo and choice.memo is not None:
-            rows.append(padded(choice.memo, self._memo))
-        kept.index_copy_(0, slots, torch.cat(rows, 2) if len(rows) > 1 else rows[0])
-
-    def get(self, layer: int, slots: torch.Tensor) -> Choice | None:
-        """Of canvases in `slots` [B], as wide as the pool's widest choice; None: nobody has chosen in this layer"""
-        if layer not in self.layers:
-            return None
-        found = self.layers[layer].index_select(0, slots)
-        return Choice(found[..., : self._units], 0, found[..., self._units :] if self._memo else None)
-
-
-def padded(units: torch.Tensor, width: int) -> torch.Tensor:
-    return units if units.shape[2] == width else F.pad(units, (0, width - units.shape[2]), value=-1)
+        return kept[..., : self._units], kept[..., self._units :]
 
 
 @dataclass(eq=False)
@@ -101,15 +84,15 @@ class View:
         if self.slot:
             weakref.finalize(self, self.pool.release, self.slot)
 
-    @cached_property
-    def free_units(self) -> np.ndarray:
-        """[F] those always visible"""
-        return np.arange(self.free, -(-self.length // self.selection.unit), dtype=np.int32)
+    @property
+    def tail(self) -> int:
+        """Units that are always visible, from `free` on."""
+        return -(-self.length // self.selection.unit) - self.free
 
     @property
     def visible(self) -> int:
         """Keys that a query sees."""
-        return min((self.kept + len(self.free_units)) * self.selection.unit, self.length)
+        return min((self.kept + self.tail) * self.selection.unit, self.length)
 
     def step_begins(self) -> bool:
         """-> whether this step chooses anew"""

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import View
-from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
+from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Held, Selection, Summaries
 
 Upload = Callable[[np.ndarray], torch.Tensor]
 
@@ -34,8 +34,8 @@ class Choosers:
     summaries: torch.Tensor  # [B, blocks] where the summaries lie
     described: torch.Tensor  # [B]
     numbers: torch.Tensor  # [M, B], see Selection.numbers
-    slots: torch.Tensor  # [B] in the pool, of the choices that are made
-    before: torch.Tensor  # [B] of those before; 0: there is none
+    slots: torch.Tensor  # [B] in the pool
+    known: torch.Tensor  # [B] bool: the choice there is one of the same keys
 
 
 @dataclass
@@ -48,6 +48,14 @@ class Refreshed:
 
 
 @dataclass
+class Shown:
+    """What is read of the prompts in one layer."""
+
+    units: torch.Tensor  # [C or slots of the pool, Hkv, K] int32, -1: none
+    rows: torch.Tensor | None  # [C] row of each canvas; None: its number
+
+
+@dataclass
 class Selecting:
     """Of the C canvases of a group."""
 
@@ -56,11 +64,11 @@ class Selecting:
     bounds: torch.Tensor  # [2, C] live rows where each response starts and ends
     tables: torch.Tensor  # [C, blocks], any block beyond a canvas
     lengths: torch.Tensor  # [C] keys
-    free: torch.Tensor  # [C, 1, F] int32 units that are always visible, -1 where a canvas has fewer
+    free: torch.Tensor  # [C] int32: units from here on are always visible
     slots: torch.Tensor  # [C] in the pool
     choosers: Choosers | None
     refreshed: Refreshed | None
-    _visible: tuple[int, torch.Tensor] | None = None  # the layer whose choice was made last, and what it shows
+    _shown: tuple[int, Shown] | None = None  # the layer whose choice was made last, and what it shows
     _found: dict[tuple[int, int], tuple] = field(default_factory=dict)
     _prompts: dict[int, list[int]] = field(default_factory=dict)
 
@@ -116,30 +124,33 @@ class Selecting:
 
     # -- choosing --------------------------------------------------------------------------
 
-    def visible(
+    def shown(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
         counts: Counts,
-    ) -> torch.Tensor:  # fmt: skip
-        """-> [C, Hkv, K] units to read, those outside the prompt included; -1: none. `voters` [T] of all live rows"""
-        if self._visible is None or self._visible[0] != layer:
-            units = self._chosen(layer, blocks, q, rows, voters, scale, counts)
-            free = self.free.expand(-1, units.shape[1], -1)
-            self._visible = layer, torch.cat([units, free], 2)
-        return self._visible[1]
+    ) -> Shown:  # fmt: skip
+        """What the prompts show; `voters` [T] of all live rows"""
+        if self._shown is None or self._shown[0] != layer:
+            self._shown = layer, self._chosen(layer, blocks, q, rows, voters, scale, counts)
+        return self._shown[1]
 
-    def _chosen(self, layer, blocks, q, rows, voters, scale, counts) -> torch.Tensor:
-        """-> [C, Hkv, K]"""
-        choosers, pool = self.choosers, self.views[0].pool
+    def units(self, shown: Shown) -> torch.Tensor:
+        """-> [C, Hkv, K] written out, those outside the prompt included"""
+        return listed(shown.units, self.lengths, self.selection.unit, shown.rows, self.free, self.tail)
+
+    @property
+    def tail(self) -> int:
+        return max(view.tail for view in self.views)
+
+    def _chosen(self, layer, blocks, q, rows, voters, scale, counts) -> Shown:
+        choosers = self.choosers
         if choosers is not None:
             choice = self.selection.choose(self.asked(layer, blocks, q, rows, voters, scale))
             counts.keys_scored += choice.scored
-            if any(view.remembers for view in choosers.views):
-                pool.put(layer, choosers.slots, choice)
-            if len(choosers.views) == len(self.views):
-                return choice.units
-        held = pool.get(layer, self.slots)
-        assert held is not None, "a choice is held that was never made"
-        return held.units[..., : max(view.kept for view in self.views)]
+            if choice.units is not None:
+                assert len(choosers.views) == len(self.views), "a choice was not held"
+                return Shown(choice.units, None)
+        units, _ = self.views[0].pool.of(layer, blocks.layers[layer].shape[1], q.device)
+        return Shown(units[..., : max(view.kept for view in self.views)], self.slots)
 
     def asked(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float
@@ -154,7 +165,7 @@ class Selecting:
         (first, _), (second, _) = self.selection.vectors(dim, cache.dtype)
         prompts = CachedPrompts(
             cache, choosers.tables, [view.prompt_len for view in choosers.views],
-            [view.length for view in choosers.views], choosers.numbers, scale, voters, self._previous(layer),
+            [view.length for view in choosers.views], choosers.numbers, scale, voters, self._held(layer, cache),
         )  # fmt: skip
         starts, ends = self._spans(rows, choosers.bounds)
         return Asked(
@@ -163,12 +174,12 @@ class Selecting:
             prompts,
         )  # fmt: skip
 
-    def _previous(self, layer: int) -> Choice | None:
-        if self.choosers is None or not any(view.known for view in self.choosers.views):
+    def _held(self, layer: int, cache: torch.Tensor) -> Held | None:
+        if not self.views[0].remembers:
             return None
-        if not self.selection.memo(self.choosers.views[0].prompt_len):
-            return None
-        return self.views[0].pool.get(layer, self.choosers.before)
+        units, memo = self.views[0].pool.of(layer, cache.shape[1], cache.device)
+        assert self.choosers is not None
+        return Held(units, memo, self.choosers.slots, self.choosers.known)
 
     # -- attention -------------------------------------------------------------------------
 
@@ -177,13 +188,14 @@ class Selecting:
         counts: Counts, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Queries [n, H, D] of responses over what is visible -> [n, H, D], in `out` those of prompts as they were"""
-        units = self.visible(layer, blocks, q, rows, voters, scale, counts)
+        shown = self.shown(layer, blocks, q, rows, voters, scale, counts)
         self._count(rows, counts)
         starts, ends = self._spans(rows, self.bounds)
         unit, cache = self.selection.unit, blocks.layers[layer]
         return sparse_attention(
-            q, starts, cache, self.tables, units, self.lengths, unit, scale, False, ends, cache.shape[2] // unit, out
-        )
+            q, starts, cache, self.tables, shown.units, self.lengths, unit, scale, False, ends,
+            cache.shape[2] // unit, out, shown.rows, self.free, self.tail,
+        )  # fmt: skip
 
     def delta(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
@@ -191,13 +203,13 @@ class Selecting:
     ) -> torch.Tensor:  # fmt: skip
         """What `moved` values [S, Hkv, D] add to contexts over what is visible; `places` [C, longest canvas]: which of
         them a position has, -1: none"""
-        units = self.visible(layer, blocks, q, rows, voters, scale, counts)
+        shown = self.shown(layer, blocks, q, rows, voters, scale, counts)
         self._count(rows, counts)
         starts, ends = self._spans(rows, self.bounds)
         unit, cache = self.selection.unit, blocks.layers[layer]
         return sparse_delta(
-            q, starts, ends, cache, self.tables, units, self.lengths, unit, scale, moved, places,
-            cache.shape[2] // unit, out,
+            q, starts, ends, cache, self.tables, shown.units, self.lengths, unit, scale, moved, places,
+            cache.shape[2] // unit, out, shown.rows, self.free, self.tail,
         )  # fmt: skip
 
     def _count(self, rows: Rows, counts: Counts) -> None:
@@ -213,7 +225,7 @@ def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], wh
     ends = np.cumsum(live, dtype=np.int64)
     bounds = np.stack([ends - responses, ends])
     tables = [view.kv_table for view in views]
-    shared = {"bounds": upload(bounds), "tables": upload(stacked(tables, 0))}
+    shared = {"bounds": upload(bounds), "tables": upload(stacked(tables))}
     chooses = [i for i, view in enumerate(views) if whole or view.chooses]
     made = None
     if chooses:
@@ -224,19 +236,19 @@ def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], wh
             own,
             max(responses[i] for i in chooses),
             upload(np.ascontiguousarray(bounds[:, chooses])) if part else shared["bounds"],
-            upload(stacked([tables[i] for i in chooses], 0)) if part else shared["tables"],
-            upload(stacked([view.summary_table for view in own], 0)),
+            upload(stacked([tables[i] for i in chooses])) if part else shared["tables"],
+            upload(stacked([view.summary_table for view in own])),
             upload(np.array([view.summaries for view in own], np.int32)),
             upload(np.array([selection.numbers(view.prompt_len) for view in own], np.int32).T.copy()),
             upload(np.array([view.slot for view in own], np.int64)),
-            upload(np.array([view.slot if view.known and not whole else 0 for view in own], np.int64)),
+            upload(np.array([view.known and not whole for view in own])),
         )
     return Selecting(
         views,
         prompts,
         **shared,
         lengths=upload(np.array([view.length for view in views], np.int32)),
-        free=upload(stacked([view.free_units for view in views], -1)[:, None]),
+        free=upload(np.array([view.free for view in views], np.int32)),
         slots=upload(np.array([view.slot for view in views], np.int64)),
         choosers=made,
         refreshed=described(views, live, upload) if whole else None,
@@ -258,9 +270,9 @@ def described(views: list[View], live: Sequence[int], upload: Upload) -> Refresh
     return Refreshed(rows, lens, slots)
 
 
-def stacked(tables: list[np.ndarray], fill: int) -> np.ndarray:
+def stacked(tables: list[np.ndarray]) -> np.ndarray:
     """Of any lengths -> [B, n] int32"""
-    out = np.full((len(tables), max(map(len, tables))), fill, np.int32)
+    out = np.zeros((len(tables), max(map(len, tables))), np.int32)
     for row, table in zip(out, tables, strict=True):
         row[: len(table)] = table
     return out
