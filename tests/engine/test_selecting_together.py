@@ -192,6 +192,9 @@ def test_launches_do_not_grow_with_canvases_and_wait_for_nothing(name, delta, mo
 #: launches of a layer beside its attention. Quest's scores are PyTorch's, and so are bands of long filters.
 MOST = {"unique": 2, "unique, held": 2, "wavefilter/paper": 4, "wavefilter/serve": 7, "wavefilter/serve-page": 2}
 
+#: of a layer, attention and all, where it is fast_dllm's
+MOST_IN_ALL = 16
+
 
 @pytest.mark.parametrize("name", MOST)
 def test_few_launches(name, monkeypatch):
@@ -245,4 +248,4 @@ def test_few_launches_on_a_gpu(monkeypatch, name):
         len(launched_on_a_gpu(monkeypatch, selection, "fast_dllm", 4))
         for selection in (methods("selection")["none"](), ON_A_GPU[name])
     )
-    assert some - none <= MOST[name]
+    assert some - none <= MOST[name] and some <= MOST_IN_ALL

@@ -10,9 +10,8 @@ from vllm_dlm.engine.layer import GroupLayer
 from vllm_dlm.engine.warm_up import STEPS
 from vllm_dlm.methods import methods
 
-#: launches of a layer between refreshes; with a selection, of a policy that has no more than nine without
+#: launches of a layer between refreshes
 MOST = {"none": 12, "fast_dllm": 12, "dllm_cache": 18, "dyllm": 22}
-MOST_SELECTING = 16
 REUSES = sorted(methods("reuse"))
 
 

@@ -67,6 +67,7 @@ def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
     asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
     chosen = selection.choose(asked).units
+    assert chosen is not None  # nothing is held from one position to the next
     # A query's own keys are in the last page, and vLLM's kernels take an unfinished page for the last one of their
     # table: it is forced, and should more pages be forced than may be read, it is one of them.
     chosen[..., -1] = rows.num_pages[:, None] - 1
