@@ -18,12 +18,12 @@ check: $(READY)
 	@.venv/bin/python -m ruff check
 	@.venv/bin/python -m mypy
 
-# A file's tests stay in one of the two processes, which shares its engines and servers among them.
+# Tests that share an engine or a server stay in one of the two processes: see tests/conftest.py.
 test: $(READY)
-	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-all: $(READY)
-	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" $(ARGS)
 
 # With VLLM=FOLDER vLLM's Python files are those of FOLDER/vllm, say of an unpacked wheel for GPUs.
 pretend: $(READY)

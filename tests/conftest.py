@@ -57,6 +57,15 @@ def engines():
 KEPT: list[dict] = []
 
 
+def pytest_collection_modifyitems(items):
+    """Of two processes one has all tests of a file, which share engines, and one all files that ask the server of
+    tests/integration/conftest.py, which is started once."""
+    served = {item.path for item in items if "server" in item.fixturenames and item.path.parent.name == "integration"}
+    for item in items:
+        group = "served" if item.path in served else str(item.path.relative_to(item.config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     if KEPT:

@@ -44,19 +44,18 @@ class TestInvariance:
         # the runner hears of the last finished requests with the next step
         assert llm.collective_rpc(open_requests)[0] <= 2
 
-    def test_two_ranks(self, together, checkpoint):
-        """Tensor parallel, in processes of its own."""
-        code = (
-            f"from tests.engine.test_invariance import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"
-        )
-        path = GOLDEN.parent.parent
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=600,
-            env=two_rank_environment(),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        (*_, line) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
-        assert [tuple(given) for given in json.loads(line.removeprefix("TOKENS "))] == together[checkpoint]
+
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", pytest.param("dream-tiny", marks=pytest.mark.slow)])
+def test_two_ranks(together, checkpoint):
+    """Tensor parallel, in processes of its own."""
+    code = f"from tests.engine.test_invariance import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"
+    path = GOLDEN.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=600, env=two_rank_environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (*_, line) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
+    assert [tuple(given) for given in json.loads(line.removeprefix("TOKENS "))] == together[checkpoint]
 
 
 def two_rank_environment() -> dict[str, str]:

@@ -43,20 +43,17 @@ KEEP_ALL = {
 }
 
 
-EVERYWHERE = ["unique", "serve"]  # the others on one checkpoint each
+def each_on_one(names):
+    """test_matrix.py has the methods as such on two checkpoints each."""
+    return [(CHECKPOINTS[i % len(CHECKPOINTS)], name) for i, name in enumerate(names)]
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "selection"),
-    [(checkpoint, name) for checkpoint in CHECKPOINTS for name in EVERYWHERE]
-    + [(CHECKPOINTS[i % 3], name) for i, name in enumerate(n for n in SELECTIONS if n not in EVERYWHERE)],
-)
+@pytest.mark.parametrize(("checkpoint", "selection"), each_on_one(SELECTIONS))
 def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
     assert_batch_invariant(engine(engines, checkpoint, SELECTIONS[selection]))
 
 
-@pytest.mark.parametrize("selection", KEEP_ALL)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize(("checkpoint", "selection"), each_on_one([*KEEP_ALL, "unique", "wavefilter, tokens"]))
 def test_keeping_everything_is_the_host_policy(engines, checkpoint, selection, monkeypatch):
     method = methods("selection")[KEEP_ALL[selection]["name"]]
     assert_keeping_all_is_dense(engines, checkpoint, KEEP_ALL[selection], method, monkeypatch)

@@ -8,7 +8,7 @@ from tests.integration.serving import BLOCK, chat, serving
 DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "canvas": {"max": 400}}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One server for the whole folder: starting it takes longer than all of its tests."""
     arguments = (
@@ -21,12 +21,12 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def client(server):
     return server.client
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model(server) -> str:
     return server.model
 

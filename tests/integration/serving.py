@@ -24,10 +24,15 @@ def vllm_environment() -> dict[str, str]:
     return demo.ENVIRONMENT | {name: value for name, value in os.environ.items() if name not in ours}
 
 
+#: An engine computes in its own process, as on a GPU, and not in one more: two starts of vLLM instead of three.
+WITHOUT_A_WORKER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 @contextmanager
 def serving(log: Path, *arguments: str, checkpoint: Path = CHECKPOINT, **environment: str) -> Iterator["Server"]:
     """A server that answers; unless it was told to end, it must still be there afterwards."""
-    with Server(*arguments, checkpoint=checkpoint, log=log, environment=vllm_environment() | environment) as server:
+    environment = vllm_environment() | WITHOUT_A_WORKER | environment
+    with Server(*arguments, checkpoint=checkpoint, log=log, environment=environment) as server:
         server.wait(600)
         yield server
         if not server.may_end:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.serving import vllm_environment
+from tests.integration.serving import WITHOUT_A_WORKER, vllm_environment
 from tests.page_sparse.models import write
 from vllm_dlm.integration import install
 from vllm_dlm.integration.patches import PATCHES, Patch, WhenImported, mismatch, wrap
@@ -123,7 +123,8 @@ def test_beside_another_vllm_nothing_is_touched_and_no_canvas_is_served(tmp_path
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.standing_aside", autoregressive, *arguments],
-        cwd=ROOT, env=vllm_environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=vllm_environment() | WITHOUT_A_WORKER | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]

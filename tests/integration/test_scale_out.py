@@ -28,7 +28,8 @@ ENVIRONMENT = {
     # With less to write between its two callbacks vLLM always loses the race that shutdown.py is about.
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-TELLING = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
+#: of those with workers, which tell how they end
+TELLING = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
