@@ -30,7 +30,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--server", action="store_true", help="a server with hostile clients instead")
     parser.add_argument(
-        "--small", action="store_true", help="of --server: two narrow random layers, for many steps in little time"
+        "--small", action="store_true", help="of --server: a narrow random layer, for many steps in little time"
     )
     parser.add_argument(
         "--steps",
@@ -69,8 +69,9 @@ def in_process(args) -> int:
 
 def at_a_server(args) -> int:
     from benchmarks.soak import served, server_table
-    from vllm_dlm.demo.server import CHECKPOINT
+    from vllm_dlm.demo.server import CHECKPOINT, end_when_told
 
+    end_when_told()
     checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
     with TemporaryDirectory() as folder:
         if args.small:

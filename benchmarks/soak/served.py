@@ -28,12 +28,17 @@ from vllm_dlm.options import server_options
 
 LIMIT = 512  # --max-model-len
 WAVE = 50  # requests
-TOGETHER = 12  # clients at a time
+TOGETHER = 32  # clients at a time
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
 KNOWN = 40  # requests with known answers
 LONG = 256  # tokens and steps of some of them, which keep batches full
 #: matrix products that oneDNN keeps, one for each shape; by default so many that memory grows for hours
 ONEDNN_CACHE = 64
+SERVED = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE),
+    # The engine computes itself, as on a GPU. A worker process beside it is waited for by spinning: a core for nothing.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 ENOUGH = 20  # problems, to end a run with
 #: of 100 clients
 MIX = {
@@ -58,7 +63,7 @@ class Server(demo.Server):
             *("--max-model-len", str(LIMIT), "--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
             *("--kv-cache-memory-bytes", str(16 << 20)),
             checkpoint=checkpoint,
-            environment=demo.ENVIRONMENT | os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE)},
+            environment=demo.ENVIRONMENT | os.environ | SERVED,
         )
 
 
@@ -77,7 +82,7 @@ class Work:
 def small(checkpoint: Path, folder: Path) -> Path:
     """A checkpoint with the same tokenizer and hardly anything to compute."""
     config = json.loads((checkpoint / "config.json").read_text())
-    shape = Shape("small", 64, 2, 2, 192, config["vocab_size"])
+    shape = Shape("small", 64, 1, 2, 192, config["vocab_size"])
     names = "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size"
     sizes = shape.width, shape.layers, shape.heads, shape.heads, shape.feed_forward
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))

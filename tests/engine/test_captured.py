@@ -12,6 +12,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import Counted, runner_of, tokens
+from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.engine import canvas_attention
 from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, repeated
 from vllm_dlm.engine.forward import denoise_live
@@ -102,6 +103,27 @@ def test_replayed_steps_are_the_steps(engines, capturing, checkpoint, reuse):
     assert sum(bucket in captured.steps for bucket in captured.met) > len(captured.met) / 3
     if reuse in ("fast_dllm", "dllm_cache"):  # others count rows that ride along
         assert counted.total("pairs") == plain.total("pairs") and counted.total("keys_read") == plain.total("keys_read")
+
+
+def is_whole(run: dict) -> bool:
+    """Of every canvas every row in every step"""
+    return run.get("Kp") == 1 or run.get("num_full_steps") == run["steps"]
+
+
+@pytest.mark.parametrize("run", OFFICIAL)
+def test_official_outputs_when_replayed(engines, capturing, run):
+    llm = official(engines, run)
+    captured = capturing(llm)
+    assert_official_outputs(llm, run)
+    assert any(bucket in captured.steps for bucket in captured.met) == (not is_whole(run))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_dllm_runs_when_replayed(engines, golden_runs, capturing, name):
+    llm = fast(engines, golden_runs, name)
+    captured = capturing(llm)
+    assert_fast_run(llm, golden_runs, name)
+    assert any(bucket in captured.steps for bucket in captured.met)
 
 
 def test_every_boundary_is_crossed(engines, capturing):

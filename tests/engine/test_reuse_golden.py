@@ -24,10 +24,22 @@ def prompts_of(tensors: dict) -> list[str]:
     return ["req0.", "req1."] if "req0.prompt_ids" in tensors else [""]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=[run["file"].removesuffix(".safetensors") for run in RUNS])
+OFFICIAL = [pytest.param(run, id=run["file"].removesuffix(".safetensors")) for run in RUNS]
+
+
+def official(engines, run: dict):
+    """An engine that is set as the official code was."""
+    return engines(run["checkpoint"], additional_config={"dlm": {"reuse": policy(run)}})
+
+
+@pytest.mark.parametrize("run", OFFICIAL)
 def test_official_outputs(engines, run):
+    assert_official_outputs(official(engines, run), run)
+
+
+def assert_official_outputs(llm, run: dict) -> None:
+    """Every token, and the logits of every step."""
     tensors = load_file(GOLDEN / "reuse" / run["file"])
-    llm = engines(run["checkpoint"], additional_config={"dlm": {"reuse": policy(run)}})
     params = SamplingParams(
         temperature=0, max_tokens=run["gen_len"], ignore_eos=True, detokenize=False,
         extra_args={"dlm_block_length": run["block"], "dlm_steps": run["steps"]},
@@ -56,11 +68,18 @@ FAST = {
 }
 
 
+def fast(engines, golden_runs, name: str):
+    reuse = {"name": "fast_dllm", **FAST[name]}
+    return engines(golden_runs[name]["model"], additional_config={"dlm": {"reuse": reuse}})
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_fast_dllm_runs(engines, golden_runs, name):
+    assert_fast_run(fast(engines, golden_runs, name), golden_runs, name)
+
+
+def assert_fast_run(llm, golden_runs, name: str) -> None:
     params, tensors = golden_runs[name]["params"], golden_tensors(name)
-    reuse = {"name": "fast_dllm", **FAST[name]}
-    llm = engines(golden_runs[name]["model"], additional_config={"dlm": {"reuse": reuse}})
     options = {"dlm_block_length": params["block_length"]}
     if "threshold" in params:
         options["dlm_threshold"] = params["threshold"]

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from rich.console import Console
 from vllm_dlm.demo import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
-from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError
+from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told
 
 CANVAS = 32
 #: small blocks leave one after the other, so that the answers are seen to fill in
@@ -32,8 +31,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, help="default: one that is free")
     parser.add_argument("--timeout", type=float, default=600, help="seconds the server may take to start")
     args = parser.parse_args()
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the server is stopped, too
+    end_when_told()
     console = Console()
     try:
         with Server(*DEMO, port=args.port) as server:

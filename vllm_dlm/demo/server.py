@@ -34,6 +34,12 @@ DEMO = (
 )
 
 
+def end_when_told() -> None:
+    """By leaving `with`, so that a server is stopped, too."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+
+
 class ServerError(Exception):
     """The server did not come up or went away; the message ends with the last of its log."""
 

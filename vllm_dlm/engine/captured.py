@@ -44,6 +44,7 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[Graph, torch.Tensor]]
 
 class Bucket(NamedTuple):
     kind: tuple  # of the streams
+    dense: bool  # all that lives is recomputed
     all_keep: bool  # every live row keeps features
     rows: int
     canvases: int
@@ -124,11 +125,11 @@ class CapturedSteps:
         is part of theirs. None, if its flow asks for what a captured step does not know."""
         if bucket_of([like]) is None:
             return
-        budget = bool(like.plan.budget) and not dense(like)
         for rows in self.rows:
             for canvases in reversed([number for number in CANVASES if is_common(rows, number)]):
-                for part in LEADING if budget else (0,):
-                    bucket = Bucket(like.kind, keeps(like), rows, canvases, rows // part if part else 0)
+                for part in LEADING if has_budget(like) else (0,):
+                    leading = rows // part if part else 0
+                    bucket = Bucket(like.kind, dense(like), keeps(like), rows, canvases, leading)
                     if bucket not in self.steps and not self._captured(like, bucket):
                         return
 
@@ -161,7 +162,7 @@ class CapturedSteps:
 
     def _nobody(self, like: Stream, rows: int, leading: int) -> Stream:
         live = span(0, rows)
-        budget = leading if like.plan.budget and not dense(like) else like.plan.budget
+        budget = leading if has_budget(like) else like.plan.budget
         plan = StepPlan(live, live if dense(like) else live[:0], budget, rows, refresh=False)
         length = rows + 1  # not all of it lives, as in the others
         tokens, blocks = np.zeros(length, np.int64), np.full(self.table_width, NULL_BLOCK)
@@ -181,7 +182,7 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
     if any(stream.plan.live[0] < stream.response[0] for stream in streams):
         return None  # with rows of the prompt it is long enough
     rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
-    budget, keep = bool(first.plan.budget) and not dense(first), all(map(keeps, streams))
+    shape = first.kind, dense(first), all(map(keeps, streams))
     for canvases in CANVASES:
         for size in ROWS:
             spare = size - rows
@@ -190,12 +191,12 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
                 continue
             if not is_common(size, canvases):
                 continue
-            if not budget:
-                return Bucket(first.kind, keep, size, canvases, 0)
+            if not has_budget(first):
+                return Bucket(*shape, size, canvases, 0)
             for part in LEADING:
                 missing = size // part - leading
                 if 0 <= missing <= spare and (missing == 0 or canvases > len(streams)):
-                    return Bucket(first.kind, keep, size, canvases, size // part)
+                    return Bucket(*shape, size, canvases, size // part)
     return None
 
 
@@ -206,6 +207,11 @@ def is_common(rows: int, canvases: int) -> bool:
 def dense(stream: Stream) -> bool:
     """All that lives is recomputed."""
     return len(stream.plan.forced) == len(stream.plan.live)
+
+
+def has_budget(stream: Stream) -> bool:
+    """A number of rows is recomputed, which may be none, and the flow says which."""
+    return stream.plan.budget is not None and not dense(stream)
 
 
 def keeps(stream: Stream) -> bool:

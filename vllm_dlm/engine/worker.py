@@ -21,7 +21,6 @@ class DiffusionGPUWorker(Worker):
         return DenoisingRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        # Nothing is captured; see "CUDA graphs" in docs/limits.md for what it would take.
         begin = time.perf_counter()
         self.model_runner.warm_up()
         set_random_seed(self.model_config.seed)
