@@ -9,6 +9,7 @@ patches, with each other and with the vLLM that is installed, so that nothing mo
 
 import ast
 import json
+import os
 import sys
 import zipfile
 from functools import cached_property
@@ -173,7 +174,8 @@ def asked_of_self(cls: ast.ClassDef) -> set[str]:
 def imported_names(package: Package) -> set[str]:
     """Everything that is imported from vLLM, wherever in a file, as "module:name"."""
     found = set()
-    for path in sorted(package.root.rglob("*.py")):
+    sources = (Path(folder, name) for folder, _, names in os.walk(package.root, followlinks=True) for name in names)
+    for path in sorted(path for path in sources if path.suffix == ".py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 found |= {f"{node.module}:{alias.name}" for alias in node.names}

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.kernels.watched import Watched
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas, Commit
@@ -103,21 +102,12 @@ class Upload:
     def send(self) -> None: ...
 
 
-class Watched(TorchDispatchMode):
-    """Operators that are launches, layer by layer. Operands that lie on the host would have to be uploaded."""
+class WatchedLayers(Watched):
+    """Layer by layer"""
 
     def __init__(self):
-        super().__init__()
-        self.launched: list[str] = []
+        super().__init__(uploads=False)
         self.layers: list[int] = []  # how many had been launched when each layer began
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        host = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-        if any(x.numel() for x in host):
-            raise RuntimeError(f"{operator} would upload {[tuple(x.shape) for x in host]}")
-        if not operator.is_view and operator.namespace != "prim":
-            self.launched.append(operator.name())
-        return operator(*args, **(kwargs or {}))
 
     def of_layer(self, index: int) -> list[str]:
         return self.launched[self.layers[index] : self.layers[index + 1]]
@@ -140,11 +130,11 @@ class Step:
             own = shape.tokens(state.options, state.canvas.prompt_len, len(state.canvas)) // BLOCK_SIZE
             self.tables[state.req_id] = np.arange(first, first := first + own)
 
-    def run(self) -> Watched:
+    def run(self) -> WatchedLayers:
         denoiser = self.denoiser
-        readers = [reader for state in self.states for reader in denoiser._readers(state, self.tables[state.req_id])]
+        readers = [reader for state in self.states for reader in denoiser.readers(state, self.tables[state.req_id])]
         prepared = denoiser._prepared(readers)
-        with Watched() as watched, layers_noted(watched):
+        with WatchedLayers() as watched, layers_noted(watched):
             hidden = denoiser._hidden(prepared, Counts())
             watched.layers.append(len(watched.launched))
             for alike in prepared.alike:
@@ -194,7 +184,7 @@ def viewed(x: torch.Tensor, places) -> tuple[torch.Tensor, list]:
 
 
 @contextmanager
-def layers_noted(watched: Watched):
+def layers_noted(watched: WatchedLayers):
     run = LayerStep.run
 
     def noted(step, index, normed):

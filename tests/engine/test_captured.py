@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.engine import canvas_attention
-from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, repeated
+from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, memory, repeated, sizes
 from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
@@ -35,7 +35,8 @@ class Capturing(CapturedSteps):
 
     def fill(self, streams):
         bucket = bucket_of(streams)
-        if bucket is not None and bucket.rows in self.rows and bucket not in self.steps:
+        known = bucket is not None and (bucket.rows, bucket.canvases) in sizes(self.longest)
+        if known and bucket not in self.steps:
             self._captured(streams[0], bucket)
         self.met.append(bucket)
         return super().fill(streams)
@@ -142,3 +143,6 @@ def test_every_boundary_is_crossed(engines, capturing):
     replayed = {bucket for bucket in captured.met if bucket in captured.steps}
     assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
     assert {bucket.canvases for bucket in replayed} == {2, 4, 8} and None in captured.met
+    config, states = runner_of(llm).model_config.hf_config, [step.hidden for step in captured.steps.values()]
+    left = memory(longest, config.num_hidden_layers, config.hidden_size, config.intermediate_size, 4, budget=False)
+    assert left > sum(hidden.nbytes for hidden in states) + max(map(len, states)) * config.intermediate_size * 4

@@ -7,9 +7,9 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.devices import fake_gpu, on_gpu
+from tests.kernels.watched import Watched
 from vllm_dlm.kernels.head_statistics import dispatch
 from vllm_dlm.kernels.head_statistics import torch as plain
 from vllm_dlm.methods import methods
@@ -33,17 +33,6 @@ def rows(suppress, unlikely, sampled=False, filtered=False, eot_id=EOT):
     )  # fmt: skip
 
 
-class Watched(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace != "prim":  # fakes are asked for their device
-            self.names.append(operator.name())
-        return operator(*args, **(kwargs or {}))
-
-
 def operators(decoding, sampled=False, filtered=False):
     """Of one `propose`, in order"""
     marks = torch.empty(ROWS, dtype=torch.bool)
@@ -51,7 +40,7 @@ def operators(decoding, sampled=False, filtered=False):
     with Watched() as watched:
         proposal = decoding.propose(logits_RV, of_rows)
     assert proposal.token.shape == proposal.score.shape == proposal.prob.shape == (ROWS,)
-    return watched.names
+    return watched.launched
 
 
 @pytest.mark.parametrize("filtered", [False, True])

@@ -30,6 +30,8 @@ CANVASES = (1, 2, 4, 8, 16, 32)
 ROWS_OF_MANY = 16
 #: parts of the rows that a policy with a budget recomputes in a layer
 LEADING = (8, 4, 2)
+#: bytes that a layer's launches take in a graph: two dozen of them, some ten KiB each
+LAYER = 1 << 18
 
 
 class Graph(Protocol):
@@ -110,7 +112,6 @@ class CapturedSteps:
         self.run, self.capture, self.shape = run, capture, shape
         self.longest, self.table_width = longest, -(-longest // shape.block_size)
         self.upload = Upload(device, stays=True)  # one step's tables at a time
-        self.rows = [rows for rows in reversed(ROWS) if rows < longest]  # a canvas of nobody can have them all
         self.steps: dict[Bucket, Step] = {}
 
     def fill(self, streams: list[Stream]) -> Filled | None:
@@ -125,13 +126,11 @@ class CapturedSteps:
         is part of theirs. None, if its flow asks for what a captured step does not know."""
         if bucket_of([like]) is None:
             return
-        for rows in self.rows:
-            for canvases in reversed([number for number in CANVASES if is_common(rows, number)]):
-                for part in LEADING if has_budget(like) else (0,):
-                    leading = rows // part if part else 0
-                    bucket = Bucket(like.kind, dense(like), keeps(like), rows, canvases, leading)
-                    if bucket not in self.steps and not self._captured(like, bucket):
-                        return
+        for rows, canvases in sizes(self.longest):
+            for part in LEADING if has_budget(like) else (0,):
+                bucket = Bucket(like.kind, dense(like), keeps(like), rows, canvases, rows // part if part else 0)
+                if bucket not in self.steps and not self._captured(like, bucket):
+                    return
 
     def _captured(self, like: Stream, bucket: Bucket) -> bool:
         packed, recorded = self._packed([], like, bucket), Recorded()
@@ -170,6 +169,22 @@ class CapturedSteps:
         return Stream(
             like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks, feature_blocks
         )  # fmt: skip
+
+
+def sizes(longest: int) -> list[tuple[int, int]]:
+    """Rows and canvases of the steps that are captured, the largest first. A canvas of nobody can have all rows."""
+    rows = [rows for rows in reversed(ROWS) if rows < longest]
+    return [(number, canvases) for number in rows for canvases in reversed(CANVASES) if is_common(number, canvases)]
+
+
+def memory(longest: int, layers: int, hidden: int, inner: int, itemsize: int, budget: bool) -> int:
+    """Bytes that captured steps take, at most: hidden states of each, what the largest works in, and the launches. (Of
+    a canvas that is `longest`; a layer's widest rows are `inner`.)"""
+    captured = sizes(longest) * (len(LEADING) if budget else 1)
+    if not captured:
+        return 0
+    states = sum(rows for rows, _ in captured) * hidden * itemsize
+    return states + captured[0][0] * 4 * (inner + 2 * hidden) * itemsize + len(captured) * layers * LAYER
 
 
 def bucket_of(streams: list[Stream]) -> Bucket | None:

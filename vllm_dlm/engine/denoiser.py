@@ -71,7 +71,7 @@ class Denoiser:
         readers: list[Reader] = []
         for state in states:
             with failed.of(state.req_id):
-                readers += self._readers(state, tables[state.req_id])
+                readers += self.readers(state, tables[state.req_id])
         requests = [reader.request for reader in readers if not reader.guides]
         if readers:
             with failed.of(*(request.state.req_id for request in requests), in_forward=True):
@@ -150,7 +150,7 @@ class Denoiser:
             f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
         )
 
-    def _readers(self, state: Denoising, table: np.ndarray) -> list[Reader]:
+    def readers(self, state: Denoising, table: np.ndarray) -> list[Reader]:
         """The request's canvas and, with guidance, its twin: two caches that never meet."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse

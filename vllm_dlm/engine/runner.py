@@ -22,7 +22,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.captured import CapturedSteps, cuda_graph
+from vllm_dlm.engine.captured import CapturedSteps, cuda_graph, memory
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
@@ -112,11 +112,30 @@ class DenoisingRunner:
 
     warming_up_model = profile_run
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured: attention that reads lengths on the device is FlashAttention's, and ranks would
+        have to capture together."""
+        model = self.model_config
+        half = model.dtype in (torch.float16, torch.bfloat16)
+        alone = get_tensor_model_parallel_world_size() == 1
+        return self.device.type == "cuda" and not model.enforce_eager and half and installed() and alone
+
+    def captured_memory(self) -> int:
+        """Bytes to be left free for steps that are captured once there is a KV cache."""
+        if not self.captures:
+            return 0
+        config, reuse = self.model_config.hf_config, resolved_options(self.vllm_config).reuse
+        return memory(
+            self.max_model_len, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+            self.model_config.dtype.itemsize, budget=reuse.caches,
+        )  # fmt: skip
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compiles kernels, and captures steps unless `enforce_eager` says otherwise."""
         config, denoiser = self.model_config.hf_config, self.denoiser
-        if self.device.type == "cuda" and not self.model_config.enforce_eager and can_be_captured(self.model_config):
+        if self.captures:
             denoiser.captured = CapturedSteps(
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
                 cuda_graph, denoiser.shape, self.device, self.max_model_len,
@@ -196,12 +215,6 @@ class DenoisingRunner:
 
     def shutdown(self) -> None:
         self.requests.clear()
-
-
-def can_be_captured(model_config) -> bool:
-    """Attention that reads lengths on the device is FlashAttention's; ranks would have to capture together."""
-    half = model_config.dtype in (torch.float16, torch.bfloat16)
-    return half and installed() and get_tensor_model_parallel_world_size() == 1
 
 
 def own_seed(request_id: str, server_seed: int) -> int:

@@ -3,13 +3,18 @@
 import os
 import time
 
+import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import enable_gpu_sync_check
+from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_dlm.engine.runner import DenoisingRunner
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class DiffusionGPUWorker(Worker):
@@ -20,9 +25,17 @@ class DiffusionGPUWorker(Worker):
     def _make_model_runner(self) -> DenoisingRunner:
         return DenoisingRunner(self.vllm_config, self.device)
 
+    def determine_available_memory(self) -> int:
+        asked_for = self.cache_config.kv_cache_memory_bytes
+        return super().determine_available_memory() - (0 if asked_for else self.model_runner.captured_memory())
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), torch.accelerator.get_memory_info()[0]
         self.model_runner.warm_up()
+        if self.model_runner.captures:
+            taken = before - torch.accelerator.get_memory_info()[0]
+            left = self.model_runner.captured_memory()
+            logger.info("Captured steps take %s GiB; %s GiB were left for them", format_gib(taken), format_gib(left))
         set_random_seed(self.model_config.seed)
         enable_gpu_sync_check()  # of VLLM_GPU_SYNC_CHECK
         return CompilationTimes(language_model=time.perf_counter() - begin, encoder=0.0)
