@@ -43,13 +43,15 @@ BOXES = {
         "one group per policy and kind",
     ),
     "layer": Box(
-        4.9, 3.1, 4.9, 3.1, ORANGE, "engine/layer.py, in each layer",
-        "flows advance together, asks of\n"
-        "one type are one product:\n"
-        "\n"
-        "Value · Query · Key\n"
-        "AttendMoved · Attend\n"
-        "Output · FeedForward",
+        4.9, 3.1, 4.9, 1.95, ORANGE, "engine/layer.py, in each layer",
+        "flows advance together, asks of one type\n"
+        "are one product: Value · Query · Key,\n"
+        "AttendMoved · Attend, Output · FeedForward",
+    ),
+    "captured": Box(
+        4.9, 5.3, 4.9, 1.3, ORANGE, "engine/captured.py, on a GPU",
+        "small steps between refreshes: tables are\n"
+        "written over, all launches replayed",
     ),
     "head": Box(
         10.6, 3.1, 3.3, 1.5, ORANGE, "engine/head.py",
@@ -71,11 +73,13 @@ BOXES = {
 ARROWS = [
     (("scheduler", 0.5, 0), ("runner", 0.5, 1), "SchedulerOutput, CanvasData", (2.35, 7.55, "left")),
     (("runner", 0.5, 0), ("packing", 0.5, 1), "streams", (2.35, 5.15, "left")),
-    (("packing", 1, 0.5), ("layer", 0, 0.242), "", None),
-    (("layer", 1, 0.242), ("head", 0, 0.5), "", None),
+    (("packing", 1, 0.5), ("layer", 0, 0.385), "", None),
+    (("layer", 1, 0.385), ("head", 0, 0.5), "", None),
+    (("packing", 0.92, 1), ("captured", 0, 0.4), "", None),
+    (("captured", 1, 0.4), ("head", 0.08, 1), "", None),
     (("head", 0.5, 1), ("request", 0.5, 0), "Proposal", (12.45, 5.15, "left")),
     (("request", 0.5, 1), ("vllm", 0.5, 0), "tokens", (12.45, 7.55, "left")),
-    (("request", 0, 0.8), ("scheduler", 1, 0.25), "Commit: applied on both sides", (7.6, 8.0, "center")),
+    (("request", 0, 0.8), ("scheduler", 1, 0.25), "Commit: applied on both sides", (7.35, 8.05, "center")),
     (("vllm", 0, 0.7), ("scheduler", 1, 0.7), "requests that wait or run", (7.35, 9.2, "center")),
     (("layer", 0.5, 0), ("attention", 0.5, 1), "queries", (7.55, 2.55, "left")),
     (("attention", 0, 0.5), ("cache", 1, 0.5), "", None),
