@@ -20,10 +20,10 @@ check: $(READY)
 
 # Tests that share an engine or a server stay in one of the two processes: see tests/conftest.py.
 test: $(READY)
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY)
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
 # With VLLM=FOLDER vLLM's Python files are those of FOLDER/vllm, say of an unpacked wheel for GPUs.
 pretend: $(READY)

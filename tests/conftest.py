@@ -57,13 +57,22 @@ def engines():
 KEPT: list[dict] = []
 
 
-def pytest_collection_modifyitems(items):
-    """Of two processes one has all tests of a file, which share engines, and one all files that ask the server of
-    tests/integration/conftest.py, which is started once."""
-    served = {item.path for item in items if "server" in item.fixturenames and item.path.parent.name == "integration"}
-    for item in items:
-        group = "served" if item.path in served else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+#: files that ask the server of tests/integration/conftest.py, which is started once
+SERVED = "tests/integration/test_server", "tests/integration/test_scale_out.py"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of two processes one has all tests of a file, which share engines, and one all files that share the server."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileAndServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SERVED[0] if nodeid.startswith(SERVED) else super()._split_scope(nodeid)
+
+    return ByFileAndServer(config, log)
 
 
 @pytest.hookimpl(trylast=True)
