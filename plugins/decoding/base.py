@@ -53,6 +53,7 @@ class Turn(NamedTuple):
     step: int  # counts the forwards of the block, from 0
     steps: int  # how many are scheduled
     quota: int  # positions the schedule wants filled by now and are not
+    positions: np.ndarray  # [C] of the candidates in the canvas, ascending
 
     @property
     def last(self) -> bool:
@@ -142,6 +143,12 @@ class Decoding:
 
     def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         return score
+
+    def or_at_least_as_probable(self, chosen: np.ndarray, prob: np.ndarray) -> np.ndarray:
+        """What a rule of its own has chosen, and what the threshold or the factor would, if there is one."""
+        if self.threshold is None and self.factor is None:
+            return chosen
+        return np.union1d(chosen, self._choose_parallel(prob))
 
     def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:
         order = best(prob, len(prob))

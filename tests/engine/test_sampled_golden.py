@@ -91,7 +91,7 @@ def test_steps(engines, golden_runs, name):
         filled = np.flatnonzero((wanted != canvas).numpy()[candidates])  # the quota is what the recorded step filled
         assert (as_numpy.token[filled] == wanted.numpy()[candidates[filled]]).all(), f"step {step}"
         if len(filled) or method == "origin":
-            chosen = decoding.choose(as_numpy, Turn(step, steps, len(filled)), lambda draws=draws: draws)
+            chosen = decoding.choose(as_numpy, Turn(step, steps, len(filled), candidates), lambda draws=draws: draws)
             # Where scores tie (a nucleus of one token has entropy 0) torch.topk's order is its own affair.
             np.testing.assert_array_equal(np.sort(as_numpy.score[chosen]), np.sort(as_numpy.score[filled]), f"{step}")
             if len(np.unique(as_numpy.score)) == len(candidates):

@@ -7,6 +7,8 @@ from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.entropy import Entropy
+from vllm_dlm.plugins.decoding.hierarchy import Hierarchy
+from vllm_dlm.plugins.decoding.local_leap import LocalLeap
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.origin import Origin
 
@@ -18,8 +20,9 @@ def proposal(*prob: float) -> Proposal:
     return Proposal(np.arange(len(prob)), prob, prob)
 
 
-def chosen(decoding, prob, quota=1, step=0, steps=4) -> list[int]:
-    return sorted(decoding.choose(proposal(*prob), Turn(step, steps, quota), lambda: RNG).tolist())
+def chosen(decoding, prob, quota=1, step=0, steps=4, positions=None) -> list[int]:
+    positions = np.arange(len(prob)) if positions is None else np.array(positions)
+    return sorted(decoding.choose(proposal(*prob), Turn(step, steps, quota, positions), lambda: RNG).tolist())
 
 
 @pytest.mark.parametrize("name", sorted(methods("decoding")))
@@ -68,6 +71,51 @@ def test_dream_threshold_keeps_the_step_budget():
 )
 def test_factor_rule(factor, prob, wanted):
     assert chosen(LowConfidence(factor=factor), prob) == wanted
+
+
+@pytest.mark.parametrize(
+    ("prob", "positions", "wanted"),
+    [
+        ([0.95, 0.8, 0.7, 0.8], [3, 4, 5, 8], [0, 1]),  # at a distance of 5 nobody leaps
+        ([0.8, 0.1, 0.9, 0.8, 0.75], [0, 1, 4, 8, 9], [0, 2, 3]),
+        ([0.95, 0.8, 0.8, 0.92], [10, 15, 17, 20], [0, 2, 3]),  # the nearest anchor counts, on either side
+        ([0.8, 0.89, 0.8], [0, 1, 2], [1]),  # no anchor: the best alone
+    ],
+)
+def test_leaps_beside_anchors(prob, positions, wanted):
+    assert chosen(LocalLeap(), prob, positions=positions) == wanted
+
+
+def test_leaps_are_those_of_the_statement():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        count = int(rng.integers(1, 40))
+        prob, positions = rng.random(count), np.sort(rng.choice(80, count, replace=False))
+        decoding = LocalLeap(kappa=rng.random(), tau=rng.random(), radius=int(rng.integers(0, 9)))
+        anchors = [i for i in range(count) if prob[i] >= decoding.kappa]
+        near = [
+            j for j in range(count)
+            if prob[j] >= decoding.tau and any(abs(positions[i] - positions[j]) <= decoding.radius for i in anchors)
+        ]  # fmt: skip
+        wanted = sorted({*anchors, *near}) or [int(prob.argmax())]
+        assert chosen(decoding, prob, positions=positions) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "prob", "positions", "wanted"),
+    [
+        ({}, [0.3, 0.5, 0.45, 0.2, 0.41], [0, 1, 2, 5, 6], [1, 4]),
+        ({}, [0.3, 0.35, 0.2], [0, 1, 5], [1]),  # low never stops the best of all
+        ({}, [0.95, 0.91, 0.5], [0, 1, 2], [0, 1]),
+        ({"high": None}, [0.95, 0.91, 0.5], [0, 1, 2], [0]),
+        ({"low": None}, [0.1, 0.2, 0.05], [0, 1, 5], [1, 2]),
+        ({"low": 0.5}, [0.5, 0.6], [0, 5], [1]),  # more probable than low
+        ({}, [0.5, 0.5, 0.5], [0, 1, 3], [0, 1, 2]),  # ties of a run together
+        ({"threshold": 0.8}, [0.95, 0.85, 0.1], [0, 1, 2], [0, 1]),  # a server's threshold counts as well
+    ],
+)
+def test_runs_are_split_at_their_best(fields, prob, positions, wanted):
+    assert chosen(Hierarchy(**fields), prob, positions=positions) == wanted
 
 
 def test_ties_go_to_the_lowest_position():

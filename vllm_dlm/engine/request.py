@@ -101,7 +101,7 @@ class Denoising:
         """Indices into `positions`, ascending."""
         canvas, decoding = self.canvas, self.options.decoding
         step = canvas.block_step
-        turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled)
+        turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled, positions)
         rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, step))
         chosen = decoding.choose(proposal, turn, rng)
         if turn.last and not decoding.parallel:

@@ -1,0 +1,91 @@
+"""Rules that fill as many tokens as they trust, against recorded runs of published code."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm import SamplingParams
+
+from tests.conftest import GOLDEN
+from tests.engine.running import Recorder, tokens
+from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.hierarchy import Hierarchy
+from vllm_dlm.plugins.decoding.local_leap import LocalLeap
+
+RUNS = json.loads((GOLDEN / "rules" / "runs.json").read_text())["runs"]
+
+
+def arrays(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "rules" / "runs" / f"{name}.safetensors")
+
+
+def of(method: str) -> list[str]:
+    return [name for name, run in RUNS.items() if run["method"] == method]
+
+
+def answered(engines, run: dict, prompt: torch.Tensor, algorithm: str, **fields) -> tuple[list[int], int]:
+    """Tokens, and forwards that read logits"""
+    reuse = {"name": "none"} if run["cache"] == "none" else {"name": "fast_dllm", "cache": run["cache"]}
+    llm = engines(run["model"], additional_config={"dlm": {"reuse": reuse}})
+    params = SamplingParams(
+        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False,
+        extra_args={
+            "dlm_algorithm": algorithm, "dlm_block_length": run["block"],
+            **{f"dlm_{key}": "none" if value is None else value for key, value in fields.items()},
+        },
+    )  # fmt: skip
+    with Recorder(llm) as recorder:
+        (got,) = tokens(llm, [({"prompt_token_ids": prompt.tolist()}, params)])
+    (steps,) = recorder.steps.values()
+    return list(got), len(steps)
+
+
+@pytest.mark.parametrize("name", of("hierarchy"))
+def test_hierarchy(engines, name):
+    run, recorded = RUNS[name], arrays(name)
+    got, forwards = answered(
+        engines, run, recorded["prompt"], "hierarchy", low=run["low_threshold"], high=run["threshold"]
+    )
+    assert got == recorded["final"].tolist()
+    if run["cache"] == "none":  # with a cache the official loop makes one more for each block
+        assert forwards == run["n_forward_useful"]
+
+
+def test_hierarchy_of_recorded_logits():
+    """Forward for forward, without a model."""
+    name = "hierarchy.G32B8t0.9l0.4"
+    run, recorded = RUNS[name], arrays(name)
+    rule = Hierarchy(low=run["low_threshold"], high=run["threshold"])
+    for forward, (logits, after, (start, end)) in enumerate(
+        zip(recorded["block_logits"], recorded["block_after"], recorded["block_range"].tolist(), strict=True)
+    ):
+        masked = np.flatnonzero(recorded["canvas"][forward, start:end] == run["mask_id"])
+        prob, token = logits.softmax(-1).max(-1)
+        prob, token = prob.numpy()[masked], token.numpy()[masked]
+        filled = rule.choose(Proposal(token, prob, prob), Turn(forward, 99, 1, start + masked), lambda: None)
+        block = recorded["canvas"][forward, start:end].numpy().copy()
+        block[masked[filled]] = token[filled]
+        assert block.tolist() == after.tolist(), forward
+
+
+@pytest.mark.parametrize("name", of("local_leap_variant"))
+def test_leaps_from_one_anchor(engines, monkeypatch, name):
+    """The recorded code takes the best position alone as an anchor; beside it the rule is the published one."""
+    published = LocalLeap.choose
+
+    def from_the_best(self, proposal, turn, rng):
+        below = np.nextafter(np.float32(self.kappa), np.float32(0))
+        prob = np.minimum(proposal.prob, below)
+        best = proposal.prob.argmax()
+        prob[best] = proposal.prob[best]
+        return published(self, replace(proposal, prob=prob), turn, rng)
+
+    monkeypatch.setattr(LocalLeap, "choose", from_the_best)
+    run, recorded = RUNS[name], arrays(name)
+    got, forwards = answered(
+        engines, run, recorded["prompt"], "local_leap", kappa=run["kappa"], tau=run["tau"], radius=run["radius"]
+    )
+    assert got == recorded["final"].tolist() and forwards == run["n_forward"]
