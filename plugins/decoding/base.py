@@ -7,7 +7,7 @@ on the host, the positions to fill. Nothing larger than [rows] crosses over.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +32,8 @@ class LogitRows:
     filtered: bool  # any row has top_p or top_k
     exponential: Callable[[], torch.Tensor]  # draws Exp(1) noise [R, V], float64
     uniform: Callable[[], torch.Tensor]  # draws uniform noise [R], float32
+    #: columns of the decoding's `Memory`, by name: [R, …]
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,6 +43,20 @@ class Proposal:
     token: torch.Tensor  # [R] int64
     score: torch.Tensor  # [R] float32: what the algorithm ranks by
     prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
+    noted: torch.Tensor | None = None  # [Decoding.noted, R] float64: for the decoding's `Memory`
+
+
+class Memory:
+    """What a decoding remembers, on the host, of the masks of one canvas block. It begins anew with each block, also
+    with one that begins again after a preemption."""
+
+    def columns(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """What `propose` is told of each candidate: [C, …], of any width, filled up with -1 (whole numbers) or 0"""
+        raise NotImplementedError
+
+    def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
+        """What `propose` noted of them: [Decoding.noted, C]"""
+        raise NotImplementedError
 
 
 #: makes the generator of a step, which takes longer than what most decodings do on the host
@@ -67,6 +83,8 @@ class Decoding:
     name: ClassVar[str | None] = None
     #: what ranks the positions cannot be compared with a probability threshold
     random_order: ClassVar[bool] = False
+    #: how many numbers of each row `propose` notes for the next step's; with `memory`
+    noted: ClassVar[int] = 0
     #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
     schedules_prompt_masks: ClassVar[bool] = False
 
@@ -78,19 +96,19 @@ class Decoding:
     suppress_eos: bool = False  # LLaDA's logits_eos_inf
 
     def __post_init__(self):
-        for field in ("steps", "block_length"):
-            value = getattr(self, field)
-            check(value is None or value >= 1, field, value, "a whole number of at least 1")
+        for name in ("steps", "block_length"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "a whole number of at least 1")
         check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
         check(self.factor is None or self.factor > 0, "factor", self.factor, "greater than 0")
         # far beyond any use, and guided logits stay finite
         check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
         if self.threshold is not None:
             check(self.factor is None, "factor", self.factor, "unset when threshold is set")
-        for field in ("threshold", "factor"):
+        for name in ("threshold", "factor"):
             if self.random_order:
-                value = getattr(self, field)
-                check(value is None, field, value, f"unset: {self.name} fills positions in random order")
+                value = getattr(self, name)
+                check(value is None, name, value, f"unset: {self.name} fills positions in random order")
 
     # -- schedule, on the host -------------------------------------------------------------
 
@@ -128,6 +146,10 @@ class Decoding:
         return top_p, top_k
 
     # -- the two halves of a step ----------------------------------------------------------
+
+    def memory(self) -> Memory | None:
+        """Of one canvas block"""
+        return None
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:

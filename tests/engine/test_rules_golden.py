@@ -11,7 +11,8 @@ from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
 from tests.engine.running import Recorder, tokens
-from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, Turn
+from vllm_dlm.plugins.decoding.credit import Credit
 from vllm_dlm.plugins.decoding.hierarchy import Hierarchy
 from vllm_dlm.plugins.decoding.local_leap import LocalLeap
 
@@ -69,6 +70,49 @@ def test_hierarchy_of_recorded_logits():
         block = recorded["canvas"][forward, start:end].numpy().copy()
         block[masked[filled]] = token[filled]
         assert block.tolist() == after.tolist(), forward
+
+
+@pytest.mark.parametrize("name", of("credit"))
+def test_credit(engines, name):
+    run, recorded = RUNS[name], arrays(name)
+    fields = {key: run[key] for key in ("alpha", "gamma", "beta", "threshold")}
+    got, forwards = answered(engines, run, recorded["prompt"], "credit", **fields)
+    assert got == recorded["final"].tolist()
+    if run["cache"] == "none":
+        assert forwards == run["n_forward_useful"]
+
+
+@pytest.mark.parametrize("name", ["credit.G32B8t0.9", "credit.calm_G32B16t0.3"])
+def test_credit_of_recorded_logits(name):
+    """Forward for forward, without a model."""
+    run, recorded = RUNS[name], arrays(name)
+    rule = Credit(**{key: run[key] for key in ("alpha", "gamma", "beta", "threshold")})
+    block, memory = None, None
+    for forward, (logits, after, (start, end)) in enumerate(
+        zip(recorded["block_logits"], recorded["block_after"], recorded["block_range"].tolist(), strict=True)
+    ):
+        if block != start:
+            block, memory = start, rule.memory()
+        canvas = recorded["canvas"][forward, start:end].numpy().copy()
+        masked = np.flatnonzero(canvas == run["mask_id"])
+        columns = {key: torch.from_numpy(column) for key, column in memory.columns(start + masked).items()}
+        found = rule.propose(logits[masked].clone(), rows_of(rule, len(masked), run, columns))
+        proposal = Proposal(found.token.numpy(), found.score.numpy(), found.prob.numpy())
+        memory.note(start + masked, found.noted.numpy())
+        filled = rule.choose(proposal, Turn(forward, 99, 1, start + masked), lambda: None)
+        canvas[masked[filled]] = proposal.token[filled]
+        assert canvas.tolist() == after.tolist(), forward
+
+
+def rows_of(rule, count: int, run: dict, memory: dict) -> LogitRows:
+    numbers = {key: torch.full((count,), getattr(rule, key)) for key in ("alpha", "gamma", "beta")}
+    flags = {key: torch.zeros(count, dtype=torch.bool) for key in ("suppress_eos", "confidence_eos_eot_inf")}
+    off = torch.zeros(count)
+    return LogitRows(
+        temperature=off, top_p=off + 1, top_k=off.long() + 512, options=numbers | flags, eos_id=run["eos_id"],
+        eot_id=None, mask_id=run["mask_id"], sampled=False, filtered=False, exponential=None, uniform=None,
+        memory=memory,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", of("local_leap_variant"))

@@ -4,39 +4,56 @@ that means what the CPU's code means."""
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.devices import fake_gpu, on_gpu
 from tests.kernels.watched import Watched
+from vllm_dlm.engine.head import numeric_fields
 from vllm_dlm.kernels.head_statistics import dispatch
 from vllm_dlm.kernels.head_statistics import torch as plain
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.base import LogitRows
 from vllm_dlm.plugins.decoding.entropy import Entropy
+from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 
 NAMES = sorted(methods("decoding"))
 ROWS, V, MASK, EOS, EOT = 6, 300, 17, 5, 9
 
 
-def rows(suppress, unlikely, sampled=False, filtered=False, eot_id=EOT):
+def rows(decoding, suppress, unlikely, sampled=False, filtered=False, eot_id=EOT):
     count = len(suppress)
+    numbers = {
+        name: torch.full((count,), float(value)) for name in numeric_fields(decoding)[0]
+        if (value := getattr(decoding(), name)) is not None
+    }  # fmt: skip
     return LogitRows(
         temperature=torch.full((count,), 0.7 if sampled else 0.0),
         top_p=torch.full((count,), 0.8 if filtered else 1.0),
         top_k=torch.full((count,), 50 if filtered else V),
-        options={"suppress_eos": suppress, "confidence_eos_eot_inf": unlikely},
+        options=numbers | {"suppress_eos": suppress, "confidence_eos_eot_inf": unlikely},
         eos_id=EOS, eot_id=eot_id, mask_id=MASK, sampled=sampled, filtered=filtered,
         exponential=lambda: torch.ones(count, V, dtype=torch.float64),
         uniform=lambda: torch.ones(count),
+        memory=memory(decoding, count),
     )  # fmt: skip
+
+
+def memory(decoding, count):
+    """Of a block whose second step it is"""
+    remembered = decoding().memory()
+    if remembered is None:
+        return {}
+    remembered.note(np.arange(count), np.full((decoding.noted, count), 7.0))
+    return {name: torch.tensor(column.tolist()) for name, column in remembered.columns(np.arange(count)).items()}
 
 
 def operators(decoding, sampled=False, filtered=False):
     """Of one `propose`, in order"""
     marks = torch.empty(ROWS, dtype=torch.bool)
-    of_rows, logits_RV = rows(marks, marks, sampled, filtered), torch.empty(ROWS, V)
+    of_rows, logits_RV = rows(decoding, marks, marks, sampled, filtered), torch.empty(ROWS, V)
     with Watched() as watched:
         proposal = decoding.propose(logits_RV, of_rows)
     assert proposal.token.shape == proposal.score.shape == proposal.prob.shape == (ROWS,)
@@ -53,10 +70,13 @@ def test_shapes_do_not_depend_on_what_is_in_the_logits(name, sampled, filtered):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_rows_take_one_kernel(name):
+    decoding = methods("decoding")[name]
     with fake_gpu():
-        names = operators(methods("decoding")[name], filtered=name in ("low_confidence", "random"))
-    # random draws its order
-    assert names == ["vllm_dlm::head_statistics"] + ["aten::ones"] * (name == "random")
+        names = operators(decoding, filtered=issubclass(decoding, LowConfidence))
+    if decoding.noted:  # what is remembered goes into the logits between two looks at them
+        assert names.count("vllm_dlm::head_statistics") == 2 and len(names) <= 20
+    else:
+        assert names == ["vllm_dlm::head_statistics"] + ["aten::ones"] * (name == "random")  # which draws its order
 
 
 @pytest.mark.parametrize("eot_id", [EOT, None])
@@ -69,7 +89,7 @@ def test_one_kernel_means_the_same(name, eot_id, monkeypatch):
     for row, token in enumerate((MASK, EOS, EOT, EOS, EOT)):
         logits_RV[row, token] = 30.0
     suppress, unlikely = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 0, 1]], dtype=torch.bool)
-    of_rows = rows(suppress, unlikely, eot_id=eot_id)
+    of_rows = rows(methods("decoding")[name], suppress, unlikely, eot_id=eot_id)
     wanted = methods("decoding")[name].propose(logits_RV.clone(), of_rows)
     got = methods("decoding")[name].propose(on_gpu(logits_RV.clone()), of_rows)
     assert torch.equal(got.token, wanted.token)
@@ -88,5 +108,5 @@ def test_a_score_of_its_own_is_not_passed_over():
 
     assert Entropy.statistic == "entropy" and Own.statistic is None
     logits_RV, none = torch.randn(ROWS, V), torch.zeros(ROWS, dtype=torch.bool)
-    proposal = Own.propose(on_gpu(logits_RV), rows(none, none))
+    proposal = Own.propose(on_gpu(logits_RV), rows(Own, none, none))
     assert torch.equal(proposal.score, proposal.prob * 2)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vllm_dlm.engine import noise
 from vllm_dlm.engine.canvas import NOTHING
@@ -87,7 +88,9 @@ class Head:
         if not parts:
             return
         # One transfer for all; float64 holds every token id exactly.
-        token, score, prob = torch.cat(parts, 1).cpu().numpy()  # [3, R]
+        most = max(map(len, parts))
+        filled_up = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
+        token, score, prob, *noted = torch.cat(filled_up, 1).cpu().numpy()  # [3 + noted, R]
         token = token.astype(np.int64)
         start = 0
         for alike in kinds:
@@ -95,11 +98,13 @@ class Head:
             for request in alike.requests:
                 own = slice(start, start := start + len(request.rows))
                 request.proposal = Proposal(token[own], score[own], prob[own])
+                if numbers := request.state.options.decoding.noted:
+                    request.proposal.noted = np.stack([column[own] for column in noted[:numbers]])
                 if alike.logprobs is not None:
                     request.logprobs = alike.logprobs[own.start - first : own.stop - first]
 
     def _proposed(self, hidden_TD: torch.Tensor, alike: "Alike") -> torch.Tensor:
-        """-> [3, R] float64: token, score and probability of each row"""
+        """-> [3 + noted, R] float64: token, score and probability of each row, and what the decoding notes of it"""
         decoding, _, _, guided, num_logprobs = alike.requests[0].kind
         parts = []
         for start in range(0, len(alike.rows), self.max_rows):
@@ -111,7 +116,8 @@ class Head:
                 logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
             raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
             proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
-            parts.append(torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()]))
+            part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
+            parts.append(part if proposal.noted is None else torch.cat([part, proposal.noted]))
             if num_logprobs is not None:
                 alike.logprobs = (alike.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -130,6 +136,7 @@ class Head:
             filtered=sampling.filtered,
             exponential=lambda: noise.exponential(keys_R, self.vocab_size),
             uniform=lambda: noise.uniform(keys_R),
+            memory={name: column[piece] for name, column in alike.memory.items()},
         )
 
 
@@ -145,6 +152,7 @@ class Alike:
     top_k: torch.Tensor  # [R]
     options: dict[str, torch.Tensor]  # [R] each
     keys: torch.Tensor  # [R] of their noise
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] of the decoding's, see Memory
     logprobs: list[Logprobs] | None = None
 
     @classmethod
@@ -169,7 +177,24 @@ class Alike:
         rows, top_k_R, keys, *guide = upload(np.stack(parts))
         columns = dict(zip(flags, upload(of_rows(true, np.bool_, counts)), strict=True)) if flags else {}
         columns |= dict(zip(numbers, options, strict=True))
-        return cls(requests, rows, guide[0] if guide else rows[:0], temperature, top_p, top_k_R, columns, keys)
+        guide_rows, memory = guide[0] if guide else rows[:0], remembered(requests, upload)
+        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory)
+
+
+def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.Tensor]:
+    """Columns of their memories, one below the other, as wide as the widest"""
+    own = [request.state.memory.columns(request.positions) for request in requests if request.state.memory]
+    found = {}
+    for name in own[0] if own else ():
+        columns = [each[name] for each in own]
+        width, dtype = max(column.shape[1] for column in columns), columns[0].dtype
+        table = np.full((sum(map(len, columns)), width), -1 if dtype == np.int64 else 0, dtype)
+        start = 0
+        for column in columns:
+            table[start : start + len(column), : column.shape[1]] = column
+            start += len(column)
+        found[name] = upload(table)
+    return found
 
 
 def of_rows(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.options import Options
-from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Denoising:
     logprobs: list = field(init=False)  # per response position: what was recorded when it was filled
     quotas: list[int] = field(init=False)  # of the current block: how many positions each step fills
     filled: int = field(init=False)  # positions filled since the current block was opened
+    memory: Memory | None = field(init=False)  # of the decoding, for the current block
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
     blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream
@@ -74,6 +75,7 @@ class Denoising:
             masks = int((candidates >= canvas.prompt_len).sum())
         steps = decoding.block_steps(canvas.block, len(canvas.blocks), masks)
         self.filled, self.quotas = 0, decoding.quotas(masks, steps)
+        self.memory = decoding.memory()
         self.most_steps = decoding.most_steps(len(candidates), len(self.quotas))
 
     # -- after a forward -------------------------------------------------------------------
@@ -88,6 +90,8 @@ class Denoising:
                 f"with reuse {reuse!r}"
             )
         chosen = self._chosen(positions, proposal) if len(positions) else NOTHING
+        if self.memory is not None and proposal.noted is not None:
+            self.memory.note(positions, proposal.noted)
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
         if logprobs is not None:
             for index in chosen:
