@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Held:
     rows: torch.Tensor  # [B] int64 slot of each canvas
     known: torch.Tensor  # [B] bool: what stands there was chosen from the same keys
 
+    def put(self, units: torch.Tensor) -> None:
+        """Choices [B, Hkv, K] that a selection has not written here itself"""
+        missing = self.units.shape[2] - units.shape[2]
+        self.units.index_copy_(0, self.rows, F.pad(units, (0, missing), value=-1))
+
 
 @dataclass
 class Choice:
@@ -64,7 +70,7 @@ class CachedPrompts:
     numbers: torch.Tensor  # [M, B] int32: `Selection.numbers` of each
     scale: float
     voters: torch.Tensor  # [Tq] bool: queries whose token is about to be decided
-    held: Held | None = None  # choices of several steps: may be written there, and are then not returned
+    held: Held | None = None  # choices of several steps: those written there need not be returned
 
     def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Runs [B, Hkv, n] of so many neighbours, which lie within blocks -> [B, Hkv, n, size, D]. A run of -1 is

@@ -1,5 +1,7 @@
 """Selections over cached prompts: exact where everything is kept, batch-invariant, and equal to masks in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,25 @@ def test_choices_last_as_long_as_they_should():
     frozen = view_of(Unique(page_size=16, budget_tokens=64, min_context=0, dense_layers=()), frozen=True)[0]
     assert frozen.step_begins()
     assert not any(frozen.step_begins() for _ in range(5))
+
+
+class Returning(Unique):
+    """As a selection would that knows nothing of where choices are held."""
+
+    def choose(self, asked):
+        return super().choose(replace(asked, prompts=replace(asked.prompts, held=None)))
+
+
+def test_choices_that_are_returned_last_as_long():
+    fields = {"page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": (), "select_every": 3}
+    shown = []
+    for cls in (Unique, Returning):
+        view, pages, _, q = view_of(cls(**fields))
+        for number in range(4):
+            group = step(view, 3)
+            shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), Counts())))
+    assert all(torch.equal(one, other) for one, other in zip(shown[:4], shown[4:], strict=True))
+    assert torch.equal(shown[0], shown[2]) and not torch.equal(shown[0], shown[3])
 
 
 def test_memory_of_summaries_is_asked_for(engines):

@@ -144,11 +144,13 @@ class Selecting:
     def _chosen(self, layer, blocks, q, rows, voters, scale, counts) -> Shown:
         choosers = self.choosers
         if choosers is not None:
-            choice = self.selection.choose(self.asked(layer, blocks, q, rows, voters, scale))
+            asked = self.asked(layer, blocks, q, rows, voters, scale)
+            choice = self.selection.choose(asked)
             counts.keys_scored += choice.scored
             if choice.units is not None:
-                assert len(choosers.views) == len(self.views), "a choice was not held"
-                return Shown(choice.units, None)
+                if asked.prompts is None or asked.prompts.held is None:
+                    return Shown(choice.units, None)
+                asked.prompts.held.put(choice.units)
         units, _ = self.views[0].pool.of(layer, blocks.layers[layer].shape[1], q.device)
         return Shown(units[..., : max(view.kept for view in self.views)], self.slots)
 
