@@ -144,5 +144,5 @@ def test_every_boundary_is_crossed(engines, capturing):
     assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
     assert {bucket.canvases for bucket in replayed} == {2, 4, 8} and None in captured.met
     config, states = runner_of(llm).model_config.hf_config, [step.hidden for step in captured.steps.values()]
-    left = memory(longest, config.num_hidden_layers, config.hidden_size, config.intermediate_size, 4, budget=False)
+    left = memory(longest, config.num_hidden_layers, config.hidden_size, config.intermediate_size, 4)
     assert left > sum(hidden.nbytes for hidden in states) + max(map(len, states)) * config.intermediate_size * 4

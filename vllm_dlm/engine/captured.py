@@ -177,10 +177,10 @@ def sizes(longest: int) -> list[tuple[int, int]]:
     return [(number, canvases) for number in rows for canvases in reversed(CANVASES) if is_common(number, canvases)]
 
 
-def memory(longest: int, layers: int, hidden: int, inner: int, itemsize: int, budget: bool) -> int:
+def memory(longest: int, layers: int, hidden: int, inner: int, itemsize: int) -> int:
     """Bytes that captured steps take, at most: hidden states of each, what the largest works in, and the launches. (Of
-    a canvas that is `longest`; a layer's widest rows are `inner`.)"""
-    captured = sizes(longest) * (len(LEADING) if budget else 1)
+    a canvas that is `longest`; a layer's widest rows are `inner`; a policy with a budget has the most of them.)"""
+    captured = sizes(longest) * len(LEADING)
     if not captured:
         return 0
     states = sum(rows for rows, _ in captured) * hidden * itemsize

@@ -90,16 +90,17 @@ class Head:
         # One transfer for all; float64 holds every token id exactly.
         most = max(map(len, parts))
         filled_up = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
-        token, score, prob, *noted = torch.cat(filled_up, 1).cpu().numpy()  # [3 + noted, R]
-        token = token.astype(np.int64)
+        found = torch.cat(filled_up, 1).cpu().numpy()  # [3 + noted, R]
+        token, score, prob, noted = found[0].astype(np.int64), found[1], found[2], found[3:]
         start = 0
         for alike in kinds:
             first = start
             for request in alike.requests:
                 own = slice(start, start := start + len(request.rows))
-                request.proposal = Proposal(token[own], score[own], prob[own])
-                if numbers := request.state.options.decoding.noted:
-                    request.proposal.noted = np.stack([column[own] for column in noted[:numbers]])
+                numbers = request.state.options.decoding.noted
+                request.proposal = Proposal(
+                    token[own], score[own], prob[own], noted[:numbers, own] if numbers else None
+                )
                 if alike.logprobs is not None:
                     request.logprobs = alike.logprobs[own.start - first : own.stop - first]
 

@@ -123,12 +123,12 @@ class DenoisingRunner:
 
     def captured_memory(self) -> int:
         """Bytes to be left free for steps that are captured once there is a KV cache."""
-        if not self.captures:
+        if not (self.captures and resolved_options(self.vllm_config).reuse.caches):
             return 0
-        config, reuse = self.model_config.hf_config, resolved_options(self.vllm_config).reuse
+        config = self.model_config.hf_config
         return memory(
             self.max_model_len, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-            self.model_config.dtype.itemsize, budget=reuse.caches,
+            self.model_config.dtype.itemsize,
         )  # fmt: skip
 
     @torch.inference_mode()
