@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.engine import canvas_attention
-from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, memory, repeated, sizes
+from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, repeated
 from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
@@ -23,22 +23,21 @@ REUSES = sorted(name for name, reuse in methods("reuse").items() if reuse.caches
 
 
 class Capturing(CapturedSteps):
-    """Each step when it is first met, and notes of them all."""
+    """Notes what it is asked for."""
 
-    def __init__(self, llm):
-        self.denoiser = denoiser = runner_of(llm).denoiser
+    def __init__(self, llm, room: int | None = None):
+        runner = runner_of(llm)
+        self.denoiser = denoiser = runner.denoiser
+        longest, costs = runner.max_model_len, runner.captured_costs
         super().__init__(
             lambda packed, counts: denoise_live(denoiser.model, packed, denoiser.blocks, counts),
-            repeated, denoiser.shape, denoiser.device, runner_of(llm).max_model_len,
+            repeated, denoiser.shape, denoiser.device, longest, costs.room(longest) if room is None else room,
+            costs.step,
         )  # fmt: skip
         self.met = []
 
     def fill(self, streams):
-        bucket = bucket_of(streams)
-        known = bucket is not None and (bucket.rows, bucket.canvases) in sizes(self.longest)
-        if known and bucket not in self.steps:
-            self._captured(streams[0], bucket)
-        self.met.append(bucket)
+        self.met.append(bucket_of(streams))
         return super().fill(streams)
 
 
@@ -50,8 +49,8 @@ def capturing(monkeypatch):
     monkeypatch.setattr(canvas_attention, "has_flash", lambda q: True)
     monkeypatch.setattr(canvas_attention, "flash_attention", over_tables)
 
-    def start(llm):
-        captured = Capturing(llm)
+    def start(llm, room=None):
+        captured = Capturing(llm, room)
         monkeypatch.setattr(captured.denoiser, "captured", captured)
         return captured
 
@@ -143,6 +142,30 @@ def test_every_boundary_is_crossed(engines, capturing):
     replayed = {bucket for bucket in captured.met if bucket in captured.steps}
     assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
     assert {bucket.canvases for bucket in replayed} == {2, 4, 8} and None in captured.met
-    config, states = runner_of(llm).model_config.hf_config, [step.hidden for step in captured.steps.values()]
-    left = memory(longest, config.num_hidden_layers, config.hidden_size, config.intermediate_size, 4)
-    assert left > sum(hidden.nbytes for hidden in states) + max(map(len, states)) * config.intermediate_size * 4
+    costs, states = runner_of(llm).captured_costs, [step.hidden for step in captured.steps.values()]
+    left = costs.room(longest) - costs.working(max(map(len, states)))
+    assert left > sum(hidden.nbytes for hidden in states) and captured.room >= 0
+
+
+def test_what_there_is_no_room_for_is_launched(engines, capturing):
+    llm = engines("llada-tiny")
+    given = list(some("fast_dllm", 3))
+    wanted = tokens(llm, given)
+    one = runner_of(llm).captured_costs.step(max(ROWS))
+    captured = capturing(llm, one)
+    assert tokens(llm, given) == wanted
+    launched = {bucket for bucket in captured.met if bucket is not None} - set(captured.steps)
+    assert len(captured.steps) == 1 and launched and captured.room < one
+
+
+def test_memory_that_ends_leaves_steps_launched(engines, capturing):
+    llm = engines("llada-tiny")
+    given = list(some("fast_dllm", 3))
+    wanted = tokens(llm, given)
+    captured = capturing(llm)
+
+    def full(run):
+        raise torch.OutOfMemoryError
+
+    captured.capture = full
+    assert tokens(llm, given) == wanted and not captured.steps and not captured.room

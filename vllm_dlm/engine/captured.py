@@ -4,8 +4,10 @@ A step between refreshes is captured for a bucket of rows and canvases, over
 memory that stays: the tables of its packing and its hidden states. A later
 step of the same shape is filled up with canvases of nobody, which lie in the
 block that vLLM hands to nobody, its tables are written over, and the launches
-are replayed. Whatever flows decide by on the host is part of the shape. Steps
-that recompute whole canvases are long enough for the host and stay as they are.
+are replayed. Whatever flows decide by on the host is part of the shape. Those
+of the server's own policy are captured before the first request, those of
+others when they are met. Steps that recompute whole canvases are long enough
+for the host and stay as they are.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
@@ -23,6 +26,8 @@ from vllm_dlm.engine.group import Packed, Unknown
 from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Stream, pack
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import StepPlan, span
+
+logger = init_logger(f"vllm.{__name__}")
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024)
 CANVASES = (1, 2, 4, 8, 16, 32)
@@ -108,18 +113,29 @@ class CapturedSteps:
         shape: BlockShape,
         device: torch.device,
         longest: int,  # canvas
+        room: int,  # bytes left to them
+        cost: Callable[[int], int],  # rows of a step -> bytes that it takes of those
     ):
-        self.run, self.capture, self.shape = run, capture, shape
+        self.run, self.capture, self.shape, self.room, self.cost = run, capture, shape, room, cost
         self.longest, self.table_width = longest, -(-longest // shape.block_size)
+        self.sizes = frozenset(sizes(longest))
         self.upload = Upload(device, stays=True)  # one step's tables at a time
         self.steps: dict[Bucket, Step] = {}
+        self.refused: set[Bucket] = set()  # a captured step does not know what their flows ask for
 
     def fill(self, streams: list[Stream]) -> Filled | None:
         """The streams in the memory of a captured step; None: there is none for them."""
         bucket = bucket_of(streams)
-        if bucket is None or (step := self.steps.get(bucket)) is None:
+        if bucket is None or not self._have(bucket, streams[0]):
             return None
-        return Filled(bucket, step, self._packed(streams, streams[0], bucket), self.upload, len(streams))
+        packed = self._packed(streams, streams[0], bucket)
+        return Filled(bucket, self.steps[bucket], packed, self.upload, len(streams))
+
+    def _have(self, bucket: Bucket, like: Stream) -> bool:
+        if bucket in self.steps:
+            return True
+        known = (bucket.rows, bucket.canvases) in self.sizes and bucket not in self.refused
+        return known and self.cost(bucket.rows) <= self.room and self._captured(like, bucket)
 
     def capture_all(self, like: Stream) -> None:
         """Steps of every size of canvases that are treated like this one, the largest first: the memory of the others
@@ -129,7 +145,7 @@ class CapturedSteps:
         for rows, canvases in sizes(self.longest):
             for part in LEADING if has_budget(like) else (0,):
                 bucket = Bucket(like.kind, dense(like), keeps(like), rows, canvases, rows // part if part else 0)
-                if bucket not in self.steps and not self._captured(like, bucket):
+                if not self._have(bucket, like):
                     return
 
     def _captured(self, like: Stream, bucket: Bucket) -> bool:
@@ -144,8 +160,14 @@ class CapturedSteps:
             run(Counts())  # what is compiled or allocated once is no part of the launches
             graph, hidden = self.capture(run)
         except Unknown:
+            self.refused.add(bucket)
+            return False
+        except torch.OutOfMemoryError as error:
+            logger.warning("No more steps are captured: %s", error)
+            self.room = 0
             return False
         self.steps[bucket] = Step(graph, hidden, Recorded(events=list(recorded.events)))
+        self.room -= self.cost(bucket.rows)
         return True
 
     def _packed(self, streams: list[Stream], like: Stream, bucket: Bucket) -> Packed:
@@ -177,14 +199,29 @@ def sizes(longest: int) -> list[tuple[int, int]]:
     return [(number, canvases) for number in rows for canvases in reversed(CANVASES) if is_common(number, canvases)]
 
 
-def memory(longest: int, layers: int, hidden: int, inner: int, itemsize: int) -> int:
-    """Bytes that captured steps take, at most: hidden states of each, what the largest works in, and the launches. (Of
-    a canvas that is `longest`; a layer's widest rows are `inner`; a policy with a budget has the most of them.)"""
-    captured = sizes(longest) * len(LEADING)
-    if not captured:
-        return 0
-    states = sum(rows for rows, _ in captured) * hidden * itemsize
-    return states + captured[0][0] * 4 * (inner + 2 * hidden) * itemsize + len(captured) * layers * LAYER
+class Costs(NamedTuple):
+    """What captured steps take of the device's memory, at most: hidden states of each, what the largest works in, and
+    the launches."""
+
+    layers: int
+    hidden: int
+    inner: int  # of a layer's widest rows
+    itemsize: int
+
+    def step(self, rows: int) -> int:
+        """Bytes"""
+        return rows * self.hidden * self.itemsize + self.layers * LAYER
+
+    def room(self, longest: int) -> int:
+        """Bytes for all steps of a policy with a budget, which has the most of them, and canvases so long."""
+        captured = sizes(longest) * len(LEADING)
+        if not captured:
+            return 0
+        largest, _ = captured[0]
+        return self.working(largest) + sum(self.step(rows) for rows, _ in captured)
+
+    def working(self, rows: int) -> int:
+        return rows * 4 * (self.inner + 2 * self.hidden) * self.itemsize
 
 
 def bucket_of(streams: list[Stream]) -> Bucket | None:
@@ -240,7 +277,8 @@ def leading_rows(streams: list[Stream]) -> int:
 
 def cuda_graph(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool()):
+    # While it serves, other threads may call the device, too.
+    with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
         out = function()
     return graph, out
 

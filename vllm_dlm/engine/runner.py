@@ -22,7 +22,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.captured import CapturedSteps, cuda_graph, memory
+from vllm_dlm.engine.captured import CapturedSteps, Costs, cuda_graph
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
@@ -121,24 +121,26 @@ class DenoisingRunner:
         alone = get_tensor_model_parallel_world_size() == 1
         return self.device.type == "cuda" and not model.enforce_eager and half and installed() and alone
 
+    @property
+    def captured_costs(self) -> Costs:
+        config = self.model_config.hf_config
+        return Costs(
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size, self.model_config.dtype.itemsize
+        )
+
     def captured_memory(self) -> int:
         """Bytes to be left free for steps that are captured once there is a KV cache."""
-        if not (self.captures and resolved_options(self.vllm_config).reuse.caches):
-            return 0
-        config = self.model_config.hf_config
-        return memory(
-            self.max_model_len, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-            self.model_config.dtype.itemsize,
-        )  # fmt: skip
+        return self.captured_costs.room(self.max_model_len) if self.captures else 0
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compiles kernels, and captures steps unless `enforce_eager` says otherwise."""
         config, denoiser = self.model_config.hf_config, self.denoiser
         if self.captures:
+            costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
-                cuda_graph, denoiser.shape, self.device, self.max_model_len,
+                cuda_graph, denoiser.shape, self.device, longest, costs.room(longest), costs.step,
             )  # fmt: skip
         warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len)
 
