@@ -94,8 +94,7 @@ def opened(part: Part, peaks: Peaks):
         own: Canvases = cell.what
         options = {"dlm_block_length": BLOCK, "dlm_threshold": 0.9} | Policy.parse(own.policy).request
         work = (own.prompt, own.new, own.requests, options)
-        # A policy's refresh of the response, and the first steps of DyLLM, which are whole, are among these.
-        engine.run(*work, steps=min(9, own.steps or 9))
+        engine.run(*work, steps=own.steps)  # captures what it meets
         runs = []
         while not runs or (len(runs) < 3 and sum(run.seconds for run in runs) < own.seconds):
             runs.append(engine.run(*work, steps=own.steps))

@@ -28,6 +28,8 @@ class Case:
     kv_lens: torch.Tensor
     statistics: PageStatistics
     queries: int
+    num_pages: torch.Tensor  # [B]
+    forced_from: torch.Tensor  # [B]; known before a step's layers, as num_pages are
 
     @classmethod
     def random(cls, keys: int, batch: int, queries: int, device, dtype=torch.bfloat16, std_kind="l2") -> "Case":
@@ -50,12 +52,13 @@ class Case:
             torch.full((batch,), keys, device=device),
             statistics,
             queries,
+            torch.full((batch,), count, device=device),
+            torch.full((batch,), count - RECENT, device=device),
         )
 
     def score(self, function=page_scores):
-        count = torch.full_like(self.kv_lens, self.page_table.shape[1])
         return function(
-            self.q, self.q_starts, self.statistics, self.page_table, count, count - RECENT, SINK, LAM, "max"
+            self.q, self.q_starts, self.statistics, self.page_table, self.num_pages, self.forced_from, SINK, LAM, "max"
         )
 
     def attend(self, chosen: torch.Tensor, function=sparse_attention):

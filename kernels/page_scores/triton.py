@@ -20,6 +20,8 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 FORCED, LOWEST = tl.constexpr(naive.FORCED), tl.constexpr(naive.LOWEST)
 #: pages of a tile, rows of a tile at most, and runs that a softmax's normaliser may have
 PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
+#: programs per processor that there should be
+SPREAD = 8
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def _score_kernel(
 
 def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple[int, int]:
     """-> runs of pages and tiles of each: enough that all processors have work, whatever the contexts are"""
-    chunks = min(max(2 * processors(device) // programs, 1), tiles, most)
+    chunks = min(max(SPREAD * processors(device) // programs, 1), tiles, most)
     each = triton.cdiv(tiles, chunks)
     return triton.cdiv(tiles, each), each
 

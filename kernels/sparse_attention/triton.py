@@ -17,6 +17,8 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 
 #: keys of a tile at most, and shares that the keys of a request may have
 KEYS, MOST_SPLITS = 64, 64
+#: programs per processor that there should be: a program waits for a page's number, its place and its keys in turn
+SPREAD = 8
 #: entries of `chosen` that are looked at together
 ENTRIES = 1024
 
@@ -62,6 +64,26 @@ def _key_offsets(
 
 
 @triton.jit
+def _neighbour_offsets(
+    chosen, table, start, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    PER_ENTRY: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The same of the KEYS places from `start` on where those are of one page, which is looked up once."""
+    entry = start // PAGE
+    beyond = -1 if tail is None else entry + (tail - named)
+    page = tl.where(entry < named, tl.load(chosen + tl.maximum(tl.minimum(entry, named - 1), 0)), beyond)
+    first = page * PAGE + start % PAGE
+    exists = (page >= 0) & (first < length)
+    known = tl.where(exists, page, 0)
+    physical = tl.load(table + known // PER_ENTRY).to(tl.int64) * PER_ENTRY + known % PER_ENTRY
+    key = tl.arange(0, KEYS)
+    position = first + key
+    inside = physical % PER_BLOCK * PAGE + start % PAGE
+    offset = physical // PER_BLOCK * stride_block + inside * stride_key + key.to(tl.int64) * stride_key
+    return position, offset, (position < length) & (position >= tl.where(exists, 0, length))
+
+
+@triton.jit
 def _attend_kernel(
     q, q_starts, q_ends, cache, table, chosen, rows, tails, kv_lens, moved, places, out, lse, batch, named, slots,
     share, scale, heads, stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_chosen,
@@ -91,7 +113,10 @@ def _attend_kernel(
     chosen += own * stride_chosen + h * stride_chosen_head
     if ENTRIES > 0:
         named = _named(chosen, named, ENTRIES)
+    if ENTRIES > 0 or tails is not None:  # this request may read fewer than the one that reads most
         slots = named * PAGE
+        if tails is not None:
+            slots += tl.maximum(tl.cdiv(length, PAGE) - tail, 0) * PAGE
         share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
     cache += h * stride_head
     # the last position that a row sees
@@ -102,14 +127,26 @@ def _attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     context = tl.zeros([ROWS, DIM_PAD], tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, slots), KEYS):
-        slot = start + tl.arange(0, KEYS)
-        position, offset, there = _key_offsets(
-            chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
-        )
+        if PAGE % KEYS == 0:
+            position, offset, there = _neighbour_offsets(
+                chosen, table, start, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY, KEYS
+            )
+        else:
+            slot = start + tl.arange(0, KEYS)
+            position, offset, there = _key_offsets(
+                chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
+            )
         # what nobody wrote may be anything, NaN included, and is not read
         place = cache + offset[:, None] + channel[None, :]
         mask = there[:, None] & (channel < DIM)[None, :]
         keys = tl.load(place, mask=mask, other=0.0)
+        # under way while the weights are found
+        if moved is None:
+            values = tl.load(place + DIM, mask=mask, other=0.0)
+        else:
+            change = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
+            place = moved + ((change * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
+            values = tl.load(place, mask=(change >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
         seen = there[None, :] & (position[None, :] <= last[:, None])
         logits = tl.where(seen, logits, float("-inf"))
@@ -117,12 +154,6 @@ def _attend_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         fading = tl.exp2(highest - shift)
-        if moved is None:
-            values = tl.load(place + DIM, mask=mask, other=0.0)
-        else:
-            change = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
-            place = moved + ((change * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
-            values = tl.load(place, mask=(change >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
@@ -160,7 +191,7 @@ def _merge_kernel(
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
     """Shares of `tiles` tiles of keys: enough that all processors have work; a power of two, so that few kernels are
     compiled."""
-    wanted = min(2 * processors(device) // programs, tiles, MOST_SPLITS)
+    wanted = min(SPREAD * processors(device) // programs, tiles, MOST_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
 
 
@@ -211,8 +242,8 @@ def sparse_attention_into(
         0 if places is None else places.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
         GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
-        # rows that generate may name all pages of a wide table, others as many as there are places
-        ENTRIES=min(padded(width, 32), ENTRIES) if queries == batch and tails is None else 0, **tiles,
+        # rows that generate may name fewer pages than there are places
+        ENTRIES=min(padded(named, 32), ENTRIES) if queries == batch else 0, **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](

@@ -94,8 +94,9 @@ class Asked:
     most: int  # queries that an asker has at most
     summaries: Summaries
     table: torch.Tensor  # [B, N] where the summaries of each asker's units lie, n to a place
-    counts: torch.Tensor  # [B] units of each asker that may be chosen; of generated positions, all that they see
+    counts: torch.Tensor  # [B] units of each asker that may be chosen; of generated positions, all but the last one
     prompts: CachedPrompts | None = None  # of canvases
+    recent: torch.Tensor | None = None  # [B] of generated positions: the first unit that is too recent to be left out
 
     def voters(self, query_set: str) -> torch.Tensor | None:
         """[Tq] those to be decided ("masked"), or None for all rows ("active"). An asker with no voters has all."""

@@ -73,8 +73,8 @@ class PageSelection(Selection):
     def choose(self, asked: Asked) -> Choice:
         scores = self.scores(asked)
         batch, _, count = scores.shape
-        if asked.prompts is None:
-            return Choice(top_pages(scores, min(self.kept_pages, count)), batch * count)
+        if asked.prompts is None:  # the last page, which is being filled, is read without being asked for
+            return Choice(top_pages(scores, min(self.kept_pages - 1, count)), batch * count)
         most = max(map(self.units_kept, asked.prompts.prompt_lens))
         scored, held = sum(map(self.summary_rows, asked.prompts.prompt_lens)), asked.prompts.held
         if held is None:
@@ -101,7 +101,13 @@ class PageSelection(Selection):
 
     def forced_from(self, asked: Asked) -> torch.Tensor:
         """[B] the first of each asker's last pages. Of a canvas, the prompt's end counts as recent."""
-        return asked.counts - self.recent_pages if asked.prompts is None else asked.prompts.numbers[0]
+        if asked.prompts is not None:
+            return asked.prompts.numbers[0]
+        return self.recent_from(asked.counts) if asked.recent is None else asked.recent
+
+    def recent_from(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of generated positions with so many pages before the one that is being filled, which is the most recent."""
+        return counts - (self.recent_pages - 1)
 
     # -- the prompt of a diffusion model ---------------------------------------------------
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_dlm.page_sparse.queries import chosen_pages, make_queries
+from vllm_dlm.page_sparse.queries import make_queries, pages_to_read
 from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
@@ -34,4 +34,4 @@ def test_the_last_page_is_read_however_many_are_forced(sink, recent, budget, rea
     lens = torch.tensor([keys], dtype=torch.int32)
     rows = make_queries(selection, [0], lens, [keys], torch.arange(PAGES)[None], 1)
     q = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1))
-    assert chosen_pages(q, rows, summaries, selection)[0, 0].tolist() == read
+    assert pages_to_read(q, rows, summaries, selection)[0, 0].tolist() == read

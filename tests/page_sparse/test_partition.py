@@ -63,8 +63,8 @@ def test_rows(rows):
         FOUR, rows, torch.tensor([65, 96, 100], dtype=torch.int32), [65, 96, 100], torch.tensor([[0, 1, 2, 3]] * 3), 2
     )
     assert torch.arange(20)[made.rows].tolist() == rows
-    assert made.num_pages.tolist() == [5, 6, 7]
-    assert made.page_table.shape == (3, 7) and made.listed is None
+    assert made.num_pages.tolist() == [4, 5, 6]
+    assert made.page_table.shape == (3, 7) and made.behind == 1
 
 
 def test_counts():

@@ -69,7 +69,7 @@ def test_a_row_is_what_it_is_in_a_mixed_step():
 
 def tensors(meta) -> list[int]:
     rows = meta.sparse
-    held = (rows.q_starts, rows.page_table, rows.kv_lens, rows.num_pages, rows.listed, meta.full_pages)
+    held = (rows.q_starts, rows.page_table, rows.kv_lens, rows.num_pages, rows.recent, meta.full_pages)
     return [tensor.data_ptr() for tensor in held]
 
 

@@ -67,13 +67,13 @@ def test_the_rule_is_that_of_the_kernel():
 @pytest.mark.parametrize("selection", [MEANS, UNIQUE])
 def test_first_last_and_undescribed_pages_are_read(selection):
     q, rows, summaries, _, _ = generated_positions(selection, (65, 96, 100))
-    assert rows.num_pages.tolist() == [5, 6, 7]
+    assert rows.num_pages.tolist() == [4, 5, 6]
     summaries.second[rows.page_table[2, 3]] = torch.inf
     summaries.first[rows.page_table[2, 1]] = torch.nan
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
     asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
     scores = selection.scores(asked)
-    for own, forced, count in zip(scores, ([0, 3, 4], [0, 4, 5], [0, 3, 5, 6]), (5, 6, 7), strict=True):
+    for own, forced, count in zip(scores, ([0, 3], [0, 4], [0, 3, 5]), (4, 5, 6), strict=True):
         assert (own == FORCED).nonzero()[:, 1].tolist() == 2 * forced
         assert (own[:, count:] == -torch.inf).all() and (own[:, :count] > -torch.inf).all()
     assert (scores[2, :, 1] == LOWEST).all()

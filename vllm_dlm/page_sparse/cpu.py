@@ -16,7 +16,7 @@ from vllm_dlm.kernels.top_pages import physical_pages
 from vllm_dlm.page_sparse.cpu_pages import Batch, PackedPages, packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths
-from vllm_dlm.page_sparse.queries import Queries, chosen_pages, make_queries, page_table, place
+from vllm_dlm.page_sparse.queries import Queries, make_queries, page_table, pages_to_read, place
 from vllm_dlm.plugins.selection.base import Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
@@ -142,7 +142,7 @@ class SelectingCPUImpl(AttentionImpl):
                 output[rows] = context
         for rows, batch in meta.sparse:
             q = query[rows.rows]
-            chosen = chosen_pages(q, rows, self.summaries, selection)
+            chosen = pages_to_read(q, rows, self.summaries, selection)
             physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
         return output

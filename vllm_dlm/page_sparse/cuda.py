@@ -169,9 +169,12 @@ class SelectingFlashImpl(FlashAttentionImpl):
             parent(layer, part, key, value, kv_cache, meta.dense, context, output_scale, output_block_scale)
             output[meta.dense_rows] = context
         rows = meta.sparse
-        q = query[rows.rows]
+        q, in_place = query[rows.rows], isinstance(rows.rows, slice)
         chosen = chosen_pages(q, rows, self.summaries, self.selection)
-        output[rows.rows] = sparse_attention(
-            q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True
-        )
+        context = sparse_attention(
+            q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True,
+            out=output[rows.rows] if in_place else None, tails=rows.num_pages, tail=rows.behind,
+        )  # fmt: skip
+        if not in_place:
+            output[rows.rows] = context
         return output

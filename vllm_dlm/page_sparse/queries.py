@@ -16,9 +16,10 @@ class Queries:
     q_starts: torch.Tensor  # [B + 1]
     page_table: torch.Tensor  # [B, N] physical pages, in order
     kv_lens: torch.Tensor  # [B]
-    num_pages: torch.Tensor  # [B] pages to choose from
-    #: [B, N] the pages of queries that do not choose (whose num_pages are 0), and -1; None: all of them choose
-    listed: torch.Tensor | None = None
+    #: [B] pages to choose from. Those behind are read: the last one, or all if there are none to choose from.
+    num_pages: torch.Tensor
+    recent: torch.Tensor  # [B] of those to choose from, the first of the recent ones, which are read, too
+    behind: int  # so many pages at most that are read without being chosen
 
 
 def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: int) -> torch.Tensor:
@@ -36,12 +37,15 @@ def make_queries(
     kv_lens, and bounds them."""
     device, size = kv_lens.device, selection.unit
     width = -(-max(keys) // size)
+    before_last = (kv_lens - 1) // size
     return Queries(
         rows=place(rows, device),
         q_starts=torch.arange(len(rows) + 1, device=device, dtype=torch.int32),
         page_table=page_table(block_table, -(-width // pages_per_block), pages_per_block)[:, :width].contiguous(),
         kv_lens=kv_lens,
-        num_pages=(kv_lens + size - 1) // size,
+        num_pages=before_last,
+        recent=selection.recent_from(before_last),
+        behind=1,
     )
 
 
@@ -63,17 +67,16 @@ def all_to_device(device: torch.device, *lists: list[int]) -> tuple[torch.Tensor
 
 
 def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
-    """q [B, H, D] -> [B, Hkv, K] pages that each row reads, in order, and -1; no host has to wait for anything"""
+    """q [B, H, D] -> [B, Hkv, K] pages that each row chooses, in order, and -1; no host has to wait for anything"""
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
-    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
+    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages, recent=rows.recent)
     chosen = selection.choose(asked).units
     assert chosen is not None  # nothing is held from one position to the next
-    # A query's own keys are in the last page, and vLLM's kernels take an unfinished page for the last one of their
-    # table: it is forced, and should more pages be forced than may be read, it is one of them.
-    chosen[..., -1] = rows.num_pages[:, None] - 1
-    if rows.listed is None:
-        return chosen
-    # Of each row either is -1 throughout: the pages it chose, or those that are listed.
-    _, heads, kept = chosen.shape
-    listed = rows.listed[:, None].expand(-1, heads, -1)  # [B, Hkv, N]
-    return torch.cat([torch.maximum(chosen, listed[..., :kept]), listed[..., kept:]], -1)
+    return chosen
+
+
+def pages_to_read(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
+    """The same of rows that all choose, and the last page: [B, Hkv, K]"""
+    chosen = chosen_pages(q, rows, summaries, selection)
+    last = rows.num_pages[:, None, None].expand(-1, chosen.shape[1], -1)
+    return torch.cat([chosen, last], -1)

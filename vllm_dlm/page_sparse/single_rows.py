@@ -3,10 +3,10 @@
 vLLM replays such a graph for any step of single rows, and nobody is asked
 again: for contexts too short to leave anything out, and for the last token of
 a prompt, which reads everything however long it is. So all rows go through the
-page kernels, and those that do not choose have their pages listed instead. The
-tables are as wide as the longest context; what a row does not read of them
-costs the kernels nothing. vLLM fills such a step up with requests of no keys,
-which read nothing.
+page kernels, and those that do not choose have no page to choose from: all of
+theirs lie behind. The tables are as wide as the longest context; what a row
+does not read of them costs the kernels nothing. vLLM fills such a step up with
+requests of no keys, which read nothing.
 """
 
 import torch
@@ -21,31 +21,31 @@ class SingleRows:
         self, selection: PageSelection, requests: int, longest: int, pages_per_block: int, device: torch.device
     ):
         """For at most so many `requests`, the `longest` of so many keys."""
-        self.size, self.pages_per_block = selection.unit, pages_per_block
+        self.selection, self.size, self.pages_per_block = selection, selection.unit, pages_per_block
         self.blocks = -(-longest // (self.size * pages_per_block))  # of a request, at most
-        width = self.blocks * pages_per_block
-        self.page = torch.arange(width, dtype=torch.int32, device=device)
+        self.width = self.blocks * pages_per_block
         self.q_starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
-        self.page_table = torch.zeros(requests, width, dtype=torch.int32, device=device)
-        self.listed = torch.full_like(self.page_table, -1)
+        self.page_table = torch.zeros(requests, self.width, dtype=torch.int32, device=device)
         self.kv_lens = torch.zeros(requests, dtype=torch.int32, device=device)
         self.num_pages = torch.zeros_like(self.kv_lens)
+        self.recent = torch.zeros_like(self.kv_lens)
         self.full_pages = torch.full((requests,), -1, dtype=torch.int64, device=device)
 
     def fill(self, common, choosing: set[int]) -> tuple[Queries, torch.Tensor]:
         """Of a step: how its rows read, and the pages they fill [B]. `choosing`: which of its requests do; all of it
         is worked out on the device, from lengths that the host need not know."""
         count, size = common.num_reqs, self.size
-        page_table, listed, full_pages = self.page_table[:count], self.listed[:count], self.full_pages[:count]
-        kv_lens, num_pages = self.kv_lens[:count], self.num_pages[:count]
-        chooses = to_device([b in choosing for b in range(count)], self.page.device, torch.bool)  # [B]
+        page_table, full_pages = self.page_table[:count], self.full_pages[:count]
+        kv_lens, num_pages, recent = self.kv_lens[:count], self.num_pages[:count], self.recent[:count]
+        chooses = to_device([b in choosing for b in range(count)], self.page_table.device, torch.int32)  # [B]
         kv_lens.copy_(common.seq_lens[:count])
-        pages = (kv_lens + size - 1) // size
-        num_pages.copy_(pages.where(chooses, 0))
-        listed.copy_(self.page.where((self.page < pages[:, None]) & ~chooses[:, None], -1))
+        num_pages.copy_((kv_lens - 1) // size * chooses)
+        recent.copy_(self.selection.recent_from(num_pages))
         page_table.copy_(pages_of_blocks(common.block_table_tensor[:count], self.blocks, self.pages_per_block))
         full_pages.copy_(ended_pages(common.slot_mapping[:count], size))
-        rows = Queries(slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, listed)
+        rows = Queries(
+            slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, recent, behind=self.width
+        )  # fmt: skip
         return rows, full_pages
 
 
