@@ -244,7 +244,8 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
         "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
         "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
-        "SHARP": sharpness != 1, "num_stages": 2 if size else 3,
+        "SHARP": sharpness != 1, # a tile or two to a program: there is nothing to fetch ahead
+        "num_stages": 2 if size else 1,
     }  # fmt: skip
     grid = (batch, kv_heads, chunks)
     lse = None

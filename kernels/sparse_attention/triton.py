@@ -15,10 +15,10 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
-#: keys of a tile at most, and shares that the keys of a request may have
-KEYS, MOST_SPLITS = 64, 64
+#: keys of a tile at most, and shares that the keys of a request may have: more take longer to merge than they save
+KEYS, MOST_SPLITS = 64, 32
 #: programs per processor that there should be: a program waits for a page's number, its place and its keys in turn
-SPREAD = 8
+SPREAD = 4
 #: entries of `chosen` that are looked at together
 ENTRIES = 1024
 

@@ -99,7 +99,8 @@ def store_top_pages(out, rows, scores, k, kept, names):
         _top_kernel[batch * heads,](
             scores.contiguous(), kept, names, out, rows, width, k, room_for, heads, *out.stride()[:2],
             TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(room_for, 128), TILE),
-            num_warps=4 if tile < TILE else 8,
+            # a warp by itself waits for no other: worth it as long as its registers hold the row
+            num_warps=1 if tile <= 512 else 4 if tile < TILE else 8,
         )  # fmt: skip
 
 

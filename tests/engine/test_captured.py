@@ -140,8 +140,8 @@ def test_every_boundary_is_crossed(engines, capturing):
     for count in (1, 2, 3, 4, 5, 8, 17):
         assert tokens(llm, given[:count]) == alone[:count]
     replayed = {bucket for bucket in captured.met if bucket in captured.steps}
-    assert {bucket.rows for bucket in replayed} == {rows for rows in ROWS if 32 < rows < longest}
-    assert {bucket.canvases for bucket in replayed} == {2, 4, 8} and None in captured.met
+    assert {bucket.rows for bucket in replayed} >= {64, 96, 128, 192, 256, 384, 1024}
+    assert {bucket.canvases for bucket in replayed} == {2, 4, 8, 16, 32} and None in captured.met
     costs, states = runner_of(llm).captured_costs, [step.hidden for step in captured.steps.values()]
     left = costs.room(longest) - costs.working(max(map(len, states)))
     assert left > sum(hidden.nbytes for hidden in states) and captured.room >= 0

@@ -29,10 +29,12 @@ from vllm_dlm.plugins.reuse.base import StepPlan, span
 
 logger = init_logger(f"vllm.{__name__}")
 
-ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024)
+ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 CANVASES = (1, 2, 4, 8, 16, 32)
 #: of more canvases than a few, that have fewer rows than so many on average, there is nothing of its own
 ROWS_OF_MANY = 16
+#: more rows than that are those of many canvases
+ROWS_OF_ONE, MANY = 1024, 8
 #: parts of the rows that a policy with a budget recomputes in a layer
 LEADING = (8, 4, 2)
 #: bytes that a layer's launches take in a graph: two dozen of them, some ten KiB each
@@ -126,10 +128,15 @@ class CapturedSteps:
     def fill(self, streams: list[Stream]) -> Filled | None:
         """The streams in the memory of a captured step; None: there is none for them."""
         bucket = bucket_of(streams)
-        if bucket is None or not self._have(bucket, streams[0]):
+        if bucket is None or not self._has_place(streams, bucket) or not self._have(bucket, streams[0]):
             return None
         packed = self._packed(streams, streams[0], bucket)
         return Filled(bucket, self.steps[bucket], packed, self.upload, len(streams))
+
+    def _has_place(self, streams: list[Stream], bucket: Bucket) -> bool:
+        """The canvases of nobody can have the rows that are missing."""
+        spare = bucket.rows - sum(stream.num_rows for stream in streams)
+        return spare <= (bucket.canvases - len(streams)) * (self.longest - 1)
 
     def _have(self, bucket: Bucket, like: Stream) -> bool:
         if bucket in self.steps:
@@ -171,11 +178,11 @@ class CapturedSteps:
         return True
 
     def _packed(self, streams: list[Stream], like: Stream, bucket: Bucket) -> Packed:
-        """With canvases of nobody up to the bucket's size; the last one has all the rows that are missing."""
+        """With canvases of nobody up to the bucket's size, which share the rows that are missing."""
         missing = bucket.canvases - len(streams)
         rows = bucket.rows - sum(stream.num_rows for stream in streams)
         leading = bucket.leading - (leading_rows(streams) if bucket.leading else 0)
-        sizes = [(0, 0)] * (missing - 1) + [(rows, leading)] * (missing > 0)
+        sizes = zip(shares(rows, missing), shares(leading, missing), strict=True)
         streams = streams + [self._nobody(like, *size) for size in sizes]
         self.upload.begin()
         limits = Limits(bucket.rows, self.longest, self.table_width)
@@ -193,10 +200,17 @@ class CapturedSteps:
         )  # fmt: skip
 
 
+def shares(number: int, parts: int) -> list[int]:
+    """As even as can be, the larger ones first"""
+    return [number // parts + (part < number % parts) for part in range(parts)]
+
+
 def sizes(longest: int) -> list[tuple[int, int]]:
-    """Rows and canvases of the steps that are captured, the largest first. A canvas of nobody can have all rows."""
-    rows = [rows for rows in reversed(ROWS) if rows < longest]
-    return [(number, canvases) for number in rows for canvases in reversed(CANVASES) if is_common(number, canvases)]
+    """Rows and canvases of the steps that are captured, the largest first. A canvas has fewer rows than positions."""
+    return [
+        (rows, canvases) for rows in reversed(ROWS) for canvases in reversed(CANVASES)
+        if is_common(rows, canvases) and rows <= canvases * (longest - 1)
+    ]  # fmt: skip
 
 
 class Costs(NamedTuple):
@@ -253,7 +267,8 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
 
 
 def is_common(rows: int, canvases: int) -> bool:
-    return canvases <= 2 or rows >= ROWS_OF_MANY * canvases
+    few_rows = rows < ROWS_OF_MANY * canvases and canvases > 2
+    return not few_rows and (rows <= ROWS_OF_ONE or canvases >= MANY)
 
 
 def dense(stream: Stream) -> bool:

@@ -116,13 +116,18 @@ def pack(
         packing = Packing(list(members), start, shape)
         packings.append(packing)
         start = packing.span.stop
-    # One table for all groups: ids, positions, canvases, and slots of keys and values, [5, T]; flags, [4, T]
-    numbers = upload(np.concatenate([packing.numbers for packing in packings], axis=1))
-    flags = upload(np.concatenate([packing.flags for packing in packings], axis=1))
+    # One table for all groups: ids, positions, canvases, slots of keys and values and of features, [7, T]; flags [4, T]
+    numbers = upload(joined([packing.numbers for packing in packings]))
+    flags = upload(joined([packing.flags for packing in packings]))
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks, limits) for p in packings]
-    return Packed(numbers[0], numbers[1], Slots(numbers[3], numbers[4]), upload(np.array(-1)), groups)
+    ids, positions, _, block, offset, _, _ = numbers.unbind(0)
+    return Packed(ids, positions, Slots(block, offset), upload.nowhere, groups)
+
+
+def joined(tables: list[np.ndarray]) -> np.ndarray:
+    return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
 
 
 class Packing:
@@ -153,17 +158,29 @@ class Packing:
 
     @property
     def numbers(self) -> np.ndarray:
-        """[5, T] int64"""
-        table = np.empty((5, len(self.live)), np.int64)
+        """[7, T] int64"""
+        table = np.empty((7, len(self.live)), np.int64)
+        table[5], table[6] = -1, 0
         for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
             own = slice(start, start + stream.num_rows)
             live = stream.plan.live
             table[0, own] = stream.token_ids[live]
             table[3, own] = -1 if stream.kv_table is None else stream.kv_table[live // self.block_size]
+            if stream.feature_rows:
+                place = start + np.flatnonzero(self.kept[own])
+                row = self.live[place] - (len(stream.token_ids) - stream.feature_rows)
+                table[5, place] = stream.feature_table[row // self.features_per_block]
+                table[6, place] = row % self.features_per_block
         table[1] = self.live
         table[2] = np.repeat(np.arange(len(self.streams)), self.sizes)
         table[4] = self.live % self.block_size
         return table
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """[T] bool: rows that keep features"""
+        first = [len(s.token_ids) - s.feature_rows if s.feature_rows else len(s.token_ids) for s in self.streams]
+        return self.live >= np.repeat(first, self.sizes)
 
     @property
     def flags(self) -> np.ndarray:
@@ -175,75 +192,74 @@ class Packing:
         self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool, limits: Limits | None
     ) -> Group:
         streams, cached = self.streams, self.streams[0].cached
-        kept = self._kept()
         # The last layer's features of prompt rows would feed nobody but those rows.
-        wanted = self.heads | (self.response & kept)
-        masks_T = np.ones(len(self.live), np.bool_), self.forced, self.response, wanted
-        rows = self._rows if limits is None else self._rows_if_all
-        sets = [(rows(mask, upload), mask) for mask in masks_T]
-        kv_lens = [len(s.token_ids) for s in streams]
+        wanted = self.heads | (self.response & self.kept)
+        everything = np.ones(len(self.live), np.bool_)
+        masks_T = np.stack([everything, self.forced, self.response, wanted, self.heads])
+        counts = self._counts(masks_T)
+        leading, kv_lens = [stream.leading for stream in streams], [len(s.token_ids) for s in streams]
+        starts = np.zeros((8, len(streams) + 1), np.int32)
+        np.cumsum([*counts, leading, kv_lens], axis=1, out=starts[:7, 1:])
+        starts[7, :-1] = kv_lens
+        on_device = upload(starts)
+        *begins, leading_starts, _, _ = on_device.unbind(0)
+        rows = [self._rows(*each, upload, limits) for each in zip(masks_T, counts.tolist(), begins, strict=True)]
         table, tables = self._tables(upload, limits) if cached else (upload(np.zeros((0, 0), np.int32)), [])
         forced, changed, fresh, heads = flags.unbind(0)
-        _, positions, canvas, _, _ = numbers.unbind(0)
+        _, positions, canvas, _, _, feature_block, feature_offset = numbers.unbind(0)
         return Group(
             reuse=self.reuse,
             whole=streams[0].whole,
             filtered=streams[0].filtered,
             cached=cached,
-            selecting=self._selecting(sets, upload),
+            selecting=self._selecting(rows, masks_T, upload),
             span=self.span,
             positions=positions,
             canvas=canvas,
             columns=Columns(forced, changed, fresh),
             voters=heads,
             kv_lens=kv_lens,
-            kv_ends=upload(np.stack([starts_of(kv_lens), np.array([*kv_lens, 0], np.int32)])),
+            kv_ends=on_device[6:],
             table=table,
             tables=tables,
             feature_width=self.feature_width,
-            feature_slots=self._feature_slots(kept, upload),
-            all_keep=bool(kept.all()),
-            all=sets[0][0],
-            forced=sets[1][0],
-            response=sets[2][0],
-            wanted=sets[3][0],
-            head=rows(self.heads, upload),
-            leading=self._leading(upload),
+            feature_slots=Slots(feature_block, feature_offset),
+            all_keep=bool(self.kept.all()),
+            all=rows[0],
+            forced=rows[1],
+            response=rows[2],
+            wanted=rows[3],
+            head=rows[4],
+            leading=(leading, leading_starts),
             masks=masks,
             max_q=limits.max_q if limits else max(self.sizes),
             max_kv=limits.max_kv if limits else max(kv_lens),
         )
 
-    def _counts(self, mask: np.ndarray) -> list[int]:
-        """True rows of each canvas"""
-        before = np.zeros(len(mask) + 1, np.int64)
-        np.cumsum(mask, out=before[1:])
-        return np.diff(before[self.starts]).tolist()
+    def _counts(self, masks: np.ndarray) -> np.ndarray:
+        """masks [n, T] -> [n, C] true rows of each canvas"""
+        before = np.zeros((len(masks), len(self.live) + 1), np.int64)
+        np.cumsum(masks, axis=1, out=before[:, 1:])
+        before = before[:, self.starts]
+        return before[:, 1:] - before[:, :-1]
 
-    def _rows(self, mask: np.ndarray, upload: Upload) -> Rows:
-        counts = self._counts(mask)
-        index = None if sum(counts) == len(mask) else upload(np.flatnonzero(mask))
-        return Rows(index, counts, upload(starts_of(counts)))
+    def _rows(self, mask: np.ndarray, counts: list[int], starts: torch.Tensor, upload: Upload, limits) -> Rows:
+        if sum(counts) == len(mask):
+            return Rows(None, counts, starts)
+        if limits is not None:
+            return UnknownRows(None, counts, starts)
+        return Rows(upload(np.flatnonzero(mask)), counts, starts)
 
-    def _rows_if_all(self, mask: np.ndarray, upload: Upload) -> Rows:
-        counts = self._counts(mask)
-        starts = upload(starts_of(counts))
-        return Rows(None, counts, starts) if sum(counts) == len(mask) else UnknownRows(None, counts, starts)
-
-    def _selecting(self, sets: list[tuple[Rows, np.ndarray]], upload: Upload) -> Selecting | None:
-        """`sets`: rows, and which those are [T]"""
+    def _selecting(self, rows: list[Rows], masks: np.ndarray, upload: Upload) -> Selecting | None:
+        """`masks` [n, T]: which rows each set has"""
         views = [s.view for s in self.streams if s.view]
         if not views:
             return None
-        prompts = self._counts(~self.response)
-        made = selecting(views, self.sizes, prompts, self.streams[0].whole, upload)
-        for rows, mask in sets:
-            made.knows(rows, self._counts(mask & ~self.response))
+        of_prompts = self._counts(masks & ~self.response).tolist()
+        made = selecting(views, self.sizes, of_prompts[0], self.streams[0].whole, upload)
+        for own, prompts in zip(rows, of_prompts, strict=True):
+            made.knows(own, prompts)
         return made
-
-    def _leading(self, upload: Upload) -> tuple[list[int], torch.Tensor]:
-        counts = [stream.leading for stream in self.streams]
-        return counts, upload(starts_of(counts))
 
     def _tables(self, upload: Upload, limits: Limits | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [s.kv_table for s in self.streams if s.kv_table is not None]
@@ -252,23 +268,6 @@ class Packing:
             row[: len(blocks)] = blocks
         # Kernels that read tables need no list of them, and their sizes are those of this step alone.
         return upload(table), [] if limits else [upload(blocks) for blocks in own]
-
-    def _kept(self) -> np.ndarray:
-        """[T] bool: rows that keep features"""
-        first = [len(s.token_ids) - s.feature_rows if s.feature_rows else len(s.token_ids) for s in self.streams]
-        return self.live >= np.repeat(first, self.sizes)
-
-    def _feature_slots(self, kept: np.ndarray, upload: Upload) -> Slots:
-        slots = np.empty((2, len(kept)), np.int64)
-        slots[0], slots[1] = -1, 0
-        for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
-            if not stream.feature_rows:
-                continue
-            place = start + np.flatnonzero(kept[start : start + stream.num_rows])
-            row = self.live[place] - (len(stream.token_ids) - stream.feature_rows)
-            slots[0, place] = stream.feature_table[row // self.features_per_block]
-            slots[1, place] = row % self.features_per_block
-        return Slots(*upload(slots).unbind(0))
 
 
 def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -281,8 +280,3 @@ def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return positions - first
     place = np.searchsorted(live, positions)
     return place[live[place] == positions]
-
-
-def starts_of(counts: list[int]) -> np.ndarray:
-    """[C + 1] int32: where the parts begin, and where the last one ends"""
-    return np.array([0, *np.cumsum(counts)], np.int32)

@@ -127,13 +127,13 @@ class Denoising:
         known = int(masked[0]) if len(masked) else len(pending)
         if known == 0 and len(pending):
             return [], []
-        stops = np.flatnonzero(np.isin(pending[:known], list(self.sampling.stop_ids)))
-        if len(stops):
-            known = int(stops[0]) + 1
+        tokens = pending[:known].tolist()
+        ends = [index for index, token in enumerate(tokens) if token in self.sampling.stop_ids]
+        if ends:
+            tokens = tokens[: ends[0] + 1]
         elif known < len(pending):
             return [], []
-        tokens = pending[:known].tolist()
-        canvas.hand_out(known)
+        canvas.hand_out(len(tokens))
         if canvas.block > block:
             self._open_block()
         return tokens, self.logprobs[start : canvas.emitted]

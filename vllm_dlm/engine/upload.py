@@ -5,6 +5,8 @@ brings them all. Nothing is uploaded after that until the step is over, so the
 device never waits for the host between two kernels.
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -39,7 +41,15 @@ class Upload:
         self._capacity, self._used = capacity, 0
         pinned = self.device.type == "cuda" and torch.cuda.is_available()
         host = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
-        return host, torch.empty(capacity, dtype=torch.uint8, device=self.device)
+        there = torch.empty(capacity, dtype=torch.uint8, device=self.device)
+        self._bytes = host.numpy()
+        self._typed = {name: there.view(dtype) for name, dtype in DTYPES.items()}
+        return host, there
+
+    @cached_property
+    def nowhere(self) -> torch.Tensor:
+        """[] a number that is no block's"""
+        return torch.full((), -1, dtype=torch.int64, device=self.device)
 
     def __call__(self, array: np.ndarray) -> torch.Tensor:
         """Its tensor on the device, filled by the next `send`. On the CPU it is the array itself."""
@@ -55,8 +65,10 @@ class Upload:
             self._pending.append((self._host[: self._used], self._there[: self._used]))
             self._host, self._there = self._buffers(max(2 * self._capacity, 2 * size))
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
-        self._host[start : start + size].numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return self._there[start : start + size].view(DTYPES[array.dtype]).view(array.shape)
+        array = np.ascontiguousarray(array)
+        self._bytes[start : start + size] = array.reshape(-1).view(np.uint8)
+        strides = [stride // array.itemsize for stride in array.strides]
+        return self._typed[array.dtype].as_strided(array.shape, strides, start // array.itemsize)
 
     def begin(self) -> None:
         self._used = 0
