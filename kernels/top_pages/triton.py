@@ -1,7 +1,9 @@
-"""The k-th highest score is found bit by bit, then the pages above it and the lowest that tie are written in order.
+"""The k-th highest score is found two bits at a time, then the pages above it and the lowest that tie are written in
+order.
 
 One program per row of scores. As integers of the same order, scores can be
-searched exactly: each of 32 steps counts the pages that reach a candidate.
+searched exactly: each of 16 steps counts the pages that reach three
+candidates, in one number, since threads wait for each other in every sum.
 """
 
 import torch
@@ -39,6 +41,13 @@ def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.cons
 
 
 @triton.jit
+def _three_counts(keys, first, second, third):
+    """How many keys reach each of the three: numbers of up to 20 bits, side by side"""
+    reached = (keys >= first).to(tl.int64) + ((keys >= second).to(tl.int64) << 20)
+    return tl.sum(reached + ((keys >= third).to(tl.int64) << 40), 0)
+
+
+@triton.jit
 def _top_kernel(
     scores, kept, names, chosen, rows, width, k, room_for, heads, stride_row, stride_head,
     TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
@@ -54,11 +63,21 @@ def _top_kernel(
     if kept is not None:
         most = tl.minimum(tl.load(kept + row // heads).to(tl.int32), k)
     resident = _keys(scores, 0, width, TILE)
-    # the largest integer that so many keys reach: from the sign down, a bit is set if they still reach it
+    # the largest integer that so many keys reach: from the sign down, bits are set if they still reach it
     level = tl.full([], -0x80000000, tl.int32)
-    for step in range(32):
-        candidate = level ^ (tl.full([], 1, tl.int32) << (31 - step))
-        level = tl.where(_count(scores, resident, candidate, width, TILE, ONE_TILE) >= most, candidate, level)
+    for step in range(16):
+        bit = tl.full([], 1, tl.int32) << (30 - 2 * step)
+        first, second = level ^ bit, level ^ (bit << 1)
+        third = second ^ bit
+        if ONE_TILE:
+            counts = _three_counts(resident, first, second, third)
+        else:
+            counts = tl.zeros([], tl.int64)
+            for start in range(0, width, TILE):
+                counts += _three_counts(_keys(scores, start, width, TILE), first, second, third)
+        level = tl.where((counts & 0xFFFFF) >= most, first, level)
+        level = tl.where(((counts >> 20) & 0xFFFFF) >= most, second, level)
+        level = tl.where((counts >> 40) >= most, third, level)
     level = tl.maximum(level, NO_SCORE + 1)  # with fewer scores than that, all of them
     room = most - _count(scores, resident, level + 1, width, TILE, ONE_TILE)
     above_before, ties_before = 0, 0
