@@ -159,7 +159,9 @@ def bars(rows: list[dict]) -> list[str]:
 
 
 def plot(figure, rows: list[dict]) -> None:
-    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells."""
+    """How near each policy is to its bound, by requests; a panel per shape, at the prompt with most cells. Launched
+    steps, beside replayed ones, are in the table alone."""
+    rows = [row for row in rows if not row.get("method", "").endswith(", eager")] or rows
     methods = list(dict.fromkeys(row["method"] for row in rows if "ms_per_step" in row))
     for axes, shape, own in panels(figure, rows):
         own.sort(key=lambda row: methods.index(row["method"]))
