@@ -43,7 +43,9 @@ def test_a_method_joins_those_of_its_kind(register):
 @pytest.mark.parametrize("thing", ["pytest", "EntryPoint", "KINDS"])
 def test_what_is_no_method_is_refused(register, thing):
     register(thing)
-    with pytest.raises(ValueError, match=rf"mine = .*:{thing} is not a Decoding or Reuse or Selection with a name"):
+    with pytest.raises(
+        ValueError, match=rf"mine = .*:{thing} is not a Decoding or Reuse or Selection or Extent with a name"
+    ):
         methods("reuse")
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-KINDS = ("decoding", "reuse", "selection")
+KINDS = ("decoding", "reuse", "selection", "extent")
 GROUP = "vllm_dlm.methods"
 
 

@@ -32,6 +32,7 @@ class StepCounts:
     refresh_steps: int = 0
     kv_bytes_read: int = 0
     kv_bytes_dense: int = 0
+    lowered_steps: int = 0
 
     def pack(self) -> SpecDecodingStats:
         first = (self.denoising_steps, self.canvas_positions, self.committed_tokens)
@@ -51,6 +52,7 @@ OWN_COUNTERS = {
     "refresh_steps": ("vllm:diffusion_num_refresh_steps", "Steps of a request that refreshed its caches."),
     "kv_bytes_read": ("vllm:diffusion_kv_bytes_read", "Bytes of cached keys and values read (at two bytes each)."),
     "kv_bytes_dense": ("vllm:diffusion_kv_bytes_dense", "Bytes that the same steps had read without a selection."),
+    "lowered_steps": ("vllm:diffusion_num_lowered_steps", "Steps of a request with a lower threshold, as others wait."),
 }
 
 

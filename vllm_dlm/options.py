@@ -1,6 +1,6 @@
 """Server options and per-request options: parse, validate, name the field that is wrong.
 
-A server takes one object: three methods, each `{"name": …, **fields}`, and the
+A server takes one object: four methods, each `{"name": …, **fields}`, and the
 bounds of a canvas. A request may override single decoding fields as
 `dlm_<field>` and pick another method by name. Everything here is plain data,
 so the front-end (to refuse), the scheduler and the workers (to obey) read a
@@ -16,7 +16,9 @@ from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm
-METHOD_KEYS = {"dlm_algorithm": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection"}
+METHOD_KEYS = {"dlm_algorithm": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection", "dlm_extent": "extent"}
+#: the one field of another kind that a request may set, and so choose the method that has it
+WINDOW = "dlm_window"
 #: whether masks of the prompt are holes to fill
 INFILL = "dlm_infill"
 #: parts of the server's object
@@ -53,6 +55,7 @@ class Options:
     decoding: Any
     reuse: Any
     selection: Any
+    extent: Any
     canvas: CanvasBounds = CanvasBounds()
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
 
@@ -74,7 +77,7 @@ def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Op
     for part in given:
         if part not in PARTS:
             raise OptionError(part, f"dlm: unknown part {shown(part)}, valid parts are {', '.join(PARTS)}")
-    default = {"decoding": default_decoding, "reuse": "none", "selection": "none"}
+    default = {"decoding": default_decoding, "reuse": "none", "selection": "none", "extent": "full"}
     chosen = {kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS}
     return Options(**chosen, canvas=_built(CanvasBounds, "canvas", given.get("canvas"), {}))
 
@@ -86,6 +89,8 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
+    if WINDOW in given:
+        chosen["extent"] = _with_window(chosen.get("extent", server.extent), given.pop(WINDOW), "extent" in chosen)
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
     return replace(server, **chosen)
@@ -93,7 +98,19 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
 
 def request_keys(decoding: Any) -> list[str]:
     """What a request may say to a server that decodes so."""
-    return sorted([*METHOD_KEYS, INFILL, *(f"dlm_{field.name}" for field in fields(decoding))])
+    return sorted([*METHOD_KEYS, INFILL, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
+
+
+def _with_window(extent: Any, value: Any, named: bool):
+    """The extent with another window, or the one that has a window if the request names none."""
+    if not hasattr(extent, "window"):
+        if named:
+            raise OptionError(WINDOW, f"{WINDOW}: extent {extent.name!r} has no window")
+        extent = methods("extent")["window"]()
+    try:
+        return replace(extent, window=typed(type(extent), "window", value, WINDOW))
+    except ValueError as error:
+        raise OptionError(WINDOW, f"dlm_{error}") from None
 
 
 def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:

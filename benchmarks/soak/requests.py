@@ -10,11 +10,11 @@ import typing
 from dataclasses import dataclass, field, fields
 
 from vllm_dlm.methods import KINDS, methods
-from vllm_dlm.options import METHOD_KEYS, OptionError, request_options, server_options
+from vllm_dlm.options import METHOD_KEYS, WINDOW, OptionError, request_options, server_options
 
 INTEGERS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
 FLOATS = (0.0, 1e-3, 0.05, 0.3, 0.5, 0.9, 0.995, 1.0, 1.5)
-#: by the name of the field: what lets a selection leave something out of prompts of a hundred tokens
+#: by the name of the field: what lets a method leave something out of prompts of a hundred tokens and short canvases
 SMALL = {
     "min_context": 0,
     "min_prompt": 32,
@@ -22,6 +22,7 @@ SMALL = {
     "budget_tokens": 64,
     "keep_sink": 4,
     "keep_tail": 8,
+    "window": 2,
 }
 #: forwards of a request, as far as its numbers tell; longer ones are rare, since they take the time of many
 USUAL_FORWARDS = 40
@@ -112,8 +113,9 @@ def drawn_server(rng: random.Random, default_decoding: str, selection: str) -> d
             "reuse": _part(rng, "reuse", drawn_name(rng, "reuse")),
             "selection": _part(rng, "selection", selection),
         }
-        if rng.random() < 0.5:
-            given["decoding"] = _part(rng, "decoding", drawn_name(rng, "decoding"))
+        for kind in ("decoding", "extent"):
+            if rng.random() < 0.5:
+                given[kind] = _part(rng, kind, drawn_name(rng, kind))
         given["selection"].update({k: v for k, v in SMALL.items() if k in _fields(methods("selection")[selection])})
         try:
             server_options(given, default_decoding)
@@ -191,6 +193,8 @@ def _options(rng: random.Random, server, length: int) -> dict:
     extra = {key: drawn_name(rng, kind) for key, kind in METHOD_KEYS.items() if rng.random() < 0.7}
     if rng.random() < 0.4:
         extra["dlm_selection"] = server.selection.name  # with the server's own fields
+    if rng.random() < 0.3:
+        extra[WINDOW] = rng.choice((0, *INTEGERS))
     cls = methods("decoding")[extra.get("dlm_algorithm", server.decoding.name).partition("/")[0]]
     for member in _fields(cls):
         if rng.random() < (0.5 if member in ("steps", "block_length") else 0.12):

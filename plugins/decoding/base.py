@@ -70,6 +70,8 @@ class Turn(NamedTuple):
     steps: int  # how many are scheduled
     quota: int  # positions the schedule wants filled by now and are not
     positions: np.ndarray  # [C] of the candidates in the canvas, ascending
+    masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
+    pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
 
     @property
     def last(self) -> bool:
@@ -91,6 +93,8 @@ class Decoding:
     steps: int | None = None  # denoising steps for the whole canvas; None: one token per step
     block_length: int | None = None  # None: the whole canvas is one block
     threshold: float | None = None  # Fast-dLLM: fill everything at least this probable
+    threshold_decay: float = 0.0  # alpha of Streaming-dLLM: the threshold falls by so much of it as masks get fewer
+    threshold_floor: float | None = None  # how low the threshold may be while other requests wait; None: as it is
     factor: float | None = None  # Fast-dLLM: n-th best is filled while (n+1)(1-p_n) < factor
     cfg_scale: float = 0.0  # classifier-free guidance against the canvas with the prompt masked
     suppress_eos: bool = False  # LLaDA's logits_eos_inf
@@ -100,6 +104,14 @@ class Decoding:
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "a whole number of at least 1")
         check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
+        decay = self.threshold_decay
+        check(0 <= decay <= 1, "threshold_decay", decay, "between 0 and 1")
+        check(not decay or self.threshold is not None, "threshold_decay", decay, "0 without a threshold")
+        floor, most = self.threshold_floor, self.threshold
+        within = floor is None or (most is not None and 0 <= floor <= most)
+        check(
+            within, "threshold_floor", floor, "unset without a threshold" if most is None else f"between 0 and {most}"
+        )
         check(self.factor is None or self.factor > 0, "factor", self.factor, "greater than 0")
         # far beyond any use, and guided logits stay finite
         check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
@@ -160,23 +172,31 @@ class Decoding:
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         """Indices (into the candidates, ascending positions) to fill now."""
         if self.parallel:
-            return self._choose_parallel(proposal.prob)
+            return self._choose_parallel(proposal.prob, turn)
         return best(self.rank(proposal.score, rng), turn.quota)
 
     def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         return score
 
-    def or_at_least_as_probable(self, chosen: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    def or_at_least_as_probable(self, chosen: np.ndarray, prob: np.ndarray, turn: Turn) -> np.ndarray:
         """What a rule of its own has chosen, and what the threshold or the factor would, if there is one."""
         if self.threshold is None and self.factor is None:
             return chosen
-        return np.union1d(chosen, self._choose_parallel(prob))
+        return np.union1d(chosen, self._choose_parallel(prob, turn))
 
-    def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:
+    def limit(self, turn: Turn) -> float:
+        """The threshold of a step: lower the more requests wait, and behind a block's first one the fewer masks are
+        left."""
+        assert self.threshold is not None
+        floor = self.threshold if self.threshold_floor is None else self.threshold_floor
+        threshold = self.threshold - turn.pressure * (self.threshold - floor)
+        return threshold * (1 - self.threshold_decay * (1 - turn.masked) * (turn.step > 0))
+
+    def _choose_parallel(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
         order = best(prob, len(prob))
         ranked = prob[order]
         if self.factor is None:
-            keep = ranked >= self.threshold
+            keep = ranked >= self.limit(turn)
             keep[0] = True  # progress: the most probable one is always filled
             return order[keep]
         # Fast-dLLM's factor rule: the n-th best needs p_n >= 1 - factor / (n + 1); walk until one fails.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vllm_dlm.kernels.head_statistics import head_statistics
-from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, check
+from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Turn, check
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 
 #: what is as probable as the best but for so much is filled with it
@@ -57,10 +57,10 @@ class Credit(LowConfidence):
         noted = torch.stack([best_R.double(), earned_R.double()])
         return replace(super().propose(logits_RV, rows), noted=noted)
 
-    def _choose_parallel(self, prob: np.ndarray) -> np.ndarray:
+    def _choose_parallel(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
         if self.threshold is None:
-            return super()._choose_parallel(prob)
-        return np.flatnonzero(prob >= min(prob.max() - TIE, np.float32(self.threshold)))
+            return super()._choose_parallel(prob, turn)
+        return np.flatnonzero(prob >= min(prob.max() - TIE, np.float32(self.limit(turn))))
 
 
 class Credits(Memory):

@@ -40,4 +40,4 @@ class Hierarchy(LowConfidence):
         if self.high is not None:
             filled |= prob > self.high
         filled[prob.argmax()] = True
-        return self.or_at_least_as_probable(np.flatnonzero(filled), prob)
+        return self.or_at_least_as_probable(np.flatnonzero(filled), prob, turn)

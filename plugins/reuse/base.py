@@ -21,11 +21,11 @@ class Progress:
     """Where a canvas stands; all that a plan may depend on. Positions count from the start of the canvas."""
 
     prompt_len: int
-    length: int  # prompt and response
+    length: int  # rows of the canvas, which a position has each: prompt and response, or as far as its extent goes
     block: tuple[int, int]  # [start, end) of the current canvas block
     block_step: int  # forwards of this block so far
     step: int  # forwards of this request so far
-    cold: bool  # nothing is cached: a new request, or one resumed after preemption
+    cold: bool  # nothing is cached, or not of all rows: a new request, one resumed after preemption, or new rows
     shift: int  # logits at i predict i + shift: the row before the first wanted position lives, too
     mask_id: int
     tokens: np.ndarray  # [N] int64, masks where nothing is filled in yet; not to be written to

@@ -18,13 +18,19 @@ def small(kind: str, name: str) -> dict:
 
 
 def combinations(selection: str):
-    """A request of each: prompts of 40 to 90 tokens, canvases of 4 to 12, greedy and sampled, guided and not."""
+    """A request of each: prompts of 40 to 90 tokens, canvases of 4 to 12, greedy and sampled, guided and not, the
+    extents in turn."""
     rng = random.Random(selection)
     reuses = [name for method in sorted(methods("reuse")) for name in with_presets(method)]
+    extents = sorted(methods("extent"))
     for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), reuses)):
         length = rng.randint(4, 12)
         chosen = "none" if index % 5 == 4 else selection
         extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 6}
+        extent = small("extent", extents[index % len(extents)])
+        extra["dlm_extent"] = extent["name"]
+        if "window" in extent:
+            extra["dlm_window"] = extent["window"]
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.running import Recorder, tokens
+from tests.engine.running import Recorder, Watching, tokens
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, Turn
 from vllm_dlm.plugins.decoding.credit import Credit
 from vllm_dlm.plugins.decoding.hierarchy import Hierarchy
@@ -133,3 +133,44 @@ def test_leaps_from_one_anchor(engines, monkeypatch, name):
         engines, run, recorded["prompt"], "local_leap", kappa=run["kappa"], tau=run["tau"], radius=run["radius"]
     )
     assert got == recorded["final"].tolist() and forwards == run["n_forward"]
+
+
+class Rows(Watching):
+    """The positions that the rows of each step stand for."""
+
+    def __enter__(self):
+        self.steps = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        (state,) = states
+        canvas, live = state.canvas, state.canvas.plan.live
+        self.steps.append(np.where(live == canvas.rows - 1, canvas.last, live).tolist())
+
+
+@pytest.mark.parametrize("name", of("suffix_window"))
+def test_suffix_window(engines, name):
+    run, recorded = RUNS[name], arrays(name)
+    extent = {"name": "window", "window": run["window"]}
+    reuse = {"name": "fast_dllm", "cache": run["cache"]}
+    llm = engines(run["model"], additional_config={"dlm": {"reuse": reuse, "extent": extent}})
+    extra = {"dlm_block_length": run["block"]}
+    if run["threshold"] is None:
+        extra["dlm_steps"] = run["steps"]
+    else:
+        extra |= {"dlm_threshold": run["threshold"], "dlm_threshold_decay": run["alpha"]}
+    if run["family"] == "dream":
+        # what Dream's code takes where nobody says otherwise
+        extra |= {"dlm_algorithm": "maskgit_plus", "dlm_top_k": 50}
+    params = SamplingParams(
+        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
+        stop_token_ids=[run["eos_id"]] if run["eos_exit"] else None,
+    )  # fmt: skip
+    with Rows(llm) as rows:
+        (got,) = tokens(llm, [({"prompt_token_ids": recorded["prompt"].tolist()}, params)])
+    final = recorded["final"].tolist()
+    if run["eos_exit"]:  # the official loop ends the block first, and fills what is left with its end
+        assert list(got) == final[: final.index(run["eos_id"]) + 1]
+        return
+    assert list(got) == final
+    assert rows.steps == [[p for p in step if p >= 0] for step in recorded["query_positions"].tolist()]

@@ -5,8 +5,9 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.running import tokens
+from tests.engine.running import core_of, tokens
 from vllm_dlm.engine.scheduler import OVERTAKES
+from vllm_dlm.metrics import StepCounts
 
 BLOCKS = 9  # of 32 tokens, beside the one vLLM keeps for itself
 TIGHT = {"block_size": 32, "num_gpu_blocks_override": BLOCKS + 1, "max_num_batched_tokens": 512}
@@ -169,3 +170,23 @@ def test_priorities_come_before_turns(engines):
     order = run.started.index
     assert max(map(order, urgent)) < order(2)
     assert 0 < sum(order(i) < order(2) for i in less) <= OVERTAKES
+
+
+def test_thresholds_fall_while_others_wait(engines):
+    """Down to a floor that a request gives; alone it is decoded as without."""
+    llm = engines("llada-tiny", max_num_seqs=2)
+    scheduler, steps, lowered = core_of(llm).scheduler, {}, {}
+    for floor in (None, 0.0):
+        extra = {"dlm_block_length": 16, "dlm_threshold": 0.95}
+        if floor is not None:
+            extra["dlm_threshold_floor"] = floor
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, extra_args=extra)
+        given = [({"prompt_token_ids": [7 + index]}, params) for index in range(8)]
+        scheduler.counts = StepCounts()
+        together = tokens(llm, given)
+        steps[floor], lowered[floor] = scheduler.counts.denoising_steps, scheduler.counts.lowered_steps
+        if floor is None:
+            plain = together
+        else:
+            assert [tokens(llm, [request])[0] for request in given] == plain and together != plain
+    assert steps[0.0] < 0.7 * steps[None] and lowered[0.0] > 0 == lowered[None]

@@ -40,17 +40,19 @@ class BlockShape:
     def features_per_block(self, reuse: Reuse) -> int:
         return self.elements // max(reuse.feature_width(self.row), 1)
 
-    def blocks(self, options: Options, prompt_len: int, length: int) -> tuple[int, int, int]:
-        """(blocks of keys and values, of features, of a selection's summaries) of one canvas."""
+    def blocks(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> tuple[int, int, int]:
+        """(blocks of keys and values, of features, of a selection's summaries) of one canvas of `length` positions, of
+        which the first `rows` have a row (None: all)."""
         reuse, selection = options.reuse, options.selection
-        rows = reuse.feature_rows(prompt_len, length)
-        kv_blocks = -(-length // self.block_size)
-        features = -(-rows // self.features_per_block(reuse)) if rows else 0
+        rows = length if rows is None else rows
+        featured = reuse.feature_rows(prompt_len, rows)
+        kv_blocks = -(-rows // self.block_size)
+        features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary fills the slots of one key and its value
         summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
         return kv_blocks, features, -(-summaries // self.block_size)
 
-    def tokens(self, options: Options, prompt_len: int, length: int) -> int:
+    def tokens(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> int:
         """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""
         streams = 2 if options.decoding.cfg_scale > 0 and options.caches else 1
-        return streams * sum(self.blocks(options, prompt_len, length)) * self.block_size
+        return streams * sum(self.blocks(options, prompt_len, length, rows)) * self.block_size

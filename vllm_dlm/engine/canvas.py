@@ -70,6 +70,24 @@ class Canvas:
         """First position behind the current block."""
         return self.prompt_len + self.blocks[self.block][1]
 
+    @cached_property
+    def rows(self) -> int:
+        """Positions that have a row while the current block is decoded: the first so many."""
+        return self.options.extent.rows(self.end, len(self))
+
+    @property
+    def last(self) -> int:
+        """The position that the last row stands for"""
+        return self.options.extent.last(self.end, len(self))
+
+    @property
+    def grown(self) -> bool:
+        """With the current block rows have come in that no step has seen."""
+        if self.block_step or not self.block:
+            return False
+        before = self.prompt_len + self.blocks[self.block - 1][1]
+        return self.options.extent.rows(before, len(self)) != self.rows
+
     def copy(self) -> "Canvas":
         twin = copy.copy(self)
         twin.tokens, twin.confidence = self.tokens.copy(), self.confidence.copy()
@@ -84,15 +102,15 @@ class Canvas:
         start, end = self.blocks[self.block]
         return Progress(
             prompt_len=self.prompt_len,
-            length=len(self),
+            length=self.rows,
             block=(self.prompt_len + start, self.prompt_len + end),
             block_step=self.block_step,
             step=self.step,
-            cold=self.cold,
+            cold=self.cold or self.grown,
             shift=self.shift,
             mask_id=self.mask_id,
-            tokens=self.tokens,
-            confidence=self.confidence,
+            tokens=self.tokens[: self.rows],
+            confidence=self.confidence[: self.rows],
             changed=self.changed,
         )
 
@@ -101,7 +119,7 @@ class Canvas:
         return self.options.reuse.plan(self.progress)
 
     @property
-    def rows(self) -> int:
+    def weight(self) -> int:
         """What the step weighs: rows it recomputes; those it merely carries weigh less."""
         return self.streams * max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
 
@@ -111,16 +129,16 @@ class Canvas:
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
     def unconditional(self) -> np.ndarray:
-        """[N] tokens of the guidance stream: what was given is hidden, what was generated stays."""
-        tokens = self.tokens.copy()
+        """Tokens of the guidance stream's rows: what was given is hidden, what was generated stays."""
+        tokens = self.tokens[: self.rows].copy()
         tokens[: self.prompt_len] = self.mask_id
         return tokens
 
     # -- the clock moves -------------------------------------------------------------------
 
     def _moved(self) -> None:
-        self.__dict__.pop("progress", None)
-        self.__dict__.pop("plan", None)
+        for name in ("progress", "plan", "rows"):
+            self.__dict__.pop(name, None)
 
     def apply(self, commit: Commit) -> None:
         """A step has been made."""

@@ -52,7 +52,7 @@ class CanvasAttention:
                 group.max_q, group.max_kv,
             )  # fmt: skip
             return added.flatten(1)
-        positions = changed.of(group.positions)
+        positions = changed.of(group.row_places)
         parts = zip(
             q.split(rows.counts), group.tables, group.kv_lens, positions.split(changed.counts),
             moved.split(changed.counts), strict=True,
@@ -70,7 +70,7 @@ class CanvasAttention:
             return group.places  # live rows stay where they are for all layers
         places = torch.full((len(group.kv_lens), group.max_kv), -1, dtype=torch.int32, device=group.canvas.device)
         number = torch.arange(len(changed), dtype=torch.int32, device=places.device)
-        places[changed.of(group.canvas), changed.of(group.positions)] = number
+        places[changed.of(group.canvas), changed.of(group.row_places)] = number
         if changed.index is None:
             group.places = places
         return places

@@ -160,16 +160,15 @@ class Denoiser:
         request = HeadRequest(state, positions[seen])
         read = np.unique(heads[seen]) if at.shift else heads[seen]
         readers = []
+        if state.rows != at.length:
+            self._grow(state, table)
         for twin in range(canvas.streams):
-            if twin not in state.blocks:
-                own = state.blocks[twin] = self._blocks(state, table, twin)
-                state.views[twin] = self._view(state, own.kv, own.summaries)
             own, view = state.blocks[twin], state.views[twin]
-            filtered = view is not None and not reuse.caches and not at.cold
+            filtered = view is not None and not reuse.caches and not canvas.cold
             stream = Stream(
                 reuse=reuse,
                 plan=plan,
-                token_ids=canvas.unconditional() if twin else canvas.tokens,
+                token_ids=canvas.unconditional() if twin else at.tokens,
                 head_positions=read,
                 changed=canvas.changed,
                 response=at.response,
@@ -179,17 +178,29 @@ class Denoiser:
                 view=view,
                 filtered=filtered,
                 chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
+                last=canvas.last,
             )
             readers.append(Reader(stream, request, bool(twin)))
         return readers
 
-    def _blocks(self, state: Denoising, table: np.ndarray, twin: int) -> Blocks:
-        """Of the request's, which are handed out once."""
+    def _grow(self, state: Denoising, table: np.ndarray) -> None:
+        """The canvas has more rows than before, and the request more blocks (`table`): those that came are dealt to its
+        streams, and to what they are for, in turn."""
         options, canvas = state.options, state.canvas
-        kv, features, summaries = self.shape.blocks(options, canvas.prompt_len, len(canvas))
-        each = kv + features + summaries
-        own = table[twin * each : (twin + 1) * each] if options.caches else table
-        return Blocks(own[:kv], own[kv : kv + features], own[kv + features : each])
+        sizes = self.shape.blocks(options, canvas.prompt_len, len(canvas), canvas.rows)
+        start = sum(len(part) for own in state.blocks.values() for part in own)
+        for twin in range(canvas.streams):
+            parts = []
+            for part, size in zip(state.blocks.get(twin, Blocks.none()), sizes, strict=True):
+                # without caches there are none, whatever vLLM gave to the request
+                first, start = start, start + (size - len(part)) * options.caches
+                parts.append(np.concatenate([part, table[first:start]]))
+            own = state.blocks[twin] = Blocks(*parts)
+            if (view := state.views.get(twin)) is None:
+                state.views[twin] = self._view(state, own.kv, own.summaries)
+            else:
+                view.length, view.kv_table = canvas.rows, own.kv
+        state.rows = canvas.rows
 
     def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
         selection, canvas = state.options.selection, state.canvas
@@ -197,7 +208,7 @@ class Denoiser:
             return None
         frozen, size = state.options.reuse.keeps_contexts, self.shape.block_size
         pool = self.choices.setdefault(selection, ChoicePool())
-        return View(selection, canvas.prompt_len, len(canvas), size, kv_table, summary_table, frozen, pool)
+        return View(selection, canvas.prompt_len, canvas.rows, size, kv_table, summary_table, frozen, pool)
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

@@ -37,7 +37,7 @@ class Group:
     cached: bool  # the canvases have blocks for keys and values
     selecting: Selecting | None  # what their responses see; None: everything
     span: slice  # of the forward's packed rows
-    positions: torch.Tensor  # [T]
+    row_places: torch.Tensor  # [T] which row of its canvas each is
     canvas: torch.Tensor  # [T] index of the row's canvas within the group
     columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is to be read
@@ -83,7 +83,7 @@ class Group:
 @dataclass
 class Packed:
     ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T] that the rows stand for
     slots: Slots  # [T] of each row's key and value; canvases without blocks have none
     nowhere: torch.Tensor  # [] a block that is none
     groups: list[Group]

@@ -6,7 +6,7 @@ Read in vLLM 0.32: v1/core/sched/output.py, v1/outputs.py.
 from dataclasses import dataclass, field
 
 import numpy as np
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from vllm_dlm.engine.canvas import Canvas, Commit
@@ -19,6 +19,13 @@ class CanvasData(NewRequestData):
     """A request that starts, or starts again, from where its canvas stands."""
 
     canvas: Canvas | None = None
+
+
+@dataclass
+class DenoisingSchedule(SchedulerOutput):
+    """vLLM's schedule of a step, and how busy the server is."""
+
+    pressure: float = 0.0  # of all requests, the share that waits
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Stream:
 
     reuse: Reuse
     plan: StepPlan
-    token_ids: np.ndarray  # [N] the whole canvas
+    token_ids: np.ndarray  # [N] of all rows of the canvas
     head_positions: np.ndarray  # positions whose hidden state the head needs, ascending, all live
     changed: np.ndarray  # positions whose token changed since the last forward
     response: tuple[int, int]  # positions from which the response is read
@@ -56,6 +56,7 @@ class Stream:
     view: View | None = None  # what a selection lets the response see; None: everything
     filtered: bool = False  # even where every row is recomputed
     chooses: bool = False  # the view changes in this step
+    last: int | None = None  # the position that the last row stands for; None: its own
 
     @property
     def whole(self) -> bool:
@@ -116,13 +117,14 @@ def pack(
         packing = Packing(list(members), start, shape)
         packings.append(packing)
         start = packing.span.stop
-    # One table for all groups: ids, positions, canvases, slots of keys and values and of features, [7, T]; flags [4, T]
+    # One table for all groups, [8, T]: ids, places and positions in their canvases, canvases, slots of keys and values,
+    # and of features; flags, [4, T]
     numbers = upload(joined([packing.numbers for packing in packings]))
     flags = upload(joined([packing.flags for packing in packings]))
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [p.group(numbers[:, p.span], flags[:, p.span], upload, masks, limits) for p in packings]
-    ids, positions, _, block, offset, _, _ = numbers.unbind(0)
+    ids, _, positions, _, block, offset, _, _ = numbers.unbind(0)
     return Packed(ids, positions, Slots(block, offset), upload.nowhere, groups)
 
 
@@ -158,22 +160,23 @@ class Packing:
 
     @property
     def numbers(self) -> np.ndarray:
-        """[7, T] int64"""
-        table = np.empty((7, len(self.live)), np.int64)
-        table[5], table[6] = -1, 0
+        """[8, T] int64"""
+        table = np.empty((8, len(self.live)), np.int64)
+        table[1], table[2], table[6], table[7] = self.live, self.live, -1, 0
         for start, stream in zip(self.starts.tolist(), self.streams, strict=False):
             own = slice(start, start + stream.num_rows)
             live = stream.plan.live
             table[0, own] = stream.token_ids[live]
-            table[3, own] = -1 if stream.kv_table is None else stream.kv_table[live // self.block_size]
+            table[4, own] = -1 if stream.kv_table is None else stream.kv_table[live // self.block_size]
+            if stream.last is not None and len(live) and live[-1] == len(stream.token_ids) - 1:
+                table[2, own.stop - 1] = stream.last
             if stream.feature_rows:
                 place = start + np.flatnonzero(self.kept[own])
                 row = self.live[place] - (len(stream.token_ids) - stream.feature_rows)
-                table[5, place] = stream.feature_table[row // self.features_per_block]
-                table[6, place] = row % self.features_per_block
-        table[1] = self.live
-        table[2] = np.repeat(np.arange(len(self.streams)), self.sizes)
-        table[4] = self.live % self.block_size
+                table[6, place] = stream.feature_table[row // self.features_per_block]
+                table[7, place] = row % self.features_per_block
+        table[3] = np.repeat(np.arange(len(self.streams)), self.sizes)
+        table[5] = self.live % self.block_size
         return table
 
     @cached_property
@@ -206,7 +209,7 @@ class Packing:
         rows = [self._rows(*each, upload, limits) for each in zip(masks_T, counts.tolist(), begins, strict=True)]
         table, tables = self._tables(upload, limits) if cached else (upload(np.zeros((0, 0), np.int32)), [])
         forced, changed, fresh, heads = flags.unbind(0)
-        _, positions, canvas, _, _, feature_block, feature_offset = numbers.unbind(0)
+        _, places, _, canvas, _, _, feature_block, feature_offset = numbers.unbind(0)
         return Group(
             reuse=self.reuse,
             whole=streams[0].whole,
@@ -214,7 +217,7 @@ class Packing:
             cached=cached,
             selecting=self._selecting(rows, masks_T, upload),
             span=self.span,
-            positions=positions,
+            row_places=places,
             canvas=canvas,
             columns=Columns(forced, changed, fresh),
             voters=heads,

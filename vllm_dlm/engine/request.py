@@ -43,6 +43,10 @@ class Blocks(NamedTuple):
     features: np.ndarray
     summaries: np.ndarray
 
+    @classmethod
+    def none(cls) -> "Blocks":
+        return cls(NOTHING, NOTHING, NOTHING)
+
 
 @dataclass
 class Denoising:
@@ -58,6 +62,7 @@ class Denoising:
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
     blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream
+    rows: int = 0  # of the canvas that these blocks are for
 
     def __post_init__(self):
         self.logprobs = [None] * (len(self.canvas) - self.canvas.prompt_len)
@@ -80,7 +85,7 @@ class Denoising:
 
     # -- after a forward -------------------------------------------------------------------
 
-    def commit(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> Commit:
+    def commit(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None, pressure: float = 0.0) -> Commit:
         """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward."""
         canvas = self.canvas
         if canvas.block_step >= self.most_steps:
@@ -89,7 +94,7 @@ class Denoising:
                 f"block {canvas.block} is not finished after {canvas.block_step} steps of {decoding!r} "
                 f"with reuse {reuse!r}"
             )
-        chosen = self._chosen(positions, proposal) if len(positions) else NOTHING
+        chosen = self._chosen(positions, proposal, pressure) if len(positions) else NOTHING
         if self.memory is not None and proposal.noted is not None:
             self.memory.note(positions, proposal.noted)
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
@@ -101,11 +106,12 @@ class Denoising:
         self.filled += len(chosen)
         return commit
 
-    def _chosen(self, positions: np.ndarray, proposal: Proposal) -> np.ndarray:
+    def _chosen(self, positions: np.ndarray, proposal: Proposal, pressure: float) -> np.ndarray:
         """Indices into `positions`, ascending."""
         canvas, decoding = self.canvas, self.options.decoding
         step = canvas.block_step
-        turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled, positions)
+        masked = self._masked() if decoding.threshold_decay else 1.0
+        turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled, positions, masked, pressure)
         rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, step))
         chosen = decoding.choose(proposal, turn, rng)
         if turn.last and not decoding.parallel:
@@ -116,6 +122,13 @@ class Denoising:
         if len(due := self.options.reuse.due(positions, canvas.progress)):
             chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
         return np.sort(chosen)
+
+    def _masked(self) -> float:
+        """See Turn"""
+        canvas = self.canvas
+        start = canvas.progress.block[0]
+        live = canvas.plan.live[np.searchsorted(canvas.plan.live, start) :]
+        return np.count_nonzero(canvas.tokens[live] == canvas.mask_id) / (canvas.rows - start)
 
     def take_output(self) -> tuple[list[int], list[Any]]:
         """Tokens (with their log-probabilities) that are final and were not handed out: a finished block,

@@ -162,15 +162,20 @@ class DenoisingRunner:
             with failed.of(data.req_id):
                 self.requests[data.req_id] = self._start(data)
                 self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if new is not None:
+                self.tables[request_id] = np.concatenate([self.tables[request_id], np.array(new[0], dtype=np.int64)])
         scheduled = [request_id for request_id in scheduler_output.num_scheduled_tokens if request_id not in failed]
         if not scheduled and not failed:
             return EMPTY_MODEL_RUNNER_OUTPUT
         states = [self.requests[request_id] for request_id in scheduled]
         outputs, commits = {}, {}
+        pressure = getattr(scheduler_output, "pressure", 0.0)
         for request in self.denoiser.step(states, self.tables, counts, failed):
             state = request.state
             with failed.of(state.req_id):
-                commits[state.req_id] = state.commit(request.positions, request.proposal, request.logprobs)
+                commits[state.req_id] = state.commit(request.positions, request.proposal, request.logprobs, pressure)
                 outputs[state.req_id] = state.take_output()
         return make_output(outputs, commits, counts, failed)
 

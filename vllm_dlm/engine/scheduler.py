@@ -12,7 +12,7 @@ from itertools import islice
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
@@ -21,7 +21,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.outputs import CanvasData
+from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
@@ -47,11 +47,12 @@ class DenoisingScheduler(Scheduler):
         self.refreshed: Counter[str] = Counter()  # how many of a running request's steps were refreshes
         self.held: Counter[str] = Counter()  # how often one was held back
         self.counts = StepCounts()
+        self.more_blocks: dict[str, tuple[list[int], ...]] = {}  # that running requests were given in this step
         self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
         self.kv_cache_manager.max_model_len = 1 << 40
 
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+    def schedule(self, throttle_prefills: bool = False) -> DenoisingSchedule:
         self.current_step += 1
         now = time.monotonic()
         self.kv_cache_manager.new_step_starts()
@@ -59,20 +60,20 @@ class DenoisingScheduler(Scheduler):
         new: list[Request] = []
         old: list[Request] = []
         if self._pause_state != PauseState.PAUSED_ALL:
-            old, held, skipped = self._take_running(rows)
+            old, held, skipped = self._take_running(rows, now)
             # Whoever had no room is first in line next time, and nobody new is let in before.
             failing = [request for request in self.running if request.request_id in self.failed]
-            self.running = skipped + held + old + failing
+            self.running = skipped + held + old + failing  # without those that gave up their blocks
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
-        output = SchedulerOutput(
+        output = DenoisingSchedule(
             scheduled_new_reqs=[self._canvas_data(request) for request in new],
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=[request.request_id for request in old],
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},
-                new_block_ids=[None] * len(old),
+                new_block_ids=[self.more_blocks.pop(request.request_id, None) for request in old],
                 num_computed_tokens=[request.num_computed_tokens for request in old],
                 num_output_tokens=[request.num_output_tokens for request in old],
             ),
@@ -84,6 +85,7 @@ class DenoisingScheduler(Scheduler):
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=[],
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
+            pressure=len(self.waiting) / max(len(self.waiting) + len(self.running), 1),
         )
         self._update_after_schedule(output)
         for request_id in rows:
@@ -106,9 +108,9 @@ class DenoisingScheduler(Scheduler):
     def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
         """Whether there is room for a request's next step in this one."""
         # alone, a request always runs: with guidance it may exceed the budget
-        return not rows or sum(rows.values()) + canvas.rows <= self.max_num_scheduled_tokens
+        return not rows or sum(rows.values()) + canvas.weight <= self.max_num_scheduled_tokens
 
-    def _take_running(self, rows: dict[str, int]) -> tuple[list[Request], list[Request], list[Request]]:
+    def _take_running(self, rows: dict[str, int], now: float) -> tuple[list[Request], list[Request], list[Request]]:
         """-> who runs, whose refresh is held back, and who found no room.
 
         Refreshes are dear and come at intervals: they are spread over the steps as evenly as that can be had for
@@ -122,17 +124,44 @@ class DenoisingScheduler(Scheduler):
         at_once = -(-len(planned) * made // steps) if steps else len(planned)
         for request, canvas in planned:
             name, refresh = request.request_id, canvas.plan.refresh
+            if request.status != RequestStatus.RUNNING:
+                continue  # it gave up its blocks
             if refresh and at_once <= 0 and canvas.options.reuse.stagger and self._may_wait(name, canvas):
                 self.held[name] += 1
                 held.append(request)
-            elif self._fits(canvas, rows):
-                rows[name] = canvas.rows
+            elif self._fits(canvas, rows) and self._grow(request, canvas, rows, now):
+                rows[name] = canvas.weight
                 self.refreshed[name] += refresh
                 at_once -= refresh
                 taken.append(request)
             else:
                 skipped.append(request)
+        held, skipped = (
+            [request for request in part if request.status == RequestStatus.RUNNING] for part in (held, skipped)
+        )
         return taken, held, skipped
+
+    def _grow(self, request: Request, canvas: Canvas, rows: dict[str, int], now: float) -> bool:
+        """The request has the blocks of its next step. Where too few are free, those who came last and do not run in
+        this step give up theirs and begin their block again later: others first, itself at the end."""
+        if not canvas.grown:
+            return True
+        manager, name = self.kv_cache_manager, request.request_id
+        needed = self._blocks(canvas)
+        missing = needed - len(manager.get_block_ids(name)[0])
+        while missing > manager.block_pool.get_num_free_blocks():
+            running = (one for one in self.running if one.status == RequestStatus.RUNNING)
+            idle = [one for one in running if one.request_id not in rows and one.request_id not in self.failed]
+            last = max(idle, key=lambda one: (one.arrival_time, one.request_id))
+            self._preempt_request(last, now)
+            if last is request:
+                return False
+        if missing > 0:
+            tokens = needed * self.shape.block_size - request.num_computed_tokens
+            blocks = manager.allocate_slots(request, tokens)
+            assert blocks is not None, "free blocks were counted before"
+            self.more_blocks[name] = blocks.get_block_ids()
+        return True
 
     def _may_wait(self, name: str, canvas: Canvas) -> bool:
         return self.held[name] < int(HELD_BACK * canvas.step)
@@ -155,7 +184,7 @@ class DenoisingScheduler(Scheduler):
                     num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
                 )
             request.status = RequestStatus.RUNNING
-            rows[request.request_id] = canvas.rows
+            rows[request.request_id] = canvas.weight
             self.refreshed[request.request_id] += canvas.plan.refresh
             admitted.append(request)
         return admitted
@@ -184,13 +213,14 @@ class DenoisingScheduler(Scheduler):
         self.waiting.remove_request(request)
         self.overtaken.pop(request.request_id, None)
 
-    def _blocks(self, canvas: Canvas) -> int:
-        """Of the whole canvas at once: its length is known, so a running request never lacks memory."""
-        return self.shape.tokens(canvas.options, canvas.prompt_len, len(canvas)) // self.shape.block_size
+    def _blocks(self, canvas: Canvas, rows: int | None = None) -> int:
+        """Of all rows that the canvas has by now, or will have"""
+        rows = canvas.rows if rows is None else rows
+        return self.shape.tokens(canvas.options, canvas.prompt_len, len(canvas), rows) // self.shape.block_size
 
     def _check_size(self, canvas: Canvas) -> None:
         """The front-end refuses what cannot fit, but of unequal replicas it knows the average only."""
-        needed, there = self._blocks(canvas), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        needed, there = self._blocks(canvas, len(canvas)), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
         if needed > there:
             raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, and this replica has {there}")
 
@@ -222,12 +252,14 @@ class DenoisingScheduler(Scheduler):
 
     # -- what came back --------------------------------------------------------------------
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
+    def update_from_output(self, scheduler_output: DenoisingSchedule, model_runner_output):
         ended = self._end_failed(model_runner_output)
         commits = getattr(model_runner_output, "commits", {})
         for request_id in scheduler_output.num_scheduled_tokens:
             if (canvas := self.canvases.get(request_id)) and request_id in commits:
                 self._count(canvas)
+                floor = canvas.options.decoding.threshold_floor
+                self.counts.lowered_steps += floor is not None and scheduler_output.pressure > 0
                 canvas.apply(commits[request_id])
         if (counts := getattr(model_runner_output, "counts", None)) is not None:
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
@@ -249,8 +281,8 @@ class DenoisingScheduler(Scheduler):
         self.counts.denoising_steps += 1
         self.counts.canvas_positions += canvas.block_width
         self.counts.rows_live += canvas.streams * len(canvas.plan.live)
-        self.counts.rows_dense += canvas.streams * len(canvas)
-        self.counts.refresh_steps += canvas.plan.refresh or canvas.plan.whole(len(canvas))
+        self.counts.rows_dense += canvas.streams * canvas.rows
+        self.counts.refresh_steps += canvas.plan.refresh or canvas.plan.whole(canvas.rows)
 
     def _end_failed(self, model_runner_output) -> list[tuple[Request, str]]:
         """Requests that cannot go on, here or in the worker: their clients are told, everybody else's go on."""

@@ -62,7 +62,7 @@ class ChoicePool:
 class View:
     selection: Selection
     prompt_len: int
-    length: int
+    length: int  # rows of the canvas
     block_size: int
     kv_table: np.ndarray  # [blocks] ids
     summary_table: np.ndarray  # [blocks] ids

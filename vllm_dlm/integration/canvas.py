@@ -24,13 +24,16 @@ def get_diff_sampling_param(get):
 
 
 def usual_length(model_config, found: dict) -> int:
-    """The server's default, else that of the checkpoint's generation_config.json, else the family's."""
+    """The server's default, else that of the checkpoint's generation_config.json, else the family's; where canvases
+    grow as they are needed, all that there is room for."""
     usual = found.get("max_tokens", FAMILIES[model_config.architecture].canvas)
+    if getattr(model_config, "dlm_grows", False):
+        usual = model_config.max_model_len
     return model_config.dlm_canvas.length(usual)
 
 
 def default_length(processor) -> int:
-    """Of a request that says `max_tokens=None` to the engine itself."""
+    """Of a request that says `max_tokens=None` to the engine itself, and whose canvas does not grow."""
     if not hasattr(processor, "dlm_default_length"):
         model = processor.model_config
         processor.dlm_default_length = usual_length(model, model.get_diff_sampling_param())

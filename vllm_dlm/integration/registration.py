@@ -130,7 +130,7 @@ class DiffusionConfigHook:
         # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
-        model.dlm_canvas = options.canvas  # see canvas.py
+        model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows  # see canvas.py
 
 
 def set_block_size(cache_config, selection) -> None:

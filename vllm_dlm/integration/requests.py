@@ -6,6 +6,7 @@ nothing may reach them unchecked. Read in vLLM 0.32 and 0.33: v1/engine/input_pr
 v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
+from bisect import bisect_right
 from dataclasses import replace
 from typing import NoReturn
 
@@ -99,7 +100,7 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     options = options_of(params, processor)
     request.prompt_token_ids = prompt_ids(request.prompt_token_ids, text, options.infill, processor)
     if no_max_tokens:
-        params.max_tokens = default_length(processor)
+        params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
     check(params, options, len(request.prompt_token_ids), processor)
 
     config = processor.model_config
@@ -111,6 +112,19 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     params.top_k = min(params.top_k, config.get_vocab_size())
     if params.seed is not None:
         params.seed %= 1 << 63
+
+
+def open_length(options: Options, prompt: int, processor) -> int:
+    """Of a request that names none: where its canvas grows, as much as the model and the KV cache have room for."""
+    if not options.extent.grows:
+        return default_length(processor)
+    length = options.canvas.length(max(processor.model_config.max_model_len - prompt, 1))
+    if (pool := replica_blocks(processor)) is None:
+        return length
+    shape = BlockShape.of(processor.vllm_config)
+    there = (pool - 1) * shape.block_size
+    fitting = bisect_right(range(length + 1), there, key=lambda n: shape.tokens(options, prompt, prompt + n))
+    return max(fitting - 1, 1)
 
 
 def options_of(params, processor) -> Options:
@@ -137,7 +151,7 @@ def check(params, options: Options, prompt: int, processor) -> None:
 
     model = processor.model_config
     longest = options.canvas.max
-    asked = default_length(processor) if params.max_tokens is None else params.max_tokens
+    asked = open_length(options, prompt, processor) if params.max_tokens is None else params.max_tokens
     if longest is not None and asked > longest:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt

@@ -1,0 +1,38 @@
+"""The suffix window of Streaming-dLLM and DPad: of the masks behind the current block the next few, and the last.
+
+https://arxiv.org/abs/2601.17917, https://arxiv.org/abs/2508.14148. While a block
+that ends before e is decoded, the rows are those of positions 0 … e+W-1 and,
+if any are left out, that of the canvas's last position, which says how long
+the answer may become. So a step costs nothing for what lies farther behind, and
+a canvas longer than the answer does not spoil it. With W as long as the canvas
+it is `full`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_dlm.plugins.decoding.base import check
+from vllm_dlm.plugins.extent.base import Extent
+
+
+@dataclass(frozen=True)
+class Window(Extent):
+    name: ClassVar[str] = "window"
+    #: of LLaDA-1.5 and LLaDA-Instruct, and of Dream-Base, at 512 tokens
+    presets: ClassVar[dict[str, dict]] = {
+        "llada-humaneval": {"window": 96}, "llada-mbpp": {"window": 96}, "llada-gsm8k": {"window": 96},
+        "llada-math": {"window": 96}, "dream-mbpp": {"window": 192}, "dream-gsm8k": {"window": 32},
+        "dream-math": {"window": 32},
+    }  # fmt: skip
+    grows: ClassVar[bool] = True
+
+    window: int = 96  # W
+
+    def __post_init__(self):
+        check(self.window >= 0, "window", self.window, "at least 0")
+
+    def rows(self, end: int, length: int) -> int:
+        return min(end + self.window + 1, length)
+
+    def last(self, end: int, length: int) -> int:
+        return length - 1
