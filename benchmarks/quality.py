@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import drawing, report
+from benchmarks import drawing, quality_rules, report
 from benchmarks.load import Load
 from benchmarks.workload import Policy
 from vllm_dlm.engine.counts import Counts
@@ -57,11 +57,15 @@ NOTES = [
 def add_arguments(parser) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="for the exact match of the defaults (default 500)")
     parser.add_argument("--drift-prompts", type=int, default=100, help="for agreement and KL (default 100)")
+    parser.add_argument("--rules", action="store_true", help="every decoding on canvases of some lengths, instead")
+    parser.add_argument("--answers", type=int, default=60, help="of each cell of --rules (default 60)")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
 
 
 def run(args) -> None:
+    if args.rules:
+        return run_rules(args)
     many, some = (8, 4) if args.quick else (args.prompts, args.drift_prompts)
     load = Load(timed=False)
     engine = Engine()
@@ -86,6 +90,23 @@ def run(args) -> None:
     )  # fmt: skip
     result.print()
     for path in result.write(args.results, plot):
+        print(path)
+
+
+def run_rules(args) -> None:
+    answers = 5 if args.quick else args.answers
+    load, engine = Load(timed=False), Engine(max_model_len=1024)
+    samples, rows = quality_rules.questions(answers), []
+    result = report.Report(
+        "quality-rules", "Tokens filled at once, under every reuse, on canvases of some lengths",
+        quality_rules.settings(answers) | report.surroundings(torch.get_num_threads(), load),
+        quality_rules.COLUMNS, quality_rules.NOTES, rows,
+    )  # fmt: skip
+    for canvas, extent, reuse, rule, options in tqdm(list(quality_rules.cells(args.quick)), desc="rules", unit="cell"):
+        about = {"decoding": rule.label, "reuse": reuse, "extent": extent, "canvas": canvas}
+        rows.append(about | quality_rules.measure(engine, canvas, options, samples))
+        result.write(args.results)
+    for path in result.write(args.results, quality_rules.plot):
         print(path)
 
 

@@ -237,7 +237,7 @@ def test_a_threshold_falls_with_masks_and_load():
     assert rule.limit(Turn(1, 9, 1, None, 0.5)) == pytest.approx(0.9 * 0.8)
     rule = LowConfidence(threshold=0.9, threshold_floor=0.6)
     assert [rule.limit(Turn(1, 9, 1, None, 1.0, busy)) for busy in (0.0, 0.5, 1.0)] == pytest.approx([0.9, 0.75, 0.6])
-    with pytest.raises(ValueError, match="threshold_floor: 0.95 is not valid, it must be between 0 and 0.9"):
+    with pytest.raises(ValueError, match=r"threshold_floor: 0\.95 is not valid, it must be between 0 and 0\.9"):
         LowConfidence(threshold=0.9, threshold_floor=0.95)
-    with pytest.raises(ValueError, match="threshold_floor: 0.5 is not valid, it must be unset without a threshold"):
+    with pytest.raises(ValueError, match=r"threshold_floor: 0\.5 is not valid, it must be unset without a threshold"):
         LowConfidence(threshold_floor=0.5)

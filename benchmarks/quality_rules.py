@@ -1,0 +1,166 @@
+"""How many tokens may be filled at once, under which reuse, on a canvas how long: exact match and forwards per answer of
+every registered decoding, on the demo checkpoint.
+
+Tasks whose tokens depend on each other (chains, running totals, sums, several
+codes), and canvases up to many times the answer, which is what spoils them.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from benchmarks import drawing, report
+from vllm_dlm.engine.denoiser import Observer
+from vllm_dlm.methods import methods
+
+BLOCK, THRESHOLD = 8, 0.9
+CANVASES = (32, 128, 512)
+WINDOW = 32
+REUSES = ("none", "fast_dllm", "dllm_cache", "dyllm")
+
+COLUMNS = [
+    report.Column("decoding", "decoding"),
+    report.Column("reuse", "reuse"),
+    report.Column("extent", "extent"),
+    report.Column("canvas", "canvas"),
+    report.Column("answers", "answers"),
+    report.Column("exact_match", "exact match", "{:.1%}"),
+    report.Column("interval", "95% interval", lambda ends: f"{ends[0]:.1%} to {ends[1]:.1%}"),
+    report.Column("forwards", "forwards per answer", "{:.1f}"),
+    report.Column("rows", "rows recomputed per answer", "{:,.0f}"),
+]
+
+NOTES = [
+    f"Demo checkpoint, greedy, canvas blocks of {BLOCK}, ended by the end token. Exact match: the whole answer, end "
+    "token included; beside it Wilson's interval.",
+    f"threshold: {THRESHOLD}, with threshold_decay .3 in `low_confidence, threshold, decay`; of `credit` too. Others "
+    "are at their defaults: one token per step, or their own rule.",
+    f"window: {WINDOW} positions behind the canvas block and the last one have rows.",
+    "forwards: steps of the request. rows recomputed: through the feed-forward, averaged over layers, prompts included.",
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    label: str
+    options: dict  # of a request
+
+
+def rules() -> list[Rule]:
+    """Every registered decoding; beside the first the threshold, which goes with all that rank by confidence."""
+    own = {"credit": {"dlm_threshold": THRESHOLD}}
+    found = [
+        Rule(f"{name}, threshold" if name in own else name, {"dlm_algorithm": name} | own.get(name, {}))
+        for name in sorted(methods("decoding"))
+    ]
+    sure = {"dlm_algorithm": "low_confidence", "dlm_threshold": THRESHOLD}
+    decay = {"dlm_threshold_decay": 0.3}
+    return [
+        *found,
+        Rule("low_confidence, threshold", sure),
+        Rule("low_confidence, threshold, decay", sure | decay),
+    ]
+
+
+def cells(quick: bool):
+    extents = {"full": {"dlm_extent": "full"}, "window": {"dlm_extent": "window", "dlm_window": WINDOW}}
+    canvases = CANVASES[:1] if quick else CANVASES
+    for canvas, extent, reuse, rule in product(canvases, extents, REUSES, rules()):
+        if canvas > BLOCK + WINDOW + 1 or extent == "full":  # else they are the same
+            yield canvas, extent, reuse, rule, rule.options | extents[extent] | {"dlm_reuse": reuse}
+
+
+def questions(count: int):
+    """In equal shares"""
+    from benchmarks.demo import tasks
+
+    rng, filler = np.random.default_rng(47), tasks.Filler(7)
+    kinds = [
+        tasks.follow, tasks.totals, tasks.add,
+        *(lambda rng, n=n: tasks.recall(rng, filler, 192, needles=8, queried=n) for n in (2, 3)),
+    ]  # fmt: skip
+    return [kinds[index % len(kinds)](rng) for index in range(count)]
+
+
+class Sums(Observer):
+    """Forwards of requests, and rows through the feed-forward of a layer."""
+
+    def __init__(self, layers: int):
+        self.layers, self.forwards, self.rows = layers, 0, 0.0
+
+    def step_ended(self, requests, counts) -> None:
+        self.forwards += len(requests)
+        self.rows += counts.rows["feed_forward"] / self.layers
+
+
+def measure(engine, canvas: int, options: dict, samples) -> dict:
+    from vllm import SamplingParams
+
+    denoiser = engine.runner.denoiser
+    sums = Sums(len(denoiser.model.model.layers))
+    params = SamplingParams(
+        temperature=0, max_tokens=canvas, seed=0, detokenize=False,
+        extra_args={"dlm_block_length": BLOCK} | options,
+    )  # fmt: skip
+    denoiser.observers.append(sums)
+    try:
+        outputs = engine.llm.generate([{"prompt_token_ids": s.prompt_ids} for s in samples], params, use_tqdm=False)
+    finally:
+        denoiser.observers.remove(sums)
+    pairs = zip(outputs, samples, strict=True)
+    right = sum(list(output.outputs[0].token_ids) == sample.answer_ids for output, sample in pairs)
+    return {
+        "answers": len(samples), "exact_match": right / len(samples), "interval": wilson(right, len(samples)),
+        "forwards": sums.forwards / len(samples), "rows": sums.rows / len(samples),
+    }  # fmt: skip
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    share, bend = right / count, z * z / count
+    middle = (share + bend / 2) / (1 + bend)
+    half = z * math.sqrt(share * (1 - share) / count + bend / (4 * count)) / (1 + bend)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def settings(answers: int) -> dict:
+    return {
+        "shapes": f"demo checkpoint, canvases of {', '.join(map(str, CANVASES))} tokens, canvas blocks of {BLOCK}",
+        "dtype": "float32",
+        "baseline": "low_confidence with none on a full canvas of 32: one token per step, the exact model",
+        "counted": "whole answers",
+        "tasks": "equal shares of follow (a chain of arrows), running totals, add, recall at 192 tokens (2 and 3 of 8 codes)",
+        "answers": answers,
+    }
+
+
+def plot(figure, rows: list[dict]) -> None:
+    """Exact match against forwards per answer, a panel per canvas; the extents as filled and open marks."""
+    figure.set_size_inches(9, 4.6)
+    canvases = sorted({row["canvas"] for row in rows})
+    panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
+    shapes = dict(zip(dict.fromkeys(row["decoding"] for row in rows), "osD^v<>pP*Xhd", strict=False))
+    for axes, canvas in zip(panels, canvases, strict=True):
+        for row in (row for row in rows if row["canvas"] == canvas):
+            colour = drawing.colour(row["reuse"])
+            face = colour if row["extent"] == "full" else "none"
+            axes.plot(
+                row["forwards"],
+                100 * row["exact_match"],
+                shapes[row["decoding"]],
+                color=colour,
+                mfc=face,
+                ms=5,
+                alpha=0.8,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(f"forwards per answer\ncanvas of {canvas}", fontsize=8)
+        axes.set_ylim(-4, 104)
+    panels[0].set_ylabel("exact match, %")
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], marker=mark, ls="", color="#444444", ms=4, label=name) for name, mark in shapes.items()]
+    marks += [Line2D([], [], marker="o", ls="", color=drawing.colour(name), ms=5, label=name) for name in REUSES]
+    marks.append(Line2D([], [], marker="o", ls="", color="#444444", mfc="none", ms=5, label="window"))
+    figure.legend(handles=marks, fontsize=6.5, ncols=6, frameon=False, loc="outside upper center")
