@@ -1,5 +1,5 @@
-"""How many tokens may be filled at once, under which reuse, on a canvas how long: exact match and forwards per answer of
-every registered decoding, on the demo checkpoint.
+"""How many tokens may be filled at once, under which reuse, on a canvas how long: exact match and forwards per answer
+of every registered decoding, on the demo checkpoint.
 
 Tasks whose tokens depend on each other (chains, running totals, sums, several
 codes), and canvases up to many times the answer, which is what spoils them.
@@ -38,7 +38,7 @@ NOTES = [
     f"threshold: {THRESHOLD}, with threshold_decay .3 in `low_confidence, threshold, decay`; of `credit` too. Others "
     "are at their defaults: one token per step, or their own rule.",
     f"window: {WINDOW} positions behind the canvas block and the last one have rows.",
-    "forwards: steps of the request. rows recomputed: through the feed-forward, averaged over layers, prompts included.",
+    "forwards: steps of a request. rows recomputed: through the feed-forward, averaged over layers, with the prompt's.",
 ]
 
 
@@ -130,7 +130,7 @@ def settings(answers: int) -> dict:
         "dtype": "float32",
         "baseline": "low_confidence with none on a full canvas of 32: one token per step, the exact model",
         "counted": "whole answers",
-        "tasks": "equal shares of follow (a chain of arrows), running totals, add, recall at 192 tokens (2 and 3 of 8 codes)",
+        "tasks": "equal shares of follow (a chain of arrows), running totals, add, recall (2 and 3 of 8 codes)",
         "answers": answers,
     }
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from vllm_dlm.families import FAMILIES
 from vllm_dlm.option_types import OptionError, typed
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.shown import shown
@@ -100,3 +101,18 @@ def test_a_canvas_is_cut_to_the_models_length():
     options = request_options(server_options(None, "entropy"), {})
     assert options.canvas_length(prompt_len=10, max_tokens=20, max_model_len=512) == 30
     assert options.canvas_length(prompt_len=500, max_tokens=20, max_model_len=512) == 512
+
+
+def test_a_preset_of_a_family_is_a_server():
+    for architecture, family in FAMILIES.items():
+        for name in family.presets:
+            chosen = server_options({"preset": name}, family.decoding, family.presets)
+            assert chosen == server_options(family.presets[name], family.decoding), architecture
+        own = {"preset": "serve", "decoding": {"threshold": 0.8}, "reuse": {"name": "none"}}
+        options = server_options(own, family.decoding, family.presets)
+        assert options.decoding.threshold == 0.8 and options.decoding.block_length == 32
+        assert options.reuse.name == "none" and options.extent.name == "window"
+    with pytest.raises(OptionError, match=r"dlm\.preset: 'fast' is unknown, valid for this model are serve"):
+        server_options({"preset": "fast"}, "low_confidence", family.presets)
+    with pytest.raises(OptionError, match="valid for this model are none"):
+        server_options({"preset": "serve"}, "low_confidence")

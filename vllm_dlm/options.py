@@ -22,7 +22,7 @@ WINDOW = "dlm_window"
 #: whether masks of the prompt are holes to fill
 INFILL = "dlm_infill"
 #: parts of the server's object
-PARTS = (*KINDS, "canvas")
+PARTS = (*KINDS, "canvas", "preset")
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,34 @@ class Options:
         return min(prompt_len + max_tokens, max_model_len)
 
 
-def server_options(given: Mapping[str, Any] | None, default_decoding: str) -> Options:
-    """The object of `--dlm-config` / `additional_config["dlm"]`."""
+def server_options(
+    given: Mapping[str, Any] | None, default_decoding: str, presets: Mapping[str, dict] | None = None
+) -> Options:
+    """The object of `--dlm-config` / `additional_config["dlm"]`. `presets`: such objects, chosen by name."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise OptionError("dlm", f"dlm: {shown(given)} is not an object with the parts {', '.join(PARTS)}")
     for part in given:
         if part not in PARTS:
             raise OptionError(part, f"dlm: unknown part {shown(part)}, valid parts are {', '.join(PARTS)}")
+    if "preset" in given:
+        given = _upon_preset(given, presets or {})
     default = {"decoding": default_decoding, "reuse": "none", "selection": "none", "extent": "full"}
     chosen = {kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS}
     return Options(**chosen, canvas=_built(CanvasBounds, "canvas", given.get("canvas"), {}))
+
+
+def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[str, Any]:
+    """The preset's parts; of those that are given, too, the fields, or all if a method is named."""
+    name, listed = given["preset"], ", ".join(presets) or "none"
+    if not isinstance(name, str) or name not in presets:
+        raise OptionError("dlm.preset", f"dlm.preset: {shown(name)} is unknown, valid for this model are {listed}")
+    parts = dict(presets[name])
+    for part, value in given.items():
+        if part != "preset":
+            fields_alone = isinstance(value, Mapping) and "name" not in value
+            parts[part] = {**parts.get(part, {}), **value} if fields_alone else value
+    return parts
 
 
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:

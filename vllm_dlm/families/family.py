@@ -1,7 +1,7 @@
 """What vLLM and the engine have to be told about a family of models: plain data, read in every process."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: which keys a row of a canvas sees: all of them, or those up to the end of its own block
@@ -18,6 +18,8 @@ class Family:
     config: str
     decoding: str  # of a server that names none
     end_of_turn: str  # ends a response beside the tokenizer's end of text
+    #: objects for `--dlm-config`, chosen as its "preset"
+    presets: dict[str, dict] = field(default_factory=dict)
     canvas: int = 256  # tokens of a response when neither request, server nor checkpoint says how many
     #: positions of a server that says none, where config.json promises more than the model was trained on
     context: int | None = None

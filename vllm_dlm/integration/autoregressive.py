@@ -56,7 +56,7 @@ def selection_of(vllm_config):
 
 def checked_options(given):
     options = server_options(given, "low_confidence")  # whose decoding is not looked at
-    for part in ("decoding", "reuse", "canvas"):
+    for part in ("decoding", "reuse", "extent", "canvas"):
         if part in given:
             raise OptionError(
                 part, f"dlm.{part}: only masked-diffusion language models have it; autoregressive ones take selection"

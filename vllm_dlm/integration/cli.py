@@ -78,7 +78,7 @@ def dlm_config(text: str) -> dict:
     errors = []
     for family in FAMILIES.values():
         try:
-            server_options(given, family.decoding)
+            server_options(given, family.decoding, family.presets)
         except OptionError as error:
             errors.append(error)
     if len(errors) == len(FAMILIES):

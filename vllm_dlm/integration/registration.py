@@ -40,7 +40,8 @@ def blamed(vllm_config, error: OptionError) -> str:
 
 def resolved_options(vllm_config):
     """The server's options of a model this plugin serves."""
-    return server_options(asked_options(vllm_config), FAMILIES[vllm_config.model_config.architecture].decoding)
+    family = FAMILIES[vllm_config.model_config.architecture]
+    return server_options(asked_options(vllm_config), family.decoding, family.presets)
 
 
 def trained_selection(config) -> dict | None:

@@ -9,6 +9,13 @@ FAMILY = Family(
     config="vllm_dlm.families.dream.config:DreamConfig",
     decoding="entropy",
     end_of_turn="<|im_end|>",
+    presets={
+        "serve": {
+            "decoding": {"name": "maskgit_plus", "block_length": 32, "threshold": 0.9},
+            "reuse": {"name": "fast_dllm", "cache": "dual"},
+            "extent": {"name": "window", "window": 96},
+        }
+    },
     canvas=256,  # of the paper's evaluations of short answers
     context=2048,  # config.json says Qwen2's 131,072
     logits_shift=1,

@@ -9,6 +9,13 @@ FAMILY = Family(
     config="vllm_dlm.families.llada.config:LLaDAConfig",
     decoding="low_confidence",
     end_of_turn="<|eot_id|>",
+    presets={
+        "serve": {
+            "decoding": {"name": "low_confidence", "block_length": 32, "threshold": 0.9},
+            "reuse": {"name": "fast_dllm", "cache": "dual"},
+            "extent": {"name": "window", "window": 96},
+        }
+    },
     canvas=256,  # of the paper's evaluations of short answers
     rope_full_precision=True,
 )
