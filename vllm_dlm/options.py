@@ -64,6 +64,13 @@ class Options:
         """Keys and values are written to pages: later steps read them, or the selection does in this one."""
         return self.reuse.caches or self.selection.sparse
 
+    @property
+    def canvases(self) -> int:
+        """Of a request in one step at most, see Decoding.canvases: drafts share all but their canvas block, and there
+        are none with guidance or a selection."""
+        alone = self.reuse.block_alone and not self.selection.sparse and not self.decoding.cfg_scale
+        return self.decoding.canvases if alone else 1
+
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
         """Positions of a request's canvas, its prompt among them. The response is cut to the model's length."""
         return min(prompt_len + max_tokens, max_model_len)

@@ -125,6 +125,12 @@ class Decoding:
     # -- schedule, on the host -------------------------------------------------------------
 
     @property
+    def canvases(self) -> int:
+        """Of a request in one step, at most: its own, and guesses at what it will be in the next ones. Where those
+        come true, steps are saved."""
+        return 1
+
+    @property
     def parallel(self) -> bool:
         """The number of positions filled per step depends on the probabilities."""
         return self.threshold is not None or self.factor is not None

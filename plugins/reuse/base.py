@@ -98,6 +98,12 @@ class Reuse:
     keeps_contexts: ClassVar[bool] = False
 
     @property
+    def block_alone(self) -> bool:
+        """Between refreshes rows of the canvas block live and no others, all of them recomputed: beside its keys and
+        values nothing of the canvas changes."""
+        return False
+
+    @property
     def stagger(self) -> bool:
         """Refreshes of different requests are spread over the engine's steps; results do not depend on it."""
         return False

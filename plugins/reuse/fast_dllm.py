@@ -22,6 +22,10 @@ class FastDLLM(Reuse):
     cache: Literal["prefix", "dual"] = "dual"
     stagger: bool = True  # refreshes of different requests are spread over the steps
 
+    @property
+    def block_alone(self) -> bool:
+        return self.cache == "dual"
+
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:
             return StepPlan.dense(span(0, at.length), refresh=True)

@@ -12,6 +12,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import Counted, runner_of, tokens
+from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.engine import canvas_attention
 from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, repeated
@@ -169,3 +170,11 @@ def test_memory_that_ends_leaves_steps_launched(engines, capturing):
 
     captured.capture = full
     assert tokens(llm, given) == wanted and not captured.steps and not captured.room
+
+
+def test_drafts_are_canvases_of_a_step(engines, capturing):
+    llm = engines("llada-tiny")
+    wanted = tokens(llm, list(drafting(1, 8, new=16)))
+    captured = capturing(llm)
+    assert tokens(llm, list(drafting(1, 8, new=16))) == wanted
+    assert any(bucket.canvases > 1 for bucket in captured.met if bucket in captured.steps)

@@ -174,3 +174,16 @@ def test_suffix_window(engines, name):
         return
     assert list(got) == final
     assert rows.steps == [[p for p in step if p >= 0] for step in recorded["query_positions"].tolist()]
+
+
+@pytest.mark.parametrize("name", [name for name in of("freedave") + of("freedave_plus") if not RUNS[name]["eager"]])
+def test_freedave(engines, name):
+    """Texts, and with the dual cache of LLaDA forwards. Drafts need one; Dream's recorded code takes its first ones
+    from a refresh, whose other proposals nobody reads here."""
+    run, recorded = RUNS[name], arrays(name)
+    fields = {"drafts": run["draft_steps"], "threshold": run["threshold"]}
+    got, forwards = answered(engines, run, recorded["prompt"], "freedave", **fields)
+    same = "final" if run["cache"] == "dual" or run["threshold"] is None else "final_same_threshold"
+    assert got == recorded[same].tolist()
+    if run["cache"] == "dual" and run["family"] == "llada":
+        assert forwards == run["n_forward"]

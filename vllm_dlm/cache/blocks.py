@@ -29,6 +29,11 @@ class KVBlocks:
         self.layers = layers
         self.head_dim = layers[0].shape[-1] // 2 if layers else 0
 
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """All that blocks [n] hold, to others, in every layer"""
+        for layer in self.layers:
+            layer.index_copy_(0, target, layer.index_select(0, source))
+
     def write_keys(self, layer: int, slots: Slots, keys_THD: torch.Tensor) -> None:
         self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, : self.head_dim] = keys_THD
 

@@ -40,9 +40,9 @@ class BlockShape:
     def features_per_block(self, reuse: Reuse) -> int:
         return self.elements // max(reuse.feature_width(self.row), 1)
 
-    def blocks(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> tuple[int, int, int]:
-        """(blocks of keys and values, of features, of a selection's summaries) of one canvas of `length` positions, of
-        which the first `rows` have a row (None: all)."""
+    def blocks(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> tuple[int, ...]:
+        """(blocks of keys and values, of features, of a selection's summaries, of drafts) of one canvas of `length`
+        positions, of which the first `rows` have a row (None: all)."""
         reuse, selection = options.reuse, options.selection
         rows = length if rows is None else rows
         featured = reuse.feature_rows(prompt_len, rows)
@@ -50,7 +50,13 @@ class BlockShape:
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary fills the slots of one key and its value
         summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
-        return kv_blocks, features, -(-summaries // self.block_size)
+        drafts = self.draft_blocks(options, prompt_len, length) * (options.canvases - 1)
+        return kv_blocks, features, -(-summaries // self.block_size), drafts
+
+    def draft_blocks(self, options: Options, prompt_len: int, length: int) -> int:
+        """Of one draft: those that a canvas block may lie in"""
+        width = max(end - start for start, end in options.decoding.blocks(length - prompt_len)[:1])
+        return -(-(width - 1) // self.block_size) + 1
 
     def tokens(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> int:
         """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""

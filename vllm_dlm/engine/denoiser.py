@@ -1,6 +1,8 @@
 """One denoising step of every scheduled request, in one packed forward; the same Python on every device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,8 @@ from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 from vllm_dlm.plugins.selection.base import Selection
 
+NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
+
 
 class Observer:
     """Looks at steps as they are made; tests and benchmarks derive from it."""
@@ -39,7 +43,8 @@ class Reader(NamedTuple):
 
     stream: Stream
     request: HeadRequest
-    guides: bool  # it is the request's guidance twin
+    guides: bool = False  # it is the request's guidance twin
+    drafts: bool = False  # it is a guess at the request's canvas
 
 
 class Prepared(NamedTuple):
@@ -50,6 +55,7 @@ class Prepared(NamedTuple):
     replayed_heads: int  # rows that the head needs of that
     alike: list[Alike]
     uploads: list[Upload]
+    copied: torch.Tensor | None  # [2, n] blocks, and which ones get what they hold before anything else
 
 
 class Denoiser:
@@ -61,18 +67,21 @@ class Denoiser:
         self.masks: bool | None = None  # see Group; None: what is best on the device
         self.choices: dict[Selection, ChoicePool] = {}
         self.observers: list[Observer] = []
+        self.copies: list[np.ndarray] = []  # [2, n] each, of this step
 
     def step(
-        self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures
-    ) -> list[HeadRequest]:
-        """One forward of all requests -> what is proposed for those that have not failed. `tables`: their blocks"""
+        self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
+        canvases: Mapping[str, int] = NO_DRAFTS,
+    ) -> list[HeadRequest]:  # fmt: skip
+        """One forward of all requests -> what is proposed for those that have not failed. `tables`: their blocks;
+        `canvases`: how many those of a request may be, if more than one"""
         for observer in self.observers:
             observer.step_begins(states)
         readers: list[Reader] = []
         for state in states:
             with failed.of(state.req_id):
-                readers += self.readers(state, tables[state.req_id])
-        requests = [reader.request for reader in readers if not reader.guides]
+                readers += self.readers(state, tables[state.req_id], canvases.get(state.req_id, 1))
+        requests = [reader.request for reader in readers if not (reader.guides or reader.drafts)]
         if readers:
             with failed.of(*(request.state.req_id for request in requests), in_forward=True):
                 self._propose(readers, requests, counts, failed)
@@ -85,12 +94,14 @@ class Denoiser:
         prepared = self._prepared(readers)
         for upload in prepared.uploads:
             upload.send()
+        if prepared.copied is not None:
+            self.blocks.copy(*prepared.copied.unbind(0))
         hidden = self._hidden(prepared, counts)
         for observer in self.observers:
             observer.head_read(hidden, requests)
         self.head.read(hidden, prepared.alike)
         for request in requests:
-            if not request.finite:
+            if not all(one.finite for one in (request, *request.drafts)):
                 own = [reader.stream for reader in readers if reader.request is request]
                 failed[request.state.req_id] = self._not_finite(own, request, hidden)
 
@@ -120,12 +131,14 @@ class Denoiser:
         uploads += [filled.upload] if filled else []
         requests = [reader.request for reader in readers if not reader.guides]
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
-        return Prepared(packed, filled, heads, self.head.prepare(requests, uploads[0]), uploads)
+        copied = uploads[0](np.concatenate(self.copies, axis=1)) if self.copies else None
+        self.copies.clear()
+        return Prepared(packed, filled, heads, self.head.prepare(requests, uploads[0]), uploads, copied)
 
     @staticmethod
     def _assign(reader: Reader, rows: np.ndarray) -> None:
         """`rows` [R]: the hidden states of the stream's head positions"""
-        stream, request, guides = reader
+        stream, request, guides, _ = reader
         # several positions may be read at one row
         read = request.state.canvas.progress.rows_reading(request.positions)
         rows = rows[np.searchsorted(stream.head_positions, read)]
@@ -150,8 +163,9 @@ class Denoiser:
             f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
         )
 
-    def readers(self, state: Denoising, table: np.ndarray) -> list[Reader]:
-        """The request's canvas and, with guidance, its twin: two caches that never meet."""
+    def readers(self, state: Denoising, table: np.ndarray, canvases: int = 1) -> list[Reader]:
+        """The request's canvas and, with guidance, its twin: two caches that never meet. Or with drafts, which share
+        all but the canvas block."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
         positions = reuse.candidates(canvas.candidates(), at)
@@ -181,7 +195,39 @@ class Denoiser:
                 last=canvas.last,
             )
             readers.append(Reader(stream, request, bool(twin)))
+        drafts = canvases > 1 and not plan.refresh and state.options.canvases > 1
+        # a sampled token depends on its step, and a log-probability is that of the step that filled it
+        if drafts and state.sampling.greedy and state.sampling.num_logprobs is None:
+            readers += self._drafts(state, readers[0], canvases)
         return readers
+
+    def _drafts(self, state: Denoising, reader: Reader, canvases: int) -> list[Reader]:
+        """The first masks filled with what was proposed for them, one more in each draft, as long as one is left."""
+        canvas, at, stream, request = state.canvas, state.canvas.progress, reader.stream, reader.request
+        first, last = at.block[0] // self.shape.block_size, (at.block[1] - 1) // self.shape.block_size + 1
+        own = state.blocks[0].drafts
+        each = self.shape.draft_blocks(state.options, canvas.prompt_len, len(canvas))
+        assert stream.kv_table is not None
+        guesses = state.guesses[: min(canvases, len(request.positions)) - 1]
+        if guesses and state.drafted != canvas.block:
+            state.drafted = canvas.block
+            many = len(own) // each
+            to = np.concatenate([own[draft * each :][: last - first] for draft in range(many)])
+            self.copies.append(np.stack([np.tile(stream.kv_table[first:last], many), to]))
+        tokens, made = at.tokens, []
+        for draft, (position, token) in enumerate(guesses):
+            tokens = tokens.copy()
+            tokens[position] = token
+            positions = request.positions[tokens[request.positions] == canvas.mask_id]
+            heads = at.rows_reading(positions)
+            table = stream.kv_table.copy()
+            table[first:last] = own[draft * each :][: last - first]
+            guess = replace(
+                stream, token_ids=tokens, kv_table=table, head_positions=np.unique(heads) if at.shift else heads
+            )  # fmt: skip
+            request.drafts.append(HeadRequest(state, positions))
+            made.append(Reader(guess, request.drafts[-1], drafts=True))
+        return made
 
     def _grow(self, state: Denoising, table: np.ndarray) -> None:
         """The canvas has more rows than before, and the request more blocks (`table`): those that came are dealt to its

@@ -50,6 +50,7 @@ class HeadRequest:
     guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows in the guidance stream
     proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
+    drafts: list["HeadRequest"] = field(default_factory=list)  # of the same step, see Decoding.canvases
 
     @property
     def finite(self) -> bool:

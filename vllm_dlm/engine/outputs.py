@@ -26,6 +26,7 @@ class DenoisingSchedule(SchedulerOutput):
     """vLLM's schedule of a step, and how busy the server is."""
 
     pressure: float = 0.0  # of all requests, the share that waits
+    canvases: dict[str, int] = field(default_factory=dict)  # of requests that may guess at their next steps
 
 
 @dataclass

@@ -4,9 +4,10 @@ The canvas lives on the host as numpy: a step sends the rows it needs down and
 gets a token, a score and a probability per candidate back, nothing more.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,16 +37,24 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0
 
 
+class Draft(Protocol):
+    """A canvas in which guesses are filled, once it has been read."""
+
+    positions: np.ndarray  # [C] its candidates
+    proposal: Proposal
+
+
 class Blocks(NamedTuple):
     """Ids of the KV blocks of one stream, in order."""
 
     kv: np.ndarray
     features: np.ndarray
     summaries: np.ndarray
+    drafts: np.ndarray  # of one draft after the other
 
     @classmethod
     def none(cls) -> "Blocks":
-        return cls(NOTHING, NOTHING, NOTHING)
+        return cls(NOTHING, NOTHING, NOTHING, NOTHING)
 
 
 @dataclass
@@ -58,6 +67,9 @@ class Denoising:
     logprobs: list = field(init=False)  # per response position: what was recorded when it was filled
     quotas: list[int] = field(init=False)  # of the current block: how many positions each step fills
     filled: int = field(init=False)  # positions filled since the current block was opened
+    #: masks and what was proposed for them last, the most probable first: what drafts fill
+    guesses: list[tuple[int, int]] = field(init=False)
+    drafted: int = field(init=False, default=-1)  # the canvas block whose surroundings drafts have
     memory: Memory | None = field(init=False)  # of the decoding, for the current block
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
@@ -80,13 +92,17 @@ class Denoising:
             masks = int((candidates >= canvas.prompt_len).sum())
         steps = decoding.block_steps(canvas.block, len(canvas.blocks), masks)
         self.filled, self.quotas = 0, decoding.quotas(masks, steps)
-        self.memory = decoding.memory()
+        self.memory, self.guesses = decoding.memory(), []
         self.most_steps = decoding.most_steps(len(candidates), len(self.quotas))
 
     # -- after a forward -------------------------------------------------------------------
 
-    def commit(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None, pressure: float = 0.0) -> Commit:
-        """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward."""
+    def commit(
+        self, positions: np.ndarray, proposal: Proposal, logprobs: list | None, pressure: float = 0.0,
+        drafts: Sequence[Draft] = (),
+    ) -> Commit:  # fmt: skip
+        """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward, and as far as
+        `drafts` have guessed that, what it chooses among theirs."""
         canvas = self.canvas
         if canvas.block_step >= self.most_steps:
             decoding, reuse = self.options.decoding.name, self.options.reuse.name
@@ -98,13 +114,40 @@ class Denoising:
         if self.memory is not None and proposal.noted is not None:
             self.memory.note(positions, proposal.noted)
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
+        if self.options.canvases > 1 and len(positions):
+            commit = self._followed(commit, proposal, drafts, pressure)
         if logprobs is not None:
-            for index in chosen:
+            for index in commit.filled:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
-        self.filled += len(chosen)
+        self.filled += len(commit.filled)
         return commit
+
+    def _followed(self, commit: Commit, proposal: Proposal, drafts: Sequence[Draft], pressure: float) -> Commit:
+        """The commit, and those of the drafts that filled nothing else than what comes true."""
+        filled = dict(zip(commit.positions.tolist(), commit.tokens.tolist(), strict=True))
+        confidence, read, at = commit.confidence.copy(), commit.read, 0
+        while at < len(drafts):
+            came_true = 0
+            for position, token in self.guesses[at : len(drafts)]:
+                if filled.get(position) != token:
+                    break
+                came_true += 1
+            if not came_true:
+                break
+            at += came_true
+            read, proposal = drafts[at - 1].positions, drafts[at - 1].proposal
+            confidence[np.searchsorted(commit.read, read)] = proposal.prob
+            chosen = self._chosen(read, proposal, pressure)
+            found = zip(read[chosen].tolist(), proposal.token[chosen].tolist(), strict=True)
+            filled = dict(self.guesses[:at]) | dict(found)
+        order = np.argsort(-proposal.prob, kind="stable")
+        pairs = zip(read[order].tolist(), proposal.token[order].tolist(), strict=True)
+        self.guesses = [(position, token) for position, token in pairs if position not in filled]
+        where = np.array(sorted(filled), np.int64)
+        tokens = np.array([filled[position] for position in where.tolist()], np.int64)
+        return Commit(commit.read, confidence, np.searchsorted(commit.read, where), tokens)
 
     def _chosen(self, positions: np.ndarray, proposal: Proposal, pressure: float) -> np.ndarray:
         """Indices into `positions`, ascending."""

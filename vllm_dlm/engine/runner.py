@@ -24,7 +24,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps, Costs, cuda_graph
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser, plain_stream
+from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.flash_attention import installed
 from vllm_dlm.engine.forward import denoise_live
@@ -172,10 +172,13 @@ class DenoisingRunner:
         states = [self.requests[request_id] for request_id in scheduled]
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
-        for request in self.denoiser.step(states, self.tables, counts, failed):
+        canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
+        for request in self.denoiser.step(states, self.tables, counts, failed, canvases):
             state = request.state
             with failed.of(state.req_id):
-                commits[state.req_id] = state.commit(request.positions, request.proposal, request.logprobs, pressure)
+                commits[state.req_id] = state.commit(
+                    request.positions, request.proposal, request.logprobs, pressure, request.drafts
+                )
                 outputs[state.req_id] = state.take_output()
         return make_output(outputs, commits, counts, failed)
 

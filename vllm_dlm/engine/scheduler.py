@@ -30,6 +30,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 #: so many later requests may pass one that waits for memory; then everybody waits with it
 OVERTAKES = 32
+#: rows of a step up to which it takes hardly longer than with a few: those that drafts may have
+FULL = 256
 #: of its own steps a request waits at most this part for refreshes of others
 HELD_BACK = 0.1
 
@@ -85,6 +87,7 @@ class DenoisingScheduler(Scheduler):
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=[],
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
+            canvases=self._canvases_of(old, rows),
             pressure=len(self.waiting) / max(len(self.waiting) + len(self.running), 1),
         )
         self._update_after_schedule(output)
@@ -162,6 +165,18 @@ class DenoisingScheduler(Scheduler):
             assert blocks is not None, "free blocks were counted before"
             self.more_blocks[name] = blocks.get_block_ids()
         return True
+
+    def _canvases_of(self, running: list[Request], rows: dict[str, int]) -> dict[str, int]:
+        """Rows that are left in a step which takes hardly longer with them go to drafts, the same number to each."""
+        drafting = [
+            (request.request_id, canvas) for request in running
+            if (canvas := self.canvases[request.request_id]).options.canvases > 1 and not canvas.plan.refresh
+        ]  # fmt: skip
+        if not drafting:
+            return {}
+        spare = min(FULL, self.max_num_scheduled_tokens) - sum(rows.values())
+        each = spare // sum(canvas.weight for _, canvas in drafting)
+        return {name: min(canvas.options.canvases, 1 + each) for name, canvas in drafting} if each > 0 else {}
 
     def _may_wait(self, name: str, canvas: Canvas) -> bool:
         return self.held[name] < int(HELD_BACK * canvas.step)
