@@ -58,6 +58,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="for the exact match of the defaults (default 500)")
     parser.add_argument("--drift-prompts", type=int, default=100, help="for agreement and KL (default 100)")
     parser.add_argument("--rules", action="store_true", help="every decoding on canvases of some lengths, instead")
+    parser.add_argument("--resume", action="store_true", help="of --rules: keep the cells that the result file has")
     parser.add_argument("--answers", type=int, default=60, help="of each cell of --rules (default 60)")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
@@ -97,6 +98,8 @@ def run_rules(args) -> None:
     answers = 5 if args.quick else args.answers
     load, engine = Load(timed=False), Engine(max_model_len=1024)
     samples, rows = quality_rules.questions(answers), []
+    if args.resume and (known := args.results / "quality-rules.json").exists():
+        rows += [row for row in report.Report.read(known, []).rows if row["answers"] == answers]
     result = report.Report(
         "quality-rules", "Tokens filled at once, under every reuse, on canvases of some lengths",
         quality_rules.settings(answers) | report.surroundings(torch.get_num_threads(), load),
@@ -104,8 +107,11 @@ def run_rules(args) -> None:
     )  # fmt: skip
     for canvas, extent, reuse, rule, options in tqdm(list(quality_rules.cells(args.quick)), desc="rules", unit="cell"):
         about = {"decoding": rule.label, "reuse": reuse, "extent": extent, "canvas": canvas}
+        if any(about.items() <= row.items() for row in rows):
+            continue
         rows.append(about | quality_rules.measure(engine, canvas, options, samples))
         result.write(args.results)
+    rows.sort(key=quality_rules.place)
     for path in result.write(args.results, quality_rules.plot):
         print(path)
 
@@ -164,7 +170,7 @@ class Drift(Observer):
 class Engine:
     """The served engine inside this process, so that each step can be looked at."""
 
-    def __init__(self, max_model_len: int = 512):
+    def __init__(self, max_model_len: int = 512, rows: int = 4096):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
@@ -172,7 +178,7 @@ class Engine:
         self.llm = LLM(
             str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
             kv_cache_memory_bytes=1 << 29, max_num_seqs=16,
-            max_num_batched_tokens=max(4096, max_model_len), disable_log_stats=True,
+            max_num_batched_tokens=max(rows, max_model_len), disable_log_stats=True,
         )  # fmt: skip
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler, self.runner = core.scheduler, core.model_executor.driver_worker.worker.model_runner

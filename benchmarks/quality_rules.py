@@ -19,6 +19,7 @@ BLOCK, THRESHOLD = 8, 0.9
 CANVASES = (32, 128, 512)
 WINDOW = 32
 REUSES = ("none", "fast_dllm", "dllm_cache", "dyllm")
+SHOWN = "fast_dllm"  # in the picture
 
 COLUMNS = [
     report.Column("decoding", "decoding"),
@@ -70,6 +71,12 @@ def cells(quick: bool):
     for canvas, extent, reuse, rule in product(canvases, extents, REUSES, rules()):
         if canvas > BLOCK + WINDOW + 1 or extent == "full":  # else they are the same
             yield canvas, extent, reuse, rule, rule.options | extents[extent] | {"dlm_reuse": reuse}
+
+
+def place(row: dict) -> tuple:
+    """Of a row in the table"""
+    labels = [rule.label for rule in rules()]
+    return row["canvas"], row["extent"], REUSES.index(row["reuse"]), labels.index(row["decoding"])
 
 
 def questions(count: int):
@@ -136,31 +143,27 @@ def settings(answers: int) -> dict:
 
 
 def plot(figure, rows: list[dict]) -> None:
-    """Exact match against forwards per answer, a panel per canvas; the extents as filled and open marks."""
+    """Of one reuse policy, whose answers are those of `none`: exact match by decoding, a panel per canvas; filled dots
+    are full canvases, open ones windows."""
     figure.set_size_inches(9, 4.6)
-    canvases = sorted({row["canvas"] for row in rows})
+    own = [row for row in rows if row["reuse"] == SHOWN]
+    names = list(dict.fromkeys(row["decoding"] for row in own))
+    canvases = sorted({row["canvas"] for row in own})
     panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
-    shapes = dict(zip(dict.fromkeys(row["decoding"] for row in rows), "osD^v<>pP*Xhd", strict=False))
     for axes, canvas in zip(panels, canvases, strict=True):
-        for row in (row for row in rows if row["canvas"] == canvas):
-            colour = drawing.colour(row["reuse"])
-            face = colour if row["extent"] == "full" else "none"
-            axes.plot(
-                row["forwards"],
-                100 * row["exact_match"],
-                shapes[row["decoding"]],
-                color=colour,
-                mfc=face,
-                ms=5,
-                alpha=0.8,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel(f"forwards per answer\ncanvas of {canvas}", fontsize=8)
-        axes.set_ylim(-4, 104)
-    panels[0].set_ylabel("exact match, %")
-    from matplotlib.lines import Line2D
-
-    marks = [Line2D([], [], marker=mark, ls="", color="#444444", ms=4, label=name) for name, mark in shapes.items()]
-    marks += [Line2D([], [], marker="o", ls="", color=drawing.colour(name), ms=5, label=name) for name in REUSES]
-    marks.append(Line2D([], [], marker="o", ls="", color="#444444", mfc="none", ms=5, label="window"))
-    figure.legend(handles=marks, fontsize=6.5, ncols=6, frameon=False, loc="outside upper center")
+        for row in (row for row in own if row["canvas"] == canvas):
+            at, full = len(names) - names.index(row["decoding"]), row["extent"] == "full"
+            colour = drawing.GREY if full else drawing.BLUE
+            axes.plot([100 * end for end in row["interval"]], [at, at], color=colour, lw=4, alpha=0.25)
+            axes.plot(100 * row["exact_match"], at, "o", color=colour, mfc=colour if full else "white", ms=6)
+        axes.set_xlim(0, 100)
+        axes.set_title(f"canvas of {canvas}", fontsize=9)
+        axes.grid(axis="x", color="#dddddd", lw=0.6)
+    shortest = {row["decoding"]: row["forwards"] for row in reversed(own)}
+    panels[0].set_yticks(
+        range(len(names), 0, -1), [f"{name}\n{shortest[name]:.1f} forwards" for name in names], fontsize=7
+    )
+    panels[len(panels) // 2].set_xlabel(
+        f"exact match, %, with {SHOWN}: grey with rows to the end of the canvas, blue with a window of {WINDOW}",
+        fontsize=8,
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import load, report
+from benchmarks import load, report, speed_rules
 from benchmarks.checkpoints import SHAPES, Shape, checkpoint
 from benchmarks.speed_table import (
     BASELINE,
@@ -64,6 +64,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep what the result file has under the same settings")
     parser.add_argument("--threads", type=int, default=cores, help=f"for loop and engine (default {cores})")
     parser.add_argument("--no-loop", action="store_true", help="leave the reference loop away")
+    parser.add_argument(
+        "--rules", action="store_true", help="several tokens a step, windows and drafts on the demo checkpoint, instead"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
     parser.add_argument("--title", default="Speed of one-token-per-step denoising")
     parser.add_argument("--name", help="of the result files; default speed-POLICIES")
@@ -72,6 +75,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
+    if args.rules:
+        return run_rules(args)
     policies = [Policy.parse(text) for text in args.policy or ["none"]]
     shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:2])]
     if args.new % BLOCK:
@@ -80,6 +85,30 @@ def run(args) -> None:
     places = args.cells or [(96 if args.quick else 480, batch) for batch in (1, 8)]
     cells = [Cell(prompt, args.new, batch, blocks) for prompt, batch in places]
     Speed(shapes, cells, policies, args).run()
+
+
+def run_rules(args) -> None:
+    import torch
+
+    from benchmarks.quality import Engine
+
+    around, rows = load.settle(args.busy or args.quick, args.patience), []
+    engine = Engine(max_model_len=speed_rules.PROMPT + speed_rules.NEW, rows=8 * (speed_rules.PROMPT + speed_rules.NEW))
+    samples = speed_rules.samples(8)
+    for requests in (1, 8):
+        for method in speed_rules.methods(requests):
+            with around.watch() as watch:
+                row = speed_rules.measure(engine, method, requests, samples, 1 if args.quick or requests > 1 else 3)
+            rows.append(row | {"others": watch.others})
+            print({key: value for key, value in row.items() if key != "texts"}, flush=True)
+    result = report.Report(
+        args.name or "speed-rules", speed_rules.TITLE,
+        speed_rules.settings() | report.surroundings(torch.get_num_threads(), around),
+        speed_rules.COLUMNS, speed_rules.NOTES, speed_rules.finished(rows),
+    )  # fmt: skip
+    result.print()
+    for path in result.write(args.results, speed_rules.plot):
+        print(path)
 
 
 class Speed:
