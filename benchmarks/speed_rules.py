@@ -23,11 +23,13 @@ COLUMNS = [
     report.Column("others", "cores of others", "{:.2f}"),
 ]
 NOTES = [
-    "tokens/s: response tokens delivered over the wall time from submission to the last one, medians of three "
-    "repetitions (of several requests one) after one that warms up. Greedy; every canvas is filled to its end (`ignore_eos`), so that all methods "
-    "deliver as much, and the prompts are those of retrieval tasks.",
+    "tokens/s: response tokens delivered over the wall time from submission to the last of them, medians of three "
+    "repetitions (of several requests one) after one that warms up. Greedy; every canvas is filled to its end "
+    "(`ignore_eos`), so that all methods deliver as much, and the prompts are those of retrieval tasks.",
     "threshold: all positions at least .9 sure, as Fast-dLLM has it. window: of the masks behind the canvas block so "
     "many and the last one have rows. drafts: canvases of a step that freedave looks at.",
+    "What a CPU pays for is rows: drafts recompute as many in a third of the forwards, and beside a prompt of twice "
+    "the canvas refreshes, which a window hardly makes shorter, are most of them.",
 ]
 
 
@@ -120,8 +122,12 @@ def settings() -> dict:
 
 
 def plot(figure, rows: list[dict]) -> None:
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        count = row["requests"]
-        groups.setdefault(f"{count} request{'s' * (count > 1)}", {})[row["method"]] = row["tokens_per_s"]
-    drawing.bars(figure.subplots(), groups, "tokens per second", "{:.0f}")
+    """Methods down the side, a panel per number of requests."""
+    counts = sorted({row["requests"] for row in rows})
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for axes, count in zip(panels, counts, strict=True):
+        own = {row["method"]: row["tokens_per_s"] for row in rows if row["requests"] == count}
+        title = f"tokens per second, {count} request{'s' * (count > 1)}"
+        drawing.dots(axes, names, [own.get(name) for name in names], title, "{:.0f}")
+        axes.set_xlim(0, 1.15 * max(own.values()))

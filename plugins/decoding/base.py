@@ -130,6 +130,10 @@ class Decoding:
         come true, steps are saved."""
         return 1
 
+    def alone(self) -> "Decoding":
+        """The same with a canvas of its own and no more"""
+        return self
+
     @property
     def parallel(self) -> bool:
         """The number of positions filled per step depends on the probabilities."""

@@ -13,7 +13,7 @@ recomputes the block alone (`fast_dllm` with its dual cache) and temperature 0;
 elsewhere, and where a busy server has no rows left for them, there are none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -37,6 +37,9 @@ class FreeDave(LowConfidence):
     @property
     def canvases(self) -> int:
         return self.drafts
+
+    def alone(self) -> "FreeDave":
+        return replace(self, drafts=1)
 
     @property
     def parallel(self) -> bool:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, anchor, examples, headings, links, named_paths, tables_by_section, words
+from vllm_dlm.families import FAMILIES
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_keys, request_options, server_options
 
@@ -40,9 +41,9 @@ def test_every_page_of_docs_is_in_the_readme():
 def server(given: dict) -> Options:
     """Of a family that takes it."""
     try:
-        return server_options(given, "low_confidence")
+        return server_options(given, "low_confidence", FAMILIES["LLaDAModelLM"].presets)
     except OptionError:
-        return server_options(given, "entropy")
+        return server_options(given, "entropy", FAMILIES["DreamModel"].presets)
 
 
 def options_given() -> list[tuple[str, dict, dict]]:

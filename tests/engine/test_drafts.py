@@ -91,3 +91,16 @@ def test_preemption(engines):
             core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
         done |= finish(llm)
         assert [done[f"r{index}"] for index in range(10)] == wanted
+
+
+def test_what_drafts_take_is_refused_by_name(engines):
+    llm = engines("llada-tiny", **SCARCE)
+    params = SamplingParams(
+        max_tokens=100, extra_args={"dlm_algorithm": "freedave", "dlm_drafts": 64, "dlm_reuse": "fast_dllm/dual"}
+    )
+    with pytest.raises(ValueError, match="dlm_drafts: 64 cannot be honoured, a canvas of 101 tokens takes 7 blocks"):
+        tokens(llm, [({"prompt_token_ids": [7]}, params)])
+    with pytest.raises(ValueError, match="dlm_drafts: 0 is not valid, it must be between 1 and 64"):
+        tokens(llm, [({"prompt_token_ids": [7]}, SamplingParams(extra_args=params.extra_args | {"dlm_drafts": 0}))])
+    with pytest.raises(ValueError, match="dlm_steps: 5 is not valid, it must be unset"):
+        tokens(llm, [({"prompt_token_ids": [7]}, SamplingParams(extra_args=params.extra_args | {"dlm_steps": 5}))])

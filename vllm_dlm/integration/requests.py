@@ -190,6 +190,7 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     #: field -> (its value, the request without it)
     parts = {
         "dlm_cfg_scale": (decoding.cfg_scale, replace(options, decoding=replace(decoding, cfg_scale=0.0))),
+        "dlm_drafts": (decoding.canvases, replace(options, decoding=decoding.alone())),
         "dlm_reuse": (reuse.name, replace(options, reuse=plain.reuse)),
         "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
     }
