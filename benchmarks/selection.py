@@ -164,10 +164,10 @@ def questions(count: int, tokens: int, needles: int = 8, queried: int = 2):
 class SelectionEngine(Engine):
     def options(self, rule):
         """`rule` is a Selection, of the project or of this benchmark."""
-        from vllm_dlm.options import Options, server_options
+        from vllm_dlm.options import server_options
 
         plain = server_options({"reuse": {"name": "fast_dllm"}}, "low_confidence")
-        return plain if rule is None else Options(plain.decoding, plain.reuse, rule)
+        return plain if rule is None else replace(plain, selection=rule)
 
     def grade(self, rule, samples, progress) -> dict:
         from benchmarks.baselines import attention_mass, canvases

@@ -199,10 +199,24 @@ def _options(rng: random.Random, server, length: int) -> dict:
     for member in _fields(cls):
         if rng.random() < (0.5 if member in ("steps", "block_length") else 0.12):
             extra[f"dlm_{member}"] = drawn_value(rng, cls, member)
+    if rng.random() < 0.8:
+        extra = _without_what_does_not_go(server, extra)
     if "dlm_steps" in extra and rng.random() < 0.8:  # else most are refused: each block needs one
         width = extra.get("dlm_block_length") or getattr(server.decoding, "block_length", None) or length
         extra["dlm_steps"] = rng.randint(-(-length // width), max(-(-length // width), min(length, USUAL_FORWARDS)))
     return extra
+
+
+def _without_what_does_not_go(server, extra: dict) -> dict:
+    """Fields that are refused beside the others left away, one after the other."""
+    while True:
+        try:
+            request_options(server, extra)
+            return extra
+        except OptionError as error:
+            if error.field not in extra:
+                return extra
+            extra = {key: value for key, value in extra.items() if key != error.field}
 
 
 def _sampling(rng: random.Random, model: Model) -> dict:

@@ -20,7 +20,7 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 FORCED, LOWEST = tl.constexpr(naive.FORCED), tl.constexpr(naive.LOWEST)
 #: pages of a tile, rows of a tile at most, and runs that a softmax's normaliser may have
 PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
-#: programs per processor that there should be
+#: programs per processor that there should be; fewer where a tile holds more
 SPREAD = 8
 
 
@@ -184,9 +184,9 @@ def _score_kernel(
             tl.store(names + place + position, name, mask=position < width)
 
 
-def _chunks(tiles: int, programs: int, most: int, device: torch.device) -> tuple[int, int]:
+def _chunks(tiles: int, programs: int, most: int, spread: int, device: torch.device) -> tuple[int, int]:
     """-> runs of pages and tiles of each: enough that all processors have work, whatever the contexts are"""
-    chunks = min(max(SPREAD * processors(device) // programs, 1), tiles, most)
+    chunks = min(max(spread * processors(device) // programs, 1), tiles, most)
     each = triton.cdiv(tiles, chunks)
     return triton.cdiv(tiles, each), each
 
@@ -230,7 +230,7 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
     held = (std_kind == "vector") + (size > 1)
     pages = min(PAGES, 64 >> held)
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
-    chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, q.device)
+    chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, 2 if held else SPREAD, q.device)
     voters = None if voters is None else voters.view(torch.int8)
     inputs = (q, *spans, voters, mean, spread, *tables, *marks)
     numbers = (
@@ -244,8 +244,9 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
         "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
         "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
-        "SHARP": sharpness != 1, # a tile or two to a program: there is nothing to fetch ahead
-        "num_stages": 2 if size else 1,
+        "SHARP": sharpness != 1,
+        # where a program has a tile or two there is nothing to fetch ahead
+        "num_stages": 2 if size else 3 if held else 1,
     }  # fmt: skip
     grid = (batch, kv_heads, chunks)
     lse = None

@@ -90,7 +90,7 @@ def _attend_kernel(
     stride_chosen_head, stride_places,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BATCH_PAD: tl.constexpr, ENTRIES: tl.constexpr,
+    BATCH_PAD: tl.constexpr, ENTRIES: tl.constexpr, PAGEWISE: tl.constexpr,
 ):  # fmt: skip
     """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused.
     Of a request's `slots` keys at most, those of `named` pages come first.
@@ -127,7 +127,7 @@ def _attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     context = tl.zeros([ROWS, DIM_PAD], tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, slots), KEYS):
-        if PAGE % KEYS == 0:
+        if PAGEWISE:
             position, offset, there = _neighbour_offsets(
                 chosen, table, start, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY, KEYS
             )
@@ -140,13 +140,8 @@ def _attend_kernel(
         place = cache + offset[:, None] + channel[None, :]
         mask = there[:, None] & (channel < DIM)[None, :]
         keys = tl.load(place, mask=mask, other=0.0)
-        # under way while the weights are found
-        if moved is None:
+        if PAGEWISE:  # under way while the weights are found
             values = tl.load(place + DIM, mask=mask, other=0.0)
-        else:
-            change = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
-            place = moved + ((change * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
-            values = tl.load(place, mask=(change >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
         seen = there[None, :] & (position[None, :] <= last[:, None])
         logits = tl.where(seen, logits, float("-inf"))
@@ -154,6 +149,12 @@ def _attend_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         fading = tl.exp2(highest - shift)
+        if moved is not None:
+            change = tl.load(places + b.to(tl.int64) * stride_places + position, mask=there, other=-1).to(tl.int64)
+            place = moved + ((change * tl.num_programs(1) + h) * DIM)[:, None] + channel[None, :]
+            values = tl.load(place, mask=(change >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)
+        elif not PAGEWISE:
+            values = tl.load(place + DIM, mask=mask, other=0.0)
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
@@ -235,6 +236,7 @@ def sparse_attention_into(
     if splits > 1:
         partial = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
+    single = queries == batch
     _attend_kernel[row_tiles, kv_heads, splits](
         q, q_starts, q_ends, cache, page_table, chosen, rows, tails, kv_lens, moved, places, partial, lse, batch,
         named, width * page_size, triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
@@ -243,7 +245,10 @@ def sparse_attention_into(
         PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
         GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
         # rows that generate may name fewer pages than there are places
-        ENTRIES=min(padded(named, 32), ENTRIES) if queries == batch else 0, **tiles,
+        ENTRIES=min(padded(named, 32), ENTRIES) if single else 0,
+        # as long as the registers hold keys and values
+        PAGEWISE=single and moved is None and q.element_size() == 2 and dim <= 128 and page_size % tiles["KEYS"] == 0,
+        **tiles,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](

@@ -20,6 +20,14 @@ POLICIES = [found for name in sorted(methods("reuse")) for found in with_presets
 ALGORITHMS = sorted(methods("decoding"))
 
 
+def takes_steps(algorithm: str) -> bool:
+    try:
+        methods("decoding")[algorithm](steps=1)
+    except ValueError:
+        return False
+    return True
+
+
 def mixed_requests(count: int = 32, seed: int = 0):
     """Prompts of 1 to 120 tokens, canvases of 3 to 48, every algorithm, greedy and sampled, guided and not."""
     rng = random.Random(seed)
@@ -33,6 +41,8 @@ def mixed_requests(count: int = 32, seed: int = 0):
             "dlm_block_length": block,
             "dlm_steps": rng.randint(blocks, max(blocks, length)),
         }
+        if not takes_steps(algorithm):
+            del extra["dlm_steps"]
         if index % 5 == 0:
             extra["dlm_cfg_scale"] = 1.5
         if index % 7 == 0 and not methods("decoding")[algorithm].random_order:

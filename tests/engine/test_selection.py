@@ -214,7 +214,7 @@ def test_memory_of_summaries_is_asked_for(engines):
     kv, features, summaries, _ = shape.blocks(options, 2000, 2100)
     assert (features, summaries) == (0, -(-(2000 // 16) // shape.block_size))
     assert shape.tokens(options, 2000, 2100) == (kv + summaries) * shape.block_size
-    assert np.array_equal(shape.blocks(options, 40, 60), (-(-60 // shape.block_size), 0, 0))
+    assert np.array_equal(shape.blocks(options, 40, 60), (-(-60 // shape.block_size), 0, 0, 0))
 
 
 def test_units_must_fit_into_blocks(engines):

@@ -107,6 +107,8 @@ def denoised(complete, counted):
 
 def test_no_two_algorithms_denoise_alike(denoised):
     seen = {algorithm: denoised(dlm_algorithm=algorithm) for algorithm in methods("decoding")}
+    # freedave promises the texts of one token a step, and without a cache takes its steps, too
+    assert seen.pop("freedave") == seen["low_confidence"]
     assert len(set(seen.values())) == len(seen), seen
 
 

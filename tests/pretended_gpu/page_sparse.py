@@ -154,7 +154,7 @@ def steps(runner) -> None:
     # a full graph of four rows, three of them real: one chooses, one is short, one is a prompt's last token
     singles = [(1, 1000, 800), (1, 130, 100), (1, 900, 900)]
     built, batch = step(runner, singles, full, padded=4)
-    for name in ("q_starts", "page_table", "kv_lens", "num_pages", "listed"):
+    for name in ("q_starts", "page_table", "kv_lens", "num_pages", "recent"):
         one, other = getattr(captured.sparse, name), getattr(built.sparse, name)
         assert one.data_ptr() == other.data_ptr() and one.shape == other.shape, name
     assert captured.full_pages.data_ptr() == built.full_pages.data_ptr()
