@@ -111,9 +111,8 @@ def _attend_kernel(
     if tails is not None:
         tail = tl.load(tails + b)
     chosen += own * stride_chosen + h * stride_chosen_head
-    if ENTRIES > 0:
+    if ENTRIES > 0:  # this request may read fewer than the one that reads most
         named = _named(chosen, named, ENTRIES)
-    if ENTRIES > 0 or tails is not None:  # this request may read fewer than the one that reads most
         slots = named * PAGE
         if tails is not None:
             slots += tl.maximum(tl.cdiv(length, PAGE) - tail, 0) * PAGE
