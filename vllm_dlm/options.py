@@ -131,8 +131,9 @@ def _with_window(extent: Any, value: Any, named: bool):
         if named:
             raise OptionError(WINDOW, f"{WINDOW}: extent {extent.name!r} has no window")
         extent = methods("extent")["window"]()
+    window = typed(type(extent), "window", value, WINDOW)
     try:
-        return replace(extent, window=typed(type(extent), "window", value, WINDOW))
+        return replace(extent, window=window)
     except ValueError as error:
         raise OptionError(WINDOW, f"dlm_{error}") from None
 
