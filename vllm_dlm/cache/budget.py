@@ -50,13 +50,14 @@ class BlockShape:
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary fills the slots of one key and its value
         summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
-        drafts = self.draft_blocks(options, prompt_len, length) * (options.canvases - 1)
+        others = options.canvases - 1
+        drafts = others * self.draft_blocks(options, prompt_len, length) if others else 0
         return kv_blocks, features, -(-summaries // self.block_size), drafts
 
     def draft_blocks(self, options: Options, prompt_len: int, length: int) -> int:
         """Of one draft: those that a canvas block may lie in"""
-        width = max(end - start for start, end in options.decoding.blocks(length - prompt_len)[:1])
-        return -(-(width - 1) // self.block_size) + 1
+        start, end = options.decoding.blocks(length - prompt_len)[0]  # none is wider
+        return -(-(end - start - 1) // self.block_size) + 1
 
     def tokens(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> int:
         """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""

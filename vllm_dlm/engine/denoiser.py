@@ -45,6 +45,8 @@ class Reader(NamedTuple):
     request: HeadRequest
     guides: bool = False  # it is the request's guidance twin
     drafts: bool = False  # it is a guess at the request's canvas
+    #: [2, n] blocks, and which ones get what they hold before anything is computed
+    copies: np.ndarray | None = None
 
 
 class Prepared(NamedTuple):
@@ -55,7 +57,7 @@ class Prepared(NamedTuple):
     replayed_heads: int  # rows that the head needs of that
     alike: list[Alike]
     uploads: list[Upload]
-    copied: torch.Tensor | None  # [2, n] blocks, and which ones get what they hold before anything else
+    copied: torch.Tensor | None  # [2, n], see Reader
 
 
 class Denoiser:
@@ -67,7 +69,6 @@ class Denoiser:
         self.masks: bool | None = None  # see Group; None: what is best on the device
         self.choices: dict[Selection, ChoicePool] = {}
         self.observers: list[Observer] = []
-        self.copies: list[np.ndarray] = []  # [2, n] each, of this step
 
     def step(
         self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
@@ -131,18 +132,18 @@ class Denoiser:
         uploads += [filled.upload] if filled else []
         requests = [reader.request for reader in readers if not reader.guides]
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
-        copied = uploads[0](np.concatenate(self.copies, axis=1)) if self.copies else None
-        self.copies.clear()
+        copies = [reader.copies for reader in readers if reader.copies is not None]
+        copied = uploads[0](np.concatenate(copies, axis=1)) if copies else None
         return Prepared(packed, filled, heads, self.head.prepare(requests, uploads[0]), uploads, copied)
 
     @staticmethod
     def _assign(reader: Reader, rows: np.ndarray) -> None:
         """`rows` [R]: the hidden states of the stream's head positions"""
-        stream, request, guides, _ = reader
+        stream, request = reader.stream, reader.request
         # several positions may be read at one row
         read = request.state.canvas.progress.rows_reading(request.positions)
         rows = rows[np.searchsorted(stream.head_positions, read)]
-        request.guide_rows, request.rows = (rows, request.rows) if guides else (request.guide_rows, rows)
+        request.guide_rows, request.rows = (rows, request.rows) if reader.guides else (request.guide_rows, rows)
 
     def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
         hidden = [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
@@ -208,12 +209,12 @@ class Denoiser:
         own = state.blocks[0].drafts
         each = self.shape.draft_blocks(state.options, canvas.prompt_len, len(canvas))
         assert stream.kv_table is not None
-        guesses = state.guesses[: min(canvases, len(request.positions)) - 1]
+        guesses, copies = state.guesses[: min(canvases, len(request.positions)) - 1], None
         if guesses and state.drafted != canvas.block:
             state.drafted = canvas.block
             many = len(own) // each
             to = np.concatenate([own[draft * each :][: last - first] for draft in range(many)])
-            self.copies.append(np.stack([np.tile(stream.kv_table[first:last], many), to]))
+            copies = np.stack([np.tile(stream.kv_table[first:last], many), to])
         tokens, made = at.tokens, []
         for draft, (position, token) in enumerate(guesses):
             tokens = tokens.copy()
@@ -226,7 +227,7 @@ class Denoiser:
                 stream, token_ids=tokens, kv_table=table, head_positions=np.unique(heads) if at.shift else heads
             )  # fmt: skip
             request.drafts.append(HeadRequest(state, positions))
-            made.append(Reader(guess, request.drafts[-1], drafts=True))
+            made.append(Reader(guess, request.drafts[-1], drafts=True, copies=None if draft else copies))
         return made
 
     def _grow(self, state: Denoising, table: np.ndarray) -> None:

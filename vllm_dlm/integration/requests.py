@@ -123,8 +123,8 @@ def open_length(options: Options, prompt: int, processor) -> int:
         return length
     shape = BlockShape.of(processor.vllm_config)
     there = (pool - 1) * shape.block_size
-    fitting = bisect_right(range(length + 1), there, key=lambda n: shape.tokens(options, prompt, prompt + n))
-    return max(fitting - 1, 1)
+    fitting = bisect_right(range(1, length + 1), there, key=lambda n: shape.tokens(options, prompt, prompt + n))
+    return max(fitting, 1)
 
 
 def options_of(params, processor) -> Options:
