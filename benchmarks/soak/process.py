@@ -22,6 +22,8 @@ from vllm_dlm.options import OptionError, request_options
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "tests/golden/checkpoints"
 #: requests of a batch that were asked before: their answer alone is known
 REPEATED = 0.7
+#: one in so many requests is aborted, if it is still going by then
+LEAVES_EVERY = 10
 
 
 @dataclass
@@ -131,17 +133,19 @@ def as_found(error: BaseException) -> Found:
 def drawn_batch(rng: random.Random, pair: Pair, pool: list[Given], work: Shift, most: int) -> Batch:
     """`pool`: the requests so far. Most of a batch was asked before, in other company."""
     entries = []
-    for _ in range(min(most, rng.choice((1, 2, 3, 6, 10, 16, 24)))):
+    for number in range(min(most, rng.choice((1, 2, 3, 6, 10, 16, 24)))):
         if pool and rng.random() < REPEATED:
             given = rng.choice(pool[-200:])
         else:
             given = accepted_request(rng, pair, work)
             pool.append(given)
         arrives = rng.choice((0, rng.randint(0, 20)))
-        leaves = arrives + rng.randint(0, 25) if rng.random() < 0.08 else None
+        # counted, not drawn: in a short run, too, some client leaves, half of them at once
+        leaving = (work.requests + number) % LEAVES_EVERY == 0
+        leaves = arrives + rng.choice((1, rng.randint(0, 25))) if leaving else None
         entries.append(Entry(given, arrives, leaves))
-    resets = tuple(sorted(rng.randint(1, 30) for _ in range(rng.choice((0, 0, 0, 1, 2)))))
-    return Batch(tuple(entries), resets)
+    resets = rng.choice((1, 2)) if work.batches % 2 == 0 else 0
+    return Batch(tuple(entries), tuple(sorted(rng.randint(1, rng.choice((3, 30))) for _ in range(resets))))
 
 
 def accepted_request(rng: random.Random, pair: Pair, work: Shift) -> Given:
