@@ -61,8 +61,8 @@ class Options:
 
     @property
     def caches(self) -> bool:
-        """Keys and values are written to pages: later steps read them, or the selection does in this one."""
-        return self.reuse.caches or self.selection.sparse
+        """Keys and values are written to pages: later steps read them, or in this one a selection or shadows do."""
+        return self.reuse.caches or self.selection.sparse or self.decoding.revokes
 
     @property
     def canvases(self) -> int:

@@ -50,8 +50,9 @@ class Memory:
     """What a decoding remembers, on the host, of the masks of one canvas block. It begins anew with each block, also
     with one that begins again after a preemption."""
 
-    def columns(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """What `propose` is told of each candidate: [C, …], of any width, filled up with -1 (whole numbers) or 0"""
+    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """What `propose` is told of each position, where these tokens stand: [C, …], of any width, filled up with -1
+        (whole numbers) or 0"""
         raise NotImplementedError
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
@@ -87,6 +88,9 @@ class Decoding:
     random_order: ClassVar[bool] = False
     #: how many numbers of each row `propose` notes for the next step's; with `memory`
     noted: ClassVar[int] = 0
+    #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
+    #: shadow of the canvas block beside the canvas, see engine/shadow.py
+    revokes: ClassVar[bool] = False
     #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
     schedules_prompt_masks: ClassVar[bool] = False
 
@@ -184,6 +188,15 @@ class Decoding:
         if self.parallel:
             return self._choose_parallel(proposal.prob, turn)
         return best(self.rank(proposal.score, rng), turn.quota)
+
+    def judges(self, memory: Memory | None) -> bool:
+        """Of a decoding that revokes: this step may, so that tokens that stand in the block are to be read."""
+        return self.revokes
+
+    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None) -> np.ndarray:
+        """Indices of tokens that become masks again, in a step that has filled so many others. Of each that stood in
+        the block `noted` [Decoding.noted, S] is what `propose` noted at its shadow."""
+        raise NotImplementedError
 
     def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         return score

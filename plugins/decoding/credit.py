@@ -70,7 +70,7 @@ class Credits(Memory):
         self.beta = beta
         self.of: dict[int, dict[int, np.float32]] = {}
 
-    def columns(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         own = [self.of.get(position, {}) for position in positions.tolist()]
         token = np.full((len(own), max(map(len, own), default=0)), -1, np.int64)
         credit = np.zeros(token.shape, np.float32)

@@ -31,7 +31,7 @@ class Progress:
     tokens: np.ndarray  # [N] int64, masks where nothing is filled in yet; not to be written to
     # [N] float32: what the last step that read a position gave its best token; NaN where none has
     confidence: np.ndarray
-    changed: np.ndarray  # positions that the last step filled, ascending
+    changed: np.ndarray  # positions that the last step filled, or made masks again, ascending
 
     @property
     def response(self) -> tuple[int, int]:

@@ -95,7 +95,9 @@ def test_credit_of_recorded_logits(name):
             block, memory = start, rule.memory()
         canvas = recorded["canvas"][forward, start:end].numpy().copy()
         masked = np.flatnonzero(canvas == run["mask_id"])
-        columns = {key: torch.from_numpy(column) for key, column in memory.columns(start + masked).items()}
+        columns = {
+            key: torch.from_numpy(column) for key, column in memory.columns(start + masked, canvas[masked]).items()
+        }
         found = rule.propose(logits[masked].clone(), rows_of(rule, len(masked), run, columns))
         proposal = Proposal(found.token.numpy(), found.score.numpy(), found.prob.numpy())
         memory.note(start + masked, found.noted.numpy())
@@ -187,3 +189,27 @@ def test_freedave(engines, name):
     assert got == recorded[same].tolist()
     if run["cache"] == "dual" and run["family"] == "llada":
         assert forwards == run["n_forward"]
+
+
+class Canvases(Watching):
+    """Tokens of the one request's canvas before each step."""
+
+    def __enter__(self):
+        self.steps = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        (state,) = states
+        self.steps.append(state.canvas.tokens.tolist())
+
+
+@pytest.mark.parametrize("name", of("wino"))
+def test_wino(engines, name):
+    """Forward for forward: what is filled, and what is taken back."""
+    run, recorded = RUNS[name], arrays(name)
+    with Canvases(engines(run["model"], additional_config={"dlm": {"reuse": {"name": "none"}}})) as canvases:
+        got, _ = answered(
+            engines, run | {"cache": "none"}, recorded["prompt"], "wino", tau1=run["tau1"], tau2=run["tau2"]
+        )
+    assert got == recorded["final"].tolist()
+    assert canvases.steps == recorded["canvas"].tolist()

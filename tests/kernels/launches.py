@@ -16,6 +16,7 @@ from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
 from vllm_dlm.kernels.page_scores import half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
+from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.sparse_attention import sparse_attention, sparse_delta
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 
@@ -134,6 +135,15 @@ def delta(rows, group=4, **shape):
     )  # fmt: skip
 
 
+def shadow(rows, group=4, **shape):
+    pages = cache(**shape)
+    dim, dtype = pages.shape[3] // 2, pages.dtype
+    q, k, v = (torch.empty(2 * rows, heads, dim, dtype=dtype) for heads in (8 * group, 8, 8))
+    return partial(
+        shadow_attention, q, ints(3), longs(2 * rows), k, v, ints(3), pages, ints(2, 32), ints(2), 0.1, rows
+    )  # fmt: skip
+
+
 #: what is called, once its inputs are made
 CASES = {
     "pyramid": pyramid,
@@ -180,6 +190,8 @@ CASES = {
     "head": lambda: head(F32, True),
     "delta": lambda: delta(512),
     "delta of few rows": lambda: delta(32, block_size=16),
+    "shadow": lambda: shadow(128, group=1),
+    "shadow of shared heads in small blocks": lambda: shadow(32, block_size=16),
     "compact rows": lambda: partial(compact_rows, ints(4096, dtype=torch.bool), ints(17), 1024),
     "lowest rows": lambda: lowest(1152),
 }
@@ -191,6 +203,8 @@ RARER = {
     "values alone": values_alone,
     "delta of wide heads": lambda: delta(128, dim=256),
     "delta in float32": lambda: delta(64, dtype=F32),
+    "shadow of wide heads": lambda: shadow(128, dim=256),
+    "shadow in float32": lambda: shadow(64, dtype=F32),
     "products": lambda: partial(row_products, torch.empty(96, 1024), torch.empty(96, 1024)),
     "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
     "head without entropy": lambda: head(BF16, False),

@@ -13,6 +13,7 @@ from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
+from vllm_dlm.kernels.shadow_attention import shadow_attention
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,6 +91,17 @@ def delta(seed, kv_heads=32, block=BLOCK, queries=(250, 40)):
     return delta_over_pages, q, ints[0], kv, *ints[1:], moved, 128**-0.5, max(queries), max(lens)
 
 
+def shadow(seed, kv_heads=32, block=BLOCK, queries=(128, 40)):
+    g, lens = torch.Generator().manual_seed(seed), (700, 333)
+    tables = torch.randperm(BLOCKS, generator=g)[: 2 * 44].view(2, 44).to(torch.int32)
+    kv = heads(BLOCKS, kv_heads, block, 256, dtype=BF16, seed=seed)
+    q, k, v = (heads(sum(queries), n, 128, dtype=BF16, seed=seed + n) for n in (32, kv_heads, kv_heads))
+    hidden = torch.cat([torch.randint(0, n, (rows,), generator=g) for rows, n in zip(queries, lens, strict=True)])
+    starts = torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32)
+    arguments = q, starts, hidden, k, v, starts, kv, tables, torch.tensor(lens, dtype=torch.int32)
+    return shadow_attention, *arguments, 128**-0.5, max(queries)
+
+
 CASES = {
     "rotary": rotary,
     "rotary in half precision": lambda seed: rotary(seed, BF16, 4),
@@ -104,10 +116,13 @@ CASES = {
     "head with entropy": lambda seed: head(seed, True, torch.float32),
     "delta": delta,
     "delta of shared heads": lambda seed: delta(seed, 4, 16, (32, 7)),
+    "shadow": shadow,
+    "shadow of shared heads": lambda seed: shadow(seed, 4, 16, (32, 7)),
 }
 #: numbers that are summed in another order, and in bfloat16 rounded elsewhere
-TOLERANCES = {"delta": 1e-2, "delta of shared heads": 1e-2, "products": 1e-3}
-SUMS = ("cosine", "products", "head", "head with entropy", "delta", "delta of shared heads")
+TOLERANCES = dict.fromkeys(("delta", "delta of shared heads", "shadow", "shadow of shared heads"), 1e-2)
+TOLERANCES |= {"products": 1e-3}
+SUMS = ("cosine", "products", "head", "head with entropy", *TOLERANCES)
 
 
 def moved(args):

@@ -11,7 +11,14 @@ import pytest
 pytest.importorskip("triton")
 CASES = [
     Path(__file__).with_name(name)
-    for name in ("triton_cases.py", "triton_choice_cases.py", "step_cases.py", "head_cases.py", "delta_cases.py")
+    for name in (
+        "triton_cases.py",
+        "triton_choice_cases.py",
+        "step_cases.py",
+        "head_cases.py",
+        "delta_cases.py",
+        "shadow_cases.py",
+    )
 ]
 
 

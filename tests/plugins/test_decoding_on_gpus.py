@@ -47,7 +47,8 @@ def memory(decoding, count):
     if remembered is None:
         return {}
     remembered.note(np.arange(count), np.full((decoding.noted, count), 7.0))
-    return {name: torch.tensor(column.tolist()) for name, column in remembered.columns(np.arange(count)).items()}
+    columns = remembered.columns(np.arange(count), np.arange(count))
+    return {name: torch.tensor(column.tolist()) for name, column in columns.items()}
 
 
 def operators(decoding, sampled=False, filtered=False):
@@ -73,7 +74,7 @@ def test_greedy_rows_take_one_kernel(name):
     decoding = methods("decoding")[name]
     with fake_gpu():
         names = operators(decoding, filtered=issubclass(decoding, LowConfidence))
-    if decoding.noted:  # what is remembered goes into the logits between two looks at them
+    if decoding.noted:  # for which they are looked at twice
         assert names.count("vllm_dlm::head_statistics") == 2 and len(names) <= 20
     else:
         assert names == ["vllm_dlm::head_statistics"] + ["aten::ones"] * (name == "random")  # which draws its order
@@ -95,6 +96,7 @@ def test_one_kernel_means_the_same(name, eot_id, monkeypatch):
     assert torch.equal(got.token, wanted.token)
     torch.testing.assert_close(got.prob, wanted.prob, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got.score, wanted.score, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.noted, wanted.noted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_score_of_its_own_is_not_passed_over():

@@ -7,7 +7,7 @@ that was preempted starts again from the scheduler's canvas.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -29,11 +29,17 @@ class Commit:
     confidence: np.ndarray  # [C] probability of the token proposed for each
     filled: np.ndarray  # [F] indices into `read`, ascending
     tokens: np.ndarray  # [F]
+    revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens are masks again, ascending
 
     @property
     def positions(self) -> np.ndarray:
         """[F] where tokens came in"""
         return self.read[self.filled]
+
+    @property
+    def changed(self) -> np.ndarray:
+        """Positions that hold another token than before, ascending"""
+        return np.union1d(self.positions, self.revoked) if len(self.revoked) else self.positions
 
 
 class Canvas:
@@ -43,7 +49,7 @@ class Canvas:
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = prompt
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
-        self.changed = NOTHING  # positions that the last step filled
+        self.changed = NOTHING  # positions that the last step filled, or made masks again
         self.blocks = options.decoding.blocks(length - self.prompt_len)  # [start, end) within the response
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
@@ -121,7 +127,16 @@ class Canvas:
     @property
     def weight(self) -> int:
         """What the step weighs: rows it recomputes; those it merely carries weigh less."""
-        return self.streams * max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
+        shadow = self.block_width if len(self.standing) else 0
+        return self.streams * (max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1) + shadow)
+
+    @property
+    def standing(self) -> np.ndarray:
+        """Positions of the current block whose tokens may become masks again"""
+        if not self.options.decoding.revokes:
+            return NOTHING
+        start, end = self.progress.block
+        return start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
 
     def candidates(self) -> np.ndarray:
         """Masked positions that may be filled now: all before the end of the current block. Masks that the
@@ -143,8 +158,9 @@ class Canvas:
     def apply(self, commit: Commit) -> None:
         """A step has been made."""
         self.tokens[commit.positions] = commit.tokens
+        self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
-        self.changed, self.cold = commit.positions, False
+        self.changed, self.cold = commit.changed, False
         self.block_step, self.step = self.block_step + 1, self.step + 1
         self._moved()
 

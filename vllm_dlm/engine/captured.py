@@ -241,7 +241,7 @@ class Costs(NamedTuple):
 def bucket_of(streams: list[Stream]) -> Bucket | None:
     """The smallest that holds them; None: they are not to be captured."""
     first = streams[0]
-    if first.whole or not first.cached or first.view is not None:
+    if first.whole or not first.cached or first.view is not None or first.hole is not None:
         return None
     if any(stream.kind != first.kind or dense(stream) != dense(first) for stream in streams):
         return None

@@ -20,6 +20,7 @@ from vllm_dlm.engine.head import Alike, Head, HeadRequest
 from vllm_dlm.engine.packing import Stream, among, pack, split
 from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.shadow import shadow
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 from vllm_dlm.plugins.selection.base import Selection
@@ -44,7 +45,7 @@ class Reader(NamedTuple):
     stream: Stream
     request: HeadRequest
     guides: bool = False  # it is the request's guidance twin
-    drafts: bool = False  # it is a guess at the request's canvas
+    own: bool = True  # it is the request's canvas, not a draft or a shadow of it
     #: [2, n] blocks, and which ones get what they hold before anything is computed
     copies: np.ndarray | None = None
 
@@ -82,7 +83,7 @@ class Denoiser:
         for state in states:
             with failed.of(state.req_id):
                 readers += self.readers(state, tables[state.req_id], canvases.get(state.req_id, 1))
-        requests = [reader.request for reader in readers if not (reader.guides or reader.drafts)]
+        requests = [reader.request for reader in readers if reader.own and not reader.guides]
         if readers:
             with failed.of(*(request.state.req_id for request in requests), in_forward=True):
                 self._propose(readers, requests, counts, failed)
@@ -102,15 +103,18 @@ class Denoiser:
             observer.head_read(hidden, requests)
         self.head.read(hidden, prepared.alike)
         for request in requests:
-            if not all(one.finite for one in (request, *request.drafts)):
-                own = [reader.stream for reader in readers if reader.request is request]
-                failed[request.state.req_id] = self._not_finite(own, request, hidden)
+            for one in request.all:
+                if not one.finite:
+                    own = [reader.stream for reader in readers if reader.request is one]
+                    failed[request.state.req_id] = self._not_finite(own, one, hidden)
+                    break
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
         """Packs the canvases, and says to each request which hidden states are its own."""
         # Canvases treated alike stand together, so that they share a group of rows.
         kinds: dict[tuple, list[Reader]] = {}
-        for reader in readers:
+        # Shadows come behind all canvases: where a step is split, theirs have been computed by then.
+        for reader in sorted(readers, key=lambda reader: reader.stream.hole is not None):
             kinds.setdefault(reader.stream.kind, []).append(reader)
         filled, replayed = None, list[Reader]()
         if self.captured is not None:
@@ -146,10 +150,10 @@ class Denoiser:
         request.guide_rows, request.rows = (rows, request.rows) if reader.guides else (request.guide_rows, rows)
 
     def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
-        hidden = [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
-        if prepared.filled is not None:
-            hidden.append(prepared.filled.run(counts))
-            counts.head_rows += prepared.replayed_heads
+        # Replayed first, since shadows, which are launched, read what their canvases have in their blocks.
+        replayed = [] if prepared.filled is None else [prepared.filled.run(counts)]
+        counts.head_rows += prepared.replayed_heads
+        hidden = [denoise(self.model, part, self.blocks, counts) for part in prepared.packed] + replayed
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
@@ -166,7 +170,7 @@ class Denoiser:
 
     def readers(self, state: Denoising, table: np.ndarray, canvases: int = 1) -> list[Reader]:
         """The request's canvas and, with guidance, its twin: two caches that never meet. Or with drafts, which share
-        all but the canvas block."""
+        all but the canvas block. Or each with its shadow."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
         positions = reuse.candidates(canvas.candidates(), at)
@@ -200,6 +204,12 @@ class Denoiser:
         # a sampled token depends on its step, and a log-probability is that of the step that filled it
         if drafts and state.sampling.greedy and state.sampling.num_logprobs is None:
             readers += self._drafts(state, readers[0], canvases)
+        if options.decoding.judges(state.memory) and len(standing := canvas.standing):
+            request.shadow = HeadRequest(state, standing)
+            readers += [
+                Reader(shadow(reader.stream, standing, at), request.shadow, reader.guides, own=False)
+                for reader in readers
+            ]
         return readers
 
     def _drafts(self, state: Denoising, reader: Reader, canvases: int) -> list[Reader]:
@@ -227,7 +237,7 @@ class Denoiser:
                 stream, token_ids=tokens, kv_table=table, head_positions=np.unique(heads) if at.shift else heads
             )  # fmt: skip
             request.drafts.append(HeadRequest(state, positions))
-            made.append(Reader(guess, request.drafts[-1], drafts=True, copies=None if draft else copies))
+            made.append(Reader(guess, request.drafts[-1], own=False, copies=None if draft else copies))
         return made
 
     def _grow(self, state: Denoising, table: np.ndarray) -> None:

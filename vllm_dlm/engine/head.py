@@ -51,6 +51,11 @@ class HeadRequest:
     proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
     drafts: list["HeadRequest"] = field(default_factory=list)  # of the same step, see Decoding.canvases
+    shadow: "HeadRequest | None" = None  # of the tokens that stand in the block, see Decoding.revokes
+
+    @property
+    def all(self) -> list["HeadRequest"]:
+        return [self, *self.drafts, *([self.shadow] if self.shadow else [])]
 
     @property
     def finite(self) -> bool:
@@ -185,7 +190,11 @@ class Alike:
 
 def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.Tensor]:
     """Columns of their memories, one below the other, as wide as the widest"""
-    own = [request.state.memory.columns(request.positions) for request in requests if request.state.memory]
+    own = [
+        request.state.memory.columns(request.positions, request.state.canvas.tokens[request.positions])
+        for request in requests
+        if request.state.memory
+    ]
     found = {}
     for name in own[0] if own else ():
         columns = [each[name] for each in own]

@@ -57,6 +57,8 @@ class Stream:
     filtered: bool = False  # even where every row is recomputed
     chooses: bool = False  # the view changes in this step
     last: int | None = None  # the position that the last row stands for; None: its own
+    #: of a shadow, see shadow.py: so far behind its own position is the one that a row does not see; None: it is none
+    hole: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -69,7 +71,7 @@ class Stream:
     @property
     def kind(self) -> tuple:
         # Of one policy some canvases may have blocks and others none: `none` has them under a selection only.
-        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.selection
+        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.selection, self.hole
 
     @property
     def num_rows(self) -> int:
@@ -167,7 +169,8 @@ class Packing:
             own = slice(start, start + stream.num_rows)
             live = stream.plan.live
             table[0, own] = stream.token_ids[live]
-            table[4, own] = -1 if stream.kv_table is None else stream.kv_table[live // self.block_size]
+            written = stream.kv_table if stream.hole is None else None
+            table[4, own] = -1 if written is None else written[live // self.block_size]
             if stream.last is not None and len(live) and live[-1] == len(stream.token_ids) - 1:
                 table[2, own.stop - 1] = stream.last
             if stream.feature_rows:
@@ -235,6 +238,7 @@ class Packing:
             head=rows[4],
             leading=(leading, leading_starts),
             masks=masks,
+            hole=streams[0].hole,
             max_q=limits.max_q if limits else max(self.sizes),
             max_kv=limits.max_kv if limits else max(kv_lens),
         )

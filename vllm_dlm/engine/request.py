@@ -5,7 +5,7 @@ gets a token, a score and a probability per candidate back, nothing more.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -37,10 +37,10 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0
 
 
-class Draft(Protocol):
-    """A canvas in which guesses are filled, once it has been read."""
+class Read(Protocol):
+    """A draft or a shadow of the canvas, once it has been read."""
 
-    positions: np.ndarray  # [C] its candidates
+    positions: np.ndarray  # [C]
     proposal: Proposal
 
 
@@ -99,10 +99,11 @@ class Denoising:
 
     def commit(
         self, positions: np.ndarray, proposal: Proposal, logprobs: list | None, pressure: float = 0.0,
-        drafts: Sequence[Draft] = (),
+        drafts: Sequence[Read] = (), shadow: Read | None = None,
     ) -> Commit:  # fmt: skip
         """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward, and as far as
-        `drafts` have guessed that, what it chooses among theirs."""
+        `drafts` have guessed that, what it chooses among theirs. What stood in the block before may become masks again,
+        by what is read at its `shadow`."""
         canvas = self.canvas
         if canvas.block_step >= self.most_steps:
             decoding, reuse = self.options.decoding.name, self.options.reuse.name
@@ -116,6 +117,8 @@ class Denoising:
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
         if self.options.canvases > 1 and len(positions):
             commit = self._followed(commit, proposal, drafts, pressure)
+        if self.options.decoding.revokes:
+            commit = replace(commit, revoked=self._revoked(len(chosen), shadow))
         if logprobs is not None:
             for index in commit.filled:
                 if positions[index] >= canvas.prompt_len:
@@ -124,7 +127,7 @@ class Denoising:
         self.filled += len(commit.filled)
         return commit
 
-    def _followed(self, commit: Commit, proposal: Proposal, drafts: Sequence[Draft], pressure: float) -> Commit:
+    def _followed(self, commit: Commit, proposal: Proposal, drafts: Sequence[Read], pressure: float) -> Commit:
         """The commit, and those of the drafts that filled nothing else than what comes true."""
         filled = dict(zip(commit.positions.tolist(), commit.tokens.tolist(), strict=True))
         confidence, read, at = commit.confidence.copy(), commit.read, 0
@@ -148,6 +151,13 @@ class Denoising:
         where = np.array(sorted(filled), np.int64)
         tokens = np.array([filled[position] for position in where.tolist()], np.int64)
         return Commit(commit.read, confidence, np.searchsorted(commit.read, where), tokens)
+
+    def _revoked(self, filled: int, shadow: Read | None) -> np.ndarray:
+        decoding, noted, positions = self.options.decoding, None, NOTHING
+        if shadow is not None:
+            noted, positions = shadow.proposal.noted, shadow.positions
+        noted = np.zeros((decoding.noted, 0)) if noted is None else noted
+        return np.sort(positions[decoding.revoked(noted, filled, self.memory)])
 
     def _chosen(self, positions: np.ndarray, proposal: Proposal, pressure: float) -> np.ndarray:
         """Indices into `positions`, ascending."""
@@ -175,7 +185,7 @@ class Denoising:
 
     def take_output(self) -> tuple[list[int], list[Any]]:
         """Tokens (with their log-probabilities) that are final and were not handed out: a finished block,
-        or everything up to an end token that nothing masked precedes."""
+        or everything up to an end token that nothing masked precedes, where tokens stay once they are filled."""
         canvas = self.canvas
         start, block = canvas.emitted, canvas.block
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
@@ -185,10 +195,10 @@ class Denoising:
             return [], []
         tokens = pending[:known].tolist()
         ends = [index for index, token in enumerate(tokens) if token in self.sampling.stop_ids]
+        if known < len(pending) and (self.options.decoding.revokes or not ends):
+            return [], []
         if ends:
             tokens = tokens[: ends[0] + 1]
-        elif known < len(pending):
-            return [], []
         canvas.hand_out(len(tokens))
         if canvas.block > block:
             self._open_block()

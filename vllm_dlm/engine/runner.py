@@ -177,7 +177,7 @@ class DenoisingRunner:
             state = request.state
             with failed.of(state.req_id):
                 commits[state.req_id] = state.commit(
-                    request.positions, request.proposal, request.logprobs, pressure, request.drafts
+                    request.positions, request.proposal, request.logprobs, pressure, request.drafts, request.shadow
                 )
                 outputs[state.req_id] = state.take_output()
         return make_output(outputs, commits, counts, failed)

@@ -2,9 +2,11 @@
 
 A kernel has a variant for each power of two of its tiles and for sizes that 16
 divides. Every reuse policy that a request may name is run with one canvas, a
-few and many, at a refresh and behind it. Nothing is kept: all blocks are the
-one that vLLM hands to nobody.
+few and many, at a refresh and behind it; so is every decoding that has shadows
+of canvases. Nothing is kept: all blocks are the one that vLLM hands to nobody.
 """
+
+from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
@@ -15,7 +17,8 @@ from vllm_dlm.engine.denoiser import Denoiser
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.methods import methods
-from vllm_dlm.options import Options, request_options
+from vllm_dlm.option_types import OptionError
+from vllm_dlm.options import METHOD_KEYS, Options, request_options
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,11 +28,20 @@ PROMPT, RESPONSE = 96, 64
 
 
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int) -> None:
-    for reuse in sorted(methods("reuse")):
+    decodings: dict[str, Any] = methods("decoding")
+    revoking = [name for name in sorted(decodings) if decodings[name].revokes]
+    named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_algorithm", name) for name in revoking]
+    for key, name in named:
+        try:
+            options = request_options(server, {key: name})
+        except OptionError:  # no request may name it on this server
+            continue
         for count in CANVASES:
-            states = [_state(f"{reuse} {i}", reuse, server, config, max_model_len) for i in range(count)]
-            if failed := _run(denoiser, states, captures=count == 1 and reuse == server.reuse.name):
-                logger.warning("Requests with reuse %r will fail here: %s", reuse, next(iter(failed.values())))
+            states = [_state(f"{name} {i}", options, config, max_model_len) for i in range(count)]
+            captures = count == 1 and options.reuse == server.reuse and not options.decoding.revokes
+            if failed := _run(denoiser, states, captures):
+                why = next(iter(failed.values()))
+                logger.warning("Requests with %s %r will fail here: %s", METHOD_KEYS[key], name, why)
                 break
 
 
@@ -44,13 +56,13 @@ def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failure
         if failed or not all(len(state.canvas.candidates()) for state in states):
             break
         for request in denoiser.step(states, tables, Counts(), failed):
-            request.state.commit(request.positions, request.proposal, None)
+            request.state.commit(request.positions, request.proposal, None, shadow=request.shadow)
+            request.state.memory = request.state.options.decoding.memory()  # one of nothing lets the next step judge
             request.state.take_output()
     return failed
 
 
-def _state(name: str, reuse: str, server: Options, config, max_model_len: int) -> Denoising:
-    options = request_options(server, {"dlm_reuse": reuse})
+def _state(name: str, options: Options, config, max_model_len: int) -> Denoising:
     response = min(RESPONSE, max_model_len - 1)
     prompt = [0] * min(PROMPT, max_model_len - response)
     canvas = Canvas(options, config.mask_token_id, config.logits_shift, prompt, len(prompt) + response)

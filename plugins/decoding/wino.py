@@ -1,0 +1,94 @@
+"""WINO: fill widely, and take back what its surroundings do not confirm.
+
+https://arxiv.org/abs/2507.18578. Every mask of the block whose best token is
+more probable than tau1 is filled, up to a share of the masks. What stood there
+before is judged in the same forward, at a row that sees everything but the
+token itself (engine/shadow.py): where that gives the token less than tau2, it
+becomes a mask again. Fewer are taken back than the forward before has filled,
+so a block needs at most as many forwards as it has masks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from vllm_dlm.kernels.head_statistics import head_statistics
+from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, at_token, best, check, rule_out
+from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+
+#: of a forward: this share of the masks is filled at most, but no fewer and no more than these
+SHARE, FEWEST, MOST = 0.7, 5, 20
+#: in a block's first forward, as if so many had been filled before
+AT_FIRST = 30
+
+
+@dataclass(frozen=True)
+class Wino(LowConfidence):
+    name: ClassVar[str] = "wino"
+    presets: ClassVar[dict[str, dict]] = {
+        "gsm8k": {"tau1": 0.6, "tau2": 0.9, "block_length": 128},
+        "math": {"tau1": 0.7, "tau2": 0.9, "block_length": 128},
+        "humaneval": {"tau1": 0.7, "tau2": 0.9, "block_length": 128},
+        "mbpp": {"tau1": 0.8, "tau2": 0.9, "block_length": 128},
+    }
+    noted: ClassVar[int] = 1  # the probability of the token that stands at the position
+    revokes: ClassVar[bool] = True
+
+    tau1: float = 0.6  # more probable ones are filled
+    tau2: float = 0.9  # less probable ones are taken back
+    block_length: int | None = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 <= self.tau1 <= 1, "tau1", self.tau1, "between 0 and 1")
+        check(0 <= self.tau2 <= 1, "tau2", self.tau2, "between 0 and 1")
+        check(self.steps is None, "steps", self.steps, "unset: wino fills by tau1")
+
+    @property
+    def parallel(self) -> bool:
+        return True
+
+    def memory(self) -> "Accepted":
+        return Accepted()
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
+        standing_R = rows.memory["standing"].squeeze(1)
+        rule_out(rows.eos_id, logits_RV, rows.options["suppress_eos"])
+        on_gpu = logits_RV.is_cuda
+        total_R = head_statistics(logits_RV, rows.mask_id).logsumexp if on_gpu else logits_RV.logsumexp(-1)
+        prob_R = (at_token(logits_RV, standing_R) - total_R).exp_()
+        return replace(super().propose(logits_RV, rows), noted=prob_R.double().unsqueeze(0))
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        masks = len(proposal.prob)
+        trusted = int((proposal.prob > self.tau1).sum())
+        most = min(max(int(SHARE * masks), FEWEST), MOST)
+        chosen = best(proposal.prob, max(1, min(trusted, most)))
+        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+
+    def judges(self, memory: Memory | None) -> bool:
+        assert isinstance(memory, Accepted)
+        return memory.last > 1
+
+    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None) -> np.ndarray:
+        assert isinstance(memory, Accepted)
+        most, memory.last = memory.last - 1, filled
+        if filled <= 1:
+            return np.zeros(0, np.int64)
+        (prob,) = noted
+        doubtful = np.flatnonzero(prob < self.tau2)
+        return doubtful[best(-prob[doubtful], most)]
+
+
+class Accepted(Memory):
+    def __init__(self):
+        self.last = AT_FIRST  # how many positions the block's last forward has filled
+
+    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        return {"standing": tokens.reshape(-1, 1)}
+
+    def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
+        pass
