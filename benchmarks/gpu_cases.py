@@ -121,6 +121,21 @@ def delta_attention(here):
             )  # fmt: skip
 
 
+def shadow_attention(here):
+    from vllm_dlm.kernels.shadow_attention import naive, shadow_attention
+
+    for dtype, tolerance in DTYPES.items():
+        for rows, lens in (([32, 8], [70, 300]), ([128], [1])):
+            starts = torch.tensor([0, *rows]).cumsum(0, dtype=torch.int32)
+            q, k, v = (torch.randn(sum(rows), heads, 128).to(dtype) for heads in (8, 2, 2))
+            hidden = torch.cat([torch.randint(0, n, (count,)) for count, n in zip(rows, lens, strict=True)])
+            table = torch.randperm(40)[: 19 * len(lens)].view(len(lens), 19).to(torch.int32)
+            inputs = [q, starts, hidden, k, v, starts, torch.randn(40, 2, 16, 256).to(dtype), table]
+            inputs += [torch.tensor(lens, dtype=torch.int32), 128**-0.5]
+            got = shadow_attention(*(x.to(here) if isinstance(x, torch.Tensor) else x for x in inputs), max(rows))
+            yield Case(f"{rows} rows, {word(dtype)}", got.cpu(), naive.shadow_attention(*inputs), tolerance)
+
+
 def wavelet_lowpass(here):
     from vllm_dlm.kernels.wavelet_lowpass import lowpass, naive
 
@@ -147,6 +162,6 @@ CASES = gpu_step_cases.CASES | {
     function.__name__: function
     for function in (
         page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention, delta_attention,
-        wavelet_lowpass, soft_page_attention,
+        shadow_attention, wavelet_lowpass, soft_page_attention,
     )
 }  # fmt: skip
