@@ -79,8 +79,9 @@ class Credits(Memory):
         return {"token": token, "credit": credit}
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        for position, token, earned in zip(positions.tolist(), *noted, strict=True):
-            pairs = self.of.setdefault(position, {})
+        for pairs in self.of.values():  # also of positions that this step did not read
             for known in pairs:
                 pairs[known] *= self.beta
+        for position, token, earned in zip(positions.tolist(), *noted, strict=True):
+            pairs = self.of.setdefault(position, {})
             pairs[int(token)] = pairs.get(int(token), np.float32(0)) + np.float32(earned)
