@@ -81,7 +81,7 @@ def install(worker) -> None:
     for layer in runner.model.model.layers:
         if layer.joined is not None:  # else they are linear layers of their own
             joined_heads(layer)
-        layer.mlp["gate_up_proj"].register_forward_hook(feed_forward)
+        layer.mlp.register_forward_hook(feed_forward)
     runner.model.logits_processor.register_forward_hook(head)
 
     def counted(name, cost):

@@ -24,6 +24,7 @@ from vllm_dlm.engine.head import Head
 from vllm_dlm.engine.layer import LayerStep
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.upload import DTYPES
+from vllm_dlm.models.feed_forward import GatedMLP
 from vllm_dlm.models.transformer import DiffusionLayer
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape
@@ -73,8 +74,10 @@ def layer() -> DiffusionLayer:
     outputs = {"q_proj": HEADS * DIM, "k_proj": KV_HEADS * DIM, "v_proj": KV_HEADS * DIM}
     projections = {name: Linear(WIDTH, output) for name, output in outputs.items()}
     made.self_attn = nn.ModuleDict(projections | {"o_proj": Linear(HEADS * DIM, WIDTH)})
-    made.mlp = nn.ModuleDict({"gate_up_proj": Linear(WIDTH, 2 * INNER), "down_proj": Linear(INNER, WIDTH)})
-    made.act = torch.ops.dlm_pretended.silu_and_mul
+    made.mlp = GatedMLP.__new__(GatedMLP)
+    nn.Module.__init__(made.mlp)
+    made.mlp.gate_up_proj, made.mlp.down_proj = Linear(WIDTH, 2 * INNER), Linear(INNER, WIDTH)
+    made.mlp.act = torch.ops.dlm_pretended.silu_and_mul
     made.join_projections()
     return made
 

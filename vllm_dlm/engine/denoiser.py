@@ -1,6 +1,7 @@
 """One denoising step of every scheduled request, in one packed forward; the same Python on every device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -62,7 +63,11 @@ class Prepared(NamedTuple):
 
 
 class Denoiser:
-    def __init__(self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device):
+    def __init__(
+        self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device,
+        forwards: Callable[[], AbstractContextManager] = nullcontext,  # what is entered around them
+    ):  # fmt: skip
+        self.forwards = forwards
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
         self.blocks = KVBlocks([])  # until vLLM says how many there are
         self.upload = Upload(device)
@@ -85,7 +90,7 @@ class Denoiser:
                 readers += self.readers(state, tables[state.req_id], canvases.get(state.req_id, 1))
         requests = [reader.request for reader in readers if reader.own and not reader.guides]
         if readers:
-            with failed.of(*(request.state.req_id for request in requests), in_forward=True):
+            with failed.of(*(request.state.req_id for request in requests), in_forward=True), self.forwards():
                 self._propose(readers, requests, counts, failed)
         requests = [request for request in requests if request.state.req_id not in failed]
         for observer in self.observers:
@@ -271,7 +276,8 @@ class Denoiser:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
         packed = self._packed(streams)
         self.upload.send()
-        hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
+        with self.forwards():
+            hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _packed(self, streams: list[Stream]) -> list[Packed]:

@@ -2,16 +2,17 @@
 
 It keeps the requests and turns scheduled steps into outputs; the step itself
 is denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
-methods a worker calls.
+methods a worker calls, forward_context.py.
 """
 
 import zlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.mem_utils import DeviceMemoryProfiler, format_gib
@@ -33,6 +34,7 @@ from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.integration.registration import resolved_options
+from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
@@ -68,7 +70,13 @@ class DenoisingRunner:
         if self.device.type != "cpu" and self.vllm_config.quant_config is None:
             self.model.join_projections()
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
-        self.denoiser = Denoiser(self.model, head, BlockShape.of(self.vllm_config), self.max_rows, self.device)
+        shape = BlockShape.of(self.vllm_config)
+        self.denoiser = Denoiser(self.model, head, shape, self.max_rows, self.device, self.forwards)
+
+    def forwards(self) -> AbstractContextManager:
+        """Around forwards: vLLM's experts look for each other in its context."""
+        alone = not has_experts(self.model_config.hf_config)
+        return nullcontext() if alone else set_forward_context(None, self.vllm_config)
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
         config = self.model_config.hf_config

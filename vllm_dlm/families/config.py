@@ -25,7 +25,14 @@ class DiffusionConfig(PretrainedConfig):
     """
 
     width, heads, kv_heads = "hidden_size", "num_attention_heads", "num_key_value_heads"
-    sizes = (width, "num_hidden_layers", heads, kv_heads, "intermediate_size", "max_position_embeddings")
+    sizes: ClassVar[tuple[str, ...]] = (
+        width,
+        "num_hidden_layers",
+        heads,
+        kv_heads,
+        "intermediate_size",
+        "max_position_embeddings",
+    )
     tied = "tie_word_embeddings"
     #: field -> the one value the architecture is implemented for
     implemented: ClassVar[dict[str, Any]] = {}
@@ -56,6 +63,10 @@ class DiffusionConfig(PretrainedConfig):
 
     def validate_rope(self) -> None:
         """Another than the plain rotary embedding is refused whatever its details."""
+
+    def own_fields(self) -> Iterator[tuple[str, bool, str]]:
+        """What only this family has to say of its fields, as `check_config` wants it."""
+        return iter(())
 
     @property
     def vocab_field(self) -> str:
@@ -99,7 +110,7 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
     names, architecture = value("architectures"), config.family.architecture
     yield "architectures", isinstance(names, list) and architecture in names, f"[{architecture!r}]"
     for field in (*config.sizes, config.vocab_field):
-        yield field, _whole(value(field)) and value(field) > 0, "a whole number above 0"
+        yield field, is_whole(value(field)) and value(field) > 0, "a whole number above 0"
 
     width, heads = value(config.width), value(config.heads)
     # Rotary embedding turns pairs of channels.
@@ -107,7 +118,7 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
         even = width % (2 * heads) == 0
         yield config.heads, even, f"a number that divides {config.width}={width} into heads of even width"
     else:
-        even = _whole(head_dim) and head_dim > 0 and head_dim % 2 == 0
+        even = is_whole(head_dim) and head_dim > 0 and head_dim % 2 == 0
         yield "head_dim", even, "an even whole number above 0"
     divides = heads % value(config.kv_heads) == 0
     yield config.kv_heads, divides, f"a number that divides {config.heads}={heads}"
@@ -116,17 +127,18 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
 
     optional = [] if value("eot_token_id") is None else ["eot_token_id"]
     for field in ("mask_token_id", "eos_token_id", *optional):
-        inside = _whole(value(field)) and 0 <= value(field) < config.vocab_size
+        inside = is_whole(value(field)) and 0 <= value(field) < config.vocab_size
         yield field, inside, f"a whole number at least 0 and below {config.vocab_field}={config.vocab_size}"
     yield config.tied, value(config.tied) in (True, False, None), "true or false"
     dtype = isinstance(value("dtype"), torch.dtype | None)
     yield "dtype", dtype, "the name of a dtype of torch, such as 'bfloat16'"
     yield "unique", isinstance(value("unique"), dict | None), "an object with the fields of that selection"
+    yield from config.own_fields()
 
 
-def _whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float)
+    return is_whole(value) or isinstance(value, float)

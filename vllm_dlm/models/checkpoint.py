@@ -3,7 +3,8 @@
 vLLM itself takes a stacked parameter for loaded when one of its parts came, and
 exempts every linear layer from its check. Read in vLLM 0.32:
 model_executor/models/utils.py (`WeightsMapper`, `AutoWeightsLoader`),
-model_executor/model_loader/default_loader.py (`track_weights_loading`).
+model_executor/model_loader/default_loader.py (`track_weights_loading`),
+model_executor/layers/fused_moe/routed_experts.py (`RoutedExperts`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
@@ -21,7 +24,7 @@ from vllm_dlm.models.files import unreadable
 
 logger = init_logger(__name__)
 
-PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
 NAMED = 4  # tensors of a line that may have hundreds
 #: some conversions of Llama's tensors carry them; vLLM's loader drops them too
 DERIVED = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
@@ -50,6 +53,16 @@ class Wanted:
     dtype: torch.dtype  # what it becomes
 
 
+def of_experts(name: str, module: RoutedExperts) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The checkpoint's names and shapes for vLLM's parameter of all experts"""
+    owner, _, leaf = name.rpartition(".routed_experts.")
+    inner, width = module.moe_config.intermediate_size, module.moe_config.hidden_dim
+    parts = ("gate_proj", "up_proj") if leaf.startswith("w13_") else ("down_proj",)
+    for expert in range(module.moe_config.num_logical_experts):
+        for part in parts:
+            yield f"{owner}.{expert}.{part}.weight", (width, inner) if part == "down_proj" else (inner, width)
+
+
 def whole_shape(module: nn.Module, parameter: nn.Parameter, shard: int | None) -> tuple[int, ...]:
     if isinstance(module, LinearBase):
         out = module.output_size if shard is None else module.output_sizes[shard]
@@ -73,6 +86,12 @@ class Checkpoint:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             method = getattr(module, "quant_method", None)
+            if isinstance(module, RoutedExperts):
+                if isinstance(method, PLAIN):
+                    self.wanted |= {own: Wanted(shape, parameter.dtype) for own, shape in of_experts(name, module)}
+                else:
+                    self.quantised.add(owner.removesuffix("routed_experts"))
+                continue
             for hub_name, shard in hub_names(mapper, name):
                 if method is None or isinstance(method, PLAIN) or leaf == "bias":
                     self.wanted[hub_name] = Wanted(whole_shape(module, parameter, shard), parameter.dtype)

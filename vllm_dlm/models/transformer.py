@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsQuant
@@ -25,6 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.models.checkpoint import Checkpoint
+from vllm_dlm.models.feed_forward import Experts, GatedMLP, has_experts
 from vllm_dlm.models.rope import RotaryTable
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
@@ -68,18 +68,7 @@ class DiffusionLayer(nn.Module):
             for name in ("q_norm", "k_norm"):
                 self.self_attn[name] = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        inner = config.intermediate_size
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_up_proj": MergedColumnParallelLinear(
-                    width, [inner] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.mlp.gate_up_proj"
-                ),
-                "down_proj": RowParallelLinear(
-                    inner, width, bias=False, quant_config=quant, prefix=f"{prefix}.mlp.down_proj"
-                ),
-            }
-        )
-        self.act = SiluAndMul()
+        self.mlp = (Experts if has_experts(config) else GatedMLP)(config, vllm_config, f"{prefix}.mlp")
         self.joined: tuple[torch.Tensor, torch.Tensor | None] | None = None  # see join_projections
 
     def join_projections(self) -> None:
@@ -125,8 +114,7 @@ class DiffusionLayer(nn.Module):
 
     def feed_forward(self, h_TE: torch.Tensor) -> torch.Tensor:
         """Of normalised rows."""
-        gate_up, _ = self.mlp["gate_up_proj"](h_TE)
-        return self.mlp["down_proj"](self.act(gate_up))[0]
+        return self.mlp(h_TE)
 
     def forward(self, x_TE: torch.Tensor, rope, attend: Attend) -> torch.Tensor:
         """Every row through everything: the exact model."""

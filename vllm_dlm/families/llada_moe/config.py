@@ -1,0 +1,60 @@
+"""The hub's config.json of LLaDA-MoE, which has LLaDA's model_type and other words."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_dlm.families.config import DiffusionConfig, is_whole
+from vllm_dlm.families.llada_moe import FAMILY
+
+
+class LLaDAMoEConfig(DiffusionConfig):
+    family = FAMILY
+    model_type = FAMILY.model_type
+
+    def __init__(
+        self, mask_token_id=156895, rope_scaling=None, partial_rotary_factor=1, tie_word_embeddings=False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        # Not in the file: the tokenizer's <|mask|>.
+        self.mask_token_id = mask_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
+        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
+        self.partial_rotary_factor = partial_rotary_factor
+
+    @property
+    def rope_type(self) -> str | None:
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
+    sizes = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+        "expert_intermediate_size", "num_experts", "num_experts_per_tok",
+    )  # fmt: skip
+    implemented = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "clip_qkv": None,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 1,
+        "rope_type": "default",
+        "norm_topk_prob": None,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "routed_scaling_factor": 1,
+        "router_num_group": None,
+        "router_topk_group": None,
+        "shared_expert_intermediate_size": None,
+    }
+
+    @property
+    def intermediate_size(self) -> int:
+        """Of all experts that a row goes through"""
+        return self.expert_intermediate_size * self.num_experts_per_tok
+
+    def own_fields(self) -> Iterator[tuple[str, bool, str]]:
+        experts, chosen = self.num_experts, self.num_experts_per_tok
+        yield "num_experts_per_tok", chosen <= experts, f"at most num_experts={experts}"
+        frequency: Any = getattr(self, "moe_layer_freq", 1)
+        every = frequency if isinstance(frequency, list) else [frequency]
+        yield "moe_layer_freq", all(is_whole(layer) and layer == 1 for layer in every), "1 for every layer"

@@ -1,0 +1,10 @@
+"""OLMoE's tensors with queries and keys normalised head by head, seen from all sides."""
+
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_dlm.models.transformer import MaskedDiffusionLM
+
+
+class LLaDAMoEModelLM(MaskedDiffusionLM):
+    hf_to_vllm_mapper = WeightsMapper()
+    packed_modules_mapping = {}
