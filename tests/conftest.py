@@ -34,7 +34,9 @@ def start_engine(checkpoint: str, **kwargs):
         "max_num_seqs": 64,
         "disable_log_stats": True,
     }
-    return LLM(str(GOLDEN / "checkpoints" / checkpoint), **(settings | kwargs))
+    path = GOLDEN / "checkpoints" / checkpoint
+    settings["skip_tokenizer_init"] = not (path / "tokenizer_config.json").exists()
+    return LLM(str(path), **(settings | kwargs))
 
 
 @pytest.fixture(scope="session")

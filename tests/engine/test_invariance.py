@@ -16,7 +16,13 @@ from tests.engine.worker_calls import open_requests
 @pytest.fixture(scope="module")
 def together(engines):
     """tokens of the 32 requests submitted at once, per checkpoint"""
-    return {name: tokens(engines(name), list(mixed_requests())) for name in ("llada-tiny", "dream-tiny")}
+
+    class Together(dict):
+        def __missing__(self, checkpoint: str):
+            self[checkpoint] = tokens(engines(checkpoint), list(mixed_requests()))
+            return self[checkpoint]
+
+    return Together()
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
@@ -45,7 +51,10 @@ class TestInvariance:
         assert llm.collective_rpc(open_requests)[0] <= 2
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", pytest.param("dream-tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["llada-tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dream-tiny", "lladamoe-tiny"))],
+)
 def test_two_ranks(together, checkpoint):
     """Tensor parallel, in processes of its own."""
     code = f"from tests.engine.test_invariance import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"

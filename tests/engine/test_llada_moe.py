@@ -27,7 +27,7 @@ def recorded(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def llm(engines):
-    return engines(CHECKPOINT, skip_tokenizer_init=True)
+    return engines(CHECKPOINT)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("lladamoe")])
@@ -72,9 +72,7 @@ def test_every_decoding_with_every_reuse(engines, selection):
     small = {"name": selection} | (
         {"min_context": 0, "page_size": 16, "budget_tokens": 64} if selection == "unique" else {}
     )
-    assert_tokens_are_those_alone(
-        engines(CHECKPOINT, skip_tokenizer_init=True, additional_config={"dlm": {"selection": small}}), given
-    )
+    assert_tokens_are_those_alone(engines(CHECKPOINT, additional_config={"dlm": {"selection": small}}), given)
 
 
 def test_holes_of_a_prompt_are_filled(llm):

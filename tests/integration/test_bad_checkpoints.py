@@ -19,8 +19,8 @@ from tests.integration.refusals import line_of
 from tests.page_sparse.models import write
 from vllm_dlm.models import checkpoint
 
-LLADA, DREAM = "llada-tiny", "dream-tiny"
-ARCHITECTURE = {LLADA: "LLaDAModelLM", DREAM: "DreamModel"}
+LLADA, DREAM, MOE = "llada-tiny", "dream-tiny", "lladamoe-tiny"
+ARCHITECTURE = {LLADA: "LLaDAModelLM", DREAM: "DreamModel", MOE: "LLaDAMoEModelLM"}
 
 
 def copied(name: str, folder, config=None, tensors=None):
@@ -45,19 +45,25 @@ SIZES = {
         "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "max_position_embeddings", "vocab_size",
     ),
+    MOE: (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "expert_intermediate_size",
+        "num_experts", "num_experts_per_tok", "max_position_embeddings", "vocab_size",
+    ),
 }  # fmt: skip
 TOKENS = ("mask_token_id", "eos_token_id")
 NUMBERS = ("rope_theta", "rms_norm_eps")
 
 MISSING = [
     (name, field, {field: None})
-    for name in (LLADA, DREAM)
+    for name in SIZES
     for field in (*SIZES[name], *NUMBERS, *TOKENS, "architectures")
+    # the files of LLaDA-MoE have no mask, and without architectures they are LLaDA's
+    if name != MOE or field not in ("mask_token_id", "architectures")
 ] + [(LLADA, "vocab_size", {"vocab_size": None, "embedding_size": None})]
 
 WRONG = [
     (name, field, {field: value})
-    for name in (LLADA, DREAM)
+    for name in SIZES
     for fields, values in (
         (SIZES[name], (0, -1, "x", 1.5, True)),
         (NUMBERS, (0, -1.0, "x", float("inf"))),
@@ -85,6 +91,18 @@ WRONG = [
     (LLADA, "head_dim", {"head_dim": -32}),
     (DREAM, "rope_type", {"rope_scaling": "linear"}),
     (DREAM, "hidden_act", {"hidden_act": "gelu"}),
+    (MOE, "num_experts_per_tok", {"num_experts_per_tok": 17}),
+    (MOE, "moe_layer_freq", {"moe_layer_freq": [0, 1, 1, 1]}),
+    (MOE, "moe_layer_freq", {"moe_layer_freq": 2}),
+    (MOE, "norm_topk_prob", {"norm_topk_prob": True}),
+    (MOE, "moe_router_score_function", {"moe_router_score_function": "sigmoid"}),
+    (MOE, "moe_router_enable_expert_bias", {"moe_router_enable_expert_bias": True}),
+    (MOE, "shared_expert_intermediate_size", {"shared_expert_intermediate_size": 64}),
+    (MOE, "router_num_group", {"router_num_group": 4}),
+    (MOE, "routed_scaling_factor", {"routed_scaling_factor": 2.5}),
+    (MOE, "qk_layernorm", {"qk_layernorm": False}),
+    (MOE, "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    (MOE, "rope_type", {"rope_scaling": "linear"}),
 ]  # fmt: skip
 
 
@@ -101,6 +119,12 @@ def test_a_field_of_config_json(tmp_path, name, field, config):
     assert f" {field}" in line and "config.json" in line
     value = config.get(field, config.get("rope_scaling", config.get("torch_dtype")))
     assert f"{field}={value!r}" in line or (value is None and f"has no {field}" in line)
+
+
+def test_a_mask_that_no_file_names(tmp_path):
+    """It is that of the checkpoints there are, which is none of a smaller vocabulary."""
+    line = refused_config(copied(MOE, tmp_path, {"mask_token_id": None}))
+    assert line.startswith("LLaDAMoEModelLM: mask_token_id=156895 in config.json is not valid")
 
 
 @pytest.mark.parametrize("wrong", [{"budget_tokens": -1}, {"std_kind": "l3"}, {"page_size": "64"}])
@@ -167,13 +191,13 @@ def test_options_of_another_kind_of_model(autoregressive, part, dlm):
 
 
 def names(name: str) -> list[str]:
-    """A checkpoint's own names of its tensors, of one layer of many."""
+    """A checkpoint's own names of its tensors, of one layer and one expert of many."""
     with safe_open(GOLDEN / "checkpoints" / name / "model.safetensors", "pt") as file:
         keys = file.keys()
-        return sorted(key for key in keys if not {"0", "1", "3"} & set(key.split(".")))
+        return sorted(key for key in keys if not {"0", "1", "3", *map(str, range(4, 16))} & set(key.split(".")))
 
 
-TENSORS = [(name, tensor) for name in (LLADA, DREAM) for tensor in names(name)]
+TENSORS = [(name, tensor) for name in ARCHITECTURE for tensor in names(name)]
 
 
 def load(worker, path: str, updates=(), **settings):
@@ -322,7 +346,7 @@ def test_a_width_that_is_not_the_tensors(tmp_path, refused):
 # -- what is right ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [LLADA, "llada-tiny-gqa", DREAM])
+@pytest.mark.parametrize("name", [LLADA, "llada-tiny-gqa", DREAM, MOE])
 def test_the_names_follow_from_the_model(loaded, name):
     path = GOLDEN / "checkpoints" / name
     error, warned, wanted = loaded(path)

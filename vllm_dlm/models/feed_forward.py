@@ -42,6 +42,7 @@ class Experts(nn.Module):
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
+            dp_size=1,  # replicas do not share their experts: each has all of them, and steps of its own
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_intermediate_size,
             renormalize=False,
