@@ -85,6 +85,10 @@ class CheckedConvertor(ModelArchConfigConvertorBase):
             hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
         super().__init__(hf_config, *args, **kwargs)
 
+    def get_num_experts(self) -> int:
+        """None that replicas would share, for whose sake vLLM would tie their steps together."""
+        return 0
+
 
 def check_config(config) -> None:
     """One clear line for a checkpoint this code would run wrongly or not at all."""

@@ -82,6 +82,8 @@ ASKED_OF_THE_RUNNER = ("model_runner", ("vllm.v1.worker.gpu_worker:Worker", "vll
 #: What differs between 0.32 and 0.33, read and found to be harmless here. (Patches say it by two signatures.)
 READ = {
     "vllm.config:VllmConfig": "watchdog_config, off unless a folder is given",
+    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts": "hash_indices_table, of another router",
+    "vllm.model_executor.layers.fused_moe:FusedMoEFactory": "moe_config_cls, with a default",
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method, for heads of drafts",
     "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beams are refused whatever they may hold",
     "vllm.v1.attention.backend:AttentionBackend": "supports_kv_cache_update_bypass, False, see page_sparse",
