@@ -33,8 +33,8 @@ class GatedMLP(nn.Module):
 
 class Experts(nn.Module):
     """Each row goes through the experts that the router finds most probable, and what they say is added up by these
-    probabilities. vLLM's kernels and its sharding. Read in vLLM 0.32 and 0.33: model_executor/layers/fused_moe/layer.py,
-    runner/moe_runner.py (which finds its layers in the forward context, see DenoisingRunner)."""
+    probabilities. vLLM's kernels and its sharding. Read in vLLM 0.32 and 0.33: model_executor/layers/fused_moe/, of it
+    layer.py and runner/moe_runner.py (which finds its layers in the forward context, see DenoisingRunner)."""
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
