@@ -105,9 +105,12 @@ def test_a_canvas_is_cut_to_the_models_length():
 
 def test_a_preset_of_a_family_is_a_server():
     for architecture, family in FAMILIES.items():
+        attention = family.attention, 4 if family.attention == "block_causal" else None
         for name in family.presets:
-            chosen = server_options({"preset": name}, family.decoding, family.presets)
-            assert chosen == server_options(family.presets[name], family.decoding), architecture
+            chosen = server_options({"preset": name}, family.decoding, family.presets, *attention)
+            assert chosen == server_options(family.presets[name], family.decoding, None, *attention), architecture
+        if family.attention != "full":
+            continue  # nothing of a window
         own = {"preset": "serve", "decoding": {"threshold": 0.8}, "reuse": {"name": "none"}}
         options = server_options(own, family.decoding, family.presets)
         assert options.decoding.threshold == 0.8 and options.decoding.block_length == 32

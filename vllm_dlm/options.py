@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.shown import short, shown
@@ -57,6 +58,7 @@ class Options:
     selection: Any
     extent: Any
     canvas: CanvasBounds = CanvasBounds()
+    attention: str = "full"  # of the model, see Family
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
 
     @property
@@ -72,14 +74,29 @@ class Options:
         return self.decoding.canvases if alone else 1
 
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
-        """Positions of a request's canvas, its prompt among them. The response is cut to the model's length."""
-        return min(prompt_len + max_tokens, max_model_len)
+        """Positions of a request's canvas, its prompt among them. The response is cut to the model's length. Blocks of
+        a model that knows them lie at multiples of their width, and the last one is whole."""
+        length = min(prompt_len + max_tokens, max_model_len)
+        if self.attention == "full":
+            return length
+        width = self.decoding.block_length
+        return min(-(-length // width), max_model_len // width) * width
+
+    def blocks(self, prompt_len: int, length: int) -> list[tuple[int, int]]:
+        """[start, end) of each canvas block within the response"""
+        if self.attention == "full":
+            return self.decoding.blocks(length - prompt_len)
+        width = self.decoding.block_length
+        ends = range(width * (prompt_len // width + 1), length + 1, width)
+        return [(max(end - width, prompt_len) - prompt_len, end - prompt_len) for end in ends]
 
 
 def server_options(
-    given: Mapping[str, Any] | None, default_decoding: str, presets: Mapping[str, dict] | None = None
-) -> Options:
-    """The object of `--dlm-config` / `additional_config["dlm"]`. `presets`: such objects, chosen by name."""
+    given: Mapping[str, Any] | None, default_decoding: str, presets: Mapping[str, dict] | None = None,
+    attention: str = "full", block_length: int | None = None,
+) -> Options:  # fmt: skip
+    """The object of `--dlm-config` / `additional_config["dlm"]`. `presets`: such objects, chosen by name; `attention`:
+    the model's; `block_length`: what it was trained with."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise OptionError("dlm", f"dlm: {shown(given)} is not an object with the parts {', '.join(PARTS)}")
@@ -90,7 +107,32 @@ def server_options(
         given = _upon_preset(given, presets or {})
     default = {"decoding": default_decoding, "reuse": "none", "selection": "none", "extent": "full"}
     chosen = {kind: _part(kind, given.get(kind), default[kind]) for kind in KINDS}
-    return Options(**chosen, canvas=_built(CanvasBounds, "canvas", given.get("canvas"), {}))
+    asked = given.get("decoding") or {}
+    if block_length is not None and "block_length" not in asked and "preset" not in asked:
+        chosen["decoding"] = replace(chosen["decoding"], block_length=block_length)
+    canvas = _built(CanvasBounds, "canvas", given.get("canvas"), {})
+    return _suited(Options(**chosen, canvas=canvas, attention=attention), "dlm.")
+
+
+def _suited(options: Options, prefix: str) -> Options:
+    """As a model needs it whose attention knows blocks. `prefix`: of the names of fields"""
+    if options.attention == "full":
+        return options
+    whole = "is of models whose attention sees the whole canvas"
+    why = {
+        "reuse": "has nothing to save where keys of finished blocks are exact: this model recomputes none of them",
+        "selection": whole,
+        "extent": whole,
+    }
+    for kind, only in (("reuse", "none"), ("selection", "none"), ("extent", "full")):
+        if (name := getattr(options, kind).name) != only:
+            raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
+    decoding = options.decoding
+    if decoding.block_length is None:
+        raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
+    if decoding.revokes:
+        raise OptionError("dlm_algorithm", f"dlm_algorithm: {decoding.name!r} {whole}")
+    return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
 
 
 def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[str, Any]:
@@ -117,7 +159,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["extent"] = _with_window(chosen.get("extent", server.extent), given.pop(WINDOW), "extent" in chosen)
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
-    return replace(server, **chosen)
+    return _suited(replace(server, **chosen), "dlm_")
 
 
 def request_keys(decoding: Any) -> list[str]:

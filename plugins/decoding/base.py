@@ -91,6 +91,8 @@ class Decoding:
     #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
     #: shadow of the canvas block beside the canvas, see engine/shadow.py
     revokes: ClassVar[bool] = False
+    #: `steps` are those of each block, not of the canvas
+    steps_of_blocks: ClassVar[bool] = False
     #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
     schedules_prompt_masks: ClassVar[bool] = False
 

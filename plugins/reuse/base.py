@@ -32,6 +32,7 @@ class Progress:
     # [N] float32: what the last step that read a position gave its best token; NaN where none has
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled, or made masks again, ascending
+    written: int = 0  # so many positions from the start have keys and values that stay, see Reuse.written
 
     @property
     def response(self) -> tuple[int, int]:
@@ -112,6 +113,14 @@ class Reuse:
 
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(0, at.length))
+
+    def written(self, at: Progress) -> int:
+        """So many positions from the start have keys and values, after this step, that no later token changes."""
+        return 0
+
+    def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]] | None:
+        """Rows that see no farther than to an end of their own, in parts; None: all see the whole canvas."""
+        return None
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         """How many rows, counted from the end of the canvas, keep features of their own in each layer."""

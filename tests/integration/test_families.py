@@ -66,6 +66,15 @@ def test_families_of_one_model_type_are_told_apart_by_their_architecture(normed)
     assert type(llada).__name__ == "LLaDAConfig" and llada.family is FAMILIES["LLaDAModelLM"]
 
 
+def test_blocks_of_a_model_that_knows_them_need_a_width(normed, monkeypatch):
+    """Of the server's options, where config.json has none"""
+    monkeypatch.setitem(FAMILIES, NORMED.architecture, replace(NORMED, attention="block_causal", decoding="entropy"))
+    with pytest.raises(ValueError, match="dlm_block_length: this model needs the width of its blocks"):
+        AsyncEngineArgs(str(normed.parent), max_model_len=128).create_engine_config()
+    dlm = {"decoding": {"name": "entropy", "block_length": 8}}
+    AsyncEngineArgs(str(normed.parent), max_model_len=128, additional_config={"dlm": dlm}).create_engine_config()
+
+
 def test_a_record_is_all_that_the_front_end_needs(normed):
     model = AsyncEngineArgs(str(normed.parent), max_model_len=128).create_engine_config().model_config
     assert is_diffusion_lm(model) and model.hf_config.logits_shift == 0
@@ -81,10 +90,7 @@ def test_a_width_of_heads_that_cannot_be(normed, wrong):
         AsyncEngineArgs(str(normed.parent), max_model_len=128).create_engine_config()
 
 
-def test_a_kind_of_attention_nobody_serves(normed, monkeypatch):
-    monkeypatch.setitem(FAMILIES, NORMED.architecture, replace(NORMED, attention="block_causal"))
-    with pytest.raises(ValueError, match="NormedModelLM: its attention is 'block_causal', and only 'full' is served"):
-        AsyncEngineArgs(str(normed.parent), max_model_len=128).create_engine_config()
+def test_a_kind_of_attention_nobody_serves():
     with pytest.raises(ValueError, match="attention: 'causal' is not valid, it must be one of full, block_causal"):
         replace(NORMED, attention="causal")
 

@@ -50,12 +50,13 @@ class Canvas:
         self.tokens[: self.prompt_len] = prompt
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
-        self.blocks = options.decoding.blocks(length - self.prompt_len)  # [start, end) within the response
+        self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
         self.emitted = 0  # tokens of the response that were handed out: whole blocks, but for the last time
         self.cold = True  # no forward since the start or a preemption
+        self.written = 0  # see Progress
         self._prompt = self.tokens[: self.prompt_len].copy()  # when the current block was opened
 
     def __len__(self) -> int:
@@ -118,6 +119,7 @@ class Canvas:
             tokens=self.tokens[: self.rows],
             confidence=self.confidence[: self.rows],
             changed=self.changed,
+            written=self.written,
         )
 
     @cached_property
@@ -157,6 +159,7 @@ class Canvas:
 
     def apply(self, commit: Commit) -> None:
         """A step has been made."""
+        self.written = self.options.reuse.written(self.progress)
         self.tokens[commit.positions] = commit.tokens
         self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
@@ -179,4 +182,5 @@ class Canvas:
         self.tokens[self.prompt_len + self.emitted :] = self.mask_id
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
+        self.written = 0
         self._moved()

@@ -119,7 +119,8 @@ class Denoiser:
         # Canvases treated alike stand together, so that they share a group of rows.
         kinds: dict[tuple, list[Reader]] = {}
         # Shadows come behind all canvases: where a step is split, theirs have been computed by then.
-        for reader in sorted(readers, key=lambda reader: reader.stream.hole is not None):
+        # Rows that see no farther than to the end of their first block are seen by others.
+        for reader in sorted(readers, key=lambda reader: (reader.stream.hole is not None, not reader.stream.whole)):
             kinds.setdefault(reader.stream.kind, []).append(reader)
         filled, replayed = None, list[Reader]()
         if self.captured is not None:
@@ -183,9 +184,11 @@ class Denoiser:
         seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])
         read = np.unique(heads[seen]) if at.shift else heads[seen]
-        readers = []
         if state.rows != at.length:
             self._grow(state, table)
+        if (sights := reuse.sights(plan.live)) is not None:
+            return self._in_parts(request, read, sights)
+        readers = []
         for twin in range(canvas.streams):
             own, view = state.blocks[twin], state.views[twin]
             filtered = view is not None and not reuse.caches and not canvas.cold
@@ -215,6 +218,22 @@ class Denoiser:
                 Reader(shadow(reader.stream, standing, at), request.shadow, reader.guides, own=False)
                 for reader in readers
             ]
+        return readers
+
+    @staticmethod
+    def _in_parts(request: HeadRequest, read: np.ndarray, sights: list[tuple[np.ndarray, int]]) -> list[Reader]:
+        """A stream for all rows that see as far, as if the canvas ended there. Only the last ones are read."""
+        state = request.state
+        canvas, readers = state.canvas, []
+        for twin in range(canvas.streams):
+            tokens = canvas.unconditional() if twin else canvas.progress.tokens
+            for rows, end in sights:
+                last = end == sights[-1][1]
+                stream = Stream(
+                    canvas.options.reuse, StepPlan.dense(rows), tokens[:end], read if last else NOTHING, NOTHING,
+                    canvas.progress.response, kv_table=state.blocks[twin].kv,
+                )  # fmt: skip
+                readers.append(Reader(stream, request if last else HeadRequest(state, NOTHING), bool(twin), own=last))
         return readers
 
     def _drafts(self, state: Denoising, reader: Reader, canvases: int) -> list[Reader]:

@@ -41,7 +41,8 @@ def blamed(vllm_config, error: OptionError) -> str:
 def resolved_options(vllm_config):
     """The server's options of a model this plugin serves."""
     family = FAMILIES[vllm_config.model_config.architecture]
-    return server_options(asked_options(vllm_config), family.decoding, family.presets)
+    block_length = getattr(vllm_config.model_config.hf_config, "block_size", None)
+    return server_options(asked_options(vllm_config), family.decoding, family.presets, family.attention, block_length)
 
 
 def trained_selection(config) -> dict | None:
@@ -102,8 +103,6 @@ class DiffusionConfigHook:
                 family.context, model.architecture, model.max_model_len,
             )  # fmt: skip
             model.max_model_len = family.context
-        if family.attention != "full":
-            raise ValueError(f"{model.architecture}: its attention is {family.attention!r}, and only 'full' is served")
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
         try:

@@ -85,7 +85,7 @@ def check_early(prompt, params, processor) -> None:
         refuse_request(params)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
         options = options_of(params, processor)
-        check(params, options, len(prompt_ids(ids, is_text(prompt), options.infill, processor)), processor)
+        check(params, options, len(own_ids(ids, is_text(prompt), options, processor)), processor)
 
 
 def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
@@ -98,7 +98,7 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
     options = options_of(params, processor)
-    request.prompt_token_ids = prompt_ids(request.prompt_token_ids, text, options.infill, processor)
+    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor)
     if no_max_tokens:
         params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
     check(params, options, len(request.prompt_token_ids), processor)
@@ -112,6 +112,15 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     params.top_k = min(params.top_k, config.get_vocab_size())
     if params.seed is not None:
         params.seed %= 1 << 63
+
+
+def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
+    """The prompt as the model gets it"""
+    ids = prompt_ids(ids, text, options.infill, processor)
+    if options.attention != "full" and processor.model_config.hf_config.mask_token_id in ids:
+        field = "dlm_infill" if options.infill else "prompt"
+        refuse(field, options.infill, "this model reads a prompt block by block and cannot fill masks in it")
+    return ids
 
 
 def open_length(options: Options, prompt: int, processor) -> int:
@@ -157,8 +166,8 @@ def check(params, options: Options, prompt: int, processor) -> None:
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
     if length < 1:
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
-    blocks, steps = len(options.decoding.blocks(length)), options.decoding.steps
-    if steps is not None and steps < blocks:
+    blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
+    if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
         refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps is not None and steps > model.max_model_len:
         # Whoever lays out the schedule takes time and memory for every step of it.

@@ -1,0 +1,28 @@
+"""SDAR's dynamic remasking, and LLaDA2.0's: all tokens that are more probable than a threshold, if these are enough.
+
+https://arxiv.org/abs/2510.06303, https://arxiv.org/abs/2512.15745. Where fewer are
+than the step's share of the block, the share is filled, the most probable first.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, best
+from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
+
+
+@dataclass(frozen=True)
+class LowConfidenceDynamic(LowConfidenceStatic):
+    name: ClassVar[str] = "low_confidence_dynamic"
+
+    threshold: float | None = 0.9
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        share = self.share(turn)
+        if self.threshold is not None:
+            sure = np.flatnonzero(proposal.prob > self.limit(turn))
+            if len(sure) >= share and len(sure):
+                return sure
+        return best(proposal.prob, max(share, 1))

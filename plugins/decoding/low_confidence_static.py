@@ -1,0 +1,38 @@
+"""SDAR's low-confidence remasking: each step of a block fills its share of it, the most probable tokens first.
+
+https://arxiv.org/abs/2510.06303, evaluation loop of JetAstra/SDAR. A share counts
+from the block's width, also where the block begins inside the prompt; so after
+`steps` steps nothing is masked.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, best
+from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+
+
+@dataclass(frozen=True)
+class LowConfidenceStatic(LowConfidence):
+    name: ClassVar[str] = "low_confidence_static"
+    steps_of_blocks: ClassVar[bool] = True
+
+    @property
+    def parallel(self) -> bool:
+        return True
+
+    def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
+        return self.steps or max(masks, 1)
+
+    def share(self, turn: Turn) -> int:
+        """How many positions this step fills."""
+        if self.steps is None or self.block_length is None:
+            return 1
+        share, rest = divmod(self.block_length, self.steps)
+        return share + (turn.step < rest)
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        chosen = best(proposal.prob, max(self.share(turn), 1))
+        return self.or_at_least_as_probable(chosen, proposal.prob, turn)

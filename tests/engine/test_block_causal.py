@@ -1,0 +1,181 @@
+"""Models whose attention knows blocks: recorded runs of SDAR's official code, and what holds for all of them."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from vllm import SamplingParams
+
+from tests.conftest import GOLDEN
+from tests.engine.matrix import assert_tokens_are_those_alone
+from tests.engine.running import Watching, core_of, free_blocks, tokens
+from vllm_dlm.methods import methods
+from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.plugins.decoding.base import Proposal, Turn
+
+RUNS = json.loads((GOLDEN / "block/runs.json").read_text())
+SDAR = "sdar-tiny"
+
+
+def recorded(name: str):
+    return load_file(GOLDEN / "block/runs" / f"{name}.safetensors")
+
+
+class Blocks(Watching):
+    """What each step was fed: the block of the one request that is being filled."""
+
+    def __enter__(self):
+        self.steps = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        (state,) = states
+        canvas = state.canvas
+        start, end = canvas.plan.live[-1] + 1 - canvas.options.decoding.block_length, canvas.plan.live[-1] + 1
+        self.steps.append((int(start), canvas.tokens[start:end].tolist()))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("sdar")])
+def test_recorded_run(engines, name):
+    """Token for token, and step for step what the block was; no step is made to commit a block."""
+    run, arrays = RUNS[name], recorded(name)
+    extra = {
+        "dlm_algorithm": "low_confidence_dynamic", "dlm_threshold": run["threshold"], "dlm_steps": run["steps"],
+        "dlm_block_length": run["B"],
+    }  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra)
+    llm = engines(SDAR)
+    with Blocks(llm) as blocks:
+        (got,) = tokens(llm, [({"prompt_token_ids": arrays["prompt"].tolist()}, params)])
+    assert list(got) == arrays["answer"].tolist()
+    fed = [[(p, t) for p, t in enumerate(step) if t >= 0] for step in arrays["canvas"].tolist()]
+    assert [(start, list(block)) for start, block in blocks.steps] == [
+        (step[0][0], [t for _, t in step]) for step in fed
+    ]
+    assert len(blocks.steps) == run["denoise"]
+
+
+def allowed(name: str) -> bool:
+    return not methods("decoding")[name].revokes
+
+
+def mixed(count: int, most: int = 40):
+    """Every decoding that goes with such models; widths of blocks that divide nothing, too."""
+    rng = random.Random(5)
+    names = sorted(filter(allowed, methods("decoding")))
+    for index in range(count):
+        extra = {"dlm_algorithm": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
+        if index % 5 == 2:
+            extra["dlm_cfg_scale"] = 0.7
+        if index % 4 == 1 and not methods("decoding")[extra["dlm_algorithm"]].random_order:
+            extra["dlm_threshold"] = 0.05
+        params = SamplingParams(
+            temperature=0.8 * (index % 3 == 0), seed=index, max_tokens=rng.randint(1, most), ignore_eos=True,
+            detokenize=False, extra_args=extra,
+        )  # fmt: skip
+        yield (
+            {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.choice([1, 3, 4, 16, rng.randint(1, 120)]))]},
+            params,
+        )
+
+
+def test_tokens_are_those_alone(engines):
+    given = list(mixed(30))
+    assert_tokens_are_those_alone(engines(SDAR), given)
+    assert [len(got) for got in tokens(engines(SDAR), given)] == [params.max_tokens for _, params in given]
+
+
+def test_little_memory(engines):
+    """Requests give up their blocks to those that came before, and are read again from the start."""
+    given = list(mixed(16, 60))
+    llm = engines(SDAR, block_size=16, num_gpu_blocks_override=20, max_num_batched_tokens=256)
+    scheduler, preempted = core_of(llm).scheduler, []
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, now: (preempted.append(request), preempt(request, now))
+    try:
+        assert tokens(llm, given) == tokens(engines(SDAR), given)
+    finally:
+        del scheduler._preempt_request
+    assert preempted and free_blocks(core_of(llm)) == 19
+
+
+def test_memory_grows_by_blocks(engines):
+    """A bound of two hundred tokens costs what has been reached of it."""
+    llm = engines(SDAR, block_size=16)
+    core, held = core_of(llm), []
+
+    class Held(Watching):
+        def step_begins(self, states):
+            (state,) = states
+            blocks = core.scheduler.kv_cache_manager.get_block_ids(state.req_id)[0]
+            held.append((len(blocks), -(-state.canvas.rows // 16), len(state.canvas.plan.live)))
+
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    with Held(llm):
+        tokens(llm, [({"prompt_token_ids": list(range(30))}, params)])
+    assert all(got == wanted for got, wanted, _ in held) and held[0][0] == 2 and held[-1][0] == 15
+    # the prompt's whole blocks once, then the block alone or with the one before it
+    assert held[0][2] == 32 and {rows for _, _, rows in held[1:]} == {4, 8}
+
+
+@pytest.mark.parametrize(
+    "field, extra",
+    [
+        ("dlm_reuse", {"dlm_reuse": "fast_dllm"}),
+        ("dlm_selection", {"dlm_selection": "unique"}),
+        ("dlm_extent", {"dlm_extent": "window"}),
+        ("dlm_extent", {"dlm_window": 3}),
+        ("dlm_algorithm", {"dlm_algorithm": "wino"}),
+        ("dlm_block_length", {"dlm_block_length": "none"}),
+    ],
+)
+def test_what_is_of_other_models_is_refused_by_name(engines, field, extra):
+    params = SamplingParams(max_tokens=8, extra_args=extra, detokenize=False)
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        tokens(engines(SDAR), [({"prompt_token_ids": [1, 2]}, params)])
+
+
+def test_masks_of_a_prompt_are_refused(engines):
+    params = SamplingParams(max_tokens=8, detokenize=False)
+    with pytest.raises(ValueError, match="cannot fill masks"):
+        tokens(engines(SDAR), [({"prompt_token_ids": [1, 509, 2]}, params)])
+
+
+@pytest.mark.parametrize("part", ["reuse", "selection", "extent"])
+def test_servers_are_refused_what_is_of_other_models(part):
+    name = {"reuse": "dyllm", "selection": "unique", "extent": "window"}[part]
+    with pytest.raises(OptionError, match=f"^dlm.{part}: '{name}' "):
+        server_options({part: {"name": name}}, "low_confidence_static", attention="block_causal", block_length=4)
+
+
+def test_an_end_in_a_finished_block_ends_the_answer(engines):
+    llm, prompt = engines(SDAR), {"prompt_token_ids": list(range(20, 33))}
+    whole = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    (all_,) = tokens(llm, [(prompt, whole)])
+    end = all_[9]
+    stopped = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[end], detokenize=False, ignore_eos=True)
+    assert tokens(llm, [(prompt, stopped)]) == [all_[: all_.index(end) + 1]]
+
+
+def test_blocks_lie_at_multiples_of_their_width():
+    options = server_options(None, "low_confidence_static", attention="block_causal", block_length=4)
+    assert options.canvas_length(13, 7, 256) == 20 and options.canvas_length(13, 8, 256) == 24
+    assert options.blocks(13, 20) == [(0, 3), (3, 7)] and options.blocks(12, 20) == [(0, 4), (4, 8)]
+    assert options.canvas_length(250, 100, 255) == 252  # the model's length is no multiple
+
+
+def test_a_share_counts_from_the_width():
+    rule = methods("decoding")["low_confidence_dynamic"](steps=3, block_length=8, threshold=0.5)
+    prob = np.array([0.1, 0.6, 0.2, 0.9, 0.5], np.float32)
+
+    def chosen(step, **changed):
+        turn = Turn(step, 3, 1, np.arange(5))
+        return sorted(replace(rule, **changed).choose(Proposal(prob, prob, prob), turn, lambda: None))
+
+    assert chosen(0) == [1, 3, 4]  # three of eight are due, and two are surer than the threshold
+    assert chosen(2) == [1, 3]  # two are due
+    assert chosen(0, threshold=0.05) == [0, 1, 2, 3, 4] and chosen(0, threshold=None) == [1, 3, 4]
+    assert chosen(0, steps=None) == [1, 3] and chosen(0, steps=None, threshold=None) == [3]

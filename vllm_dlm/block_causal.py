@@ -1,0 +1,51 @@
+"""Models whose attention knows blocks: a row sees its own block and all before it, so what is finished never changes.
+
+Blocks lie at multiples of their width from the first token on, prompt
+included. A step recomputes the block that is being filled, and beside it once
+what has become final: the prompt's whole blocks at the start, later the block
+that has just been finished. Their rows see no farther than to the end of their
+own block, whose keys and values stay from then on. That is the exact model.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_dlm.plugins.extent.base import Extent
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
+from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+
+
+@dataclass(frozen=True)
+class BlockCausal(Reuse):
+    name: ClassVar[str] = "none"  # nothing but the model itself
+
+    width: int = 0  # of a block
+
+    def written(self, at: Progress) -> int:
+        return at.block[0] // self.width * self.width
+
+    def plan(self, at: Progress) -> StepPlan:
+        return StepPlan.dense(span(at.written, at.block[1]))
+
+    def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        starts = range(int(live[0]), int(live[-1]) + 1, self.width)
+        return [(span(start, start + self.width), start + self.width) for start in starts]
+
+    def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+        return positions[positions >= max(at.block[0], at.prompt_len)]
+
+    def layer(self, at: Layer) -> Flow:
+        return cached(at)
+
+
+@dataclass(frozen=True)
+class Committed(Extent):
+    """What no block sees has no row, and no memory."""
+
+    name: ClassVar[str] = "full"
+    grows: ClassVar[bool] = True
+
+    def rows(self, end: int, length: int) -> int:
+        return end

@@ -1,0 +1,11 @@
+"""Qwen3's tensors, a block at a time seen from both sides."""
+
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_dlm.models.transformer import MaskedDiffusionLM
+
+
+class SDARForCausalLM(MaskedDiffusionLM):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)},
+    )
