@@ -16,6 +16,7 @@ from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 @dataclass(frozen=True)
 class LowConfidenceDynamic(LowConfidenceStatic):
     name: ClassVar[str] = "low_confidence_dynamic"
+    presets: ClassVar[dict[str, dict]] = {"sdar": {"threshold": 0.9}, "llada2": {"threshold": 0.95}}
 
     threshold: float | None = 0.9
 

@@ -127,7 +127,7 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
     divides = heads % value(config.kv_heads) == 0
     yield config.kv_heads, divides, f"a number that divides {config.heads}={heads}"
     for field in ("rope_theta", "rms_norm_eps"):
-        yield field, _number(value(field)) and 0 < value(field) < math.inf, "a number above 0"
+        yield field, is_number(value(field)) and 0 < value(field) < math.inf, "a number above 0"
 
     optional = [] if value("eot_token_id") is None else ["eot_token_id"]
     for field in ("mask_token_id", "eos_token_id", *optional):
@@ -144,5 +144,5 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return is_whole(value) or isinstance(value, float)

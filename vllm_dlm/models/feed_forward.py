@@ -1,6 +1,7 @@
 """What stands behind the attention of a layer: one gated product for every row, or a few of many experts for each."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -12,12 +13,18 @@ def has_experts(config) -> bool:
     return bool(getattr(config, "num_experts", None))
 
 
+def feed_forward(config, vllm_config: VllmConfig, prefix: str, layer: int) -> nn.Module:
+    if not has_experts(config) or layer < config.dense_layers:
+        return GatedMLP(config.hidden_size, config.intermediate_size, vllm_config, prefix)
+    return (GroupedExperts if config.grouped_experts else Experts)(config, vllm_config, prefix)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x)"""
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, width: int, inner: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        quant, width, inner = vllm_config.quant_config, config.hidden_size, config.intermediate_size
+        quant = vllm_config.quant_config
         self.gate_up_proj = MergedColumnParallelLinear(
             width, [inner] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
         )
@@ -46,7 +53,7 @@ class Experts(nn.Module):
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_intermediate_size,
             renormalize=False,
-            custom_routing_function=most_probable,
+            custom_routing_function=self.route,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",
         )
@@ -54,9 +61,49 @@ class Experts(nn.Module):
     def forward(self, h_TE: torch.Tensor) -> torch.Tensor:
         return self.experts(hidden_states=h_TE, router_logits=self.gate(h_TE)[0])
 
+    def route(self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
+        """vLLM's interface of a router -> weights [T, topk] float32, experts [T, topk] int32. The softmax is float32's
+        over all experts, and its probabilities are rounded to what the rows are made of, as the reference has it."""
+        weights, experts = gating_output.float().softmax(-1).topk(topk, dim=-1)
+        return weights.to(hidden_states.dtype).float(), experts.to(torch.int32)
 
-def most_probable(hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
-    """vLLM's interface of a router -> weights [T, topk] float32, experts [T, topk] int32. The softmax is float32's
-    over all experts, and its probabilities are rounded to what the rows are made of, as the reference has it."""
-    weights, experts = gating_output.float().softmax(-1).topk(topk, dim=-1)
-    return weights.to(hidden_states.dtype).float(), experts.to(torch.int32)
+
+class GroupedExperts(Experts):
+    """LLaDA2's router, in float32 throughout: the best experts of the best groups by score and bias, added up by their
+    scores alone; beside them one expert for every row."""
+
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+        super().__init__(config, vllm_config, prefix)
+        self.groups, self.best_groups, self.scale = config.n_group, config.topk_group, config.routed_scaling_factor
+        self.gate = Gate(config.hidden_size, config.num_experts)
+        inner = config.expert_intermediate_size * config.num_shared_experts
+        self.shared_experts = GatedMLP(config.hidden_size, inner, vllm_config, f"{prefix}.shared_experts")
+
+    def forward(self, h_TE: torch.Tensor) -> torch.Tensor:
+        shared_TE = self.shared_experts(h_TE)  # first: the others may overwrite the rows
+        return self.experts(hidden_states=h_TE, router_logits=self.gate(h_TE)) + shared_TE
+
+    def route(self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
+        score_TX = gating_output.float().sigmoid()
+        ranked_TX = score_TX + self.gate.expert_bias
+        grouped_TGX = ranked_TX.unflatten(1, (self.groups, -1))
+        of_group_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1)
+        chosen = of_group_TG.topk(self.best_groups, dim=-1).indices
+        others_TG = torch.ones_like(of_group_TG, dtype=torch.bool).scatter(1, chosen, value=False)
+        ranked_TX = grouped_TGX.masked_fill(others_TG.unsqueeze(2), -torch.inf).flatten(1)
+        experts = ranked_TX.topk(topk, dim=-1).indices
+        weights = score_TX.gather(1, experts)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
+        return weights, experts.to(torch.int32)
+
+
+class Gate(nn.Module):
+    """Held in float32 whatever the model's dtype: rounded, it would choose other experts."""
+
+    def __init__(self, width: int, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width, dtype=torch.float32), requires_grad=False)
+        self.expert_bias = nn.Parameter(torch.empty(experts, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, h_TE: torch.Tensor) -> torch.Tensor:
+        return F.linear(h_TE.float(), self.weight)

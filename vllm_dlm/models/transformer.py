@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.models.checkpoint import Checkpoint
-from vllm_dlm.models.feed_forward import Experts, GatedMLP, has_experts
+from vllm_dlm.models.feed_forward import feed_forward
 from vllm_dlm.models.rope import RotaryTable
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
@@ -36,7 +36,7 @@ Normed: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 class DiffusionLayer(nn.Module):
     """One transformer layer. H, Hkv: this rank's heads; E: model width; D: head width."""
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str, index: int = 0):
         super().__init__()
         quant = vllm_config.quant_config
         ranks = get_tensor_model_parallel_world_size()
@@ -68,7 +68,7 @@ class DiffusionLayer(nn.Module):
             for name in ("q_norm", "k_norm"):
                 self.self_attn[name] = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.mlp = (Experts if has_experts(config) else GatedMLP)(config, vllm_config, f"{prefix}.mlp")
+        self.mlp = feed_forward(config, vllm_config, f"{prefix}.mlp", index)
         self.joined: tuple[torch.Tensor, torch.Tensor | None] | None = None  # see join_projections
 
     def join_projections(self) -> None:
@@ -143,7 +143,7 @@ class DiffusionModel(nn.Module):
             prefix=f"{prefix}.embed_tokens",
         )
         self.layers = nn.ModuleList(
-            DiffusionLayer(config, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+            DiffusionLayer(config, vllm_config, f"{prefix}.layers.{i}", i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = RotaryTable(
@@ -151,6 +151,7 @@ class DiffusionModel(nn.Module):
             config.rope_theta,
             vllm_config.model_config.max_model_len,
             torch.float32 if config.family.rope_full_precision else vllm_config.model_config.dtype,
+            getattr(config, "rotary_dim", None),
         )
 
 

@@ -47,6 +47,8 @@ class LLaDAMoEConfig(DiffusionConfig):
         "shared_expert_intermediate_size": None,
     }
 
+    dense_layers, grouped_experts = 0, False
+
     @property
     def intermediate_size(self) -> int:
         """Of all experts that a row goes through"""

@@ -1,0 +1,52 @@
+"""Ling 2.0's tensors, a block at a time seen from both sides."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_dlm.models.rope import halves
+from vllm_dlm.models.transformer import MaskedDiffusionLM
+
+FUSED, NORMS = ".attention.query_key_value.weight", (".query_layernorm.weight", ".key_layernorm.weight")
+
+
+class LLaDA2MoeModelLM(MaskedDiffusionLM):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr={
+            "model.word_embeddings.": "model.embed_tokens.",
+            **{f"{FUSED}[{name}]": f".self_attn.{name}_proj.weight" for name in "qkv"},
+            ".attention.dense.": ".self_attn.o_proj.",
+            ".attention.query_layernorm.": ".self_attn.q_norm.",
+            ".attention.key_layernorm.": ".self_attn.k_norm.",
+        },
+        orig_to_new_stacked={
+            f"{owner}.{name}_proj": (f"{owner}.gate_up_proj", shard)
+            for owner in (".mlp", ".shared_experts")
+            for shard, name in enumerate(("gate", "up"))
+        },
+    )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(self._apart(weights))
+
+    def _apart(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Queries, keys and values each, with the channels of queries and keys in the order of `halves`: they meet each
+        other alone, so where their channels stand is all the same to attention."""
+        config = self.config
+        order = halves(config.head_dim, config.rotary_dim)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        sizes = [count * config.head_dim for count in (heads, kv_heads, kv_heads)]
+        for name, tensor in weights:
+            if name.endswith(FUSED):
+                if tensor.shape[0] != sum(sizes):
+                    raise ValueError(
+                        f"{config.family.architecture}: {name} in the checkpoint has {tensor.shape[0]} rows, "
+                        f"and by config.json it must have {sum(sizes)}"
+                    )
+                for part, own in zip("qkv", tensor.split(sizes), strict=True):
+                    in_heads = own.unflatten(0, (-1, config.head_dim))
+                    yield f"{name}[{part}]", own if part == "v" else in_heads[:, order].flatten(0, 1)
+            else:
+                ordered = name.endswith(NORMS) and tensor.shape == order.shape
+                yield name, tensor[order] if ordered else tensor
