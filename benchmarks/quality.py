@@ -95,10 +95,11 @@ def run(args) -> None:
 
 
 def run_rules(args) -> None:
-    answers = 6 if args.quick else args.answers
-    load, engine, rows = Load(timed=False), Engine(max_model_len=1024, checkpoint=quality_rules.CHECKPOINT), []
+    answers = 5 if args.quick else args.answers
+    load, engine = Load(timed=False), Engine(max_model_len=1024)
+    samples, rows = quality_rules.questions(answers), []
     if args.resume and (known := args.results / "quality-rules.json").exists():
-        rows += report.Report.read(known, []).rows
+        rows += [row for row in report.Report.read(known, []).rows if row["answers"] == answers]
     result = report.Report(
         "quality-rules", "Tokens filled at once, under every reuse, on canvases of some lengths",
         quality_rules.settings(answers) | report.surroundings(torch.get_num_threads(), load),
@@ -108,7 +109,6 @@ def run_rules(args) -> None:
         about = {"decoding": rule.label, "reuse": reuse, "extent": extent, "canvas": canvas}
         if any(about.items() <= row.items() for row in rows):
             continue
-        samples = quality_rules.questions(answers, canvas)
         rows.append(about | quality_rules.measure(engine, canvas, options, samples))
         result.write(args.results)
     rows.sort(key=quality_rules.place)
@@ -170,13 +170,13 @@ class Drift(Observer):
 class Engine:
     """The served engine inside this process, so that each step can be looked at."""
 
-    def __init__(self, max_model_len: int = 512, rows: int = 4096, checkpoint: Path = CHECKPOINT):
+    def __init__(self, max_model_len: int = 512, rows: int = 4096):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self.llm = LLM(
-            str(checkpoint), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
+            str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
             kv_cache_memory_bytes=1 << 29, max_num_seqs=16,
             max_num_batched_tokens=max(rows, max_model_len), disable_log_stats=True,
         )  # fmt: skip

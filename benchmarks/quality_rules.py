@@ -1,14 +1,13 @@
 """How many tokens may be filled at once, under which reuse, on a canvas how long: exact match and forwards per answer
-of every registered decoding, on a checkpoint that has learned puzzles.
+of every registered decoding, on the demo checkpoint.
 
-Tasks whose tokens depend on each other (running totals, chains, sorting), and
-canvases up to many times the answer, which is what spoils them.
+Tasks whose tokens depend on each other (chains, running totals, sums, several
+codes), and canvases up to many times the answer, which is what spoils them.
 """
 
 import math
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
@@ -16,13 +15,9 @@ from benchmarks import drawing, report
 from vllm_dlm.engine.denoiser import Observer
 from vllm_dlm.methods import methods
 
-CHECKPOINT = Path(__file__).resolve().parent / "demo/puzzler"
 BLOCK, THRESHOLD = 8, 0.9
 CANVASES = (32, 128, 512)
-LONG = 256  # the canvas of long answers
 WINDOW = 32
-#: items of a puzzle, from and to; (answers that fit a canvas of 32, long answers)
-ITEMS = {"ledger": ((4, 10), (40, 80)), "chain": ((8, 30), (60, 120)), "order": ((8, 26), None)}
 REUSES = ("none", "fast_dllm", "dllm_cache", "dyllm")
 SHOWN = "fast_dllm"  # in the picture
 
@@ -31,7 +26,6 @@ COLUMNS = [
     report.Column("reuse", "reuse"),
     report.Column("extent", "extent"),
     report.Column("canvas", "canvas"),
-    report.Column("tokens", "tokens per answer", "{:.0f}"),
     report.Column("answers", "answers"),
     report.Column("exact_match", "exact match", "{:.1%}"),
     report.Column("interval", "95% interval", lambda ends: f"{ends[0]:.1%} to {ends[1]:.1%}"),
@@ -40,13 +34,12 @@ COLUMNS = [
 ]
 
 NOTES = [
-    f"Greedy, canvas blocks of {BLOCK}, ended by the end token. Exact match: the whole answer, end token included; "
-    "beside it Wilson's interval.",
-    f"On a canvas of {LONG} answers are long: they are other questions than on the other canvases.",
-    "half the steps: low_confidence fills two tokens in each, whatever their probability.",
+    f"Demo checkpoint, greedy, canvas blocks of {BLOCK}, ended by the end token. Exact match: the whole answer, end "
+    "token included; beside it Wilson's interval.",
     f"threshold: {THRESHOLD}, with threshold_decay .3 in `low_confidence, threshold, decay`; of `credit` too. Others "
     "are at their defaults: one token per step, or their own rule.",
-    "freedave: sixteen requests share a step, which leaves each a draft or two.",
+    "half the steps: two tokens in each, whatever their probability.",
+    "freedave: sixteen requests share a step, which leaves each a draft or two; alone it takes 5.3 forwards here.",
     f"window: {WINDOW} positions behind the canvas block and the last one have rows.",
     "forwards: steps of a request. rows recomputed: through the feed-forward, averaged over layers, with the prompt's.",
 ]
@@ -78,10 +71,9 @@ def rules() -> list[Rule]:
 
 def cells(quick: bool):
     extents = {"full": {"dlm_extent": "full"}, "window": {"dlm_extent": "window", "dlm_window": WINDOW}}
-    for canvas, extent in product(CANVASES[:1] if quick else (*CANVASES, LONG), extents):
-        if canvas <= BLOCK + WINDOW + 1 and extent == "window":
-            continue  # they are the same
-        for reuse, rule in product((SHOWN,) if canvas == LONG else REUSES, rules()):
+    canvases = CANVASES[:1] if quick else CANVASES
+    for canvas, extent, reuse, rule in product(canvases, extents, REUSES, rules()):
+        if canvas > BLOCK + WINDOW + 1 or extent == "full":  # else they are the same
             steps = {"dlm_steps": canvas // 2} if rule.halved else {}
             yield canvas, extent, reuse, rule, rule.options | steps | extents[extent] | {"dlm_reuse": reuse}
 
@@ -89,25 +81,19 @@ def cells(quick: bool):
 def place(row: dict) -> tuple:
     """Of a row in the table"""
     labels = [rule.label for rule in rules()]
-    return (
-        row["canvas"] == LONG,
-        row["canvas"],
-        row["extent"],
-        REUSES.index(row["reuse"]),
-        labels.index(row["decoding"]),
-    )
+    return row["canvas"], row["extent"], REUSES.index(row["reuse"]), labels.index(row["decoding"])
 
 
-def questions(count: int, canvas: int):
+def questions(count: int):
     """In equal shares"""
-    from benchmarks.demo.puzzles import PUZZLES
+    from benchmarks.demo import tasks
 
-    rng = np.random.default_rng(47)
-    sizes = {name: items for name, pair in ITEMS.items() if (items := pair[canvas == LONG])}
-    drawn = []
-    for name, (least, most) in sizes.items():
-        drawn += [PUZZLES[name](rng, int(rng.integers(least, most + 1))) for _ in range(count // len(sizes))]
-    return drawn
+    rng, filler = np.random.default_rng(47), tasks.Filler(7)
+    kinds = [
+        tasks.follow, tasks.totals, tasks.add,
+        *(lambda rng, n=n: tasks.recall(rng, filler, 192, needles=8, queried=n) for n in (2, 3)),
+    ]  # fmt: skip
+    return [kinds[index % len(kinds)](rng) for index in range(count)]
 
 
 class Sums(Observer):
@@ -138,8 +124,7 @@ def measure(engine, canvas: int, options: dict, samples) -> dict:
     pairs = zip(outputs, samples, strict=True)
     right = sum(list(output.outputs[0].token_ids) == sample.answer_ids for output, sample in pairs)
     return {
-        "answers": len(samples), "tokens": sum(len(sample.answer_ids) for sample in samples) / len(samples),
-        "exact_match": right / len(samples), "interval": wilson(right, len(samples)),
+        "answers": len(samples), "exact_match": right / len(samples), "interval": wilson(right, len(samples)),
         "forwards": sums.forwards / len(samples), "rows": sums.rows / len(samples),
     }  # fmt: skip
 
@@ -153,13 +138,11 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def settings(answers: int) -> dict:
     return {
-        "shapes": f"a demo checkpoint that has learned puzzles, canvases of {', '.join(map(str, CANVASES))} and {LONG} "
-        f"tokens, canvas blocks of {BLOCK}",
+        "shapes": f"demo checkpoint, canvases of {', '.join(map(str, CANVASES))} tokens, canvas blocks of {BLOCK}",
         "dtype": "float32",
         "baseline": "low_confidence with none on a full canvas of 32: one token per step, the exact model",
         "counted": "whole answers",
-        "tasks": "equal shares of ledger (running totals modulo 4), chain (of words, by shuffled arrows) and order "
-        "(letters); long ones of the first two",
+        "tasks": "equal shares of follow (a chain of arrows), running totals, add, recall (2 and 3 of 8 codes)",
         "answers": answers,
     }
 
@@ -170,7 +153,7 @@ def plot(figure, rows: list[dict]) -> None:
     figure.set_size_inches(9, 4.6)
     own = [row for row in rows if row["reuse"] == SHOWN]
     names = list(dict.fromkeys(row["decoding"] for row in own))
-    canvases = sorted({row["canvas"] for row in own}, key=lambda canvas: (canvas == LONG, canvas))
+    canvases = sorted({row["canvas"] for row in own})
     panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
     for axes, canvas in zip(panels, canvases, strict=True):
         for row in (row for row in own if row["canvas"] == canvas):
@@ -179,7 +162,7 @@ def plot(figure, rows: list[dict]) -> None:
             axes.plot([100 * end for end in row["interval"]], [at, at], color=colour, lw=4, alpha=0.25)
             axes.plot(100 * row["exact_match"], at, "o", color=colour, mfc=colour if full else "white", ms=6)
         axes.set_xlim(0, 100)
-        axes.set_title(f"canvas of {canvas}" + ", long answers" * (canvas == LONG), fontsize=9)
+        axes.set_title(f"canvas of {canvas}", fontsize=9)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
     shortest = {row["decoding"]: row["forwards"] for row in reversed(own)}
     panels[0].set_yticks(

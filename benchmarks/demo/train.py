@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m benchmarks.demo.train`; from it, the one that solves puzzles: `--puzzles`.
+"""Train the demo checkpoint: `python -m benchmarks.demo.train`.
 
 Stops and goes on: the state file holds weights, optimisers and step, and lessons depend on
 (seed, step) alone. Run the same command again to continue; `--fresh` starts over.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -26,11 +25,9 @@ from tqdm import tqdm
 
 from .init import build_lookup_circuit
 from .lessons import Batch, Lessons
-from .model import DemoLLaDA, Shape, load_checkpoint, save_checkpoint
-from .puzzles import PuzzleLessons
+from .model import DemoLLaDA, Shape, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO, PUZZLER = ROOT / "vllm_dlm/demo/checkpoint", ROOT / "benchmarks/demo/puzzler"
 
 
 @dataclass(frozen=True)
@@ -48,32 +45,13 @@ class Recipe:
     rope_theta: float = 100_000.0
 
 
-@dataclass(frozen=True)
-class PuzzleRecipe:
-    seed: int = 0
-    steps: int = 1200
-    ledger_tokens: int = 2000
-    other_tokens: int = 2500
-    lr: float = 2e-3  # AdamW
-    weight_decay: float = 0.01
-    warm_up: int = 50
-    decay_steps: int = 400
-
-
 class Training:
     """Everything a run consists of; `state` and `restore` are each other's inverse."""
-
-    half = True  # products in bfloat16
 
     def __init__(self, recipe: Recipe, worker: int = 0, workers: int = 1):
         self.worker, self.workers = worker, workers
         torch.manual_seed(recipe.seed)
         self.recipe, self.step, self.seconds = recipe, 0, 0.0
-        self.accuracy: dict[str, float] = {}  # moving averages, for the progress line only
-        self._begin()
-
-    def _begin(self) -> None:
-        recipe = self.recipe
         self.lessons = Lessons(recipe.seed, recipe.recall_tokens, recipe.small_tokens)
         self.model = DemoLLaDA(Shape(layers=recipe.layers, rope_theta=recipe.rope_theta))
         build_lookup_circuit(self.model)
@@ -92,6 +70,7 @@ class Training:
             torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay),
         ]
         self.peaks = [recipe.matrix_lr, recipe.other_lr]
+        self.accuracy: dict[str, float] = {}  # moving averages, for the progress line only
 
     def learn(self) -> None:
         """One optimiser step on one batch of long prompts and one of small tasks."""
@@ -112,7 +91,7 @@ class Training:
         self.seconds += time.perf_counter() - began
 
     def _loss(self, batch: Batch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        with torch.autocast("cpu", torch.bfloat16):
             logits_NV = self.model(batch.ids_BT, batch.tail, batch.masked_BR)
         if batch.graded_N.any():
             right = (logits_NV.argmax(-1) == batch.labels_N)[batch.graded_N].float().mean().item()
@@ -133,12 +112,7 @@ class Training:
             dist.all_gather_object(gathered, self.accuracy)
             # Batch names tell the workers' batches apart, so no two report the same one.
             for worker, theirs in enumerate(gathered):
-                self.accuracy.update({k: v for k, v in theirs.items() if self.is_of(k, worker)})
-
-    @staticmethod
-    def is_of(name: str, worker: int) -> bool:
-        """The second worker has the small tasks."""
-        return (name == "small") == (worker == 1)
+                self.accuracy.update({k: v for k, v in theirs.items() if (k == "small") == (worker == 1)})
 
     def state(self) -> dict:
         return {
@@ -164,27 +138,6 @@ class Training:
         torch.set_rng_state(state["torch_rng"])
 
 
-class PuzzleTraining(Training):
-    """Goes on from the demo checkpoint, whose lookups the puzzles need."""
-
-    half = False  # few products, and not every CPU has instructions for bfloat16
-
-    def _begin(self) -> None:
-        recipe = self.recipe
-        self.lessons = PuzzleLessons(recipe.seed, recipe.ledger_tokens, recipe.other_tokens)
-        self.model = load_checkpoint(DEMO).train()
-        self.optimisers = [
-            torch.optim.AdamW(
-                self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-            )
-        ]
-        self.peaks = [recipe.lr]
-
-    @staticmethod
-    def is_of(name: str, worker: int) -> bool:
-        return (name != "ledger") == (worker == 1)
-
-
 def _save_state(training: Training, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -197,9 +150,8 @@ def run(worker: int, options: dict, rendezvous: str) -> None:
     torch.set_num_threads(options["threads"])
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=worker, world_size=workers)
-    kind, recipe = (PuzzleTraining, PuzzleRecipe) if options["puzzles"] else (Training, Recipe)
-    training = kind(recipe(**{name: options[name] for name in asdict(recipe())}), worker, workers)
-    recipe = training.recipe
+    recipe = Recipe(**{name: options[name] for name in asdict(Recipe())})
+    training = Training(recipe, worker, workers)
     if options["state"].exists() and not options["fresh"]:
         training.restore(torch.load(options["state"], weights_only=True))
     if workers > 1:
@@ -226,16 +178,14 @@ def run(worker: int, options: dict, rendezvous: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    puzzles = "--puzzles" in sys.argv
-    parser.add_argument("--puzzles", action="store_true", help="teach the demo checkpoint long puzzles")
-    parser.add_argument("--output", type=Path, default=PUZZLER if puzzles else DEMO)
-    parser.add_argument("--state", type=Path, default=ROOT / f"runs/demo/{'puzzles' if puzzles else 'state'}.pt")
+    parser.add_argument("--output", type=Path, default=ROOT / "vllm_dlm/demo/checkpoint")
+    parser.add_argument("--state", type=Path, default=ROOT / "runs/demo/state.pt")
     parser.add_argument("--fresh", action="store_true", help="ignore an existing state file")
     parser.add_argument("--workers", type=int, choices=[1, 2], default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
     parser.add_argument("--save-every", type=int, default=250, help="steps between state files")
     parser.add_argument("--log-every", type=int, default=100, help="steps between printed lines")
-    for name, value in asdict(PuzzleRecipe() if puzzles else Recipe()).items():
+    for name, value in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as folder:
