@@ -6,18 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
 from tests.engine.matrix import assert_tokens_are_those_alone
-from tests.engine.running import Watching, core_of, free_blocks, tokens
+from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
+from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
+from vllm_dlm.models.rope import RotaryTable, halves
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 
 RUNS = json.loads((GOLDEN / "block/runs.json").read_text())
-SDAR = "sdar-tiny"
+SDAR, LLADA2 = "sdar-tiny", "llada2-tiny"
 
 
 def recorded(name: str):
@@ -74,7 +78,9 @@ def mixed(count: int, most: int = 40):
         extra = {"dlm_algorithm": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
         if index % 5 == 2:
             extra["dlm_cfg_scale"] = 0.7
-        if index % 4 == 1 and not methods("decoding")[extra["dlm_algorithm"]].random_order:
+        if methods("decoding")[extra["dlm_algorithm"]].random_order:
+            extra["dlm_threshold"] = "none"  # which servers may have
+        elif index % 4 == 1:
             extra["dlm_threshold"] = 0.05
         params = SamplingParams(
             temperature=0.8 * (index % 3 == 0), seed=index, max_tokens=rng.randint(1, most), ignore_eos=True,
@@ -86,10 +92,11 @@ def mixed(count: int, most: int = 40):
         )
 
 
-def test_tokens_are_those_alone(engines):
+@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
+def test_tokens_are_those_alone(engines, checkpoint):
     given = list(mixed(30))
-    assert_tokens_are_those_alone(engines(SDAR), given)
-    assert [len(got) for got in tokens(engines(SDAR), given)] == [params.max_tokens for _, params in given]
+    assert_tokens_are_those_alone(engines(checkpoint), given)
+    assert [len(got) for got in tokens(engines(checkpoint), given)] == [params.max_tokens for _, params in given]
 
 
 def test_little_memory(engines):
@@ -183,3 +190,48 @@ def test_a_share_counts_from_the_width():
     assert chosen(2) == [1, 3]  # two are due
     assert chosen(0, threshold=0.05) == [0, 1, 2, 3, 4] and chosen(0, threshold=None) == [1, 3, 4]
     assert chosen(0, steps=None) == [1, 3] and chosen(0, steps=None, threshold=None) == [3]
+
+
+def test_experts_of_each_row(engines):
+    """In float64, one row at a time: groups by their two best, experts by score and bias, weights by scores alone."""
+    llm, prefix = engines(LLADA2), "model.layers.2.mlp"
+    weights = {k: v.double() for k, v in load_file(GOLDEN / "checkpoints" / LLADA2 / "model.safetensors").items()}
+    runner = runner_of(llm)
+    rows = torch.randn(23, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), runner.forwards():
+        got = runner.model.model.layers[2].feed_forward(rows.clone())
+
+    def expert(name: str, row: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (weights[f"{prefix}.{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        return down @ (F.silu(gate @ row) * (up @ row))
+
+    for row, mine in zip(rows.double(), got, strict=True):
+        score = (weights[f"{prefix}.gate.weight"] @ row).sigmoid()
+        ranked = score + weights[f"{prefix}.gate.expert_bias"]
+        groups = sorted(range(4), key=lambda g: -sum(sorted(ranked[4 * g : 4 * g + 4].tolist())[-2:]))[:2]
+        inside = [number for number in range(16) if number // 4 in groups]
+        best = sorted(inside, key=lambda number: -ranked[number])[:4]
+        wanted = expert("shared_experts", row)
+        for number in best:
+            wanted = wanted + 2.5 * score[number] / score[best].sum() * expert(f"experts.{number}", row)
+        torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_channels_are_turned_where_they_stand():
+    """Half of a head's channels, in another order than the checkpoint has them: the products of queries and keys are
+    those of the definition."""
+    dim, turned, theta = 32, 16, 1e4
+    order, positions = halves(dim, turned), torch.tensor([3, 11, 40])
+    table = RotaryTable(dim, theta, 64, torch.float32, turned)
+    q, k = torch.randn(2, 3, 2, dim, generator=torch.Generator().manual_seed(0))
+
+    def stated(x):
+        angle = positions[:, None, None] * theta ** (-torch.arange(0, turned, 2).double() / turned)
+        a, b = x[..., : turned // 2].double(), x[..., turned // 2 : turned].double()
+        pair = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pair.real, pair.imag, x[..., turned:].double()], -1)
+
+    mine = [rotate(x[..., order], *table(positions)).double() for x in (q, k)]
+    wanted = [stated(x) for x in (q, k)]
+    products = [torch.einsum("ihd,jhd->hij", *pair) for pair in (mine, wanted)]
+    torch.testing.assert_close(*products, atol=1e-5, rtol=1e-5)
