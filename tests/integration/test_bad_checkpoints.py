@@ -19,8 +19,16 @@ from tests.integration.refusals import line_of
 from tests.page_sparse.models import write
 from vllm_dlm.models import checkpoint
 
-LLADA, DREAM, MOE = "llada-tiny", "dream-tiny", "lladamoe-tiny"
-ARCHITECTURE = {LLADA: "LLaDAModelLM", DREAM: "DreamModel", MOE: "LLaDAMoEModelLM"}
+LLADA, DREAM, MOE, SDAR, LLADA2 = "llada-tiny", "dream-tiny", "lladamoe-tiny", "sdar-tiny", "llada2-tiny"
+ARCHITECTURE = {
+    LLADA: "LLaDAModelLM", DREAM: "DreamModel", MOE: "LLaDAMoEModelLM", SDAR: "SDARForCausalLM",
+    LLADA2: "LLaDA2MoeModelLM",
+}  # fmt: skip
+#: fields that need not be there: what the files of a family leave to its tokenizer or code, or to another family
+UNSAID = {
+    MOE: ("mask_token_id", "architectures"),
+    LLADA2: ("mask_token_id", "eos_token_id", "architectures", "block_size"),
+}
 
 
 def copied(name: str, folder, config=None, tensors=None):
@@ -49,6 +57,15 @@ SIZES = {
         "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "expert_intermediate_size",
         "num_experts", "num_experts_per_tok", "max_position_embeddings", "vocab_size",
     ),
+    SDAR: (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+        "max_position_embeddings", "vocab_size", "block_size",
+    ),
+    LLADA2: (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+        "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group", "topk_group",
+        "max_position_embeddings", "vocab_size", "block_size",
+    ),
 }  # fmt: skip
 TOKENS = ("mask_token_id", "eos_token_id")
 NUMBERS = ("rope_theta", "rms_norm_eps")
@@ -57,8 +74,7 @@ MISSING = [
     (name, field, {field: None})
     for name in SIZES
     for field in (*SIZES[name], *NUMBERS, *TOKENS, "architectures")
-    # the files of LLaDA-MoE have no mask, and without architectures they are LLaDA's
-    if name != MOE or field not in ("mask_token_id", "architectures")
+    if field not in UNSAID.get(name, ())
 ] + [(LLADA, "vocab_size", {"vocab_size": None, "embedding_size": None})]
 
 WRONG = [
@@ -103,6 +119,21 @@ WRONG = [
     (MOE, "qk_layernorm", {"qk_layernorm": False}),
     (MOE, "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     (MOE, "rope_type", {"rope_scaling": "linear"}),
+    (SDAR, "use_regular_causal", {"use_regular_causal": True}),
+    (SDAR, "attention_bias", {"attention_bias": True}),
+    (SDAR, "use_sliding_window", {"use_sliding_window": True}),
+    (SDAR, "rope_type", {"rope_scaling": "linear"}),
+    (LLADA2, "n_group", {"n_group": 5}),
+    (LLADA2, "n_group", {"n_group": 16}),
+    (LLADA2, "topk_group", {"topk_group": 5}),
+    (LLADA2, "num_experts_per_tok", {"num_experts_per_tok": 9}),
+    (LLADA2, "first_k_dense_replace", {"first_k_dense_replace": -1}),
+    (LLADA2, "first_k_dense_replace", {"first_k_dense_replace": None}),
+    (LLADA2, "routed_scaling_factor", {"routed_scaling_factor": 0}),
+    (LLADA2, "partial_rotary_factor", {"partial_rotary_factor": 1.5}),
+    (LLADA2, "score_function", {"score_function": "softmax"}),
+    (LLADA2, "use_qk_norm", {"use_qk_norm": False}),
+    (LLADA2, "expert_capacity", {"expert_capacity": 48}),
 ]  # fmt: skip
 
 
@@ -346,7 +377,7 @@ def test_a_width_that_is_not_the_tensors(tmp_path, refused):
 # -- what is right ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [LLADA, "llada-tiny-gqa", DREAM, MOE])
+@pytest.mark.parametrize("name", [LLADA, "llada-tiny-gqa", DREAM, MOE, SDAR, LLADA2])
 def test_the_names_follow_from_the_model(loaded, name):
     path = GOLDEN / "checkpoints" / name
     error, warned, wanted = loaded(path)

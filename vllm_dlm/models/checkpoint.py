@@ -97,9 +97,17 @@ class Checkpoint:
                     self.wanted[hub_name] = Wanted(whole_shape(module, parameter, shard), parameter.dtype)
                 else:
                     self.quantised.add(hub_name.removesuffix(leaf))
+        self._join()
         # A tied head may be stored a second time.
         tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parameters]
         self.redundant = {hub_name for name in tied for hub_name, _ in hub_names(mapper, name)}
+
+    def _join(self) -> None:
+        """Parameters that the checkpoint has in one tensor are its "name[part]", in order of their rows."""
+        for name in [name for name in self.wanted if name.endswith("]")]:
+            part, whole = self.wanted.pop(name), name.partition("[")[0]
+            rows = self.wanted[whole].shape[0] if whole in self.wanted else 0
+            self.wanted[whole] = Wanted((rows + part.shape[0], *part.shape[1:]), part.dtype)
 
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors the model uses, one at a time as they are read."""

@@ -198,8 +198,12 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         """[R, E] before the final norm -> [R, V]; the norm is applied to the rows that need logits only."""
         return self.logits_processor(self.lm_head, self.model.norm(hidden_states))
 
+    def prepared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors as `hf_to_vllm_mapper` knows them"""
+        return weights
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        used = self.checkpoint.checked(weights)
+        used = self.prepared(self.checkpoint.checked(weights))
         loaded = AutoWeightsLoader(self).load_weights(used, mapper=self.hf_to_vllm_mapper)
         if self.starts_whole:
             self.checkpoint.refuse_missing()

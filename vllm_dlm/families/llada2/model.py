@@ -27,26 +27,16 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
         },
     )
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return super().load_weights(self._apart(weights))
-
-    def _apart(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def prepared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Queries, keys and values each, with the channels of queries and keys in the order of `halves`: they meet each
         other alone, so where their channels stand is all the same to attention."""
         config = self.config
         order = halves(config.head_dim, config.rotary_dim)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        sizes = [count * config.head_dim for count in (heads, kv_heads, kv_heads)]
+        sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
         for name, tensor in weights:
             if name.endswith(FUSED):
-                if tensor.shape[0] != sum(sizes):
-                    raise ValueError(
-                        f"{config.family.architecture}: {name} in the checkpoint has {tensor.shape[0]} rows, "
-                        f"and by config.json it must have {sum(sizes)}"
-                    )
                 for part, own in zip("qkv", tensor.split(sizes), strict=True):
                     in_heads = own.unflatten(0, (-1, config.head_dim))
                     yield f"{name}[{part}]", own if part == "v" else in_heads[:, order].flatten(0, 1)
             else:
-                ordered = name.endswith(NORMS) and tensor.shape == order.shape
-                yield name, tensor[order] if ordered else tensor
+                yield name, tensor[order] if name.endswith(NORMS) else tensor
