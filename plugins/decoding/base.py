@@ -73,6 +73,8 @@ class Turn(NamedTuple):
     positions: np.ndarray  # [C] of the candidates in the canvas, ascending
     masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
     pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
+    standing: np.ndarray | None = None  # [C] bool: candidates that hold a token, see Decoding.edits
+    tokens: np.ndarray | None = None  # [C] that the candidates hold
 
     @property
     def last(self) -> bool:
@@ -91,6 +93,8 @@ class Decoding:
     #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
     #: shadow of the canvas block beside the canvas, see engine/shadow.py
     revokes: ClassVar[bool] = False
+    #: a token that was filled may become another one until its block is settled: all of the block are candidates
+    edits: ClassVar[bool] = False
     #: `steps` are those of each block, not of the canvas
     steps_of_blocks: ClassVar[bool] = False
     #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
@@ -190,6 +194,11 @@ class Decoding:
         if self.parallel:
             return self._choose_parallel(proposal.prob, turn)
         return best(self.rank(proposal.score, rng), turn.quota)
+
+    def settled(self, masks: int, chosen: np.ndarray, turn: Turn, memory: Memory | None) -> bool:
+        """Of a decoding that edits, behind a step that has chosen these and left so many masks: no token changes any
+        more."""
+        raise NotImplementedError
 
     def judges(self, memory: Memory | None) -> bool:
         """Of a decoding that revokes: this step may, so that tokens that stand in the block are to be read."""

@@ -66,6 +66,25 @@ def test_recorded_run(engines, name):
     assert len(blocks.steps) == run.get("denoise", run["forwards"]) or got[-1] == run["eos"]
 
 
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("llada21")])
+def test_recorded_run_with_edits(engines, name):
+    run, arrays = RUNS[name], recorded(name)
+    extra = {
+        "dlm_algorithm": "token_editing", "dlm_block_length": run["B"], "dlm_threshold": run["threshold"],
+        "dlm_editing_threshold": run["editing_threshold"], "dlm_max_post_steps": run["max_post_steps"],
+    }  # fmt: skip
+    params = SamplingParams(
+        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
+        stop_token_ids=[run["eos"]],
+    )  # fmt: skip
+    llm = engines(run["ckpt"])
+    with Blocks(llm) as blocks:
+        (got,) = tokens(llm, [({"prompt_token_ids": arrays["prompt"].tolist()}, params)])
+    assert list(got) == arrays["answer"].tolist()
+    fed = [[(p, t) for p, t in enumerate(step) if t >= 0][-run["B"] :] for step in arrays["canvas"].tolist()]
+    assert blocks.steps == [(step[0][0], [t for _, t in step]) for step in fed]
+
+
 def allowed(name: str) -> bool:
     return not methods("decoding")[name].revokes
 

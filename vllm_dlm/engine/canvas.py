@@ -145,6 +145,14 @@ class Canvas:
         prompt brought along take part (infilling), as they do in the references."""
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
+    def readable(self) -> np.ndarray:
+        """The candidates, and where tokens may become others, those of the current block."""
+        masked = self.candidates()
+        if not self.options.decoding.edits:
+            return masked
+        start, end = self.blocks[self.block]
+        return np.union1d(masked, np.arange(self.prompt_len + start, self.prompt_len + end))
+
     def unconditional(self) -> np.ndarray:
         """Tokens of the guidance stream's rows: what was given is hidden, what was generated stays."""
         tokens = self.tokens[: self.rows].copy()

@@ -179,7 +179,7 @@ class Denoiser:
         all but the canvas block. Or each with its shadow."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
-        positions = reuse.candidates(canvas.candidates(), at)
+        positions = reuse.candidates(canvas.readable(), at)
         heads = at.rows_reading(positions)
         seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])

@@ -71,6 +71,7 @@ class Denoising:
     guesses: list[tuple[int, int]] = field(init=False)
     drafted: int = field(init=False, default=-1)  # the canvas block whose surroundings drafts have
     memory: Memory | None = field(init=False)  # of the decoding, for the current block
+    settled: bool = field(init=False)  # no token of the current block changes any more, if its decoding edits
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
     blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream
@@ -92,7 +93,7 @@ class Denoising:
             masks = int((candidates >= canvas.prompt_len).sum())
         steps = decoding.block_steps(canvas.block, len(canvas.blocks), masks)
         self.filled, self.quotas = 0, decoding.quotas(masks, steps)
-        self.memory, self.guesses = decoding.memory(), []
+        self.memory, self.guesses, self.settled = decoding.memory(), [], not decoding.edits
         self.most_steps = decoding.most_steps(len(candidates), len(self.quotas))
 
     # -- after a forward -------------------------------------------------------------------
@@ -111,6 +112,7 @@ class Denoising:
                 f"block {canvas.block} is not finished after {canvas.block_step} steps of {decoding!r} "
                 f"with reuse {reuse!r}"
             )
+        before = canvas.tokens[positions]
         chosen = self._chosen(positions, proposal, pressure) if len(positions) else NOTHING
         if self.memory is not None and proposal.noted is not None:
             self.memory.note(positions, proposal.noted)
@@ -124,6 +126,9 @@ class Denoising:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
+        if self.options.decoding.edits:
+            turn, masks = self._turn(positions, 0.0, before), len(canvas.candidates())
+            self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
         self.filled += len(commit.filled)
         return commit
 
@@ -162,9 +167,7 @@ class Denoising:
     def _chosen(self, positions: np.ndarray, proposal: Proposal, pressure: float) -> np.ndarray:
         """Indices into `positions`, ascending."""
         canvas, decoding = self.canvas, self.options.decoding
-        step = canvas.block_step
-        masked = self._masked() if decoding.threshold_decay else 1.0
-        turn = Turn(step, len(self.quotas), sum(self.quotas[: step + 1]) - self.filled, positions, masked, pressure)
+        step, turn = canvas.block_step, self._turn(positions, pressure, canvas.tokens[positions])
         rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, step))
         chosen = decoding.choose(proposal, turn, rng)
         if turn.last and not decoding.parallel:
@@ -175,6 +178,13 @@ class Denoising:
         if len(due := self.options.reuse.due(positions, canvas.progress)):
             chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
         return np.sort(chosen)
+
+    def _turn(self, positions: np.ndarray, pressure: float, tokens: np.ndarray) -> Turn:
+        canvas, step = self.canvas, self.canvas.block_step
+        masked = self._masked() if self.options.decoding.threshold_decay else 1.0
+        quota = sum(self.quotas[: step + 1]) - self.filled
+        standing = tokens != canvas.mask_id
+        return Turn(step, len(self.quotas), quota, positions, masked, pressure, standing, tokens)
 
     def _masked(self) -> float:
         """See Turn"""
@@ -191,7 +201,7 @@ class Denoising:
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
         masked = np.flatnonzero(pending == canvas.mask_id)
         known = int(masked[0]) if len(masked) else len(pending)
-        if known == 0 and len(pending):
+        if (known == 0 and len(pending)) or not self.settled:
             return [], []
         tokens = pending[:known].tolist()
         ends = [index for index, token in enumerate(tokens) if token in self.sampling.stop_ids]
