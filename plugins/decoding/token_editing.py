@@ -73,6 +73,3 @@ class Posts(Memory):
     """How many steps there were, the next one included, that found nothing masked."""
 
     made = 0
-
-    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {}

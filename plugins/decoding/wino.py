@@ -89,6 +89,3 @@ class Accepted(Memory):
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         return {"standing": tokens.reshape(-1, 1)}
-
-    def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        pass
