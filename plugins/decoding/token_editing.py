@@ -1,6 +1,6 @@
 """LLaDA2.1's token editing: masks are filled widely, and what stands is read again and again until nothing changes.
 
-https://arxiv.org/abs/2602.08676, generate of the hub's code. In every step the masks
+https://huggingface.co/inclusionAI/LLaDA2.1-mini, generate of its code. In every step the masks
 are filled whose best token is more probable than the threshold, at least one;
 and a token that stands becomes another one, if that is more probable than the
 editing threshold. What is filled in a step is not edited in it. Once nothing is

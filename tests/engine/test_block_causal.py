@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
@@ -254,3 +254,44 @@ def test_channels_are_turned_where_they_stand():
     wanted = [stated(x) for x in (q, k)]
     products = [torch.einsum("ihd,jhd->hij", *pair) for pair in (mine, wanted)]
     torch.testing.assert_close(*products, atol=1e-5, rtol=1e-5)
+
+
+# -- SDAR with experts, of which there is no recorded run ------------------------------------------
+
+
+def with_experts(folder, normalised: bool):
+    """SDAR's tiny checkpoint with experts in the place of its FFNs"""
+    path, g = GOLDEN / "checkpoints" / SDAR, torch.Generator().manual_seed(7)
+    weights = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if ".mlp." not in name}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp"
+        weights[f"{prefix}.gate.weight"] = torch.randn(8, 128, generator=g) * 0.2
+        for expert in range(8):
+            for part, shape in (("gate", (64, 128)), ("up", (64, 128)), ("down", (128, 64))):
+                weights[f"{prefix}.experts.{expert}.{part}_proj.weight"] = torch.randn(*shape, generator=g) * 0.12
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text()) | {
+        "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64, "norm_topk_prob": normalised, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return weights
+
+
+def test_sdar_with_experts(engines, tmp_path_factory):
+    """Layer by layer against the definition, and requests together as alone."""
+    folder = tmp_path_factory.mktemp("sdar-moe")
+    weights = {name: tensor.double() for name, tensor in with_experts(folder, True).items()}
+    llm, prefix = engines(str(folder)), "model.layers.1.mlp"
+    runner, rows = runner_of(llm), torch.randn(11, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), runner.forwards():
+        got = runner.model.model.layers[1].feed_forward(rows.clone())
+    for row, mine in zip(rows.double(), got, strict=True):
+        prob = (weights[f"{prefix}.gate.weight"] @ row).softmax(0)
+        best, wanted = prob.argsort(descending=True)[:3].tolist(), torch.zeros(128, dtype=torch.float64)
+        for number in best:
+            parts = (weights[f"{prefix}.experts.{number}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            gate, up, down = parts
+            wanted += prob[number] / prob[best].sum() * (down @ (F.silu(gate @ row) * (up @ row)))
+        torch.testing.assert_close(mine.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert_tokens_are_those_alone(llm, list(mixed(12, 20)))

@@ -45,6 +45,7 @@ class Experts(nn.Module):
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
+        self.normalised = bool(getattr(config, "norm_topk_prob", False))
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate")
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
@@ -63,8 +64,11 @@ class Experts(nn.Module):
 
     def route(self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
         """vLLM's interface of a router -> weights [T, topk] float32, experts [T, topk] int32. The softmax is float32's
-        over all experts, and its probabilities are rounded to what the rows are made of, as the reference has it."""
+        over all experts, and its probabilities (or their shares) are rounded to what the rows are made of, as the
+        references have it."""
         weights, experts = gating_output.float().softmax(-1).topk(topk, dim=-1)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(hidden_states.dtype).float(), experts.to(torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""LLaDA2.0 and LLaDA2.1: mini 16B-A1B, flash 100B-A6B (https://arxiv.org/abs/2512.15745, 2602.08676)."""
+"""LLaDA2.0 and LLaDA2.1: mini 16B-A1B, flash 100B-A6B (https://arxiv.org/abs/2512.15745)."""
 
 from vllm_dlm.families.family import Family
 

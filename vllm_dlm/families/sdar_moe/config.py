@@ -1,0 +1,25 @@
+"""The hub's config.json of SDAR with experts: Qwen3-MoE's, and how wide a block is."""
+
+from collections.abc import Iterator
+
+from vllm_dlm.families.sdar.config import SDARConfig
+from vllm_dlm.families.sdar_moe import FAMILY
+
+
+class SDARMoeConfig(SDARConfig):
+    family = FAMILY
+    model_type = FAMILY.model_type
+    sizes = (*SDARConfig.sizes, "moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    implemented = SDARConfig.implemented | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    dense_layers, grouped_experts = 0, False
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        return self.moe_intermediate_size
+
+    def own_fields(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().own_fields()
+        experts, chosen = self.num_experts, self.num_experts_per_tok
+        yield "num_experts_per_tok", chosen <= experts, f"at most num_experts={experts}"
+        normalised = getattr(self, "norm_topk_prob", False)
+        yield "norm_topk_prob", normalised in (True, False, None), "true or false"
