@@ -150,9 +150,9 @@ def settings(answers: int) -> dict:
 def plot(figure, rows: list[dict]) -> None:
     """Of one reuse policy, whose answers are those of `none`: exact match by decoding, a panel per canvas; filled dots
     are full canvases, open ones windows."""
-    figure.set_size_inches(9, 4.6)
     own = [row for row in rows if row["reuse"] == SHOWN]
     names = list(dict.fromkeys(row["decoding"] for row in own))
+    figure.set_size_inches(9, 1.2 + 0.34 * len(names))
     canvases = sorted({row["canvas"] for row in own})
     panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
     for axes, canvas in zip(panels, canvases, strict=True):

@@ -194,6 +194,8 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
             valid = ", ".join(request_keys(cls))
             raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
     kept = {field: getattr(current, field) for field in _shared(cls, current) if field not in values}
+    if cls is not type(current):
+        kept = {field: value for field, value in kept.items() if value is not None or field not in cls.own}
     try:
         return cls(**(kept | values))
     except ValueError as error:

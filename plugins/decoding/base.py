@@ -92,6 +92,8 @@ class Decoding:
     #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
     #: shadow of the canvas block beside the canvas, see engine/shadow.py
     revokes: ClassVar[bool] = False
+    #: fields whose published values make the method: a server that has them unset has not said otherwise
+    own: ClassVar[tuple[str, ...]] = ()
     #: a token that was filled may become another one until its block is settled: all of the block are candidates
     edits: ClassVar[bool] = False
     #: `steps` are those of each block, not of the canvas

@@ -18,6 +18,8 @@ class LowConfidenceDynamic(LowConfidenceStatic):
     name: ClassVar[str] = "low_confidence_dynamic"
     presets: ClassVar[dict[str, dict]] = {"sdar": {"threshold": 0.9}, "llada2": {"threshold": 0.95}}
 
+    own: ClassVar[tuple[str, ...]] = ("threshold",)
+
     threshold: float | None = 0.9
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:

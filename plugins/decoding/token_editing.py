@@ -27,6 +27,8 @@ class TokenEditing(LowConfidence):
     }
     edits: ClassVar[bool] = True
 
+    own: ClassVar[tuple[str, ...]] = ("threshold",)
+
     threshold: float | None = 0.7
     editing_threshold: float = 0.5
     max_post_steps: int = 16
