@@ -5,6 +5,8 @@ included. A step recomputes the block that is being filled, and beside it once
 what has become final: the prompt's whole blocks at the start, later the block
 that has just been finished. Their rows see no farther than to the end of their
 own block, whose keys and values stay from then on. That is the exact model.
+
+A long prompt is read in several steps, which fill nothing yet.
 """
 
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
 
+#: rows of a prompt that are read in one step, at most, as far as whole blocks go
+CHUNK = 1024
+
 
 @dataclass(frozen=True)
 class BlockCausal(Reuse):
@@ -24,16 +29,23 @@ class BlockCausal(Reuse):
     width: int = 0  # of a block
 
     def written(self, at: Progress) -> int:
-        return at.block[0] // self.width * self.width
+        """Of the block that is being filled nothing, until it is finished."""
+        final = at.block[0] // self.width * self.width
+        return min(final, at.written + max(CHUNK // self.width, 1) * self.width)
+
+    def reads(self, at: Progress) -> bool:
+        return self.written(at) == at.block[0] // self.width * self.width
 
     def plan(self, at: Progress) -> StepPlan:
-        return StepPlan.dense(span(at.written, at.block[1]))
+        return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))
 
     def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
         starts = range(int(live[0]), int(live[-1]) + 1, self.width)
         return [(span(start, start + self.width), start + self.width) for start in starts]
 
     def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+        if not self.reads(at):
+            return positions[:0]
         return positions[positions >= max(at.block[0], at.prompt_len)]
 
     def layer(self, at: Layer) -> Flow:

@@ -118,6 +118,10 @@ class Reuse:
         """So many positions from the start have keys and values, after this step, that no later token changes."""
         return 0
 
+    def reads(self, at: Progress) -> bool:
+        """This step reads something of the current block: others do not count as steps of it."""
+        return True
+
     def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]] | None:
         """Rows that see no farther than to an end of their own, in parts; None: all see the whole canvas."""
         return None

@@ -132,6 +132,33 @@ def test_little_memory(engines):
     assert preempted and free_blocks(core_of(llm)) == 19
 
 
+class Rows(Watching):
+    """Live rows of a request in each step"""
+
+    def __enter__(self):
+        self.live = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        self.live += [len(state.canvas.plan.live) for state in states]
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 30])
+def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
+    """Which fill nothing, and count as none of the first block's; whoever else takes part."""
+    llm, given = engines(SDAR), list(mixed(30, 12))
+    with Rows(llm) as whole:
+        wanted = tokens(llm, given)
+    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", chunk)
+    for cache in runner_of(llm).kv_caches:
+        cache.fill_(torch.nan)
+    with Rows(llm) as parts:
+        assert tokens(llm, given) == wanted
+    widest = max(params.extra_args["dlm_block_length"] for _, params in given)
+    assert max(parts.live) <= max(chunk, widest) + widest < max(whole.live) and len(parts.live) > len(whole.live)
+    assert [tokens(llm, [request]) for request in given] == [[got] for got in wanted]
+
+
 def test_memory_grows_by_blocks(engines):
     """A bound of two hundred tokens costs what has been reached of it."""
     llm = engines(SDAR, block_size=16)

@@ -167,12 +167,13 @@ class Canvas:
 
     def apply(self, commit: Commit) -> None:
         """A step has been made."""
-        self.written = self.options.reuse.written(self.progress)
+        reuse, at = self.options.reuse, self.progress
+        self.written, reads = reuse.written(at), reuse.reads(at)
         self.tokens[commit.positions] = commit.tokens
         self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
         self.changed, self.cold = commit.changed, False
-        self.block_step, self.step = self.block_step + 1, self.step + 1
+        self.block_step, self.step = self.block_step + reads, self.step + 1
         self._moved()
 
     def hand_out(self, count: int) -> None:

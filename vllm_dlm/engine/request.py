@@ -119,14 +119,14 @@ class Denoising:
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
         if self.options.canvases > 1 and len(positions):
             commit = self._followed(commit, proposal, drafts, pressure)
-        if self.options.decoding.revokes:
+        if self.options.decoding.revokes and len(positions):
             commit = replace(commit, revoked=self._revoked(len(chosen), shadow))
         if logprobs is not None:
             for index in commit.filled:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
-        if self.options.decoding.edits:
+        if self.options.decoding.edits and len(positions):
             turn, masks = self._turn(positions, 0.0, before), len(canvas.candidates())
             self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
         self.filled += len(commit.filled)

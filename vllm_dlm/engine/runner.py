@@ -114,7 +114,7 @@ class DenoisingRunner:
         options = request_options(resolved_options(self.vllm_config), {"dlm_cfg_scale": 1.0})
         sampling = Sampling(temperature=1.0, top_p=0.9, top_k=0, seed=0, stop_ids=frozenset(), num_logprobs=0)
         count = min(len(hidden), self.denoiser.head.max_rows)
-        canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, count))
+        canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, 2 * self.max_rows))
         part = np.arange(count)
         self.denoiser.head.run(hidden, [HeadRequest(Denoising("profile", canvas, sampling), part, part, part)])
 

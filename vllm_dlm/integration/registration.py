@@ -9,6 +9,7 @@ from dataclasses import fields
 
 from vllm.logger import init_logger
 
+from vllm_dlm.block_causal import CHUNK
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.options import OptionError, server_options
@@ -121,7 +122,8 @@ class DiffusionConfigHook:
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False
         vllm_config.cache_config.enable_prefix_caching = False
-        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+        longest = model.max_model_len if family.attention == "full" else min(model.max_model_len, 2 * CHUNK)
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, longest)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
