@@ -54,7 +54,7 @@ def in_process(args) -> int:
     os.environ.update(IN_PROCESS)
     from benchmarks.soak import process, process_table
 
-    checkpoints = args.checkpoint or sorted(str(path) for path in process.CHECKPOINTS.iterdir())
+    checkpoints = args.checkpoint or process.complete_checkpoints()
     done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
     if failure:
         print(failure.found)

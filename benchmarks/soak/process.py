@@ -26,6 +26,11 @@ REPEATED = 0.7
 LEAVES_EVERY = 10
 
 
+def complete_checkpoints() -> list[str]:
+    """Those with a tokenizer, which stop strings need"""
+    return sorted(str(path.parent) for path in CHECKPOINTS.glob("*/tokenizer_config.json"))
+
+
 @dataclass
 class Shift:
     """What one pair of engines did."""

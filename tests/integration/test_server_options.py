@@ -109,6 +109,8 @@ def test_no_two_algorithms_denoise_alike(denoised):
     seen = {algorithm: denoised(dlm_algorithm=algorithm) for algorithm in methods("decoding")}
     # freedave promises the texts of one token a step, and without a cache takes its steps, too
     assert seen.pop("freedave") == seen["low_confidence"]
+    # and a share of each block is that of the canvas where there is one block
+    assert seen.pop("low_confidence_static") == seen["low_confidence"]
     assert len(set(seen.values())) == len(seen), seen
 
 
