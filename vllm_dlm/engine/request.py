@@ -183,8 +183,10 @@ class Denoising:
         canvas, step = self.canvas, self.canvas.block_step
         masked = self._masked() if self.options.decoding.threshold_decay else 1.0
         quota = sum(self.quotas[: step + 1]) - self.filled
-        standing = tokens != canvas.mask_id
-        return Turn(step, len(self.quotas), quota, positions, masked, pressure, standing, tokens)
+        turn = Turn(step, len(self.quotas), quota, positions, masked, pressure)
+        if not self.options.decoding.edits:
+            return turn
+        return turn._replace(standing=tokens != canvas.mask_id, tokens=tokens)
 
     def _masked(self) -> float:
         """See Turn"""

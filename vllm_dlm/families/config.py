@@ -74,6 +74,22 @@ class DiffusionConfig(PretrainedConfig):
         return "vocab_size"
 
 
+class PlainRopeConfig(DiffusionConfig):
+    """Of families in whose files a rotary embedding other than the plain one could be named, and a tied head is called
+    as transformers calls it."""
+
+    def __init__(self, rope_scaling=None, tie_word_embeddings=False, **kwargs):
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
+        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
+
+    @property
+    def rope_type(self) -> str | None:
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
+
 class CheckedConvertor(ModelArchConfigConvertorBase):
     """vLLM's reader of a config, which would answer wrong fields with bare Python errors."""
 

@@ -2,24 +2,13 @@
 
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
-from vllm_dlm.families.config import DiffusionConfig
+from vllm_dlm.families.config import PlainRopeConfig
 from vllm_dlm.families.dream import FAMILY
 
 
-class DreamConfig(DiffusionConfig):
+class DreamConfig(PlainRopeConfig):
     family = FAMILY
     model_type = FAMILY.model_type
-
-    def __init__(self, rope_scaling=None, tie_word_embeddings=False, **kwargs):
-        super().__init__(**kwargs)
-        self.tie_word_embeddings = tie_word_embeddings
-        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
-        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
-
-    @property
-    def rope_type(self) -> str | None:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
 
     implemented = {
         "hidden_act": "silu",

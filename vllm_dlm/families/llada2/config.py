@@ -3,25 +3,22 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_dlm.families.config import DiffusionConfig, is_number, is_whole
+from vllm_dlm.families.config import PlainRopeConfig, is_number, is_whole
 from vllm_dlm.families.llada2 import FAMILY
 
 
-class LLaDA2Config(DiffusionConfig):
+class LLaDA2Config(PlainRopeConfig):
     family = FAMILY
     model_type = FAMILY.model_type
 
     def __init__(
-        self, mask_token_id=156895, pad_token_id=156892, eos_token_id=None, block_size=32, rope_scaling=None,
-        partial_rotary_factor=1.0, tie_word_embeddings=False, **kwargs,
+        self, mask_token_id=156895, pad_token_id=156892, eos_token_id=None, block_size=32,
+        partial_rotary_factor=1.0, **kwargs,
     ):  # fmt: skip
         # config.json has no end of text but the padding, and no mask: that is the tokenizer's <|mask|>
         eos_token_id = pad_token_id if eos_token_id is None else eos_token_id
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, **kwargs)
         self.mask_token_id, self.block_size = mask_token_id, block_size
-        self.tie_word_embeddings = tie_word_embeddings
-        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
-        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
         self.partial_rotary_factor = partial_rotary_factor
 
     sizes = (
@@ -43,11 +40,6 @@ class LLaDA2Config(DiffusionConfig):
         "expert_capacity": None,  # of 2.2, whose router sees whole blocks
     }
     grouped_experts = True
-
-    @property
-    def rope_type(self) -> str | None:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
 
     @property
     def expert_intermediate_size(self) -> int:

@@ -3,29 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_dlm.families.config import DiffusionConfig, is_whole
+from vllm_dlm.families.config import PlainRopeConfig, is_whole
 from vllm_dlm.families.llada_moe import FAMILY
 
 
-class LLaDAMoEConfig(DiffusionConfig):
+class LLaDAMoEConfig(PlainRopeConfig):
     family = FAMILY
     model_type = FAMILY.model_type
 
-    def __init__(
-        self, mask_token_id=156895, rope_scaling=None, partial_rotary_factor=1, tie_word_embeddings=False, **kwargs
-    ):
+    def __init__(self, mask_token_id=156895, partial_rotary_factor=1, **kwargs):
         super().__init__(**kwargs)
         # Not in the file: the tokenizer's <|mask|>.
         self.mask_token_id = mask_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
-        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
         self.partial_rotary_factor = partial_rotary_factor
-
-    @property
-    def rope_type(self) -> str | None:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
 
     sizes = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",

@@ -2,25 +2,17 @@
 
 from collections.abc import Iterator
 
-from vllm_dlm.families.config import DiffusionConfig, is_whole
+from vllm_dlm.families.config import PlainRopeConfig, is_whole
 from vllm_dlm.families.sdar import FAMILY
 
 
-class SDARConfig(DiffusionConfig):
+class SDARConfig(PlainRopeConfig):
     family = FAMILY
     model_type = FAMILY.model_type
 
-    def __init__(self, block_size=None, rope_scaling=None, tie_word_embeddings=False, **kwargs):
+    def __init__(self, block_size=None, **kwargs):
         super().__init__(**kwargs)
         self.block_size = block_size
-        self.tie_word_embeddings = tie_word_embeddings
-        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
-        self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
-
-    @property
-    def rope_type(self) -> str | None:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
 
     implemented = {
         "hidden_act": "silu",
