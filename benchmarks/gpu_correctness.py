@@ -1,10 +1,15 @@
 """The table of what is right on a GPU: kernels against their definitions, recorded runs of the published code through
-the engine, and the engine with CUDA graphs against itself without."""
+the engine, the engine with CUDA graphs against itself without, and tests of the engine that run on any device."""
 
 import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -13,6 +18,8 @@ from benchmarks.gpu_case import Case
 from benchmarks.gpu_device import device
 from benchmarks.gpu_parts import Cell, Part
 from benchmarks.gpu_shapes import Peaks
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TITLE = "Correctness"
 COLUMNS = [
@@ -43,6 +50,12 @@ REUSE = (
     "dc_llada-tiny_p40g32b8_kp50_kr7_r025", "dy_llada-tiny_p40g32b8_tau0.995_f4",
     "dc_llada-calm_p40g32b8_kp8_kr4_r025", "dy_llada-calm_p40g32b8_tau0.99_f4",
 )  # fmt: skip
+#: what holds on any device: recorded runs of decodings and of models that know blocks, batches and requests alone
+TESTS = (
+    "kernels/test_on_cuda.py", "engine/test_block_causal.py", "engine/test_llada_moe.py", "engine/test_rules_golden.py",
+    "engine/test_golden.py", "engine/test_shadow.py", "engine/test_reuse_golden.py", "engine/test_extent.py",
+    "engine/test_drafts.py",
+)  # fmt: skip
 POLICIES = ("none", "fast_dllm/prefix", "fast_dllm/dual", "dllm_cache", "dyllm")
 
 
@@ -59,6 +72,11 @@ class Golden:
 @dataclass(frozen=True)
 class GoldenReuse:
     run: str
+
+
+@dataclass(frozen=True)
+class Tests:
+    file: str  # under tests/
 
 
 @dataclass(frozen=True)
@@ -202,11 +220,33 @@ def graphs(wanted: Graphs) -> dict:
     return {"kind": "graphs", "what": wanted.checkpoint, "by": wanted.dtype} | compare(names, *both)
 
 
-MEASURED: dict[type, Callable] = {Kernel: kernel, Golden: golden, GoldenReuse: golden_reuse, Graphs: graphs}
+def tests(wanted: Tests) -> dict:
+    """In a process of their own, which ends with their engines."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report_file:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report_file.name}"]
+        subprocess.run([*command, f"tests/{wanted.file}"], cwd=ROOT, capture_output=True)
+        found = outcomes(Path(report_file.name).read_text())
+    wrong = [name for name, right in found.items() if not right]
+    row = {"kind": "tests", "what": wanted.file, "by": "float32", "cases": len(found)}
+    return row | {"right": len(found) - len(wrong), "first": wrong[0] if wrong else None}
+
+
+def outcomes(junit: str) -> dict[str, bool]:
+    """Tests of a report that ran, and whether they passed"""
+    cases = ElementTree.fromstring(junit).iter("testcase")
+    return {
+        case.attrib["name"]: case.find("failure") is None and case.find("error") is None
+        for case in cases if case.find("skipped") is None
+    }  # fmt: skip
+
+
+MEASURED: dict[type, Callable] = {
+    Kernel: kernel, Golden: golden, GoldenReuse: golden_reuse, Graphs: graphs, Tests: tests,
+}  # fmt: skip
 
 
 def finished(rows: list[dict]) -> list[dict]:
-    kinds = ["kernel", "recorded runs", "graphs"]
+    kinds = ["kernel", "recorded runs", "graphs", "tests"]
     return sorted(rows, key=lambda row: kinds.index(row["kind"]) if row.get("kind") in kinds else len(kinds))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks import gpu_cases
-from benchmarks.gpu_correctness import REUSE, Golden, GoldenReuse, Graphs, Kernel
+from benchmarks.gpu_correctness import REUSE, TESTS, Golden, GoldenReuse, Graphs, Kernel, Tests
 from benchmarks.gpu_denoising import Canvases
 from benchmarks.gpu_denoising import Engine as Denoising
 from benchmarks.gpu_kernels import Place
@@ -40,6 +40,7 @@ def plan(compiling: str = "vLLM's default") -> list[Part]:
             Cell(f"{name} {dtype}", 0.3, Graphs(name, dtype))
             for dtype in ("float32", "bfloat16") for name in ("llada-tiny", "dream-tiny")
         )),
+        Part("correctness", "tests", 0.1, tuple(Cell(f"tests {file}", 1.0, Tests(file)) for file in TESTS)),
         denoising("llada-8b", "eager", [
             replace(cell, name=f"{cell.name} eager") for cell in llada
             if cell.what.prompt == 1024 and cell.what.requests in (1, 32) and cell.what.policy == "fast_dllm/dual"

@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def start_engine(checkpoint: str, **kwargs):
+    import torch
     from vllm import LLM
 
     settings = {
@@ -34,6 +35,8 @@ def start_engine(checkpoint: str, **kwargs):
         "max_num_seqs": 64,
         "disable_log_stats": True,
     }
+    if torch.cuda.is_available():  # beside others: what vLLM asks to be free when it starts
+        settings["gpu_memory_utilization"] = 0.05
     path = GOLDEN / "checkpoints" / checkpoint
     settings["skip_tokenizer_init"] = not (path / "tokenizer_config.json").exists()
     return LLM(str(path), **(settings | kwargs))

@@ -26,11 +26,12 @@ ENTRIES = 1024
 @triton.jit
 def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr, BATCH_PAD: tl.constexpr):
     """Which request a tile of rows belongs to, and the tile's number there. The tiles of request b begin at
-    b + q_starts[b] * GROUP // ROWS: room for the rows of each, at most one tile too many, and no look at lengths."""
+    b + q_starts[b] * GROUP // ROWS: room for the rows of each, at most one tile too many, and no look at lengths.
+    Tiles before the first request's are nobody's: they get a number below 0."""
     b = tl.arange(0, BATCH_PAD)
     starts = tl.load(q_starts + b, mask=b < batch, other=0).to(tl.int32)
     begun = (b < batch) & (b + starts * GROUP // ROWS <= tile)
-    request = tl.sum(begun.to(tl.int32), 0) - 1
+    request = tl.maximum(tl.sum(begun.to(tl.int32), 0) - 1, 0)
     first = tl.load(q_starts + request).to(tl.int32)
     return request, first, tile - request - first * GROUP // ROWS
 
@@ -100,7 +101,7 @@ def _attend_kernel(
     queries = tl.load(q_ends + b).to(tl.int32) - first
     row = tile * ROWS + tl.arange(0, ROWS)
     present = row < queries * GROUP
-    if tile * ROWS >= queries * GROUP:
+    if (tile < 0) | (tile * ROWS >= queries * GROUP):
         return
     length = tl.load(kv_lens + b).to(tl.int32)
     table += b.to(tl.int64) * stride_table

@@ -245,7 +245,7 @@ def test_experts_of_each_row(engines):
     runner = runner_of(llm)
     rows = torch.randn(23, 128, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), runner.forwards():
-        got = runner.model.model.layers[2].feed_forward(rows.clone())
+        got = runner.model.model.layers[2].feed_forward(rows.to(runner.device, copy=True)).cpu()
 
     def expert(name: str, row: torch.Tensor) -> torch.Tensor:
         gate, up, down = (weights[f"{prefix}.{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
@@ -312,7 +312,7 @@ def test_sdar_with_experts(engines, tmp_path_factory):
     llm, prefix = engines(str(folder)), "model.layers.1.mlp"
     runner, rows = runner_of(llm), torch.randn(11, 128, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), runner.forwards():
-        got = runner.model.model.layers[1].feed_forward(rows.clone())
+        got = runner.model.model.layers[1].feed_forward(rows.to(runner.device, copy=True)).cpu()
     for row, mine in zip(rows.double(), got, strict=True):
         prob = (weights[f"{prefix}.gate.weight"] @ row).softmax(0)
         best, wanted = prob.argsort(descending=True)[:3].tolist(), torch.zeros(128, dtype=torch.float64)

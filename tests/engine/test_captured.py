@@ -11,12 +11,16 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.conftest import GOLDEN
 from tests.engine.running import Counted, runner_of, tokens
+from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.engine import canvas_attention
 from vllm_dlm.engine.captured import ROWS, CapturedSteps, bucket_of, repeated
 from vllm_dlm.engine.forward import denoise_live
+from vllm_dlm.engine.warm_up import warm_up
+from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
 
@@ -104,6 +108,36 @@ def test_replayed_steps_are_the_steps(engines, capturing, checkpoint, reuse):
     assert sum(bucket in captured.steps for bucket in captured.met) > len(captured.met) / 3
     if reuse in ("fast_dllm", "dllm_cache"):  # others count rows that ride along
         assert counted.total("pairs") == plain.total("pairs") and counted.total("keys_read") == plain.total("keys_read")
+
+
+def test_blocks_are_replayed(engines, capturing):
+    """Where a finished block's rows ride along, and where they do not."""
+    for checkpoint in ("sdar-tiny", "llada2-tiny"):
+        llm = engines(checkpoint)
+        given = list(blocks(12, 24))
+        wanted = tokens(llm, given)
+        captured = capturing(llm)
+        for cache in runner_of(llm).kv_caches:
+            cache.fill_(torch.nan)
+        assert tokens(llm, given) == wanted
+        assert sum(bucket in captured.steps for bucket in captured.met) > len(captured.met) / 3
+
+
+@pytest.mark.parametrize("checkpoint", sorted(path.name for path in (GOLDEN / "checkpoints").iterdir()))
+def test_steps_of_a_server_are_captured_when_it_starts(engines, capturing, checkpoint):
+    llm = engines(
+        checkpoint, additional_config={"dlm": {"reuse": {"name": "fast_dllm"}}} if bidirectional(checkpoint) else {}
+    )
+    captured, runner = capturing(llm), runner_of(llm)
+    with torch.inference_mode():
+        warm_up(
+            captured.denoiser, resolved_options(runner.vllm_config), runner.model_config.hf_config, runner.max_model_len
+        )
+    assert len(captured.steps) > 5
+
+
+def bidirectional(checkpoint: str) -> bool:
+    return not checkpoint.startswith(("sdar", "llada2"))
 
 
 def is_whole(run: dict) -> bool:

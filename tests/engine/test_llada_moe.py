@@ -54,7 +54,7 @@ def test_experts_of_each_row(llm):
     runner, prefix = runner_of(llm), "model.layers.2.mlp"
     rows = torch.randn(23, 128, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), runner.forwards():
-        got = runner.model.model.layers[2].feed_forward(rows.clone())
+        got = runner.model.model.layers[2].feed_forward(rows.to(runner.device, copy=True)).cpu()
     for row, mine in zip(rows.double(), got, strict=True):
         prob = (weights[f"{prefix}.gate.weight"] @ row).softmax(0)
         wanted = torch.zeros(128, dtype=torch.float64)

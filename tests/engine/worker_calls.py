@@ -22,7 +22,7 @@ def states_of(worker, canvases: list[list[int]]) -> list[tuple[torch.Tensor, tor
     assert torch.equal(hidden, states[-1])  # all rows are those of the head
     states[-1] = model.model.norm(hidden)
     logits = model.compute_logits(hidden)
-    return list(zip(torch.stack(states).split(lengths, 1), logits.split(lengths), strict=True))
+    return list(zip(torch.stack(states).cpu().split(lengths, 1), logits.cpu().split(lengths), strict=True))
 
 
 def open_requests(worker) -> int:

@@ -1,5 +1,6 @@
 """Kernels as they are called on a GPU, run by Triton's interpreter, whose rounding is mended. Memory that a launcher
-allocates holds garbage. Case files import this module's fixtures (`from … import *`)."""
+allocates holds garbage, and whatever is read or written must lie in a tensor that the kernel was given. Case files
+import this module's fixtures (`from … import *`)."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from triton.runtime import interpreter
 
 from vllm_dlm.kernels import operators
 
-__all__ = ["bfloat16_is_rounded", "garbage", "operators_take_tensors_of_the_cpu"]
+__all__ = ["bfloat16_is_rounded", "garbage", "operators_take_tensors_of_the_cpu", "within_bounds"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,3 +46,49 @@ def bfloat16_is_rounded(monkeypatch):
         return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture(autouse=True)
+def within_bounds(monkeypatch):
+    """On a GPU what lies beside a tensor is some other one: reading it goes unnoticed, until it does not."""
+    given: list[tuple[int, int]] = []  # first byte of each tensor, and the one behind its last
+    on_host, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
+    load, store, change = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+
+    def noted(self, args, kwargs):
+        made = on_host(self, args, kwargs)
+        given[:] = [extent(one) for one in (*made[0], *made[1].values()) if isinstance(one, torch.Tensor)]
+        return made
+
+    def check(pointers, mask):
+        size = pointers.dtype.element_ty.primitive_bitwidth // 8
+        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+        inside = np.zeros(addresses.shape, bool)
+        for first, end in given:
+            inside |= (addresses >= first) & (addresses + size <= end)
+        assert inside.all(), "an address outside all tensors that the kernel was given"
+
+    def checked_load(self, pointers, mask, *rest, **options):
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **options)
+
+    def checked_store(self, pointers, value, mask, *rest, **options):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **options)
+
+    def checked_change(self, operation, pointers, value, mask, *rest, **options):
+        check(pointers, mask)
+        return change(self, operation, pointers, value, mask, *rest, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", noted)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    monkeypatch.setattr(builder, "create_atomic_rmw", checked_change)
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    first = tensor.data_ptr()
+    if not tensor.numel():
+        return first, first
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()

@@ -156,6 +156,18 @@ def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
+def test_tiles_before_the_first_request():
+    """As behind a prompt whose rows are recomputed, too"""
+    batch, starts, ends = ragged(skipped=(70, 3, 1), page_size=4, per_block=8)
+    own = torch.full_like(batch.q, 7.0)
+    where, arguments = (starts, batch.pages, blocks_of(batch, 8)), (batch.kv_lens, 4, 0.3, False, ends, 8)
+    chosen = choose(batch, 24)
+    want = naive_attention.sparse_attention(batch.q, *where, chosen, *arguments, own.clone())
+    for put in DEVICES:
+        got = sparse_attention(put(batch.q), *where, chosen, *arguments, own.clone())
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("processors", [1, 1000])
 def test_moved_values(processors, monkeypatch):
     monkeypatch.setattr(attention, "KEYS", 16)

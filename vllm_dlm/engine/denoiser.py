@@ -156,10 +156,20 @@ class Denoiser:
         request.guide_rows, request.rows = (rows, request.rows) if reader.guides else (request.guide_rows, rows)
 
     def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
-        # Replayed first, since shadows, which are launched, read what their canvases have in their blocks.
-        replayed = [] if prepared.filled is None else [prepared.filled.run(counts)]
+        def replayed() -> list[torch.Tensor]:
+            return [] if prepared.filled is None else [prepared.filled.run(counts)]
+
+        def launched() -> list[torch.Tensor]:
+            return [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
+
         counts.head_rows += prepared.replayed_heads
-        hidden = [denoise(self.model, part, self.blocks, counts) for part in prepared.packed] + replayed
+        # What is launched are shadows, which read what their canvases have in their blocks, or refreshes, and a first
+        # block, which is read by those behind it.
+        if any(group.hole is not None for part in prepared.packed for group in part.groups):
+            last = replayed()
+            hidden = launched() + last
+        else:
+            hidden = launched() + replayed()
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:

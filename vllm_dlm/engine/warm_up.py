@@ -52,7 +52,8 @@ def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failure
     for step in range(STEPS if len(states) > 1 else RESPONSE):
         if step == STEPS and captures and denoiser.captured is not None:  # between refreshes by now
             (state,) = states
-            denoiser.captured.capture_all(denoiser.readers(state, tables[state.req_id])[0].stream)
+            with denoiser.forwards():
+                denoiser.captured.capture_all(denoiser.readers(state, tables[state.req_id])[0].stream)
         if failed or not all(len(state.canvas.candidates()) for state in states):
             break
         for request in denoiser.step(states, tables, Counts(), failed):

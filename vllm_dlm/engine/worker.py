@@ -16,9 +16,14 @@ from vllm_dlm.engine.runner import DenoisingRunner
 
 logger = init_logger(f"vllm.{__name__}")
 
+#: vLLM's kernels of experts leave the precision of float32 products to Triton, which cuts operands down to ten bits:
+#: a model in float32 would choose other tokens than the references.
+FLOAT32 = "TRITON_F32_DEFAULT", "ieee"
+
 
 class DiffusionGPUWorker(Worker):
     def __init__(self, *args, **kwargs):
+        os.environ.setdefault(*FLOAT32)  # read when a kernel is compiled
         super().__init__(*args, **kwargs)
         self.use_v2_model_runner = False
 

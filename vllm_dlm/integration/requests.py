@@ -117,9 +117,10 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
 def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
     """The prompt as the model gets it"""
     ids = prompt_ids(ids, text, options.infill, processor)
-    if options.attention != "full" and processor.model_config.hf_config.mask_token_id in ids:
-        field = "dlm_infill" if options.infill else "prompt"
-        refuse(field, options.infill, "this model reads a prompt block by block and cannot fill masks in it")
+    mask_id = processor.model_config.hf_config.mask_token_id
+    if options.attention != "full" and mask_id in ids:
+        field, value = ("dlm_infill", True) if options.infill else ("prompt", f"the mask, token {mask_id},")
+        refuse(field, value, "this model reads a prompt block by block and cannot fill masks in it")
     return ids
 
 
