@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import load, report, speed_rules
+from benchmarks import load, report, speed_blocks, speed_rules
 from benchmarks.checkpoints import SHAPES, Shape, checkpoint
 from benchmarks.speed_table import (
     BASELINE,
@@ -67,6 +67,11 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--rules", action="store_true", help="several tokens a step, windows and drafts on the demo checkpoint, instead"
     )
+    parser.add_argument(
+        "--block-models",
+        action="store_true",
+        help="LLaDA2's and SDAR's proportions beside their published loops, instead",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds on a toy shape")
     parser.add_argument("--title", default="Speed of one-token-per-step denoising")
     parser.add_argument("--name", help="of the result files; default speed-POLICIES")
@@ -77,6 +82,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     if args.rules:
         return run_rules(args)
+    if args.block_models:
+        return run_block_models(args)
     policies = [Policy.parse(text) for text in args.policy or ["none"]]
     shapes = [SHAPES[name] for name in args.shapes or (["smoke"] if args.quick else list(SHAPES)[:2])]
     if args.new % BLOCK:
@@ -108,6 +115,28 @@ def run_rules(args) -> None:
     )  # fmt: skip
     result.print()
     for path in result.write(args.results, speed_rules.plot):
+        print(path)
+
+
+def run_block_models(args) -> None:
+    around, rows = load.settle(args.busy or args.quick, args.patience), []
+    shapes = speed_blocks.TOYS if args.quick else speed_blocks.SHAPES
+    for shape in shapes:
+        measured = speed_blocks.measured(shape, args.threads, 1 if args.quick else args.repetitions)
+        while True:
+            with around.watch() as watch:
+                row = next(measured, None)
+            if row is None:
+                break
+            rows.append(row | watch.beside)
+            print(row, flush=True)
+    result = report.Report(
+        args.name or "speed-blocks", speed_blocks.TITLE,
+        speed_blocks.settings(shapes) | report.surroundings(args.threads, around),
+        speed_blocks.COLUMNS, speed_blocks.NOTES, rows,
+    )  # fmt: skip
+    result.print()
+    for path in result.write(args.results, speed_blocks.plot):
         print(path)
 
 
