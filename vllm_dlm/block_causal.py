@@ -28,13 +28,15 @@ class BlockCausal(Reuse):
 
     width: int = 0  # of a block
 
-    def written(self, at: Progress) -> int:
+    def final(self, at: Progress) -> int:
         """Of the block that is being filled nothing, until it is finished."""
-        final = at.block[0] // self.width * self.width
-        return min(final, at.written + max(CHUNK // self.width, 1) * self.width)
+        return at.block[0] // self.width * self.width
+
+    def written(self, at: Progress) -> int:
+        return min(self.final(at), at.written + max(CHUNK // self.width, 1) * self.width)
 
     def reads(self, at: Progress) -> bool:
-        return self.written(at) == at.block[0] // self.width * self.width
+        return self.written(at) == self.final(at)
 
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))

@@ -54,6 +54,7 @@ def check(pair: Pair, batch: Batch, known: dict[str, tuple]) -> Ran:
 
 def run(llm, batch: Batch, model) -> Ran:
     engine, scheduler, ran = llm.llm_engine, core_of(llm).scheduler, Ran()
+    scheduler.reset_prefix_cache()
     for cache in runner_of(llm).kv_caches:
         cache.fill_(torch.nan)  # whoever reads what it did not write is found out
     last = max(entry.arrives for entry in batch.entries)

@@ -114,6 +114,10 @@ class Reuse:
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(0, at.length))
 
+    def final(self, at: Progress) -> int:
+        """Keys and values of so many positions from the start no later token changes, whether they are there or not."""
+        return 0
+
     def written(self, at: Progress) -> int:
         """So many positions from the start have keys and values, after this step, that no later token changes."""
         return 0

@@ -3,12 +3,11 @@
 import random
 from itertools import product
 
-import torch
 from vllm import SamplingParams
 
 from benchmarks.soak.requests import SMALL
 from tests.engine.batches import with_presets
-from tests.engine.running import core_of, free_blocks, runner_of, tokens
+from tests.engine.running import core_of, free_blocks, poison, tokens
 from vllm_dlm.methods import methods
 
 
@@ -44,8 +43,7 @@ def assert_tokens_are_those_alone(llm, given) -> None:
     """Whoever shares the batch, in either order; and caches of freed requests leak into nobody (all memory is NaN)."""
     together = tokens(llm, given)
     assert tokens(llm, given[::-3]) == together[::-3]  # the other way round, among others
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(torch.nan)
+    poison(llm)
     for request, want in zip(given, together, strict=True):
         assert tokens(llm, [request]) == [want], request[1].extra_args
     assert free_blocks(core_of(llm)) == core_of(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1

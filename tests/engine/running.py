@@ -1,5 +1,7 @@
 """Engines in this process: their tokens, their parts, and observers of their steps."""
 
+import torch
+
 from vllm_dlm.engine.denoiser import Observer
 
 
@@ -19,6 +21,13 @@ def runner_of(llm):
 
 def free_blocks(core) -> int:
     return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def poison(llm) -> None:
+    """All memory is NaN and known for nothing: whoever reads what it did not write is found out."""
+    assert core_of(llm).scheduler.reset_prefix_cache()
+    for cache in runner_of(llm).kv_caches:
+        cache.fill_(torch.nan)
 
 
 class Watching(Observer):

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
 from tests.engine.matrix import assert_tokens_are_those_alone
-from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
+from tests.engine.running import Watching, core_of, free_blocks, poison, runner_of, tokens
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
@@ -150,8 +150,7 @@ def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     with Rows(llm) as whole:
         wanted = tokens(llm, given)
     monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", chunk)
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(torch.nan)
+    poison(llm)
     with Rows(llm) as parts:
         assert tokens(llm, given) == wanted
     widest = max(params.extra_args["dlm_block_length"] for _, params in given)

@@ -48,6 +48,23 @@ def test_features_that_are_switched_on_in_vain(parse, field):
         assert config.cache_config.enable_prefix_caching is False and config.scheduler_config.async_scheduling is False
 
 
+@pytest.mark.parametrize("checkpoint, width", [("sdar-tiny", 4), ("llada2-tiny", 32)])
+def test_prefix_caching_of_models_that_know_blocks(checkpoint, width):
+    """On unless it is switched off, where the hash of a block tells all that its keys depend on."""
+
+    def cached(**given):
+        path = str(GOLDEN / "checkpoints" / checkpoint)
+        made = AsyncEngineArgs(model=path, skip_tokenizer_init=True, max_model_len=512, **given).create_engine_config()
+        return made.cache_config.enable_prefix_caching
+
+    wide = {"additional_config": {"dlm": {"decoding": {"block_length": 24}}}}
+    assert cached() and cached(enable_prefix_caching=True) and cached(block_size=width)
+    assert not cached(enable_prefix_caching=False)
+    assert not cached(**wide) and cached(block_size=48, **wide)
+    with pytest.raises(ValueError, match="enable_prefix_caching: not possible where block_size, 128, is no multiple"):
+        cached(enable_prefix_caching=True, **wide)
+
+
 # -- the dlm object --------------------------------------------------------------------------
 
 #: what the message names -> the object

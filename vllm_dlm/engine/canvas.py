@@ -161,6 +161,11 @@ class Canvas:
 
     # -- the clock moves -------------------------------------------------------------------
 
+    def begin_behind(self, written: int) -> None:
+        """So many positions have keys and values that stay, before a step has been made."""
+        self.written = written
+        self._moved()
+
     def _moved(self) -> None:
         for name in ("progress", "plan", "rows"):
             self.__dict__.pop(name, None)

@@ -33,6 +33,7 @@ from vllm_dlm.engine.head import Head, HeadRequest, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.warm_up import warm_up
+from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
@@ -85,7 +86,8 @@ class DenoisingRunner:
             num_kv_heads=config.num_key_value_heads // get_tensor_model_parallel_world_size(),
             head_size=config.head_dim,
             dtype=self.model_config.dtype,
-            non_causal=True,
+            # a prompt's keys depend on what comes behind it: vLLM caches no prefixes
+            non_causal=FAMILIES[self.model_config.architecture].attention == "full",
         )
         return {f"model.layers.{i}.self_attn": spec for i in range(config.num_hidden_layers)}
 

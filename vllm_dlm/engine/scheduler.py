@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -22,6 +23,7 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
+from vllm_dlm.engine.prefixes import Prefixes
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
@@ -53,6 +55,7 @@ class DenoisingScheduler(Scheduler):
         self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
         self.kv_cache_manager.max_model_len = 1 << 40
+        self.prefixes = Prefixes(self.kv_cache_manager, self.shape.block_size)
 
     def schedule(self, throttle_prefills: bool = False) -> DenoisingSchedule:
         self.current_step += 1
@@ -161,7 +164,7 @@ class DenoisingScheduler(Scheduler):
                 return False
         if missing > 0:
             tokens = needed * self.shape.block_size - request.num_computed_tokens
-            blocks = manager.allocate_slots(request, tokens)
+            blocks = manager.allocate_slots(request, tokens, delay_cache_blocks=True)
             assert blocks is not None, "free blocks were counted before"
             self.more_blocks[name] = blocks.get_block_ids()
         return True
@@ -186,26 +189,29 @@ class DenoisingScheduler(Scheduler):
         while len(self.running) < self.max_num_active_reqs:
             if (found := self._next_waiting()) is None:
                 break
-            request, canvas = found
+            request, canvas, shared = found
             if not self._fits(canvas, rows):
                 break
-            self._allocate(request, canvas)
+            self._allocate(request, canvas, shared)
+            self.prefixes.admitted(request, canvas)
             self._leave_queue(request)
             self.running.append(request)
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, now)
             if request.prefill_stats is not None and request.num_preemptions == 0:
                 request.prefill_stats.set(
-                    num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
-                )
+                    num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=canvas.written,
+                    num_external_cached_tokens=0,
+                )  # fmt: skip
             request.status = RequestStatus.RUNNING
             rows[request.request_id] = canvas.weight
             self.refreshed[request.request_id] += canvas.plan.refresh
             admitted.append(request)
         return admitted
 
-    def _next_waiting(self) -> tuple[Request, Canvas] | None:
-        """The first in line; while there is no memory for that one, the first behind it for which there is.
+    def _next_waiting(self) -> tuple[Request, Canvas, KVCacheBlocks] | None:
+        """The first in line, and what the prefix cache has of it; while there is no memory for that one, the first
+        behind it for which there is.
 
         Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so
         it runs when those that run now have ended at the latest, and holds others back no longer than that.
@@ -214,8 +220,9 @@ class DenoisingScheduler(Scheduler):
             with self.failed.of(request.request_id):
                 canvas = self._canvas(request)
                 self._check_size(canvas)
-                if self._has_memory(canvas) and canvas.plan:
-                    return request, canvas
+                shared = self.prefixes.find(request, canvas)
+                if self._has_memory(canvas, shared) and canvas.plan:
+                    return request, canvas, shared
                 if self.overtaken[request.request_id] >= OVERTAKES:
                     break
         return None
@@ -239,14 +246,19 @@ class DenoisingScheduler(Scheduler):
         if needed > there:
             raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, and this replica has {there}")
 
-    def _has_memory(self, canvas: Canvas) -> bool:
+    def _has_memory(self, canvas: Canvas, shared: KVCacheBlocks) -> bool:
         manager = self.kv_cache_manager
         kept_free = manager.watermark_blocks if self.running else 0
-        return self._blocks(canvas) + kept_free <= manager.block_pool.get_num_free_blocks()
+        # Blocks that the prefix cache has and nobody holds are among the free ones.
+        held = sum(block.ref_cnt > 0 for group in shared.blocks for block in group)
+        return self._blocks(canvas) - held + kept_free <= manager.block_pool.get_num_free_blocks()
 
-    def _allocate(self, request: Request, canvas: Canvas) -> None:
+    def _allocate(self, request: Request, canvas: Canvas, shared: KVCacheBlocks) -> None:
         tokens = self._blocks(canvas) * self.shape.block_size
-        blocks = self.kv_cache_manager.allocate_slots(request, tokens, has_scheduled_reqs=bool(self.running))
+        blocks = self.kv_cache_manager.allocate_slots(
+            request, tokens - canvas.written, canvas.written, shared, delay_cache_blocks=True,
+            has_scheduled_reqs=bool(self.running),
+        )  # fmt: skip
         assert blocks is not None, "free blocks were counted before"
 
     def _canvas(self, request: Request) -> Canvas:
@@ -275,7 +287,10 @@ class DenoisingScheduler(Scheduler):
                 self._count(canvas)
                 floor = canvas.options.decoding.threshold_floor
                 self.counts.lowered_steps += floor is not None and scheduler_output.pressure > 0
+                written = canvas.written
                 canvas.apply(commits[request_id])
+                if canvas.written > written:
+                    self.prefixes.keep(self.requests[request_id], canvas)
         if (counts := getattr(model_runner_output, "counts", None)) is not None:
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
@@ -303,6 +318,8 @@ class DenoisingScheduler(Scheduler):
         """Requests that cannot go on, here or in the worker: their clients are told, everybody else's go on."""
         failed = self.failed | getattr(model_runner_output, "failed", {})
         self.failed.clear()
+        for request_id in failed:
+            self.prefixes.forget(request_id)
         ended = self.finish_requests(failed, RequestStatus.FINISHED_ERROR) if failed else []
         for request in ended:
             logger.error("Request %s ends with an error: %s", request.request_id, failed[request.request_id])

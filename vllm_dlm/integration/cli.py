@@ -49,7 +49,7 @@ def from_cli_args(make):
 def set_defaults(set_theirs):
     def set_defaults_with_dlm(self, model_config):
         if is_diffusion_lm(model_config):
-            refuse_switched_on(self)
+            refuse_switched_on(self, model_config)
         return set_theirs(self, model_config)
 
     return set_defaults_with_dlm
@@ -58,16 +58,18 @@ def set_defaults(set_theirs):
 #: engine argument -> why a canvas cannot have it
 SWITCHED_OFF = {
     "enable_prefix_caching": "the keys of a prompt depend on its response, so no other request can share them",
-    "enable_chunked_prefill": "every step reads the whole canvas",
+    "enable_chunked_prefill": "how much of a canvas a step reads its plan says",
     "async_scheduling": "a step needs the tokens of the one before",
 }
 
 
-def refuse_switched_on(engine_args) -> None:
+def refuse_switched_on(engine_args, model_config) -> None:
     # vLLM writes its defaults into the same object, which may be asked for a configuration again.
     asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
     for name, why in SWITCHED_OFF.items():
-        if asked[name]:
+        if name == "enable_prefix_caching" and FAMILIES[model_config.architecture].attention == "block_causal":
+            model_config.dlm_prefixes_wanted = bool(asked[name])  # see DiffusionConfigHook
+        elif asked[name]:
             raise ValueError(f"{name}: not possible with masked-diffusion language models, {why}; start without it")
 
 

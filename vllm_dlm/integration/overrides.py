@@ -39,7 +39,10 @@ BUILT_ON = (
 ASKED = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "new_step_starts", "allocate_slots", "get_blocks", "block_pool", "watermark_blocks", "max_model_len",
+        "enable_caching", "prefix_cache_lookup_enabled", "record_prefix_cache_stats", "cache_blocks", "evict_blocks",
+        "empty_kv_cache_blocks", "create_kv_cache_blocks", "get_block_ids", "coordinator",
     ),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": ("find_longest_cache_hit",),
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks": ("get_block_ids",),
     "vllm.v1.core.block_pool:BlockPool": ("get_num_free_blocks", "num_gpu_blocks"),
     "vllm.v1.core.sched.output:NewRequestData": ("from_request",),
@@ -90,6 +93,7 @@ READ = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": "supports_kv_cache_update_bypass, see page_sparse",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.supports_kv_cache_update_bypass": "new, set to False",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "other backends",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "num_hash_lookahead_tokens, of drafts; vLLM's scheduler makes it",
     "vllm.v1.core.sched.output:SchedulerOutput": "two fields with defaults, of encoders and of drafts",
     "vllm.v1.engine:EngineCoreOutput": "error, of requests that never ran; ours end with finish_reason and stop_reason",
     "vllm.v1.worker.cpu_worker:CPUWorker asks its model_runner for": "eplb, of model runner V2 alone",

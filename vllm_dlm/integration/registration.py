@@ -117,11 +117,11 @@ class DiffusionConfigHook:
             vllm_config.parallel_config.worker_cls = WORKERS[device]
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = "vllm_dlm.engine.scheduler.DenoisingScheduler"
-        # Every canvas is recomputed whole and its length is known from the start: nothing to chunk, no
-        # prefix to share (a prompt's keys depend on the response), and the next step needs this one's tokens.
+        # How much of a prompt is read in a step the plan of its canvas says, and the next step needs this one's tokens.
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False
-        vllm_config.cache_config.enable_prefix_caching = False
+        if not shares_prefixes(vllm_config, options):
+            vllm_config.cache_config.enable_prefix_caching = False
         longest = model.max_model_len if family.attention == "full" else min(model.max_model_len, 2 * CHUNK)
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, longest)
         vllm_config.compilation_config.mode = CompilationMode.NONE
@@ -133,6 +133,20 @@ class DiffusionConfigHook:
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
         model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows  # see canvas.py
+
+
+def shares_prefixes(vllm_config, options) -> bool:
+    """A block of the KV cache can be told by the text up to its end if no canvas block reaches beyond that."""
+    if options.attention == "full":
+        return False  # see cli.py
+    size, width = vllm_config.cache_config.block_size, options.decoding.block_length
+    whole = size % width == 0
+    if not whole and getattr(vllm_config.model_config, "dlm_prefixes_wanted", False):
+        raise ValueError(
+            f"enable_prefix_caching: not possible where block_size, {size}, is no multiple of a canvas block's "
+            f"{width} positions; start without it"
+        )
+    return whole
 
 
 def set_block_size(cache_config, selection) -> None:

@@ -102,6 +102,9 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if no_max_tokens:
         params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
     check(params, options, len(request.prompt_token_ids), processor)
+    if options.attention != "full":
+        usual = server_options_of(processor).decoding.block_length
+        request.cache_salt = salt(request.cache_salt, options.decoding.block_length, usual)
 
     config = processor.model_config
     eot = getattr(config.hf_config, "eot_token_id", None)
@@ -112,6 +115,15 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     params.top_k = min(params.top_k, config.get_vocab_size())
     if params.seed is not None:
         params.seed %= 1 << 63
+
+
+def salt(given: str | None, width: int, usual: int) -> str | None:
+    """Of the hashes under which the prefix cache knows a request's blocks: keys depend on how wide canvas blocks are.
+    No two pairs of `given` and `width` have the same, and where
+    there is nothing to tell the hashes are vLLM's plain ones."""
+    if given is None:
+        return None if width == usual else str(width)
+    return f"{width} {given}"
 
 
 def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
