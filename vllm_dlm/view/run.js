@@ -1,0 +1,126 @@
+// A run is what was asked and the frames that came; what is on the screen is computed from these and a moment.
+
+function newRun(name, asked) {
+  return { name, asked, begin: null, frames: [], end: null, failed: null };
+}
+
+/** One frame of the stream; it may begin, go on and end a run at once. */
+function take(run, frame) {
+  if (frame.choice) return; // the first of several answers to one request
+  if (frame.begin) run.begin = frame.begin;
+  if (typeof frame.step === "number") run.frames.push(frame);
+  if (frame.end) run.end = frame.end;
+}
+
+function isOver(run) {
+  return Boolean(run.end || run.failed);
+}
+
+function lastStep(run) {
+  return run.frames.length ? run.frames.at(-1).step : 0;
+}
+
+/** Steps that axes and colours make room for: more than there are while a run goes on, so that they seldom change. */
+function stepsShown(runs) {
+  const steps = Math.max(1, ...runs.map(lastStep));
+  return runs.every(isOver) ? steps : Math.max(8, 2 ** Math.ceil(Math.log2(steps)));
+}
+
+/** The moments a replay stops at, first to last: `at` in steps or milliseconds, and how many frames of each run. */
+function stopsOf(runs, unit) {
+  const times = runs.map((run) => {
+    let sum = 0;
+    return run.frames.map((frame) => (unit === "step" ? frame.step : (sum += frame.ms || 0)));
+  });
+  const stops = [{ at: 0, counts: runs.map(() => 0) }];
+  for (const at of [...new Set(times.flat())].sort((one, other) => one - other)) {
+    const counts = [...stops.at(-1).counts];
+    times.forEach((own, index) => {
+      while (counts[index] < own.length && own[counts[index]] <= at) counts[index] += 1;
+    });
+    stops.push({ at, counts });
+  }
+  return stops;
+}
+
+/** Positions of the prompt that were masks: those that any frame speaks of. */
+function holesOf(run) {
+  const found = new Set();
+  for (const frame of run.frames) {
+    for (const [position] of [...(frame.guesses || []), ...(frame.set || [])]) if (position < 0) found.add(position);
+  }
+  return found;
+}
+
+/** Cells of the canvas after `count` frames. Those of the prompt come first if it has holes to fill. */
+function cellsAt(run, count) {
+  const { canvas = 0, prompt, given } = run.begin;
+  const holes = holesOf(run);
+  const before = prompt && holes.size ? prompt.length : 0;
+  const cells = Array.from({ length: before + canvas }, (_, index) => ({ position: index - before, kind: "mask" }));
+  const cell = (position) => cells[position + before];
+  for (let index = 0; index < before; index += 1) {
+    if (!holes.has(index - before)) Object.assign(cells[index], { kind: "given", text: [prompt[index]].flat()[0] });
+  }
+  for (const [position, , text] of given || []) {
+    if (cell(position)) Object.assign(cell(position), { kind: "given", text });
+  }
+  for (const frame of run.frames.slice(0, count)) {
+    for (const event of eventsOf(frame)) {
+      if (cell(event.position)) happen(cell(event.position), event);
+    }
+    for (const [position, text, probability, alternatives] of frame.guesses || []) {
+      if (cell(position)) cell(position).guess = { text, probability, alternatives: alternatives || [], step: frame.step };
+    }
+  }
+  const now = count ? run.frames[count - 1].step : 0;
+  for (const one of cells) one.fresh = one.guess?.step === now;
+  return cells;
+}
+
+/** What a frame did to positions, in the order of its steps: frames may have been merged. */
+function eventsOf(frame) {
+  const events = [];
+  for (const [position, step] of frame.unset || []) events.push({ kind: "unset", position, step });
+  for (const kind of ["set", "edited"]) {
+    for (const [position, token, text, probability, step] of frame[kind] || []) {
+      events.push({ kind, position, token, text, probability, step: step ?? frame.step });
+    }
+  }
+  return events.sort((one, other) => one.step - other.step);
+}
+
+function happen(cell, event) {
+  if (event.kind === "unset") {
+    Object.assign(cell, { kind: "mask", taken: { text: cell.text, step: event.step }, edited: undefined });
+    return;
+  }
+  if (event.kind === "edited") cell.edited = { text: cell.text, step: cell.step };
+  const { token, text, probability, step } = event;
+  Object.assign(cell, { kind: "set", token, text, probability, step });
+}
+
+/** What a run had done after `count` frames: sums for the figures. */
+function sumsAt(run, count) {
+  const sums = { steps: 0, seconds: 0, recomputed: 0, dense: 0, read: 0, of: 0 };
+  for (const frame of run.frames.slice(0, count)) {
+    sums.steps = frame.step;
+    sums.seconds += (frame.ms || 0) / 1000;
+    sums.recomputed += frame.rows?.recomputed || 0;
+    sums.dense += frame.rows?.dense || 0;
+    sums.read += frame.keys?.read || 0;
+    sums.of += frame.keys?.of || 0;
+  }
+  return sums;
+}
+
+/** Positions at which two canvases hold different tokens; where one has a mask, nothing can be said yet. */
+function differing(one, other) {
+  const found = new Set();
+  const there = new Map(other.map((cell) => [cell.position, cell]));
+  for (const cell of one) {
+    const twin = there.get(cell.position);
+    if (cell.kind !== "mask" && twin && twin.kind !== "mask" && cell.text !== twin.text) found.add(cell.position);
+  }
+  return found;
+}
