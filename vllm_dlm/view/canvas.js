@@ -67,6 +67,7 @@ class CanvasView {
     const special = SPECIAL.test(text.trim());
     const names = ["cell", guess ? "guess" : cell.kind];
     if (special) names.push("special");
+    if (cell.beyond) names.push("beyond");
     if (cell.kind === "mask" && cell.taken) names.push("taken");
     if (cell.edited) names.push("edited");
     if (marked) names.push("differs");
@@ -151,6 +152,7 @@ function describe(cell) {
     if (cell.edited) said.push(`was ${quoted(cell.edited.text)} from step ${cell.edited.step}`);
   } else if (cell.fresh) said.push(`guess ${quoted(cell.guess.text)}`, place, percent(cell.guess.probability));
   else said.push("mask", place);
+  if (cell.beyond) said.push("behind the end of the answer");
   if (cell.taken) said.push(`${cell.taken.text ? `${quoted(cell.taken.text)} ` : ""}taken back in step ${cell.taken.step}`);
   return said;
 }

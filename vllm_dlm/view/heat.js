@@ -25,8 +25,8 @@ function tickDistance(length, most) {
 }
 
 class HeatView {
-  /** `kind`: "rows" or "pages" of a frame's heat; `words`: what a share of a position says. */
-  constructor(host, kind, title, words) {
+  /** `kind`: "rows" or "pages" of a frame's heat; `words`: what a share of a position says; `short`: beside the scale. */
+  constructor(host, kind, title, words, short = words) {
     this.kind = kind;
     this.words = words;
     this.host = make(host, "figure", "heat");
@@ -37,7 +37,7 @@ class HeatView {
     this.scale = make(this.host, "div", "scale", "", { "aria-hidden": "true" });
     make(this.scale, "span", "", "0 %");
     this.bar = make(this.scale, "i");
-    make(this.scale, "span", "", `100 % ${words}`);
+    make(this.scale, "span", "", `100 % ${short}`);
     this.picture.addEventListener("pointermove", (event) => this.read(event));
     this.picture.addEventListener("pointerleave", () => (this.readout.textContent = ""));
     new ResizeObserver(() => this.again()).observe(this.picture);

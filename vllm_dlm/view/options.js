@@ -97,7 +97,7 @@ function policyName(asked, begin) {
   const selection = asked.dlm_selection ?? begin?.selection;
   if (reuse && reuse !== "none") parts.push(reuse);
   if (selection && selection !== "none") parts.push(selection);
-  if (!parts.length) parts.push("every row recomputed");
+  if (!parts.length) parts.push("no reuse");
   if (asked.dlm_threshold !== undefined && asked.dlm_threshold !== "none") parts.push(`threshold ${asked.dlm_threshold}`);
   return parts.join(" + ");
 }

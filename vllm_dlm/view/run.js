@@ -75,6 +75,9 @@ function cellsAt(run, count) {
   }
   const now = count ? run.frames[count - 1].step : 0;
   for (const one of cells) one.fresh = one.guess?.step === now;
+  if (run.end && count === run.frames.length) {
+    for (const one of cells) one.beyond = one.position >= run.end.tokens;
+  }
   return cells;
 }
 

@@ -3,9 +3,12 @@
 const FIGURES = [
   ["speed", "tokens/s"],
   ["steps", "steps"],
-  ["rows", "of rows recomputed"],
-  ["keys", "of KV read"],
+  ["rows", "rows recomputed"],
+  ["keys", "KV read"],
 ];
+
+/** A prompt of more signs is shown by its beginning and its end. */
+const LONG = 240;
 
 /** A column: figures, canvas, heat maps. */
 class RunView {
@@ -29,7 +32,7 @@ class RunView {
     const heats = make(this.article, "div", "heats");
     this.heats = [
       new HeatView(heats, "rows", "Rows recomputed", "of the layers"),
-      new HeatView(heats, "pages", "Keys read by the selection", "of layers and key heads"),
+      new HeatView(heats, "pages", "Keys read by the selection", "of layers and key heads", "of layers × heads"),
     ];
   }
 
@@ -109,8 +112,7 @@ class Stage {
     const { runs } = this.record;
     this.stops = stopsOf(runs, this.unit.value);
     // Of somebody else's request the prompt is known by its tokens.
-    this.question.textContent = this.record.prompt || [runs[0].begin?.prompt ?? []].flat(2).join("");
-    this.question.hidden = !this.question.textContent;
+    this.drawQuestion(this.record.prompt || [runs[0].begin?.prompt ?? []].flat(2).join(""));
     const last = this.stops.length - 1;
     if (this.live && !this.held) this.place = last;
     this.place = Math.min(this.place, last);
@@ -121,6 +123,18 @@ class Stage {
     runs.forEach((run, index) => this.views[index].draw(run, counts[index], steps, marked));
     this.drawLegend(steps, marked.size, runs);
     this.drawReplay(at, last);
+  }
+
+  /** A long prompt in a line or two, as most of them ask at the end; all of it is there for those who open it. */
+  drawQuestion(prompt) {
+    if (prompt === this.asked) return;
+    this.asked = prompt;
+    this.question.hidden = !prompt;
+    this.question.replaceChildren();
+    if (prompt.length <= LONG) return void this.question.append(prompt);
+    const whole = make(this.question, "details");
+    make(whole, "summary", "", `${prompt.slice(0, LONG / 2).trimEnd()} … ${prompt.slice(-LONG / 2).trimStart()}`);
+    make(whole, "div", "", prompt);
   }
 
   drawReplay(at, last) {
