@@ -20,8 +20,10 @@ from vllm_dlm.shown import short, shown
 METHOD_KEYS = {"dlm_algorithm": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection", "dlm_extent": "extent"}
 #: the one field of another kind that a request may set, and so choose the method that has it
 WINDOW = "dlm_window"
-#: whether masks of the prompt are holes to fill
-INFILL = "dlm_infill"
+#: fields of a request's own, which a server has none of: its name -> the field of Options
+REQUEST_FIELDS = {
+    "dlm_infill": "infill", "dlm_frames": "frames", "dlm_watch": "watch", "dlm_trajectory": "trajectory",
+}  # fmt: skip
 #: parts of the server's object
 PARTS = (*KINDS, "canvas", "preset")
 
@@ -60,11 +62,19 @@ class Options:
     canvas: CanvasBounds = CanvasBounds()
     attention: str = "full"  # of the model, see Family
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
+    frames: bool = False  # the stream carries what each step does, see view/
+    watch: bool = False  # others may follow it
+    trajectory: bool = False  # the response carries the step that filled each token
 
     @property
     def caches(self) -> bool:
         """Keys and values are written to pages: later steps read them, or in this one a selection or shadows do."""
         return self.reuse.caches or self.selection.sparse or self.decoding.revokes
+
+    @property
+    def observed(self) -> bool:
+        """Somebody looks at its steps, or may."""
+        return self.frames or self.watch
 
     @property
     def canvases(self) -> int:
@@ -151,7 +161,9 @@ def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
-    chosen = {"infill": typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
+    chosen = {
+        field: typed(Options, field, given.pop(key), key) for key, field in REQUEST_FIELDS.items() if key in given
+    }
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
@@ -164,7 +176,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
 
 def request_keys(decoding: Any) -> list[str]:
     """What a request may say to a server that decodes so."""
-    return sorted([*METHOD_KEYS, INFILL, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
+    return sorted([*METHOD_KEYS, *REQUEST_FIELDS, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
 
 
 def _with_window(extent: Any, value: Any, named: bool):

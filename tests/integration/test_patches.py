@@ -87,9 +87,10 @@ def test_installing_again_changes_nothing():
     assert [finder for finder in sys.meta_path if isinstance(finder, WhenImported)] == finders
 
 
-def owner_of(row: Patch) -> type:
+def owner_of(row: Patch):
     module, _, cls = row.owner.partition(":")
-    return getattr(importlib.import_module(module), cls)
+    owner = importlib.import_module(module)
+    return getattr(owner, cls) if cls else owner
 
 
 # -- a vLLM that is not the one that was read ------------------------------------------------

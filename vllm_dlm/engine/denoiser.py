@@ -30,9 +30,12 @@ NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
 
 
 class Observer:
-    """Looks at steps as they are made; tests and benchmarks derive from it."""
+    """Looks at steps as they are made; tests and benchmarks derive from it, and view/steps.py."""
 
     def step_begins(self, states: Sequence[Denoising]) -> None: ...
+
+    def step_packed(self, prepared: "Prepared") -> None:
+        """What the forwards of the step are about to get; of what is launched, `Packed.layers` may be set."""
 
     def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
         """hidden [R, E]: rows behind the last layer; the requests say which are theirs."""
@@ -55,7 +58,9 @@ class Prepared(NamedTuple):
     """What a step has on the device, once it is sent."""
 
     packed: list[Packed]  # a forward each
+    launched: list[Reader]  # of whose canvases, in their order
     filled: Filled | None  # and a captured step
+    replayed: list[Reader]  # of whose canvases that is
     replayed_heads: int  # rows that the head needs of that
     alike: list[Alike]
     uploads: list[Upload]
@@ -99,6 +104,8 @@ class Denoiser:
 
     def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
         prepared = self._prepared(readers)
+        for observer in self.observers:
+            observer.step_packed(prepared)
         for upload in prepared.uploads:
             upload.send()
         if prepared.copied is not None:
@@ -144,7 +151,9 @@ class Denoiser:
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
         copies = [reader.copies for reader in readers if reader.copies is not None]
         copied = uploads[0](np.concatenate(copies, axis=1)) if copies else None
-        return Prepared(packed, filled, heads, self.head.prepare(requests, uploads[0]), uploads, copied)
+        return Prepared(
+            packed, launched, filled, replayed, heads, self.head.prepare(requests, uploads[0]), uploads, copied
+        )
 
     @staticmethod
     def _assign(reader: Reader, rows: np.ndarray) -> None:

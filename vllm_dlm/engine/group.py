@@ -3,7 +3,9 @@
 packing.py makes them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,3 +90,4 @@ class Packed:
     slots: Slots  # [T] of each row's key and value; canvases without blocks have none
     nowhere: torch.Tensor  # [] a block that is none
     groups: list[Group]
+    layers: Callable[..., Any] | None = None  # what drives them in the place of LayerStep, for those who look on

@@ -50,6 +50,7 @@ class HeadRequest:
     guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows in the guidance stream
     proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
+    best: np.ndarray | None = None  # [2, n, C] see Head.best
     drafts: list["HeadRequest"] = field(default_factory=list)  # of the same step, see Decoding.canvases
     shadow: "HeadRequest | None" = None  # of the tokens that stand in the block, see Decoding.revokes
 
@@ -73,6 +74,7 @@ class Head:
         self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
         self.config, self.vocab_size = config, config.vocab_size
         self.max_rows = max(1, max_logits // config.vocab_size)
+        self.best = 0  # so many tokens of each row are told to those who look on, the most probable first
 
     def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
         """Sets `proposal` (and `logprobs`) of every request."""
@@ -107,6 +109,8 @@ class Head:
                 request.proposal = Proposal(
                     token[own], score[own], prob[own], noted[:numbers, own] if numbers else None
                 )
+                if self.best:
+                    request.best = noted[numbers:][: 2 * self.best, own].reshape(2, self.best, -1)
                 if alike.logprobs is not None:
                     request.logprobs = alike.logprobs[own.start - first : own.stop - first]
 
@@ -124,7 +128,9 @@ class Head:
             raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
             proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
             part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
-            parts.append(part if proposal.noted is None else torch.cat([part, proposal.noted]))
+            if proposal.noted is not None:
+                part = torch.cat([part, proposal.noted])
+            parts.append(torch.cat([part, most_probable(logits_RV, self.best)]) if self.best else part)
             if num_logprobs is not None:
                 alike.logprobs = (alike.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -220,6 +226,14 @@ def numeric_fields(decoding: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     kinds = {each.name: set(get_args(hints[each.name])) or {hints[each.name]} for each in fields(decoding)}
     flags = tuple(name for name, types in kinds.items() if types == {bool})
     return tuple(name for name, types in kinds.items() if types <= {int, float, NoneType}), flags
+
+
+def most_probable(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
+    """-> [2 * count, R] float64: tokens, and their probabilities at temperature 1"""
+    value_RN, token_RN = logits_RV.topk(min(count, logits_RV.shape[1]))
+    prob_RN = (value_RN - logits_RV.logsumexp(-1, keepdim=True)).exp()
+    missing = count - value_RN.shape[1]
+    return torch.cat([F.pad(part.double(), (0, missing)).T for part in (token_RN, prob_RN)])
 
 
 def _logprobs(logprobs_RV: torch.Tensor, token_R: torch.Tensor, count: int) -> list[Logprobs]:

@@ -12,6 +12,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
+from vllm_dlm.view.steps import SeenStep
 
 
 @dataclass
@@ -36,11 +37,13 @@ class DenoisingOutput(ModelRunnerOutput):
     commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
     failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
+    seen: dict[str, SeenStep] = field(default_factory=dict)  # of those that are observed
 
 
 def make_output(
-    outputs: dict[str, tuple[list[int], list]], commits: dict[str, Commit], counts: Counts, failed: Failures
-) -> DenoisingOutput:
+    outputs: dict[str, tuple[list[int], list]], commits: dict[str, Commit], counts: Counts, failed: Failures,
+    seen: dict[str, SeenStep],
+) -> DenoisingOutput:  # fmt: skip
     """`outputs`: what each request hands out, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),
@@ -50,6 +53,7 @@ def make_output(
         commits=commits,
         counts=counts,
         failed=dict(failed),
+        seen=seen,
     )
 
 

@@ -36,6 +36,7 @@ from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
+from vllm_dlm.view.steps import Seeing
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
@@ -52,6 +53,7 @@ class DenoisingRunner:
         self.max_model_len = self.model_config.max_model_len
         self.requests: dict[str, Denoising] = {}
         self.tables: dict[str, np.ndarray] = {}  # block ids of each request, as vLLM handed them out
+        self.observed: set[str] = set()  # requests that somebody looks at
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
 
@@ -72,6 +74,7 @@ class DenoisingRunner:
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
         self.denoiser = Denoiser(self.model, head, shape, self.max_rows, self.device, self.forwards)
+        self.seeing = Seeing(self.denoiser)
 
     def forwards(self) -> AbstractContextManager:
         """Around forwards: vLLM's experts look for each other in its context."""
@@ -165,6 +168,7 @@ class DenoisingRunner:
         for request_id in (scheduler_output.preempted_req_ids or set()) | scheduler_output.finished_req_ids:
             self.requests.pop(request_id, None)
             self.tables.pop(request_id, None)
+            self.observed.discard(request_id)
         counts, failed = Counts(), Failures()
         for data in scheduler_output.scheduled_new_reqs:
             with failed.of(data.req_id):
@@ -178,6 +182,7 @@ class DenoisingRunner:
         if not scheduled and not failed:
             return EMPTY_MODEL_RUNNER_OUTPUT
         states = [self.requests[request_id] for request_id in scheduled]
+        self.seeing.attach(bool(self.observed))
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
         canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
@@ -188,7 +193,7 @@ class DenoisingRunner:
                     request.positions, request.proposal, request.logprobs, pressure, request.drafts, request.shadow
                 )
                 outputs[state.req_id] = state.take_output()
-        return make_output(outputs, commits, counts, failed)
+        return make_output(outputs, commits, counts, failed, self.seeing.take())
 
     def _start(self, data: CanvasData) -> Denoising:
         assert data.canvas is not None, "the scheduler's requests all have one"
@@ -205,6 +210,8 @@ class DenoisingRunner:
             stop_ids=frozenset(stop_ids),
             num_logprobs=params.logprobs,
         )
+        if canvas.options.observed:
+            self.observed.add(data.req_id)
         return Denoising(data.req_id, canvas, sampling)
 
     # -- the rest of a runner's interface --------------------------------------------------

@@ -18,13 +18,14 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutp
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
+from vllm_dlm.view.traces import Trace, report
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -50,6 +51,7 @@ class DenoisingScheduler(Scheduler):
         self.held: Counter[str] = Counter()  # how often one was held back
         self.counts = StepCounts()
         self.more_blocks: dict[str, tuple[list[int], ...]] = {}  # that running requests were given in this step
+        self.traces: dict[str, Trace] = {}  # of requests that tell of their steps
         self.failed = Failures()  # requests that end with an error when this step's output comes back
         # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
         self.kv_cache_manager.max_model_len = 1 << 40
@@ -257,6 +259,9 @@ class DenoisingScheduler(Scheduler):
         length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
         canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length)
         self.canvases[request.request_id] = canvas
+        if options.observed or options.trajectory:
+            stop, layers = bool(request.sampling_params.stop), self.model_shape.layers
+            self.traces[request.request_id] = Trace(canvas, request.request_id, request.client_index, layers, stop)
         return canvas
 
     def _canvas_data(self, request: Request) -> CanvasData:
@@ -276,11 +281,14 @@ class DenoisingScheduler(Scheduler):
                 floor = canvas.options.decoding.threshold_floor
                 self.counts.lowered_steps += floor is not None and scheduler_output.pressure > 0
                 canvas.apply(commits[request_id])
+        traces = self._traced(commits, model_runner_output) if self.traces else []
         if (counts := getattr(model_runner_output, "counts", None)) is not None:
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
             self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if traces:
+            report(traces, outputs)
         for request, why in ended:
             end = EngineCoreOutput(
                 request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=why,
@@ -290,6 +298,14 @@ class DenoisingScheduler(Scheduler):
                 outputs[request.client_index] = EngineCoreOutputs()
             outputs[request.client_index].outputs.append(end)
         return outputs
+
+    def _traced(self, commits: dict[str, Commit], model_runner_output) -> list[Trace]:
+        """Those that have something to tell. They are asked before the requests may end, and tell it afterwards."""
+        seen = getattr(model_runner_output, "seen", {})
+        found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self.canvases]
+        for name, trace in found:
+            trace.stepped(self.canvases[name], commits[name], seen.get(name), len(commits))
+        return [trace for _, trace in found]
 
     def _count(self, canvas: Canvas) -> None:
         """A step of it has been made."""
@@ -325,6 +341,7 @@ class DenoisingScheduler(Scheduler):
         self.held.pop(request.request_id, None)
         if request.is_finished():
             self.canvases.pop(request.request_id, None)
+            self.traces.pop(request.request_id, None)
             self.overtaken.pop(request.request_id, None)
         elif canvas := self.canvases.get(request.request_id):
             canvas.rewind()

@@ -133,6 +133,10 @@ class Selecting:
             self._shown = layer, self._chosen(layer, blocks, q, rows, voters, scale, counts)
         return self._shown[1]
 
+    def shown_in(self, layer: int) -> Shown | None:
+        """What was looked at there, if it was looked for and this is the last layer where it was."""
+        return None if self._shown is None or self._shown[0] != layer else self._shown[1]
+
     def units(self, shown: Shown) -> torch.Tensor:
         """-> [C, Hkv, K] written out, those outside the prompt included"""
         return listed(shown.units, self.lengths, self.selection.unit, shown.rows, self.free, self.tail)

@@ -29,6 +29,11 @@ def add_cli_args(add):
             help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}, '
             '"canvas": {"default": …, "max": …}}.',
         )
+        group.add_argument(
+            "--dlm-view",
+            action="store_true",
+            help="Serve a page at /dlm where canvases are seen filling; requests with dlm_watch may be followed there.",
+        )
         return parser
 
     return add_with_dlm
@@ -41,6 +46,13 @@ def from_cli_args(make):
             if "dlm" in (engine_args.additional_config or {}):
                 raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
             engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
+        if getattr(args, "dlm_view", False):
+            if (getattr(args, "api_server_count", None) or 1) > 1:
+                raise ValueError(
+                    f"--dlm-view: of {args.api_server_count} API servers none knows the requests of the others; "
+                    "add --api-server-count 1"
+                )
+            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm_view": True}
         return engine_args
 
     return from_with_dlm

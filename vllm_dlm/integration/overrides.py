@@ -45,7 +45,10 @@ ASKED = {
     "vllm.v1.core.sched.output:NewRequestData": ("from_request",),
     "vllm.v1.core.sched.request_queue:RequestQueue": ("remove_request",),
     "vllm.v1.engine.async_llm:AsyncLLM": ("output_handler", "output_processor", "input_processor", "model_config"),
-    "vllm.v1.engine.output_processor:OutputProcessor": ("propagate_error",),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("propagate_error", "request_states", "tokenizer"),
+    "vllm.v1.engine.output_processor:RequestState": ("external_req_id", "request_index", "parent_req", "queue"),
+    "vllm.v1.engine.parallel_sampling:ParentRequest": ("external_req_id",),
+    "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware": ("verify_token",),
     "vllm.v1.engine.input_processor:InputProcessor": (
         "model_config", "cache_config", "vllm_config", "get_tokenizer",
     ),
@@ -64,7 +67,8 @@ ASKED = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("attn_groups", "req_states"),
     "vllm.config.model:ModelConfig": (
         "architecture", "hf_config", "override_generation_config", "generation_config", "get_vocab_size",
-        "get_total_num_hidden_layers", "is_mm_prefix_lm", "rswa_window", "use_mla", "is_hybrid", "is_attention_free",
+        "get_total_num_hidden_layers", "served_model_name", "is_mm_prefix_lm",
+        "rswa_window", "use_mla", "is_hybrid", "is_attention_free",
     ),
     "vllm.config.cache:CacheConfig": ("block_size", "user_specified_block_size", "num_gpu_blocks", "cache_dtype"),
     "vllm.config.parallel:ParallelConfig": (

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import vllm
 
 from vllm_dlm import metrics
-from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, shutdown
+from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, shutdown, view
 from vllm_dlm.integration.signatures import in_source, of_function
 
 
 @dataclass(frozen=True)
 class Patch:
-    owner: str  # "module:Class"
+    owner: str  # "module:Class", or "module:" of a function
     name: str
     wrapper: Callable[[Callable], Callable]
     why: str
@@ -79,7 +79,7 @@ PATCHES = (
         ("(self, prompt, params)",),
     ),
     Patch(
-        "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", requests.process_inputs,
+        "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", view.process_inputs,
         "Sees every request of `LLM` and of the servers: an error further on would end the engine for everybody.",
         ("(self, request_id, prompt, params, supported_tasks, arrival_time=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, resumable=, session_id=, kv_hints=)",),
@@ -90,8 +90,9 @@ PATCHES = (
         ("(self, params)",),
     ),
     Patch(
-        "vllm.v1.engine.async_llm:AsyncLLM", "generate", requests.generate,
-        "A stream's headers are sent before its request is processed; here it can still be answered with 400.",
+        "vllm.v1.engine.async_llm:AsyncLLM", "generate", view.generate,
+        "A stream's headers are sent before its request is processed; here it can still be answered with 400. And "
+        "whoever follows a request is told when it begins and ends.",
         ("async (self, prompt, sampling_params, request_id, *, prompt_text=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, session_id=, kv_hints=, reasoning_ended=, "
          "reasoning_parser_kwargs=)",),
@@ -117,6 +118,32 @@ PATCHES = (
         "vllm.v1.engine.async_llm:AsyncLLM", "shutdown", shutdown.shutdown,
         "Within a long step the engine cannot report its requests as aborted, and the server waits for them.",
         ("(self, timeout=)",),
+    ),
+    # -- frames --------------------------------------------------------------------------------
+    Patch(
+        "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs", view.process_outputs,
+        "Messages about steps come among the engine's outputs, and are no outputs to vLLM.",
+        ("(self, engine_core_outputs, engine_core_timestamp=, iteration_stats=, weight_version=)",),
+    ),
+    Patch(
+        "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion", "create_completion",
+        view.create_completion,
+        "Frames go between the chunks of a stream, and trajectories into a response.",
+        ("async (self, request, raw_request=)",),
+        at="import",
+    ),
+    Patch(
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat", "create_chat_completion",
+        view.create_chat_completion,
+        "As above, of chats.",
+        ("async (self, request, raw_request=)",),
+        at="import",
+    ),
+    Patch(
+        "vllm.entrypoints.generate.api_router:", "register_generate_api_routers", view.register_generate_api_routers,
+        "Routes of --dlm-view. vLLM's hook for those of plugins wants VLLM_PLUGINS to be set, and warns if it is not.",
+        ("(app)",),
+        at="import",
     ),
     # -- steps and counters --------------------------------------------------------------------
     Patch(
@@ -218,7 +245,8 @@ class WhenImported(MetaPathFinder):
         return spec
 
 
-def _found(patch: Patch) -> tuple[type, Any]:
+def _found(patch: Patch) -> tuple[Any, Any]:
     module, _, cls = patch.owner.partition(":")
-    owner = getattr(importlib.import_module(module), cls)
+    owner: Any = importlib.import_module(module)
+    owner = getattr(owner, cls) if cls else owner
     return owner, inspect.getattr_static(owner, patch.name)

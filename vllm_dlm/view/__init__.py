@@ -1,1 +1,1 @@
-"""The live view: a page that shows canvases as they fill, and what the policies did for it in each step."""
+"""Seeing a canvas fill: from the engine's steps to frames of a stream, a page and a terminal; see docs/view.md."""

@@ -1,0 +1,60 @@
+"""Routes of a server that was started with `--dlm-view`: the page, which requests may be watched, and one of them.
+
+The page is a file without data and open to all; the others want a key of `--api-key` where there is one, as vLLM's
+routes under /v1 do. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py.
+"""
+
+import json
+from collections.abc import AsyncGenerator
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import HTMLResponse, StreamingResponse
+from vllm import envs
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from vllm_dlm.view.hub import HUB, Followed, Follower
+from vllm_dlm.view.page import page
+
+
+def router_of(args) -> APIRouter:
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    guard = AuthenticationMiddleware(None, keys)
+
+    def guarded(request: Request) -> None:
+        if keys and not guard.verify_token(request.headers):
+            raise HTTPException(401, "Unauthorized")
+
+    router = APIRouter()
+    router.add_api_route("/dlm", show_page, methods=["GET"], response_class=HTMLResponse)
+    for path, answer in (("/dlm/requests", list_requests), ("/dlm/watch/{request}", watch)):
+        router.add_api_route(path, answer, methods=["GET"], dependencies=[Depends(guarded)])
+    return router
+
+
+async def show_page() -> str:
+    return page()
+
+
+async def list_requests() -> list[dict]:
+    return [canvas.listed() for canvas in HUB.watched()]
+
+
+async def watch(request: str) -> StreamingResponse:
+    if (canvas := HUB.find(request)) is None:
+        raise HTTPException(404, f"no request {request[:100]!r} that may be watched is running: it needs dlm_watch 1")
+    follower = Follower()
+    canvas.follow(follower)
+    return StreamingResponse(events(canvas, follower), media_type="text/event-stream")
+
+
+async def events(canvas: Followed, follower: Follower) -> AsyncGenerator[str, None]:
+    try:
+        while True:
+            await follower.ready.wait()
+            for _, message in follower.take():
+                yield f"data: {json.dumps(message)}\n\n"
+                if "end" in message:
+                    return
+    finally:
+        if follower in canvas.followers:
+            canvas.followers.remove(follower)
