@@ -45,8 +45,8 @@ class PolicyFields {
       const kept = select.value;
       const own = offers.server?.[kind]?.name;
       select.replaceChildren();
-      make(select, "option", "", own ? `${own} (default)` : "default", { value: "" });
-      for (const name of offers[kind] || []) make(select, "option", "", name, { value: name });
+      make(select, "option", "", own ?? "default", { value: "" });
+      for (const name of offers[kind] || []) if (name !== own) make(select, "option", "", name, { value: name });
       select.value = kept;
       if (select.selectedIndex < 0) select.value = "";
       select.parentElement.hidden = offers[kind]?.length === 1;
@@ -108,7 +108,7 @@ function policyFacts(asked, begin) {
   if (begin?.decoding && begin.decoding !== asked.dlm_algorithm) facts.push(begin.decoding);
   if (begin?.block_length) facts.push(`blocks of ${begin.block_length}`);
   if (begin?.extent && begin.extent !== "full") facts.push(begin.extent);
-  if (begin?.page_size) facts.push(`pages of ${begin.page_size}`);
+  if (begin?.page_size > 1) facts.push(`pages of ${begin.page_size}`);
   if (begin?.layers) facts.push(`${begin.layers} layers`);
   const named = [...KINDS.map(({ key }) => key), "dlm_threshold", "dlm_block_length"];
   for (const [key, value] of Object.entries(asked)) if (!named.includes(key)) facts.push(`${key} ${value}`);

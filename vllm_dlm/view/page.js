@@ -141,6 +141,7 @@ function begin() {
   const record = recorded();
   if (record) {
     for (const id of ["ask", "watching", "export"]) part(id).remove();
+    document.body.className = "exported";
     part("model").textContent = [...new Set(record.runs.map((run) => run.begin?.model).filter(Boolean))].join(", ");
     return stage.show(record, false);
   }

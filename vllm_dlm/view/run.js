@@ -8,8 +8,25 @@ function newRun(name, asked) {
 function take(run, frame) {
   if (frame.choice) return; // the first of several answers to one request
   if (frame.begin) run.begin = frame.begin;
-  if (typeof frame.step === "number") run.frames.push(frame);
+  if (typeof frame.step === "number") run.frames.push(...apart(frame));
   if (frame.end) run.end = frame.end;
+}
+
+/** A frame that was merged of several steps as one for each: entries say their step, sums are shared out evenly, and
+ * guesses are those of the last. */
+function apart(frame) {
+  const steps = Math.max(1, frame.steps || 1);
+  if (steps === 1) return [frame];
+  const first = frame.step - steps + 1;
+  const shared = (sums) => Object.fromEntries(Object.entries(sums || {}).map(([name, sum]) => [name, sum / steps]));
+  return Array.from({ length: steps }, (_, index) => {
+    const step = first + index;
+    const own = (entries, at) => (entries || []).filter((entry) => Math.max(first, entry[at]) === step);
+    const single = { step, steps: 1, ms: (frame.ms || 0) / steps, block: frame.block, heat: frame.heat };
+    Object.assign(single, { set: own(frame.set, 4), unset: own(frame.unset, 1), edited: own(frame.edited, 4) });
+    Object.assign(single, { rows: shared(frame.rows), keys: shared(frame.keys) });
+    return step === frame.step ? { ...single, guesses: frame.guesses } : single;
+  });
 }
 
 function isOver(run) {
@@ -73,8 +90,8 @@ function cellsAt(run, count) {
       if (cell(position)) cell(position).guess = { text, probability, alternatives: alternatives || [], step: frame.step };
     }
   }
-  const now = count ? run.frames[count - 1].step : 0;
-  for (const one of cells) one.fresh = one.guess?.step === now;
+  const now = run.frames.slice(0, count).findLast((frame) => frame.guesses)?.step;
+  for (const one of cells) one.fresh = Boolean(one.guess) && one.guess.step === now;
   if (run.end && count === run.frames.length) {
     for (const one of cells) one.beyond = one.position >= run.end.tokens;
   }

@@ -133,7 +133,7 @@ class Stage {
     this.question.replaceChildren();
     if (prompt.length <= LONG) return void this.question.append(prompt);
     const whole = make(this.question, "details");
-    make(whole, "summary", "", `${prompt.slice(0, LONG / 2).trimEnd()} … ${prompt.slice(-LONG / 2).trimStart()}`);
+    make(whole, "summary", "", `${prompt.slice(0, LONG / 2).replace(/\S*$/, "")}… ${prompt.slice(-LONG / 2).replace(/^\S*\s*/, "")}`);
     make(whole, "div", "", prompt);
   }
 
