@@ -9,13 +9,12 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
-
 from tools.browser import Browser, Page, eventually, find
 from vllm_dlm.demo.questions import recall
 from vllm_dlm.demo.server import DEMO, Server
 
 FOLDER = Path(__file__).parent
+NAMES = COMPARE, PHONE, PAGE = "view-compare", "view-phone", "view-page"
 PROMPT = recall(random.Random(3), sentences=12, hidden=4, asked=3).prompt
 TOKENS = "64"
 BLOCK = "16"
@@ -29,7 +28,7 @@ def main() -> None:
     program = find()
     if program is None:
         sys.exit("A browser is needed: Chromium or Chrome.")
-    with Server(*DEMO, "--dlm-view", "--dlm-config", CONFIG) as server, Browser(program) as browser:
+    with Server(*DEMO, "--dlm-config", CONFIG) as server, Browser(program) as browser:
         server.wait(600)
         with asked(browser, server.url) as (page, file):
             compared(browser, file)
@@ -64,25 +63,16 @@ def slide(page: Page, share: float) -> None:
     page.evaluate(f"moment.value = Math.round({share} * moment.max); moment.dispatchEvent(new Event('input'))")
 
 
-def fitted(page: Page, width: int, name: str) -> None:
+def fitted(page: Page, width: int, ratio: float, name: str) -> None:
     """As high as the page is."""
-    page.resize(width, int(page.evaluate("Math.ceil(document.body.getBoundingClientRect().height)")), 1.5)
-    save(page, name)
-
-
-def save(page: Page, name: str) -> None:
-    """With as many colours as one can tell apart in it."""
-    file = FOLDER / f"{name}.png"
-    page.picture(file)
-    with Image.open(file) as picture:
-        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(file, optimize=True)
+    page.resize(width, int(page.evaluate("Math.ceil(document.body.getBoundingClientRect().height)")), ratio)
+    page.picture(FOLDER / f"{name}.png")
 
 
 def compared(browser: Browser, file: Path) -> None:
     page = browser.open(file.as_uri(), width=1040, height=800, ratio=1.5)
     slide(page, 0.6)
-    fitted(page, 1040, "view-compare")
+    fitted(page, 1040, 1.25, COMPARE)
 
 
 def phone(browser: Browser, file: Path) -> None:
@@ -90,13 +80,13 @@ def phone(browser: Browser, file: Path) -> None:
     slide(page, 0.4)
     page.click(".canvas .cell:nth-child(4)")
     page.evaluate("legend.scrollIntoView({block: 'start'})")
-    save(page, "view-phone")
+    page.picture(FOLDER / f"{PHONE}.png")
 
 
 def whole(page: Page) -> None:
     slide(page, 1)
     page.evaluate("scrollTo(0, 0)")
-    fitted(page, 1100, "view-page")
+    fitted(page, 1000, 1, PAGE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ function make(parent, tag, name = "", text = "", attributes = {}) {
 
 /** Masks behind this many positions from what is filled are summed up: a canvas may be a bound of thousands. */
 const MOST_MASKS = 512;
-const SPECIAL = /^<[|｜]?[\w▁ /-]{1,40}[|｜]?>$/;
+/** Marks of a tokenizer, not of a language that has words in angle brackets, too. */
+const SPECIAL = /^<([|｜][^<>|｜]{1,40}[|｜]|\/?s|eos|bos|pad|unk|mask)>$/;
 
 /** A digit more where whole ones would all be alike. */
 function percent(share) {

@@ -68,28 +68,49 @@ class HeatView {
     const plot = { top: GUTTER.top, inner, steps, ratio, row: inner / steps, width: width - GUTTER.left - GUTTER.right };
     plot.across = across(prompt, canvas, GUTTER.left, plot.width);
     this.plot = plot;
-    this.drawFrames(pen, run, count, plot);
+    this.drawFrames(run, plot);
+    this.show(pen, count ? run.frames[count - 1].step : 0, plot);
     this.drawAxes(pen, prompt, canvas, count ? run.frames[count - 1].step : 0, plot);
     this.bar.style.background = strip(shareColour);
     this.picture.setAttribute("aria-label", this.summary(run, count));
   }
 
-  drawFrames(pen, run, count, { top, row, width, ratio, across: { x } }) {
+  /** All frames there are, on a sheet of their own; those that are on it already stay. */
+  drawFrames(run, { top, row, width, ratio, across: { x } }) {
+    const { width: wide, height: high } = this.picture;
+    const shape = JSON.stringify([wide, high, ratio, row, dark.matches, run.begin.canvas]);
+    if (this.sheetOf !== run || this.sheetShape !== shape) {
+      this.sheet = Object.assign(make(null, "canvas"), { width: wide, height: high });
+      Object.assign(this, { sheetOf: run, sheetShape: shape, sheetFrames: 0 });
+    }
+    const pen = this.sheet.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     const whole = (length) => Math.round(length * ratio) / ratio; // pixels: halves of two would show as stripes
-    run.frames.forEach((frame, index) => {
+    for (const frame of run.frames.slice(this.sheetFrames)) {
       const steps = Math.max(1, frame.steps || 1);
       const y = whole(top + (frame.step - steps) * row);
-      const high = whole(top + frame.step * row) - y;
-      pen.globalAlpha = index < count ? 1 : 0.22;
+      const tall = whole(top + frame.step * row) - y;
       pen.fillStyle = shareColour(0);
-      pen.fillRect(GUTTER.left, y, width, high);
+      pen.fillRect(GUTTER.left, y, width, tall);
       for (const [first, last, share] of frame.heat?.[this.kind] || []) {
         pen.fillStyle = shareColour(share);
         const from = whole(x(first));
-        pen.fillRect(from, y, Math.max(1 / ratio, whole(x(last + 1)) - from), high);
+        pen.fillRect(from, y, Math.max(1 / ratio, whole(x(last + 1)) - from), tall);
       }
-    });
+    }
+    this.sheetFrames = run.frames.length;
+  }
+
+  /** What was until now, and palely what comes. */
+  show(pen, now, { top, row, ratio }) {
+    const { width, height } = this.sheet;
+    const border = Math.round((top + now * row) * ratio);
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    if (border > 0) pen.drawImage(this.sheet, 0, 0, width, border, 0, 0, width, border);
+    pen.globalAlpha = 0.22;
+    if (border < height) pen.drawImage(this.sheet, 0, border, width, height - border, 0, border, width, height - border);
     pen.globalAlpha = 1;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   }
 
   drawAxes(pen, prompt, canvas, now, { top, inner, steps, row, width, across: { x, border } }) {

@@ -60,40 +60,65 @@ function stopsOf(runs, unit) {
   return stops;
 }
 
+/** What was computed of a run, to go on from; it is not part of the run. */
+const known = new WeakMap();
+
+function knownOf(run) {
+  if (!known.has(run)) known.set(run, { holes: new Set(), looked: 0, cells: null, count: 0 });
+  return known.get(run);
+}
+
 /** Positions of the prompt that were masks: those that any frame speaks of. */
 function holesOf(run) {
-  const found = new Set();
-  for (const frame of run.frames) {
-    for (const [position] of [...(frame.guesses || []), ...(frame.set || [])]) if (position < 0) found.add(position);
+  const own = knownOf(run);
+  for (; own.looked < run.frames.length; own.looked += 1) {
+    const { guesses = [], set = [] } = run.frames[own.looked];
+    for (const entries of [guesses, set]) {
+      for (const [position] of entries) if (position < 0) own.holes.add(position);
+    }
   }
-  return found;
+  return own.holes;
 }
 
 /** Cells of the canvas after `count` frames. Those of the prompt come first if it has holes to fill. */
 function cellsAt(run, count) {
+  const own = knownOf(run);
+  const before = run.begin.prompt && holesOf(run).size ? run.begin.prompt.length : 0;
+  if (!own.cells || own.count > count || own.before !== before) {
+    Object.assign(own, { before, count: 0, cells: cellsAtFirst(run, before) });
+  }
+  const { cells } = own;
+  for (const frame of run.frames.slice(own.count, count)) {
+    for (const event of eventsOf(frame)) {
+      const cell = cells[event.position + before];
+      if (cell) happen(cell, event);
+    }
+    for (const [position, text, probability, alternatives] of frame.guesses || []) {
+      const cell = cells[position + before];
+      if (cell) cell.guess = { text, probability, alternatives: alternatives || [], step: frame.step };
+    }
+  }
+  own.count = count;
+  const now = run.frames.slice(0, count).findLast((frame) => frame.guesses)?.step;
+  const end = run.end && count === run.frames.length ? run.end.tokens : Infinity;
+  for (const cell of cells) {
+    cell.fresh = Boolean(cell.guess) && cell.guess.step === now;
+    cell.beyond = cell.position >= end;
+  }
+  return cells;
+}
+
+/** Masks, and what was there from the beginning. */
+function cellsAtFirst(run, before) {
   const { canvas = 0, prompt, given } = run.begin;
   const holes = holesOf(run);
-  const before = prompt && holes.size ? prompt.length : 0;
   const cells = Array.from({ length: before + canvas }, (_, index) => ({ position: index - before, kind: "mask" }));
-  const cell = (position) => cells[position + before];
   for (let index = 0; index < before; index += 1) {
     if (!holes.has(index - before)) Object.assign(cells[index], { kind: "given", text: [prompt[index]].flat()[0] });
   }
   for (const [position, , text] of given || []) {
-    if (cell(position)) Object.assign(cell(position), { kind: "given", text });
-  }
-  for (const frame of run.frames.slice(0, count)) {
-    for (const event of eventsOf(frame)) {
-      if (cell(event.position)) happen(cell(event.position), event);
-    }
-    for (const [position, text, probability, alternatives] of frame.guesses || []) {
-      if (cell(position)) cell(position).guess = { text, probability, alternatives: alternatives || [], step: frame.step };
-    }
-  }
-  const now = run.frames.slice(0, count).findLast((frame) => frame.guesses)?.step;
-  for (const one of cells) one.fresh = Boolean(one.guess) && one.guess.step === now;
-  if (run.end && count === run.frames.length) {
-    for (const one of cells) one.beyond = one.position >= run.end.tokens;
+    const cell = cells[position + before];
+    if (cell) Object.assign(cell, { kind: "given", text });
   }
   return cells;
 }

@@ -198,16 +198,24 @@ class Stage {
     this.next();
   }
 
-  next() {
+  /** When a stop is due, in milliseconds from the first one. */
+  dueAt(place) {
+    const pace = Math.min(160, Math.max(30, 8000 / (this.stops.length - 1)));
+    return this.unit.value === "time" ? this.stops[place].at : place * pace;
+  }
+
+  /** Goes to the stop that is due, which may be further than the next one: drawing takes its time, too. */
+  next(from = this.dueAt(this.place)) {
     const last = this.stops.length - 1;
     if (this.place >= last) return void this.pause();
-    const { at } = this.stops[this.place];
-    const wait = this.unit.value === "time" ? this.stops[this.place + 1].at - at : Math.min(160, Math.max(30, 8000 / last));
+    const [begun, speed] = [performance.now(), Number(this.speed.value)];
     this.timer = setTimeout(() => {
-      this.place += 1;
+      const now = from + (performance.now() - begun) * speed;
+      do this.place += 1;
+      while (this.place < last && this.dueAt(this.place + 1) <= now);
       this.redraw();
-      this.next();
-    }, wait / Number(this.speed.value));
+      this.next(now);
+    }, (this.dueAt(this.place + 1) - from) / speed);
   }
 
   pause() {
