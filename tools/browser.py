@@ -209,8 +209,9 @@ class Page:
             self.call("Input.dispatchKeyEvent", type="keyDown", **parameters, **text)
             self.call("Input.dispatchKeyEvent", type="keyUp", **parameters)
 
-    def picture(self, path: Path, whole: bool = False) -> None:
-        told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def picture(self, path: Path) -> None:
+        self.call("Page.bringToFront")  # what is behind another tab may not be painted
+        told = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(told["data"]))
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
 @contextmanager
 def asked(browser: Browser, url: str):
     """The page after two runs, and what it exported."""
-    page = browser.open(f"{url}/dlm", width=1100, height=860, dark=True, ratio=1.5)
+    page = browser.open(f"{url}/dlm", width=1000, height=1200, dark=True)
     for policy in (1, 2):
         fields = f"#policies fieldset:nth-child({policy})"
         for option in ("reuse", "selection"):
@@ -63,16 +63,11 @@ def slide(page: Page, share: float) -> None:
     page.evaluate(f"moment.value = Math.round({share} * moment.max); moment.dispatchEvent(new Event('input'))")
 
 
-def fitted(page: Page, width: int, ratio: float, name: str) -> None:
-    """As high as the page is."""
-    page.resize(width, int(page.evaluate("Math.ceil(document.body.getBoundingClientRect().height)")), ratio)
-    page.picture(FOLDER / f"{name}.png")
-
-
 def compared(browser: Browser, file: Path) -> None:
-    page = browser.open(file.as_uri(), width=1040, height=800, ratio=1.5)
+    page = browser.open(file.as_uri(), width=1040, height=800, ratio=1.25)
     slide(page, 0.6)
-    fitted(page, 1040, 1.25, COMPARE)
+    page.resize(1040, page.evaluate("Math.ceil(document.body.getBoundingClientRect().height)"), 1.25)
+    page.picture(FOLDER / f"{COMPARE}.png")
 
 
 def phone(browser: Browser, file: Path) -> None:
@@ -86,7 +81,7 @@ def phone(browser: Browser, file: Path) -> None:
 def whole(page: Page) -> None:
     slide(page, 1)
     page.evaluate("scrollTo(0, 0)")
-    fitted(page, 1000, 1, PAGE)
+    page.picture(FOLDER / f"{PAGE}.png")
 
 
 if __name__ == "__main__":
