@@ -2,7 +2,7 @@
 
 import pytest
 
-from docs.pictures import draw
+from docs.pictures import draw, view
 from tests.docs.pages import PAGES, links
 from tests.labels import assert_labels_apart
 
@@ -20,3 +20,11 @@ def test_each_is_drawn_and_shown():
     shown = {(page.parent / link).resolve() for page in PAGES for link in links(page) if link.endswith(".svg")}
     drawn = {draw.FOLDER / f"{name}.svg" for name in draw.PICTURES}
     assert shown == drawn == set(draw.FOLDER.glob("*.svg"))
+
+
+def test_pictures_of_the_live_view_are_shown_and_small():
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page) if link.endswith(".png")}
+    there = set(draw.FOLDER.glob("*.png"))
+    assert shown == there
+    assert {file.stem for file in there} == set(view.NAMES)
+    assert max(file.stat().st_size for file in there) < 200_000

@@ -4,6 +4,9 @@ import openai
 import pytest
 
 from tests.integration.serving import BLOCK, chat, serving
+from tests.view.browsing import browser, exported, visit
+
+__all__ = ["browser", "exported", "visit"]  # fixtures
 
 DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "canvas": {"max": 400}}
 
@@ -12,7 +15,7 @@ DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "ca
 def server(tmp_path_factory):
     """One server for the whole folder: starting it takes longer than all of its tests."""
     arguments = (
-        *("--plugin", "vllm_dlm"),
+        *("--plugin", "vllm_dlm", "--dlm-view"),
         *("--max-model-len", "512"),
         *("--kv-cache-memory-bytes", str(16 << 20)),  # ten canvases of the longest kind
         *("--dlm-config", json.dumps(DLM_CONFIG)),

@@ -110,7 +110,7 @@ def in_parallel(function, count: int) -> None:
 def stay(console: Console, server: Server) -> None:
     request = client.body(MODEL, "Copy: a b c", CANVAS, OPTIONS)
     console.print(
-        f"\nServing at {server.url} until Ctrl-C. Try\n\n"
+        f"\nServing at {server.url} until Ctrl-C. Watch canvases fill at {server.url}/dlm, or try\n\n"
         f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(request))}\n",
         markup=False, highlight=False, soft_wrap=True,

@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 #: of the demo: room for a handful of canvases; unasked, vLLM would take most of a GPU's memory
 DEMO = (
-    *("--plugin", "vllm_dlm", "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)),
+    *("--plugin", "vllm_dlm", "--dlm-view", "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(128 << 20)),
 )
 

@@ -12,7 +12,9 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.view.hub import HUB, Followed, Follower
+from vllm_dlm.view.offers import offers
 from vllm_dlm.view.page import page
 
 
@@ -26,13 +28,19 @@ def router_of(args) -> APIRouter:
 
     router = APIRouter()
     router.add_api_route("/dlm", show_page, methods=["GET"], response_class=HTMLResponse)
-    for path, answer in (("/dlm/requests", list_requests), ("/dlm/watch/{request}", watch)):
+    guarded_routes = ("/dlm/options", list_offers), ("/dlm/requests", list_requests), ("/dlm/watch/{request}", watch)
+    for path, answer in guarded_routes:
         router.add_api_route(path, answer, methods=["GET"], dependencies=[Depends(guarded)])
     return router
 
 
 async def show_page() -> str:
     return page()
+
+
+async def list_offers(request: Request) -> dict:
+    config = request.app.state.engine_client.vllm_config
+    return offers(resolved_options(config)) if is_diffusion_lm(config.model_config) else {}
 
 
 async def list_requests() -> list[dict]:

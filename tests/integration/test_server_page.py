@@ -1,0 +1,76 @@
+"""The page of a server that serves the bundled checkpoint; tests/view has what it does with frames of every kind."""
+
+import threading
+
+from tests.integration.serving import COPIED, COPY, options
+from tests.view.pages import REFUSED, RUNS, A, B, cells, figures, fill, finished, slide
+from tools.browser import BrowserError
+
+
+def text(page, run: str = RUNS[0]) -> str:
+    """Of the answer, without what lies behind its end"""
+    return "".join(text for names, text in cells(page, run) if "set" in names.split() and "special" not in names)
+
+
+def test_two_policies_answer_the_same(visit, exported, ask):
+    page = visit()
+    page.choose(f"{B} [data-option=reuse]", "fast_dllm")
+    fill(page, "#prompt", COPY)
+    fill(page, "#max-tokens", "16")
+    page.click("#compare")
+    page.click("#start")
+    finished(page)
+    answer = ask(COPY, max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content == COPIED
+    assert [text(page, run) for run in RUNS] == [COPIED, COPIED]
+    assert not any("differs" in names for run in RUNS for names, _ in cells(page, run))
+    steps = [figures(page, run)["steps"] for run in RUNS]
+    assert steps == ["8", "8"]  # one token each in the canvas block that holds the answer
+    shares = [float(figures(page, run)["rows"].split()[0]) for run in RUNS]
+    assert 0 < shares[1] < shares[0] <= 100
+    names = page.evaluate(f"[...document.querySelectorAll('{A} [data-option=decoding] option')].map((o) => o.value)")
+    assert {"low_confidence", "wino", "local_leap"} <= set(names)
+    there = visit(exported(page).as_uri())
+    slide(there, 999)
+    assert [cells(there, run) for run in RUNS] == [cells(page, run) for run in RUNS]
+
+
+def test_what_the_server_refuses_is_said(visit):
+    page = visit()
+    page.expected = [REFUSED + "400"]
+    fill(page, "#prompt", COPY)
+    fill(page, f"{A} .wide input", '{"dlm_steps": 0}')
+    page.click("#start")
+    page.until("document.querySelector('#trouble').textContent")
+    assert "dlm_steps" in page.text("#trouble")
+
+
+def test_a_request_of_somebody_else_is_watched(visit, ask):
+    page = visit()
+    page.expected = [REFUSED + "404"]  # of one that ended before it could be watched
+    over = threading.Event()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            ask(COPY, max_tokens=192, extra=options(dlm_watch=1) | {"ignore_eos": True})
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    try:
+        page.click("#watching summary")
+        for _ in range(20):
+            page.click("#look")
+            try:
+                page.until("document.querySelector('#watched button')", timeout=2)
+                page.click("#watched button")
+            except (BrowserError, TypeError):
+                continue  # that one had ended
+            finished(page)
+            if "tokens in" in page.text("#said"):
+                break
+    finally:
+        over.set()
+        asking.join()
+    assert page.text("#said").startswith("192 tokens in 192 steps")
+    assert text(page).startswith(COPIED)
+    assert COPY in page.text("#question")
