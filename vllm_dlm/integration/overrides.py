@@ -30,6 +30,8 @@ BUILT_ON = (
         "vllm.model_executor.models.config:VerifyAndUpdateConfig",
     ),
     ("vllm_dlm.models.transformer:MaskedDiffusionLM", "vllm.model_executor.models.interfaces:SupportsQuant"),
+    ("vllm_dlm.scoring.route:ServingScores", "vllm.entrypoints.serve.engine.serving:BaseServing"),
+    ("vllm_dlm.scoring.route:ScorePlugin", "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"),
     ("vllm_dlm.metrics:DiffusionProm", "vllm.v1.spec_decode.metrics:SpecDecodingProm"),
     ("vllm_dlm.metrics:PagesProm", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm"),
     ("vllm_dlm.metrics:PagesLogging", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging"),
@@ -44,7 +46,13 @@ ASKED = {
     "vllm.v1.core.block_pool:BlockPool": ("get_num_free_blocks", "num_gpu_blocks"),
     "vllm.v1.core.sched.output:NewRequestData": ("from_request",),
     "vllm.v1.core.sched.request_queue:RequestQueue": ("remove_request",),
-    "vllm.v1.engine.async_llm:AsyncLLM": ("output_handler", "output_processor", "input_processor", "model_config"),
+    "vllm.v1.engine.async_llm:AsyncLLM": (
+        "output_handler", "output_processor", "input_processor", "model_config", "errored", "dead_error",
+    ),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("input_processor",),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": ("model_name",),
+    "vllm.logprobs:Logprob": ("logprob", "rank"),
+    "vllm.outputs:CompletionOutput": ("logprobs", "finish_reason", "stop_reason"),
     "vllm.v1.engine.output_processor:OutputProcessor": ("propagate_error",),
     "vllm.v1.engine.input_processor:InputProcessor": (
         "model_config", "cache_config", "vllm_config", "get_tokenizer",
