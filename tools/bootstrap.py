@@ -49,7 +49,7 @@ def main():
         install_vllm(cuda, f"{vllm}{wanted}")
     step(
         "Installing vllm_dlm and what its checks, tests and benchmarks need",
-        pip("install", "--editable", f"{ROOT}[check,test,bench]"),
+        pip("install", "--editable", f"{ROOT}[check,test,bench,eval]"),
     )
     if not cuda:
         step(f"Removing {', '.join(MISMATCHED)}", pip("uninstall", "--yes", *MISMATCHED))

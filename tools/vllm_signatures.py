@@ -187,11 +187,9 @@ def facts(root) -> dict[str, str]:
     ours, theirs = Package(ROOT / "vllm_dlm"), Package(root)
     found = {path: theirs.described(path) for path in imported_names(ours)}
     for patch in PATCHES:
-        of_a_class = not patch.owner.endswith(":")
-        members = (
-            theirs.members(patch.owner) if of_a_class else {patch.name: theirs.described(patch.owner + patch.name)}
-        )
-        found[f"{patch.owner}.{patch.name}"] = members.get(patch.name, "not there")
+        of_module = ":" not in patch.owner
+        there = theirs.described(f"{patch.owner}:{patch.name}") if of_module else theirs.members(patch.owner)
+        found[f"{patch.owner}.{patch.name}"] = there if isinstance(there, str) else there.get(patch.name, "not there")
     for own, base in BUILT_ON:
         inherited = theirs.members(base)
         named = ours.members(own).keys() | {name for cls in ours.classes(own) for name in asked_of_self(cls)}

@@ -3,6 +3,13 @@
 __version__ = "0.1.0"
 
 
+def score(llm, context, continuation, **how):
+    """Log-probabilities of continuations given contexts: see `vllm_dlm.scoring.offline.score`."""
+    from vllm_dlm.scoring.offline import score as scored
+
+    return scored(llm, context, continuation, **how)
+
+
 def register() -> None:
     """Entry point of the `vllm.general_plugins` group.
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
+from vllm_dlm.scoring.given import SCORE, Given
 from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm
@@ -161,6 +162,10 @@ def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
+    if SCORE in given:  # always by the exact model
+        exact = request_options(server, {"dlm_reuse": "none", "dlm_selection": "none", "dlm_extent": "full"})
+        width = None if server.attention == "full" else server.decoding.block_length
+        return replace(exact, decoding=Given.of(given, width))
     chosen = {
         field: typed(Options, field, given.pop(key), key) for key, field in REQUEST_FIELDS.items() if key in given
     }

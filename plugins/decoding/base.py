@@ -180,6 +180,10 @@ class Decoding:
 
     # -- the two halves of a step ----------------------------------------------------------
 
+    def given(self, length: int, mask_id: int) -> np.ndarray | None:
+        """[length] tokens that the response begins with, where that is not masks alone"""
+        return None
+
     def memory(self) -> Memory | None:
         """Of one canvas block"""
         return None

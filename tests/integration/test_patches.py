@@ -13,7 +13,7 @@ import pytest
 from tests.integration.serving import WITHOUT_A_WORKER, vllm_environment
 from tests.page_sparse.models import write
 from vllm_dlm.integration import install
-from vllm_dlm.integration.patches import PATCHES, Patch, WhenImported, mismatch, wrap
+from vllm_dlm.integration.patches import PATCHES, Patch, WhenImported, mismatch, owner_of, wrap
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,12 +85,6 @@ def test_installing_again_changes_nothing():
     install()
     assert [getattr(owner_of(row), row.name) for row in PATCHES] == before
     assert [finder for finder in sys.meta_path if isinstance(finder, WhenImported)] == finders
-
-
-def owner_of(row: Patch):
-    module, _, cls = row.owner.partition(":")
-    owner = importlib.import_module(module)
-    return getattr(owner, cls) if cls else owner
 
 
 # -- a vLLM that is not the one that was read ------------------------------------------------

@@ -48,6 +48,9 @@ class Canvas:
         self.prompt_len = len(prompt)
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = prompt
+        if (given := options.decoding.given(length - self.prompt_len, mask_id)) is not None:
+            self.tokens[self.prompt_len :] = given
+        self._begun = self.tokens.copy()
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
@@ -193,7 +196,7 @@ class Canvas:
         """The caches are gone, and with them what was filled in the unfinished block. Since noise depends on (seed,
         block, step, position) the block comes out the same."""
         self.tokens[: self.prompt_len] = self._prompt
-        self.tokens[self.prompt_len + self.emitted :] = self.mask_id
+        self.tokens[self.prompt_len + self.emitted :] = self._begun[self.prompt_len + self.emitted :]
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
         self.written = 0

@@ -25,7 +25,7 @@ from vllm_dlm.integration.signatures import in_source, of_function
 
 @dataclass(frozen=True)
 class Patch:
-    owner: str  # "module:Class", or "module:" of a function
+    owner: str  # "module:Class", or "module"
     name: str
     wrapper: Callable[[Callable], Callable]
     why: str
@@ -43,6 +43,17 @@ def attention_init(init: Callable) -> Callable:
     from vllm_dlm.page_sparse.layer_backends import with_selection
 
     return with_selection(init)
+
+
+def score_route(load: Callable) -> Callable:
+    """Imports what only servers have."""
+
+    def load_with_scores(supported_tasks=None):
+        from vllm_dlm.scoring.route import load_endpoint_plugins
+
+        return load_endpoint_plugins(load)(supported_tasks)
+
+    return load_with_scores
 
 
 PATCHES = (
@@ -140,10 +151,15 @@ PATCHES = (
         at="import",
     ),
     Patch(
-        "vllm.entrypoints.generate.api_router:", "register_generate_api_routers", view.register_generate_api_routers,
+        "vllm.entrypoints.generate.api_router", "register_generate_api_routers", view.register_generate_api_routers,
         "Routes of --dlm-view. vLLM's hook for those of plugins wants VLLM_PLUGINS to be set, and warns if it is not.",
         ("(app)",),
         at="import",
+    ),
+    Patch(
+        "vllm.plugins", "load_endpoint_plugins", score_route,
+        "vLLM takes routes of plugins where VLLM_PLUGINS names them; whoever serves a diffusion model has the score's.",
+        ("(supported_tasks=)",),
     ),
     # -- steps and counters --------------------------------------------------------------------
     Patch(
@@ -245,8 +261,12 @@ class WhenImported(MetaPathFinder):
         return spec
 
 
+def owner_of(patch: Patch) -> Any:
+    _, _, cls = patch.owner.partition(":")
+    module = importlib.import_module(patch.module)
+    return getattr(module, cls) if cls else module
+
+
 def _found(patch: Patch) -> tuple[Any, Any]:
-    module, _, cls = patch.owner.partition(":")
-    owner: Any = importlib.import_module(module)
-    owner = getattr(owner, cls) if cls else owner
+    owner = owner_of(patch)
     return owner, inspect.getattr_static(owner, patch.name)

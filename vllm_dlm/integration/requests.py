@@ -18,6 +18,7 @@ from vllm_dlm.integration.canvas import default_length
 from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, Options, request_keys, request_options
+from vllm_dlm.scoring.given import SCORE, Given
 from vllm_dlm.shown import short, shown
 
 #: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
@@ -129,8 +130,10 @@ def salt(given: str | None, width: int, usual: int) -> str | None:
 def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
     """The prompt as the model gets it"""
     ids = prompt_ids(ids, text, options.infill, processor)
-    mask_id = processor.model_config.hf_config.mask_token_id
-    if options.attention != "full" and mask_id in ids:
+    mask_id, scored = processor.model_config.hf_config.mask_token_id, isinstance(options.decoding, Given)
+    if (scored or options.attention != "full") and mask_id in ids:
+        if scored:
+            refuse("prompt", shown(ids), "what is scored has a context without masks")
         field, value = ("dlm_infill", True) if options.infill else ("prompt", f"the mask, token {mask_id},")
         refuse(field, value, "this model reads a prompt block by block and cannot fill masks in it")
     return ids
@@ -177,6 +180,10 @@ def check(params, options: Options, prompt: int, processor) -> None:
     if longest is not None and asked > longest:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
+    if isinstance(options.decoding, Given):
+        mask_id, given = model.hf_config.mask_token_id, params.extra_args[SCORE]
+        if why := options.decoding.misfit(prompt, asked, prompt + length, model.get_vocab_size(), mask_id):
+            refuse(SCORE, given, why)
     if length < 1:
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps

@@ -56,15 +56,15 @@ def source_of(root, module: str):
 
 
 def in_source(root, owner: str, name: str) -> str | None:
-    """The signature of a method of "module:Class", or of a function of "module:", as its source file has it; None: it
-    is not there."""
+    """The signature of a method of "module:Class", or a function of "module", as its source file has it; None: it is
+    not there."""
     module, _, cls = owner.partition(":")
     path = source_of(root, module)
     if not path.exists():
         return None
     body = ast.parse(path.read_text(encoding="utf-8")).body
     if cls:
-        body = [member for node in body if isinstance(node, ast.ClassDef) and node.name == cls for member in node.body]
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == cls), [])
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
             return of_definition(node)

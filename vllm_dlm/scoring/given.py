@@ -1,0 +1,121 @@
+"""A decoding that fills in tokens it was given, so that their log-probabilities come back: one forward of a score.
+
+Requests get it from `dlm_score`, an object that says where the continuation
+begins, what it is, and which of it is masked. `vllm_xargs` cannot carry
+objects, so over HTTP only the score route makes it; `score` makes it in Python.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Memory, Proposal, Random, Turn, at_token, check
+from vllm_dlm.shown import short, shown
+
+#: of a request's options
+SCORE = "dlm_score"
+#: what may stand beside it
+BESIDE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
+#: what stands in it
+PARTS = ("start", "answer", "masked")
+
+
+class Answer(Memory):
+    """What each position is going to hold. Behind the continuation, where a block of the model's goes on, anything."""
+
+    def __init__(self, start: int, answer: tuple[int, ...]):
+        self.start, self.answer = start, np.array(answer)
+
+    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        return {"answer": self.answer[np.minimum(positions - self.start, len(self.answer) - 1)][:, None]}
+
+
+@dataclass(frozen=True)
+class Given(Decoding):
+    """Not among the methods that a request may name."""
+
+    name: ClassVar[str] = "score"
+    steps_of_blocks: ClassVar[bool] = True
+
+    start: int = 1  # tokens of the context
+    answer: tuple[int, ...] = ()  # the continuation
+    masked: tuple[int, ...] | None = None  # which of it are masks, the others stand from the start; None: all of it
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.start >= 1, "start", self.start, "a whole number of at least 1")
+        check(len(self.answer) >= 1, "answer", self.answer, "a list of at least one token")
+        if self.masked is not None:
+            order = np.array(self.masked)
+            fit = len(order) and order[0] >= 0 and order[-1] < len(self.answer) and (np.diff(order) > 0).all()
+            check(bool(fit), "masked", self.masked, f"ascending numbers below {len(self.answer)}, at least one")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], block_length: int | None) -> "Given":
+        """From a request's `dlm_*` options; `block_length`: of a model that knows blocks"""
+        values: dict[str, Any] = {"steps": 1, "block_length": block_length}
+        for key, value in given.items():
+            if key in BESIDE:
+                values[BESIDE[key]] = typed(cls, BESIDE[key], value, key)
+            elif key != SCORE:
+                allowed = " and ".join(BESIDE)
+                raise OptionError(key, f"{short(key)}: not with {SCORE}, which goes with {allowed} only")
+        score = given[SCORE]
+        if not isinstance(score, Mapping) or not {"start", "answer"} <= score.keys() <= set(PARTS):
+            wanted = f"an object with {', '.join(PARTS)}, the last of which may be left out"
+            raise OptionError(SCORE, f"{SCORE}: {shown(score)} is not valid, it must be {wanted}")
+        values |= {part: typed(cls, part, value, f"{SCORE}.{part}") for part, value in score.items()}
+        try:
+            return cls(**values)
+        except ValueError as error:
+            field = str(error).split(":", 1)[0]
+            raise OptionError(SCORE, f"dlm_{error}" if f"dlm_{field}" in BESIDE else f"{SCORE}.{error}") from None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.answer)
+
+    @property
+    def parallel(self) -> bool:
+        return True
+
+    def misfit(self, prompt: int, max_tokens: int, length: int, vocabulary: int, mask_id: int) -> str | None:
+        """Why a request of this prompt cannot be scored: `length` is that of its canvas."""
+        if (prompt, max_tokens) != (self.start, len(self.answer)):
+            return f"its prompt has {prompt} tokens and max_tokens is {max_tokens}, which is not what it describes"
+        if length < self.end:
+            return f"context and continuation have {self.end} tokens, and a canvas has room for {length}"
+        if not 0 <= min(self.answer) <= max(self.answer) < vocabulary or mask_id in self.answer:
+            return f"a continuation is made of tokens from 0 to {vocabulary - 1}, without the mask, {mask_id}"
+        return None
+
+    # -- its canvas and its steps ----------------------------------------------------------
+
+    def given(self, length: int, mask_id: int) -> np.ndarray:
+        tokens = np.full(length, mask_id, dtype=np.int64)
+        if self.masked is not None:
+            tokens[: len(self.answer)] = self.answer
+            tokens[list(self.masked)] = mask_id
+        return tokens
+
+    def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
+        return self.steps or 1
+
+    def memory(self) -> Memory:
+        return Answer(self.start, self.answer)
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
+        token_R = rows.memory["answer"].squeeze(1)
+        prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
+        return Proposal(token_R, prob_R, prob_R)
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        """An even share of what is left, from the left. What lies behind the continuation comes with its end."""
+        left = int((turn.positions < self.end).sum())
+        share = -(-left // max((self.steps or 1) - turn.step, 1))
+        return np.arange(share if share < left else len(turn.positions))
