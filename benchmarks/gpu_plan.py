@@ -40,6 +40,10 @@ def plan(compiling: str = "vLLM's default") -> list[Part]:
             Cell(f"{name} {dtype}", 0.3, Graphs(name, dtype))
             for dtype in ("float32", "bfloat16") for name in ("llada-tiny", "dream-tiny")
         )),
+        Part("correctness", "graphs of blocks and experts", 0.3, (
+            *(Cell(f"{name} bfloat16", 0.3, Graphs(name, "bfloat16", ("none",))) for name in ("sdar-tiny", "llada2-tiny")),
+            Cell("lladamoe-tiny bfloat16", 0.3, Graphs("lladamoe-tiny", "bfloat16")),
+        )),
         Part("correctness", "tests", 0.1, tuple(Cell(f"tests {file}", 1.0, Tests(file)) for file in TESTS)),
         denoising("llada-8b", "eager", [
             replace(cell, name=f"{cell.name} eager") for cell in llada
