@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu_device import Profile, mark, milliseconds
 from benchmarks.gpu_shapes import Shape
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.denoiser import Observer
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Run:
     cut: bool
 
 
-class Marks:
-    """An observer of steps (engine/denoiser.py): where they begin, where the last layer's rows are there, and where
+class Marks(Observer):
+    """Where steps begin, where the last layer's rows are there, and where
     tokens are."""
 
     def __init__(self):

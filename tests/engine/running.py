@@ -54,7 +54,7 @@ class Recorder(Watching):
     def head_read(self, hidden, requests):
         for request in requests:
             logits = self.denoiser.model.compute_logits(hidden[request.rows])
-            self.steps.setdefault(request.state.req_id, []).append((request.positions.copy(), logits.numpy()))
+            self.steps.setdefault(request.state.req_id, []).append((request.positions.copy(), logits.cpu().numpy()))
 
 
 class Counted(Watching):
