@@ -28,7 +28,7 @@ def test_two_policies_answer_the_same(visit, exported, ask):
     assert steps == ["8", "8"]  # one token each in the canvas block that holds the answer
     shares = [float(figures(page, run)["rows"].split()[0]) for run in RUNS]
     assert 0 < shares[1] < shares[0] <= 100
-    names = page.evaluate(f"[...document.querySelectorAll('{A} [data-option=decoding] option')].map((o) => o.value)")
+    names = page.evaluate(f"[...document.querySelectorAll('{A} [data-option=decoding] option')].map((o) => o.text)")
     assert {"low_confidence", "wino", "local_leap"} <= set(names)
     there = visit(exported(page).as_uri())
     slide(there, 999)
