@@ -67,7 +67,7 @@ def create(server, kind: str, stream: bool = True, **fields):
     fields = {"max_tokens": 16, "temperature": 0, "stream": stream, "model": server.model} | fields
     if kind == "chat":
         return server.client.chat.completions.create(messages=chat(COPY), **fields)
-    return server.client.completions.create(prompt=chat_text(COPY), **fields)
+    return server.client.completions.create(**{"prompt": chat_text(COPY)} | fields)
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
