@@ -13,6 +13,7 @@ COMMANDS = {
     "selection": "retrieval and kept attention mass of the selections and of other rules, on the demo checkpoint",
     "soak": "random requests for a long time, in process or at a server with hostile clients; everything is checked",
     "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
+    "view": "what frames, trajectories and watched requests cost, and that nobody pays who does not look",
     "gpu": "all that can be told of a GPU: what is right, and what kernels, denoising, page-sparse decoding reach",
     "redraw": "tables and plots of results, and the pages that quote them, once more from their JSON files",
 }

@@ -13,6 +13,7 @@ from vllm_dlm.demo import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
 from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told
+from vllm_dlm.view.terminal import follow
 
 CANVAS = 32
 #: small blocks leave one after the other, so that the answers are seen to fill in
@@ -37,6 +38,8 @@ def main() -> int:
         with Server(*DEMO, port=args.port) as server:
             start(console, server, args.timeout)
             if not args.serve_only:
+                console.print("\none canvas, one token per step", style="bold", highlight=False)
+                follow(console, server.url, "Reverse: a b c d e f g h", CANVAS, OPTIONS, MODEL)
                 for title, options in PASSES.items():
                     ask(console, server, title, options)
             if args.keep or args.serve_only:
