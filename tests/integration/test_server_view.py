@@ -9,7 +9,7 @@ import openai
 import pytest
 from rich.console import Console
 
-from tests.integration.serving import COPIED, COPY, KEY, chat, chat_text, options
+from tests.integration.serving import BLOCK, COPIED, COPY, KEY, chat, chat_text, options
 from vllm_dlm.view.frames import Replay
 from vllm_dlm.view.terminal import follow
 
