@@ -54,6 +54,7 @@ def test_frames_lead_to_the_tokens_beside_those_nobody_looks_at(engines, checkpo
 
 
 def assert_nothing_is_kept(llm) -> None:
+    llm.llm_engine.step()  # workers are told of what has ended with the next step
     runner, scheduler = runner_of(llm), core_of(llm).scheduler
     assert not HUB.requests and not scheduler.traces and not runner.observed and not runner.seeing.steps
     runner.seeing.attach(bool(runner.observed))  # as the next step does
@@ -214,7 +215,6 @@ def test_nothing_is_left_of_requests_that_ended_or_were_aborted(engines):
     many = some_requests(36)
     for _ in range(3):
         assert some_requests(36) - many < 36
-    llm.llm_engine.step()
     assert_nothing_is_kept(llm)
 
 

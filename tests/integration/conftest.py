@@ -3,7 +3,7 @@ import json
 import openai
 import pytest
 
-from tests.integration.serving import BLOCK, chat, serving
+from tests.integration.serving import BLOCK, KEY, chat, serving
 from tests.view.browsing import browser, exported, visit
 
 __all__ = ["browser", "exported", "visit"]  # fixtures
@@ -15,12 +15,26 @@ DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "ca
 def server(tmp_path_factory):
     """One server for the whole folder: starting it takes longer than all of its tests."""
     arguments = (
-        *("--plugin", "vllm_dlm", "--dlm-view"),
+        *("--plugin", "vllm_dlm"),
         *("--max-model-len", "512"),
         *("--kv-cache-memory-bytes", str(16 << 20)),  # ten canvases of the longest kind
         *("--dlm-config", json.dumps(DLM_CONFIG)),
     )
     with serving(tmp_path_factory.mktemp("server") / "log.txt", *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def viewed(tmp_path_factory):
+    """A server with the page and a key, whose engine is a process of its own."""
+    arguments = (
+        *("--plugin", "vllm_dlm", "--dlm-view", "--api-key", KEY, "--max-model-len", "1024"),
+        *("--kv-cache-memory-bytes", str(32 << 20)),
+        *("--dlm-config", json.dumps({"decoding": {"name": "low_confidence", "block_length": BLOCK}})),
+    )
+    log = tmp_path_factory.mktemp("viewed") / "log.txt"
+    with serving(log, *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1") as server:
+        server.client = server.client.with_options(api_key=KEY)
         yield server
 
 

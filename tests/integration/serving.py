@@ -15,6 +15,7 @@ from vllm_dlm.demo import client
 from vllm_dlm.demo import server as demo
 
 CHECKPOINT = demo.CHECKPOINT
+KEY = "key-of-the-live-view"
 BLOCK = 8  # block length of the server under test, unless a request asks for another
 
 

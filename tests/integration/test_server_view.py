@@ -9,26 +9,11 @@ import openai
 import pytest
 from rich.console import Console
 
-from tests.integration.serving import BLOCK, COPIED, COPY, chat, chat_text, options, serving
+from tests.integration.serving import BLOCK, COPIED, COPY, KEY, chat, chat_text, options
 from vllm_dlm.view.frames import Replay
 from vllm_dlm.view.terminal import follow
 
-KEY = "a key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-
-
-@pytest.fixture(scope="module")
-def viewed(tmp_path_factory):
-    """A server with the page and a key, whose engine is a process of its own."""
-    arguments = (
-        *("--plugin", "vllm_dlm", "--dlm-view", "--api-key", KEY, "--max-model-len", "1024"),
-        *("--kv-cache-memory-bytes", str(32 << 20)),
-        *("--dlm-config", json.dumps({"decoding": {"name": "low_confidence", "block_length": BLOCK}})),
-    )
-    log = tmp_path_factory.mktemp("viewed") / "log.txt"
-    with serving(log, *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1") as server:
-        server.client = server.client.with_options(api_key=KEY)
-        yield server
 
 
 def get(server, path: str, headers=HEADERS):
@@ -67,7 +52,7 @@ def create(server, kind: str, stream: bool = True, **fields):
     fields = {"max_tokens": 16, "temperature": 0, "stream": stream, "model": server.model} | fields
     if kind == "chat":
         return server.client.chat.completions.create(messages=chat(COPY), **fields)
-    return server.client.completions.create(prompt=chat_text(COPY), **fields)
+    return server.client.completions.create(**{"prompt": chat_text(COPY)} | fields)
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
@@ -173,7 +158,7 @@ def test_a_client_that_leaves_takes_its_request_along(viewed):
 
 def test_a_key_guards_what_has_data(viewed):
     assert get(viewed, "/dlm", {}).status_code == 200 and "<" in get(viewed, "/dlm", {}).text
-    for path in ("/dlm/requests", "/dlm/watch/any"):
+    for path in ("/dlm/options", "/dlm/requests", "/dlm/watch/any"):
         assert get(viewed, path, {}).status_code == 401
         assert get(viewed, path, {"Authorization": "Bearer another"}).status_code == 401
         assert get(viewed, path).status_code in (200, 404)
