@@ -39,7 +39,7 @@ def main() -> int:
             start(console, server, args.timeout)
             if not args.serve_only:
                 console.print("\none canvas, one token per step", style="bold", highlight=False)
-                follow(console, server.url, "Reverse: a b c d e f g h", CANVAS, OPTIONS, MODEL)
+                follow(console, server.url, "Reverse: e s c i d p", CANVAS, OPTIONS, MODEL)
                 for title, options in PASSES.items():
                     ask(console, server, title, options)
             if args.keep or args.serve_only:
