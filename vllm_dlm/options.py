@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
+from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.shown import short, shown
@@ -60,6 +61,7 @@ class Options:
     canvas: CanvasBounds = CanvasBounds()
     attention: str = "full"  # of the model, see Family
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
+    given: Given = NOTHING_GIVEN  # of the canvas
 
     @property
     def caches(self) -> bool:
@@ -132,6 +134,10 @@ def _suited(options: Options, prefix: str) -> Options:
         raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
     if decoding.revokes:
         raise OptionError("dlm_algorithm", f"dlm_algorithm: {decoding.name!r} {whole}")
+    if field := options.given.any:
+        behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
+        value = shown(getattr(options.given, field))
+        raise OptionError(f"dlm_{field}", f"dlm_{field}: {value} cannot be honoured, {behind}")
     return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
 
 
@@ -151,7 +157,10 @@ def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
-    chosen = {"infill": typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
+    chosen: dict[str, Any] = {"infill": typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
+    parts = {field: typed(Given, field, given.pop(key), key) for key, field in GIVEN_KEYS.items() if key in given}
+    if parts:
+        chosen["given"] = Given(**parts)
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
@@ -164,7 +173,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
 
 def request_keys(decoding: Any) -> list[str]:
     """What a request may say to a server that decodes so."""
-    return sorted([*METHOD_KEYS, INFILL, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
+    return sorted([*METHOD_KEYS, *GIVEN_KEYS, INFILL, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
 
 
 def _with_window(extent: Any, value: Any, named: bool):

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 
@@ -43,9 +44,12 @@ class Commit:
 
 
 class Canvas:
-    def __init__(self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int):
+    def __init__(
+        self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int, layout: Layout = NO_LAYOUT
+    ):
         self.options, self.mask_id, self.shift = options, mask_id, shift
-        self.prompt_len = len(prompt)
+        self.prompt_len, self.suffix = len(prompt), layout.suffix  # the suffix is among the prompt, see `positions`
+        prompt = layout.context(prompt)
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = prompt
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
@@ -87,6 +91,15 @@ class Canvas:
         """The position that the last row stands for"""
         return self.options.extent.last(self.end, len(self))
 
+    @cached_property
+    def positions(self) -> np.ndarray | None:
+        """[N] the positions that rows stand for, if some are not their own. What comes behind the canvas is given as
+        the prompt is and lives as it does, so its rows come first, before those of the prompt, and the model is told
+        where they stand. To all else (plans, caches, selections) they are the beginning of the prompt."""
+        if not self.suffix:
+            return None
+        return (np.arange(len(self)) - self.suffix) % len(self)
+
     @property
     def grown(self) -> bool:
         """With the current block rows have come in that no step has seen."""
@@ -109,6 +122,7 @@ class Canvas:
         start, end = self.blocks[self.block]
         return Progress(
             prompt_len=self.prompt_len,
+            first=self.suffix,
             length=self.rows,
             block=(self.prompt_len + start, self.prompt_len + end),
             block_step=self.block_step,

@@ -206,6 +206,7 @@ class Denoiser:
                 filtered=filtered,
                 chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
                 last=canvas.last,
+                positions=canvas.positions,
             )
             readers.append(Reader(stream, request, bool(twin)))
         drafts = canvases > 1 and not plan.refresh and state.options.canvases > 1

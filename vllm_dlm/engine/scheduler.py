@@ -22,6 +22,7 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
+from vllm_dlm.given import Layout
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
@@ -255,7 +256,8 @@ class DenoisingScheduler(Scheduler):
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
         config = self.vllm_config.model_config.hf_config
         length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
-        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length)
+        layout = Layout.of(request.sampling_params.extra_args)
+        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length, layout)
         self.canvases[request.request_id] = canvas
         return canvas
 

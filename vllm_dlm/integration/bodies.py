@@ -7,13 +7,15 @@ fields it does not know and says nothing), openai/responses/serving.py
 when the response is under way).
 """
 
+from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, refuse
+from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early
 
 
 def check_model(check):
     async def check_model_and_fields(self, request):
         refuse_misplaced(request, self.model_config)
+        take_suffix(request, self.model_config)
         return await check(self, request)
 
     return check_model_and_fields
@@ -32,3 +34,13 @@ def refuse_misplaced(request, model_config) -> None:
         if field.startswith("dlm_"):
             right = 'write it into "vllm_xargs"' if is_diffusion_lm(model_config) else ONLY_DIFFUSION
             refuse(field, value, right)
+
+
+def take_suffix(request, model_config) -> None:
+    """vLLM knows suffixes as prompts of models that write from left to right. Here one lies behind the canvas."""
+    if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
+        return
+    given = request.vllm_xargs or {}
+    if "dlm_suffix" in given:
+        refuse("dlm_suffix", given["dlm_suffix"], "suffix says the same, give one of them")
+    request.suffix, request.vllm_xargs = None, {**given, "dlm_suffix": suffix}

@@ -8,17 +8,16 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 
 from bisect import bisect_right
 from dataclasses import replace
-from typing import NoReturn
 
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.integration.canvas import default_length
+from vllm_dlm.integration.given import layout_of
 from vllm_dlm.integration.prompts import is_text, prompt_ids
+from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, Options, request_keys, request_options
-from vllm_dlm.shown import short, shown
 
 #: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
 NEUTRAL = {
@@ -85,7 +84,8 @@ def check_early(prompt, params, processor) -> None:
         refuse_request(params)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
         options = options_of(params, processor)
-        check(params, options, len(own_ids(ids, is_text(prompt), options, processor)), processor)
+        _, behind = layout_of(options, processor)
+        check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor)
 
 
 def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
@@ -98,7 +98,9 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
     options = options_of(params, processor)
-    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor)
+    layout, behind = layout_of(options, processor)
+    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
+    params.extra_args = layout.added_to(params.extra_args)
     if no_max_tokens:
         params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
     check(params, options, len(request.prompt_token_ids), processor)
@@ -125,7 +127,7 @@ def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int
 
 def open_length(options: Options, prompt: int, processor) -> int:
     """Of a request that names none: where its canvas grows, as much as the model and the KV cache have room for."""
-    if not options.extent.grows:
+    if not options.extent.grows or options.given.suffix:  # what comes behind says where the canvas ends
         return default_length(processor)
     length = options.canvas.length(max(processor.model_config.max_model_len - prompt, 1))
     if (pool := replica_blocks(processor)) is None:
@@ -165,6 +167,9 @@ def check(params, options: Options, prompt: int, processor) -> None:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
     if length < 1:
+        if options.given.suffix:
+            why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
+            refuse("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
     if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
@@ -227,17 +232,6 @@ def server_options_of(processor):
     if not hasattr(processor, "dlm_options"):
         processor.dlm_options = resolved_options(processor.vllm_config)
     return processor.dlm_options
-
-
-class Refusal(VLLMValidationError, ValueError):
-    """HTTP 400 to the clients of a server, a ValueError to the callers of LLM."""
-
-
-def refuse(field: str, value, why: str, whole: bool = False) -> NoReturn:
-    message = why if whole else f"{short(field)}: {shown(value)} cannot be honoured, {why}"
-    # vLLM shows the value once more
-    value = None if value is None else shown(value)
-    raise Refusal(message, parameter=short(field), value=value)  # type: ignore[call-arg]
 
 
 def refuse_request(params) -> None:

@@ -1,0 +1,57 @@
+"""What a request gives of its canvas beside the prompt.
+
+Tokens come from text in the front-end alone, which has the tokenizer. What the
+scheduler and the workers must know goes with the request as plain data, see
+`Layout`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+#: of `SamplingParams.extra_args`: the layout. Clients cannot write it, since they may write `dlm_*` alone
+LAYOUT = "canvas_layout"
+
+Text = str | tuple[int, ...]  # or its token ids
+
+
+@dataclass(frozen=True)
+class Given:
+    """As the request says it, each as `dlm_<field>`."""
+
+    suffix: Text = ""  # what comes behind the canvas
+
+    @property
+    def any(self) -> str | None:
+        """The first field that says something"""
+        return next((each.name for each in fields(self) if getattr(self, each.name)), None)
+
+
+#: names of a request's fields
+GIVEN_KEYS = {f"dlm_{each.name}": each.name for each in fields(Given)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a canvas is laid out, in tokens."""
+
+    suffix: int = 0  # so many of the prompt's tokens, the last ones, come behind the canvas
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> "Layout":
+        return cls(**(extra_args or {}).get(LAYOUT, {}))
+
+    def added_to(self, extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """`extra_args` that say it to the scheduler"""
+        said = {
+            each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default
+        }
+        return {**(extra_args or {}), LAYOUT: said} if said else None if extra_args is None else dict(extra_args)
+
+    def context(self, prompt: list[int]) -> list[int]:
+        """The tokens before the canvas, in the order of rows, see Canvas.positions"""
+        return prompt[len(prompt) - self.suffix :] + prompt[: len(prompt) - self.suffix]
+
+
+NO_LAYOUT = Layout()
+NOTHING_GIVEN = Given()
