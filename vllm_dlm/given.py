@@ -5,7 +5,7 @@ scheduler and the workers must know goes with the request as plain data, see
 `Layout`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ class Given:
     """As the request says it, each as `dlm_<field>`."""
 
     suffix: Text = ""  # what comes behind the canvas
+    template: str = ""  # a text with holes, which is the canvas, see template.py
 
     @property
     def any(self) -> str | None:
@@ -36,6 +37,16 @@ class Layout:
     """How a canvas is laid out, in tokens."""
 
     suffix: int = 0  # so many of the prompt's tokens, the last ones, come behind the canvas
+    start: Sequence[int] = ()  # what the canvas starts with
+    #: of a template: where in the canvas each hole starts, its length, and which of the automata says what it may hold
+    holes: Sequence[tuple[int, int, int]] = ()
+    automata: Sequence[dict] = ()  # see Automaton.plain
+    ends: Sequence[int] = ()  # tokens that end a hole; the first of them ends the answer
+
+    @property
+    def length(self) -> int:
+        """Of a template's answer, with its end; 0: there is none"""
+        return len(self.start) + 1 if self.holes else 0
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "Layout":
@@ -43,9 +54,7 @@ class Layout:
 
     def added_to(self, extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """`extra_args` that say it to the scheduler"""
-        said = {
-            each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default
-        }
+        said = {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
         return {**(extra_args or {}), LAYOUT: said} if said else None if extra_args is None else dict(extra_args)
 
     def context(self, prompt: list[int]) -> list[int]:

@@ -168,6 +168,8 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["extent"] = _with_window(chosen.get("extent", server.extent), given.pop(WINDOW), "extent" in chosen)
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
+    if "given" in chosen and chosen["given"].template:
+        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()  # drafts know of no template
     return _suited(replace(server, **chosen), "dlm_")
 
 

@@ -31,6 +31,7 @@ class Commit:
     filled: np.ndarray  # [F] indices into `read`, ascending
     tokens: np.ndarray  # [F]
     revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens are masks again, ascending
+    left: int = 0  # so many positions were handed out with it
 
     @property
     def positions(self) -> np.ndarray:
@@ -49,19 +50,25 @@ class Canvas:
     ):
         self.options, self.mask_id, self.shift = options, mask_id, shift
         self.prompt_len, self.suffix = len(prompt), layout.suffix  # the suffix is among the prompt, see `positions`
-        prompt = layout.context(prompt)
+        self.layout, prompt = layout, layout.context(prompt)
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = prompt
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
+        self.tokens[self.prompt_len : self.prompt_len + len(layout.start)] = layout.start
+        #: positions of a template that stand from the start
+        self.fixed = NOTHING
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
+        if layout.holes:
+            self.fixed = self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != mask_id)
+            self.blocks = blocks_of_masks(options, self.tokens[self.prompt_len :] == mask_id)
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
         self.emitted = 0  # tokens of the response that were handed out: whole blocks, but for the last time
         self.cold = True  # no forward since the start or a preemption
         self.written = 0  # see Progress
-        self._prompt = self.tokens[: self.prompt_len].copy()  # when the current block was opened
+        self._begun = self.tokens.copy()  # when the current block was opened
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,7 +118,7 @@ class Canvas:
     def copy(self) -> "Canvas":
         twin = copy.copy(self)
         twin.tokens, twin.confidence = self.tokens.copy(), self.confidence.copy()
-        twin._prompt = self._prompt.copy()
+        twin._begun = self._begun.copy()
         twin._moved()
         return twin
 
@@ -152,7 +159,18 @@ class Canvas:
         if not self.options.decoding.revokes:
             return NOTHING
         start, end = self.progress.block
-        return start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
+        standing = start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
+        if not self.layout.holes:
+            return standing
+        standing = np.setdiff1d(standing, self.fixed)
+        return standing[~np.isin(self.tokens[standing], self.layout.ends)]  # where a hole has ended it stays so
+
+    def finished(self) -> tuple[int, int] | None:
+        """[start, end) of what the current block has to hand out, if nothing in it is masked"""
+        start = self.prompt_len + self.emitted
+        if start == len(self) or (self.tokens[start : self.end] == self.mask_id).any():
+            return None
+        return start, self.end
 
     def candidates(self) -> np.ndarray:
         """Masked positions that may be filled now: all before the end of the current block. Masks that the
@@ -165,7 +183,8 @@ class Canvas:
         if not self.options.decoding.edits:
             return masked
         start, end = self.blocks[self.block]
-        return np.union1d(masked, np.arange(self.prompt_len + start, self.prompt_len + end))
+        block = np.arange(self.prompt_len + start, self.prompt_len + end)
+        return np.union1d(masked, np.setdiff1d(block, self.fixed) if len(self.fixed) else block)
 
     def unconditional(self) -> np.ndarray:
         """Tokens of the guidance stream's rows: what was given is hidden, what was generated stays."""
@@ -191,19 +210,26 @@ class Canvas:
         self._moved()
 
     def hand_out(self, count: int) -> None:
-        """So many more tokens are out. Blocks leave whole, so that tells the current one."""
+        """So many more positions are out. Blocks leave whole, so that tells the current one."""
         self.emitted += count
         while self.block + 1 < len(self.blocks) and self.emitted >= self.blocks[self.block][1]:
             self.block, self.block_step = self.block + 1, 0
-            self._prompt = self.tokens[: self.prompt_len].copy()
+            self._begun = self.tokens.copy()
         self._moved()
 
     def rewind(self) -> None:
         """The caches are gone, and with them what was filled in the unfinished block. Since noise depends on (seed,
         block, step, position) the block comes out the same."""
-        self.tokens[: self.prompt_len] = self._prompt
-        self.tokens[self.prompt_len + self.emitted :] = self.mask_id
+        self.tokens[:] = self._begun
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
         self.written = 0
         self._moved()
+
+
+def blocks_of_masks(options: Options, masked: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of blocks that have as many masks each as the decoding fills in one; `masked` [N]. What stands goes
+    with the masks before it."""
+    positions = np.flatnonzero(masked)
+    starts = [0, *(int(positions[start]) for start, _ in options.decoding.blocks(len(positions))[1:])]
+    return list(zip(starts, [*starts[1:], len(masked)], strict=True))

@@ -255,8 +255,10 @@ class DenoisingScheduler(Scheduler):
             return canvas
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
         config = self.vllm_config.model_config.hf_config
-        length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
         layout = Layout.of(request.sampling_params.extra_args)
+        length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
+        if layout.holes:  # the end of the answer is none of its positions
+            length = request.num_prompt_tokens + len(layout.start)
         canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length, layout)
         self.canvases[request.request_id] = canvas
         return canvas
@@ -283,6 +285,9 @@ class DenoisingScheduler(Scheduler):
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
             self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id, commit in commits.items():
+            if canvas := self.canvases.get(request_id):  # it goes on
+                canvas.hand_out(commit.left)
         for request, why in ended:
             end = EngineCoreOutput(
                 request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=why,
@@ -318,7 +323,6 @@ class DenoisingScheduler(Scheduler):
         self.counts.denoising_steps += 1
         self.counts.canvas_positions += canvas.block_width
         self.counts.committed_tokens += len(tokens)
-        canvas.hand_out(len(tokens))
         return tokens, stopped
 
     def _free_request_blocks(self, request: Request) -> None:

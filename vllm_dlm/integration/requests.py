@@ -12,8 +12,9 @@ from dataclasses import replace
 from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.integration.canvas import default_length
-from vllm_dlm.integration.given import layout_of
+from vllm_dlm.integration.given import layout_of, refuse_template, unmarked
 from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
@@ -84,8 +85,8 @@ def check_early(prompt, params, processor) -> None:
         refuse_request(params)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
         options = options_of(params, processor)
-        _, behind = layout_of(options, processor)
-        check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor)
+        layout, behind = layout_of(options, processor)
+        check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor, layout)
 
 
 def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
@@ -102,8 +103,10 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
     params.extra_args = layout.added_to(params.extra_args)
     if no_max_tokens:
-        params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
-    check(params, options, len(request.prompt_token_ids), processor)
+        params.max_tokens = layout.length or open_length(options, len(request.prompt_token_ids), processor)
+    check(params, options, len(request.prompt_token_ids), processor, layout)
+    if layout.holes:
+        params.max_tokens, params.extra_args = layout.length, unmarked(params.extra_args)
 
     config = processor.model_config
     eot = getattr(config.hf_config, "eot_token_id", None)
@@ -152,7 +155,7 @@ def options_of(params, processor) -> Options:
         refuse(error.field, given.get(error.field), str(error), whole=True)
 
 
-def check(params, options: Options, prompt: int, processor) -> None:
+def check(params, options: Options, prompt: int, processor, layout: Layout = NO_LAYOUT) -> None:
     """Refuses what cannot be honoured for a prompt of that many tokens."""
     for field, neutral in NEUTRAL.items():
         value = getattr(params, field, neutral)
@@ -163,6 +166,9 @@ def check(params, options: Options, prompt: int, processor) -> None:
     model = processor.model_config
     longest = options.canvas.max
     asked = open_length(options, prompt, processor) if params.max_tokens is None else params.max_tokens
+    if layout.holes:
+        refuse_template(params, options, layout, prompt, processor)
+        asked = len(layout.start)
     if longest is not None and asked > longest:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
@@ -172,6 +178,8 @@ def check(params, options: Options, prompt: int, processor) -> None:
             refuse("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
+    if layout.holes:
+        blocks = len(options.decoding.blocks(sum(each for _, each, _ in layout.holes)))
     if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
         refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps is not None and steps > model.max_model_len:
