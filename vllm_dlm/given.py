@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm_dlm.shown import shown
+
 #: of `SamplingParams.extra_args`: the layout. Clients cannot write it, since they may write `dlm_*` alone
 LAYOUT = "canvas_layout"
 
@@ -21,6 +23,14 @@ class Given:
 
     suffix: Text = ""  # what comes behind the canvas
     template: str = ""  # a text with holes, which is the canvas, see template.py
+    draft: Text = ""  # what the canvas starts with instead of masks
+    remask: float | None = None  # share of the draft's tokens that become masks, the least probable ones; None: half
+
+    def __post_init__(self):
+        if self.remask is not None and not 0 <= self.remask <= 1:
+            raise ValueError(f"remask: {shown(self.remask)} is not valid, it must be between 0 and 1")
+        if self.remask is not None and not self.draft:
+            raise ValueError(f"remask: {shown(self.remask)} is not valid without a draft, give dlm_draft")
 
     @property
     def any(self) -> str | None:
@@ -42,6 +52,7 @@ class Layout:
     holes: Sequence[tuple[int, int, int]] = ()
     automata: Sequence[dict] = ()  # see Automaton.plain
     ends: Sequence[int] = ()  # tokens that end a hole; the first of them ends the answer
+    remask: float = 0.0  # of a draft, see Given
 
     @property
     def length(self) -> int:

@@ -160,7 +160,10 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
     chosen: dict[str, Any] = {"infill": typed(Options, "infill", given.pop(INFILL), INFILL)} if INFILL in given else {}
     parts = {field: typed(Given, field, given.pop(key), key) for key, field in GIVEN_KEYS.items() if key in given}
     if parts:
-        chosen["given"] = Given(**parts)
+        try:
+            chosen["given"] = Given(**parts)
+        except ValueError as error:
+            raise OptionError(f"dlm_{_field_of(error)}", f"dlm_{error}") from None
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))

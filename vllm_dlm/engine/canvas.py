@@ -62,6 +62,8 @@ class Canvas:
         if layout.holes:
             self.fixed = self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != mask_id)
             self.blocks = blocks_of_masks(options, self.tokens[self.prompt_len :] == mask_id)
+        #: a draft stands that nobody has read: the next step does, and makes masks of what it doubts
+        self.unread = bool(layout.start) and not layout.holes
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
@@ -156,7 +158,7 @@ class Canvas:
     @property
     def standing(self) -> np.ndarray:
         """Positions of the current block whose tokens may become masks again"""
-        if not self.options.decoding.revokes:
+        if not self.options.decoding.revokes or self.unread:
             return NOTHING
         start, end = self.progress.block
         standing = start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
@@ -178,7 +180,9 @@ class Canvas:
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
     def readable(self) -> np.ndarray:
-        """The candidates, and where tokens may become others, those of the current block."""
+        """The candidates, and where tokens may become others, those of the current block. Or all of a draft."""
+        if self.unread:
+            return self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != self.mask_id)
         masked = self.candidates()
         if not self.options.decoding.edits:
             return masked
@@ -206,7 +210,9 @@ class Canvas:
         self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
         self.changed, self.cold = commit.changed, False
-        self.block_step, self.step = self.block_step + reads, self.step + 1
+        self.block_step, self.step = self.block_step + (reads and not self.unread), self.step + 1
+        if self.unread:
+            self.unread, self._begun = False, self.tokens.copy()
         self._moved()
 
     def hand_out(self, count: int) -> None:

@@ -179,7 +179,9 @@ class Denoiser:
         all but the canvas block. Or each with its shadow."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
-        positions = reuse.candidates(canvas.readable(), at)
+        positions = canvas.readable()
+        if not canvas.unread:
+            positions = reuse.candidates(positions, at)
         heads = at.rows_reading(positions)
         seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])

@@ -20,7 +20,7 @@ from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.noise import row_keys, signed
 from vllm_dlm.engine.request import Denoising, Logprobs
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, at_token
 
 
 def max_logits(device: torch.device) -> int:
@@ -57,8 +57,8 @@ class HeadRequest:
     @property
     def kind(self):
         sampling, decoding = self.state.sampling, self.state.options.decoding
-        guided, constrained = decoding.cfg_scale > 0, self.state.holes is not None
-        return type(decoding), sampling.greedy, sampling.filtered, guided, sampling.num_logprobs, constrained
+        guided, constrained, unread = decoding.cfg_scale > 0, self.state.holes is not None, self.state.canvas.unread
+        return type(decoding), sampling.greedy, sampling.filtered, guided, sampling.num_logprobs, constrained, unread
 
 
 class Head:
@@ -105,7 +105,7 @@ class Head:
 
     def _proposed(self, hidden_TD: torch.Tensor, alike: "Alike") -> torch.Tensor:
         """-> [3 + noted, R] float64: token, score and probability of each row, and what the decoding notes of it"""
-        decoding, _, _, guided, num_logprobs, _ = alike.requests[0].kind
+        decoding, _, _, guided, num_logprobs, _, _ = alike.requests[0].kind
         parts = []
         for start in range(0, len(alike.rows), self.max_rows):
             piece = slice(start, start + self.max_rows)
@@ -118,7 +118,10 @@ class Head:
             if alike.allowed is not None:
                 rows, which = alike.allowed
                 allowed.rule_out_others(logits_RV, rows, which[piece])
-            proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
+            if alike.standing is not None:
+                proposal = judged(logits_RV, alike.standing[piece], decoding.noted)
+            else:
+                proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
             part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
             parts.append(part if proposal.noted is None else torch.cat([part, proposal.noted]))
             if num_logprobs is not None:
@@ -157,6 +160,7 @@ class Alike:
     keys: torch.Tensor  # [R] of their noise
     memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] of the decoding's, see Memory
     allowed: tuple[torch.Tensor, torch.Tensor] | None = None  # of templates: rows of bits, [S, W], and whose: [R]
+    standing: torch.Tensor | None = None  # [R] tokens of drafts that are read
     logprobs: list[Logprobs] | None = None
 
     @classmethod
@@ -186,7 +190,17 @@ class Alike:
         if states[0].holes is not None:
             one, other = allowed.table([(r.state.holes, r.positions) for r in requests], vocab_size)
             bits = upload(one), upload(other)
-        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory, bits)
+        standing = None
+        if states[0].canvas.unread:
+            standing = upload(np.concatenate([r.state.canvas.tokens[r.positions] for r in requests]))
+        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory, bits, standing)
+
+
+def judged(logits_RV: torch.Tensor, token_R: torch.Tensor, noted: int) -> Proposal:
+    """How probable tokens that stand are. The decoding notes nothing of them."""
+    prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
+    nothing = torch.zeros(noted, len(token_R), dtype=torch.float64, device=prob_R.device) if noted else None
+    return Proposal(token_R, prob_R, prob_R, nothing)
 
 
 def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.Tensor]:

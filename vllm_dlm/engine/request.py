@@ -16,7 +16,7 @@ from vllm_dlm.engine.filling import closed, holes_of, in_order
 from vllm_dlm.engine.holes import Holes
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.options import Options
-from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
+from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn, best
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Denoising:
         `drafts` have guessed that, what it chooses among theirs. What stood in the block before may become masks again,
         by what is read at its `shadow`."""
         canvas = self.canvas
+        if canvas.unread:
+            return self._read_draft(positions, proposal, logprobs)
         if canvas.block_step >= self.most_steps:
             decoding, reuse = self.options.decoding.name, self.options.reuse.name
             raise RuntimeError(
@@ -153,6 +155,18 @@ class Denoising:
             turn, masks = self._turn(positions, 0.0, before), len(canvas.candidates())
             self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
         self.filled += int((commit.positions < canvas.end).sum())
+        return commit
+
+    def _read_draft(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> Commit:
+        """What the model gives least becomes masks, and the canvas begins."""
+        canvas, prob = self.canvas, np.asarray(proposal.prob, np.float32)
+        doubted = np.sort(best(-prob, round(canvas.layout.remask * len(positions))))
+        commit = Commit(positions, prob, NOTHING, NOTHING, positions[doubted])
+        for index, position in enumerate(positions.tolist() if logprobs is not None else ()):
+            assert logprobs is not None
+            self.logprobs[position - canvas.prompt_len] = logprobs[index]
+        canvas.apply(commit)
+        self._open_block()
         return commit
 
     def _followed(self, commit: Commit, proposal: Proposal, drafts: Sequence[Read], pressure: float) -> Commit:
@@ -219,11 +233,22 @@ class Denoising:
         return np.count_nonzero(canvas.tokens[live] == canvas.mask_id) / (canvas.rows - start)
 
     def take_output(self) -> tuple[list[int], list[Any]]:
-        """Tokens (with their log-probabilities) that are final and were not handed out: a finished block,
-        or everything up to an end token that nothing masked precedes, where tokens stay once they are filled."""
-        canvas = self.canvas
+        """Tokens (with their log-probabilities) that are final and were not handed out."""
         if self.holes is not None:
             return self._take_text(self.holes)
+        tokens, records = self._take_block()
+        # blocks of a draft may have no masks
+        while self.canvas.layout.start and tokens and tokens[-1] not in self.sampling.stop_ids:
+            more, of_more = self._take_block()
+            if not more:
+                break
+            tokens, records = tokens + more, records + of_more
+        return tokens, records
+
+    def _take_block(self) -> tuple[list[int], list[Any]]:
+        """A finished block, or everything up to an end token that nothing masked precedes, where tokens stay once they
+        are filled."""
+        canvas = self.canvas
         start, block = canvas.emitted, canvas.block
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
         masked = np.flatnonzero(pending == canvas.mask_id)

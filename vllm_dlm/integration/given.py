@@ -24,8 +24,11 @@ def layout_of(options: Options, processor) -> tuple[Layout, list[int]]:
     """How the canvas is laid out, and the tokens behind it."""
     if options.given.template:
         return template_layout(options.given.template, processor), []
-    suffix = tokens_of("dlm_suffix", options.given.suffix, processor, options.infill)
-    return Layout(suffix=len(suffix)), suffix
+    given = options.given
+    suffix = tokens_of("dlm_suffix", given.suffix, processor, options.infill)
+    draft = tokens_of("dlm_draft", given.draft, processor, options.infill)
+    remask = (0.5 if given.remask is None else given.remask) if draft else 0.0
+    return Layout(suffix=len(suffix), start=draft, remask=remask), suffix
 
 
 def tokens_of(field: str, given: Text, processor, infill: bool | None = None) -> list[int]:
@@ -77,6 +80,8 @@ def refuse_template(params, options: Options, layout: Layout, prompt: int, proce
     if given.suffix:
         why = "a template is all of the canvas and of what comes behind it; write it to the end of the template"
         refuse("dlm_suffix", given.suffix, why)
+    if given.draft:
+        refuse("dlm_draft", given.draft, "a template says what stands from the start")
     if params.ignore_eos:
         refuse("ignore_eos", True, "with dlm_template an end token ends a hole, and the template the answer")
     bounded = not isinstance((params.extra_args or {}).get("dlm_template"), Unbounded)
@@ -89,3 +94,12 @@ def refuse_template(params, options: Options, layout: Layout, prompt: int, proce
     if prompt + layout.length > longest:
         why = f"it has {layout.length} tokens with its end, the prompt {prompt}, and the model reads {longest}"
         refuse("dlm_template", given.template, why)
+
+
+def refuse_draft(options: Options, layout: Layout, asked: int, length: int) -> None:
+    """`asked`: max_tokens; `length`: of the canvas"""
+    if options.extent.grows:
+        why = "dlm_extent: a draft is read as a whole, and beyond the window nothing is; ask for full"
+        refuse("dlm_draft", options.given.draft, why)
+    if len(layout.start) > length:
+        refuse("max_tokens", asked, f"the draft has {len(layout.start)} tokens, and the canvas has room for {length}")

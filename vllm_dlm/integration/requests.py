@@ -14,7 +14,7 @@ from vllm.sampling_params import BeamSearchParams
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.integration.canvas import default_length
-from vllm_dlm.integration.given import layout_of, refuse_template, unmarked
+from vllm_dlm.integration.given import layout_of, refuse_draft, refuse_template, unmarked
 from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
@@ -177,6 +177,8 @@ def check(params, options: Options, prompt: int, processor, layout: Layout = NO_
             why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
             refuse("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
+    if options.given.draft:
+        refuse_draft(options, layout, asked, length)
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
     if layout.holes:
         blocks = len(options.decoding.blocks(sum(each for _, each, _ in layout.holes)))
