@@ -126,7 +126,8 @@ def engine(checkpoint: str, dtype: str, eager: bool, reuse: str = "null"):
 
     folder = GOLDEN / "checkpoints" / checkpoint
     return LLM(
-        str(folder), skip_tokenizer_init=not (folder / "tokenizer_config.json").exists(), dtype=dtype, max_model_len=256, enforce_eager=eager,
+        str(folder), skip_tokenizer_init=not (folder / "tokenizer_config.json").exists(), dtype=dtype,
+        max_model_len=256, enforce_eager=eager,
         kv_cache_memory_bytes=1 << 27, gpu_memory_utilization=0.05, max_num_seqs=64, disable_log_stats=True,
         use_tqdm_on_load=False,
         additional_config={"dlm": {"reuse": json.loads(reuse)} if reuse != "null" else {}},

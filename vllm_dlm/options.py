@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
+from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
-from vllm_dlm.scoring.given import SCORE, Given
+from vllm_dlm.scoring.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm
@@ -66,6 +67,7 @@ class Options:
     frames: bool = False  # the stream carries what each step does, see view/
     watch: bool = False  # others may follow it
     trajectory: bool = False  # the response carries the step that filled each token
+    given: Given = NOTHING_GIVEN  # of the canvas
 
     @property
     def caches(self) -> bool:
@@ -143,6 +145,10 @@ def _suited(options: Options, prefix: str) -> Options:
         raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
     if decoding.revokes:
         raise OptionError("dlm_algorithm", f"dlm_algorithm: {decoding.name!r} {whole}")
+    if field := options.given.any:
+        behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
+        value = shown(getattr(options.given, field))
+        raise OptionError(f"dlm_{field}", f"dlm_{field}: {value} cannot be honoured, {behind}")
     return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
 
 
@@ -165,10 +171,16 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
     if SCORE in given:  # always by the exact model
         exact = request_options(server, {"dlm_reuse": "none", "dlm_selection": "none", "dlm_extent": "full"})
         width = None if server.attention == "full" else server.decoding.block_length
-        return replace(exact, decoding=Given.of(given, width))
-    chosen = {
+        return replace(exact, decoding=Scored.of(given, width))
+    chosen: dict[str, Any] = {
         field: typed(Options, field, given.pop(key), key) for key, field in REQUEST_FIELDS.items() if key in given
     }
+    parts = {field: typed(Given, field, given.pop(key), key) for key, field in GIVEN_KEYS.items() if key in given}
+    if parts:
+        try:
+            chosen["given"] = Given(**parts)
+        except ValueError as error:
+            raise OptionError(f"dlm_{_field_of(error)}", f"dlm_{error}") from None
     for key, kind in METHOD_KEYS.items():
         if kind != "decoding" and key in given:
             chosen[kind] = _named(kind, given.pop(key), key, getattr(server, kind))
@@ -176,12 +188,15 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["extent"] = _with_window(chosen.get("extent", server.extent), given.pop(WINDOW), "extent" in chosen)
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
+    if "given" in chosen and chosen["given"].template:
+        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()  # drafts know of no template
     return _suited(replace(server, **chosen), "dlm_")
 
 
 def request_keys(decoding: Any) -> list[str]:
     """What a request may say to a server that decodes so."""
-    return sorted([*METHOD_KEYS, *REQUEST_FIELDS, WINDOW, *(f"dlm_{field.name}" for field in fields(decoding))])
+    own = (f"dlm_{field.name}" for field in fields(decoding))
+    return sorted([*METHOD_KEYS, *REQUEST_FIELDS, *GIVEN_KEYS, WINDOW, *own])
 
 
 def _with_window(extent: Any, value: Any, named: bool):

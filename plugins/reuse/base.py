@@ -33,6 +33,7 @@ class Progress:
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled, or made masks again, ascending
     written: int = 0  # so many positions from the start have keys and values that stay, see Reuse.written
+    first: int = 0  # before it lies what comes behind the canvas, see Canvas.positions
 
     @property
     def response(self) -> tuple[int, int]:
@@ -47,7 +48,10 @@ class Progress:
     def rows_reading(self, positions: np.ndarray) -> np.ndarray:
         """The row whose logits predict each position. Dream's at i predict i + 1; position 0 falls back on its own
         row, which position 1 is read at, too."""
-        return np.maximum(positions - self.shift, 0)
+        if not self.shift or not self.first:
+            return np.maximum(positions - self.shift, 0)
+        rows = np.where(positions == self.first, positions, positions - self.shift)
+        return np.where(rows < 0, self.length - 1, rows)
 
 
 @lru_cache(maxsize=256)

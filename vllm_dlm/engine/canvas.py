@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 
@@ -30,6 +31,7 @@ class Commit:
     filled: np.ndarray  # [F] indices into `read`, ascending
     tokens: np.ndarray  # [F]
     revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens are masks again, ascending
+    left: int = 0  # so many positions were handed out with it
 
     @property
     def positions(self) -> np.ndarray:
@@ -43,24 +45,34 @@ class Commit:
 
 
 class Canvas:
-    def __init__(self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int):
+    def __init__(
+        self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int, layout: Layout = NO_LAYOUT
+    ):
         self.options, self.mask_id, self.shift = options, mask_id, shift
-        self.prompt_len = len(prompt)
+        self.prompt_len, self.suffix = len(prompt), layout.suffix  # the suffix is among the prompt, see `positions`
+        self.layout, prompt = layout, layout.context(prompt)
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = prompt
         if (given := options.decoding.given(length - self.prompt_len, mask_id)) is not None:
             self.tokens[self.prompt_len :] = given
-        self._begun = self.tokens.copy()
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
+        self.tokens[self.prompt_len : self.prompt_len + len(layout.start)] = layout.start
+        #: positions of a template that stand from the start
+        self.fixed = NOTHING
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
+        if layout.holes:
+            self.fixed = self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != mask_id)
+            self.blocks = blocks_of_masks(options, self.tokens[self.prompt_len :] == mask_id)
+        #: a draft stands that nobody has read: the next step does, and makes masks of what it doubts
+        self.unread = bool(layout.start) and not layout.holes
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
         self.emitted = 0  # tokens of the response that were handed out: whole blocks, but for the last time
         self.cold = True  # no forward since the start or a preemption
         self.written = 0  # see Progress
-        self._prompt = self.tokens[: self.prompt_len].copy()  # when the current block was opened
+        self._begun = self.tokens.copy()  # when the current block was opened
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,6 +102,15 @@ class Canvas:
         """The position that the last row stands for"""
         return self.options.extent.last(self.end, len(self))
 
+    @cached_property
+    def positions(self) -> np.ndarray | None:
+        """[N] the positions that rows stand for, if some are not their own. What comes behind the canvas is given as
+        the prompt is and lives as it does, so its rows come first, before those of the prompt, and the model is told
+        where they stand. To all else (plans, caches, selections) they are the beginning of the prompt."""
+        if not self.suffix:
+            return None
+        return (np.arange(len(self)) - self.suffix) % len(self)
+
     @property
     def grown(self) -> bool:
         """With the current block rows have come in that no step has seen."""
@@ -101,7 +122,7 @@ class Canvas:
     def copy(self) -> "Canvas":
         twin = copy.copy(self)
         twin.tokens, twin.confidence = self.tokens.copy(), self.confidence.copy()
-        twin._prompt = self._prompt.copy()
+        twin._begun = self._begun.copy()
         twin._moved()
         return twin
 
@@ -112,6 +133,7 @@ class Canvas:
         start, end = self.blocks[self.block]
         return Progress(
             prompt_len=self.prompt_len,
+            first=self.suffix,
             length=self.rows,
             block=(self.prompt_len + start, self.prompt_len + end),
             block_step=self.block_step,
@@ -138,10 +160,21 @@ class Canvas:
     @property
     def standing(self) -> np.ndarray:
         """Positions of the current block whose tokens may become masks again"""
-        if not self.options.decoding.revokes:
+        if not self.options.decoding.revokes or self.unread:
             return NOTHING
         start, end = self.progress.block
-        return start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
+        standing = start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
+        if not self.layout.holes:
+            return standing
+        standing = np.setdiff1d(standing, self.fixed)
+        return standing[~np.isin(self.tokens[standing], self.layout.ends)]  # where a hole has ended it stays so
+
+    def finished(self) -> tuple[int, int] | None:
+        """[start, end) of what the current block has to hand out, if nothing in it is masked"""
+        start = self.prompt_len + self.emitted
+        if start == len(self) or (self.tokens[start : self.end] == self.mask_id).any():
+            return None
+        return start, self.end
 
     def candidates(self) -> np.ndarray:
         """Masked positions that may be filled now: all before the end of the current block. Masks that the
@@ -149,12 +182,15 @@ class Canvas:
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
     def readable(self) -> np.ndarray:
-        """The candidates, and where tokens may become others, those of the current block."""
+        """The candidates, and where tokens may become others, those of the current block. Or all of a draft."""
+        if self.unread:
+            return self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != self.mask_id)
         masked = self.candidates()
         if not self.options.decoding.edits:
             return masked
         start, end = self.blocks[self.block]
-        return np.union1d(masked, np.arange(self.prompt_len + start, self.prompt_len + end))
+        block = np.arange(self.prompt_len + start, self.prompt_len + end)
+        return np.union1d(masked, np.setdiff1d(block, self.fixed) if len(self.fixed) else block)
 
     def unconditional(self) -> np.ndarray:
         """Tokens of the guidance stream's rows: what was given is hidden, what was generated stays."""
@@ -181,23 +217,32 @@ class Canvas:
         self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
         self.changed, self.cold = commit.changed, False
-        self.block_step, self.step = self.block_step + reads, self.step + 1
+        self.block_step, self.step = self.block_step + (reads and not self.unread), self.step + 1
+        if self.unread:
+            self.unread, self._begun = False, self.tokens.copy()
         self._moved()
 
     def hand_out(self, count: int) -> None:
-        """So many more tokens are out. Blocks leave whole, so that tells the current one."""
+        """So many more positions are out. Blocks leave whole, so that tells the current one."""
         self.emitted += count
         while self.block + 1 < len(self.blocks) and self.emitted >= self.blocks[self.block][1]:
             self.block, self.block_step = self.block + 1, 0
-            self._prompt = self.tokens[: self.prompt_len].copy()
+            self._begun = self.tokens.copy()
         self._moved()
 
     def rewind(self) -> None:
         """The caches are gone, and with them what was filled in the unfinished block. Since noise depends on (seed,
         block, step, position) the block comes out the same."""
-        self.tokens[: self.prompt_len] = self._prompt
-        self.tokens[self.prompt_len + self.emitted :] = self._begun[self.prompt_len + self.emitted :]
+        self.tokens[:] = self._begun
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
         self.written = 0
         self._moved()
+
+
+def blocks_of_masks(options: Options, masked: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of blocks that have as many masks each as the decoding fills in one; `masked` [N]. What stands goes
+    with the masks before it."""
+    positions = np.flatnonzero(masked)
+    starts = [0, *(int(positions[start]) for start, _ in options.decoding.blocks(len(positions))[1:])]
+    return list(zip(starts, [*starts[1:], len(masked)], strict=True))

@@ -198,7 +198,9 @@ class Denoiser:
         all but the canvas block. Or each with its shadow."""
         canvas, options = state.canvas, state.options
         at, plan, reuse = canvas.progress, canvas.plan, options.reuse
-        positions = reuse.candidates(canvas.readable(), at)
+        positions = canvas.readable()
+        if not canvas.unread:
+            positions = reuse.candidates(positions, at)
         heads = at.rows_reading(positions)
         seen = held(plan.live, heads)
         request = HeadRequest(state, positions[seen])
@@ -225,6 +227,7 @@ class Denoiser:
                 filtered=filtered,
                 chooses=view is not None and (filtered or not plan.whole(at.length)) and view.step_begins(),
                 last=canvas.last,
+                positions=canvas.positions,
             )
             readers.append(Reader(stream, request, bool(twin)))
         drafts = canvases > 1 and not plan.refresh and state.options.canvases > 1

@@ -9,18 +9,18 @@ from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_dlm.engine import noise
+from vllm_dlm.engine import allowed, noise
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.noise import row_keys, signed
-from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.request import Denoising, Logprobs
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.decoding.base import LogitRows, Proposal
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, at_token
 
 
 def max_logits(device: torch.device) -> int:
@@ -30,14 +30,6 @@ def max_logits(device: torch.device) -> int:
 
 
 NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
-
-
-class Logprobs(NamedTuple):
-    """Log-probabilities of one proposed token: itself first, then the most probable ones."""
-
-    token_ids: np.ndarray  # [1 + n]
-    values: np.ndarray  # [1 + n]
-    rank: int
 
 
 @dataclass
@@ -66,7 +58,8 @@ class HeadRequest:
     @property
     def kind(self):
         sampling, decoding = self.state.sampling, self.state.options.decoding
-        return type(decoding), sampling.greedy, sampling.filtered, decoding.cfg_scale > 0, sampling.num_logprobs
+        guided, constrained, unread = decoding.cfg_scale > 0, self.state.holes is not None, self.state.canvas.unread
+        return type(decoding), sampling.greedy, sampling.filtered, guided, sampling.num_logprobs, constrained, unread
 
 
 class Head:
@@ -116,7 +109,7 @@ class Head:
 
     def _proposed(self, hidden_TD: torch.Tensor, alike: "Alike") -> torch.Tensor:
         """-> [3 + noted, R] float64: token, score and probability of each row, and what the decoding notes of it"""
-        decoding, _, _, guided, num_logprobs = alike.requests[0].kind
+        decoding, _, _, guided, num_logprobs, _, _ = alike.requests[0].kind
         parts = []
         for start in range(0, len(alike.rows), self.max_rows):
             piece = slice(start, start + self.max_rows)
@@ -126,7 +119,13 @@ class Head:
                 scale_R1 = alike.options["cfg_scale"][piece, None] + 1
                 logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
             raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
-            proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
+            if alike.allowed is not None:
+                rows, which = alike.allowed
+                allowed.rule_out_others(logits_RV, rows, which[piece])
+            if alike.standing is not None:
+                proposal = judged(logits_RV, alike.standing[piece], decoding.noted)
+            else:
+                proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
             part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
             if proposal.noted is not None:
                 part = torch.cat([part, proposal.noted])
@@ -166,6 +165,8 @@ class Alike:
     options: dict[str, torch.Tensor]  # [R] each
     keys: torch.Tensor  # [R] of their noise
     memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] of the decoding's, see Memory
+    allowed: tuple[torch.Tensor, torch.Tensor] | None = None  # of templates: rows of bits, [S, W], and whose: [R]
+    standing: torch.Tensor | None = None  # [R] tokens of drafts that are read
     logprobs: list[Logprobs] | None = None
 
     @classmethod
@@ -191,7 +192,21 @@ class Alike:
         columns = dict(zip(flags, upload(of_rows(true, np.bool_, counts)), strict=True)) if flags else {}
         columns |= dict(zip(numbers, options, strict=True))
         guide_rows, memory = guide[0] if guide else rows[:0], remembered(requests, upload)
-        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory)
+        bits = None
+        if states[0].holes is not None:
+            one, other = allowed.table([(r.state.holes, r.positions) for r in requests], vocab_size)
+            bits = upload(one), upload(other)
+        standing = None
+        if states[0].canvas.unread:
+            standing = upload(np.concatenate([r.state.canvas.tokens[r.positions] for r in requests]))
+        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory, bits, standing)
+
+
+def judged(logits_RV: torch.Tensor, token_R: torch.Tensor, noted: int) -> Proposal:
+    """How probable tokens that stand are. The decoding notes nothing of them."""
+    prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
+    nothing = torch.zeros(noted, len(token_R), dtype=torch.float64, device=prob_R.device) if noted else None
+    return Proposal(token_R, prob_R, prob_R, nothing)
 
 
 def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.Tensor]:

@@ -57,6 +57,7 @@ class Stream:
     filtered: bool = False  # even where every row is recomputed
     chooses: bool = False  # the view changes in this step
     last: int | None = None  # the position that the last row stands for; None: its own
+    positions: np.ndarray | None = None  # that all of them stand for, by those; None: their own
     #: of a shadow, see shadow.py: so far behind its own position is the one that a row does not see; None: it is none
     hole: int | None = None
 
@@ -173,6 +174,8 @@ class Packing:
             table[4, own] = -1 if written is None else written[live // self.block_size]
             if stream.last is not None and len(live) and live[-1] == len(stream.token_ids) - 1:
                 table[2, own.stop - 1] = stream.last
+            if stream.positions is not None:
+                table[2, own] = stream.positions[table[2, own]]
             if stream.feature_rows:
                 place = start + np.flatnonzero(self.kept[own])
                 row = self.live[place] - (len(stream.token_ids) - stream.feature_rows)

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.engine.filling import closed, holes_of, in_order
+from vllm_dlm.engine.holes import Holes
 from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.options import Options
-from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
+from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn, best
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class Sampling:
     @property
     def filtered(self) -> bool:
         return self.top_p < 1 or self.top_k > 0
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of one proposed token: itself first, then the most probable ones."""
+
+    token_ids: np.ndarray  # [1 + n]
+    values: np.ndarray  # [1 + n]
+    rank: int
+
+    @classmethod
+    def certain(cls, token: int, count: int) -> "Logprobs":
+        """Of a token that stood from the start"""
+        ids = np.full(1 + max(count, 0), token)
+        return cls(ids, np.zeros(len(ids)), 1)
 
 
 class Read(Protocol):
@@ -73,12 +89,14 @@ class Denoising:
     memory: Memory | None = field(init=False)  # of the decoding, for the current block
     settled: bool = field(init=False)  # no token of the current block changes any more, if its decoding edits
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
+    holes: Holes | None = field(init=False)  # of its template
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
     blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream
     rows: int = 0  # of the canvas that these blocks are for
 
     def __post_init__(self):
         self.logprobs = [None] * (len(self.canvas) - self.canvas.prompt_len)
+        self.holes = holes_of(self.canvas)
         self._open_block()
 
     @property
@@ -106,6 +124,8 @@ class Denoising:
         `drafts` have guessed that, what it chooses among theirs. What stood in the block before may become masks again,
         by what is read at its `shadow`."""
         canvas = self.canvas
+        if canvas.unread:
+            return self._read_draft(positions, proposal, logprobs)
         if canvas.block_step >= self.most_steps:
             decoding, reuse = self.options.decoding.name, self.options.reuse.name
             raise RuntimeError(
@@ -114,6 +134,9 @@ class Denoising:
             )
         before = canvas.tokens[positions]
         chosen = self._chosen(positions, proposal, pressure) if len(positions) else NOTHING
+        if self.holes is not None and len(chosen):
+            order = in_order(chosen, proposal.prob, before != canvas.mask_id)
+            chosen = self.holes.accepted(positions, proposal.token, order)
         if self.memory is not None and proposal.noted is not None:
             self.memory.note(positions, proposal.noted)
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
@@ -121,15 +144,29 @@ class Denoising:
             commit = self._followed(commit, proposal, drafts, pressure)
         if self.options.decoding.revokes and len(positions):
             commit = replace(commit, revoked=self._revoked(len(chosen), shadow))
+        if self.holes is not None:
+            commit = closed(commit, self.holes)
         if logprobs is not None:
-            for index in commit.filled:
+            for index in chosen if self.holes else commit.filled:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
         if self.options.decoding.edits and len(positions):
             turn, masks = self._turn(positions, 0.0, before), len(canvas.candidates())
             self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
-        self.filled += len(commit.filled)
+        self.filled += int((commit.positions < canvas.end).sum())
+        return commit
+
+    def _read_draft(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> Commit:
+        """What the model gives least becomes masks, and the canvas begins."""
+        canvas, prob = self.canvas, np.asarray(proposal.prob, np.float32)
+        doubted = np.sort(best(-prob, round(canvas.layout.remask * len(positions))))
+        commit = Commit(positions, prob, NOTHING, NOTHING, positions[doubted])
+        for index, position in enumerate(positions.tolist() if logprobs is not None else ()):
+            assert logprobs is not None
+            self.logprobs[position - canvas.prompt_len] = logprobs[index]
+        canvas.apply(commit)
+        self._open_block()
         return commit
 
     def _followed(self, commit: Commit, proposal: Proposal, drafts: Sequence[Read], pressure: float) -> Commit:
@@ -196,8 +233,21 @@ class Denoising:
         return np.count_nonzero(canvas.tokens[live] == canvas.mask_id) / (canvas.rows - start)
 
     def take_output(self) -> tuple[list[int], list[Any]]:
-        """Tokens (with their log-probabilities) that are final and were not handed out: a finished block,
-        or everything up to an end token that nothing masked precedes, where tokens stay once they are filled."""
+        """Tokens (with their log-probabilities) that are final and were not handed out."""
+        if self.holes is not None:
+            return self._take_text(self.holes)
+        tokens, records = self._take_block()
+        # blocks of a draft may have no masks
+        while self.canvas.layout.start and tokens and tokens[-1] not in self.sampling.stop_ids:
+            more, of_more = self._take_block()
+            if not more:
+                break
+            tokens, records = tokens + more, records + of_more
+        return tokens, records
+
+    def _take_block(self) -> tuple[list[int], list[Any]]:
+        """A finished block, or everything up to an end token that nothing masked precedes, where tokens stay once they
+        are filled."""
         canvas = self.canvas
         start, block = canvas.emitted, canvas.block
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
@@ -215,3 +265,23 @@ class Denoising:
         if canvas.block > block:
             self._open_block()
         return tokens, self.logprobs[start : canvas.emitted]
+
+    def _take_text(self, holes: Holes) -> tuple[list[int], list[Any]]:
+        """Of a template: all canvas blocks that are finished, without the ends of holes; at the end the answer's."""
+        canvas, tokens, records = self.canvas, list[int](), list[Any]()
+        while self.settled and (block := canvas.finished()) is not None:
+            for position in range(*block):
+                if not holes.ended(position):
+                    tokens.append(int(canvas.tokens[position]))
+                    records.append(self.logprobs[position - canvas.prompt_len])
+            before = canvas.block
+            canvas.hand_out(block[1] - block[0])
+            if canvas.block > before:
+                self._open_block()
+        if canvas.emitted == len(canvas) - canvas.prompt_len:
+            tokens.append(canvas.layout.ends[0])
+            records.append(None)
+        if (count := self.sampling.num_logprobs) is not None:
+            pairs = zip(tokens, records, strict=True)
+            records = [record or Logprobs.certain(token, count) for token, record in pairs]
+        return tokens, records

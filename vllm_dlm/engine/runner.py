@@ -7,6 +7,7 @@ methods a worker calls, forward_context.py.
 
 import zlib
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -191,10 +192,12 @@ class DenoisingRunner:
         for request in self.denoiser.step(states, self.tables, counts, failed, canvases):
             state = request.state
             with failed.of(state.req_id):
-                commits[state.req_id] = state.commit(
+                out = state.canvas.emitted
+                commit = state.commit(
                     request.positions, request.proposal, request.logprobs, pressure, request.drafts, request.shadow
                 )
                 outputs[state.req_id] = state.take_output()
+                commits[state.req_id] = replace(commit, left=state.canvas.emitted - out)
         return make_output(outputs, commits, counts, failed, self.seeing.take())
 
     def _start(self, data: CanvasData) -> Denoising:

@@ -24,6 +24,7 @@ from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.engine.prefixes import Prefixes
+from vllm_dlm.given import Layout
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
@@ -268,8 +269,11 @@ class DenoisingScheduler(Scheduler):
             return canvas
         options = request_options(self.dlm_options, request.sampling_params.extra_args)
         config = self.vllm_config.model_config.hf_config
+        layout = Layout.of(request.sampling_params.extra_args)
         length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
-        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length)
+        if layout.holes:  # the end of the answer is none of its positions
+            length = request.num_prompt_tokens + len(layout.start)
+        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length, layout)
         self.canvases[request.request_id] = canvas
         if options.observed or options.trajectory:
             stop, layers = bool(request.sampling_params.stop), self.model_shape.layers
@@ -304,6 +308,9 @@ class DenoisingScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if traces:
             report(traces, outputs)
+        for request_id, commit in commits.items():
+            if canvas := self.canvases.get(request_id):  # it goes on
+                canvas.hand_out(commit.left)
         for request, why in ended:
             end = EngineCoreOutput(
                 request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=why,
@@ -349,7 +356,6 @@ class DenoisingScheduler(Scheduler):
         self.counts.denoising_steps += 1
         self.counts.canvas_positions += canvas.block_width
         self.counts.committed_tokens += len(tokens)
-        canvas.hand_out(len(tokens))
         return tokens, stopped
 
     def _free_request_blocks(self, request: Request) -> None:

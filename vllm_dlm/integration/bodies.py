@@ -7,13 +7,17 @@ fields it does not know and says nothing), openai/responses/serving.py
 when the response is under way).
 """
 
+from vllm_dlm.integration.given import Unbounded
+from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, refuse
+from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early
 
 
 def check_model(check):
     async def check_model_and_fields(self, request):
         refuse_misplaced(request, self.model_config)
+        take_suffix(request, self.model_config)
+        mark_template(request, self.model_config)
         return await check(self, request)
 
     return check_model_and_fields
@@ -32,3 +36,23 @@ def refuse_misplaced(request, model_config) -> None:
         if field.startswith("dlm_"):
             right = 'write it into "vllm_xargs"' if is_diffusion_lm(model_config) else ONLY_DIFFUSION
             refuse(field, value, right)
+
+
+def take_suffix(request, model_config) -> None:
+    """vLLM knows suffixes as prompts of models that write from left to right. Here one lies behind the canvas."""
+    if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
+        return
+    given = request.vllm_xargs or {}
+    if "dlm_suffix" in given:
+        refuse("dlm_suffix", given["dlm_suffix"], "suffix says the same, give one of them")
+    request.suffix, request.vllm_xargs = None, {**given, "dlm_suffix": suffix}
+
+
+def mark_template(request, model_config) -> None:
+    """It says how long the answer is, so what vLLM fills in for a `max_tokens` that nobody gave is no bound to it."""
+    given = getattr(request, "vllm_xargs", None) or {}
+    bounds = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    if any(getattr(request, field, None) is not None for field in bounds) or not is_diffusion_lm(model_config):
+        return
+    if isinstance(template := given.get("dlm_template"), str):
+        request.vllm_xargs = {**given, "dlm_template": Unbounded(template)}

@@ -8,18 +8,19 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 
 from bisect import bisect_right
 from dataclasses import replace
-from typing import NoReturn
 
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.integration.canvas import default_length
+from vllm_dlm.integration.given import layout_of, refuse_draft, refuse_template, unmarked
 from vllm_dlm.integration.prompts import is_text, prompt_ids
+from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, Options, request_keys, request_options
-from vllm_dlm.scoring.given import SCORE, Given
-from vllm_dlm.shown import short, shown
+from vllm_dlm.scoring.scored import SCORE, Scored
+from vllm_dlm.shown import shown
 
 #: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
 NEUTRAL = {
@@ -86,7 +87,8 @@ def check_early(prompt, params, processor) -> None:
         refuse_request(params)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
         options = options_of(params, processor)
-        check(params, options, len(own_ids(ids, is_text(prompt), options, processor)), processor)
+        layout, behind = layout_of(options, processor)
+        check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor, layout)
 
 
 def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
@@ -99,10 +101,14 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
     options = options_of(params, processor)
-    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor)
+    layout, behind = layout_of(options, processor)
+    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
+    params.extra_args = layout.added_to(params.extra_args)
     if no_max_tokens:
-        params.max_tokens = open_length(options, len(request.prompt_token_ids), processor)
-    check(params, options, len(request.prompt_token_ids), processor)
+        params.max_tokens = layout.length or open_length(options, len(request.prompt_token_ids), processor)
+    check(params, options, len(request.prompt_token_ids), processor, layout)
+    if layout.holes:
+        params.max_tokens, params.extra_args = layout.length, unmarked(params.extra_args)
     if options.attention != "full":
         usual = server_options_of(processor).decoding.block_length
         request.cache_salt = salt(request.cache_salt, options.decoding.block_length, usual)
@@ -130,7 +136,7 @@ def salt(given: str | None, width: int, usual: int) -> str | None:
 def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
     """The prompt as the model gets it"""
     ids = prompt_ids(ids, text, options.infill, processor)
-    mask_id, scored = processor.model_config.hf_config.mask_token_id, isinstance(options.decoding, Given)
+    mask_id, scored = processor.model_config.hf_config.mask_token_id, isinstance(options.decoding, Scored)
     if (scored or options.attention != "full") and mask_id in ids:
         if scored:
             refuse("prompt", shown(ids), "what is scored has a context without masks")
@@ -141,7 +147,7 @@ def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int
 
 def open_length(options: Options, prompt: int, processor) -> int:
     """Of a request that names none: where its canvas grows, as much as the model and the KV cache have room for."""
-    if not options.extent.grows:
+    if not options.extent.grows or options.given.suffix:  # what comes behind says where the canvas ends
         return default_length(processor)
     length = options.canvas.length(max(processor.model_config.max_model_len - prompt, 1))
     if (pool := replica_blocks(processor)) is None:
@@ -166,7 +172,7 @@ def options_of(params, processor) -> Options:
         refuse(error.field, given.get(error.field), str(error), whole=True)
 
 
-def check(params, options: Options, prompt: int, processor) -> None:
+def check(params, options: Options, prompt: int, processor, layout: Layout = NO_LAYOUT) -> None:
     """Refuses what cannot be honoured for a prompt of that many tokens."""
     for field, neutral in NEUTRAL.items():
         value = getattr(params, field, neutral)
@@ -177,16 +183,26 @@ def check(params, options: Options, prompt: int, processor) -> None:
     model = processor.model_config
     longest = options.canvas.max
     asked = open_length(options, prompt, processor) if params.max_tokens is None else params.max_tokens
+    if layout.holes:
+        refuse_template(params, options, layout, prompt, processor)
+        asked = len(layout.start)
     if longest is not None and asked > longest:
         refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
-    if isinstance(options.decoding, Given):
+    if isinstance(options.decoding, Scored):
         mask_id, given = model.hf_config.mask_token_id, params.extra_args[SCORE]
         if why := options.decoding.misfit(prompt, asked, prompt + length, model.get_vocab_size(), mask_id):
             refuse(SCORE, given, why)
     if length < 1:
+        if options.given.suffix:
+            why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
+            refuse("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
         refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
+    if options.given.draft:
+        refuse_draft(options, layout, asked, length)
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
+    if layout.holes:
+        blocks = len(options.decoding.blocks(sum(each for _, each, _ in layout.holes)))
     if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
         refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps is not None and steps > model.max_model_len:
@@ -247,17 +263,6 @@ def server_options_of(processor):
     if not hasattr(processor, "dlm_options"):
         processor.dlm_options = resolved_options(processor.vllm_config)
     return processor.dlm_options
-
-
-class Refusal(VLLMValidationError, ValueError):
-    """HTTP 400 to the clients of a server, a ValueError to the callers of LLM."""
-
-
-def refuse(field: str, value, why: str, whole: bool = False) -> NoReturn:
-    message = why if whole else f"{short(field)}: {shown(value)} cannot be honoured, {why}"
-    # vLLM shows the value once more
-    value = None if value is None else shown(value)
-    raise Refusal(message, parameter=short(field), value=value)  # type: ignore[call-arg]
 
 
 def refuse_request(params) -> None:

@@ -1,0 +1,141 @@
+"""Canvases that start from a text: what the model gives least of it is written anew."""
+
+import random
+import re
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.batches import POLICIES
+from tests.engine.by_hand import most_probable_first, probabilities
+from tests.engine.matrix import assert_tokens_are_those_alone, small
+from tests.engine.running import core_of, tokens
+from tests.engine.test_lifecycle import add, finish
+from vllm_dlm.methods import methods
+
+CHECKPOINTS = ["llada-tiny", "dream-tiny"]
+SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
+
+
+def request(prompt, draft, length: int, **options):
+    extra = {"dlm_draft": draft} | options
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, extra_args=extra)
+    return {"prompt_token_ids": prompt}, params
+
+
+@pytest.mark.parametrize("behind", [0, 5])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_as_by_hand(engines, checkpoint, behind):
+    """The least probable third becomes masks; so are what the canvas has beyond the draft. With a suffix, too."""
+    llm, rng = engines(checkpoint), random.Random(1)
+    config = llm.model_config.hf_config
+    prompt, draft, suffix = ([rng.randrange(390) for _ in range(count)] for count in (9, 12, behind))
+    asked = request(
+        prompt, draft, 16, dlm_remask=1 / 3, dlm_suffix=suffix, dlm_algorithm="low_confidence", dlm_block_length=8
+    )
+    canvas = prompt + draft + [config.mask_token_id] * 4 + suffix
+    probs = probabilities(llm, canvas, config.logits_shift)
+    of_draft = [float(probs[len(prompt) + index, token]) for index, token in enumerate(draft)]
+    for index in sorted(range(12), key=of_draft.__getitem__)[:4]:
+        canvas[len(prompt) + index] = config.mask_token_id
+    want = most_probable_first(llm, canvas, (len(prompt), len(prompt) + 16), 8)
+    assert tokens(llm, [asked]) == [tuple(want)]
+    assert sum(a == b for a, b in zip(want, draft, strict=False)) >= 8
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_nothing_doubted_and_everything(engines, checkpoint):
+    llm, rng = engines(checkpoint), random.Random(2)
+    prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
+    kept, anew, plain = (request(prompt, draft, 12, dlm_remask=0), request(prompt, draft, 12, dlm_remask=1),
+                         request(prompt, draft, 12))  # fmt: skip
+    del plain[1].extra_args["dlm_draft"]
+    same, other, without = tokens(llm, [kept, anew, plain])
+    assert same == tuple(draft) and other == without
+
+
+def test_a_draft_is_edited(engines):
+    """`token_editing` changes what stands without masks."""
+    llm, rng = engines("llada-tiny"), random.Random(3)
+    prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
+    edited = request(prompt, draft, 12, dlm_remask=0, dlm_algorithm="token_editing", dlm_editing_threshold=0.0)
+    assert tokens(llm, [edited]) != [tuple(draft)]
+
+
+def mixed(selection: str):
+    """Every decoding and every policy in turn, drafts beside ordinary requests, with suffixes and with neither"""
+    rng = random.Random(selection)
+    decodings = sorted(methods("decoding"))
+    for index in range(max(len(decodings), len(POLICIES)) + 4):
+        extra = {
+            "dlm_algorithm": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
+        }  # fmt: skip
+        length = rng.randint(4, 14)
+        if index % 3:
+            draft = [rng.randrange(390) for _ in range(rng.randint(1, length))]
+            extra |= {"dlm_draft": draft, "dlm_remask": rng.choice([0, 0.3, 0.7, 1])}
+        if index % 4 == 1:
+            extra["dlm_suffix"] = [rng.randrange(390) for _ in range(9)]
+        if index % 7 == 3:
+            extra["dlm_cfg_scale"] = 0.5
+        params = SamplingParams(
+            temperature=0.8 * (index % 4 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            extra_args=extra,
+        )  # fmt: skip
+        yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 70))]}, params
+
+
+@pytest.mark.parametrize("selection", SPARSE)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_tokens_are_those_alone(engines, checkpoint, selection):
+    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
+    assert_tokens_are_those_alone(llm, list(mixed(selection)))
+
+
+def test_preempted_ones_begin_their_block_again(engines):
+    llm, given = engines("dream-tiny"), list(mixed("none"))
+    for _, params in given:
+        del params.extra_args["dlm_reuse"]
+    undisturbed = tokens(llm, given)
+    for steps in (1, 6):
+        add(llm, given)
+        done = {}
+        for _ in range(steps):
+            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
+        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
+        done |= finish(llm)
+        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
+
+
+def test_logprobs_of_what_stays(engines):
+    prompt, params = request([5, 6, 7], [8, 9, 10], 3, dlm_remask=0)
+    params.logprobs = 1
+    (output,) = engines("dream-tiny").generate([prompt], [params], use_tqdm=False)
+    records = zip([8, 9, 10], output.outputs[0].logprobs, strict=True)
+    assert all(record[token].logprob < 0 for token, record in records)
+
+
+REFUSED = {
+    "a share": ({"dlm_draft": [5], "dlm_remask": 1.5}, "dlm_remask: 1.5 is not valid, it must be between 0 and 1"),
+    "words": ({"dlm_draft": [5], "dlm_remask": "half"}, "dlm_remask: 'half' is not valid, it must be"),
+    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a draft, give dlm_draft"),
+    "no text": ({"dlm_draft": 5}, "dlm_draft: 5 is not valid, it must be str or a list of int"),
+    "no token": ({"dlm_draft": [10**6]}, "dlm_draft: 1000000 cannot be honoured, token ids are those from 0 to"),
+    "too long": ({"dlm_draft": [5] * 9}, "max_tokens: 8 cannot be honoured, the draft has 9 tokens"),
+    "a window": ({"dlm_draft": [5], "dlm_window": 3}, "dlm_extent: a draft is read as a whole"),
+    "a template": ({"dlm_draft": [5], "dlm_template": "[[3]]"}, "dlm_draft: (5,) cannot be honoured, a template says"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("extra", "says"), REFUSED.values(), ids=REFUSED)
+def test_refused(engines, extra, says):
+    params = SamplingParams(max_tokens=8, extra_args=extra)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        engines("dream-tiny").generate([{"prompt_token_ids": [5]}], [params], use_tqdm=False)
+
+
+@pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
+def test_models_that_know_blocks_refuse_it(engines, checkpoint):
+    with pytest.raises(ValueError, match=r"dlm_draft.*a block sees nothing of what comes behind it"):
+        engines(checkpoint).generate([request([5], [6], 3)[0]], [request([5], [6], 3)[1]], use_tqdm=False)

@@ -1,0 +1,214 @@
+"""Templates in the running engine: what stands stays, and holes hold what they may, however they are decoded."""
+
+import json
+import random
+import re
+from itertools import product
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.batches import POLICIES
+from tests.engine.by_hand import most_probable_first
+from tests.engine.matrix import assert_tokens_are_those_alone, small
+from tests.engine.running import core_of, tokens
+from tests.engine.test_lifecycle import add, finish
+from tests.integration.serving import CHECKPOINT, chat_text
+from vllm_dlm.methods import methods
+
+DEMO, DREAM = str(CHECKPOINT), "dream-tiny"
+CHECKPOINTS = [DEMO, DREAM]
+SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
+PERSON = (
+    '{"name": "[[6:string]]", "age": [[3:number]], "likes": [[[2:string]], "x"], '
+    '"colour": "[[10:one of "red"|"light blue"|"blue"]]"}'
+).replace('[[[2:string]], "x"]', '["[[2:string]]", "x"]')
+
+
+def person(text: str) -> dict:
+    """Asserts that it is what the template says."""
+    found = json.loads(text)
+    assert list(found) == ["name", "age", "likes", "colour"], text
+    assert isinstance(found["name"], str) and isinstance(found["age"], int | float) and found["likes"][1] == "x"
+    assert found["colour"] in ("red", "light blue", "blue")
+    return found
+
+
+def params(template: str, **fields) -> SamplingParams:
+    extra = {"dlm_template": template} | fields.pop("extra", {})
+    return SamplingParams(**{"temperature": 0, "max_tokens": None, "extra_args": extra} | fields)
+
+
+def texts(llm, given) -> list[str]:
+    prompts, sampling = zip(*given, strict=True)
+    return [output.outputs[0].text for output in llm.generate(list(prompts), list(sampling), use_tqdm=False)]
+
+
+def test_two_hundred_objects(engines):
+    """Whatever the demo's model writes, at any temperature, with a word it is sure of or none"""
+    llm, rng = engines(DEMO, max_model_len=512), random.Random(0)
+    prompts = ["Copy: k b x e", 'Copy: " " "', "What is the color of the boat?", "Reverse: 3 1 2", "Sort: \\ \\ \n"]
+    given = []
+    for seed in range(200):
+        extra = {"dlm_block_length": rng.choice([3, 8, 32])}
+        if seed % 3 == 0:
+            extra["dlm_threshold"] = rng.choice([0.01, 0.3])
+        given.append((rng.choice(prompts), params(PERSON, temperature=seed % 5 / 2, seed=seed, extra=extra)))
+    found = [person(text) for text in texts(llm, given)]
+    assert len({found_one["name"] for found_one in found}) > 50
+    assert {found_one["colour"] for found_one in found} == {"red", "light blue", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "selection"), [(DREAM, "none"), *((DEMO, selection) for selection in ["none", *SPARSE])]
+)
+def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
+    config = {"dlm": {"selection": small("selection", selection)}}
+    llm, given = engines(checkpoint, additional_config=config), []
+    extents = sorted(methods("extent"))
+    for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), POLICIES)):
+        extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 2 else 32}
+        extra["dlm_extent"] = extents[index % len(extents)]
+        if index % 7 == 3:
+            extra["dlm_cfg_scale"] = 0.5
+        given.append(("Copy: a b " * 4, params(PERSON, temperature=index % 3 / 2, seed=index, extra=extra)))
+    for (_, sampling), text in zip(given, texts(llm, given), strict=True):
+        try:
+            person(text)
+        except Exception as error:
+            raise AssertionError(sampling.extra_args, text) from error
+
+
+def mixed(selection: str):
+    """Every decoding and every policy in turn, templates beside ordinary requests"""
+    rng = random.Random(selection)
+    decodings = sorted(methods("decoding"))
+    for index in range(max(len(decodings), len(POLICIES)) + 4):
+        extra = {
+            "dlm_algorithm": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
+        }  # fmt: skip
+        prompt = {"prompt_token_ids": [rng.randrange(6, 390) for _ in range(rng.randint(40, 70))]}
+        sampled = {"temperature": 0.8 * (index % 4 == 0), "seed": index}
+        if index % 3:
+            yield prompt, params(rng.choice([PERSON, "a[[8]]b[[3:number]]c"]), extra=extra, **sampled)
+        else:
+            yield prompt, SamplingParams(max_tokens=9, ignore_eos=True, extra_args=extra, **sampled)
+
+
+@pytest.mark.parametrize("selection", SPARSE)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_tokens_are_those_alone(engines, checkpoint, selection):
+    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
+    assert_tokens_are_those_alone(llm, list(mixed(selection)))
+
+
+def test_preempted_ones_begin_their_block_again(engines):
+    llm, given = engines(DREAM), list(mixed("none"))
+    for _, sampling in given:
+        del sampling.extra_args["dlm_reuse"]
+    undisturbed = tokens(llm, given)
+    for steps in (3, 9):
+        add(llm, given)
+        done = {}
+        for _ in range(steps):
+            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
+        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
+        done |= finish(llm)
+        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
+
+
+def test_as_by_hand(engines):
+    """Fixed parts are seen from the first step. No end is proposed here, so a free hole is what the model says."""
+    llm = engines(DREAM)
+    tokenizer, mask = llm.get_tokenizer(), llm.model_config.hf_config.mask_token_id
+    prompt, parts = [7, 8, 9, 30, 41], [tokenizer.encode(text, add_special_tokens=False) for text in ("ab", " c", "d")]
+    canvas = [*prompt, *parts[0], *[mask] * 5, *parts[1], *[mask] * 3, *parts[2]]
+    extra = {"dlm_algorithm": "low_confidence", "dlm_block_length": 32}
+    given = [{"prompt_token_ids": prompt}], [params("ab[[5]] c[[3]]d", extra=extra)]
+    (output,) = llm.generate(*given, use_tqdm=False)
+    *got, end = output.outputs[0].token_ids
+    assert end == tokenizer.eos_token_id and output.outputs[0].finish_reason == "stop"
+    want = most_probable_first(llm, canvas, (len(prompt), len(canvas)), len(canvas))
+    ends = {tokenizer.eos_token_id, llm.model_config.hf_config.eot_token_id}
+    assert not ends & set(want), "choose another prompt"
+    assert got == want
+
+
+def test_what_stands_is_read(engines):
+    llm = engines(DEMO, max_model_len=512)
+    given = [(chat_text("Copy: k b x e"), params(template)) for template in (" k[[2]] e", "[[3]] e", " k b[[2]]")]
+    assert texts(llm, given) == [" k b x e"] * 3
+
+
+def test_blocks_count_masks_and_stream(engines):
+    llm = engines(DREAM)
+    llm.llm_engine.add_request("r", "Copy:", params("one [[4]] two [[4]] three", extra={"dlm_block_length": 4}))
+    pieces = []
+    while llm.llm_engine.has_unfinished_requests():
+        pieces += [output.outputs[0].text for output in llm.llm_engine.step()]
+    assert len(pieces) == 2 and pieces[0].startswith("one ") and " two " in pieces[0] and pieces[1].endswith(" three")
+
+
+def test_holes_end_early(engines):
+    """The demo's model ends its answer in the hole; what stands behind stays, and the rest is not decoded."""
+    llm = engines(DEMO, max_model_len=512)
+    steps, extra = [], {"dlm_block_length": 4}
+    for length in (30, 4):
+        llm.llm_engine.add_request("r", chat_text("Copy: k b x e"), params(f"[[{length}]]!", extra=extra))
+        steps.append(0)
+        while llm.llm_engine.has_unfinished_requests():
+            outputs = llm.llm_engine.step()
+            steps[-1] += 1
+        assert outputs[-1].outputs[0].text == " k b x e!"
+    assert steps[0] <= steps[1] + 6  # the ends of 25 positions took no steps of their own
+
+
+@pytest.mark.parametrize(
+    "template", ["ab[[2]]cd", "é[[2]] 日本 [[1]]\n\t", '"[[1]]"[[1]]\\[[2]]', "  [[2]]  x", "[[1]]"]
+)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_no_character_is_lost_or_merged(engines, checkpoint, template):
+    (text,) = texts(engines(checkpoint), [("Copy: a", params(template))])
+    parts = [re.escape(part) for part in re.split(r"\[\[\d\]\]", template)]
+    assert re.fullmatch("(.|\n)*".join(parts), text), text
+
+
+def test_logprobs_and_samples(engines):
+    llm = engines(DREAM)
+    (output,) = llm.generate(["Copy:"], [params(PERSON, n=3, temperature=1.0, seed=1, logprobs=2)], use_tqdm=False)
+    assert len({one.text for one in output.outputs}) == 3
+    for one in output.outputs:
+        person(one.text)
+        records = list(zip(one.token_ids, one.logprobs, strict=True))
+        assert all(token in record for token, record in records)
+        assert records[0][1][records[0][0]].logprob == 0 and len(records[0][1]) == 1  # it stood from the start
+        assert min(record[token].logprob for token, record in records) < 0
+
+
+REFUSED = {
+    "no hole": (params("abc"), "it has no hole: a hole is [[n]]"),
+    "no kind": (params("[[3:words]]"), "is no hole"),
+    "not a text": (params("a", extra={"dlm_template": 3}), "dlm_template: 3 is not valid, it must be str"),
+    "too long": (params("[[250]]", extra={}), "dlm_template"),
+    "longer than anything": (params("[[257]]"), "a hole has 1 to 256 tokens"),
+    "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 cannot be honoured, the template has 5 tokens"),
+    "an alternative": (
+        params('[[1:one of "a"|"0123456789abcdef"]]'), "'0123456789abcdef' has",
+    ),
+    "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True cannot be honoured"),
+    "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' cannot be honoured"),
+    "a special token": (params("<|endoftext|>[[3]]"), "has a token in it that is no text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sampling", "says"), REFUSED.values(), ids=REFUSED)
+def test_refused(engines, sampling, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        engines(DREAM).generate(["Copy: a b c d"], [sampling], use_tqdm=False)
+
+
+@pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
+def test_models_that_know_blocks_refuse_it(engines, checkpoint):
+    with pytest.raises(ValueError, match=r"dlm_template.*a block sees nothing of what comes behind it"):
+        engines(checkpoint).generate([{"prompt_token_ids": [5]}], [params("[[3]]", detokenize=False)], use_tqdm=False)

@@ -1,0 +1,114 @@
+"""Templates: a text with holes.
+
+`[[n]]` is a hole of n tokens. `[[n:string]]` takes what may stand between the
+quotes of a JSON string, `[[n:number]]` a JSON number, `[[n:one of "a"|"b"]]` one
+of these texts, each written as a JSON string. Doubled brackets are text:
+`[[[[` is `[[`; of three the first is text and the others begin a hole.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from vllm_dlm.shown import shown
+
+Kind = Literal["free", "string", "number", "one of"]
+KINDS: tuple[Kind, ...] = ("string", "number", "one of")
+
+#: of the alternatives of a hole: how many there may be, and characters in all of them
+MOST_ALTERNATIVES, MOST_CHARACTERS = 64, 512
+HOW = 'a hole is [[n]], [[n:string]], [[n:number]] or [[n:one of "a"|"b"]], and [[[[ is the text [['
+
+_HEAD = re.compile(r"\[\[\s*(\d+)\s*")
+_KIND = re.compile(r":\s*(string|number|one of)\s*")
+
+
+class TemplateError(ValueError):
+    pass
+
+
+class Part(NamedTuple):
+    """A text that stands"""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Hole:
+    length: int  # tokens
+    kind: Kind = "free"
+    alternatives: tuple[str, ...] = ()
+
+
+def parse(template: str, longest: int) -> list[Part | Hole]:
+    """Texts and holes in order. `longest`: no hole may have more tokens"""
+    parts: list[Part | Hole] = []
+    text, at = "", 0
+    while at < len(template):
+        if template.startswith("[[[[", at):
+            text, at = text + "[[", at + 4
+        elif template.startswith("[[", at) and not template.startswith("[[[", at):
+            hole, at = _hole(template, at, longest)
+            parts += [Part(text), hole] if text else [hole]
+            text = ""
+        else:
+            text, at = text + template[at], at + 1
+    if text:
+        parts.append(Part(text))
+    if not any(isinstance(part, Hole) for part in parts):
+        raise TemplateError(f"it has no hole: {HOW}")
+    return parts
+
+
+def _hole(template: str, start: int, longest: int) -> tuple[Hole, int]:
+    """The hole that begins at `start`, and where it ends"""
+    where = f"at character {start}, {shown(template[start : start + 24])}"
+    if not (head := _HEAD.match(template, start)):
+        raise TemplateError(f"{where} is no hole: {HOW}")
+    # Python reads no number of thousands of digits
+    length = int(head[1]) if len(head[1]) <= len(str(longest)) else longest + 1
+    if not 1 <= length <= longest:
+        raise TemplateError(f"{where}: a hole has 1 to {longest} tokens")
+    if not (kind := _KIND.match(template, head.end())):
+        return Hole(length), _closed(template, head.end(), where)
+    if kind[1] != "one of":
+        return Hole(length, kind[1]), _closed(template, kind.end(), where)  # type: ignore[arg-type]
+    alternatives, at = _alternatives(template, kind.end(), where)
+    return Hole(length, "one of", alternatives), _closed(template, at, where)
+
+
+def _closed(template: str, at: int, where: str) -> int:
+    if not template.startswith("]]", at):
+        raise TemplateError(f"{where} is no hole: {HOW}")
+    return at + 2
+
+
+def _alternatives(template: str, at: int, where: str) -> tuple[tuple[str, ...], int]:
+    found: list[str] = []
+    while True:
+        try:
+            text, at = json.JSONDecoder().raw_decode(template, at)
+        except (ValueError, RecursionError):
+            raise TemplateError(f'{where}: alternatives are JSON strings with | between them, as "a"|"b"') from None
+        if not isinstance(text, str) or _lone_surrogate(text):
+            raise TemplateError(f"{where}: the alternative {shown(text)} is no text")
+        found.append(text)
+        if len(found) > MOST_ALTERNATIVES or sum(map(len, found)) > MOST_CHARACTERS:
+            raise TemplateError(
+                f"{where}: at most {MOST_ALTERNATIVES} alternatives of {MOST_CHARACTERS} characters in all"
+            )
+        at = _skipped(template, at)
+        if not template.startswith("|", at):
+            return tuple(dict.fromkeys(found)), at
+        at = _skipped(template, at + 1)
+
+
+def _skipped(template: str, at: int) -> int:
+    while at < len(template) and template[at] == " ":
+        at += 1
+    return at
+
+
+def _lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
