@@ -134,10 +134,9 @@ def _suited(options: Options, prefix: str) -> Options:
     whole = "is of models whose attention sees the whole canvas"
     why = {
         "reuse": "has nothing to save where keys of finished blocks are exact: this model recomputes none of them",
-        "selection": whole,
         "extent": whole,
     }
-    for kind, only in (("reuse", "none"), ("selection", "none"), ("extent", "full")):
+    for kind, only in (("reuse", "none"), ("extent", "full")):
         if (name := getattr(options, kind).name) != only:
             raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
     decoding = options.decoding

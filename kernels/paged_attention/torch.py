@@ -1,4 +1,7 @@
-"""One gather of whole blocks and one scaled_dot_product_attention per sequence."""
+"""One gather of whole blocks for each table, and one scaled_dot_product_attention per sequence.
+
+Sequences that stand together and have the same table see different ends of one canvas.
+"""
 
 import torch
 
@@ -18,8 +21,10 @@ def paged_attention(q, cache, tables, q_lens, kv_lens, scale):
     """See dispatch.py"""
     out = torch.empty_like(q)
     parts = zip(q.split(list(q_lens)), out.split(list(q_lens)), tables, kv_lens, strict=True)
+    gathered = None
     for query, place, table, kv_len in parts:
         if len(query):
-            keys, values = gather(cache, table, kv_len)
-            place.copy_(grouped_attention(query, keys, values, scale))
+            if table is not gathered:
+                gathered, (keys, values) = table, gather(cache, table, len(table) * cache.shape[2])
+            place.copy_(grouped_attention(query, keys[:, :kv_len], values[:, :kv_len], scale))
     return out

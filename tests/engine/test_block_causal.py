@@ -181,7 +181,6 @@ def test_memory_grows_by_blocks(engines):
     "field, extra",
     [
         ("dlm_reuse", {"dlm_reuse": "fast_dllm"}),
-        ("dlm_selection", {"dlm_selection": "unique"}),
         ("dlm_extent", {"dlm_extent": "window"}),
         ("dlm_extent", {"dlm_window": 3}),
         ("dlm_algorithm", {"dlm_algorithm": "wino"}),
@@ -200,9 +199,9 @@ def test_masks_of_a_prompt_are_refused(engines):
         tokens(engines(SDAR), [({"prompt_token_ids": [1, 509, 2]}, params)])
 
 
-@pytest.mark.parametrize("part", ["reuse", "selection", "extent"])
+@pytest.mark.parametrize("part", ["reuse", "extent"])
 def test_servers_are_refused_what_is_of_other_models(part):
-    name = {"reuse": "dyllm", "selection": "unique", "extent": "window"}[part]
+    name = {"reuse": "dyllm", "extent": "window"}[part]
     with pytest.raises(OptionError, match=f"^dlm.{part}: '{name}' "):
         server_options({part: {"name": name}}, "low_confidence_static", attention="block_causal", block_length=4)
 

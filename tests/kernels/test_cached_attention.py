@@ -29,6 +29,21 @@ def test_pages(heads, kv_heads, q_lens, kv_lens):
     torch.testing.assert_close(got, naive_paged(q, pages, tables, q_lens, kv_lens, dim**-0.5), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("of", [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]])
+def test_sequences_of_one_table(of):
+    """Ends of one canvas, whose blocks hold NaN beyond the last of them, and of another one between them."""
+    torch.manual_seed(0)
+    both = torch.randperm(8).split(4)
+    pages = torch.full((8, 2, 32, 32), torch.nan)
+    for table, length in zip(both, (100, 70), strict=True):
+        for position in range(length):
+            pages[table[position // 32], :, position % 32] = torch.randn(2, 32)
+    tables, kv_lens = [both[which] for which in of], [(96, 60)[which] + number for number, which in enumerate(of)]
+    q = torch.randn(12, 4, 16)
+    got = paged_attention(q, pages, tables, [4, 4, 4], kv_lens, 0.25)
+    torch.testing.assert_close(got, naive_paged(q, pages, tables, [4, 4, 4], kv_lens, 0.25), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("changed", [[], [0], [3, 17, 49]])
 def test_delta(heads, kv_heads, changed):

@@ -40,6 +40,10 @@ class KVBlocks:
     def write_values(self, layer: int, slots: Slots, values_THD: torch.Tensor) -> None:
         self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, self.head_dim :] = values_THD
 
+    def read_keys(self, layer: int, slots: Slots) -> torch.Tensor:
+        """-> [n, Hkv, D]"""
+        return self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, : self.head_dim]
+
     def read_values(self, layer: int, slots: Slots, rows: Rows) -> torch.Tensor:
         """-> [n, Hkv, D]"""
         return read_values(self.layers[layer], slots.block, slots.offset, rows.index)

@@ -49,7 +49,10 @@ class BlockShape:
         kv_blocks = -(-rows // self.block_size)
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary fills the slots of one key and its value
-        summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
+        if options.attention == "full":
+            summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
+        else:  # what is finished has some, too, and becomes more
+            summaries = selection.summary_rows(rows) if selection.sparse else 0
         others = options.canvases - 1
         drafts = others * self.draft_blocks(options, prompt_len, length) if others else 0
         return kv_blocks, features, -(-summaries // self.block_size), drafts

@@ -242,8 +242,7 @@ class Denoiser:
             ]
         return readers
 
-    @staticmethod
-    def _in_parts(request: HeadRequest, read: np.ndarray, sights: list[tuple[np.ndarray, int]]) -> list[Reader]:
+    def _in_parts(self, request: HeadRequest, read: np.ndarray, sights: list[tuple[np.ndarray, int]]) -> list[Reader]:
         """A stream for all rows that see as far, as if the canvas ended there. Only the last ones are read."""
         state = request.state
         canvas, readers = state.canvas, []
@@ -251,9 +250,13 @@ class Denoiser:
             tokens = canvas.unconditional() if twin else canvas.progress.tokens
             for rows, end in sights:
                 last = end == sights[-1][1]
+                # Others read what is finished: prompts, and blocks that become final.
+                view = self._view_of_final(state, twin) if last and len(read) else None
+                response = canvas.progress.response if view is None else (int(rows[0]), end)
                 stream = Stream(
                     canvas.options.reuse, StepPlan.dense(rows), tokens[:end], read if last else NOTHING, NOTHING,
-                    canvas.progress.response, kv_table=state.blocks[twin].kv,
+                    response, kv_table=state.blocks[twin].kv, view=view,
+                    chooses=view is not None and view.step_begins(),
                 )  # fmt: skip
                 readers.append(Reader(stream, request if last else HeadRequest(state, NOTHING), bool(twin), own=last))
         return readers
@@ -307,11 +310,26 @@ class Denoiser:
 
     def _view(self, state: Denoising, kv_table: np.ndarray, summary_table: np.ndarray) -> View | None:
         selection, canvas = state.options.selection, state.canvas
-        if not selection.applies(canvas.prompt_len, len(canvas)):
+        if state.options.attention != "full" or not selection.applies(canvas.prompt_len, len(canvas)):
             return None
         frozen, size = state.options.reuse.keeps_contexts, self.shape.block_size
         pool = self.choices.setdefault(selection, ChoicePool())
         return View(selection, canvas.prompt_len, canvas.rows, size, kv_table, summary_table, frozen, pool)
+
+    def _view_of_final(self, state: Denoising, twin: int) -> View | None:
+        """What the current block sees of those before it, where these never change. Its first step sees all: there some
+        are written that others have had for long, of whoever was preempted or has a prompt in several steps."""
+        selection, at = state.options.selection, state.canvas.progress
+        if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
+            return None
+        view, own = state.views[twin], state.blocks[twin]
+        if view is None or view.prompt_len != at.written:
+            pool = self.choices.setdefault(selection, ChoicePool())
+            view = state.views[twin] = View(
+                selection, at.written, at.length, self.shape.block_size, own.kv, own.summaries, False, pool,
+                described=False,
+            )  # fmt: skip
+        return view
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

@@ -43,6 +43,8 @@ class GroupAttention:
         if not len(q):
             return q.flatten(1)
         if self.selects:
+            assert self.group.selecting is not None
+            self.group.selecting.describe_final(self.layer, self.blocks, self.counts)
             return self._in_view(q, rows)
         self.counts.attended(rows.counts, self.group.kv_lens, read=True)
         return CanvasAttention(self.group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer])

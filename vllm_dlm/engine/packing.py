@@ -277,7 +277,10 @@ class Packing:
         for row, blocks in zip(table, own, strict=True):
             row[: len(blocks)] = blocks
         # Kernels that read tables need no list of them, and their sizes are those of this step alone.
-        return upload(table), [] if limits else [upload(blocks) for blocks in own]
+        if limits:
+            return upload(table), []
+        once = {id(blocks): upload(blocks) for blocks in own}  # parts of a canvas have one table
+        return upload(table), [once[id(blocks)] for blocks in own]
 
 
 def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:

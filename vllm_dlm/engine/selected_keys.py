@@ -72,6 +72,7 @@ class View:
     held: bool = False  # there is a choice
     known: bool = False  # a choice before this one, of the same keys, may still be in the pool
     chooses: bool = False  # in this step
+    described: bool = True  # what there may be chosen from has summaries, or a step that makes all keys anew makes them
 
     def __post_init__(self) -> None:
         selection, unit = self.selection, self.selection.unit

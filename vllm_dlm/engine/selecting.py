@@ -48,6 +48,15 @@ class Refreshed:
 
 
 @dataclass
+class Final:
+    """Keys that are in the cache for good and have no summaries yet, canvas after canvas."""
+
+    keys: Slots
+    lens: list[int]  # so many of each canvas
+    summaries: Slots
+
+
+@dataclass
 class Shown:
     """What is read of the prompts in one layer."""
 
@@ -68,6 +77,7 @@ class Selecting:
     slots: torch.Tensor  # [C] in the pool
     choosers: Choosers | None
     refreshed: Refreshed | None
+    final: Final | None
     _shown: tuple[int, Shown] | None = None  # the layer whose choice was made last, and what it shows
     _found: dict[tuple[int, int], tuple] = field(default_factory=dict)
     _prompts: dict[int, list[int]] = field(default_factory=dict)
@@ -113,14 +123,25 @@ class Selecting:
             view.refreshed()
         if self.refreshed is None or self.sees_all(layer):
             return
+        self._describe(layer, blocks, keys[self.refreshed.rows], self.refreshed.lens, self.refreshed.slots)
+        counts.summaries += sum(view.summaries for view in self.views)
+
+    def describe_final(self, layer: int, blocks: KVBlocks, counts: Counts) -> None:
+        """What the steps before have left in the cache and none will change."""
+        if self.final is None or self.sees_all(layer):
+            return
+        keys = blocks.read_keys(layer, self.final.keys)
+        self._describe(layer, blocks, keys, self.final.lens, self.final.summaries)
+        counts.summaries += len(self.final.summaries.block)
+
+    def _describe(self, layer: int, blocks: KVBlocks, keys: torch.Tensor, lens: list[int], slots: Slots) -> None:
         dim = keys.shape[2]
         first, second = (
             F.pad(vectors, (0, dim - vectors.shape[2])).to(keys.dtype)
-            for vectors in self.selection.summarise(keys[self.refreshed.rows], self.refreshed.lens)
+            for vectors in self.selection.summarise(keys, lens)
         )
-        blocks.write_keys(layer, self.refreshed.slots, first)
-        blocks.write_values(layer, self.refreshed.slots, second)
-        counts.summaries += sum(view.summaries for view in self.views)
+        blocks.write_keys(layer, slots, first)
+        blocks.write_values(layer, slots, second)
 
     # -- choosing --------------------------------------------------------------------------
 
@@ -258,6 +279,7 @@ def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], wh
         slots=upload(np.array([view.slot for view in views], np.int64)),
         choosers=made,
         refreshed=described(views, live, upload) if whole else None,
+        final=final(views, upload),
     )
 
 
@@ -267,13 +289,28 @@ def described(views: list[View], live: Sequence[int], upload: Upload) -> Refresh
     rows: slice | torch.Tensor = slice(0, lens[0])  # one canvas: nothing has to be gathered
     if len(views) > 1:
         rows = upload(np.concatenate([start + np.arange(n) for start, n in zip(starts, lens, strict=True)]))
+    return Refreshed(rows, lens, slots_of([(view.summary_table, view.summaries) for view in views], views, upload))
+
+
+def final(views: list[View], upload: Upload) -> Final | None:
+    new = [view for view in views if not view.described]
+    for view in new:
+        view.described = True
+    if not new:
+        return None
+    lens = [view.selection.chosen_from(view.prompt_len) for view in new]
+    keys = slots_of([(view.kv_table, n) for view, n in zip(new, lens, strict=True)], new, upload)
+    return Final(keys, lens, slots_of([(view.summary_table, view.summaries) for view in new], new, upload))
+
+
+def slots_of(parts: list[tuple[np.ndarray, int]], views: list[View], upload: Upload) -> Slots:
+    """The first so many of each table of blocks"""
     size = views[0].block_size
-    places = [(view.summary_table, np.arange(view.summaries)) for view in views]
-    slots = Slots(
+    places = [(table, np.arange(count)) for table, count in parts]
+    return Slots(
         upload(np.concatenate([table[row // size] for table, row in places])),
         upload(np.concatenate([row % size for _, row in places])),
     )
-    return Refreshed(rows, lens, slots)
 
 
 def stacked(tables: list[np.ndarray]) -> np.ndarray:
