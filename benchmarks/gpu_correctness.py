@@ -272,6 +272,7 @@ def plot(figure, rows: list[dict]) -> None:
             )
         else:
             names = [f"{row['what'].partition('_p40')[0]}\n{row['kind']}, {row['by']}" for row in runs]
+            figure.set_figheight(max(figure.get_figheight(), 1.2 + 0.33 * len(names)))
             drawing.dots(axes, names, [row["right"] / row["cases"] for row in runs], "texts that are equal", "{:.0%}")
             axes.set_xlim(0, 1.25)
             axes.set_xticks([0, 0.5, 1])

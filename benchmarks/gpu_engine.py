@@ -11,7 +11,6 @@ import torch
 from benchmarks.gpu_device import Profile, mark, milliseconds
 from benchmarks.gpu_shapes import Shape
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Observer
 
 
 @dataclass
@@ -32,15 +31,17 @@ class Run:
     cut: bool
 
 
-class Marks(Observer):
-    """Where steps begin, where the last layer's rows are there, and where
-    tokens are."""
+class Marks:
+    """An observer of steps (engine/denoiser.py, which needs vLLM): where they begin, where the last layer's rows are
+    there, and where tokens are."""
 
     def __init__(self):
         self.moments: list = []
 
     def step_begins(self, states) -> None:
         self.moments = [mark()]
+
+    def step_packed(self, *packed) -> None: ...
 
     def head_read(self, hidden, requests) -> None:
         self.moments.append(mark())
