@@ -8,6 +8,8 @@ from vllm_dlm.engine.denoiser import Observer
 def tokens(llm, requests) -> list[tuple[int, ...]]:
     prompts, params = zip(*requests, strict=True)
     outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    for output, asked in zip(outputs, params, strict=True):
+        assert output.outputs[0].finish_reason != "error", (asked.extra_args, output.outputs[0].stop_reason)
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 

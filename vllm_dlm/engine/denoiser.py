@@ -23,7 +23,7 @@ from vllm_dlm.engine.request import Blocks, Denoising
 from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.shadow import shadow
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.selection.base import Selection
 
 NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
@@ -234,7 +234,7 @@ class Denoiser:
         # a sampled token depends on its step, and a log-probability is that of the step that filled it
         if drafts and state.sampling.greedy and state.sampling.num_logprobs is None:
             readers += self._drafts(state, readers[0], canvases)
-        if options.decoding.judges(state.memory) and len(standing := canvas.standing):
+        if options.decoding.judges(state.memory) and len(standing := self._readable(canvas.standing, at, plan, reuse)):
             request.shadow = HeadRequest(state, standing)
             readers += [
                 Reader(shadow(reader.stream, standing, at), request.shadow, reader.guides, own=False)
@@ -260,6 +260,13 @@ class Denoiser:
                 )  # fmt: skip
                 readers.append(Reader(stream, request if last else HeadRequest(state, NOTHING), bool(twin), own=last))
         return readers
+
+    @staticmethod
+    def _readable(standing: np.ndarray, at: Progress, plan: StepPlan, reuse: Reuse) -> np.ndarray:
+        """What may become a mask again: those that can be filled again, before the next refresh. Of a model that reads
+        a position at the row before, the block's first one is read at a row that is not its own."""
+        standing = reuse.candidates(standing, at)
+        return standing[held(plan.live, at.rows_reading(standing))]
 
     def _drafts(self, state: Denoising, reader: Reader, canvases: int) -> list[Reader]:
         """The first masks filled with what was proposed for them, one more in each draft, as long as one is left."""
