@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_options, server_options
-from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, Turn
 from vllm_dlm.plugins.decoding.entropy import Entropy
+from vllm_dlm.plugins.decoding.entropy_bounded import EntropyBounded
 from vllm_dlm.plugins.decoding.hierarchy import Hierarchy
 from vllm_dlm.plugins.decoding.local_leap import LocalLeap
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
@@ -241,3 +243,30 @@ def test_a_threshold_falls_with_masks_and_load():
         LowConfidence(threshold=0.9, threshold_floor=0.95)
     with pytest.raises(ValueError, match=r"threshold_floor: 0\.5 is not valid, it must be unset without a threshold"):
         LowConfidence(threshold_floor=0.5)
+
+
+def test_entropies_stay_below_their_bound():
+    """Of the tokens of the lowest entropy as many as stay below it together, and one at least."""
+    rng = np.random.default_rng(8)
+    for _ in range(200):
+        entropy, bound = rng.exponential(0.2, int(rng.integers(1, 30))), rng.exponential(0.5)
+        rule = EntropyBounded(eb_threshold=bound)
+        order = sorted(range(len(entropy)), key=lambda index: entropy[index])
+        wanted = [index for count, index in enumerate(order) if not count or sum(entropy[order[: count + 1]]) < bound]
+        proposal = Proposal(np.zeros(len(entropy), np.int64), -entropy, np.full(len(entropy), 0.5))
+        assert sorted(rule.choose(proposal, Turn(0, 9, 1, np.arange(len(entropy))), lambda: None)) == sorted(wanted)
+
+
+def test_entropies_are_those_of_the_plain_distribution():
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2)) * 4
+    logits[3, 10:] = -torch.inf
+    prob = logits.double().softmax(-1)
+    wanted = -torch.special.entr(prob).sum(-1)
+    off, no = torch.zeros(7), torch.zeros(7, dtype=torch.bool)
+    rows = LogitRows(
+        temperature=off, top_p=off + 1, top_k=off.long() + 50, eos_id=3, eot_id=None, mask_id=49, sampled=False,
+        options={"suppress_eos": no, "confidence_eos_eot_inf": no}, filtered=False, exponential=None, uniform=None,
+        memory={},
+    )  # fmt: skip
+    got = EntropyBounded.propose(logits.clone(), rows)
+    torch.testing.assert_close(got.score.double(), wanted, atol=1e-5, rtol=1e-5)
