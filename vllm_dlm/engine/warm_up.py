@@ -53,7 +53,7 @@ def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failure
         if step == STEPS and captures and denoiser.captured is not None:  # between refreshes by now
             (state,) = states
             with denoiser.forwards():
-                denoiser.captured.capture_all(denoiser.readers(state, tables[state.req_id])[0].stream)
+                denoiser.captured.capture_all(denoiser.readers.of(state, tables[state.req_id])[0].stream)
         if failed or not all(len(state.canvas.candidates()) for state in states):
             break
         for request in denoiser.step(states, tables, Counts(), failed):

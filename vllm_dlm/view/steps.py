@@ -18,10 +18,11 @@ import torch
 
 from vllm_dlm.engine.captured import Filled
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared, Reader
+from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
 from vllm_dlm.engine.group import Group
 from vllm_dlm.engine.head import HeadRequest
 from vllm_dlm.engine.layer import LayerStep
+from vllm_dlm.engine.readers import Reader
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Rows
 
