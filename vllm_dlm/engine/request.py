@@ -151,9 +151,13 @@ class Denoising:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
-        if self.options.decoding.edits and len(positions):
-            turn, masks = self._turn(positions, 0.0, before), len(canvas.candidates())
-            self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
+        if self.options.decoding.edits:
+            masks = len(canvas.candidates())
+            if len(positions):
+                turn = self._turn(positions, 0.0, before)
+                self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
+            elif not masks:  # and no position that a partial step of this policy could read
+                self.settled = True
         self.filled += int((commit.positions < canvas.end).sum())
         return commit
 
