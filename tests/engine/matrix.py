@@ -8,6 +8,7 @@ from vllm import SamplingParams
 from benchmarks.soak.requests import SMALL
 from tests.engine.batches import with_presets
 from tests.engine.running import core_of, free_blocks, poison, tokens
+from tests.engine.test_lifecycle import add, finish
 from vllm_dlm.methods import methods
 
 
@@ -56,3 +57,16 @@ def assert_exact(engines, checkpoint, reuse: str) -> None:
     assert tokens(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given) == tokens(
         engines(checkpoint), given
     )
+
+
+def assert_blocks_begin_again(llm, given, after: tuple[int, ...]) -> None:
+    """Preempted after so many steps, requests give the tokens they give undisturbed."""
+    undisturbed = tokens(llm, given)
+    for steps in after:
+        add(llm, given)
+        done = {}
+        for _ in range(steps):
+            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
+        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
+        done |= finish(llm)
+        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed

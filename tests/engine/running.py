@@ -59,6 +59,17 @@ class Recorder(Watching):
             self.steps.setdefault(request.state.req_id, []).append((request.positions.copy(), logits.cpu().numpy()))
 
 
+class Rows(Watching):
+    """Live rows of each request in each step"""
+
+    def __enter__(self):
+        self.live = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        self.live += [len(state.canvas.plan.live) for state in states]
+
+
 class Counted(Watching):
     """What each step counted."""
 

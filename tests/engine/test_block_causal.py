@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
 from tests.engine.matrix import assert_tokens_are_those_alone
-from tests.engine.running import Watching, core_of, free_blocks, poison, runner_of, tokens
+from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, runner_of, tokens
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
@@ -130,17 +130,6 @@ def test_little_memory(engines):
     finally:
         del scheduler._preempt_request
     assert preempted and free_blocks(core_of(llm)) == 19
-
-
-class Rows(Watching):
-    """Live rows of a request in each step"""
-
-    def __enter__(self):
-        self.live = []
-        return super().__enter__()
-
-    def step_begins(self, states):
-        self.live += [len(state.canvas.plan.live) for state in states]
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 30])

@@ -8,9 +8,8 @@ from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first, probabilities
-from tests.engine.matrix import assert_tokens_are_those_alone, small
-from tests.engine.running import core_of, tokens
-from tests.engine.test_lifecycle import add, finish
+from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
+from tests.engine.running import tokens
 from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
@@ -97,15 +96,7 @@ def test_preempted_ones_begin_their_block_again(engines):
     llm, given = engines("dream-tiny"), list(mixed("none"))
     for _, params in given:
         del params.extra_args["dlm_reuse"]
-    undisturbed = tokens(llm, given)
-    for steps in (1, 6):
-        add(llm, given)
-        done = {}
-        for _ in range(steps):
-            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
-        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done |= finish(llm)
-        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
+    assert_blocks_begin_again(llm, given, (1, 6))
 
 
 def test_logprobs_of_what_stays(engines):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.engine.running import Watching, core_of, free_blocks, poison, runner_of, tokens
+from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, runner_of, tokens
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.requests import salt
 from vllm_dlm.methods import methods
@@ -87,17 +87,6 @@ class Known:
         written = (len(text) - 1) // width * width
         self.blocks |= {(width, *text[:end]) for end in range(SIZE, written + 1, SIZE)}
         return hit
-
-
-class Rows(Watching):
-    """Live rows of each request in each step"""
-
-    def __enter__(self):
-        self.live = []
-        return super().__enter__()
-
-    def step_begins(self, states):
-        self.live += [len(state.canvas.plan.live) for state in states]
 
 
 def test_checkpoints_of_all_such_families():

@@ -10,9 +10,7 @@ from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
-from tests.engine.matrix import assert_tokens_are_those_alone, small
-from tests.engine.running import core_of, tokens
-from tests.engine.test_lifecycle import add, finish
+from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
 from tests.integration.serving import CHECKPOINT, chat_text
 from vllm_dlm.methods import methods
 
@@ -107,15 +105,7 @@ def test_preempted_ones_begin_their_block_again(engines):
     llm, given = engines(DREAM), list(mixed("none"))
     for _, sampling in given:
         del sampling.extra_args["dlm_reuse"]
-    undisturbed = tokens(llm, given)
-    for steps in (3, 9):
-        add(llm, given)
-        done = {}
-        for _ in range(steps):
-            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
-        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done |= finish(llm)
-        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
+    assert_blocks_begin_again(llm, given, (3, 9))
 
 
 def test_as_by_hand(engines):

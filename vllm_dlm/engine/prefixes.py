@@ -26,11 +26,11 @@ class Prefixes:
         """Whether the hash of each block of the KV cache says all there is to know of it: the text up to its end. Where
         canvas blocks reach beyond that, keys depend on what stands there; a guidance twin has another text; summaries
         of a selection lie between the keys; and what was filled into a prompt's masks is in no hash."""
-        options = canvas.options
-        if not self.manager.enable_caching or options.attention == "full" or canvas.streams > 1:
-            return False
         masks = canvas.mask_id in canvas.tokens[: canvas.prompt_len]
-        return self.block_size % options.decoding.block_length == 0 and not options.selection.sparse and not masks
+        alone = canvas.streams == 1 and not canvas.options.selection.sparse
+        # vLLM caches no prefixes of other models, whose canvas blocks may have no width
+        shareable = self.manager.enable_caching and alone and not masks
+        return shareable and self.block_size % canvas.options.decoding.block_length == 0
 
     def find(self, request: Request, canvas: Canvas) -> KVCacheBlocks:
         """The blocks that are there for the canvas's first positions. It begins behind them."""
