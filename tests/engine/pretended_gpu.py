@@ -139,7 +139,7 @@ class Step:
 
     def run(self) -> WatchedLayers:
         denoiser = self.denoiser
-        readers = [reader for state in self.states for reader in denoiser.readers(state, self.tables[state.req_id])]
+        readers = [reader for state in self.states for reader in denoiser.readers.of(state, self.tables[state.req_id])]
         prepared = denoiser._prepared(readers)
         with WatchedLayers() as watched, layers_noted(watched):
             hidden = denoiser._hidden(prepared, Counts())
