@@ -1,31 +1,34 @@
 """What looking at steps costs: the same batches with nobody looking, with one request observed and with all of them.
 
-The baseline is the same engine with the hooks of vllm_dlm/view taken out of its way. Each round runs all of them, in
-turn, so that a slow minute is everybody's. Then so many observed requests end, and the process is as large as before.
+A step takes some 25 ms here, and a minute is slower than the next by a tenth: whole batches cannot tell one per cent.
+The hooks of vllm_dlm/view are therefore put in and taken out of the way at every other step of the same batch, and
+thousands of steps are compared. Then so many observed requests end, and the process is as large as before.
 """
 
 import gc
 import os
-import statistics
 import time
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks import load as idle
 from benchmarks import report
 
-REQUESTS, PROMPT, NEW = 8, 64, 64
-WHO = {"hooks taken out": 0, "nobody looks": 0, "one request observed": 1, "all requests observed": REQUESTS}
-BASELINE = next(iter(WHO))
+REQUESTS, PROMPT, NEW = 8, 32, 16
+BASELINE, NOBODY = "hooks taken out", "nobody looks"
+OBSERVED = {"one request observed": 1, "all requests observed": REQUESTS}
 COLUMNS = [
     report.Column("who", "who looks"),
-    report.Column("seconds", "seconds of a batch", "{:.3f}"),
+    report.Column("ms", "ms a step", "{:.2f}"),
     report.Column("share", "of the baseline", "{:.4f}"),
-    report.Column("spread", "quarter to quarter", "{:.4f}"),
+    report.Column("interval", "95 %", lambda bounds: "{:.4f} to {:.4f}".format(*bounds)),
+    report.Column("steps", "steps"),
 ]
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--observed", type=int, default=1000, help="requests after which memory is compared")
     parser.add_argument("--checkpoint", type=Path, help="default: the demo's")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
@@ -37,14 +40,9 @@ def run(args) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     batches = Batches(args.checkpoint)
-    for who in WHO:
-        batches.seconds(who)  # what happens only once shall not count
-    times: dict[str, list[float]] = {who: [] for who in WHO}
+    batches.round()  # what happens only once shall not count
     with load.watch():
-        for number in range(args.rounds):
-            turn = list(WHO)[number % len(WHO) :] + list(WHO)[: number % len(WHO)]
-            for who in turn:
-                times[who].append(batches.seconds(who))
+        rounds = [batches.round() for _ in range(args.rounds)]
     result = report.Report(
         "view",
         "What it costs to look at steps",
@@ -52,30 +50,33 @@ def run(args) -> None:
         | report.surroundings(batches.threads, load)
         | {"memory": batches.memory(args.observed)},
         COLUMNS,
-        ["Shares are medians over rounds of the time of a round over that of the baseline in the same round."],
-        [row(who, times) for who in WHO],
+        ["Shares are of medians over all steps; their bounds come of drawing the rounds anew, a thousand times."],
+        [row(who, rounds) for who in (BASELINE, NOBODY, *OBSERVED)],
     )
     result.print()
     result.write(args.output)
 
 
-def row(who: str, times: dict[str, list[float]]) -> dict:
-    shares = sorted(own / base for own, base in zip(times[who], times[BASELINE], strict=True))
-    quarter = len(shares) // 4
+def row(who: str, rounds: list[dict[str, np.ndarray]]) -> dict:
+    own, base = (np.array([each[name] for each in rounds]) for name in (who, BASELINE))  # [rounds, steps]
+    random = np.random.default_rng(0)
+    drawn = [random.integers(len(rounds), size=len(rounds)) for _ in range(1000)]
+    shares = [np.median(own[some]) / np.median(base[some]) for some in drawn]
     return {
         "who": who,
-        "seconds": statistics.median(times[who]),
-        "share": statistics.median(shares),
-        "spread": shares[-1 - quarter] - shares[quarter],
+        "ms": float(np.median(own)) * 1e3,
+        "share": float(np.median(own) / np.median(base)),
+        "interval": np.quantile(shares, [0.025, 0.975]).tolist(),
+        "steps": own.size,
     }
 
 
 def settings(args, batches: "Batches") -> dict:
     return {
-        "shapes": f"{batches.layers} layers, {REQUESTS} requests of {PROMPT} + {NEW} tokens, dllm_cache",
+        "shapes": f"{batches.layers} layers, {REQUESTS} requests of {PROMPT} + {NEW} tokens, every row in every step",
         "dtype": "float32",
-        "baseline": f"the same engine, {BASELINE}",
-        "counted": "wall time until the last of a batch has ended",
+        "baseline": f"{BASELINE}: every other step of the same batches",
+        "counted": "wall time of each of the engine's steps, output included",
         "rounds": args.rounds,
     }
 
@@ -92,28 +93,21 @@ class Batches:
             kv_cache_memory_bytes=1 << 27, max_num_seqs=REQUESTS, disable_log_stats=True,
         )  # fmt: skip
         self.engine, self.threads = self.llm.llm_engine, torch.get_num_threads()
-        self.params = SamplingParams(
-            temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, extra_args={"dlm_reuse": "dllm_cache"}
-        )
+        self.params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
         core = self.engine.engine_core.engine_core
         self.seeing = core.model_executor.driver_worker.worker.model_runner.seeing
         self.layers = core.scheduler.model_shape.layers
         self.count = 0
 
-    def seconds(self, who: str) -> float:
-        processor = type(self.engine.output_processor)
-        hooked, attach = processor.process_outputs, self.seeing.attach
-        if who == BASELINE:
-            processor.process_outputs = hooked.__wrapped__
-            self.seeing.attach = lambda wanted: None
-        try:
-            begin = time.perf_counter()
-            self.batch(WHO[who])
-            return time.perf_counter() - begin
-        finally:
-            processor.process_outputs, self.seeing.attach = hooked, attach
+    def round(self) -> dict[str, np.ndarray]:
+        """Seconds of the steps of each. A step in which the hooks are out in one batch has them in the next."""
+        even, odd = (self.seconds(out=lambda step, rest=rest: step % 2 == rest) for rest in (0, 1))
+        at = np.arange(len(even)) % 2 == 0
+        return {BASELINE: np.where(at, even, odd), NOBODY: np.where(at, odd, even)} | {
+            who: self.seconds(observed) for who, observed in OBSERVED.items()
+        }
 
-    def batch(self, observed: int) -> None:
+    def seconds(self, observed: int = 0, out=lambda step: False) -> np.ndarray:
         from vllm_dlm.view.hub import HUB, Follower, Request
 
         class Nowhere(Follower):
@@ -127,21 +121,36 @@ class Batches:
             name, params = f"bench-{self.count}", self.params
             if number < observed:
                 params = params.clone()
-                params.extra_args = params.extra_args | {"dlm_frames": 1}
+                params.extra_args = {"dlm_frames": 1}
                 HUB.add(Request(name, "bench", 1, False, Nowhere(), 0))
             prompt = {"prompt_token_ids": [(7 * self.count + at) % 390 for at in range(PROMPT)]}
             self.engine.add_request(name, prompt, params)
+        seconds = []
         while self.engine.has_unfinished_requests():
-            self.engine.step()
+            seconds.append(self.step(out(len(seconds))))
         for request in list(HUB.requests.values()):
             HUB.remove(request)
+        return np.array(seconds)
+
+    def step(self, hooks_out: bool) -> float:
+        processor = type(self.engine.output_processor)
+        hooked, attach = processor.process_outputs, self.seeing.attach
+        if hooks_out:
+            processor.process_outputs = hooked.__wrapped__
+            self.seeing.attach = lambda wanted: None
+        try:
+            begin = time.perf_counter()
+            self.engine.step()
+            return time.perf_counter() - begin
+        finally:
+            processor.process_outputs, self.seeing.attach = hooked, attach
 
     def memory(self, observed: int) -> dict:
         """MiB of the process before and after so many observed requests, and Python's objects"""
         found = {}
         for when, batches in (("before", 4), ("after", -(-observed // REQUESTS))):
             for _ in range(batches):
-                self.batch(REQUESTS)
+                self.seconds(REQUESTS)
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             found[when] = {"MiB": round(pages / 2**20, 1), "objects": len(gc.get_objects())}
