@@ -11,6 +11,7 @@ WRITERS = {
     "costs": "benchmarks.costs", "selection": "benchmarks.selection", "quality": "benchmarks.quality",
     "speed-rules": "benchmarks.speed_rules", "speed-blocks": "benchmarks.speed_blocks",
     "quality-rules": "benchmarks.quality_rules",
+    "view": "benchmarks.view",
     "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
     "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",
     "gpu-denoising": "benchmarks.gpu_denoising", "gpu-pages": "benchmarks.gpu_pages",

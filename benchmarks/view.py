@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import drawing, report
 from benchmarks import load as idle
-from benchmarks import report
 
 REQUESTS, PROMPT, NEW = 8, 32, 16
 BASELINE, NOBODY = "hooks taken out", "nobody looks"
@@ -54,7 +54,7 @@ def run(args) -> None:
         [row(who, rounds) for who in (BASELINE, NOBODY, *OBSERVED)],
     )
     result.print()
-    result.write(args.output)
+    result.write(args.output, plot)
 
 
 def row(who: str, rounds: list[dict[str, np.ndarray]]) -> dict:
@@ -69,6 +69,19 @@ def row(who: str, rounds: list[dict[str, np.ndarray]]) -> dict:
         "interval": np.quantile(shares, [0.025, 0.975]).tolist(),
         "steps": own.size,
     }
+
+
+def plot(figure, rows: list[dict]) -> None:
+    """Who looks down the side, with the bounds of each share."""
+    axes = figure.subplots()
+    at = np.arange(len(rows))[::-1]
+    share = np.array([each["share"] for each in rows])
+    low, high = np.array([each["interval"] for each in rows]).T
+    axes.errorbar(share, at, xerr=[share - low, high - share], fmt="o", color=drawing.BLUE, capsize=3)
+    axes.axvline(1.0, color=drawing.GREY, linewidth=0.8)
+    axes.set_yticks(at, [each["who"] for each in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("time of a step, of that without the hooks (bounds: 95 %)")
 
 
 def settings(args, batches: "Batches") -> dict:
