@@ -45,15 +45,18 @@ def attention_init(init: Callable) -> Callable:
     return with_selection(init)
 
 
-def score_route(load: Callable) -> Callable:
+def load_endpoint_plugins(load: Callable) -> Callable:
     """Imports what only servers have."""
 
-    def load_with_scores(supported_tasks=None):
-        from vllm_dlm.scoring.route import load_endpoint_plugins
+    def load_with_dlm(supported_tasks=None):
+        from vllm_dlm.scoring.route import ScorePlugin
+        from vllm_dlm.view.routes import ViewPlugin
 
-        return load_endpoint_plugins(load)(supported_tasks)
+        tasks = set(supported_tasks or ())
+        own = [plugin for plugin in (ScorePlugin(), ViewPlugin()) if tasks.intersection(plugin.required_tasks)]
+        return [*load(supported_tasks), *own]
 
-    return load_with_scores
+    return load_with_dlm
 
 
 PATCHES = (
@@ -151,14 +154,9 @@ PATCHES = (
         at="import",
     ),
     Patch(
-        "vllm.entrypoints.generate.api_router", "register_generate_api_routers", view.register_generate_api_routers,
-        "Routes of --dlm-view. vLLM's hook for those of plugins wants VLLM_PLUGINS to be set, and warns if it is not.",
-        ("(app)",),
-        at="import",
-    ),
-    Patch(
-        "vllm.plugins", "load_endpoint_plugins", score_route,
-        "vLLM takes routes of plugins where VLLM_PLUGINS names them; whoever serves a diffusion model has the score's.",
+        "vllm.plugins", "load_endpoint_plugins", load_endpoint_plugins,
+        "The score's route and those of --dlm-view. vLLM takes routes of plugins that VLLM_PLUGINS names, and warns if "
+        "it is not set.",
         ("(supported_tasks=)",),
     ),
     # -- steps and counters --------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Read in vLLM 0.32 and 0.33:
 v1/engine/output_processor.py (`process_outputs`), v1/engine/async_llm.py
-(`generate`), entrypoints/openai/{completion,chat_completion}/serving.py (each
-returns a generator of the lines of a stream, or a response), and
-entrypoints/generate/api_router.py (vLLM's own hook for routes of plugins wants
-`VLLM_PLUGINS` to be set, and warns everybody else).
+(`generate`), and entrypoints/openai/{completion,chat_completion}/serving.py
+(each returns a generator of the lines of a stream, or a response).
 """
 
 from collections import Counter
@@ -175,17 +173,3 @@ def _create(create, kind: str, empty: dict):
         return with_frames(response, channel) if channel.stream else with_trajectories(response, channel)
 
     return create_and_tell
-
-
-# -- routes --------------------------------------------------------------------------------------
-
-
-def register_generate_api_routers(register):
-    def register_with_view(app):
-        register(app)
-        if getattr(app.state.args, "dlm_view", False):
-            from vllm_dlm.view.routes import router_of
-
-            app.include_router(router_of(app.state.args))
-
-    return register_with_view

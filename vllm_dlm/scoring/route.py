@@ -52,16 +52,6 @@ class ScorePlugin:
         state.dlm_scores = ServingScores(engine_client, state.openai_serving_models) if serves else None
 
 
-def load_endpoint_plugins(load):
-    """vLLM's own list of endpoint plugins, and this one."""
-
-    def load_with_dlm(supported_tasks=None):
-        found = load(supported_tasks)
-        return [*found, ScorePlugin()] if set(ScorePlugin.required_tasks) & set(supported_tasks or ()) else found
-
-    return load_with_dlm
-
-
 class ServingScores(BaseServing):
     def __init__(self, engine_client: Any, models: Any):
         super().__init__(models=models, model_config=engine_client.model_config)

@@ -1,14 +1,18 @@
 """Routes of a server that was started with `--dlm-view`: the page, which requests may be watched, and one of them.
 
 The page is a file without data and open to all; the others want a key of `--api-key` where there is one, as vLLM's
-routes under /v1 do. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py.
+routes under /v1 do. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py,
+plugins/endpoint_plugins/interface.py.
 """
 
 import json
+from argparse import Namespace
 from collections.abc import AsyncGenerator
+from typing import Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
+from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
@@ -16,6 +20,18 @@ from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.view.hub import HUB, Followed, Follower
 from vllm_dlm.view.offers import offers
 from vllm_dlm.view.page import page
+
+
+class ViewPlugin:
+    name = "vllm_dlm_view"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        if getattr(app.state.args, "dlm_view", False):
+            app.include_router(router_of(app.state.args))
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Routes look requests up where frames pass."""
 
 
 def router_of(args) -> APIRouter:
