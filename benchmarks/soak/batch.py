@@ -58,7 +58,7 @@ def run(llm, batch: Batch, model) -> Ran:
     for cache in runner_of(llm).kv_caches:
         cache.fill_(torch.nan)  # whoever reads what it did not write is found out
     last = max(entry.arrives for entry in batch.entries)
-    limit = last + most_steps(batch, model)
+    limit = last + most_steps(batch, model, scheduler.dlm_options)
     step, names = 0, {}
     while step <= last or engine.has_unfinished_requests():
         for index, entry in enumerate(batch.entries):
@@ -116,9 +116,9 @@ def answer_of(output) -> tuple:
     )  # fmt: skip
 
 
-def most_steps(batch: Batch, model) -> int:
+def most_steps(batch: Batch, model, server) -> int:
     """One after the other, each may take all its steps, again after every reset."""
-    each = sum(entry.given.fields.get("n", 1) * most_forwards(entry.given, model) for entry in batch.entries)
+    each = sum(entry.given.fields.get("n", 1) * most_forwards(entry.given, model, server) for entry in batch.entries)
     return 50 + each * (1 + len(batch.resets))
 
 

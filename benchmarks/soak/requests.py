@@ -14,6 +14,8 @@ from vllm_dlm.options import METHOD_KEYS, WINDOW, OptionError, request_options, 
 
 INTEGERS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
 FLOATS = (0.0, 1e-3, 0.05, 0.3, 0.5, 0.9, 0.995, 1.0, 1.5)
+SHARES = (0, 0.3, 0.5, 1)
+HOLES = ("[[{}]]", "[[{}:number]]", "[[{}:string]]", '[[{}:one of "a"|"bc"]]')
 #: by the name of the field: what lets a method leave something out of prompts of a hundred tokens and short canvases
 SMALL = {
     "min_context": 0,
@@ -158,10 +160,13 @@ def forwards(given: Given, model: Model) -> int:
     return given.prompt.count(model.mask_id) + (canvas_len(given, model) if steps is None else steps)
 
 
-def most_forwards(given: Given, model: Model) -> int:
-    """Of one sample: a step per position, or all that are scheduled; a block may begin with one that fills nothing."""
-    steps = given.fields["extra_args"].get("dlm_steps") or 0
-    return given.prompt.count(model.mask_id) + max(2 * canvas_len(given, model), steps) + 8
+def most_forwards(given: Given, model: Model, server) -> int:
+    """Of one sample: what the decoding says of each block; a block may begin with one that fills nothing."""
+    length, decoding = canvas_len(given, model), request_options(server, given.fields["extra_args"]).decoding
+    blocks = decoding.blocks(length)
+    steps = [decoding.block_steps(index, len(blocks), end - start) for index, (start, end) in enumerate(blocks)]
+    each = [decoding.most_steps(end - start, own) for (start, end), own in zip(blocks, steps, strict=True)]
+    return given.prompt.count(model.mask_id) + sum(each) + 8
 
 
 def _request(rng: random.Random, model: Model, server) -> Given:
@@ -175,9 +180,27 @@ def _request(rng: random.Random, model: Model, server) -> Given:
     if rng.random() < 0.02:
         del fields_of["max_tokens"]
     fields_of |= _sampling(rng, model)
+    prompt, given = _given(rng, model, prompt, length)
+    extra |= given | {name: 1 for name in ("dlm_trajectory", "dlm_frames") if rng.random() < 0.1}
     if fields_of["temperature"] or draws(server, extra) or rng.random() < 0.3:
         fields_of["seed"] = rng.choice((0, 1, 1 << 62, rng.getrandbits(31)))
     return Given(tuple(prompt), fields_of | {"extra_args": extra})
+
+
+def _given(rng: random.Random, model: Model, prompt: list[int], length: int) -> tuple[list[int], dict]:
+    """What is left of the prompt, and what the request gives of its canvas, more than one thing now and then."""
+    extra: dict = {}
+    if len(prompt) > 1 and rng.random() < 0.12:
+        cut = len(prompt) - edgy(rng, len(prompt) - 1)
+        prompt, extra["dlm_suffix"] = prompt[:cut], prompt[cut:]
+    if rng.random() < 0.1:
+        extra["dlm_draft"] = [rng.randrange(model.vocab_size) for _ in range(rng.choice((1, length)))]
+        if rng.random() < 0.7:
+            extra["dlm_remask"] = rng.choice(SHARES)
+    if rng.random() < 0.1:
+        holes = [rng.choice(HOLES).format(rng.choice(INTEGERS[:6])) for _ in range(rng.randint(1, 3))]
+        extra["dlm_template"] = rng.choice(("", "{", "a ")) + rng.choice((", ", " b")).join(holes)
+    return prompt, extra
 
 
 def draws(server, extra: dict) -> bool:

@@ -152,7 +152,8 @@ class Denoising:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
         if self.options.decoding.edits:
-            masks = len(canvas.candidates())
+            # No block waits for masks of the prompt: partial steps of some policies have no rows there.
+            masks = int((canvas.candidates() >= canvas.prompt_len).sum())
             if len(positions):
                 turn = self._turn(positions, 0.0, before)
                 self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
