@@ -9,7 +9,7 @@ The residual stream is given a layout (width 192):
     0        a constant                     the same for every token, so heads can read position
     1        "I am a mask"                  so that masked places can be avoided as sources
     2..95    the token's own code           equal norms: RMSNorm then keeps dim 0 equal as well
-    96..191  three slots of one head each   filled by layer 0 with the tokens 3, 4 and 5 back
+    96..191  three slots of one head each   filled by layer 0 with tokens some places back, see Offsets
 
 Layer 0 attends by offset and fills the slots. In layers 1 and 2 some heads use the same matrix
 for queries and keys and read one slot, so a place attends to where the same token stood the same
@@ -20,6 +20,8 @@ so what was copied is also said. The offsets fit the needle's wording; other wor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,21 @@ from .model import Block, DemoLLaDA
 CONSTANT, IS_MASK = 0, 1
 TOKEN = slice(2, 96)
 SLOTS_FROM = 96
-SLOT_OFFSETS = (-3, -4, -5)
-OTHER_OFFSETS = (-6, -7, -1)
 # layer -> {head: slot it matches on}
 MATCHING_HEADS = {1: {3: 0, 4: 1, 5: 2}, 2: {0: 2, 1: 0, 2: 1}}
-SECOND_LAYER_OFFSETS = (-1, 1, -3)
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where heads look, in places from their own."""
+
+    slots: tuple[int, int, int]  # what the slots are filled with
+    first: tuple[int, int, int]  # the other heads of layer 0
+    second: tuple[int, int, int]  # the heads of layer 1 that match nothing
+
+
+RECALL = Offsets(slots=(-3, -4, -5), first=(-6, -7, -1), second=(-1, 1, -3))  # of "The code of alice is 48213"
+WALK = Offsets(slots=(-1, -2, -3), first=(1, 2, -4), second=(-1, 1, -2))  # of "alice > lamp;"
 
 TOKEN_NORM, CONSTANT_SIZE = 6.8, 4.0
 POSITION_SHARPNESS, MATCH_SCALE, MASK_PENALTY, HEAD_ALIGNMENT = 1.2, 0.5, 2.0, 0.15
@@ -88,10 +100,10 @@ def _match_on_slot(block: Block, head: int, slot: int, head_dim: int, copied: Te
 
 
 @torch.no_grad()
-def build_lookup_circuit(model: DemoLLaDA) -> None:
+def build_lookup_circuit(model: DemoLLaDA, offsets: Offsets = RECALL) -> None:
     shape, blocks = model.shape, model.parts.blocks
     head_dim, frequencies = shape.head_dim, shape.rope_frequencies()
-    if shape.width != SLOTS_FROM + len(SLOT_OFFSETS) * head_dim or shape.layers < 3:
+    if shape.width != SLOTS_FROM + len(offsets.slots) * head_dim or shape.layers < 3:
         raise ValueError("the residual layout is made for width 192, heads of 32, 3 or more layers")
 
     embedding = model.parts.wte.weight  # [V, W]
@@ -108,9 +120,9 @@ def build_lookup_circuit(model: DemoLLaDA) -> None:
         for reader in (block.v_proj, block.ff_proj, block.up_proj):
             reader.weight[:, [CONSTANT, IS_MASK]] = 0
 
-    for head, offset in enumerate(SLOT_OFFSETS + OTHER_OFFSETS):
+    for head, offset in enumerate(offsets.slots + offsets.first):
         _attend_at_offset(blocks[0], head, offset, frequencies)
-    for slot in range(len(SLOT_OFFSETS)):
+    for slot in range(len(offsets.slots)):
         _fill_slot(blocks[0], slot, slot, head_dim)
     blocks[0].attn_out.weight[[CONSTANT, IS_MASK]] = 0
 
@@ -122,7 +134,7 @@ def build_lookup_circuit(model: DemoLLaDA) -> None:
             third = basis[part * (codes // 3) :][:head_dim]
             copied[: len(third)] = third
             _match_on_slot(blocks[layer], head, slot, head_dim, copied)
-    for head, offset in enumerate(SECOND_LAYER_OFFSETS):
+    for head, offset in enumerate(offsets.second):
         _attend_at_offset(blocks[1], head, offset, frequencies)
 
     model.parts.ff_out.weight.normal_(0, 0.02)

@@ -18,6 +18,8 @@ CODE_DIGITS = 5
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WORD_VALUES = NOUNS + ADJECTIVES
 ADDEND_LIMIT = 100
+WALK_WORDS = NAMES + NOUNS + ADJECTIVES + LETTERS
+MOST_WALK_WORDS = 124
 
 
 @dataclass
@@ -178,6 +180,20 @@ def follow(rng: np.random.Generator) -> Sample:
     arrows = [f" {a} {b}," for a, b in itertools.pairwise(chain)]
     rng.shuffle(arrows)
     return _sample("follow", f"Follow{''.join(arrows)} from {chain[0]}", _spaced(chain))
+
+
+def walk(rng: np.random.Generator, words: int) -> Sample:
+    """`follow` at length: every word of the answer is found in the prompt by the one before, and by nothing else."""
+    path = [str(word) for word in rng.choice(WALK_WORDS, words, replace=False)]
+    arrows = [f" {a}> {b};" for a, b in zip(path, [*path[1:], "."], strict=True)]
+    rng.shuffle(arrows)
+    content = f"Follow{''.join(arrows)} from {path[0]}".replace("> .;", ">.;")
+    return _sample("walk", content, "".join(f" {word}>" for word in path) + ".")
+
+
+def words_of(answer: int) -> int:
+    """Words of the longest walk whose answer has at most so many tokens"""
+    return min((answer - 2) // 2, MOST_WALK_WORDS)
 
 
 SMALL_TASKS = {"copy": copy, "reverse": reverse, "sort": sort, "add": add, "totals": totals, "follow": follow}

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m benchmarks.demo.train`.
+"""Train the demo checkpoint: `python -m benchmarks.demo.train`. The one of long answers: `--course walks`.
 
 Stops and goes on: the state file holds weights, optimisers and step, and lessons depend on
 (seed, step) alone. Run the same command again to continue; `--fresh` starts over.
@@ -23,15 +23,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .init import build_lookup_circuit
+from .init import WALK, build_lookup_circuit
 from .lessons import Batch, Lessons
 from .model import DemoLLaDA, Shape, save_checkpoint
+from .walks import Walks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Recipe:
+    course: str = "demo"
     seed: int = 0
     steps: int = 2200
     recall_tokens: int = 3000
@@ -43,6 +45,14 @@ class Recipe:
     decay_steps: int = 750  # at the end, over which both rates fall linearly to zero
     layers: int = 4
     rope_theta: float = 100_000.0
+    bfloat16: bool = True  # products, where the machine is faster at them
+
+
+RECIPES = {
+    "demo": Recipe(),
+    "walks": Recipe(course="walks", steps=600, decay_steps=210, bfloat16=False),
+}
+OUTPUTS = {"demo": ROOT / "vllm_dlm/demo/checkpoint", "walks": ROOT / "benchmarks/demo/walker"}
 
 
 class Training:
@@ -52,9 +62,14 @@ class Training:
         self.worker, self.workers = worker, workers
         torch.manual_seed(recipe.seed)
         self.recipe, self.step, self.seconds = recipe, 0, 0.0
-        self.lessons = Lessons(recipe.seed, recipe.recall_tokens, recipe.small_tokens)
         self.model = DemoLLaDA(Shape(layers=recipe.layers, rope_theta=recipe.rope_theta))
-        build_lookup_circuit(self.model)
+        self.lessons: Lessons | Walks
+        if recipe.course == "walks":
+            self.lessons = Walks(recipe.seed, recipe.steps)
+            build_lookup_circuit(self.model, WALK)
+        else:
+            self.lessons = Lessons(recipe.seed, recipe.recall_tokens, recipe.small_tokens)
+            build_lookup_circuit(self.model)
         matrices = [p for p in self.model.parts.blocks.parameters() if p.ndim == 2]
         inside = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in inside]
@@ -71,6 +86,7 @@ class Training:
         ]
         self.peaks = [recipe.matrix_lr, recipe.other_lr]
         self.accuracy: dict[str, float] = {}  # moving averages, for the progress line only
+        self.own: set[str] = set()  # names of the batches that this worker took
 
     def learn(self) -> None:
         """One optimiser step on one batch of long prompts and one of small tasks."""
@@ -91,10 +107,11 @@ class Training:
         self.seconds += time.perf_counter() - began
 
     def _loss(self, batch: Batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
             logits_NV = self.model(batch.ids_BT, batch.tail, batch.masked_BR)
         if batch.graded_N.any():
             right = (logits_NV.argmax(-1) == batch.labels_N)[batch.graded_N].float().mean().item()
+            self.own.add(batch.name)
             old = self.accuracy.get(batch.name, right)
             self.accuracy[batch.name] = 0.95 * old + 0.05 * right
         return (F.cross_entropy(logits_NV, batch.labels_N, reduction="none") * batch.weights_N).sum()
@@ -109,10 +126,9 @@ class Training:
     def share_accuracy(self) -> None:
         if self.workers > 1:
             gathered: list = [None] * self.workers
-            dist.all_gather_object(gathered, self.accuracy)
-            # Batch names tell the workers' batches apart, so no two report the same one.
-            for worker, theirs in enumerate(gathered):
-                self.accuracy.update({k: v for k, v in theirs.items() if (k == "small") == (worker == 1)})
+            dist.all_gather_object(gathered, {name: self.accuracy[name] for name in self.own})
+            for theirs in gathered:
+                self.accuracy.update(theirs)
 
     def state(self) -> dict:
         return {
@@ -178,15 +194,20 @@ def run(worker: int, options: dict, rendezvous: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "vllm_dlm/demo/checkpoint")
-    parser.add_argument("--state", type=Path, default=ROOT / "runs/demo/state.pt")
+    parser.add_argument("--course", choices=sorted(RECIPES), default="demo")
+    recipe = RECIPES[parser.parse_known_args()[0].course]
+    parser.add_argument("--output", type=Path, default=OUTPUTS[recipe.course])
+    parser.add_argument("--state", type=Path, default=ROOT / f"runs/{recipe.course}/state.pt")
     parser.add_argument("--fresh", action="store_true", help="ignore an existing state file")
     parser.add_argument("--workers", type=int, choices=[1, 2], default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
     parser.add_argument("--save-every", type=int, default=250, help="steps between state files")
     parser.add_argument("--log-every", type=int, default=100, help="steps between printed lines")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    for name, value in asdict(recipe).items():
+        if isinstance(value, bool):
+            parser.add_argument("--" + name, action=argparse.BooleanOptionalAction, default=value)
+        elif name != "course":
+            parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")

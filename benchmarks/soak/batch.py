@@ -177,16 +177,15 @@ def compare(pair: Pair, batch: Batch, ran: Ran, known: dict[str, tuple]) -> None
             raise Found(f"error {errors[0].split(':')[0]}", f"request {index} ended with {errors[0]}")
         given = batch.entries[index].given
         # Restarted, a block begins with a full forward: the same without caches, a refresh sooner with them.
-        if index in ran.restarted and caches(pair, given):
+        options = request_options(core_of(pair.tight).scheduler.dlm_options, given.fields["extra_args"])
+        if index in ran.restarted and options.caches:
+            continue
+        if options.decoding.threshold_floor is not None:  # its threshold follows those that wait
             continue
         alone = answer_alone(pair, given, known)
         if answer != alone:
             raise Found("difference", f"request {index} answered {answer}\nand alone {alone}")
         ran.compared += 1
-
-
-def caches(pair: Pair, given: Given) -> bool:
-    return request_options(core_of(pair.tight).scheduler.dlm_options, given.fields["extra_args"]).caches
 
 
 def answer_alone(pair: Pair, given: Given, known: dict[str, tuple]) -> tuple:
