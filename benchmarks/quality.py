@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import drawing, quality_rules, report
+from benchmarks import drawing, quality_rules, quality_walks, report
 from benchmarks.load import Load
 from benchmarks.workload import Policy
 from vllm_dlm.engine.counts import Counts
@@ -58,7 +58,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="for the exact match of the defaults (default 500)")
     parser.add_argument("--drift-prompts", type=int, default=100, help="for agreement and KL (default 100)")
     parser.add_argument("--rules", action="store_true", help="every decoding on canvases of some lengths, instead")
-    parser.add_argument("--resume", action="store_true", help="of --rules: keep the cells that the result file has")
+    parser.add_argument("--walks", action="store_true", help="every decoding on long answers, instead")
+    parser.add_argument("--resume", action="store_true", help="of these: keep the cells that the result file has")
     parser.add_argument("--answers", type=int, default=60, help="of each cell of --rules (default 60)")
     parser.add_argument("--quick", action="store_true", help="a handful of prompts")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
@@ -67,6 +68,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     if args.rules:
         return run_rules(args)
+    if args.walks:
+        return run_walks(args)
     many, some = (8, 4) if args.quick else (args.prompts, args.drift_prompts)
     load = Load(timed=False)
     engine = Engine()
@@ -96,23 +99,40 @@ def run(args) -> None:
 
 def run_rules(args) -> None:
     answers = 5 if args.quick else args.answers
-    load, engine = Load(timed=False), Engine(max_model_len=1024)
-    samples, rows = quality_rules.questions(answers), []
-    if args.resume and (known := args.results / "quality-rules.json").exists():
-        rows += [row for row in report.Report.read(known, []).rows if row["answers"] == answers]
-    result = report.Report(
-        "quality-rules", "Tokens filled at once, under every reuse, on canvases of some lengths",
-        quality_rules.settings(answers) | report.surroundings(torch.get_num_threads(), load),
-        quality_rules.COLUMNS, quality_rules.NOTES, rows,
+    samples = quality_rules.questions(answers)
+    measure_cells(
+        args, quality_rules, Engine(max_model_len=1024), lambda canvas: samples,
+        ("quality-rules", "Tokens filled at once, under every reuse, on canvases of some lengths"),
+        quality_rules.settings(answers), quality_rules.BLOCK,
     )  # fmt: skip
-    for canvas, extent, reuse, rule, options in tqdm(list(quality_rules.cells(args.quick)), desc="rules", unit="cell"):
+
+
+def run_walks(args) -> None:
+    counts = {canvas: 2 if args.quick else count for canvas, count in quality_walks.ANSWERS.items()}
+    samples = {canvas: quality_walks.questions(canvas, count) for canvas, count in counts.items()}
+    measure_cells(
+        args, quality_walks, Engine(max_model_len=1024, checkpoint=quality_walks.CHECKPOINT), samples.__getitem__,
+        ("quality-walks", "Tokens filled at once in long answers whose words need each other"),
+        quality_walks.settings(), quality_walks.BLOCK,
+    )  # fmt: skip
+
+
+def measure_cells(args, table, engine: "Engine", samples_of, called: tuple[str, str], settings: dict, block: int):
+    """`table`: the module of the result, with its cells and columns. Each cell is written when it is there."""
+    load, rows, (name, title) = Load(timed=False), [], called
+    if args.resume and (known := args.results / f"{name}.json").exists():
+        kept = report.Report.read(known, []).rows
+        rows += [row for row in kept if row["answers"] == len(samples_of(row["canvas"]))]
+    about_all = settings | report.surroundings(torch.get_num_threads(), load)
+    result = report.Report(name, title, about_all, table.COLUMNS, table.NOTES, rows)
+    for canvas, extent, reuse, rule, options in tqdm(list(table.cells(args.quick)), desc=name, unit="cell"):
         about = {"decoding": rule.label, "reuse": reuse, "extent": extent, "canvas": canvas}
         if any(about.items() <= row.items() for row in rows):
             continue
-        rows.append(about | quality_rules.measure(engine, canvas, options, samples))
+        rows.append(about | quality_rules.measure(engine, canvas, options, samples_of(canvas), block))
         result.write(args.results)
-    rows.sort(key=quality_rules.place)
-    for path in result.write(args.results, quality_rules.plot):
+    rows.sort(key=table.place)
+    for path in result.write(args.results, table.plot):
         print(path)
 
 
@@ -170,13 +190,13 @@ class Drift(Observer):
 class Engine:
     """The served engine inside this process, so that each step can be looked at."""
 
-    def __init__(self, max_model_len: int = 512, rows: int = 4096):
+    def __init__(self, max_model_len: int = 512, rows: int = 4096, checkpoint: Path = CHECKPOINT):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self.llm = LLM(
-            str(CHECKPOINT), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
+            str(checkpoint), dtype="float32", max_model_len=max_model_len, enforce_eager=True,
             kv_cache_memory_bytes=1 << 29, max_num_seqs=16,
             max_num_batched_tokens=max(rows, max_model_len), disable_log_stats=True,
         )  # fmt: skip

@@ -49,7 +49,7 @@ NOTES = [
 class Rule:
     label: str
     options: dict  # of a request
-    halved: bool = False  # two tokens in each step
+    fill: int = 1  # so many tokens in each step
 
 
 def rules() -> list[Rule]:
@@ -63,7 +63,7 @@ def rules() -> list[Rule]:
     decay = {"dlm_threshold_decay": 0.3}
     return [
         *found,
-        Rule("low_confidence, half the steps", {"dlm_algorithm": "low_confidence"}, halved=True),
+        Rule("low_confidence, half the steps", {"dlm_algorithm": "low_confidence"}, fill=2),
         Rule("low_confidence, threshold", sure),
         Rule("low_confidence, threshold, decay", sure | decay),
     ]
@@ -74,7 +74,7 @@ def cells(quick: bool):
     canvases = CANVASES[:1] if quick else CANVASES
     for canvas, extent, reuse, rule in product(canvases, extents, REUSES, rules()):
         if canvas > BLOCK + WINDOW + 1 or extent == "full":  # else they are the same
-            steps = {"dlm_steps": canvas // 2} if rule.halved else {}
+            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
             yield canvas, extent, reuse, rule, rule.options | steps | extents[extent] | {"dlm_reuse": reuse}
 
 
@@ -107,26 +107,33 @@ class Sums(Observer):
         self.rows += counts.rows["feed_forward"] / self.layers
 
 
-def measure(engine, canvas: int, options: dict, samples) -> dict:
+def measure(engine, canvas: int, options: dict, samples, block: int = BLOCK) -> dict:
     from vllm import SamplingParams
 
     denoiser = engine.runner.denoiser
     sums = Sums(len(denoiser.model.model.layers))
     params = SamplingParams(
         temperature=0, max_tokens=canvas, seed=0, detokenize=False,
-        extra_args={"dlm_block_length": BLOCK} | options,
+        extra_args={"dlm_block_length": block} | options,
     )  # fmt: skip
     denoiser.observers.append(sums)
     try:
         outputs = engine.llm.generate([{"prompt_token_ids": s.prompt_ids} for s in samples], params, use_tqdm=False)
     finally:
         denoiser.observers.remove(sums)
-    pairs = zip(outputs, samples, strict=True)
-    right = sum(list(output.outputs[0].token_ids) == sample.answer_ids for output, sample in pairs)
+    pairs = [(list(o.outputs[0].token_ids), sample.answer_ids) for o, sample in zip(outputs, samples, strict=True)]
+    right = sum(given == answer for given, answer in pairs)
     return {
         "answers": len(samples), "exact_match": right / len(samples), "interval": wilson(right, len(samples)),
+        "begun": sum(agreeing(*pair) / len(pair[1]) for pair in pairs) / len(samples),
         "forwards": sums.forwards / len(samples), "rows": sums.rows / len(samples),
     }  # fmt: skip
+
+
+def agreeing(given: list[int], answer: list[int]) -> int:
+    """Tokens before the first wrong one"""
+    wrong = [at for at, (one, other) in enumerate(zip(given, answer, strict=False)) if one != other]
+    return wrong[0] if wrong else min(len(given), len(answer))
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -10,7 +10,7 @@ WRITERS = {
     "speed": "benchmarks.speed", "kernels": "benchmarks.kernels", "decode": "benchmarks.decode",
     "costs": "benchmarks.costs", "selection": "benchmarks.selection", "quality": "benchmarks.quality",
     "speed-rules": "benchmarks.speed_rules", "speed-blocks": "benchmarks.speed_blocks",
-    "quality-rules": "benchmarks.quality_rules",
+    "quality-rules": "benchmarks.quality_rules", "quality-walks": "benchmarks.quality_walks",
     "view": "benchmarks.view",
     "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
     "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.demo import tokenizer as tok
-from benchmarks.demo.tasks import DEPTHS, SMALL_TASKS, recall, recite
+from benchmarks.demo.tasks import DEPTHS, SMALL_TASKS, recall, recite, walk, words_of
 
 
 def question_and_answer(sample):
@@ -114,6 +114,18 @@ def test_the_small_tasks_answers_are_right(task):
     for _ in range(50):
         question, answer = question_and_answer(SMALL_TASKS[task](rng))
         assert answer.split() == SOLUTIONS[task](question), question
+
+
+@pytest.mark.parametrize("tokens", [12, 30, 250, 512])
+def test_a_walk_goes_along_its_arrows(tokens):
+    sample = walk(np.random.default_rng(tokens), words_of(tokens))
+    question, answer = question_and_answer(sample)
+    arrows = dict(re.findall(r" (\w+)> ?(\w+|\.);", question))
+    path = [question.split("from ")[1]]
+    while arrows[path[-1]] != ".":
+        path.append(arrows[path[-1]])
+    assert answer == "".join(f" {word}>" for word in path) + "." and len(path) == len(arrows)
+    assert len(sample.answer_ids) == min(tokens, 250)
 
 
 def test_a_seed_fixes_the_prompts(filler):

@@ -1,13 +1,18 @@
 """One small step of the recipe, its resumption, and the decoding that grades it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.demo import tokenizer as tok
 from benchmarks.demo.decoding import answered, decode
 from benchmarks.demo.lessons import Lessons
-from benchmarks.demo.train import Recipe, Training
+from benchmarks.demo.tasks import WALK_WORDS
+from benchmarks.demo.train import RECIPES, Recipe, Training
+from benchmarks.demo.walks import Walks
 
+WORD_IDS = [tok.encode(f" {word}")[0] for word in WALK_WORDS] + [tok.EOT, tok.encode(".")[0]]
 TINY = Recipe(steps=40, decay_steps=20, recall_tokens=200, small_tokens=150, warm_up=2)
 
 
@@ -34,9 +39,12 @@ def test_another_recipes_state_is_refused():
         Training(TINY).restore(state)
 
 
+COURSES = {"demo": Lessons(seed=1, recall_tokens=400, small_tokens=300), "walks": Walks(seed=1, steps=2400)}
+
+
 @pytest.mark.parametrize("step", [0, 400, 2000])
-def test_lessons_hide_answers_and_nothing_else(step):
-    lessons = Lessons(seed=1, recall_tokens=400, small_tokens=300)
+@pytest.mark.parametrize("lessons", COURSES.values(), ids=COURSES)
+def test_lessons_hide_answers_and_nothing_else(lessons, step):
     for batch, again in zip(lessons.batches(step), lessons.batches(step), strict=False):
         assert torch.equal(batch.ids_BT, again.ids_BT)
         prompt_part = batch.ids_BT[:, : -batch.tail]
@@ -44,6 +52,22 @@ def test_lessons_hide_answers_and_nothing_else(step):
         assert torch.equal(batch.ids_BT[:, -batch.tail :] == tok.MASK, batch.masked_BR)
         assert len(batch.labels_N) == len(batch.weights_N) == batch.masked_BR.sum()
         assert (batch.labels_N != tok.MASK).all() and (batch.weights_N > 0).all()
+
+
+def test_every_course_learns():
+    for course, recipe in RECIPES.items():
+        assert recipe.course == course
+        training = Training(replace(recipe, recall_tokens=200, small_tokens=150))
+        training.learn()
+        assert all(torch.isfinite(p).all() for p in training.model.parameters())
+
+
+def test_paths_grow_and_every_word_is_asked_for_behind_two_that_stand():
+    longest = [Walks(1, steps=100).batches(step)[0] for step in (0, 30, 99)]
+    words = [(batch.ids_BT.shape[1] - 24) // 6 for batch in longest]
+    assert words[0] < words[1] < words[2] <= 124 and words[2] > 110
+    for batch in longest:
+        assert torch.isin(batch.labels_N[batch.graded_N], torch.tensor(WORD_IDS)).all()
 
 
 def test_an_answer_ends_at_the_first_end_token_with_nothing_masked_before():

@@ -1,0 +1,94 @@
+"""Long answers of which every word needs the one before, under every decoding and every reuse: walks along shuffled
+arrows, as long as the canvas lets them be, on the checkpoint that knows nothing else (benchmarks/demo/walks.py).
+
+One token per step answers them. Whatever fills more at once must notice by itself
+which tokens are known already (the arrows) and which are not yet (the words).
+"""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import drawing, quality_rules, report
+from benchmarks.quality_rules import REUSES, SHOWN, Rule, rules
+
+CHECKPOINT = Path(__file__).parent / "demo" / "walker"
+BLOCK, WINDOW = 32, 64
+#: canvas -> answers of a cell: with its length all of them take longer
+ANSWERS = {32: 40, 128: 16, 512: 4}
+QUARTER = "low_confidence, a quarter of the steps"
+
+_rest = {column.key: column for column in quality_rules.COLUMNS}
+COLUMNS = [
+    *(_rest[key] for key in ("decoding", "reuse", "extent", "canvas", "answers", "exact_match", "interval")),
+    report.Column("begun", "right before the first wrong token", "{:.1%}"),
+    _rest["forwards"], _rest["rows"],
+]  # fmt: skip
+NOTES = [
+    f"Greedy, canvas blocks of {BLOCK}, ended by the end token. Exact match: the whole answer, end token included; "
+    "beside it Wilson's interval.",
+    "Answers have 30, 126 and 250 tokens on canvases of 32, 128 and 512: 14, 62 and 124 words, with an arrow each.",
+    quality_rules.NOTES[1],
+    "half, a quarter of the steps: two, four tokens in each, whatever their probability.",
+    f"window: {WINDOW} positions behind the canvas block and the last one have rows.",
+    quality_rules.NOTES[-1],
+]
+
+
+def cells(quick: bool):
+    extents = {"full": {"dlm_extent": "full"}, "window": {"dlm_extent": "window", "dlm_window": WINDOW}}
+    reuses = sorted(REUSES, key=lambda reuse: (reuse == "none", reuse != SHOWN))  # the one of most rows last
+    for canvas, reuse, extent, rule in product(ANSWERS, reuses, extents, all_rules()):
+        if (canvas > BLOCK + WINDOW + 1 or extent == "full") and (canvas == min(ANSWERS) or not quick):
+            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
+            yield canvas, extent, reuse, rule, rule.options | steps | extents[extent] | {"dlm_reuse": reuse}
+
+
+def all_rules() -> list[Rule]:
+    """Half the steps do for answers of which half the tokens are arrows."""
+    return [*rules(), Rule(QUARTER, {"dlm_algorithm": "low_confidence"}, fill=4)]
+
+
+def place(row: dict) -> tuple:
+    """Of a row in the table"""
+    labels = [rule.label for rule in all_rules()]
+    return row["canvas"], row["extent"], REUSES.index(row["reuse"]), labels.index(row["decoding"])
+
+
+def questions(canvas: int, count: int):
+    from benchmarks.demo.tasks import walk, words_of
+
+    rng = np.random.default_rng(canvas)
+    return [walk(rng, words_of(canvas)) for _ in range(count)]
+
+
+def settings() -> dict:
+    return {
+        "shapes": f"LLaDA of 4 layers, width 192; canvases of {', '.join(map(str, ANSWERS))}, blocks of {BLOCK}",
+        "dtype": "float32",
+        "baseline": "low_confidence with none: one token per step, the exact model",
+        "counted": "whole answers",
+        "tasks": "walks along shuffled arrows; prompts of 69, 261 and 509 tokens",
+    }
+
+
+def plot(figure, rows: list[dict]) -> None:
+    """Of one reuse policy, a panel per canvas: tokens a forward beside what is right."""
+    own = [row for row in rows if row["reuse"] == SHOWN and row["extent"] == "full"]
+    names = list(dict.fromkeys(row["decoding"] for row in own))
+    figure.set_size_inches(9, 1.2 + 0.3 * len(names))
+    canvases = sorted({row["canvas"] for row in own})
+    panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
+    for axes, canvas in zip(panels, canvases, strict=True):
+        for row in (row for row in own if row["canvas"] == canvas):
+            at = len(names) - names.index(row["decoding"])
+            axes.plot([100 * end for end in row["interval"]], [at, at], color=drawing.GREY, lw=4, alpha=0.3)
+            axes.plot(100 * row["exact_match"], at, "o", color=drawing.BLUE, ms=6)
+            axes.text(108, at, f"{row['forwards']:.0f}", va="center", fontsize=7)
+        axes.set_xlim(0, 125)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        axes.set_title(f"canvas of {canvas}", fontsize=9)
+        axes.grid(axis="x", color="#dddddd", lw=0.6)
+    panels[0].set_yticks(range(len(names), 0, -1), names, fontsize=7)
+    panels[len(panels) // 2].set_xlabel(f"exact match, %, with {SHOWN}; beside it forwards per answer", fontsize=8)
