@@ -65,7 +65,7 @@ class Training:
         self.model = DemoLLaDA(Shape(layers=recipe.layers, rope_theta=recipe.rope_theta))
         self.lessons: Lessons | Walks
         if recipe.course == "walks":
-            self.lessons = Walks(recipe.seed, recipe.steps)
+            self.lessons = Walks(recipe.seed)
             build_lookup_circuit(self.model, WALK)
         else:
             self.lessons = Lessons(recipe.seed, recipe.recall_tokens, recipe.small_tokens)
@@ -89,7 +89,7 @@ class Training:
         self.own: set[str] = set()  # names of the batches that this worker took
 
     def learn(self) -> None:
-        """One optimiser step on one batch of long prompts and one of small tasks."""
+        """One optimiser step on the two batches of a lesson."""
         began = time.perf_counter()
         for batch in self.lessons.batches(self.step)[self.worker :: self.workers]:
             self._loss(batch).backward()

@@ -12,7 +12,7 @@ from .tasks import MOST_WALK_WORDS, walk
 
 TOKENS = 2500  # of a batch
 FIRST_WORDS, FEWEST_WORDS = 8, 4
-GROWING_SHARE = 0.6  # of the steps, over which paths grow
+GROWN_AT = 360  # steps
 PADDING_MOST, PADDING_WEIGHT = 24, 0.1
 #: of the rows, hidden as a decoding in canvas blocks meets them: all before some place stands, a few behind it do
 BLOCKWISE_SHARE, BLOCK = 0.6, 32
@@ -21,13 +21,13 @@ ARROW = tok.encode(">")[0]
 
 
 class Walks:
-    def __init__(self, seed: int, steps: int):
-        self.seed, self.steps = seed, steps
+    def __init__(self, seed: int):
+        self.seed = seed
 
     def batches(self, step: int) -> list[Batch]:
         """One of the longest paths so far, one of any length up to these"""
         rng = np.random.default_rng([self.seed, step])
-        grown = min(1.0, step / self.steps / GROWING_SHARE)
+        grown = min(1.0, step / GROWN_AT)
         longest = int(FIRST_WORDS + (MOST_WALK_WORDS - FIRST_WORDS) * grown)
         return [
             self._batch(rng, "longest walks", longest),

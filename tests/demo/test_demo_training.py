@@ -39,7 +39,7 @@ def test_another_recipes_state_is_refused():
         Training(TINY).restore(state)
 
 
-COURSES = {"demo": Lessons(seed=1, recall_tokens=400, small_tokens=300), "walks": Walks(seed=1, steps=2400)}
+COURSES = {"demo": Lessons(seed=1, recall_tokens=400, small_tokens=300), "walks": Walks(seed=1)}
 
 
 @pytest.mark.parametrize("step", [0, 400, 2000])
@@ -63,7 +63,7 @@ def test_every_course_learns():
 
 
 def test_paths_grow_and_every_word_is_asked_for_behind_two_that_stand():
-    longest = [Walks(1, steps=100).batches(step)[0] for step in (0, 30, 99)]
+    longest = [Walks(1).batches(step)[0] for step in (0, 100, 599)]
     words = [(batch.ids_BT.shape[1] - 24) // 6 for batch in longest]
     assert words[0] < words[1] < words[2] <= 124 and words[2] > 110
     for batch in longest:
