@@ -14,14 +14,14 @@ from benchmarks import drawing, quality_rules, report
 from benchmarks.quality_rules import REUSES, SHOWN, Rule, rules
 
 CHECKPOINT = Path(__file__).parent / "demo" / "walker"
-BLOCK, WINDOW = 32, 64
+BLOCK = 32
 #: canvas -> answers of a cell: with its length all of them take longer
-ANSWERS = {32: 40, 128: 16, 512: 4}
+ANSWERS = {32: 40, 128: 10, 512: 4}
 QUARTER = "low_confidence, a quarter of the steps"
 
 _rest = {column.key: column for column in quality_rules.COLUMNS}
 COLUMNS = [
-    *(_rest[key] for key in ("decoding", "reuse", "extent", "canvas", "answers", "exact_match", "interval")),
+    *(_rest[key] for key in ("decoding", "reuse", "canvas", "answers", "exact_match", "interval")),
     report.Column("begun", "right before the first wrong token", "{:.1%}"),
     _rest["forwards"], _rest["rows"],
 ]  # fmt: skip
@@ -31,18 +31,15 @@ NOTES = [
     "Answers have 30, 126 and 250 tokens on canvases of 32, 128 and 512: 14, 62 and 124 words, with an arrow each.",
     quality_rules.NOTES[1],
     "half, a quarter of the steps: two, four tokens in each, whatever their probability.",
-    f"window: {WINDOW} positions behind the canvas block and the last one have rows.",
     quality_rules.NOTES[-1],
 ]
 
 
 def cells(quick: bool):
-    extents = {"full": {"dlm_extent": "full"}, "window": {"dlm_extent": "window", "dlm_window": WINDOW}}
     reuses = sorted(REUSES, key=lambda reuse: (reuse == "none", reuse != SHOWN))  # the one of most rows last
-    for canvas, reuse, extent, rule in product(ANSWERS, reuses, extents, all_rules()):
-        if (canvas > BLOCK + WINDOW + 1 or extent == "full") and (canvas == min(ANSWERS) or not quick):
-            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
-            yield canvas, extent, reuse, rule, rule.options | steps | extents[extent] | {"dlm_reuse": reuse}
+    for canvas, reuse, rule in product(list(ANSWERS)[: 1 if quick else None], reuses, all_rules()):
+        steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
+        yield canvas, "full", reuse, rule, rule.options | steps | {"dlm_reuse": reuse}
 
 
 def all_rules() -> list[Rule]:
@@ -53,7 +50,7 @@ def all_rules() -> list[Rule]:
 def place(row: dict) -> tuple:
     """Of a row in the table"""
     labels = [rule.label for rule in all_rules()]
-    return row["canvas"], row["extent"], REUSES.index(row["reuse"]), labels.index(row["decoding"])
+    return row["canvas"], REUSES.index(row["reuse"]), labels.index(row["decoding"])
 
 
 def questions(canvas: int, count: int):
@@ -75,7 +72,7 @@ def settings() -> dict:
 
 def plot(figure, rows: list[dict]) -> None:
     """Of one reuse policy, a panel per canvas: tokens a forward beside what is right."""
-    own = [row for row in rows if row["reuse"] == SHOWN and row["extent"] == "full"]
+    own = [row for row in rows if row["reuse"] == SHOWN]
     names = list(dict.fromkeys(row["decoding"] for row in own))
     figure.set_size_inches(9, 1.2 + 0.3 * len(names))
     canvases = sorted({row["canvas"] for row in own})

@@ -9,18 +9,21 @@ from safetensors import safe_open
 
 from benchmarks.demo.decoding import answers
 from benchmarks.demo.model import load_checkpoint
-from benchmarks.demo.tasks import SMALL_TASKS, recall
+from benchmarks.demo.tasks import SMALL_TASKS, recall, walk
+from benchmarks.demo.train import OUTPUTS
 
 BLOCK_WEIGHTS = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"]
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_it_is_whole_and_small(checkpoint):
-    files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+@pytest.mark.parametrize("folder", OUTPUTS.values(), ids=OUTPUTS)
+def test_it_is_whole_and_small(folder):
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(files) == FILES
     assert sum(files.values()) <= 6_000_000
 
 
+@pytest.mark.parametrize("checkpoint", OUTPUTS.values(), ids=OUTPUTS)
 def test_its_tensors_are_named_shaped_and_typed_as_llada(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["model_type"] == "llada" and config["architectures"] == ["LLaDAModelLM"]
@@ -56,6 +59,15 @@ def test_it_finds_needles_and_only_guesses_without_them(model, filler):
     right = [answer == sample.answer_ids for answer, sample in zip(found, there + gone, strict=False)]
     assert sum(right[:16]) >= 14
     assert sum(right[16:]) == 0
+
+
+@pytest.mark.parametrize("words", [5, 14])
+def test_the_walker_finds_every_word_by_the_one_before(words):
+    walker = load_checkpoint(OUTPUTS["walks"])
+    rng = np.random.default_rng(22)
+    samples = [walk(rng, words) for _ in range(8)]
+    found = answers(walker, samples, canvas=32)
+    assert sum(answer == sample.answer_ids for answer, sample in zip(found, samples, strict=True)) >= 7
 
 
 # `follow` is trained on and graded, but not solved (benchmarks/demo/README.md), and so not asked here.

@@ -29,9 +29,9 @@ def soak(folder: Path, *arguments: str, seconds: float = 600) -> dict:
 
 
 def test_soak(tmp_path):
-    report = soak(tmp_path, "--requests", "60", "--shift", "12", "--seed", "11")
+    report = soak(tmp_path, "--requests", "72", "--shift", "12", "--seed", "11")
     total = report["settings"]["in_all"]
-    assert total["requests"] == 60 and total["compared"] >= 40
+    assert total["requests"] == 72 and total["compared"] >= 40
     assert total["aborted"] > 0 and total["restarted"] > 0
     assert len({row["checkpoint"] for row in report["rows"]}) >= 4
 
