@@ -36,10 +36,11 @@ NOTES = [
 
 
 def cells(quick: bool):
-    reuses = sorted(REUSES, key=lambda reuse: (reuse == "none", reuse != SHOWN))  # the one of most rows last
-    for canvas, reuse, rule in product(list(ANSWERS)[: 1 if quick else None], reuses, all_rules()):
-        steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
-        yield canvas, "full", reuse, rule, rule.options | steps | {"dlm_reuse": reuse}
+    """Those of most rows, and so of most time, last"""
+    for reuse, canvas in sorted(product(REUSES, ANSWERS), key=lambda each: (each[0] == "none", each[1])):
+        for rule in all_rules() if canvas == min(ANSWERS) or not quick else ():
+            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
+            yield canvas, "full", reuse, rule, rule.options | steps | {"dlm_reuse": reuse}
 
 
 def all_rules() -> list[Rule]:
