@@ -125,13 +125,16 @@ def measure_cells(args, table, engine: "Engine", samples_of, called: tuple[str, 
         rows += [row for row in kept if row["answers"] == len(samples_of(row["canvas"]))]
     about_all = settings | report.surroundings(torch.get_num_threads(), load)
     result = report.Report(name, title, about_all, table.COLUMNS, table.NOTES, rows)
-    for canvas, extent, reuse, rule, options in tqdm(list(table.cells(args.quick)), desc=name, unit="cell"):
+    cells = list(table.cells(args.quick))
+    for canvas, extent, reuse, rule, options in tqdm(cells, desc=name, unit="cell"):
         about = {"decoding": rule.label, "reuse": reuse, "extent": extent, "canvas": canvas}
         if any(about.items() <= row.items() for row in rows):
             continue
         rows.append(about | quality_rules.measure(engine, canvas, options, samples_of(canvas), block))
+        rows.sort(key=table.place)
+        left = f"{len(rows)} of {len(cells)} cells; `--resume` measures the others."
+        result.notes = [*table.NOTES, left] if len(rows) < len(cells) else table.NOTES
         result.write(args.results)
-    rows.sort(key=table.place)
     for path in result.write(args.results, table.plot):
         print(path)
 

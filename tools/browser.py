@@ -158,7 +158,7 @@ class Page:
             raise BrowserError(f"{expression}: {told['exceptionDetails'].get('exception', {}).get('description')}")
         return told["result"].get("value")
 
-    def until(self, expression: str, timeout: float = 30) -> None:
+    def until(self, expression: str, timeout: float = 60) -> None:
         end = time.monotonic() + timeout
         while not self.evaluate(f"Boolean({expression})"):
             if time.monotonic() > end:
@@ -219,7 +219,7 @@ class Page:
         del self.browser.pages[self.session]
 
 
-def eventually(true: Callable[[], Any], timeout: float = 30) -> Any:
+def eventually(true: Callable[[], Any], timeout: float = 60) -> Any:
     """What it returns once that is true."""
     end = time.monotonic() + timeout
     while not (result := true()):

@@ -23,6 +23,7 @@ OFFERS = {
 class Mock(ThreadingHTTPServer):
     daemon_threads = True
     key: str | None = None  # that it asks for
+    late = ""  # a path whose refusals wait for `go`
     holds_at: int | None = None  # so many frames of a stream, until `go` is set
     refuses = ""  # what it says to a chat
     ends_early = False
@@ -78,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         key = self.server.key
         if key is None or self.headers.get("Authorization") == f"Bearer {key}":
             return False
+        if self.path == self.server.late:
+            self.server.go.wait(60)
         self.answer(json.dumps({"error": "Unauthorized"}), status=401)
         return True
 

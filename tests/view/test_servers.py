@@ -20,6 +20,19 @@ def test_the_key_is_asked_for_and_kept_in_memory(visit, server):
     assert page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie, key.value]") == [{}, {}, "", ""]
 
 
+def test_a_late_refusal_of_no_key_does_not_ask_again(visit, server):
+    server.key, server.late = "right", "/dlm/options"
+    page = visit()
+    page.expected = [REFUSED + "401"]
+    page.until("document.querySelector('#key-dialog').open")
+    page.write("right")
+    page.press("Enter")
+    page.until("model.textContent === 'mock'")
+    server.go.set()
+    page.choose(f"{A} [data-option=reuse]", "fast_dllm")  # which the server offers
+    assert not page.evaluate("document.querySelector('#key-dialog').open")
+
+
 def test_no_key_no_run(visit, server):
     server.key = "right"
     page = visit()

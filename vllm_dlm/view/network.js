@@ -8,7 +8,8 @@ class Refused extends Error {}
 
 async function send(path, body, signal) {
   for (;;) {
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const used = key;
+    const headers = used ? { Authorization: `Bearer ${used}` } : {};
     if (body) headers["Content-Type"] = "application/json";
     const asked = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" };
     let answer;
@@ -19,7 +20,8 @@ async function send(path, body, signal) {
       throw new Refused("The server cannot be reached.");
     }
     if (answer.ok) return answer;
-    if (answer.status === 401 && (await askForKey())) continue;
+    // A late refusal of a key that has been replaced meanwhile asks nobody again.
+    if (answer.status === 401 && (key !== used || (await askForKey()))) continue;
     throw new Refused(await reason(answer));
   }
 }
