@@ -51,6 +51,10 @@ class Rule:
     options: dict  # of a request
     fill: int = 1  # so many tokens in each step
 
+    def asked(self, canvas: int) -> dict:
+        """Options of a request with such a canvas"""
+        return self.options | ({"dlm_steps": canvas // self.fill} if self.fill > 1 else {})
+
 
 def rules() -> list[Rule]:
     """Every registered decoding; beside the first the threshold, which goes with all that rank by confidence."""
@@ -74,8 +78,7 @@ def cells(quick: bool):
     canvases = CANVASES[:1] if quick else CANVASES
     for canvas, extent, reuse, rule in product(canvases, extents, REUSES, rules()):
         if canvas > BLOCK + WINDOW + 1 or extent == "full":  # else they are the same
-            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
-            yield canvas, extent, reuse, rule, rule.options | steps | extents[extent] | {"dlm_reuse": reuse}
+            yield canvas, extent, reuse, rule, rule.asked(canvas) | extents[extent] | {"dlm_reuse": reuse}
 
 
 def place(row: dict) -> tuple:
@@ -157,21 +160,14 @@ def settings(answers: int) -> dict:
 def plot(figure, rows: list[dict]) -> None:
     """Of one reuse policy, whose answers are those of `none`: exact match by decoding, a panel per canvas; filled dots
     are full canvases, open ones windows."""
-    own = [row for row in rows if row["reuse"] == SHOWN]
-    names = list(dict.fromkeys(row["decoding"] for row in own))
-    figure.set_size_inches(9, 1.2 + 0.34 * len(names))
-    canvases = sorted({row["canvas"] for row in own})
-    panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
-    for axes, canvas in zip(panels, canvases, strict=True):
-        for row in (row for row in own if row["canvas"] == canvas):
-            at, full = len(names) - names.index(row["decoding"]), row["extent"] == "full"
-            colour = drawing.GREY if full else drawing.BLUE
-            axes.plot([100 * end for end in row["interval"]], [at, at], color=colour, lw=4, alpha=0.25)
-            axes.plot(100 * row["exact_match"], at, "o", color=colour, mfc=colour if full else "white", ms=6)
+    for axes, row, at in marks(figure, rows, height=0.34):
+        full = row["extent"] == "full"
+        colour = drawing.GREY if full else drawing.BLUE
+        axes.plot([100 * end for end in row["interval"]], [at, at], color=colour, lw=4, alpha=0.25)
+        axes.plot(100 * row["exact_match"], at, "o", color=colour, mfc=colour if full else "white", ms=6)
         axes.set_xlim(0, 100)
-        axes.set_title(f"canvas of {canvas}", fontsize=9)
-        axes.grid(axis="x", color="#dddddd", lw=0.6)
-    shortest = {row["decoding"]: row["forwards"] for row in reversed(own)}
+    shortest = {row["decoding"]: row["forwards"] for row in reversed(rows) if row["reuse"] == SHOWN}
+    panels, names = figure.axes, list(dict.fromkeys(row["decoding"] for row in rows if row["reuse"] == SHOWN))
     panels[0].set_yticks(
         range(len(names), 0, -1), [f"{name}\n{shortest[name]:.1f} forwards" for name in names], fontsize=7
     )
@@ -179,3 +175,18 @@ def plot(figure, rows: list[dict]) -> None:
         f"exact match, %, with {SHOWN}: grey with rows to the end of the canvas, blue with a window of {WINDOW}",
         fontsize=8,
     )
+
+
+def marks(figure, rows: list[dict], height: float):
+    """-> (axes, row, how high) of each row of the shown policy: decodings down the side, a panel per canvas"""
+    own = [row for row in rows if row["reuse"] == SHOWN]
+    names = list(dict.fromkeys(row["decoding"] for row in own))
+    figure.set_size_inches(9, 1.2 + height * len(names))
+    canvases = sorted({row["canvas"] for row in own})
+    panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
+    for axes, canvas in zip(panels, canvases, strict=True):
+        for row in (row for row in own if row["canvas"] == canvas):
+            yield axes, row, len(names) - names.index(row["decoding"])
+        axes.set_title(f"canvas of {canvas}", fontsize=9)
+        axes.grid(axis="x", color="#dddddd", lw=0.6)
+    panels[0].set_yticks(range(len(names), 0, -1), names, fontsize=7)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import drawing, quality_rules, report
-from benchmarks.quality_rules import REUSES, SHOWN, Rule, rules
+from benchmarks.quality_rules import REUSES, SHOWN, Rule, marks, rules
 
 CHECKPOINT = Path(__file__).parent / "demo" / "walker"
 BLOCK = 32
@@ -40,8 +40,7 @@ def cells(quick: bool):
     """Those of most rows, and so of most time, last"""
     for reuse, canvas in sorted(product(REUSES, ANSWERS), key=lambda each: (each[0] == "none", each[1])):
         for rule in all_rules() if canvas == min(ANSWERS) or not quick else ():
-            steps = {"dlm_steps": canvas // rule.fill} if rule.fill > 1 else {}
-            yield canvas, "full", reuse, rule, rule.options | steps | {"dlm_reuse": reuse}
+            yield canvas, "full", reuse, rule, rule.asked(canvas) | {"dlm_reuse": reuse}
 
 
 def all_rules() -> list[Rule]:
@@ -74,20 +73,11 @@ def settings() -> dict:
 
 def plot(figure, rows: list[dict]) -> None:
     """Of one reuse policy, a panel per canvas: tokens a forward beside what is right."""
-    own = [row for row in rows if row["reuse"] == SHOWN]
-    names = list(dict.fromkeys(row["decoding"] for row in own))
-    figure.set_size_inches(9, 1.2 + 0.3 * len(names))
-    canvases = sorted({row["canvas"] for row in own})
-    panels = figure.subplots(1, len(canvases), sharey=True, squeeze=False)[0]
-    for axes, canvas in zip(panels, canvases, strict=True):
-        for row in (row for row in own if row["canvas"] == canvas):
-            at = len(names) - names.index(row["decoding"])
-            axes.plot([100 * end for end in row["interval"]], [at, at], color=drawing.GREY, lw=4, alpha=0.3)
-            axes.plot(100 * row["exact_match"], at, "o", color=drawing.BLUE, ms=6)
-            axes.text(108, at, f"{row['forwards']:.0f}", va="center", fontsize=7)
+    for axes, row, at in marks(figure, rows, height=0.3):
+        axes.plot([100 * end for end in row["interval"]], [at, at], color=drawing.GREY, lw=4, alpha=0.3)
+        axes.plot(100 * row["exact_match"], at, "o", color=drawing.BLUE, ms=6)
+        axes.text(108, at, f"{row['forwards']:.0f}", va="center", fontsize=7)
         axes.set_xlim(0, 125)
         axes.set_xticks([0, 25, 50, 75, 100])
-        axes.set_title(f"canvas of {canvas}", fontsize=9)
-        axes.grid(axis="x", color="#dddddd", lw=0.6)
-    panels[0].set_yticks(range(len(names), 0, -1), names, fontsize=7)
-    panels[len(panels) // 2].set_xlabel(f"exact match, %, with {SHOWN}; beside it forwards per answer", fontsize=8)
+    middle = figure.axes[len(figure.axes) // 2]
+    middle.set_xlabel(f"exact match, %, with {SHOWN}; beside it forwards per answer", fontsize=8)

@@ -185,10 +185,9 @@ def follow(rng: np.random.Generator) -> Sample:
 def walk(rng: np.random.Generator, words: int) -> Sample:
     """`follow` at length: every word of the answer is found in the prompt by the one before, and by nothing else."""
     path = [str(word) for word in rng.choice(WALK_WORDS, words, replace=False)]
-    arrows = [f" {a}> {b};" for a, b in zip(path, [*path[1:], "."], strict=True)]
+    arrows = [f" {a}> {b};" for a, b in itertools.pairwise(path)] + [f" {path[-1]}>.;"]
     rng.shuffle(arrows)
-    content = f"Follow{''.join(arrows)} from {path[0]}".replace("> .;", ">.;")
-    return _sample("walk", content, "".join(f" {word}>" for word in path) + ".")
+    return _sample("walk", f"Follow{''.join(arrows)} from {path[0]}", "".join(f" {word}>" for word in path) + ".")
 
 
 def words_of(answer: int) -> int:
