@@ -16,7 +16,7 @@ import torch
 from benchmarks import drawing, gpu_cases, report
 from benchmarks.gpu_case import Case
 from benchmarks.gpu_device import device
-from benchmarks.gpu_parts import Cell, Part
+from benchmarks.gpu_parts import Cell, Part, shortened
 from benchmarks.gpu_shapes import Peaks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,11 +50,16 @@ REUSE = (
     "dc_llada-tiny_p40g32b8_kp50_kr7_r025", "dy_llada-tiny_p40g32b8_tau0.995_f4",
     "dc_llada-calm_p40g32b8_kp8_kr4_r025", "dy_llada-calm_p40g32b8_tau0.99_f4",
 )  # fmt: skip
-#: what holds on any device: recorded runs of decodings and of models that know blocks, batches and requests alone
+#: what holds on any device: recorded runs of decodings and of models that know blocks, batches and requests alone, all
+#: that is registered in one batch, what is told of steps, a server
 TESTS = (
-    "kernels/test_on_cuda.py", "engine/test_block_causal.py", "engine/test_llada_moe.py", "engine/test_rules_golden.py",
+    "kernels/test_on_cuda.py", "engine/test_matrix.py", "engine/test_view.py", "engine/test_block_selection.py",
+    "engine/test_block_causal.py", "engine/test_llada_moe.py", "engine/test_rules_golden.py",
     "engine/test_golden.py", "engine/test_shadow.py", "engine/test_reuse_golden.py", "engine/test_extent.py",
-    "engine/test_drafts.py",
+    "engine/test_drafts.py", "engine/test_prefixes.py", "engine/test_scoring.py", "engine/test_templates.py",
+    "engine/test_infill.py", "integration/test_server.py", "integration/test_server_infill.py",
+    "integration/test_server_score.py", "integration/test_server_view.py", "integration/test_server_templates.py",
+    "integration/test_server_drafts.py",
 )  # fmt: skip
 POLICIES = ("none", "fast_dllm/prefix", "fast_dllm/dual", "dllm_cache", "dyllm")
 
@@ -85,6 +90,14 @@ class Graphs:
     dtype: str
     policies: tuple[str, ...] = POLICIES
     prompts: tuple[int, ...] = (13, 40, 97)
+    new: int = 32
+
+
+@dataclass(frozen=True)
+class RulesInGraphs:
+    checkpoint: str
+    dtype: str
+    reuses: tuple[str, ...] = ("fast_dllm/dual", "dllm_cache", "dyllm")
     new: int = 32
 
 
@@ -201,25 +214,44 @@ def golden_reuse(wanted: GoldenReuse) -> dict:
 
 def graphs(wanted: Graphs) -> dict:
     """Every policy, alone and side by side, with CUDA graphs and without."""
+    asked = {
+        f"{policy}, {length} prompt tokens": ({"dlm_reuse": policy}, length)
+        for policy in wanted.policies for length in wanted.prompts
+    }  # fmt: skip
+    return {"kind": "graphs", "what": wanted.checkpoint} | replayed(wanted, asked)
+
+
+def rules_in_graphs(wanted: RulesInGraphs) -> dict:
+    """Every registered decoding on the whole canvas and on a window, likewise."""
+    from benchmarks import quality_rules
+
+    asked = {
+        f"{rule.label}, {reuse}{', window' * bool(window)}": (
+            rule.asked(wanted.new) | {"dlm_reuse": reuse} | ({"dlm_window": window} if window else {}), 40
+        )
+        for rule in quality_rules.rules() for reuse in wanted.reuses for window in (0, 8)
+    }  # fmt: skip
+    return {"kind": "graphs", "what": f"{wanted.checkpoint}, decodings"} | replayed(wanted, asked)
+
+
+def replayed(wanted: Graphs | RulesInGraphs, asked: dict[str, tuple[dict, int]]) -> dict:
+    """Requests with such options and so many prompt tokens"""
     from vllm import SamplingParams
 
-    draw = torch.Generator().manual_seed(0)
-    requests, names = [], []
-    for policy in wanted.policies:
-        for length in wanted.prompts:
-            options = {"dlm_block_length": 8, "dlm_reuse": policy}
-            params = SamplingParams(
-                temperature=0, max_tokens=wanted.new, ignore_eos=True, detokenize=False, extra_args=options
-            )  # fmt: skip
-            requests.append(({"prompt_token_ids": torch.randint(0, 380, (length,), generator=draw).tolist()}, params))
-            names.append(f"{policy}, {length} prompt tokens")
+    draw, requests = torch.Generator().manual_seed(0), []
+    for options, length in asked.values():
+        params = SamplingParams(
+            temperature=0, seed=0, max_tokens=wanted.new, ignore_eos=True, detokenize=False,
+            extra_args={"dlm_block_length": 8} | options,
+        )  # fmt: skip
+        requests.append(({"prompt_token_ids": torch.randint(0, 380, (length,), generator=draw).tolist()}, params))
     with_graphs, without = (engine(wanted.checkpoint, wanted.dtype, eager) for eager in (False, True))
     both = [
         [text for request in requests for text in texts(llm, [request])] + texts(llm, requests)
         for llm in (with_graphs, without)
     ]
-    names = [f"{name}, alone" for name in names] + [f"{name}, in a batch" for name in names]
-    return {"kind": "graphs", "what": wanted.checkpoint, "by": wanted.dtype} | compare(names, *both)
+    names = [f"{name}, alone" for name in asked] + [f"{name}, in a batch" for name in asked]
+    return {"by": wanted.dtype} | compare(names, *both)
 
 
 def tests(wanted: Tests) -> dict:
@@ -228,22 +260,24 @@ def tests(wanted: Tests) -> dict:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report_file.name}"]
         subprocess.run([*command, f"tests/{wanted.file}"], cwd=ROOT, capture_output=True)
         found = outcomes(Path(report_file.name).read_text())
-    wrong = [name for name, right in found.items() if not right]
+    wrong = [f"{name}: {said}" for name, said in found.items() if said]
     row = {"kind": "tests", "what": wanted.file, "by": "float32", "cases": len(found)}
     return row | {"right": len(found) - len(wrong), "first": wrong[0] if wrong else None}
 
 
-def outcomes(junit: str) -> dict[str, bool]:
-    """Tests of a report that ran, and whether they passed"""
-    cases = ElementTree.fromstring(junit).iter("testcase")
-    return {
-        case.attrib["name"]: case.find("failure") is None and case.find("error") is None
-        for case in cases if case.find("skipped") is None
-    }  # fmt: skip
+def outcomes(junit: str) -> dict[str, str]:
+    """Tests of a report that ran, and what those that failed say: whoever reads it may have no second try"""
+    found = {}
+    for case in ElementTree.fromstring(junit).iter("testcase"):
+        if case.find("skipped") is None:
+            wrong = [part for kind in ("failure", "error") if (part := case.find(kind)) is not None]
+            found[case.attrib["name"]] = shortened(wrong[0].attrib.get("message", "failed"), 300) if wrong else ""
+    return found
 
 
 MEASURED: dict[type, Callable] = {
-    Kernel: kernel, Golden: golden, GoldenReuse: golden_reuse, Graphs: graphs, Tests: tests,
+    Kernel: kernel, Golden: golden, GoldenReuse: golden_reuse, Graphs: graphs, RulesInGraphs: rules_in_graphs,
+    Tests: tests,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from benchmarks.gpu_shapes import Peaks
 #: table -> who measures it: `opened(part, peaks)` starts what all cells need and gives a function, cell -> row
 TABLES = {
     "correctness": "benchmarks.gpu_correctness", "kernels": "benchmarks.gpu_kernels",
-    "denoising": "benchmarks.gpu_denoising", "pages": "benchmarks.gpu_pages",
+    "denoising": "benchmarks.gpu_denoising", "rules": "benchmarks.gpu_rules", "pages": "benchmarks.gpu_pages",
 }  # fmt: skip
 
 #: seconds after which a process that says nothing is given up
@@ -144,6 +144,10 @@ def own_events(part: Part, peaks: Peaks) -> Iterator[Event]:
         yield Event(cell and cell.name, failed=one_line(error))
 
 
-def one_line(error: BaseException, most: int = 160) -> str:
-    text = re.sub(r"(/[\w.+-]+)+/", "", " ".join(str(error).split()))  # files without their folders
-    return f"{type(error).__name__}: {text}"[:most].rstrip(": ")
+def one_line(error: BaseException) -> str:
+    return shortened(f"{type(error).__name__}: {error}", 160)
+
+
+def shortened(text: str, most: int) -> str:
+    """One line, and files without their folders"""
+    return re.sub(r"(/[\w.+-]+)+/", "", " ".join(text.split()))[:most].rstrip(": ")

@@ -4,13 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks import gpu_cases
-from benchmarks.gpu_correctness import REUSE, TESTS, Golden, GoldenReuse, Graphs, Kernel, Tests
+from benchmarks.gpu_correctness import REUSE, TESTS, Golden, GoldenReuse, Graphs, Kernel, RulesInGraphs, Tests
 from benchmarks.gpu_denoising import Canvases
 from benchmarks.gpu_denoising import Engine as Denoising
 from benchmarks.gpu_kernels import Place
 from benchmarks.gpu_pages import Decoding
 from benchmarks.gpu_pages import Engine as PageSparse
 from benchmarks.gpu_parts import Cell, Part
+from benchmarks.gpu_rules import Engine as Rules
+from benchmarks.gpu_rules import Rule
+from benchmarks.speed_rules import methods as rules
 
 POLICIES = ("fast_dllm/dual", "none", "dllm_cache", "dyllm", "fast_dllm/prefix", "fast_dllm/dual+wavefilter/serve")
 PROMPTS, REQUESTS = (1024, 256, 4096), (1, 32, 8, 64)
@@ -45,7 +48,12 @@ def plan(compiling: str = "vLLM's default") -> list[Part]:
             Cell("llada2-tiny bfloat16", 0.3, Graphs("llada2-tiny", "bfloat16", ("none",))),
             Cell("lladamoe-tiny bfloat16", 0.3, Graphs("lladamoe-tiny", "bfloat16")),
         )),
+        Part("correctness", "graphs of decodings", 0.3, tuple(
+            Cell(f"{name} bfloat16, decodings", 0.8, RulesInGraphs(name, "bfloat16"))
+            for name in ("llada-tiny", "dream-tiny")
+        )),
         Part("correctness", "tests", 0.1, tuple(Cell(f"tests {file}", 1.0, Tests(file)) for file in TESTS)),
+        Part("rules", "the demo in llada-8b", 1.0, tuple(decodings((1, 8))), Rules("llada-8b", 8)),
         denoising("llada-8b", "eager", [
             replace(cell, name=f"{cell.name} eager") for cell in llada
             if cell.what.prompt == 1024 and cell.what.requests in (1, 32) and cell.what.policy == "fast_dllm/dual"
@@ -84,6 +92,8 @@ def toy() -> list[Part]:
             Cell("llada-tiny float32", 0.1, Graphs("llada-tiny", "float32", ("none", "fast_dllm/dual"), (13,), 8)),
         )),
     ]  # fmt: skip
+    of_rules = tuple(cell for cell in decodings((1,)) if "8" not in cell.name and "prefix" not in cell.name)
+    parts.append(Part("rules", "the demo in toy-demo", 0.2, of_rules, Rules("toy-demo", 1, 192, 32)))
     for method, chosen in (("dense", None), ("unique", selection)):
         cells = [
             Cell(f"toy {method} {context} x{requests}", 0.1, Decoding(context, requests, 12, 1))
@@ -112,6 +122,12 @@ def canvases(shape: str) -> Iterator[Cell]:
                 what = Canvases(policy, prompt, requests, steps=6 if policy == "none" else None)
                 rows = requests * (prompt + what.new)
                 yield Cell(f"{shape} {policy} {prompt} x{requests}", 0.05 + rows / 3e5, what)
+
+
+def decodings(requests: tuple[int, ...]) -> Iterator[Cell]:
+    for count in requests:
+        for method in rules(count):
+            yield Cell(f"{method.label} x{count}", 0.1, Rule(method, count))
 
 
 def first(cells: list[Cell]) -> list[Cell]:

@@ -90,6 +90,7 @@ SHAPES = {
         Shape("llama-3-8b", "llama", ModelShape(32, 4096, 32, 8, 128, 14336, 128256), 131072 + 256),
         Shape("qwen2.5-7b", "qwen2", ModelShape(28, 3584, 28, 4, 128, 18944, 152064), 131072 + 256),
         Shape("toy-llada", "llada", ModelShape(2, 64, 2, 2, 32, 192, 512), 512),
+        Shape("toy-demo", "llada", ModelShape(6, 512, 8, 8, 64, 768, 1024), 2048),
         Shape("toy-dream", "dream", ModelShape(2, 64, 4, 2, 16, 128, 512), 512),
         Shape("toy-llama", "llama", ModelShape(4, 128, 4, 2, 32, 192, 512), 4096),
     )

@@ -15,6 +15,7 @@ WRITERS = {
     "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
     "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",
     "gpu-denoising": "benchmarks.gpu_denoising", "gpu-pages": "benchmarks.gpu_pages",
+    "gpu-rules": "benchmarks.gpu_rules",
     "recovery": "benchmarks.train.recovery", "training-memory": "benchmarks.train.memory",
 }  # fmt: skip
 

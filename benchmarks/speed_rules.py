@@ -62,7 +62,7 @@ def _methods() -> list[Method]:
     return found
 
 
-def measure(engine, method: Method, requests: int, samples, repetitions: int = 3) -> dict:
+def measure(engine, method: Method, requests: int, samples, repetitions: int = 3, new: int = NEW) -> dict:
     from vllm import SamplingParams
 
     from benchmarks.quality_rules import Sums
@@ -70,7 +70,7 @@ def measure(engine, method: Method, requests: int, samples, repetitions: int = 3
     denoiser = engine.runner.denoiser
     sums = Sums(len(denoiser.model.model.layers))
     params = SamplingParams(
-        temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False,
+        temperature=0, max_tokens=new, ignore_eos=True, detokenize=False,
         extra_args={"dlm_block_length": BLOCK} | method.options,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples[:requests]]
@@ -86,7 +86,7 @@ def measure(engine, method: Method, requests: int, samples, repetitions: int = 3
     each = requests * repetitions
     return {
         "method": method.label, "requests": requests, "seconds": seconds[1:],
-        "tokens_per_s": requests * NEW / statistics.median(seconds[1:]), "against": method.against,
+        "tokens_per_s": requests * new / statistics.median(seconds[1:]), "against": method.against,
         "forwards": sums.forwards / each, "rows": sums.rows / each, "texts": texts,
     }  # fmt: skip
 
@@ -103,13 +103,13 @@ def finished(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "texts"} for row in rows]
 
 
-def samples(count: int):
+def samples(count: int, prompt: int = PROMPT):
     import numpy as np
 
     from benchmarks.demo import tasks
 
     rng, filler = np.random.default_rng(5), tasks.Filler(7)
-    return [tasks.recall(rng, filler, PROMPT, needles=8, queried=2) for _ in range(count)]
+    return [tasks.recall(rng, filler, prompt, needles=8, queried=2) for _ in range(count)]
 
 
 def settings() -> dict:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import drawing, gpu, gpu_cases, gpu_device, gpu_parts, gpu_plan, report
 from benchmarks.gpu_case import Case
-from benchmarks.gpu_correctness import difference, error_of
+from benchmarks.gpu_correctness import difference, error_of, outcomes
 from benchmarks.gpu_denoising import summary
 from benchmarks.gpu_engine import Run, Step
 from benchmarks.gpu_parts import TABLES, Cell, Event, Part, events, module_of, one_line, received
@@ -344,6 +344,10 @@ def full_rows(table: str) -> list[dict]:
         elif table == "denoising":
             row |= {"shape": part.engine.shape, "method": what.policy + (", eager" if part.engine.eager else "")}
             row |= {"prompt": what.prompt, "requests": what.requests, "tokens_per_s": 1.0, "of_weights": 0.5}
+        elif table == "rules":
+            own = what.method
+            row |= {"method": own.label, "against": own.against, "requests": what.requests}
+            row |= {"tokens_per_s": 123.4 + i, "texts": [1]}
         else:
             row |= {"shape": part.engine.shape, "method": "dense" if part.engine.selection is None else "unique"}
             row |= {"context": what.context, "asked": what.requests, "requests": what.requests, "bound_ms": 1.0}
@@ -372,6 +376,15 @@ def test_a_table_of_failures_alone_can_be_drawn(table):
     drawing.picture(module.TITLE, "caption", lambda figure: module.plot(figure, rows))
 
 
+def test_a_test_that_fails_says_why():
+    found = outcomes(
+        """<testsuites><testsuite><testcase name="right"/><testcase name="left out"><skipped message="no"/></testcase>
+        <testcase name="wrong"><failure message="AssertionError: 3&#10; of /home/me/x.py">long</failure></testcase>
+        <testcase name="broken"><error>long</error></testcase></testsuite></testsuites>"""
+    )
+    assert found == {"right": "", "wrong": "AssertionError: 3 of x.py", "broken": "failed"}
+
+
 # -- all of it in small ----------------------------------------------------------------------
 
 
@@ -391,6 +404,8 @@ def test_a_cell_of_each_table(tmp_path):
         "llada fast_dllm/dual x1",
         "toy dense 1024",
         "toy unique 1024",
+        "one token a step x1",
+        "4 drafts x1",
     )
     gpu.run(arguments(
         "--toy", "--in-process", "--results", str(tmp_path), *(word for one in only for word in ("--only", one))
@@ -401,6 +416,8 @@ def test_a_cell_of_each_table(tmp_path):
     (denoised,) = rows(tmp_path, "denoising").values()
     assert denoised["steps"] == 32 and denoised["tokens_per_step"] == 1 and not denoised["cut"]
     assert 0 < denoised["of_bound"] < 1 and denoised["forward_ms"] + denoised["head_ms"] < denoised["ms_per_step"]
+    each, drafts = rows(tmp_path, "rules").values()
+    assert each["forwards"] == 32 > 2 * drafts["forwards"] and drafts["equal"] == "1 of 1"
     dense, unique = rows(tmp_path, "pages").values()
     assert unique["pages_share"] < 0.3 and unique["bound_ms"] < dense["bound_ms"]
     assert unique["speedup"] == dense["ms_per_step"] / unique["ms_per_step"]
