@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_dlm.demo import client
@@ -33,6 +34,8 @@ WITHOUT_A_WORKER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 def serving(log: Path, *arguments: str, checkpoint: Path = CHECKPOINT, **environment: str) -> Iterator["Server"]:
     """A server that answers; unless it was told to end, it must still be there afterwards."""
     environment = vllm_environment() | WITHOUT_A_WORKER | environment
+    if torch.cuda.is_available():  # beside others: what vLLM asks to be free when it starts
+        arguments = (*arguments, "--gpu-memory-utilization", "0.05")
     with Server(*arguments, checkpoint=checkpoint, log=log, environment=environment) as server:
         server.wait(600)
         yield server

@@ -27,10 +27,12 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-#: of the demo: room for a handful of canvases; unasked, vLLM would take most of a GPU's memory
+#: of the demo: room for a handful of canvases; unasked, vLLM would take most of a GPU's memory, and asks for it to be
+#: free even where it is told how much it may take
 DEMO = (
     *("--plugin", "vllm_dlm", "--dlm-view", "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(128 << 20)),
+    *("--gpu-memory-utilization", "0.05"),
 )
 
 
