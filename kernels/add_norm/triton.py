@@ -7,7 +7,7 @@ import triton.language as tl
 from vllm_dlm.kernels.triton_utils import padded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
     x, added, weight, out, eps, rows, width, stride_x, stride_added, WIDTH_PAD: tl.constexpr
 ):  # fmt: skip

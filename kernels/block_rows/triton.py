@@ -20,7 +20,7 @@ def _placed(block, offset, index, i):
     return physical, tl.load(offset + row).to(tl.int64), there & (physical >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block", "offset", "index"])
 def _rows_kernel(
     cache, block, offset, values, index, width, stride_block, stride_row, WRITES: tl.constexpr, TILE: tl.constexpr
 ):
@@ -36,7 +36,7 @@ def _rows_kernel(
         tl.store(given, tl.load(kept, mask=mask, other=0.0), mask=piece < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block", "offset", "index"])
 def _values_kernel(
     cache, block, offset, out, index, heads, stride_block, stride_head, stride_slot,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,

@@ -25,7 +25,9 @@ def _count(mask, end, TILE: tl.constexpr):
     return tl.sum(marked, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "canvases", "capacity", "tiles"], do_not_specialize_on_alignment=["mask", "starts"]
+)
 def _compact_kernel(mask, starts, index, counts, rows, canvases, capacity, tiles, TILE: tl.constexpr):
     part = tl.program_id(0)
     if starts is not None:

@@ -24,7 +24,10 @@ def _key_offsets(table, start, position, there, stride_block, stride_key, BLOCK:
     return block + position % BLOCK * stride_key
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_table", "stride_place"],
+    do_not_specialize_on_alignment=["q_starts", "tables", "kv_lens", "place"],
+)
 def _delta_kernel(
     q, q_starts, cache, tables, kv_lens, place, moved, out, scale, heads,
     stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_place, stride_moved,

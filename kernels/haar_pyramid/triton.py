@@ -53,7 +53,7 @@ def _node(
     return mean, variance
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["page_ids"])
 def _pyramid_kernel(
     cache, page_ids, means, variances, stride_block, stride_head, stride_key, nodes,
     PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -90,7 +90,7 @@ def _store_spread(
         tl.store(spread, tl.sqrt(tl.sum(variance, 0) / (1 if STD_KIND == "l2" else DIM)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["page_ids"])
 def _statistics_kernel(
     cache, page_ids, means, spread, stride_block, stride_head, stride_key,
     PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,

@@ -38,7 +38,7 @@ def _second(values, highest):
     return tl.where(ties > 1, highest, tl.max(tl.where(values < highest, values, float("-inf")), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["suppress_eos", "unlikely_ends"])
 def _share_kernel(
     logits, suppress_eos, unlikely_ends, parts, tokens, vocabulary, share, stride_row, mask_id, eos_id, eot_id,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
@@ -74,7 +74,7 @@ def _share_kernel(
     tl.store(tokens + r * SPLITS + split, chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["suppress_eos", "unlikely_ends"])
 def _row_kernel(
     logits, suppress_eos, unlikely_ends, parts, tokens, token_out, prob_out, margin_out, lse_out, entropy_out,
     vocabulary, stride_row, eos_id, eot_id, TILE: tl.constexpr, SPLITS: tl.constexpr, ENTROPY: tl.constexpr,

@@ -13,6 +13,8 @@ from vllm_dlm.kernels.triton_utils import padded
 
 #: a canvas of this many rows stays in registers, longer ones are read again in every step
 TILE = 2048
+#: places that are filled at once with what is nobody's
+SLOTS = 1024
 #: the integers of rows that are forced, of scores that are no number, and of rows that are not there
 FORCED, NO_NUMBER, NO_ROW = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFE), tl.constexpr(0x7FFFFFFF)
 #: bits of a count, of which three make an integer of 64; no canvas has more rows
@@ -49,7 +51,7 @@ def _count_below(score, forced, resident, start, end, low, mid, high, TILE: tl.c
     return number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["canvases", "total"], do_not_specialize_on_alignment=["forced", "starts", "places"])
 def _lowest_kernel(
     score, forced, starts, places, out, canvases, total, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -95,10 +97,10 @@ def _lowest_kernel(
 def lowest_rows(score, forced, starts, places, total):
     """See dispatch.py"""
     out = torch.empty(total, dtype=torch.int64, device=score.device)
-    tile = min(padded(len(score), 128), TILE)
+    tile = min(padded(len(score), 512), TILE)  # few sizes, each of which is compiled
     if total:
         _lowest_kernel[len(starts),](
             score, forced, starts, places, out, len(starts) - 1, total, TILE=tile, ONE_TILE=len(score) <= tile,
-            SLOTS=min(padded(total, 128), 1024), num_warps=4 if tile <= 1024 else 8,
+            SLOTS=SLOTS, num_warps=4 if tile <= 1024 else 8,
         )  # fmt: skip
     return out

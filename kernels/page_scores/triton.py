@@ -102,7 +102,10 @@ def _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP: tl.constexp
     return first, rows, tl.load(num_pages + b), tl.load(forced_from + b), sink
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["q_starts", "q_ends", "voters", "table", "num_pages", "forced_from", "sinks"],
+)
 def _lse_kernel(
     q, q_starts, q_ends, voters, mean, spread, table, runs, num_pages, forced_from, sinks, lse, width, tiles, lam,
     sharpness, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_mean_node, stride_spread,
@@ -137,7 +140,10 @@ def _lse_kernel(
         tl.store(lse + row_offsets(first, row, h, heads, 1, GROUP) * CHUNKS + chunk, value, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["q_starts", "q_ends", "voters", "table", "num_pages", "forced_from", "sinks"],
+)
 def _score_kernel(
     q, q_starts, q_ends, voters, mean, spread, table, runs, num_pages, forced_from, sinks, lse, scores, names, width,
     tiles, lam, sharpness, stride_q, stride_q_head, stride_mean, stride_mean_head, stride_mean_node, stride_spread,

@@ -49,7 +49,7 @@ def _rotated(x, head, heads, stride_head, table, position, HALF: tl.constexpr, H
     return first.to(x.dtype.element_ty), second.to(x.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "block", "offset", "index"])
 def _rotary_kernel(
     q, k, v, q_out, k_out, table, positions, block, offset, cache, index, q_heads, kv_heads, q_parts, kv_parts,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_block, stride_head, stride_slot,

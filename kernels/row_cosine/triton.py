@@ -10,7 +10,7 @@ from vllm_dlm.kernels.triton_utils import padded
 TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _cosine_kernel(new, old, out, rows, width, stride_new, stride_old, TILE: tl.constexpr, COSINE: tl.constexpr):
     """out [rows], or [3, rows] for the sums"""
     row = tl.program_id(0).to(tl.int64)

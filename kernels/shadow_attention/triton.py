@@ -24,7 +24,10 @@ def _with_keys(query, keys, values, seen, scale, highest, total, context):
     return higher, total * fading + tl.sum(weights, 1), context
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["q_starts", "hidden", "k_starts", "tables", "kv_lens"],
+)
 def _shadow_kernel(
     q, q_starts, hidden, k, v, k_starts, cache, tables, kv_lens, out, scale, heads,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_block, stride_head, stride_key,

@@ -19,19 +19,23 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 KEYS, MOST_SPLITS = 64, 32
 #: programs per processor that there should be: a program waits for a page's number, its place and its keys in turn
 SPREAD = 4
+#: requests that are looked through together: kernels are compiled for no number of them
+BATCH = tl.constexpr(32)
 #: entries of `chosen` that are looked at together
 ENTRIES = 1024
 
 
 @triton.jit
-def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr, BATCH_PAD: tl.constexpr):
+def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Which request a tile of rows belongs to, and the tile's number there. The tiles of request b begin at
     b + q_starts[b] * GROUP // ROWS: room for the rows of each, at most one tile too many, and no look at lengths.
     Tiles before the first request's are nobody's: they get a number below 0."""
-    b = tl.arange(0, BATCH_PAD)
-    starts = tl.load(q_starts + b, mask=b < batch, other=0).to(tl.int32)
-    begun = (b < batch) & (b + starts * GROUP // ROWS <= tile)
-    request = tl.maximum(tl.sum(begun.to(tl.int32), 0) - 1, 0)
+    begun = tl.zeros([], tl.int32)
+    for some in range(0, batch, BATCH):
+        b = some + tl.arange(0, BATCH)
+        starts = tl.load(q_starts + b, mask=b < batch, other=0).to(tl.int32)
+        begun += tl.sum(((b < batch) & (b + starts * GROUP // ROWS <= tile)).to(tl.int32), 0)
+    request = tl.maximum(begun - 1, 0)
     first = tl.load(q_starts + request).to(tl.int32)
     return request, first, tile - request - first * GROUP // ROWS
 
@@ -84,20 +88,24 @@ def _neighbour_offsets(
     return position, offset, (position < length) & (position >= tl.where(exists, 0, length))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batch", "named", "stride_table"],
+    do_not_specialize_on_alignment=["q_starts", "q_ends", "table", "rows", "tails", "kv_lens"],
+)
 def _attend_kernel(
     q, q_starts, q_ends, cache, table, chosen, rows, tails, kv_lens, moved, places, out, lse, batch, named, slots,
     share, scale, heads, stride_q, stride_q_head, stride_block, stride_head, stride_key, stride_table, stride_chosen,
     stride_chosen_head, stride_places,
-    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, PER_ENTRY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BATCH_PAD: tl.constexpr, ENTRIES: tl.constexpr, PAGEWISE: tl.constexpr,
+    ENTRIES: tl.constexpr, PAGEWISE: tl.constexpr,
 ):  # fmt: skip
-    """out [Tq, H, SPLITS, DIM] and lse [Tq, H, SPLITS], of base 2; with one share out is the result, lse unused.
+    """out [Tq, H, splits, DIM] and lse [Tq, H, splits], of base 2; unless keys are SHARED out among programs out is the
+    result, lse unused.
     Of a request's `slots` keys at most, those of `named` pages come first.
     With `moved` [S, Hkv, DIM] those are the values, of the positions that `places` gives one."""
-    h, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS, BATCH_PAD)
+    h, split, splits = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS)
     queries = tl.load(q_ends + b).to(tl.int32) - first
     row = tile * ROWS + tl.arange(0, ROWS)
     present = row < queries * GROUP
@@ -117,7 +125,7 @@ def _attend_kernel(
         slots = named * PAGE
         if tails is not None:
             slots += tl.maximum(tl.cdiv(length, PAGE) - tail, 0) * PAGE
-        share = tl.cdiv(tl.cdiv(slots, KEYS), SPLITS) * KEYS
+        share = tl.cdiv(tl.cdiv(slots, KEYS), splits) * KEYS
     cache += h * stride_head
     # the last position that a row sees
     last = length - queries + row // GROUP if CAUSAL else tl.zeros_like(row) + (length - 1)
@@ -159,24 +167,26 @@ def _attend_kernel(
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
     context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # a row that saw nothing keeps zeros
-    place = row_offsets(first, row, h, heads, 1, GROUP) * SPLITS + split
+    place = row_offsets(first, row, h, heads, 1, GROUP) * splits + split
     mask = present[:, None] & (channel < DIM)[None, :]
     tl.store(out + place[:, None] * DIM + channel[None, :], context.to(out.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if SHARED:
         tl.store(lse + place, highest + tl.log2(total), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["q_starts", "q_ends"])
 def _merge_kernel(
     partial, lse, out, q_starts, q_ends, batch, heads, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BATCH_PAD: tl.constexpr,
 ):  # fmt: skip
     """partial [rows, SPLITS, DIM], lse [rows, SPLITS] -> out [rows, DIM]"""
     row = tl.program_id(0).to(tl.int64)
-    b = tl.arange(0, BATCH_PAD)
-    begun = tl.load(q_starts + b, mask=b < batch, other=1 << 30) <= row // heads
-    over = tl.load(q_ends + b, mask=b < batch, other=0) <= row // heads
-    if tl.sum((begun & ~over).to(tl.int32), 0) == 0:  # nobody's
+    owners = tl.zeros([], tl.int32)
+    for some in range(0, batch, BATCH):
+        b = some + tl.arange(0, BATCH)
+        begun = tl.load(q_starts + b, mask=b < batch, other=1 << 30) <= row // heads
+        over = tl.load(q_ends + b, mask=b < batch, other=0) <= row // heads
+        owners += tl.sum((begun & ~over).to(tl.int32), 0)
+    if owners == 0:  # nobody's
         return
     split, channel = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
     logs = tl.load(lse + row * SPLITS + split)
@@ -190,8 +200,8 @@ def _merge_kernel(
 
 
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
-    """Shares of `tiles` tiles of keys: enough that all processors have work; a power of two, so that few kernels are
-    compiled."""
+    """Shares of `tiles` tiles of keys: enough that all processors have work; a power of two, which the merging kernel
+    is compiled for."""
     wanted = min(SPREAD * processors(device) // programs, tiles, MOST_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
 
@@ -242,8 +252,8 @@ def sparse_attention_into(
         named, width * page_size, triton.cdiv(key_tiles, splits) * tiles["KEYS"], scale * math.log2(math.e), heads,
         *q.stride()[:2], *cache.stride()[:3], page_table.stride(0), *chosen.stride()[:2],
         0 if places is None else places.stride(0),
-        PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SPLITS=splits,
-        GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16), BATCH_PAD=padded(batch),
+        PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SHARED=splits > 1,
+        GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16),
         # rows that generate may name fewer pages than there are places
         ENTRIES=min(padded(named, 32), ENTRIES) if single else 0,
         # as long as the registers hold keys and values
@@ -253,5 +263,4 @@ def sparse_attention_into(
     if splits > 1:
         _merge_kernel[queries * heads,](
             partial, lse, out, q_starts, q_ends, batch, heads, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16),
-            BATCH_PAD=padded(batch),
         )  # fmt: skip

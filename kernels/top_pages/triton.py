@@ -47,7 +47,7 @@ def _three_counts(keys, first, second, third):
     return tl.sum(reached + ((keys >= third).to(tl.int64) << 40), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "room_for"], do_not_specialize_on_alignment=["kept", "rows"])
 def _top_kernel(
     scores, kept, names, chosen, rows, width, k, room_for, heads, stride_row, stride_head,
     TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
@@ -123,7 +123,7 @@ def store_top_pages(out, rows, scores, k, kept, names):
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "most"], do_not_specialize_on_alignment=["rows", "known"])
 def _overlap_kernel(
     pages, before, rows, known, found, number, most, stride_b, stride_h, stride_before_b, stride_before_h,
     K: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
@@ -151,7 +151,7 @@ def _overlap_kernel(
     tl.store(found + number + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "most"], do_not_specialize_on_alignment=["rows", "known"])
 def _unless_kernel(
     pages, before, rows, known, found, left, number, most, share, stride_b, stride_h, stride_before_b, stride_before_h,
     K: tl.constexpr, TILE: tl.constexpr, HEADS_PAD: tl.constexpr,

@@ -131,8 +131,9 @@ def test_steps_of_a_server_are_captured_when_it_starts(engines, capturing, check
     captured, runner = capturing(llm), runner_of(llm)
     with torch.inference_mode():
         warm_up(
-            captured.denoiser, resolved_options(runner.vllm_config), runner.model_config.hf_config, runner.max_model_len
-        )
+            captured.denoiser, resolved_options(runner.vllm_config), runner.model_config.hf_config,
+            runner.max_model_len, 16,
+        )  # fmt: skip
     assert len(captured.steps) > 5
 
 

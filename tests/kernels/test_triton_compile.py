@@ -17,7 +17,8 @@ from tests.kernels.launches import CASES, RARER, Launching
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+
+from tests.kernels.caught import catch_launches, source  # noqa: E402
 
 # shared memory of one block, in bytes
 TARGETS = {
@@ -25,44 +26,15 @@ TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.int8: "i8", torch.bool: "i1",
-}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
-    """What the launchers below would run: (kernel, its arguments by name, its options)."""
-    caught = []
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        assert all(0 < extent < limit for extent, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        caught.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
-
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    """What the launchers below would run."""
+    caught = catch_launches(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return caught
-
-
-def source(kernel, arguments):
-    """Specialised as at a launch: on integers of 1, and on addresses and integers that 16 divides."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def resources(compiled, target):

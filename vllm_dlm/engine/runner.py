@@ -156,7 +156,8 @@ class DenoisingRunner:
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
                 cuda_graph, denoiser.shape, self.device, longest, costs.room(longest), costs.step,
             )  # fmt: skip
-        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len)
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
         """Data-parallel peers keep step with a forward nobody reads."""

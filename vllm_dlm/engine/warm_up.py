@@ -1,7 +1,7 @@
 """Steps of made-up requests before the first real one: kernels are compiled for the sizes that serving meets.
 
-A kernel has a variant for each power of two of its tiles and for sizes that 16
-divides. Every reuse policy that a request may name is run with one canvas, a
+A kernel has a variant for each of its tiles' sizes, but none for a number of
+requests or for a place in what a step uploads. Every reuse policy that a request may name is run with one canvas, a
 few and many, at a refresh and behind it; so is every decoding that has shadows
 of canvases. Nothing is kept: all blocks are the one that vLLM hands to nobody.
 """
@@ -22,12 +22,13 @@ from vllm_dlm.options import METHOD_KEYS, Options, request_options
 
 logger = init_logger(f"vllm.{__name__}")
 
-CANVASES = (1, 2, 5, 16)
+CANVASES = (1, 2, 5, 16, 24, 40)
 STEPS = 6
 PROMPT, RESPONSE = 96, 64
 
 
-def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int) -> None:
+def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, most: int) -> None:
+    """`most`: requests that a step may have"""
     decodings: dict[str, Any] = methods("decoding")
     revoking = [name for name in sorted(decodings) if decodings[name].revokes]
     named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_algorithm", name) for name in revoking]
@@ -36,7 +37,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int) -> 
             options = request_options(server, {key: name})
         except OptionError:  # no request may name it on this server
             continue
-        for count in CANVASES:
+        for count in sorted({min(count, most) for count in CANVASES}):
             states = [_state(f"{name} {i}", options, config, max_model_len) for i in range(count)]
             captures = count == 1 and options.reuse == server.reuse and not options.decoding.revokes
             if failed := _run(denoiser, states, captures):

@@ -1,0 +1,70 @@
+"""Launches that are caught before they reach a GPU, and what Triton would compile for each."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
+    torch.int64: "i64", torch.int8: "i8", torch.bool: "i1",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def catch_launches(monkeypatch) -> list[Launch]:
+    caught: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        assert all(0 < extent < limit for extent, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        caught.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    return caught
+
+
+def source(kernel, arguments: dict[str, Any]) -> ASTSource:
+    """Specialised as at a launch: on integers of 1, and on addresses and integers that 16 divides, unless the kernel
+    says that it does not want to be."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value, plain = arguments[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
+        if not plain and not parameter.do_not_specialize_on_alignment and divisible(value):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def divisible(value) -> bool:
+    """By 16; of a tensor its address"""
+    if isinstance(value, FakeTensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def compiled(launch: Launch) -> tuple:
+    """What tells apart two launches that Triton compiles a kernel for"""
+    found = source(launch.kernel, launch.arguments)
+    return (
+        launch.kernel.__name__, *sorted(found.signature.items()), *(f"{name}={value}" for name, value in sorted(
+            (found.fn.arg_names[name[0]] if isinstance(name, tuple) else name, value)
+            for name, value in found.constants.items()
+        )), *sorted(found.attrs), *sorted(launch.options.items()),
+    )  # fmt: skip
