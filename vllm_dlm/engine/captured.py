@@ -1,13 +1,14 @@
-"""Steps whose launches are replayed: small ones, which a GPU runs faster than the host can launch them.
+"""Steps whose launches are replayed: those which a GPU runs faster than the host can launch them.
 
-A step between refreshes is captured for a bucket of rows and canvases, over
-memory that stays: the tables of its packing and its hidden states. A later
-step of the same shape is filled up with canvases of nobody, which lie in the
-block that vLLM hands to nobody, its tables are written over, and the launches
-are replayed. Whatever flows decide by on the host is part of the shape. Those
-of the server's own policy are captured before the first request, those of
-others when they are met. Steps that recompute whole canvases are long enough
-for the host and stay as they are.
+A step is captured for a bucket of rows and canvases, over memory that stays:
+the tables of its packing and its hidden states. A later step of the same shape
+is filled up with canvases of nobody, which lie in the block that vLLM hands to
+nobody, its tables are written over, and the launches are replayed. Whatever
+flows decide by on the host is part of the shape. Steps between refreshes of the
+server's own policy are captured before the first request, those of others when
+they are met. Steps that recompute whole canvases, of at most 2,048 rows, are
+captured when their size comes a second time: what comes once is not worth it.
+Those of more rows keep the device busy for longer than their launches take.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,10 @@ from vllm_dlm.plugins.reuse.base import StepPlan, span
 logger = init_logger(f"vllm.{__name__}")
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+#: of whole canvases, where each row that nobody has is paid for
+WHOLE_ROWS = tuple(range(128, 2048 + 1, 128))
+#: so many of those that came once; clients may think of ever other fields of a policy
+REMEMBERED = 1024
 CANVASES = (1, 2, 4, 8, 16, 32)
 #: of more canvases than a few, that have fewer rows than so many on average, there is nothing of its own
 ROWS_OF_MANY = 16
@@ -124,11 +129,19 @@ class CapturedSteps:
         self.upload = Upload(device, stays=True)  # one step's tables at a time
         self.steps: dict[Bucket, Step] = {}
         self.refused: set[Bucket] = set()  # a captured step does not know what their flows ask for
+        self.once: set[Bucket] = set()  # of whole canvases: they came once
 
     def fill(self, streams: list[Stream]) -> Filled | None:
         """The streams in the memory of a captured step; None: there is none for them."""
         bucket = bucket_of(streams)
-        if bucket is None or not self._has_place(streams, bucket) or not self._have(bucket, streams[0]):
+        if bucket is None or not self._has_place(streams, bucket):
+            return None
+        if streams[0].whole and bucket not in self.once:
+            if len(self.once) >= REMEMBERED:
+                self.once.clear()
+            self.once.add(bucket)
+            return None
+        if not self._have(bucket, streams[0]):
             return None
         packed = self._packed(streams, streams[0], bucket)
         return Filled(bucket, self.steps[bucket], packed, self.upload, len(streams))
@@ -136,12 +149,14 @@ class CapturedSteps:
     def _has_place(self, streams: list[Stream], bucket: Bucket) -> bool:
         """The canvases of nobody can have the rows that are missing."""
         spare = bucket.rows - sum(stream.num_rows for stream in streams)
-        return spare <= (bucket.canvases - len(streams)) * (self.longest - 1)
+        each = self.longest if streams[0].whole else self.longest - 1
+        return spare <= (bucket.canvases - len(streams)) * each
 
     def _have(self, bucket: Bucket, like: Stream) -> bool:
         if bucket in self.steps:
             return True
-        known = (bucket.rows, bucket.canvases) in self.sizes and bucket not in self.refused
+        possible = like.whole or (bucket.rows, bucket.canvases) in self.sizes
+        known = possible and bucket not in self.refused
         return known and self.cost(bucket.rows) <= self.room and self._captured(like, bucket)
 
     def capture_all(self, like: Stream) -> None:
@@ -192,11 +207,12 @@ class CapturedSteps:
         live = span(0, rows)
         budget = leading if has_budget(like) else like.plan.budget
         plan = StepPlan(live, live if dense(like) else live[:0], budget, rows, refresh=False)
-        length = rows + 1  # not all of it lives, as in the others
+        length = rows if like.whole else rows + 1  # not all of it lives, as in the others
         tokens, blocks = np.zeros(length, np.int64), np.full(self.table_width, NULL_BLOCK)
         feature_rows, feature_blocks = length if keeps(like) else 0, np.full(length, NULL_BLOCK)
         return Stream(
-            like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks, feature_blocks
+            like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks if like.cached else None,
+            feature_blocks,
         )  # fmt: skip
 
 
@@ -227,12 +243,10 @@ class Costs(NamedTuple):
         return rows * self.hidden * self.itemsize + self.layers * LAYER
 
     def room(self, longest: int) -> int:
-        """Bytes for all steps of a policy with a budget, which has the most of them, and canvases so long."""
+        """Bytes for all steps of a policy with a budget, which has the most of them, and canvases so long. What others
+        leave of it is for whole canvases."""
         captured = sizes(longest) * len(LEADING)
-        if not captured:
-            return 0
-        largest, _ = captured[0]
-        return self.working(largest) + sum(self.step(rows) for rows, _ in captured)
+        return self.working(max(ROWS)) + sum(self.step(rows) for rows, _ in captured) if captured else 0
 
     def working(self, rows: int) -> int:
         return rows * 4 * (self.inner + 2 * self.hidden) * self.itemsize
@@ -241,14 +255,16 @@ class Costs(NamedTuple):
 def bucket_of(streams: list[Stream]) -> Bucket | None:
     """The smallest that holds them; None: they are not to be captured."""
     first = streams[0]
-    if first.whole or not first.cached or first.view is not None or first.hole is not None:
+    if first.view is not None or first.hole is not None or not (first.whole or first.cached):
         return None
     if any(stream.kind != first.kind or dense(stream) != dense(first) for stream in streams):
         return None
-    if any(stream.plan.live[0] < stream.response[0] for stream in streams):
+    if not first.whole and any(stream.plan.live[0] < stream.response[0] for stream in streams):
         return None  # with rows of the prompt it is long enough
     rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
     shape = first.kind, dense(first), all(map(keeps, streams))
+    if first.whole:
+        return bucket_of_whole(shape, rows, len(streams))
     for canvases in CANVASES:
         for size in ROWS:
             spare = size - rows
@@ -263,6 +279,16 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
                 missing = size // part - leading
                 if 0 <= missing <= spare and (missing == 0 or canvases > len(streams)):
                     return Bucket(*shape, size, canvases, size // part)
+    return None
+
+
+def bucket_of_whole(shape: tuple[tuple, bool, bool], rows: int, number: int) -> Bucket | None:
+    """A canvas of nobody has a row at least: all are whole."""
+    for canvases in CANVASES:
+        for size in WHOLE_ROWS:
+            missing = canvases - number
+            if missing == 0 == size - rows or 0 < missing <= size - rows:
+                return Bucket(*shape, size, canvases, 0)
     return None
 
 

@@ -117,8 +117,8 @@ class Denoiser:
             kinds.setdefault(reader.stream.kind, []).append(reader)
         filled, replayed = None, list[Reader]()
         if self.captured is not None:
-            # The others of a step are canvases to be refreshed, as a rule, which keep the device busy.
-            for kind, alike in kinds.items():
+            # The others of a step are canvases to be refreshed, as a rule, which keep the device busy for longer.
+            for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].stream.whole):
                 if filled := self.captured.fill([reader.stream for reader in alike]):
                     replayed = kinds.pop(kind)
                     break
@@ -158,9 +158,10 @@ class Denoiser:
             return [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
 
         counts.head_rows += prepared.replayed_heads
-        # What is launched are shadows, which read what their canvases have in their blocks, or refreshes, and a first
-        # block, which is read by those behind it.
-        if any(group.hole is not None for part in prepared.packed for group in part.groups):
+        # Shadows read what their canvases have in their blocks, and whole canvases, among them a first block, are read
+        # by those behind it.
+        shadows = any(group.hole is not None for part in prepared.packed for group in part.groups)
+        if shadows or any(reader.stream.whole for reader in prepared.replayed):
             last = replayed()
             hidden = launched() + last
         else:

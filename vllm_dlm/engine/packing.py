@@ -237,7 +237,8 @@ class Packing:
             all=rows[0],
             forced=rows[1],
             response=rows[2],
-            wanted=rows[3],
+            # Rows that are few where the host knows them
+            wanted=rows[0] if limits and streams[0].whole else rows[3],
             head=rows[4],
             leading=(leading, leading_starts),
             masks=masks,
