@@ -5,6 +5,7 @@ import random
 import pytest
 from vllm import SamplingParams
 
+from benchmarks.quality import CHECKPOINT, questions
 from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
 from tests.engine.test_lifecycle import add, finish
 from vllm_dlm.methods import methods
@@ -128,3 +129,25 @@ def test_without_max_tokens_there_is_room_to_the_end(engines):
 def test_what_is_refused(engines, extra, said):
     with pytest.raises(ValueError, match=said.replace("(", "\\(")):
         tokens(engines("llada-tiny"), [({"prompt_token_ids": [7]}, SamplingParams(extra_args=extra))])
+
+
+def test_64_requests_run_where_8_canvases_of_4_096_fit(engines):
+    """They may say 4,000 tokens and say ten: of the demo's questions."""
+    block, length, canvases = 16, 4096, 8
+    blocks = canvases * length // block
+    llm = engines(
+        str(CHECKPOINT), max_model_len=length, block_size=block, num_gpu_blocks_override=blocks + 1, max_num_seqs=64,
+        max_num_batched_tokens=16384,
+    )  # fmt: skip
+    prompts = [sample.prompt_ids for sample in questions(64)]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=length - len(prompt), detokenize=False,
+            extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 8, "dlm_window": 24, "dlm_threshold": 0.9},
+        )
+        for prompt in prompts
+    ]  # fmt: skip
+    with Most(llm) as most:
+        got = tokens(llm, [({"prompt_token_ids": prompt}, own) for prompt, own in zip(prompts, params, strict=True)])
+    assert most.requests == 64 and most.rows < 600 and max(map(len, got)) < 100
+    assert free_blocks(core_of(llm)) == blocks
