@@ -52,8 +52,8 @@ def plan(compiling: str = "vLLM's default") -> list[Part]:
             Cell(f"{name} bfloat16, decodings", 0.8, RulesInGraphs(name, "bfloat16"))
             for name in ("llada-tiny", "dream-tiny")
         )),
-        Part("correctness", "tests", 0.1, tuple(Cell(f"tests {file}", 1.0, Tests(file)) for file in TESTS)),
         Part("rules", "the demo in llada-8b", 1.0, tuple(decodings((1, 8))), Rules("llada-8b", 8)),
+        Part("correctness", "tests", 0.1, tuple(Cell(f"tests {file}", 1.0, Tests(file)) for file in TESTS)),
         denoising("llada-8b", "eager", [
             replace(cell, name=f"{cell.name} eager") for cell in llada
             if cell.what.prompt == 1024 and cell.what.requests in (1, 32) and cell.what.policy == "fast_dllm/dual"
