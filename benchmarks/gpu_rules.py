@@ -60,6 +60,7 @@ def started(engine: Engine) -> Running:
     from vllm import LLM
 
     from benchmarks.quality import CHECKPOINT
+    from benchmarks.soak.engines import runner_of
 
     shape, length = SHAPES[engine.shape], engine.prompt + engine.new
     enlarged.register(CHECKPOINT, shape)
@@ -69,7 +70,7 @@ def started(engine: Engine) -> Running:
         max_num_seqs=engine.requests, max_num_batched_tokens=engine.requests * length, skip_tokenizer_init=True,
         disable_log_stats=True, use_tqdm_on_load=False, **memory(),
     )  # fmt: skip
-    return Running(llm, llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
+    return Running(llm, runner_of(llm))
 
 
 def opened(part: Part, peaks: Peaks):

@@ -62,9 +62,4 @@ def divisible(value) -> bool:
 def compiled(launch: Launch) -> tuple:
     """What tells apart two launches that Triton compiles a kernel for"""
     found = source(launch.kernel, launch.arguments)
-    return (
-        launch.kernel.__name__, *sorted(found.signature.items()), *(f"{name}={value}" for name, value in sorted(
-            (found.fn.arg_names[name[0]] if isinstance(name, tuple) else name, value)
-            for name, value in found.constants.items()
-        )), *sorted(found.attrs), *sorted(launch.options.items()),
-    )  # fmt: skip
+    return launch.kernel.__name__, *map(str, (found.signature, found.constants, found.attrs, launch.options))

@@ -26,6 +26,13 @@ def run(page, prompt: str = "Why is the sky blue?", tokens: int = 40, compare: b
     finished(page)
 
 
+def give_key(page, key: str) -> None:
+    """When it is asked for"""
+    page.until("document.querySelector('#key-dialog').open")
+    page.write(key)
+    page.press("Enter")
+
+
 def finished(page) -> None:
     page.until("document.querySelector('#stop').hidden && /tokens in|stopped|ended|broke/.test(said.textContent)")
 

@@ -1,7 +1,21 @@
 """Two policies side by side, the replay, and the file it is exported to."""
 
 from tests.view import synthetic
-from tests.view.pages import CANVAS, POLICIES, REFUSED, RUNS, cells, figures, fill, finished, place, run, slide, written
+from tests.view.pages import (
+    CANVAS,
+    POLICIES,
+    REFUSED,
+    RUNS,
+    cells,
+    figures,
+    fill,
+    finished,
+    give_key,
+    place,
+    run,
+    slide,
+    written,
+)
 
 
 def test_two_policies_on_one_prompt(visit, server):
@@ -55,9 +69,7 @@ def test_the_export_replays_from_a_file(visit, exported, server):
     server.key = "secret-key"
     page = visit()
     page.expected = [REFUSED + "401"]
-    page.until("document.querySelector('#key-dialog').open")
-    page.write("secret-key")
-    page.press("Enter")
+    give_key(page, "secret-key")
     page.until("model.textContent === 'mock'")
     run(page, f"Say {synthetic.EVIL}", CANVAS, compare=True)
     file = exported(page)

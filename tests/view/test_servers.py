@@ -3,7 +3,7 @@
 import pytest
 
 from tests.view import synthetic
-from tests.view.pages import CANVAS, REFUSED, RUNS, A, cells, fill, finished, place, run, shown, written
+from tests.view.pages import CANVAS, REFUSED, RUNS, A, cells, fill, finished, give_key, place, run, shown, written
 
 
 def test_the_key_is_asked_for_and_kept_in_memory(visit, server):
@@ -11,9 +11,7 @@ def test_the_key_is_asked_for_and_kept_in_memory(visit, server):
     page = visit()
     page.expected = [REFUSED + "401"]
     for key in ("wrong", "right"):
-        page.until("document.querySelector('#key-dialog').open")
-        page.write(key)
-        page.press("Enter")
+        give_key(page, key)
         page.until("!document.querySelector('#key-dialog').open || key.value === ''")
     page.until("model.textContent === 'mock'")
     run(page, tokens=CANVAS)
@@ -24,9 +22,7 @@ def test_a_late_refusal_of_no_key_does_not_ask_again(visit, server):
     server.key, server.late = "right", "/dlm/options"
     page = visit()
     page.expected = [REFUSED + "401"]
-    page.until("document.querySelector('#key-dialog').open")
-    page.write("right")
-    page.press("Enter")
+    give_key(page, "right")
     page.until("model.textContent === 'mock'")
     server.go.set()
     page.choose(f"{A} [data-option=reuse]", "fast_dllm")  # which the server offers

@@ -31,8 +31,8 @@ from vllm_dlm.plugins.reuse.base import StepPlan, span
 logger = init_logger(f"vllm.{__name__}")
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-#: of whole canvases, where each row that nobody has is paid for
-WHOLE_ROWS = tuple(range(128, 2048 + 1, 128))
+#: sizes of whole canvases are multiples of it: each row that nobody has is paid for
+WHOLE_ROWS = 128
 #: so many of those that came once; clients may think of ever other fields of a policy
 REMEMBERED = 1024
 CANVASES = (1, 2, 4, 8, 16, 32)
@@ -285,10 +285,10 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
 def bucket_of_whole(shape: tuple[tuple, bool, bool], rows: int, number: int) -> Bucket | None:
     """A canvas of nobody has a row at least: all are whole."""
     for canvases in CANVASES:
-        for size in WHOLE_ROWS:
-            missing = canvases - number
-            if missing == 0 == size - rows or 0 < missing <= size - rows:
-                return Bucket(*shape, size, canvases, 0)
+        missing = canvases - number
+        size = -(-(rows + missing) // WHOLE_ROWS) * WHOLE_ROWS
+        if missing >= 0 and size <= max(ROWS) and (missing or size == rows):
+            return Bucket(*shape, size, canvases, 0)
     return None
 
 
