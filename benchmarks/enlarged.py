@@ -33,13 +33,12 @@ SHARED, REFUSED = 2.0**-8, -(2.0**20)  # of the last channel: what every token h
 
 class Enlarged:
     def __init__(self, folder: Path, shape: Shape):
-        self.small, self.tensors = (
-            json.loads((folder / "config.json").read_text()),
-            load_file(folder / "model.safetensors"),
-        )
+        self.small = json.loads((folder / "config.json").read_text())
+        self.tensors = load_file(folder / "model.safetensors")
         self.large, self.shape = shape.model, shape
         self.width, self.heads = self.small["d_model"], self.small["n_heads"]
         self.head_dim = self.width // self.heads
+        self.ratio = math.sqrt(self.width / self.large.hidden)  # of norms
         if self.small["n_kv_heads"] != self.heads or self.large.heads != self.large.kv_heads:
             raise ValueError("queries that share keys are not told apart here: both models need n_kv_heads = n_heads")
         if self.large.head_dim % self.head_dim or self.large.hidden <= self.width:
@@ -58,7 +57,7 @@ class Enlarged:
         def filled(name: str, *size: int) -> torch.Tensor:
             tensor = torch.empty(size, dtype=dtype, device=device).uniform_(-RANDOM, RANDOM, generator=generator)
             if len(size) == 1:
-                tensor.fill_(math.sqrt(self.width / self.large.hidden))
+                tensor.fill_(self.ratio)
             if (small := self.tensors.get(name)) is not None:
                 self._place(name.rsplit(".", 2)[-2], tensor, small.to(device, torch.float32))
             elif name.endswith(("attn_out.weight", ".ff_out.weight")):
@@ -84,7 +83,7 @@ class Enlarged:
         """The small tensor in its place of the large one, which has its size and random values."""
         channels = self.width
         if small.ndim == 1:
-            large[:channels] = small * math.sqrt(self.width / self.large.hidden)
+            large[:channels] = small * self.ratio
         elif part == "wte":
             large[: len(small), :channels] = small
             large[:, -1] = SHARED
