@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
+from vllm_dlm.limits import Limits
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.scoring.scored import SCORE, Scored
@@ -27,7 +28,7 @@ REQUEST_FIELDS = {
     "dlm_infill": "infill", "dlm_frames": "frames", "dlm_watch": "watch", "dlm_trajectory": "trajectory",
 }  # fmt: skip
 #: parts of the server's object
-PARTS = (*KINDS, "canvas", "preset")
+PARTS = (*KINDS, "canvas", "limits", "preset")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Options:
     selection: Any
     extent: Any
     canvas: CanvasBounds = CanvasBounds()
+    limits: Limits = Limits()
     attention: str = "full"  # of the model, see Family
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
     frames: bool = False  # the stream carries what each step does, see view/
@@ -124,7 +126,8 @@ def server_options(
     if block_length is not None and "block_length" not in asked and "preset" not in asked:
         chosen["decoding"] = replace(chosen["decoding"], block_length=block_length)
     canvas = _built(CanvasBounds, "canvas", given.get("canvas"), {})
-    return _suited(Options(**chosen, canvas=canvas, attention=attention), "dlm.")
+    limits = _built(Limits, "limits", given.get("limits"), {})
+    return _suited(Options(**chosen, canvas=canvas, limits=limits, attention=attention), "dlm.")
 
 
 def _suited(options: Options, prefix: str) -> Options:

@@ -1,0 +1,31 @@
+"""Limits on what one request, or all clients together, may cost a server: `--dlm-config '{"limits": {...}}'`.
+
+Work on the event loop, memory kept per request and time on the engine's thread are bounded by what vLLM itself spends
+on a request of the same size. The defaults leave room for every use the documentation shows.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from vllm_dlm.shown import shown
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Per request unless a comment says otherwise."""
+
+    name: ClassVar[str] = "limits"
+
+    template_characters: int = 1 << 16  # characters of a dlm_template
+    template_holes: int = 512  # holes of a template
+    template_automata: int = 32  # distinct `one of` holes of a template
+    score_pairs: int = 1024  # pairs of a context and a continuation
+    score_characters: int = 1 << 20  # characters of all contexts and continuations; a shared context counts once
+    score_draws: int = 1 << 14  # pairs times mc_num
+    followers: int = 64  # per server: connections that watch requests, or read their own frames
+    observed: int = 256  # per server: running requests with dlm_frames or dlm_watch
+
+    def __post_init__(self):
+        for field in fields(self):
+            if (value := getattr(self, field.name)) < 1:
+                raise ValueError(f"{field.name}: {shown(value)} is not valid, it must be at least 1")
