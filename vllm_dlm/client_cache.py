@@ -8,22 +8,26 @@ each of them is used, stays within its bound and reaches the metrics.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 K, V = TypeVar("K"), TypeVar("V")
+Process = Literal["front-end", "engine"]
+FRONT_END: Process = "front-end"
+ENGINE: Process = "engine"
 
 
 @dataclass(frozen=True)
 class CacheBound:
     entries: int
     key: str  # what a client varies
+    process: Process  # which of them has the cache, and reports it
 
 
 #: name -> bound; the names are the `cache` label of the metrics
 CLIENT_CACHES = {
-    "layouts": CacheBound(64, "dlm_template"),
-    "automata": CacheBound(64, "a hole of a template: its kind and alternatives"),
+    "layouts": CacheBound(64, "dlm_template", FRONT_END),
+    "automata": CacheBound(64, "a hole of a template: its kind and alternatives", FRONT_END),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -75,11 +79,17 @@ class ClientCache(Generic[K, V]):
         self._values.clear()
 
 
-def cache_entries(name: str) -> int:
-    """Entries of this process's caches of that name"""
-    return sum(len(cache) for cache in _instances.get(name, ()))
+class CacheUsage(NamedTuple):
+    """Summed over the caches of one name in one process."""
+
+    entries: int = 0
+    evictions: int = 0  # since the process started
 
 
-def cache_evictions(name: str) -> int:
-    """Entries that this process's caches of that name evicted so far"""
-    return _evictions[name]
+def usage(process: Process) -> dict[str, CacheUsage]:
+    """Usage of every listed cache of the calling process, which is `process`"""
+    return {
+        name: CacheUsage(sum(map(len, _instances.get(name, ()))), _evictions[name])
+        for name, bound in CLIENT_CACHES.items()
+        if bound.process == process
+    }

@@ -29,3 +29,6 @@ class Limits:
         for field in fields(self):
             if (value := getattr(self, field.name)) < 1:
                 raise ValueError(f"{field.name}: {shown(value)} is not valid, it must be at least 1")
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,22 +1,25 @@
-"""Counters: vLLM's own `vllm:diffusion_*` names, and what the reuse and selection policies saved.
+"""Metrics: vLLM's own `vllm:diffusion_*` counters, what reuse and selection policies saved, and bounded caches.
 
-The engine counts, the front-end exports. Between them the counts travel in
-vLLM's SpecDecodingStats, which diffusion models reuse there too (read in vLLM
-0.32 and 0.33: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
+The engine counts and the front-end exports. The counts travel in vLLM's SpecDecodingStats, which vLLM's own diffusion
+models use as well (read in vLLM 0.32 and 0.33: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field, fields
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
+from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, CacheUsage, usage
 from vllm_dlm.integration.autoregressive import COUNTS, selection_of
 from vllm_dlm.integration.registration import is_diffusion_lm
 
 logger = init_logger("vllm." + __name__)
+
+#: caches that the engine reports; those of the front-end are counted where they are exported
+ENGINE_CACHES = [name for name, bound in CLIENT_CACHES.items() if bound.process == "engine"]
 
 
 @dataclass
@@ -33,15 +36,20 @@ class StepCounts:
     kv_bytes_read: int = 0
     kv_bytes_dense: int = 0
     lowered_steps: int = 0
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of the engine, as of the last step
 
     def pack(self) -> SpecDecodingStats:
-        first = (self.denoising_steps, self.canvas_positions, self.committed_tokens)
-        return SpecDecodingStats(0, *first, num_accepted_tokens_per_pos=list(astuple(self)[3:]))
+        *counts, _ = (getattr(self, each.name) for each in fields(self))
+        caches = [number for name in ENGINE_CACHES for number in self.caches.get(name, CacheUsage())]
+        return SpecDecodingStats(0, *counts[:3], num_accepted_tokens_per_pos=[*counts[3:], *caches])
 
     @classmethod
     def unpack(cls, stats: SpecDecodingStats) -> "StepCounts":
-        first = (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
-        return cls(*first, *stats.num_accepted_tokens_per_pos)
+        packed = stats.num_accepted_tokens_per_pos
+        counts, caches = packed[: len(OWN_COUNTERS)], packed[len(OWN_COUNTERS) :]
+        pairs = zip(caches[::2], caches[1::2], strict=True)
+        of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=True))
+        return cls(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens, *counts, of_caches)
 
 
 #: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
@@ -56,8 +64,31 @@ OWN_COUNTERS = {
 }
 
 
+class CachesProm:
+    """Entries and evictions of every cache that clients can key. Those of the front-end have the engine "front-end"."""
+
+    def __init__(self, logger: PrometheusStatLogger):
+        labels = ["model_name", "engine", "cache"]
+        self.entries = logger._gauge_cls(
+            "vllm:diffusion_cache_entries", "Entries of a bounded cache.", labels, multiprocess_mode="mostrecent"
+        )
+        self.evictions = logger._counter_cls(
+            "vllm:diffusion_cache_evictions", "Entries that a bounded cache evicted.", labels
+        )
+        self.model_name = next(iter(logger.per_engine_labelvalues.values()))[0]
+        self.evicted: dict[tuple[str, str], int] = {}
+
+    def observe(self, engine_caches: dict[str, CacheUsage], engine_idx: int) -> None:
+        for engine, caches in ((str(engine_idx), engine_caches), (FRONT_END, usage(FRONT_END))):
+            for name, (entries, evictions) in caches.items():
+                self.entries.labels(self.model_name, engine, name).set(entries)
+                new = evictions - self.evicted.get((engine, name), 0)
+                self.evictions.labels(self.model_name, engine, name).inc(new)
+                self.evicted[engine, name] = evictions
+
+
 class DiffusionProm:
-    """In the place of a PrometheusStatLogger's SpecDecodingProm: vLLM's counters under diffusion's names, and ours."""
+    """Replaces a PrometheusStatLogger's SpecDecodingProm: vLLM's counters under diffusion's names, and ours."""
 
     def __init__(self, logger: PrometheusStatLogger):
         labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
@@ -66,12 +97,14 @@ class DiffusionProm:
             field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
             for field, (name, documentation) in OWN_COUNTERS.items()
         }
+        self.caches = CachesProm(logger)
 
     def observe(self, stats: SpecDecodingStats, engine_idx: int = 0) -> None:
         self.vllm.observe(stats, engine_idx)
         counts = StepCounts.unpack(stats)
-        for field, engines in self.own.items():
-            engines[engine_idx].inc(getattr(counts, field))
+        self.caches.observe(counts.caches, engine_idx)
+        for name, engines in self.own.items():
+            engines[engine_idx].inc(getattr(counts, name))
 
 
 #: of autoregressive models that decode with a selection; see PageCounts in page_sparse/page_counts.py
@@ -94,8 +127,8 @@ class PagesProm:
         }
 
     def observe(self, stats: dict, engine_idx: int = 0) -> None:
-        for field, count in stats[COUNTS].items():
-            self.counters[field][engine_idx].inc(count)
+        for name, count in stats[COUNTS].items():
+            self.counters[name][engine_idx].inc(count)
 
 
 class PagesLogging:
@@ -105,8 +138,8 @@ class PagesLogging:
         self.totals = dict.fromkeys(PAGE_COUNTERS, 0)
 
     def observe(self, stats: dict) -> None:
-        for field, count in stats[COUNTS].items():
-            self.totals[field] += count
+        for name, count in stats[COUNTS].items():
+            self.totals[name] += count
 
     def log(self, log_fn=logger.info) -> None:
         if seen := self.totals["pages_seen"]:

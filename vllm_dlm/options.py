@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
-from vllm_dlm.limits import Limits
+from vllm_dlm.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.scoring.scored import SCORE, Scored
@@ -63,7 +63,7 @@ class Options:
     selection: Any
     extent: Any
     canvas: CanvasBounds = CanvasBounds()
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
     attention: str = "full"  # of the model, see Family
     infill: bool | None = None  # masks of the prompt are holes; None: they are if the client wrote token ids
     frames: bool = False  # the stream carries what each step does, see view/

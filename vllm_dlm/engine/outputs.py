@@ -1,4 +1,5 @@
-"""What scheduler and worker hand each other beside vLLM's own: a canvas at the start, then what each step did to it.
+"""What the scheduler and the worker exchange in addition to vLLM's own fields: a canvas when a request starts, then
+what each step did to it.
 
 Read in vLLM 0.32: v1/core/sched/output.py, v1/outputs.py.
 """
@@ -9,6 +10,7 @@ import numpy as np
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+from vllm_dlm.client_cache import ENGINE, CacheUsage, usage
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
@@ -32,12 +34,13 @@ class DenoisingSchedule(SchedulerOutput):
 
 @dataclass
 class DenoisingOutput(ModelRunnerOutput):
-    """vLLM's output, and what it has no words for."""
+    """ModelRunnerOutput plus the fields it lacks."""
 
     commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
     failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
     seen: dict[str, SeenStep] = field(default_factory=dict)  # of those that are observed
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of this worker
 
 
 def make_output(
@@ -54,6 +57,7 @@ def make_output(
         counts=counts,
         failed=dict(failed),
         seen=seen,
+        caches=usage(ENGINE),
     )
 
 

@@ -305,6 +305,7 @@ class DenoisingScheduler(Scheduler):
             self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
             self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
             self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
+            self.counts.caches = model_runner_output.caches
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if traces:
             report(traces, outputs)

@@ -1,0 +1,98 @@
+"""Every cache that a client can key is listed, bounded, evicted and reported."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+import vllm_dlm
+from vllm_dlm.client_cache import CLIENT_CACHES, ENGINE, FRONT_END, CacheUsage, ClientCache, usage
+from vllm_dlm.metrics import ENGINE_CACHES, StepCounts
+
+ROOT = Path(vllm_dlm.__file__).parent
+#: path within the package -> syntax tree; `plugins` and `kernels` are links, which `os.walk` follows on request
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+    for folder, _, names in os.walk(ROOT, followlinks=True)
+    for path in map(Path(folder).joinpath, names)
+    if path.suffix == ".py"
+}
+
+#: functions with an unbounded `functools.cache` -> what keys it
+NOT_KEYED_BY_CLIENTS = {
+    "methods.py:methods": "the four kinds of methods",
+    "option_types.py:_adapter": "fields of the registered dataclasses",
+    "view/page.py:page": "nothing",
+    "engine/captured.py:pool": "nothing",
+    "engine/flash_attention.py:installed": "nothing",
+    "kernels/triton_utils.py:processors": "devices of the machine",
+    "engine/flash_attention.py:_version": "nothing",
+    "engine/head.py:numeric_fields": "the registered decodings",
+}
+
+
+def constructed() -> set[str]:
+    """Names of the caches that the package makes"""
+    return {
+        call.args[0].value
+        for tree in SOURCES.values()
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Subscript | ast.Name)
+        and "ClientCache" in ast.dump(call.func)
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+
+def test_every_listed_cache_is_made_and_every_cache_made_is_listed():
+    assert constructed() == set(CLIENT_CACHES)
+
+
+def test_unbounded_caches_of_functions_are_not_keyed_by_clients():
+    found = {
+        f"{name}:{function.name}"
+        for name, tree in SOURCES.items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for decorator in function.decorator_list
+        if unbounded(decorator)
+    }
+    assert found == set(NOT_KEYED_BY_CLIENTS)
+
+
+def unbounded(decorator: ast.expr) -> bool:
+    """`cache`, and `lru_cache` without a bound"""
+    written = ast.unparse(decorator)
+    return written.split(".")[-1] == "cache" or ("lru_cache" in written and "maxsize=None" in written)
+
+
+@pytest.mark.parametrize("name", CLIENT_CACHES)
+def test_a_cache_stays_within_its_bound(name):
+    evicted: list[int] = []
+    cache = ClientCache[int, int](name, evicted.append)
+    bound, process = CLIENT_CACHES[name].entries, CLIENT_CACHES[name].process
+    before = usage(process)[name]
+    for key in range(bound):
+        cache.put(key, -key)
+    assert cache.get(0) == 0  # now the most recently used
+    for key in range(bound, bound + 3):
+        cache.put(key, -key)
+    assert len(cache) == bound and 0 in cache and evicted == [-1, -2, -3]
+    after = usage(process)[name]
+    assert after == CacheUsage(before.entries + bound, before.evictions + 3)
+    assert cache.pop(0) == 0 and cache.pop(0) is None and cache.get(0) is None
+    del cache
+    assert usage(process)[name].entries == before.entries
+
+
+def test_every_cache_belongs_to_one_process():
+    assert usage(ENGINE).keys() | usage(FRONT_END).keys() == CLIENT_CACHES.keys()
+
+
+def test_usage_of_the_engine_travels_with_the_counters():
+    caches = {name: CacheUsage(3 * index, index) for index, name in enumerate(ENGINE_CACHES)}
+    counts = StepCounts(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, caches)
+    assert StepCounts.unpack(counts.pack()) == counts
+    assert StepCounts.unpack(StepCounts().pack()) == StepCounts(caches=dict.fromkeys(ENGINE_CACHES, CacheUsage()))
