@@ -1,9 +1,9 @@
-"""What a launch of Triton kernels is to PyTorch: one operator of the namespace `vllm_dlm`.
+"""Registers each Triton launcher as one PyTorch operator of the namespace `vllm_dlm`.
 
-Fake tensors pass through it and get their shapes, modes that watch operators
-see one name, and compilers find nothing to look into. It is registered without
-`torch.library.custom_op`, whose calls take 29 microseconds of the host instead
-of 4 (of a body that does nothing): a denoising step makes hundreds of them.
+An operator supports fake tensors, appears under one name in dispatch modes and
+profilers, and is opaque to compilers. It is registered without
+`torch.library.custom_op`, whose calls cost 29 microseconds of host time instead
+of 4 (with an empty body), and a denoising step makes hundreds of calls.
 """
 
 import importlib
@@ -12,14 +12,16 @@ from collections.abc import Callable
 import torch
 
 NAMESPACE = "vllm_dlm"
-#: what launches the operator of a name; those of folders that have been imported
+#: operator name -> launcher, for the kernel packages imported so far
 LAUNCHERS: dict[str, Callable] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(schema: str, package: str, fake: Callable) -> Callable:
-    """The operator that runs the function of its name in the package's triton.py. That is imported by the first
-    launch, so that Triton need not exist where nothing is launched. `fake` makes outputs of the right shapes."""
+    """Defines the operator `schema`, which runs the function of the same name in the package's triton.py.
+
+    triton.py is imported at the first launch, so Triton is not needed if nothing is launched. `fake` returns outputs
+    of the right shapes."""
     name = schema.partition("(")[0]
     launcher: Callable | None = None
 
@@ -30,7 +32,7 @@ def operator(schema: str, package: str, fake: Callable) -> Callable:
         return launcher(*args)
 
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, launch, "CUDA")  # AMD's devices have this name, too
+    _LIBRARY.impl(name, launch, "CUDA")  # PyTorch also uses this key for AMD devices
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     LAUNCHERS[name] = launch
     return getattr(getattr(torch.ops, NAMESPACE), name).default

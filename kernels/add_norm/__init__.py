@@ -1,6 +1,6 @@
-"""What a part of a layer adds to the residual stream, and the sum normalised for the next part, in one launch.
+"""Residual addition and RMS normalization of the sum, in one launch.
 
-With s = x + added, rounded as the stream is: h = s / sqrt(mean(s^2) + eps) * weight.
+With s = x + added, rounded to the dtype of the residual stream: h = s / sqrt(mean(s^2) + eps) * weight.
 """
 
 from vllm_dlm.kernels.add_norm.dispatch import add_norm

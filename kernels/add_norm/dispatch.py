@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 

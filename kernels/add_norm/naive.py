@@ -1,4 +1,4 @@
-"""The definition: row by row in float64, of a sum that is rounded as the stream is."""
+"""The definition: row by row in float64, of a sum rounded to the dtype of the residual stream."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""In float32, as vLLM's own normalisation is."""
+"""Residual addition and RMS normalization in float32, like vLLM's RMSNorm."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A program takes one row, which stays in registers between its sum and its norm."""
+"""One program per row, which stays in registers between the sum and the normalization."""
 
 import torch
 import triton
@@ -17,7 +17,7 @@ def _add_norm_kernel(
     mask = channel < width
     total = tl.load(x + row * stride_x + channel, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(added + row * stride_added + channel, mask=mask, other=0.0).to(tl.float32)
-    total = total.to(out.dtype.element_ty)  # as the stream is rounded
+    total = total.to(out.dtype.element_ty)  # round to the dtype of the residual stream
     tl.store(out + (rows + row) * width + channel, total, mask=mask)
     precise = total.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(precise * precise, 0) / width + eps)

@@ -1,9 +1,9 @@
-"""Rows that live in blocks of the KV cache, read and written by the place of each live row.
+"""Reads and writes rows stored in blocks of the KV cache, addressed by the block and offset of each live row.
 
-A block given to features is the same bytes seen as [rows, width]. Rows of
-tensors that are given or returned are named by `index`: row i is live row
-index[i], and all of them in order where there is none. What has no place,
-because its index or its block is below 0, reads zeros and writes nothing.
+A block that stores features is the same bytes viewed as [rows, width]. `index`
+maps rows of an input or output tensor to live rows: row i is live row index[i].
+Without `index`, row i is live row i. A row whose index or block is below 0 has
+no place in the cache: reads return zeros and writes are skipped.
 """
 
 from vllm_dlm.kernels.block_rows.dispatch import read_rows, read_values, write_rows

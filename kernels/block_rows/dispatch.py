@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -28,10 +28,10 @@ _read_values = operator(
 
 
 def read_rows(
-    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], the elements of a block side by side
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], each block contiguous
     width: int,
     block: torch.Tensor,  # [T]
-    offset: torch.Tensor,  # [T] which of the block's rows
+    offset: torch.Tensor,  # [T] row within the block
     index: torch.Tensor | None,  # [n] live row of each row
 ) -> torch.Tensor:
     """-> [n, width]"""
@@ -44,7 +44,7 @@ def write_rows(
     cache: torch.Tensor,
     block: torch.Tensor,
     offset: torch.Tensor,
-    values: torch.Tensor,  # [n, width], rows may lie apart
+    values: torch.Tensor,  # [n, width], any row stride
     index: torch.Tensor | None,
 ) -> None:
     if cache.is_cuda:
@@ -53,7 +53,7 @@ def write_rows(
 
 
 def read_values(
-    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], of any strides
+    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], any strides
     block: torch.Tensor,  # [T]
     offset: torch.Tensor,  # [T] position within the block
     index: torch.Tensor | None,

@@ -2,7 +2,7 @@
 
 
 def places(block, offset, index):
-    """Block and offset of each row that has a place: (i, block, offset)"""
+    """Yields (i, block, offset) of each row that has a place"""
     for i, row in enumerate(range(len(block)) if index is None else index.tolist()):
         if row >= 0 and block[row] >= 0:
             yield i, int(block[row]), int(offset[row])

@@ -1,8 +1,8 @@
-"""Indexing. Rows without a place are left out, where there are any."""
+"""Advanced indexing. Rows without a place are masked when reading and skipped when writing."""
 
 
 def placed(block, offset, index):
-    """Block and offset of each row, and which rows have a place, [n] bool"""
+    """-> block, offset and whether the row has a place, [n] each"""
     if index is not None:
         rows = index.clamp_min(0)
         block, offset = block[rows].masked_fill(index < 0, -1), offset[rows]

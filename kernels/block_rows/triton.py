@@ -1,4 +1,4 @@
-"""A program copies a piece of one row."""
+"""Each program copies a piece of one row."""
 
 import torch
 import triton
@@ -6,13 +6,13 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import live_row, padded
 
-#: elements of a row that a program takes
+#: elements per program
 TILE = 2048
 
 
 @triton.jit
 def _placed(block, offset, index, i):
-    """Block and offset of row i, and whether it has a place"""
+    """-> block and offset of row i, and whether it has a place"""
     row = live_row(index, i)
     there = row >= 0
     row = tl.maximum(row, 0)
@@ -66,10 +66,10 @@ def write_rows(cache, block, offset, values, index):
 
 def _copy_rows(cache, block, offset, values, index, writes):
     count, width = values.shape
-    # or the rows of a block would not be where they are looked for
+    # the kernel addresses rows of a block as contiguous bytes
     block_size, both = cache.shape[2:]
     if cache.stride()[1:] != (block_size * both, both, 1):
-        raise ValueError(f"the elements of a block must lie side by side, not {cache.stride()[1:]} apart")
+        raise ValueError(f"each block of the cache must be contiguous, but its strides are {cache.stride()[1:]}")
     tile = min(padded(width, 128), TILE)
     if count:
         _rows_kernel[count, triton.cdiv(width, tile)](

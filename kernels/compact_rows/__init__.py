@@ -1,8 +1,8 @@
-"""Which rows are marked, in a list whose length does not depend on it.
+"""Indices of marked rows, in a list of fixed length.
 
-The host need not know how many there are: lists have room for `capacity` and
-end with -1. Where more are marked the first ones are listed and counts stay
-within the list, so a list that is full is one that rows may be missing from.
+The host need not know how many rows are marked: the list has `capacity` entries
+and is padded with -1. If more rows are marked, only the first ones are listed
+and counts are clamped to `capacity`. A full list may therefore be incomplete.
 """
 
 from vllm_dlm.kernels.compact_rows.dispatch import compact_rows

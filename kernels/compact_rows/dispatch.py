@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -18,10 +18,10 @@ _compact_rows = operator(
 
 def compact_rows(
     mask: torch.Tensor,  # [T] bool
-    starts: torch.Tensor | None,  # [C + 1] where each canvas's rows start; those from starts[C] on are nobody's
+    starts: torch.Tensor | None,  # [C + 1] where each canvas's rows start; rows from starts[C] on are padding
     capacity: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-> [capacity] int64, ascending, and where each canvas's start in it, [C + 1] int32"""
+    """-> marked rows [capacity] int64, ascending, and where each canvas's rows start in that list, [C + 1] int32"""
     run = _compact_rows if mask.is_cuda else plain.compact_rows
     index, counts = run(mask, starts, capacity)
     return index, None if starts is None else counts

@@ -1,4 +1,5 @@
-"""A program lists the marked rows of a tile, once it has counted those before; others count for a canvas each."""
+"""One program per tile counts the marked rows before its tile, then lists its own. One more program per canvas start
+counts the marked rows before it."""
 
 import torch
 import triton
@@ -6,7 +7,7 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import padded
 
-#: rows of a tile
+#: rows per tile
 TILE = 1024
 
 
@@ -18,7 +19,7 @@ def _marked(mask, start, end, TILE: tl.constexpr):
 
 @triton.jit
 def _count(mask, end, TILE: tl.constexpr):
-    """How many rows before `end` are marked"""
+    """Number of marked rows before `end`"""
     marked = tl.zeros([TILE], tl.int32)
     for start in range(0, end, TILE):
         marked += _marked(mask, start, end, TILE)
@@ -48,7 +49,7 @@ def _compact_kernel(mask, starts, index, counts, rows, canvases, capacity, tiles
 
 
 def compact_rows(mask, starts, capacity):
-    """See dispatch.py; empty counts where there are no starts"""
+    """See dispatch.py; counts are empty without `starts`"""
     index = torch.empty(capacity, dtype=torch.int64, device=mask.device)
     counts = torch.empty(0 if starts is None else len(starts), dtype=torch.int32, device=mask.device)
     tile = min(padded(len(mask), 128), TILE)

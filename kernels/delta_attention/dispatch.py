@@ -1,4 +1,4 @@
-"""Which implementation runs: torch's on every device for keys that lie side by side."""
+"""Dispatches delta_attention to torch on every device, delta_over_pages to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -16,8 +16,8 @@ _delta_over_pages = operator(
 def delta_attention(
     query: torch.Tensor,  # [L, H, D]
     key: torch.Tensor,  # [Hkv, N, D]
-    columns: torch.Tensor,  # [Hkv, S, D] the keys whose values moved
-    delta: torch.Tensor,  # [S, Hkv, D]
+    columns: torch.Tensor,  # [Hkv, S, D] keys whose values changed
+    delta: torch.Tensor,  # [S, Hkv, D] by how much each of those values changed
     scale: float,
 ) -> torch.Tensor:
     """-> [L, H, D]"""
@@ -25,16 +25,16 @@ def delta_attention(
 
 
 def delta_over_pages(
-    q: torch.Tensor,  # [n, H, D], the queries of canvas after canvas
-    q_starts: torch.Tensor,  # [C + 1] where each canvas's queries start; what follows the last is left alone
+    q: torch.Tensor,  # [n, H, D], queries packed canvas by canvas
+    q_starts: torch.Tensor,  # [C + 1] where each canvas's queries start; rows after the last canvas are not computed
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     tables: torch.Tensor,  # [C, N] blocks of each canvas
     kv_lens: torch.Tensor,  # [C]
-    place: torch.Tensor,  # [C, L] where in `moved` each key's move stands, below 0 for keys whose values are as before
-    moved: torch.Tensor,  # [S, Hkv, D]
+    place: torch.Tensor,  # [C, L] row of `moved` for each key, below 0 for keys whose values did not change
+    moved: torch.Tensor,  # [S, Hkv, D] by how much values changed
     scale: float,
-    max_q: int,  # no canvas has more queries
-    max_kv: int,  # nor more keys
+    max_q: int,  # upper bound on queries per canvas
+    max_kv: int,  # upper bound on keys per canvas
 ) -> torch.Tensor:
     """-> [n, H, D]"""
     if q.is_cuda:

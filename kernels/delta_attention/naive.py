@@ -1,4 +1,4 @@
-"""The definition, in float64: each changed key's weight, normalised over all keys, times its value's move."""
+"""The definition, in float64: each changed key's weight, normalized over all keys, times the change of its value."""
 
 import torch
 
@@ -16,7 +16,7 @@ def delta_attention(query, key, columns, delta, scale):
 
 
 def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale):
-    """See dispatch.py; zeros behind the last canvas"""
+    """See dispatch.py; rows after the last canvas are zeros"""
     out = torch.zeros_like(q)
     dim = q.shape[2]
     for c, table in enumerate(tables):

@@ -1,13 +1,13 @@
-"""A fused attention for the normaliser, then the changed columns alone.
+"""A fused attention computes the normalizer, then only the changed columns are multiplied.
 
-The attention matrix is never whole in memory: the fused kernel gives each
-query's log-sum-exp over all keys, and with it the weights of the changed keys
-follow from their own scores.
+The attention matrix is never materialized. The fused kernel returns each
+query's log-sum-exp over all keys. The weights of the changed keys follow from
+it and from their own scores.
 """
 
 import torch
 
-#: queries of a head scored at once
+#: queries per head scored at once
 CHUNK = 256
 
 
@@ -17,7 +17,7 @@ def delta_attention(query, key, columns, delta, scale):
     kv_heads = key.shape[0]
     if not len(delta):
         return torch.zeros_like(query)
-    # heads that share a key head are more queries of it: [L, Hkv * G, D] -> [Hkv, G * L, D]
+    # fold the query heads that share a key head into its queries: [L, Hkv * G, D] -> [Hkv, G * L, D]
     packed = query.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     lse = log_sum_exp(packed, key, scale)  # [Hkv, G * L]
     columns, moves = columns.float().transpose(1, 2), delta.float().transpose(0, 1)
@@ -33,7 +33,7 @@ def delta_attention(query, key, columns, delta, scale):
 def log_sum_exp(packed: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     if packed.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        # What goes in as values comes out as a context nobody reads; the keys serve.
+        # Only the log-sum-exp is used, so any tensor of the right shape can stand in for the values.
         return flash(packed[None], key[None], key[None], scale=scale)[1][0]
     parts = [
         torch.bmm(part.float() * scale, key.float().transpose(1, 2)).logsumexp(-1) for part in packed.split(CHUNK, 1)

@@ -1,8 +1,8 @@
-"""One pass over the cached keys with a running softmax; moved values are read, and multiplied, only where a tile of
-keys has a changed one.
+"""One pass over the cached keys with a running softmax; value changes are read and multiplied only for tiles of keys
+that contain a changed one.
 
-A program holds a tile of rows of one canvas. Every key counts for the
-normaliser, few of them for the sum.
+Each program computes a tile of rows of one canvas. All keys contribute to the
+normalizer, only changed ones to the sum.
 """
 
 import math
@@ -16,8 +16,8 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 
 @triton.jit
 def _key_offsets(table, start, position, there, stride_block, stride_key, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """Where the keys at `position` [KEYS], which begins with `start`, lie in the cache"""
-    if BLOCK % KEYS == 0:  # all in one block
+    """Cache offsets of the keys at `position` [KEYS], whose first is `start`"""
+    if BLOCK % KEYS == 0:  # a tile never crosses a block boundary
         block = tl.load(table + start // BLOCK).to(tl.int64) * stride_block
     else:
         block = tl.load(table + position // BLOCK, mask=there, other=0).to(tl.int64) * stride_block
@@ -57,11 +57,11 @@ def _delta_kernel(
         position = start + tl.arange(0, KEYS)
         there = position < length
         offset = _key_offsets(tables, start, position, there, stride_block, stride_key, BLOCK, KEYS)
-        # what nobody wrote may be anything, NaN included, and is not read
+        # unwritten cache slots may hold anything, including NaN, so they are masked
         keys = tl.load(cache + offset[:, None] + channel[None, :], mask=there[:, None] & inside, other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
         logits = tl.where(there[None, :], logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))  # a tile has a key
+        higher = tl.maximum(highest, tl.max(logits, 1))  # finite: every tile has at least one key
         weights = tl.exp2(logits - higher[:, None])
         fading = tl.exp2(highest - higher)
         total = total * fading + tl.sum(weights, 1)
@@ -72,15 +72,15 @@ def _delta_kernel(
             values = tl.load(source, mask=(slot >= 0)[:, None] & inside, other=0.0)
             context = dot(weights.to(values.dtype), values, context)
         highest = higher
-    context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # without keys nothing moves
+    context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # without keys the result is zero
     offsets = row_offsets(first, row, h, heads * DIM, DIM, GROUP)
     mask = (row < rows)[:, None] & inside
     tl.store(out + offsets[:, None] + channel[None, :], context.to(out.dtype.element_ty), mask=mask)
 
 
 def _tiles(q, rows: int, programs: int, max_kv: int) -> dict:
-    """Rows and keys of a tile: what registers hold without spilling, and few enough that all processors have work.
-    `programs`: how many work on the same rows."""
+    """Tile sizes: as large as registers hold without spilling, and small enough that all multiprocessors have work.
+    `programs`: number of programs per tile of rows."""
     dim = q.shape[2]
     if q.element_size() > 2:
         return {"ROWS": 16, "KEYS": min(padded(max_kv, 16), 32), "num_warps": 4 if dim <= 128 else 8, "num_stages": 1}

@@ -1,13 +1,14 @@
-"""Mean and variance of dyadic runs of keys: the Haar wavelet pyramid of cached pages, one read of each key.
+"""Mean and variance of dyadic runs of keys: the Haar wavelet pyramid of cached pages, reading each key once.
 
 With Haar, the low-pass band at scale b is the mean of 2^b neighbours (times
-2^(b/2)), and by Parseval the squared detail coefficients below it add up to
-their variance (times 2^b). WaveFilter descends the means; UNIQUE needs mean
-and spread of whole pages: the same pyramid, cut at another level.
+2^(b/2)). By Parseval, the squared detail coefficients below it add up to their
+variance (times 2^b). WaveFilter descends the tree of means. UNIQUE needs mean
+and spread of whole pages, which are the same pyramid cut at another level.
 
 cache [blocks, Hkv, block_size, 2 * D], keys before values. A page is
-`page_size` (a power of two) positions of a block, which it divides; page p is
-positions p % n * page_size … of block p // n, where n pages make a block.
+`page_size` consecutive positions of a block. `page_size` is a power of two that
+divides the block size. With n pages per block, page p starts at position
+p % n * page_size of block p // n.
 """
 
 from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, mean_and_variance, store_statistics

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -8,7 +8,7 @@ from vllm_dlm.kernels.operators import operator
 
 
 def _nodes(cache, page_ids, page_size, levels):
-    """Means and variances of all levels, the lowest first: [n, Hkv, nodes, D] float32 each"""
+    """Empty means and variances of all levels, lowest level first: [n, Hkv, nodes, D] float32 each"""
     nodes = sum(page_size >> level for level in levels)
     made = cache.new_empty(len(page_ids), cache.shape[1], nodes, cache.shape[3] // 2, dtype=torch.float32)
     return made, torch.empty_like(made)
@@ -31,7 +31,7 @@ def haar_pyramid(
     page_size: int,
     levels: tuple[int, ...],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """-> for each level b mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
+    """-> for each level b: mean and variance of runs of 2^b keys, [n, Hkv, page_size / 2^b, D] float32 each"""
     if cache.is_cuda:
         ascending = sorted(set(levels))
         sizes = [page_size >> level for level in ascending]
@@ -42,8 +42,8 @@ def haar_pyramid(
 
 
 def store_statistics(cache: torch.Tensor, page_ids: torch.Tensor, statistics: PageStatistics) -> None:
-    """Mean and spread of the named pages from the keys that lie there now. Ids below 0 are passed over, so that
-    callers need no data-dependent shapes."""
+    """Computes mean and spread of the given pages from their current keys and stores them in `statistics`. Ids below 0
+    are skipped, so callers need no data-dependent shapes."""
     if cache.is_cuda:
         kept = statistics.mean, statistics.spread, statistics.page_size, statistics.std_kind
         return _store_statistics(cache, page_ids, *kept)
@@ -51,7 +51,7 @@ def store_statistics(cache: torch.Tensor, page_ids: torch.Tensor, statistics: Pa
 
 
 def mean_and_variance(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pyramid's top, of keys that the caller has read himself and on any device: keys [..., P, D], P a power of
-    two -> [..., D] float32 each"""
+    """Top of the pyramid for keys already gathered, on any device: keys [..., P, D], P a power of two -> [..., D]
+    float32 each"""
     ((mean, variance),) = plain.pyramid(keys, (keys.shape[-2].bit_length() - 1,))
     return mean[..., 0, :], variance[..., 0, :]

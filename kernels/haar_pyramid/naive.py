@@ -1,4 +1,4 @@
-"""The wavelet transform written down, in float64: bands, then means and variances from them."""
+"""The definition, in float64: the wavelet transform's bands, then means and variances from them."""
 
 import torch
 
@@ -28,6 +28,6 @@ def haar_pyramid(cache, page_ids, page_size, levels):
         low, details = haar_bands(keys, level)
         energy = sum(
             band.square().unflatten(-2, (low.shape[-2], -1)).sum(-2) for band in details
-        )  # of all details below each node
+        )  # energy of all details below each node
         out.append((low / 2 ** (level / 2), energy / 2**level if details else torch.zeros_like(low)))
     return out

@@ -1,23 +1,23 @@
-"""What is kept of a page's keys, by physical page."""
+"""Statistics of each physical page's keys."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-#: how far a page's keys lie from their mean: one number (root of the summed or of the mean variance of the
-#: channels), one per channel, or the mean variance of each quarter of the channels
+#: spread of a page's keys around their mean: "l2" and "rms" are one number (root of the summed or of the mean channel
+#: variance), "vector" is the standard deviation of each channel, "diag2" the mean variance of each channel quarter
 StdKind = Literal["l2", "rms", "vector", "diag2"]
 STD_KINDS: tuple[str, ...] = get_args(StdKind)
 #: channel groups of "diag2"
 GROUPS = 4
-#: spread of a page nobody has computed statistics of: it is always read
+#: spread of a page without statistics; such a page is always read
 INVALID = float("inf")
 
 
 @dataclass
 class PageStatistics:
-    """One layer's. n: nodes per page, 1 if the page is described as a whole."""
+    """Statistics of one layer. n: nodes per page, 1 if a page is described as a whole."""
 
     mean: torch.Tensor  # [pages, Hkv, n, D] in the keys' dtype
     spread: torch.Tensor  # [pages, Hkv, n, W] float32; W: 1 for l2 and rms, D for vector, GROUPS for diag2
@@ -26,7 +26,7 @@ class PageStatistics:
 
     @classmethod
     def empty(cls, cache: torch.Tensor, page_size: int, std_kind: str, nodes: int = 1) -> "PageStatistics":
-        """For a cache [blocks, Hkv, block_size, 2 * D]: every page invalid."""
+        """Statistics for a cache [blocks, Hkv, block_size, 2 * D], with every page invalid."""
         blocks, kv_heads, block_size, both = cache.shape
         count, dim = blocks * (block_size // page_size), both // 2
         mean = torch.zeros(count, kv_heads, nodes, dim, dtype=cache.dtype, device=cache.device)

@@ -35,8 +35,8 @@ def pyramid(keys, levels):
     for level in range(1, max(levels) + 1):
         even, odd = mean[..., 0::2, :], mean[..., 1::2, :]
         mean = (even + odd) / 2
-        # The detail coefficient of a pair is their difference over the root of 2; half the means' distance
-        # squared is what it adds to the variance of the run.
+        # The detail coefficient of a pair is their difference over the root of 2. It adds the square of half the
+        # distance between the means to the variance of the run.
         between = ((even - odd) / 2).square_()
         if level > 1:
             between += (variance[..., 0::2, :] + variance[..., 1::2, :]) / 2

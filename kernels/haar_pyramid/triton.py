@@ -1,8 +1,8 @@
-"""The pyramid in registers: a program reads the keys of a page and head once, and climbs the tree of their runs.
+"""The pyramid in registers: each program reads the keys of one page and head once and builds the tree of runs upwards.
 
-The tree is unrolled: a node is a row of channels spread over the threads, its
-children are two such rows. So nothing but loads and additions happens, and
-all loads can be under way before the first addition.
+The tree is unrolled at compile time. A node is a row of channels spread over
+the threads, and its children are two such rows. The kernel is only loads and
+arithmetic, so all loads can be issued before the first addition.
 """
 
 import torch
@@ -14,7 +14,7 @@ from vllm_dlm.kernels.triton_utils import padded
 
 @triton.jit
 def _page_keys(cache, page, stride_block, stride_head, stride_key, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Where the keys of `page` and of this program's head begin"""
+    """Pointer to the first key of `page` for this program's head"""
     h = tl.program_id(1).to(tl.int64)
     return cache + page // PER_BLOCK * stride_block + h * stride_head + page % PER_BLOCK * PAGE * stride_key
 
@@ -24,9 +24,9 @@ def _node(
     keys, stride_key, means, variances, root, FIRST: tl.constexpr, LEVEL: tl.constexpr, TOP: tl.constexpr,
     WANTED: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """-> mean and variance, [DIM_PAD] float32 each, of the 2^LEVEL keys from FIRST on. Nodes whose level's bit is set
-    in WANTED are stored, as those below the page's node `root` of level TOP; a page's nodes lie level after level,
-    the lowest first."""
+    """-> mean and variance, [DIM_PAD] float32 each, of the 2^LEVEL keys from FIRST on. Nodes of the levels whose bit is
+    set in WANTED are also stored. FIRST counts within node `root` of level TOP. A page's nodes are stored level by
+    level, lowest first."""
     channel = tl.arange(0, DIM_PAD)
     if LEVEL == 0:
         mean = tl.load(keys + FIRST * stride_key + channel, mask=channel < DIM, other=0.0).to(tl.float32)
@@ -40,7 +40,7 @@ def _node(
             DIM_PAD,
         )  # fmt: skip
         mean = (even + odd) * 0.5
-        # what the children vary by on average, and how far their means are apart
+        # variance = mean variance of the children + square of half the distance between their means
         apart = (even - odd) * 0.5
         variance = apart * apart + (within_even + within_odd) * 0.5
     if (WANTED >> LEVEL) & 1:
@@ -75,13 +75,13 @@ def _pyramid_kernel(
 def _store_spread(
     spread, variance, STD_KIND: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
 ):  # fmt: skip
-    """variance [DIM_PAD], zero beyond DIM -> a node's spread [WIDTH]"""
+    """Stores a node's spread [WIDTH], computed from variance [DIM_PAD], which is zero beyond DIM"""
     channel = tl.arange(0, DIM_PAD)
     if STD_KIND == "vector":
         tl.store(spread + channel, tl.sqrt(variance), mask=channel < DIM)
     elif STD_KIND == "diag2":
         for group in tl.static_range(WIDTH):
-            # as torch.tensor_split: the first DIM % WIDTH groups have one channel more
+            # like torch.tensor_split: the first DIM % WIDTH groups have one extra channel
             size = DIM // WIDTH + (group < DIM % WIDTH)
             first = group * (DIM // WIDTH) + min(group, DIM % WIDTH)
             inside = (channel >= first) & (channel < first + size)
@@ -96,7 +96,7 @@ def _statistics_kernel(
     PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, STD_KIND: tl.constexpr,
 ):  # fmt: skip
-    """means [pages, Hkv, n, DIM], spread [pages, Hkv, n, WIDTH] of the nodes at LEVEL"""
+    """Stores means [pages, Hkv, n, DIM] and spread [pages, Hkv, n, WIDTH] of the nodes at LEVEL"""
     page = tl.load(page_ids + tl.program_id(0)).to(tl.int64)
     if page < 0:
         return
@@ -111,7 +111,7 @@ def _statistics_kernel(
 
 
 def _layout(cache, page_size, channels):
-    """What both kernels are told about the cache; a warp for so many channels, where compilers spill nothing."""
+    """Cache layout arguments of both kernels. `channels`: channels per warp, chosen so that registers do not spill."""
     dim = cache.shape[3] // 2
     return {
         "PER_BLOCK": cache.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
@@ -120,7 +120,7 @@ def _layout(cache, page_size, channels):
 
 
 def haar_pyramid(cache, page_ids, page_size, levels):
-    """`levels` ascend; all nodes of a page side by side, the lowest level first. What comes out for ids below 0 is
+    """`levels` must ascend. The nodes of a page are concatenated, lowest level first. Outputs for ids below 0 are
     undefined."""
     count, kv_heads, dim = len(page_ids), cache.shape[1], cache.shape[3] // 2
     sizes = [page_size >> level for level in levels]

@@ -1,13 +1,16 @@
-"""What greedy decoding wants to know of the head's logits, in one read of them.
+"""Statistics of the head's logits that greedy decoding needs, in one read of the logits.
 
-Of each row the most probable token, the mask left out, its probability, and
-how sure the row is: the gap between its two highest probabilities, or its
-negative entropy sum p log(p + 1e-10), as Dream's reference has it. The mask
-counts in every sum. The log of a sum follows from all of it, so the entropy
-alone takes a second read.
+For each row:
+- the most probable token other than the mask, and its probability,
+- the margin: the gap between the two highest probabilities,
+- the log-sum-exp,
+- optionally the negative entropy sum p log(p + 1e-10), as in Dream's reference.
+  It needs the log-sum-exp first and therefore a second read.
+The mask token counts in every sum.
 
-Logits of the end token may be taken for -inf altogether (suppress_eos), those
-of end of sequence and of turn for probabilities only (unlikely_ends).
+`suppress_eos` sets the logit of the end-of-sequence token to -inf everywhere.
+`unlikely_ends` sets the logits of the end of sequence and the end of turn to
+-inf for probabilities, but not for the choice of the token.
 """
 
 from vllm_dlm.kernels.head_statistics.dispatch import HeadStatistics, head_statistics

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ class HeadStatistics(NamedTuple):
     """[R] each"""
 
     token: torch.Tensor  # int64
-    prob: torch.Tensor  # float32, not a number where a logit is none or infinite
+    prob: torch.Tensor  # float32, NaN if a logit of the row is NaN or +inf
     margin: torch.Tensor
     logsumexp: torch.Tensor
-    entropy: torch.Tensor  # sum p log(p + 1e-10); without elements if it was not asked for
+    entropy: torch.Tensor  # sum p log(p + 1e-10); empty unless requested
 
 
 def _fake(logits, mask_id, eos_id, eot_id, suppress_eos, unlikely_ends, entropy):
@@ -37,7 +37,7 @@ _head_statistics = operator(
 
 
 def head_statistics(
-    logits: torch.Tensor,  # [R, V], rows may lie apart
+    logits: torch.Tensor,  # [R, V], any row stride
     mask_id: int,
     eos_id: int = -1,
     eot_id: int | None = None,
@@ -45,7 +45,7 @@ def head_statistics(
     unlikely_ends: torch.Tensor | None = None,  # [R] bool
     entropy: bool = False,
 ) -> HeadStatistics:
-    """Ties go to the lowest token."""
+    """Statistics of each row of logits; ties go to the lowest token id."""
     run = _head_statistics if logits.is_cuda else plain.head_statistics
     eot_id = -1 if eot_id is None else eot_id
     return HeadStatistics(*run(logits, mask_id, eos_id, eot_id, suppress_eos, unlikely_ends, entropy))

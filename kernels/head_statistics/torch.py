@@ -1,4 +1,4 @@
-"""Torch's own reductions, a read each; only what was asked for is made."""
+"""Torch reductions, one read of the logits each. The entropy is computed only if requested."""
 
 import torch
 

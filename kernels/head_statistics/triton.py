@@ -1,7 +1,7 @@
-"""The vocabulary is split among programs, and what they find of a row is put together by one.
+"""Each row's vocabulary is split among programs, and one program per row merges their results.
 
-A program walks over its share of the tokens and keeps the highest logit, the
-second one, a running sum of exponentials and the best token.
+A program walks over its share of the tokens and keeps the highest and the
+second-highest logit, a running sum of exponentials, and the best token.
 """
 
 import torch
@@ -10,20 +10,20 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import processors
 
-#: tokens of a tile, and shares that a row may have
+#: tokens per tile, and the maximum number of shares per row
 TILE, MOST_SPLITS = 2048, 32
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _flag(flags, r):
-    """Whether a row is marked, as an integer"""
+    """Whether row r is marked, as an integer"""
     return 0 if flags is None else tl.load(flags + r).to(tl.int32)
 
 
 @triton.jit
 def _logits(logits, start, end, eos_id, eot_id, suppressed, unlikely, TILE: tl.constexpr):
-    """-> the tokens, [TILE], their logits as the choice of a token has them, and as probabilities have them"""
+    """-> token ids [TILE], their logits for choosing a token, and their logits for probabilities"""
     token = start + tl.arange(0, TILE)
     value = tl.load(logits + token, mask=token < end, other=float("-inf")).to(tl.float32)
     value = tl.where((token == eos_id) & (suppressed + token * 0 > 0), float("-inf"), value)
@@ -33,7 +33,7 @@ def _logits(logits, start, end, eos_id, eot_id, suppressed, unlikely, TILE: tl.c
 
 @triton.jit
 def _second(values, highest):
-    """The second highest of values whose highest is known"""
+    """Second-highest value, given the highest"""
     ties = tl.sum((values == highest).to(tl.int32), 0)
     return tl.where(ties > 1, highest, tl.max(tl.where(values < highest, values, float("-inf")), 0))
 
@@ -43,8 +43,8 @@ def _share_kernel(
     logits, suppress_eos, unlikely_ends, parts, tokens, vocabulary, share, stride_row, mask_id, eos_id, eot_id,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """parts [R, 4, SPLITS]: highest logit, sum of exponentials, second highest, that of the best token; tokens [R,
-    SPLITS]"""
+    """Stores parts [R, 4, SPLITS] (highest logit, sum of exponentials, second-highest logit, logit of the best token)
+    and tokens [R, SPLITS]"""
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     suppressed, unlikely = _flag(suppress_eos, r), _flag(unlikely_ends, r)
     logits += r * stride_row
@@ -93,7 +93,7 @@ def _row_kernel(
     total = tl.sum(totals * tl.exp(tops - shift), 0)
     picked = tl.where(((token == eos_id) | (token == eot_id)) & (unlikely > 0), float("-inf"), best)
     tl.store(token_out + r, token.to(tl.int64))
-    # a division by no probability at all is not a number, as it should be
+    # if all logits are -inf this is 0 / 0, and NaN is the intended result
     tl.store(prob_out + r, tl.exp(picked - shift) / total)
     tl.store(margin_out + r, (tl.exp(highest - shift) - tl.exp(second - shift)) / total)
     tl.store(lse_out + r, shift + tl.log(total))
@@ -116,7 +116,7 @@ def head_statistics(logits, mask_id, eos_id, eot_id, suppress_eos, unlikely_ends
     sums = torch.empty(rows if entropy else 0, dtype=torch.float32, device=device)
     if rows:
         tiles = triton.cdiv(vocabulary, TILE)
-        # a power of two, so that few kernels are compiled
+        # a power of two limits how many kernels are compiled
         wanted = min(4 * processors(device) // rows, tiles, MOST_SPLITS)
         splits = 1 << max(wanted, 1).bit_length() - 1
         parts = torch.empty(rows, 4, splits, dtype=torch.float32, device=device)

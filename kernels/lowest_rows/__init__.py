@@ -1,9 +1,9 @@
-"""Of each canvas the rows of lowest score, forced ones first: how many is known to the host, which ones is not.
+"""Selects the lowest-scored rows of each canvas, forced rows first. The host knows how many rows, but not which.
 
-Rows starts[c] … starts[c + 1] - 1 are canvas c's, and what is chosen of them
-stands in places[c] … places[c + 1] - 1 of the answer, ascending. Ties go to
-the lowest row; a score that is not a number is the highest there is. Places
-for which there is no row hold -1, so do those from places[C] on.
+Rows starts[c] … starts[c + 1] - 1 belong to canvas c. Its selected rows are
+written in ascending order to entries places[c] … places[c + 1] - 1 of the
+result. Ties go to the lowest row, and NaN counts as the highest score. Entries
+without a row hold -1, as do all entries from places[C] on.
 """
 
 from vllm_dlm.kernels.lowest_rows.dispatch import lowest_rows

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -14,9 +14,9 @@ _lowest_rows = operator(
 
 def lowest_rows(
     score: torch.Tensor,  # [T] float32
-    forced: torch.Tensor,  # [T] bool; of a canvas no more than it has places
+    forced: torch.Tensor,  # [T] bool; at most as many rows per canvas as it has places
     starts: torch.Tensor,  # [C + 1] where each canvas's rows start
-    places: torch.Tensor,  # [C + 1] where those chosen of it start
+    places: torch.Tensor,  # [C + 1] where each canvas's selected rows start in the result
     total: int,  # at least places[C]
 ) -> torch.Tensor:
     """-> [total] int64"""

@@ -1,8 +1,9 @@
-"""The highest score that is taken is found two bits at a time, then the rows below it and the first that tie are
-written in order.
+"""A radix search finds the highest selected score two bits at a time. Rows below it and the first rows that tie are
+then written in order.
 
-One program per canvas. As integers of the same order, scores can be searched
-exactly: each of 16 steps counts the rows below three candidates, in one sum.
+One program per canvas. Scores are mapped to integers of the same order, so the
+search is exact. Each of its 16 steps counts the rows below three candidates in
+one sum.
 """
 
 import torch
@@ -11,23 +12,23 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import padded
 
-#: a canvas of this many rows stays in registers, longer ones are read again in every step
+#: rows per tile; a canvas that fits one tile stays in registers, a longer one is read again in every step
 TILE = 2048
-#: places that are filled at once with what is nobody's
+#: entries without a row that are filled with -1 at once
 SLOTS = 1024
-#: the integers of rows that are forced, of scores that are no number, and of rows that are not there
+#: keys of forced rows, of NaN scores, and of rows beyond the end
 FORCED, NO_NUMBER, NO_ROW = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFE), tl.constexpr(0x7FFFFFFF)
-#: bits of a count, of which three make an integer of 64; no canvas has more rows
+#: bits per count, three of which share a 64-bit integer, and the largest count; no canvas has more rows
 COUNT, MOST = tl.constexpr(21), tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
 def _keys(score, forced, start, end, TILE: tl.constexpr):
-    """Rows start … start + TILE - 1 as int32 in the order in which they are taken"""
+    """int32 keys of rows start … start + TILE - 1; lower keys are selected first"""
     row = start + tl.arange(0, TILE)
     value = tl.load(score + row, mask=row < end, other=0.0)
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)  # -0 ties with 0
-    # of negative numbers the larger magnitude is the smaller number
+    # negative floats order by descending magnitude, so flip their lower bits
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(value != value, NO_NUMBER, key)
     key = tl.where(tl.load(forced + row, mask=row < end, other=0) != 0, FORCED, key)
@@ -36,7 +37,7 @@ def _keys(score, forced, start, end, TILE: tl.constexpr):
 
 @triton.jit
 def _below(keys, low, mid, high):
-    """How many keys lie below each of three bounds"""
+    """Number of keys below each of three bounds, packed into one integer"""
     counts = (keys < low).to(tl.int64) + ((keys < mid).to(tl.int64) << COUNT)
     return tl.sum(counts + ((keys < high).to(tl.int64) << (2 * COUNT)), 0)
 
@@ -57,7 +58,7 @@ def _lowest_kernel(
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
-    if c == canvases:  # what is no canvas's
+    if c == canvases:  # entries after the last canvas
         for first in range(tl.load(places + canvases).to(tl.int32), total, SLOTS):
             slot = first + tl.arange(0, SLOTS)
             tl.store(out + slot, -1, mask=slot < total)
@@ -67,11 +68,11 @@ def _lowest_kernel(
     k = tl.minimum(following - place, end - start)
     out += place
     resident = _keys(score, forced, start, end, TILE)
-    # the largest integer that fewer than k keys lie below is the k-th lowest key: it is built from the sign down
+    # The k-th lowest key is the largest integer with fewer than k keys below it. Build it from the sign bit down.
     level = tl.full([], -0x80000000, tl.int32)
     for step in range(16):
         quarter = tl.full([], 1, tl.int32) << (30 - 2 * step)
-        # signs count downwards, and sums wrap around as they should
+        # starting at INT32_MIN, these sums may wrap around, which is intended
         low, mid, high = level + quarter, level + 2 * quarter, level + 3 * quarter
         counts = _count_below(score, forced, resident, start, end, low, mid, high, TILE, ONE_TILE)
         reached = ((counts & MOST) < k).to(tl.int32) + (((counts >> COUNT) & MOST) < k).to(tl.int32)
@@ -82,7 +83,7 @@ def _lowest_kernel(
     for first in range(start, end, TILE):
         keys = resident if ONE_TILE else _keys(score, forced, first, end, TILE)
         below, ties = (keys < level).to(tl.int32), (keys == level).to(tl.int32)
-        # rows up to and including this one that are below, and that tie
+        # inclusive counts of rows below and of ties up to each row
         below_here, ties_here = below_before + tl.cumsum(below, 0), ties_before + tl.cumsum(ties, 0)
         taken = (below > 0) | ((ties > 0) & (ties_here <= room))
         slot = below_here + tl.minimum(ties_here, room) - 1
@@ -97,7 +98,7 @@ def _lowest_kernel(
 def lowest_rows(score, forced, starts, places, total):
     """See dispatch.py"""
     out = torch.empty(total, dtype=torch.int64, device=score.device)
-    tile = min(padded(len(score), 512), TILE)  # few sizes, each of which is compiled
+    tile = min(padded(len(score), 512), TILE)  # powers of two limit how many kernels are compiled
     if total:
         _lowest_kernel[len(starts),](
             score, forced, starts, places, out, len(starts) - 1, total, TILE=tile, ONE_TILE=len(score) <= tile,

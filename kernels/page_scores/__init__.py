@@ -1,4 +1,4 @@
-"""How much a page of keys promises to a query: UNIQUE's score, mean plus spread.
+"""UNIQUE's score of a page of keys for a query: mean plus spread.
 
 For a query q and a page with key mean m and spread s, in units of a logit:
 
@@ -7,14 +7,17 @@ For a query q and a page with key mean m and spread s, in units of a logit:
     diag2     q · m / sqrt(d) + lam * sum_g |q_g|^2 * s_g / d     (s_g: mean variance of channel group g)
     none      q · m / sqrt(d)
 
-The score of a page for a key head is the max, the mean, or the sum of
-softmaxes over pages (`softmax_sum`), taken over the heads that share the key
-head and over those queries of the request that vote (all, where none does):
-they all read the same pages. Pages in the first `sink_pages`, from
-`forced_from` on, and pages without statistics score FORCED; those from
-`num_pages` on -inf; a score that is not a number counts as the lowest there
-is. `half_scores` is the same for the halves of runs of keys, whose statistics
-are taken on the way.
+The score of a page for a key head is reduced over the query heads that share
+the key head and over the queries of the request that vote (all of them if none
+is marked), because these read the same pages. The reduction is the max, the
+mean, or the sum of softmaxes over pages (`softmax_sum`). Special scores:
+- FORCED for the first `sink_pages` pages, for pages from `forced_from` on, and
+  for pages without statistics,
+- -inf for pages from `num_pages` on,
+- LOWEST for a score that is NaN.
+
+`half_scores` computes the same for the two halves of runs of keys. It computes
+their statistics from the keys on the fly.
 """
 
 from vllm_dlm.kernels.page_scores.dispatch import half_scores, page_scores

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -28,18 +28,18 @@ _half_scores = operator(
 
 
 def page_scores(
-    q: torch.Tensor,  # [Tq, H, D], the queries of request after request
+    q: torch.Tensor,  # [Tq, H, D], queries packed request by request
     q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B]
-    statistics: PageStatistics,  # places of n pages each
-    page_table: torch.Tensor,  # [B, N] place of each n pages of a request; anything beyond num_pages must be a place
+    statistics: PageStatistics,  # each entry describes n pages (its nodes)
+    page_table: torch.Tensor,  # [B, N] entry of each n pages of a request; must be valid even beyond num_pages
     num_pages: torch.Tensor,  # [B]
     forced_from: torch.Tensor,  # [B] pages from here on are always read
-    sink_pages: int | torch.Tensor,  # the first so many are; [B] if they are not the same for all
+    sink_pages: int | torch.Tensor,  # number of first pages that are always read; [B] if it differs between requests
     lam: float,
     reduce: str,
     q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
     voters: torch.Tensor | None = None,  # [Tq] bool; None: all
-    sharpness: float = 1.0,  # of the queries, which are multiplied by it
+    sharpness: float = 1.0,  # factor applied to the queries
 ) -> torch.Tensor:
     """-> [B, Hkv, N * n] float32"""
     if q.is_cuda:
@@ -56,19 +56,19 @@ def page_scores(
 def half_scores(
     q: torch.Tensor,  # [Tq, H, D]
     q_starts: torch.Tensor,  # [B] where each request's queries start
-    q_ends: torch.Tensor,  # [B] and end
+    q_ends: torch.Tensor,  # [B] where they end
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     block_table: torch.Tensor,  # [B, blocks]
-    runs: torch.Tensor,  # [B, Hkv, n] int32 runs of 2 * size keys, -1 at the end where a request has fewer
-    size: int,  # a power of two; runs lie within blocks
-    forced_from: torch.Tensor,  # [B] halves from here on, counted among those given, are always read
-    sinks: torch.Tensor,  # [B] and the first so many
-    lam: float,  # above 0: with the standard deviation of each channel
+    runs: torch.Tensor,  # [B, Hkv, n] int32 runs of 2 * size keys, padded with -1
+    size: int,  # keys per half, a power of two; a run does not cross blocks
+    forced_from: torch.Tensor,  # [B] halves from here on are always read, as an index into the 2 * n halves
+    sinks: torch.Tensor,  # [B] number of first halves that are always read
+    lam: float,  # if above 0, the standard deviation of each channel counts
     reduce: str,
     voters: torch.Tensor | None = None,  # [Tq] bool; None: all
     sharpness: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of both halves of each run, side by side, and which run of `size` keys each half is:
+    """-> scores of both halves of each run, interleaved, and the index of each half as a run of `size` keys:
     [B, Hkv, 2 * n] float32 and int32"""
     arguments = (cache, block_table, runs, size, forced_from, sinks, lam, reduce)
     if q.is_cuda:

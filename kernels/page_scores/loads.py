@@ -1,4 +1,4 @@
-"""What one tile of pages is compared by: statistics that were kept, or those of keys that are read here and now."""
+"""Loads the statistics of one tile of pages: stored ones, or ones computed from the keys on the fly."""
 
 import triton
 import triton.language as tl
@@ -11,8 +11,9 @@ def load_pages(
     STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """-> of the pages `position` [PAGES] of this program's request and head: means [PAGES, DIM_PAD], spreads
-    [PAGES, WIDTH_PAD], which have none and which are there [PAGES], and what halves of runs are called"""
+    """-> for pages `position` [PAGES] of this program's request and head: means [PAGES, DIM_PAD], spreads
+    [PAGES, WIDTH_PAD], and [PAGES] each: which lack statistics, which exist, and their names. A name is the page, or
+    with SIZE > 0 the index of the half run."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     table += b * stride_table
     if SIZE > 0:
@@ -55,7 +56,7 @@ def _of_keys(
     cache, table, name, there, h, stride_block, stride_head, stride_key,
     STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Mean and standard deviation [R, DIM_PAD] of the runs `name` [R] of SIZE keys; NODES make a block."""
+    """Mean and standard deviation [R, DIM_PAD] of the runs `name` [R] of SIZE keys each. NODES: keys per block."""
     channel = tl.arange(0, DIM_PAD)
     first = name * SIZE
     block = tl.load(table + first // NODES, mask=there, other=0).to(tl.int64)

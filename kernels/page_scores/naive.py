@@ -6,7 +6,7 @@ import torch
 
 Reduction = Literal["max", "mean", "softmax_sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-#: the score of a page that is read whatever it promises, and of one whose score is not a number
+#: the score of a page that is always read, and the score that replaces NaN
 FORCED, LOWEST = 1e30, -1e30
 
 

@@ -1,7 +1,7 @@
-"""One product of all queries of a request with its pages' means, and one with their spreads.
+"""One matrix product of all queries of a request with its pages' means, and one with their spreads.
 
-Requests of one query each are scored together, others one by one. Rows are the
-queries of the heads that share a key head.
+Requests with one query each are scored together, others one by one. Rows are
+the queries of the heads that share a key head.
 """
 
 import torch
@@ -44,7 +44,7 @@ def page_scores(
 
 
 def electing(q, voters, start):
-    """Queries that vote, all where none does; q is `voters` from `start` on"""
+    """The queries that vote, or all if none does. `start`: index of the first query of q in `voters`"""
     if voters is None:
         return q
     own = voters[start : start + len(q)]
@@ -61,8 +61,8 @@ def _scored(q, statistics, page_table, count, forced, beyond, lam, reduce, sharp
 
 
 def by_head(vectors, table):
-    """vectors [places, Hkv, n, W], table [B, N] -> [B, Hkv, N * n, W]. Gathered head by head: products with vectors
-    that do not lie side by side are many times slower."""
+    """vectors [places, Hkv, n, W], table [B, N] -> [B, Hkv, N * n, W]. Gathers head by head, because products with
+    non-contiguous vectors are many times slower."""
     kv_heads = vectors.shape[1]
     if len(vectors) == 1 == table.numel():
         return vectors
@@ -102,7 +102,7 @@ def half_scores(
 
 
 def keys_of(cache, table, runs, size):
-    """Runs [Hkv, n] of so many neighbours -> [Hkv, n, size, D]"""
+    """Runs [Hkv, n] of `size` consecutive keys -> their keys [Hkv, n, size, D]"""
     _, kv_heads, block_size, width = cache.shape
     per_block = block_size // size
     block = table.index_select(0, (runs // per_block).flatten()).view(runs.shape)
@@ -116,7 +116,7 @@ def describe(keys, size, spread):
     keys = keys.unflatten(2, (2, size)).flatten(1, 2)
     if size == 1:
         return keys[:, :, 0], torch.zeros_like(keys[:, :, 0]) if spread else None
-    if size == 2:  # of two numbers, mean and deviation are half of sum and difference
+    if size == 2:  # for two numbers, mean and deviation are half the sum and half the difference
         even, odd = keys[:, :, 0], keys[:, :, 1]
         return (even + odd).mul_(0.5), (even - odd).mul_(0.5).abs_() if spread else None
     ((mean, variance),) = pyramid(keys, (size.bit_length() - 1,))
@@ -128,12 +128,12 @@ def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
     -> [B, Hkv, N]"""
     dim = rows.shape[3]
     if std_kind != "none":
-        invalid = spread[:, :, 0].isinf()  # [B, Hkv, N]; a page is invalid as a whole
+        invalid = spread[:, :, 0].isinf()  # [B, Hkv, N]; an invalid page is infinite in all of its entries
         if invalid.any():
             spread = spread.masked_fill(spread.isinf(), 0.0)
         forced = forced | invalid
     if reduce == "mean" and std_kind in ("l2", "rms"):
-        # the mean of the products is the product with the mean: one row instead of L * G
+        # the mean of the products equals the product with the mean, so one row replaces L * G
         norm = rows.float().norm(dim=-1).mean(-1)[..., None, None]
         rows = rows.float().mean(2, keepdim=True)
     elif std_kind in ("l2", "rms"):
@@ -159,9 +159,9 @@ def score_rows(rows, mean, spread, std_kind, forced, beyond, lam, reduce):
 
 
 def votes(logits, left_out):
-    """Softmaxes over the pages that stand for election, summed over the rows: [B, Hkv, R, N] -> [B, Hkv, N]"""
+    """Softmax over the pages that are not left out, summed over the rows: [B, Hkv, R, N] -> [B, Hkv, N]"""
     bad = None
-    if not torch.isfinite(logits.sum()):  # one pass, and rarely true
+    if not torch.isfinite(logits.sum()):  # a single-pass check for NaN, which is rare
         bad = logits.isnan()
         logits = logits.masked_fill(bad, -torch.inf)
     if bool(left_out.any()):
@@ -169,5 +169,5 @@ def votes(logits, left_out):
     score = logits.softmax(-1).sum(2)
     if bad is not None:
         score = score.masked_fill(bad.any(2), torch.nan)
-    # where nobody stands there is nothing to share out
+    # if all pages are left out, the softmax is NaN
     return score.masked_fill(left_out, 0.0)

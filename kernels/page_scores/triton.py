@@ -1,12 +1,12 @@
-"""A program scores a run of pages for all rows of a request: one product per tile of means, reduced over the rows.
+"""Each program scores a run of pages for all rows of a request: one product per tile of means, reduced over the rows.
 
 The rows-by-pages matrix is never stored. `softmax_sum` needs each row's
-normaliser first: another pass leaves the log-sum-exp of each row over each run
-of pages, and the scoring pass puts those together.
+normalizer first. A separate pass stores the log-sum-exp of each row over each
+run of pages, and the scoring pass merges them.
 
-Where a tile's means come from is all that `half_scores` does otherwise: not
-from statistics (SIZE = 0), but from the keys themselves, SIZE of which make a
-half (see loads.py).
+`half_scores` differs only in the source of a tile's means: it computes them
+from the keys, SIZE keys per half, instead of reading statistics (SIZE = 0). See
+loads.py.
 """
 
 import torch
@@ -18,15 +18,15 @@ from vllm_dlm.kernels.page_scores.loads import load_pages
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
 FORCED, LOWEST = tl.constexpr(naive.FORCED), tl.constexpr(naive.LOWEST)
-#: pages of a tile, rows of a tile at most, and runs that a softmax's normaliser may have
+#: pages per tile, maximum rows per tile, and maximum number of runs of pages with `softmax_sum`
 PAGES, MOST_ROWS, MOST_CHUNKS = 64, 32, 32
-#: programs per processor that there should be; fewer where a tile holds more
+#: desired number of programs per multiprocessor, except for tiles that hold more
 SPREAD = 8
 
 
 @triton.jit
 def _electing(voters, first, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """How many rows of a request vote; 0 where all do, because nobody was named."""
+    """Number of rows of a request that are marked as voters; 0 means that all rows vote."""
     number = tl.zeros([], tl.int32)
     if voters is not None:
         for start in range(0, rows, ROWS):
@@ -37,7 +37,7 @@ def _electing(voters, first, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _votes(voters, number, first, row, rows, GROUP: tl.constexpr):
-    """[R] bool"""
+    """Which rows vote, [R] bool"""
     there = row < rows
     if voters is not None:
         named = tl.load(voters + first + row // GROUP, mask=there, other=0).to(tl.int32)
@@ -57,14 +57,14 @@ def _logits(
     exact = rows.to(tl.float32)
     logits = tl.zeros([rows.shape[0], means.shape[0]], tl.float32)
     if STD_KIND == "vector":
-        # with lam inside the product: one accumulator for both
+        # lam is inside the product, so both products share one accumulator
         weighted = (tl.abs(exact) * lam).to(means.dtype)
         logits = dot(weighted, tl.trans(spreads.to(means.dtype)), logits)
     logits = dot(rows.to(means.dtype), tl.trans(means), logits) * scale
     if STD_KIND == "diag2":
         channel, part = tl.arange(0, rows.shape[1]), tl.arange(0, spreads.shape[1])
         for group in tl.static_range(WIDTH):
-            # as torch.tensor_split: the first DIM % WIDTH groups have one channel more
+            # like torch.tensor_split: the first DIM % WIDTH groups have one extra channel
             size = DIM // WIDTH + (group < DIM % WIDTH)
             first = group * (DIM // WIDTH) + min(group, DIM % WIDTH)
             inside = (channel >= first) & (channel < first + size)
@@ -79,10 +79,10 @@ def _logits(
 
 @triton.jit
 def _normaliser(lse, offsets, there, CHUNKS: tl.constexpr):
-    """Log-sum-exp of each run of pages [rows, CHUNKS] -> of the whole row [R]; infinite or not a number where a
-    softmax has no sense"""
+    """Merges the log-sum-exps of each run of pages [rows, CHUNKS] into that of the whole row [R]. It is infinite or NaN
+    if the softmax is undefined."""
     chunk = tl.arange(0, CHUNKS)
-    # as many runs as this program's launch has, which are those of the launch before
+    # the launch that computed the parts had the same grid
     exists = there[:, None] & (chunk < tl.num_programs(2))[None, :]
     parts = tl.load(lse + offsets[:, None] * CHUNKS + chunk[None, :], mask=exists, other=float("-inf"))
     highest = tl.max(parts, 1)
@@ -92,12 +92,13 @@ def _normaliser(lse, offsets, there, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP: tl.constexpr, SINKS: tl.constexpr):
-    """Of this program's request: its first query, its rows, pages, the first of the last pages, its sink pages"""
+    """-> for this program's request: first query, number of rows, number of pages, first forced page at the end, number
+    of sink pages"""
     b = tl.program_id(0)
     first = tl.load(q_starts + b)
     rows = (tl.load(q_ends + b) - first) * GROUP
     sink = sinks
-    if SINKS:  # of each request its own
+    if SINKS:  # one number per request
         sink = tl.load(sinks + b).to(tl.int32)
     return first, rows, tl.load(num_pages + b), tl.load(forced_from + b), sink
 
@@ -114,7 +115,7 @@ def _lse_kernel(
     DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr,
     CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
-    """lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that compete for it"""
+    """Stores lse [Tq, H, CHUNKS]: log-sum-exp of each row over the pages of a run that are not forced"""
     h, chunk = tl.program_id(1), tl.program_id(2)
     first, rows, count, forced_at, sink = _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP, SINKS)
     for start in range(0, rows, ROWS):
@@ -152,7 +153,7 @@ def _score_kernel(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr,
     PAGES: tl.constexpr, CHUNKS: tl.constexpr, SINKS: tl.constexpr, SHARP: tl.constexpr,
 ):  # fmt: skip
-    """scores and names [B, Hkv, width]"""
+    """Stores scores and names [B, Hkv, width]"""
     b, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, rows, count, forced_at, sink = _request(q_starts, q_ends, num_pages, forced_from, sinks, GROUP, SINKS)
     number = _electing(voters, first, rows, GROUP, ROWS)
@@ -171,7 +172,7 @@ def _score_kernel(
             votes = _votes(voters, number, first, row, rows, GROUP)
             queries = load_rows(q, row_offsets(first, row, h, stride_q, stride_q_head, GROUP), votes, DIM, DIM_PAD)
             logits = _logits(queries, means, spreads, lam, sharpness, SHARP, STD_KIND, WIDTH, DIM)
-            # a maximum passes over what is not a number: it is looked for by itself
+            # tl.maximum ignores NaN, so NaN is tracked separately
             broken = tl.maximum(broken, tl.max((votes[:, None] & (logits != logits)).to(tl.int32), 0))
             if REDUCE == "max":
                 score = tl.maximum(score, tl.max(tl.where(votes[:, None], logits, float("-inf")), 0))
@@ -191,7 +192,7 @@ def _score_kernel(
 
 
 def _chunks(tiles: int, programs: int, most: int, spread: int, device: torch.device) -> tuple[int, int]:
-    """-> runs of pages and tiles of each: enough that all processors have work, whatever the contexts are"""
+    """-> number of runs of pages and tiles per run, so that all multiprocessors have work"""
     chunks = min(max(spread * processors(device) // programs, 1), tiles, most)
     each = triton.cdiv(tiles, chunks)
     return triton.cdiv(tiles, each), each
@@ -232,7 +233,7 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
     if not scores.numel():
         return
     mean, spread = vectors
-    # the spreads of every channel are more to hold than the means, and so are keys beside what they come to
+    # spreads per channel take more registers, and so do keys that are reduced to statistics on the fly
     held = (std_kind == "vector") + (size > 1)
     pages = min(PAGES, 64 >> held)
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
@@ -251,7 +252,7 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
         "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
         "SHARP": sharpness != 1,
-        # where a program has a tile or two there is nothing to fetch ahead
+        # a program with one or two tiles has nothing to prefetch
         "num_stages": 2 if size else 3 if held else 1,
     }  # fmt: skip
     grid = (batch, kv_heads, chunks)

@@ -1,4 +1,4 @@
-"""Which implementation runs: torch's on every device."""
+"""Dispatches to torch, the only fast path, on every device."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from vllm_dlm.kernels.paged_attention import torch as plain
 
 
 def paged_attention(
-    q: torch.Tensor,  # [Tq, H, D], the queries of sequence after sequence
+    q: torch.Tensor,  # [Tq, H, D], queries packed sequence by sequence
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     tables: Sequence[torch.Tensor],  # each sequence's blocks, in order
     q_lens: Sequence[int],
@@ -20,5 +20,5 @@ def paged_attention(
 
 
 def gather(cache: torch.Tensor, table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one sequence, each [Hkv, kv_len, D]"""
+    """Gathers keys and values of one sequence, each [Hkv, kv_len, D]"""
     return plain.gather(cache, table, kv_len)

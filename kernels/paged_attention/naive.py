@@ -1,4 +1,4 @@
-"""The definition: blocks laid out as one sequence, then a softmax over all of its keys."""
+"""The definition: blocks concatenated to one sequence, then a softmax over all of its keys."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""One gather of whole blocks for each table, and one scaled_dot_product_attention per sequence.
+"""One gather of whole blocks per table, and one scaled_dot_product_attention per sequence.
 
-Sequences that stand together and have the same table see different ends of one canvas.
+Consecutive sequences may share one table object: they read prefixes of different lengths of one canvas.
 """
 
 import torch
@@ -9,7 +9,7 @@ from vllm_dlm.kernels.varlen_attention.torch import grouped_attention
 
 
 def gather(cache, table, kv_len):
-    """See dispatch.py; head-major, so that a block of a head moves as one piece."""
+    """See dispatch.py. The gather is head-major, so each block of a head is copied as one contiguous piece."""
     blocks, kv_heads, size, width = cache.shape
     head = torch.arange(kv_heads, device=table.device)
     index = (table[None, :] * kv_heads + head[:, None]).flatten()  # (head, block) order

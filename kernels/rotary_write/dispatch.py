@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -14,17 +14,17 @@ _rotary_write = operator(
 
 
 def rotary_write(
-    q: torch.Tensor | None,  # [n, H, D]; may be a view of a product that is wider
+    q: torch.Tensor | None,  # [n, H, D]; may be a view of a wider projection
     k: torch.Tensor | None,  # [n, Hkv, D]
     v: torch.Tensor | None,  # [n, Hkv, D]
     table: torch.Tensor,  # [positions, D] cosines, then sines, D / 2 each
-    positions: torch.Tensor,  # [T] of each live row
-    block: torch.Tensor | None,  # [T] where each lies in the cache; below 0: nowhere
-    offset: torch.Tensor | None,  # [T]
+    positions: torch.Tensor,  # [T] position of each live row
+    block: torch.Tensor | None,  # [T] cache block of each live row; below 0: not cached
+    offset: torch.Tensor | None,  # [T] position within the block
     cache: torch.Tensor | None,  # [blocks, Hkv, block_size, 2 * D], keys before values; None: nothing is written
-    index: torch.Tensor | None,  # [n] live row of each row, below 0 for padding, whose output is any finite number
+    index: torch.Tensor | None,  # [n] live row of each row, below 0 for padding, whose output is unspecified but finite
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """-> rotated q and k, contiguous. Writes rotated keys and values, of each what is given, to the cache."""
+    """-> rotated q and k, contiguous. Writes rotated keys and values to the cache. q, k and v may each be None."""
     if table.is_cuda:
         rotated = _rotary_write(q, k, v, table, positions, block, offset, cache, index)
         return rotated[0] if q is not None else None, rotated[-1] if k is not None else None

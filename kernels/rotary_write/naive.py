@@ -1,10 +1,10 @@
-"""The definition: row by row, the table's precision, and what belongs into the cache."""
+"""The definition: rotation row by row in the table's precision, then the write to the cache."""
 
 import torch
 
 
 def rotary_write(q, k, v, table, positions, block, offset, cache, index):
-    """See dispatch.py; padding gets zeros"""
+    """See dispatch.py; padding rows are zeros"""
     dim = table.shape[1]
 
     def rotated(x):

@@ -1,4 +1,4 @@
-"""Cosines and sines looked up once for queries and keys."""
+"""Rotation by table lookup, shared by queries and keys, then an indexed write to the cache."""
 
 import torch
 
@@ -19,7 +19,7 @@ def rotary_write(q, k, v, table, positions, block, offset, cache, index):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rows x [T, H, D] by cosines and sines [T, 1, D / 2]; halves, in the precision of the table."""
+    """Rotates the halves of x [T, H, D] by cosines and sines [T, 1, D / 2], in the precision of the table."""
     first, second = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""A program takes some heads of one row, of the queries, of the keys or of the values: one read and one write each."""
+"""Each program processes some heads of one row of the queries, the keys or the values."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import live_row, padded
 
-#: channels of a half of the heads that a program takes together
+#: channels per program, counting one half of each head
 CHANNELS = 1024
 
 
@@ -30,13 +30,13 @@ def _store_halves(x, first, second, head, heads, stride_head, HALF: tl.constexpr
 
 @triton.jit
 def _product(x, factor, exact: tl.constexpr):
-    """In float32, rounded as a product of type `exact` is"""
+    """Product in float32, rounded to dtype `exact`"""
     return (x * factor).to(exact).to(tl.float32)
 
 
 @triton.jit
 def _rotated(x, head, heads, stride_head, table, position, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Rotated halves of some heads of a row, [HEADS, HALF_PAD] each"""
+    """-> rotated halves of some heads of a row, [HEADS, HALF_PAD] each"""
     exact: tl.constexpr = table.dtype.element_ty
     a, b = _load_halves(x, head, heads, stride_head, HALF, HALF_PAD)
     a, b = a.to(exact).to(tl.float32), b.to(exact).to(tl.float32)
@@ -55,7 +55,7 @@ def _rotary_kernel(
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_block, stride_head, stride_slot,
     HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Parts of a row's heads: those of q, where it is given, then of k, then of v"""
+    """Program (i, part) processes one part of row i's heads: parts of q come first, then those of k, then those of v"""
     i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = live_row(index, i)
     there = row >= 0
@@ -103,6 +103,6 @@ def rotary_write(q, k, v, table, positions, block, offset, cache, index):
             q, k, v, *outs, table, positions, block, offset, cache, index, q_heads, kv_heads, q_parts, kv_parts,
             *strides, *((0, 0, 0) if cache is None else cache.stride()[:3]),
             HEADS=heads, HALF=half, HALF_PAD=padded(half), num_warps=4,
-            enable_fp_fusion=False,  # products are rounded before they are added, as they are by torch
+            enable_fp_fusion=False,  # like torch, round products before adding them
         )  # fmt: skip
     return [out for out in outs if out is not None]

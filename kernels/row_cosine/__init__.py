@@ -1,4 +1,4 @@
-"""How alike two rows are: their cosine, as torch.nn.functional.cosine_similarity has it with eps 1e-8."""
+"""Cosine similarity of rows, like torch.nn.functional.cosine_similarity with eps 1e-8."""
 
 from vllm_dlm.kernels.row_cosine.dispatch import row_cosine, row_products
 

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -18,7 +18,7 @@ _row_products = operator(
 
 
 def row_cosine(
-    new: torch.Tensor,  # [n, W], rows may lie apart
+    new: torch.Tensor,  # [n, W], any row stride
     old: torch.Tensor,  # [n, W]
 ) -> torch.Tensor:
     """-> [n] float32"""
@@ -28,7 +28,8 @@ def row_cosine(
 
 
 def row_products(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """What ranks that have a part of each row add up first: new · old, |new|^2 and |old|^2, [3, n] float32"""
+    """-> new · old, |new|^2 and |old|^2, [3, n] float32. With rows split across tensor-parallel ranks, these are summed
+    over the ranks before the cosine is computed."""
     if new.is_cuda:
         return _row_products(new, old)
     return plain.row_products(new, old)

@@ -1,4 +1,4 @@
-"""A program reads a row of each tensor once."""
+"""One program per row reads the row of both tensors once."""
 
 import torch
 import triton
@@ -6,13 +6,13 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import padded
 
-#: elements of a row that are read together
+#: elements of a row per tile
 TILE = 2048
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _cosine_kernel(new, old, out, rows, width, stride_new, stride_old, TILE: tl.constexpr, COSINE: tl.constexpr):
-    """out [rows], or [3, rows] for the sums"""
+    """Stores out [rows] if COSINE, else the three sums [3, rows]"""
     row = tl.program_id(0).to(tl.int64)
     new += row * stride_new
     old += row * stride_old

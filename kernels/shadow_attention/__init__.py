@@ -1,4 +1,5 @@
-"""Attention of shadow rows: over their canvas's cached keys but for one each, and over each other's new ones."""
+"""Attention of shadow rows over the new keys of all shadow rows of the canvas, and over the canvas's cached keys except
+for one position per row."""
 
 from vllm_dlm.kernels.shadow_attention.dispatch import shadow_attention
 

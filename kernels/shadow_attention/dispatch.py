@@ -1,4 +1,4 @@
-"""Which implementation runs: torch's, one canvas after the other, or on a GPU Triton's for all of them."""
+"""Dispatches to Triton on a GPU, with one launch for all canvases, and to torch elsewhere, canvas by canvas."""
 
 import torch
 
@@ -14,17 +14,17 @@ _shadow_attention = operator(
 
 
 def shadow_attention(
-    q: torch.Tensor,  # [n, H, D], the queries of canvas after canvas
+    q: torch.Tensor,  # [n, H, D], queries packed canvas by canvas
     q_starts: torch.Tensor,  # [C + 1] where each canvas's queries start
-    hidden: torch.Tensor,  # [n] the position of its canvas that each does not see
+    hidden: torch.Tensor,  # [n] position of the canvas that each query must not attend to
     k: torch.Tensor,  # [T, Hkv, D] of the shadow rows
     v: torch.Tensor,  # [T, Hkv, D]
     k_starts: torch.Tensor,  # [C + 1] where each canvas's shadow rows start
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     tables: torch.Tensor,  # [C, N] blocks of each canvas
-    kv_lens: torch.Tensor,  # [C] how many positions each canvas has
+    kv_lens: torch.Tensor,  # [C] number of positions of each canvas
     scale: float,
-    max_q: int,  # no canvas has more queries
+    max_q: int,  # upper bound on queries per canvas
 ) -> torch.Tensor:
     """-> [n, H, D]"""
     if q.is_cuda:

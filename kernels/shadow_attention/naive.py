@@ -1,4 +1,4 @@
-"""The definition: a softmax over all keys of the canvas but one, and all of the shadow."""
+"""The definition: a softmax over all keys of the canvas except one, and all keys of the shadow rows."""
 
 from itertools import pairwise
 

@@ -1,5 +1,5 @@
-"""One scaled_dot_product_attention per canvas, whose mask says which key each row does not see: what a canvas gets does
-not depend on the others."""
+"""One scaled_dot_product_attention per canvas, with a mask that hides one key per row. The result of a canvas does not
+depend on the other canvases."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ def masked_attention(query, key, value, seen, scale):
     """query [L, H, D], key and value [Hkv, N, D], seen [L, N] -> [L, H, D]"""
     length, heads, dim = query.shape
     kv_heads = len(key)
-    # the query heads that share a key head are more queries of that head: [1, Hkv, G * L, D]
+    # fold the query heads that share a key head into its queries: [1, Hkv, G * L, D]
     packed = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
     seen = seen.repeat(heads // kv_heads, 1)[None, None]
     context = F.scaled_dot_product_attention(packed, key[None], value[None], attn_mask=seen, scale=scale)

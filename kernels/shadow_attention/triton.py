@@ -1,6 +1,6 @@
-"""One pass with a running softmax: first over the keys of the shadow, then over those of the canvas, where they lie.
+"""One pass with a running softmax: first over the keys of the shadow rows, then over the cached keys of the canvas.
 
-A program holds a tile of rows of one canvas.
+Each program computes a tile of rows of one canvas.
 """
 
 import math
@@ -14,7 +14,7 @@ from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, ro
 
 @triton.jit
 def _with_keys(query, keys, values, seen, scale, highest, total, context):
-    """The running softmax with one more tile of keys, of which each row sees some; every row has seen one by now"""
+    """Adds one tile of keys to the running softmax. Every row must have seen at least one key after the tile."""
     logits = dot(query, tl.trans(keys), tl.zeros(seen.shape, tl.float32)) * scale
     logits = tl.where(seen, logits, float("-inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))
@@ -66,7 +66,7 @@ def _shadow_kernel(
         there = position < length
         block = tl.load(tables + c * stride_table + position // BLOCK, mask=there, other=0).to(tl.int64)
         offset = block * stride_block + h * stride_head + position % BLOCK * stride_key
-        # what nobody wrote may be anything, NaN included, and is not read
+        # unwritten cache slots may hold anything, including NaN, so they are masked
         mask = there[:, None] & inside
         keys = tl.load(cache + offset[:, None] + channel[None, :], mask=mask, other=0.0)
         values = tl.load(cache + offset[:, None] + DIM + channel[None, :], mask=mask, other=0.0)
@@ -79,8 +79,8 @@ def _shadow_kernel(
 
 
 def _tiles(q, rows: int, programs: int) -> dict:
-    """Rows and keys of a tile: what registers hold without spilling, and few enough rows that all processors have work.
-    `programs`: how many work on the same rows."""
+    """Tile sizes: as large as registers hold without spilling, with few enough rows that all multiprocessors have work.
+    `programs`: number of programs per tile of rows."""
     dim = q.shape[2]
     if q.element_size() > 2:
         return {"ROWS": 16, "KEYS": 32, "num_warps": 4 if dim <= 128 else 8, "num_stages": 1}

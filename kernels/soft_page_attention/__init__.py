@@ -1,10 +1,11 @@
-"""Attention through a soft mask over pages: what UNIQUE trains with, so that page-sparse inference changes nothing.
+"""Attention with a soft mask over pages, with which UNIQUE trains a model to read few pages in serving.
 
 A query scores the pages of its sequence as serving does (`page_scores`). The
-pages it must read (sink, recent, unfinished) are open; of the others as many
-as the budget leaves room for would be read, and halfway between the last of
-these and the next lies the query's threshold tau, through which no gradient
-flows. A page of score s is open by m = sigmoid((s - tau) / T), and
+pages it must read (sink, recent, unfinished) are open. The best of the other
+pages would be read, as many as the budget leaves room for. The query's
+threshold tau is halfway between the last score that is kept and the first that
+is not, and by default no gradient flows through it. A page of score s is open
+to the degree m = sigmoid((s - tau) / T), and
 
     attention = softmax(q · k / sqrt(d) + log m_page(k)).
 

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -10,17 +10,17 @@ __all__ = ["measure", "soft_page_attention"]
 
 
 def soft_page_attention(
-    q: torch.Tensor,  # [B, H, T, D], the last T queries of each sequence
+    q: torch.Tensor,  # [B, H, T, D], queries of the last T positions of each sequence
     k: torch.Tensor,  # [B, Hkv, N, D]
     v: torch.Tensor,  # [B, Hkv, N, D]
     gate: Gate,
     scale: float,
-    prompt_len: int = 0,  # tokens of each sequence that serving would prefill
+    prompt_len: int = 0,  # number of first tokens that serving would prefill
 ) -> torch.Tensor:
     """-> [B, H, T, D]. Pages are counted from each sequence's first token."""
     device = q.device.type
     if torch.is_autocast_enabled(device):
-        # The products below choose their own precision; the operands get the one a fused attention would.
+        # Cast operands as autocast does for a fused attention. The products below choose their own precision.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         if q.is_cuda:

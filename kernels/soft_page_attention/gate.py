@@ -1,12 +1,13 @@
-"""Which pages a query may choose from, how many of them it keeps, and which queries choose together.
+"""The gate: which pages a query may choose from, how many of them it keeps, and which queries choose together.
 
-The geometry is that of serving. A causal query at position t sees t // P + 1
-pages, as in decoding; those of the prompt read everything, as a prefill does.
-A bidirectional query of the response chooses among the whole pages of the
-prompt, together with the other queries of its block, and reads the response;
-queries of the prompt read everything. A bidirectional sequence without a
-prompt has no counterpart in serving: its queries choose among all whole pages
-and must read those around their own.
+The geometry is that of serving:
+- A causal query at position t sees t // P + 1 pages, as in decoding.
+- A bidirectional query of the response chooses among the whole pages of the
+  prompt, together with the other queries of its block. It always reads the
+  response.
+- Queries of the prompt read everything, as a prefill does.
+- A bidirectional sequence without a prompt has no counterpart in serving. Its
+  queries choose among all whole pages and must read those around their own.
 """
 
 from collections.abc import Iterator
@@ -14,24 +15,24 @@ from dataclasses import dataclass
 
 import torch
 
-#: query rows that share no choice and are computed together, at most
+#: maximum number of query rows with separate choices that are computed together
 ROWS = 128
 
 
 @dataclass(frozen=True)
 class Gate:
     page_size: int
-    budget_pages: int  # read per query and key head, sink and recent pages included
+    budget_pages: int  # pages read per query and key head, including sink and recent pages
     lam: float = 0.5
     std_kind: str = "l2"
     reduce: str = "max"
     sink_pages: int = 1
     recent_pages: int = 2
-    min_context: int = 0  # shorter contexts are read whole
+    min_context: int = 0  # shorter contexts are read completely
     temperature: float = 1.0  # 0: the hard mask
     stop_threshold: bool = True  # no gradient through the threshold
     causal: bool = True
-    query_block: int = 0  # bidirectional queries that choose together; 0: all of the response
+    query_block: int = 0  # number of bidirectional queries that choose together; 0: all of the response
 
     @property
     def hard(self) -> bool:
@@ -40,7 +41,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Rows:
-    """Queries at positions start … stop - 1. `together`: one choice for all of them. `dense`: they read everything."""
+    """Queries at positions start … stop - 1. `together`: they share one choice. `dense`: they read everything."""
 
     start: int
     stop: int
@@ -52,7 +53,7 @@ class Rows:
 
 
 def parts(gate: Gate, first: int, keys: int, prompt_len: int, rows: int = ROWS) -> Iterator[Rows]:
-    """The queries first … keys - 1 of a sequence, cut where their choices allow it."""
+    """Splits queries first … keys - 1 of a sequence into pieces that do not cut queries which choose together."""
     whole = binding_from(gate, keys, prompt_len)
     if first < whole:
         yield Rows(first, min(whole, keys), dense=True)
@@ -62,14 +63,14 @@ def parts(gate: Gate, first: int, keys: int, prompt_len: int, rows: int = ROWS) 
             yield Rows(begin, min(begin + rows, keys))
         return
     block = gate.query_block or (keys if prompt_len else gate.page_size)
-    while start < keys:  # blocks are counted from the beginning of the response
+    while start < keys:  # blocks are aligned to the start of the response
         stop = min(keys, start + block - (start - prompt_len) % block)
         yield Rows(start, stop, together=True)
         start = stop
 
 
 def binding_from(gate: Gate, keys: int, prompt_len: int) -> int:
-    """The first query whose budget is less than what it sees; all before read everything."""
+    """Position of the first query that sees more pages than its budget; earlier queries read everything."""
     if gate.causal:
         return max(prompt_len, gate.min_context - 1, gate.budget_pages * gate.page_size)
     pages = prompt_len // gate.page_size if prompt_len else -(-keys // gate.page_size)
@@ -77,8 +78,8 @@ def binding_from(gate: Gate, keys: int, prompt_len: int) -> int:
 
 
 def choices(gate: Gate, rows: Rows, keys: int, prompt_len: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> choosable [R, N // P] bool, and keep [R]: how many of them the budget leaves room for. R: one row for each
-    query, or one for all that choose together."""
+    """-> choosable [R, N // P] bool, and keep [R]: how many choosable pages the budget leaves room for. R: one row per
+    query, or one row for all queries that choose together."""
     size, page = gate.page_size, torch.arange(keys // gate.page_size, device=device)
     if gate.causal:
         pages = torch.arange(rows.start, rows.stop, device=device)[:, None] // size + 1  # [R, 1] that the query sees
@@ -96,7 +97,7 @@ def choices(gate: Gate, rows: Rows, keys: int, prompt_len: int, device=None) -> 
 
 
 def threshold(scores: torch.Tensor, choosable: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """scores [..., R, pages] -> tau [..., R], halfway between the last score that is kept and the first that is not"""
+    """scores [..., R, pages] -> tau [..., R], halfway between the lowest score kept and the highest score not kept"""
     scores = scores.masked_fill(~choosable, -torch.inf)
     width = min(int(keep.max()) + 1, scores.shape[-1])
     best = scores.topk(width, -1)[0]

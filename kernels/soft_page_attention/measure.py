@@ -1,4 +1,4 @@
-"""Does the mask bind? Counted over the queries that have a choice; in pieces, like the attention itself."""
+"""Measures how much the mask binds, over the queries that have a choice; computed in pieces like the attention."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ from vllm_dlm.kernels.soft_page_attention.torch import (
 
 @dataclass
 class Binding:
-    """Sums over queries (of all layers and heads); the shares are what is reported."""
+    """Sums over queries of all layers and heads; `shares` is what is reported."""
 
     rows: float = 0.0  # query heads with a choice
-    pages: float = 0.0  # whole pages they see
-    under: float = 0.0  # of these under the threshold
+    pages: float = 0.0  # whole pages that queries see, per key head
+    under: float = 0.0  # number of these pages under the threshold
     gates: float = 0.0  # sum of m over pages under the threshold
-    weight: float = 0.0  # attention that all pages under the threshold would get without a mask
-    leaked: float = 0.0  # and get through the mask
+    weight: float = 0.0  # attention weight that pages under the threshold would get without a mask
+    leaked: float = 0.0  # attention weight that they get with the mask
 
     def __iadd__(self, other: "Binding") -> "Binding":
         for name, value in vars(other).items():
@@ -44,7 +44,7 @@ class Binding:
 
 @torch.no_grad()
 def measure(q: torch.Tensor, k: torch.Tensor, gate: Gate, scale: float, prompt_len: int = 0) -> Binding:
-    """q [B, H, T, D], k [B, Hkv, N, D], as for the attention."""
+    """q [B, H, T, D], k [B, Hkv, N, D], as in soft_page_attention."""
     (batch, heads, count, _), (_, kv_heads, keys, _) = q.shape, k.shape
     grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
     mean, spread = page_statistics(k, gate)
@@ -64,7 +64,7 @@ def measure(q: torch.Tensor, k: torch.Tensor, gate: Gate, scale: float, prompt_l
         leaked = ((logits + by_key(log_mask, keys, gate.page_size)).softmax(-1) * hidden).sum()
         position = torch.arange(rows.start, rows.stop, device=q.device)
         seen = (position + 1) // gate.page_size if gate.causal else torch.full_like(position, keys // gate.page_size)
-        each = 1 if not rows.together else len(rows)  # a common choice counts for every query
+        each = 1 if not rows.together else len(rows)  # a shared choice counts once per query
         total += Binding(
             rows=batch * heads * len(rows), pages=batch * kv_heads * int(seen.sum()), under=each * int(under.sum()),
             gates=each * float(log_mask.exp()[under].sum()), weight=float(weight), leaked=float(leaked),

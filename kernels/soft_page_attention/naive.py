@@ -1,4 +1,4 @@
-"""The definition: one head, one query after the other, the whole matrix of logits. Differentiable, in any dtype."""
+"""The definition: head by head and query by query, with the full matrix of logits. Differentiable, in any dtype."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def soft_page_attention(q, k, v, gate: Gate, scale, prompt_len=0):
 
 
 def page_log_mask(queries, keys, gate, scale, prompt_len):
-    """queries [G, T, D], keys [N, D] -> log m of each query and key, [T, N]"""
+    """queries [G, T, D], keys [N, D] -> log m for each query and key, [T, N]"""
     count, length, size = queries.shape[1], len(keys), gate.page_size
     first = length - count
     full = [keys[start : start + size] for start in range(0, length - size + 1, size)]
@@ -58,7 +58,7 @@ def page_log_mask(queries, keys, gate, scale, prompt_len):
 
 
 def blocks(gate, first, length, prompt_len):
-    """Lists of positions that choose together; those of the prompt are in none."""
+    """Lists of positions that choose together; positions of the prompt are in none."""
     if gate.causal:
         return [[t] for t in range(max(first, prompt_len), length) if t + 1 >= gate.min_context]
     if length < gate.min_context:
@@ -69,7 +69,7 @@ def blocks(gate, first, length, prompt_len):
 
 
 def must_read(gate, positions, length, prompt_len):
-    """-> pages that are read whatever they promise, and all that count"""
+    """-> pages that are always read, and all pages considered"""
     size, recent = gate.page_size, gate.recent_pages
     forced: Sequence[int]
     if gate.causal:

@@ -1,7 +1,7 @@
-"""The queries in pieces of bounded size, computed again for the backward pass: memory grows with the sequence, not
-with its square.
+"""Queries are processed in pieces of bounded size and recomputed in the backward pass, so memory is linear in the
+sequence length, not quadratic.
 
-What is kept between the passes are the inputs, the statistics and the output.
+Only the inputs, the statistics and the output are kept between the passes.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
 from vllm_dlm.kernels.soft_page_attention.gate import ROWS, Gate, Rows, choices, parts, threshold
 
-#: logits held at once, of all batch rows and heads
+#: maximum number of logits held at once, over all sequences and heads
 LOGITS = 1 << 22
-#: keeps the root's gradient finite where all keys of a page are equal
+#: keeps the gradient of the square root finite if all keys of a page are equal
 TINY = 1e-12
 
 
@@ -24,7 +24,7 @@ def soft_page_attention(q, k, v, gate: Gate, scale, prompt_len=0):
 
 
 def in_pieces(piece, limit, q, k, v, gate, scale, prompt_len):
-    """`piece`: a Function for the queries that choose, of which `limit` are computed together."""
+    """Attention piece by piece. `piece`: autograd Function for queries that choose. `limit`: queries per piece."""
     count, keys, kv_heads = q.shape[2], k.shape[2], k.shape[1]
     first = keys - count
     grouped = q.unflatten(1, (kv_heads, q.shape[1] // kv_heads))  # [B, Hkv, G, T, D]
@@ -50,7 +50,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def page_statistics(k: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
-    """k [B, Hkv, N, D] -> of the whole pages mean [B, Hkv, pages, D] and spread [B, Hkv, pages, W], differentiable"""
+    """k [B, Hkv, N, D] -> mean [B, Hkv, pages, D] and spread [B, Hkv, pages, W] of whole pages, differentiable"""
     size = gate.page_size
     runs = wide(k[:, :, : k.shape[2] // size * size]).unflatten(2, (-1, size))
     mean = runs.mean(3)
@@ -64,15 +64,15 @@ def page_statistics(k: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Te
 
 
 def dense(q, k, v, gate, scale, rows):
-    """q [B, Hkv, G, R, D], which read all they see -> [B, Hkv, G, R, D]"""
+    """Attention of queries that read everything they see: q [B, Hkv, G, R, D] -> [B, Hkv, G, R, D]"""
     group, causal = q.shape[2], gate.causal
-    if causal and rows.start and len(rows) > ROWS:  # their mask is one of pairs
+    if causal and rows.start and len(rows) > ROWS:  # an explicit mask is needed, so bound its size
         pieces = [Rows(at, min(at + ROWS, rows.stop), dense=True) for at in range(rows.start, rows.stop, ROWS)]
         return torch.cat([dense(p, k, v, gate, scale, r) for p, r in zip(q.split(ROWS, 3), pieces, strict=True)], 3)
     mask = None
     if causal:
         k, v = k[:, :, : rows.stop], v[:, :, : rows.stop]
-        if rows.start:  # is_causal counts from the first key
+        if rows.start:  # is_causal aligns the first query with the first key
             position = torch.arange(rows.start, rows.stop, device=q.device)
             mask, causal = torch.arange(rows.stop, device=q.device) <= position[:, None], False
     if group > 1:
@@ -82,7 +82,7 @@ def dense(q, k, v, gate, scale, rows):
 
 
 class Piece(torch.autograd.Function):
-    """Some rows of the attention matrix, forgotten after use."""
+    """Some rows of the attention matrix, which are recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, mean, spread, gate, scale, rows, prompt_len, limit):
@@ -101,7 +101,7 @@ class Piece(torch.autograd.Function):
 
 
 def attend(q, k, v, mean, spread, gate, scale, rows, prompt_len, limit):
-    """q [B, Hkv, G, R, D] of the queries `rows`, keys and values of the whole sequence -> [B, Hkv, G, R, D]"""
+    """q [B, Hkv, G, R, D] for queries `rows`, keys and values of the whole sequence -> [B, Hkv, G, R, D]"""
     log_mask = page_log_mask(q, mean, spread, gate, scale, rows, k.shape[2], prompt_len, limit)
     if gate.causal:
         k, v = k[:, :, : rows.stop], v[:, :, : rows.stop]
@@ -114,7 +114,7 @@ def attend(q, k, v, mean, spread, gate, scale, rows, prompt_len, limit):
 
 
 def page_log_mask(q, mean, spread, gate, scale, rows, keys, prompt_len, limit):
-    """log m, [B, Hkv, R, pages], or [B, Hkv, 1, pages] of queries that choose together"""
+    """-> log m [B, Hkv, R, pages], or [B, Hkv, 1, pages] for queries that choose together"""
     choosable, keep = choices(gate, rows, keys, prompt_len, q.device)
     pieces = split(q, limit)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.hard):
@@ -130,7 +130,7 @@ def split(q, limit):
 
 
 def again(function, pieces, *inputs):
-    """In one piece the caller computes it again anyway."""
+    """Checkpoints `function`. A single piece needs no checkpoint, because the caller already recomputes it."""
     if pieces == 1 or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -154,7 +154,7 @@ def page_scores(q, mean, spread, choosable, gate, scale, together):
     elif gate.reduce == "mean":
         scores = scores.mean(over)
     else:
-        # A row without a page to choose from has no softmax; its scores are not looked at.
+        # The softmax of a row without choosable pages is undefined. Its scores are not used.
         lonely = ~choosable.any(-1, keepdim=True)
         scores = scores.masked_fill(~(choosable | lonely), -torch.inf).softmax(-1).sum(over)
     return scores[:, :, None] if together else scores
@@ -180,7 +180,7 @@ def log_of_mask(scores, choosable, keep, gate):
 
 
 def weigh(q, k, v, log_mask, size, scale, start):
-    """start: position of the first query if causal, else None"""
+    """Attention with the mask's bias. `start`: position of the first query if causal, else None"""
     logits = logits_of(q, k, scale, start) + by_key(log_mask, k.shape[2], size)
     return logits.softmax(-1) @ wide(v)[:, :, None]
 

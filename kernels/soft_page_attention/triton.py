@@ -1,11 +1,10 @@
-"""On GPUs: a fused attention with a bias for each query and page, and its two backward kernels.
+"""GPU kernels: a fused attention with a bias per query and page, and its two backward kernels.
 
-Scores and mask of a piece of the queries are made in torch, where autograd
-knows them; the kernels take the mask, [queries, pages] for each key head, and
-give its gradient back. Rows are queries times the G heads that share a key
-head: row r is head r % G of query r // G. A tile of keys lies within one page,
-so that its bias is one number a row; pages that are closed for all rows of a
-tile are passed over.
+Scores and mask of a piece of the queries are computed in torch under autograd.
+The kernels take the mask, [queries, pages] for each key head, and return its
+gradient. Rows are queries times the G heads that share a key head: row r is
+head r % G of query r // G. A tile of keys lies within one page, so its bias is
+one number per row. Pages that are closed for all rows of a tile are skipped.
 """
 
 import torch
@@ -17,7 +16,7 @@ from vllm_dlm.kernels.soft_page_attention.gate import Gate
 from vllm_dlm.kernels.triton_utils import dot, padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: scores of a piece held at once, of all batch rows and heads
+#: maximum number of scores of a piece held at once, over all sequences and heads
 SCORES = 1 << 26
 
 
@@ -66,13 +65,13 @@ def from_rows(x, group):
     return x.unflatten(2, (-1, group)).transpose(2, 3)
 
 
-#: kernel -> rows of a tile, keys of a tile, warps: for the widest heads that this many channels hold, in 16 bits
+#: kernel -> maximum head dimension -> (rows per tile, keys per tile, warps), for 16-bit dtypes
 TILES = {
     "forward": {64: (64, 64, 4), 128: (64, 32, 8), 256: (32, 32, 4)},
     "queries": {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 32, 4)},
     "keys": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
 }
-#: and in float32, whose exact products take many registers: wider heads are left to torch
+#: the same for float32, whose exact products take many registers; wider heads fall back to torch
 TILES_FLOAT32 = {"forward": {64: (16, 16, 8)}, "queries": {64: (16, 16, 8)}, "keys": {64: (16, 16, 8)}}
 
 
@@ -103,7 +102,7 @@ def forward(q, k, v, log_mask, gate, scale, rows):
 
 
 def backward(q, k, v, log_mask, out, lse, grad, gate, scale, rows):
-    """-> gradients of q, k, v and log_mask, each shaped like it"""
+    """-> gradients of q, k, v and log_mask, each with the shape of its input"""
     group = q.shape[2]
     q, grad, log_mask = as_rows(q), as_rows(grad.to(q.dtype)), log_mask.contiguous()
     batch, kv_heads, count, dim = q.shape
@@ -126,7 +125,7 @@ def backward(q, k, v, log_mask, out, lse, grad, gate, scale, rows):
 
 @triton.jit
 def _rows(x, start, row, there, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Rows `row` of x [.., count, DIM] from row `start` on: [R, DIM_PAD], zero where there are none"""
+    """Rows start + row of x [.., DIM]: [R, DIM_PAD], zero for rows that are not there"""
     channel = tl.arange(0, DIM_PAD)
     place = (start + row).to(tl.int64) * DIM
     return tl.load(x + place[:, None] + channel[None, :], mask=there[:, None] & (channel < DIM)[None, :], other=0.0)
@@ -142,7 +141,7 @@ def _keys(x, base, key, stride, keys, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
 
 @triton.jit
 def _bias(log_mask, bh, row, there, page, count, pages, GROUP: tl.constexpr, TOGETHER: tl.constexpr):
-    """log m of the rows and one page, base 2; closed for rows that are not there, open where a page has no number"""
+    """log2 m of each row for one page: -inf for rows that do not exist, 0 for an unfinished page, which has no mask"""
     place = bh.to(tl.int64) + row * 0 if TOGETHER else bh.to(tl.int64) * (count // GROUP) + row // GROUP
     bias = tl.load(log_mask + place * pages + page, mask=there & (row * 0 + page < pages), other=0.0)
     return tl.where(there, bias * LOG2E, float("-inf"))
@@ -150,7 +149,7 @@ def _bias(log_mask, bh, row, there, page, count, pages, GROUP: tl.constexpr, TOG
 
 @triton.jit
 def _logits(q, k, bias, key, position, keys, scale, CAUSAL: tl.constexpr):
-    """[R, N], base 2; -inf where a row does not see a key"""
+    """Logits [R, N] in base 2; -inf where a row does not see a key"""
     logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32)) * (scale * LOG2E) + bias[:, None]
     seen = (key < keys)[None, :]
     if CAUSAL:
@@ -179,7 +178,7 @@ def _forward(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """q, out [B, Hkv, count, DIM], lse [B, Hkv, count] natural; `first`: position of query 0"""
+    """q, out [B, Hkv, count, DIM], lse [B, Hkv, count] in base e; `first`: position of query 0"""
     bh, k_base, v_base = _place(kv_heads, kb, kh, vb, vh)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there, position = row < count, first + row // GROUP
@@ -217,7 +216,7 @@ def _backward_queries(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dmask [B, Hkv, count, pages] of each row, zeros at first; None if nobody asks"""
+    """Stores dq and dmask [B, Hkv, count, pages], one entry per row. dmask must be zeroed; None: not computed"""
     bh, k_base, v_base = _place(kv_heads, kb, kh, vb, vh)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there, position = row < count, first + row // GROUP
@@ -253,7 +252,7 @@ def _backward_keys(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, Hkv, keys, DIM]"""
+    """Stores dk, dv [B, Hkv, keys, DIM]"""
     bh, k_base, v_base = _place(kv_heads, kb, kh, vb, vh)
     key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     page = tl.program_id(0) * BLOCK_N // PAGE
@@ -261,7 +260,7 @@ def _backward_keys(
     start = bh.to(tl.int64) * count
     k_acc, v_acc = tl.zeros((BLOCK_N, DIM_PAD), tl.float32), tl.zeros((BLOCK_N, DIM_PAD), tl.float32)
     begin = 0
-    if CAUSAL:  # queries before these keys do not see them
+    if CAUSAL:  # skip queries before these keys, which do not see them
         begin = tl.maximum(0, tl.program_id(0) * BLOCK_N - first) * GROUP // BLOCK_R * BLOCK_R
     for at in range(begin, count, BLOCK_R):
         row = at + tl.arange(0, BLOCK_R)

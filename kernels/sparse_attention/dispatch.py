@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -19,21 +19,21 @@ _sparse_attention_into = operator(
 
 
 def sparse_attention(
-    q: torch.Tensor,  # [Tq, H, D], the queries of request after request
+    q: torch.Tensor,  # [Tq, H, D], queries packed request by request
     q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B], ascending
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
-    page_table: torch.Tensor,  # [B, N] physical page of each logical one, or with table_pages of each so many pages
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are; see `rows` and `tails`
-    kv_lens: torch.Tensor,  # [B] keys of each request; its queries are the last of them if causal
+    page_table: torch.Tensor,  # [B, N] physical page of each logical page, or of each `table_pages` logical pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, padded with -1; see `rows` and `tails`
+    kv_lens: torch.Tensor,  # [B] number of keys; if causal, a request's queries are its last positions
     page_size: int,
     scale: float,
     causal: bool,
     q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
-    table_pages: int = 1,  # neighbouring pages that lie together: table[p // n] * n + p % n is page p
-    out: torch.Tensor | None = None,  # [Tq, H, D] it is written here; queries of no request keep what stands there
-    rows: torch.Tensor | None = None,  # [B] int64 which row of `chosen` is each request's; None: those in order
-    tails: torch.Tensor | None = None,  # [B] int32: the pages from here on are read, too, up to the last one
-    tail: int = 0,  # so many at most
+    table_pages: int = 1,  # n consecutive pages per table entry: page p is table[p // n] * n + p % n
+    out: torch.Tensor | None = None,  # [Tq, H, D] output buffer; rows of queries that belong to no request are kept
+    rows: torch.Tensor | None = None,  # [B] int64 row of `chosen` of each request; None: row b
+    tails: torch.Tensor | None = None,  # [B] int32: all pages from here to the last one are read, too
+    tail: int = 0,  # upper bound on the number of those pages
 ) -> torch.Tensor:
     """-> [Tq, H, D]. Every query must see at least one key."""
     arguments = (cache, page_table, chosen, kv_lens, page_size, scale, causal)
@@ -53,22 +53,22 @@ def _launched(out: torch.Tensor | None, *arguments) -> torch.Tensor:
 def sparse_delta(
     q: torch.Tensor,  # [Tq, H, D]
     q_starts: torch.Tensor,  # [B] where each request's queries start, ascending
-    q_ends: torch.Tensor,  # [B] and end
+    q_ends: torch.Tensor,  # [B] where they end
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D]
-    page_table: torch.Tensor,  # [B, N] place of each `table_pages` pages
-    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, -1 where fewer are; see `rows` and `tails`
+    page_table: torch.Tensor,  # [B, N] physical place of each `table_pages` logical pages
+    chosen: torch.Tensor,  # [B, Hkv, K] int32 logical pages, ascending, padded with -1; see `rows` and `tails`
     kv_lens: torch.Tensor,  # [B]
     page_size: int,
     scale: float,
-    moved: torch.Tensor,  # [S, Hkv, D] by how much values have moved
-    places: torch.Tensor,  # [B, positions] int32: which of `moved` belongs to a position, -1: none
+    moved: torch.Tensor,  # [S, Hkv, D] by how much values changed
+    places: torch.Tensor,  # [B, positions] int32: row of `moved` of each position, -1: unchanged
     table_pages: int = 1,
     out: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     tails: torch.Tensor | None = None,
     tail: int = 0,
 ) -> torch.Tensor:
-    """What moved values add to the attention of queries: as sparse_attention, but over what the values have moved by
+    """Change of sparse_attention caused by changed values: the same attention weights, applied to the changes
     -> [Tq, H, D]"""
     arguments = (q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale)
     if q.is_cuda:

@@ -1,4 +1,4 @@
-"""The definition, in float64: the whole sequence, and a mask over what was not chosen."""
+"""The definition, in float64: attention over the whole sequence with a mask that hides pages not chosen."""
 
 import torch
 
@@ -37,7 +37,7 @@ def sparse_delta(
 
 
 def listed(chosen, kv_lens, page_size, rows, tails, tail):
-    """-> [B, Hkv, K + tail] what each request reads"""
+    """-> [B, Hkv, K + tail] pages that each request reads, padded with -1"""
     out = torch.full((len(kv_lens), chosen.shape[1], chosen.shape[2] + tail), -1, dtype=torch.int32)
     for b, length in enumerate(kv_lens.tolist()):
         out[b, :, : chosen.shape[2]] = chosen[b if rows is None else rows[b]]
@@ -48,7 +48,7 @@ def listed(chosen, kv_lens, page_size, rows, tails, tail):
 
 
 def _keys_and_values(cache, table, length, size):
-    """Of the entries of a table, of `size` keys each -> [Hkv, length, 2 * D]"""
+    """Gathers the first `length` positions of a table whose entries have `size` keys each -> [Hkv, length, 2 * D]"""
     blocks, kv_heads, _, width = cache.shape
     runs = cache.reshape(blocks, kv_heads, -1, size, width).transpose(1, 2).flatten(0, 1)
     return runs[table[: -(-length // size)].long()].transpose(0, 1).flatten(1, 2)[:, :length]

@@ -1,4 +1,4 @@
-"""The chosen pages gathered into one piece, then a fused attention without a mask where none is needed."""
+"""Gathers the chosen pages into one tensor, then runs a fused attention, without a mask if none is needed."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm_dlm.kernels.delta_attention.torch import delta_attention
 from vllm_dlm.kernels.top_pages import physical_pages
 
-#: rows of queries per key head up to which products are faster than the fused kernel
+#: query rows per key head up to which plain matrix products are faster than the fused kernel
 FEW = 16
 
 
@@ -19,7 +19,7 @@ def sparse_attention(
     starts = q_starts[:-1] if q_ends is None else q_starts
     counts, lengths = ((q_starts[1:] if q_ends is None else q_ends) - starts).tolist(), kv_lens.tolist()
     numbers = (chosen[:, 0] >= 0).sum(-1).tolist()
-    # Requests alike in queries and pages, and in what of their last page is filled, share one call.
+    # Requests with the same number of queries, number of pages and fill of the last page share one call.
     kinds: dict[tuple[int, int, int], list[int]] = {}
     for b, (count, number, length) in enumerate(zip(counts, numbers, lengths, strict=True)):
         if count:
@@ -44,7 +44,7 @@ def sparse_delta(
     q, q_starts, q_ends, cache, page_table, chosen, kv_lens, page_size, scale, moved, places, table_pages=1, out=None,
     rows=None, tails=None, tail=0,
 ):  # fmt: skip
-    """See dispatch.py; canvas by canvas, see kernels/delta_attention"""
+    """See dispatch.py; request by request, with kernels/delta_attention"""
     chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     out = torch.empty_like(q) if out is None else out
     dim = q.shape[2]
@@ -56,7 +56,7 @@ def sparse_delta(
         if (last := length % page_size) and int(units[0, -1]) == length // page_size:
             keys = keys[:, : keys.shape[1] - page_size + last]
         changed = (places[b] >= 0).nonzero()[:, 0]
-        # what a head does not see moves nothing for it
+        # a changed value contributes nothing to a head that does not read its page
         seen = torch.zeros(len(units), -(-length // page_size), dtype=torch.bool).scatter_(1, units.long(), True)
         values = moved[places[b][changed].long()] * seen[:, changed // page_size].T[..., None]
         block = page_table[b][changed // (page_size * table_pages)]
@@ -66,7 +66,7 @@ def sparse_delta(
 
 
 def listed(chosen, kv_lens, page_size, rows, tails, tail):
-    """-> [B, Hkv, K + tail] what each request reads"""
+    """-> [B, Hkv, K + tail] pages that each request reads, -1 for none"""
     if rows is not None:
         chosen = chosen.index_select(0, rows)
     if tails is None:
@@ -77,7 +77,7 @@ def listed(chosen, kv_lens, page_size, rows, tails, tail):
 
 
 def compact(chosen):
-    """[B, Hkv, K] with -1 anywhere -> [B, Hkv, k] with -1 at the end, if anywhere at all"""
+    """[B, Hkv, K] with -1 anywhere -> [B, Hkv, k] with -1 only at the end"""
     filled = chosen >= 0
     if bool(filled.all()):
         return chosen
@@ -89,14 +89,14 @@ def compact(chosen):
 
 
 def by_products(rows, keys, values, scale):
-    """Two matrix products and a softmax: for a handful of rows the fused kernel takes twice as long. Logits are
-    rounded to bfloat16 as the keys they come from are."""
-    logits = rows @ keys.contiguous().transpose(2, 3)  # products with keys that lie apart are many times slower
+    """Attention as two matrix products and a softmax. For few rows the fused kernel takes twice as long. Logits are
+    rounded to the keys' dtype, bfloat16."""
+    logits = rows @ keys.contiguous().transpose(2, 3)  # products with non-contiguous keys are many times slower
     return logits.float().mul_(scale).softmax(-1).to(rows.dtype) @ values
 
 
 def _gathered(cache, page_table, pages, page_size, table_pages):
-    """pages [B, Hkv, K], all of them there -> their keys and values [B, Hkv, K * page_size, 2 * D]"""
+    """pages [B, Hkv, K], all valid -> their keys and values [B, Hkv, K * page_size, 2 * D]"""
     _blocks, kv_heads, block_size, width = cache.shape
     per_block = block_size // page_size
     if table_pages == 1:
@@ -130,7 +130,7 @@ def _alike(q, count, page_table, chosen, kv_lens, cache, table_pages, page_size,
     else:
         position = (logical[..., None] * page_size + torch.arange(page_size)).flatten(2)  # [B, Hkv, keys]
         there = filled.repeat_interleave(page_size, -1) & (position < kv_lens[:, None, None])
-        kv = kv.masked_fill(~there[..., None], 0.0)  # what lies beyond the end may be anything, NaN included
+        kv = kv.masked_fill(~there[..., None], 0.0)  # slots beyond the end may hold anything, including NaN
         mask = there[:, :, None].expand(-1, -1, count, -1)
         if causal:
             own = kv_lens[:, None] - count + torch.arange(count)  # [B, L] position of each query

@@ -1,10 +1,11 @@
-"""The chosen keys of a request are split among programs; what each of them finds is merged by weight.
+"""Split-KV attention over chosen pages: the chosen keys of a request are split among programs, and a second kernel
+merges their results by weight.
 
-A program holds a tile of rows and walks over its share of the chosen keys, a
-tile at a time, gathered key by key: pages may be of any size, single keys
-included. It keeps a running softmax in base 2. Its result and the log of its
-total weight are merged with those of the other shares, all in float32.
-Tiles of rows are numbered through the batch, see _request.
+A program holds a tile of rows and walks over its share of the chosen keys, one
+tile at a time. Keys are gathered one by one, so pages may have any size, even
+one key. It keeps a running softmax in base 2. The merge combines the results of
+all shares with the logs of their total weights, in float32. Tiles of rows are
+numbered across the batch, see _request.
 """
 
 import math
@@ -15,21 +16,22 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
-#: keys of a tile at most, and shares that the keys of a request may have: more take longer to merge than they save
+#: maximum keys per tile, and maximum shares per request; with more shares the merge costs more than they save
 KEYS, MOST_SPLITS = 64, 32
-#: programs per processor that there should be: a program waits for a page's number, its place and its keys in turn
+#: desired number of programs per multiprocessor; several hide the latency of loading page, place and keys in turn
 SPREAD = 4
-#: requests that are looked through together: kernels are compiled for no number of them
+#: requests searched at once; a constant, so kernels are not recompiled for every batch size
 BATCH = tl.constexpr(32)
-#: entries of `chosen` that are looked at together
+#: maximum entries of `chosen` read at once
 ENTRIES = 1024
 
 
 @triton.jit
 def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Which request a tile of rows belongs to, and the tile's number there. The tiles of request b begin at
-    b + q_starts[b] * GROUP // ROWS: room for the rows of each, at most one tile too many, and no look at lengths.
-    Tiles before the first request's are nobody's: they get a number below 0."""
+    """-> the request that a tile of rows belongs to, its first query, and the tile's number within the request.
+
+    The tiles of request b begin at b + q_starts[b] * GROUP // ROWS. This leaves enough tiles for each request, at most
+    one too many, without reading its length. Tiles before the first request are unused and get a number below 0."""
     begun = tl.zeros([], tl.int32)
     for some in range(0, batch, BATCH):
         b = some + tl.arange(0, BATCH)
@@ -42,7 +44,7 @@ def _request(q_starts, tile, batch, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _named(chosen, width, ENTRIES: tl.constexpr):
-    """Up to where chosen [width] names pages: what is left of a wide list costs no time"""
+    """Length of chosen [width] without its padding, so that padding costs no time"""
     number = 0
     for first in range(0, width, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
@@ -56,8 +58,8 @@ def _key_offsets(
     chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
     PER_ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """The keys in places `slot` [KEYS] of the pages that are read, `named` of them chosen, then those from `tail` on:
-    their positions, where they lie, whether they are there"""
+    """-> positions, cache offsets and validity of the keys `slot` [KEYS], counted over all pages that are read: first
+    the `named` entries of `chosen`, then the pages from `tail` on"""
     entry = slot // PAGE
     beyond = -1 if tail is None else entry + (tail - named)
     page = tl.load(chosen + entry, mask=entry < named, other=beyond)
@@ -73,7 +75,7 @@ def _neighbour_offsets(
     chosen, table, start, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
     PER_ENTRY: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The same of the KEYS places from `start` on where those are of one page, which is looked up once."""
+    """Like _key_offsets for KEYS consecutive slots from `start` on that lie in one page, which is looked up once."""
     entry = start // PAGE
     beyond = -1 if tail is None else entry + (tail - named)
     page = tl.where(entry < named, tl.load(chosen + tl.maximum(tl.minimum(entry, named - 1), 0)), beyond)
@@ -100,10 +102,10 @@ def _attend_kernel(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ENTRIES: tl.constexpr, PAGEWISE: tl.constexpr,
 ):  # fmt: skip
-    """out [Tq, H, splits, DIM] and lse [Tq, H, splits], of base 2; unless keys are SHARED out among programs out is the
-    result, lse unused.
-    Of a request's `slots` keys at most, those of `named` pages come first.
-    With `moved` [S, Hkv, DIM] those are the values, of the positions that `places` gives one."""
+    """Stores out [Tq, H, splits, DIM] and lse [Tq, H, splits] in base 2. Unless keys are SHARED among several programs,
+    out is the final result and lse is unused.
+    `slots`: upper bound on keys per request; those of the `named` chosen pages come first.
+    With `moved` [S, Hkv, DIM], a position's value is its row of `moved`, given by `places`, or zero if it has none."""
     h, split, splits = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     b, first, tile = _request(q_starts, tl.program_id(0), batch, GROUP, ROWS)
     queries = tl.load(q_ends + b).to(tl.int32) - first
@@ -120,7 +122,7 @@ def _attend_kernel(
     if tails is not None:
         tail = tl.load(tails + b)
     chosen += own * stride_chosen + h * stride_chosen_head
-    if ENTRIES > 0:  # this request may read fewer than the one that reads most
+    if ENTRIES > 0:  # this request may read fewer pages than `chosen` has room for
         named = _named(chosen, named, ENTRIES)
         slots = named * PAGE
         if tails is not None:
@@ -144,11 +146,11 @@ def _attend_kernel(
             position, offset, there = _key_offsets(
                 chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE, PER_BLOCK, PER_ENTRY
             )
-        # what nobody wrote may be anything, NaN included, and is not read
+        # unwritten cache slots may hold anything, including NaN, so they are masked
         place = cache + offset[:, None] + channel[None, :]
         mask = there[:, None] & (channel < DIM)[None, :]
         keys = tl.load(place, mask=mask, other=0.0)
-        if PAGEWISE:  # under way while the weights are found
+        if PAGEWISE:  # start loading values while the weights are computed
             values = tl.load(place + DIM, mask=mask, other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
         seen = there[None, :] & (position[None, :] <= last[:, None])
@@ -166,7 +168,7 @@ def _attend_kernel(
         total = total * fading + tl.sum(weights, 1)
         context = dot(weights.to(values.dtype), values, context * fading[:, None])
         highest = higher
-    context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # a row that saw nothing keeps zeros
+    context = context / tl.where(total > 0.0, total, 1.0)[:, None]  # a row without keys gets zeros
     place = row_offsets(first, row, h, heads, 1, GROUP) * splits + split
     mask = present[:, None] & (channel < DIM)[None, :]
     tl.store(out + place[:, None] * DIM + channel[None, :], context.to(out.dtype.element_ty), mask=mask)
@@ -186,7 +188,7 @@ def _merge_kernel(
         begun = tl.load(q_starts + b, mask=b < batch, other=1 << 30) <= row // heads
         over = tl.load(q_ends + b, mask=b < batch, other=0) <= row // heads
         owners += tl.sum((begun & ~over).to(tl.int32), 0)
-    if owners == 0:  # nobody's
+    if owners == 0:  # the query belongs to no request
         return
     split, channel = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
     logs = tl.load(lse + row * SPLITS + split)
@@ -200,15 +202,15 @@ def _merge_kernel(
 
 
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
-    """Shares of `tiles` tiles of keys: enough that all processors have work; a power of two, which the merging kernel
-    is compiled for."""
+    """Number of shares for `tiles` tiles of keys, so that all multiprocessors have work. It is a power of two, because
+    it is a compile-time constant of the merging kernel."""
     wanted = min(SPREAD * processors(device) // programs, tiles, MOST_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
 
 
 def _tiles(q: torch.Tensor, batch: int, group: int) -> dict:
-    """Rows and keys of a tile: what registers hold without spilling. A stage each for a key's page, its place in the
-    cache, the key itself and the products with it; float32 has no tensor cores to feed."""
+    """Tile sizes: as large as registers hold without spilling. Four pipeline stages: load a key's page, load its place,
+    load the key, and compute. float32 does not use tensor cores and needs only one."""
     queries, _, dim = q.shape
     if q.element_size() > 2:
         return {"ROWS": 16, "KEYS": min(KEYS, 32), "num_warps": 4 if dim <= 128 else 8, "num_stages": 1}
@@ -254,9 +256,9 @@ def sparse_attention_into(
         0 if places is None else places.stride(0),
         PAGE=page_size, PER_BLOCK=block_size // page_size, PER_ENTRY=table_pages, CAUSAL=causal, SHARED=splits > 1,
         GROUP=group, DIM=dim, DIM_PAD=padded(dim, 16),
-        # rows that generate may name fewer pages than there are places
+        # in decoding, `chosen` is often padded
         ENTRIES=min(padded(named, 32), ENTRIES) if single else 0,
-        # as long as the registers hold keys and values
+        # only if registers hold both keys and values
         PAGEWISE=single and moved is None and q.element_size() == 2 and dim <= 128 and page_size % tiles["KEYS"] == 0,
         **tiles,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatches to Triton on a GPU and to torch elsewhere."""
 
 import torch
 
@@ -25,11 +25,11 @@ _unless_alike = operator(
 def top_pages(
     scores: torch.Tensor,  # [B, Hkv, N] float32
     k: int,
-    kept: torch.Tensor | None = None,  # [B] of each asker not more than so many, at most k; None: k
-    names: torch.Tensor | None = None,  # [B, Hkv, N] int32: what pages are called, ascending; else by number
+    kept: torch.Tensor | None = None,  # [B] upper bound for each request, at most k; None: k
+    names: torch.Tensor | None = None,  # [B, Hkv, N] int32 page numbers to return, ascending; None: the index
 ) -> torch.Tensor:
-    """-> [B, Hkv, k] int32, ascending, -1 at the end where fewer pages are taken or have a score above -inf. Pages of
-    score -inf must follow all others (they are those beyond the end)."""
+    """-> [B, Hkv, k] int32, ascending, padded with -1. Pages with score -inf are never taken; they must follow all
+    others, because they are pages beyond the end."""
     if scores.is_cuda:
         return _top_pages(scores, k, kept, names)
     return plain.top_pages(scores, k, kept, names)
@@ -37,14 +37,14 @@ def top_pages(
 
 def store_top_pages(
     out: torch.Tensor,  # [S, Hkv, W >= k] int32
-    rows: torch.Tensor,  # [B] int64 row of each asker, no two alike
+    rows: torch.Tensor,  # [B] int64 distinct row of each request
     scores: torch.Tensor,
     k: int,
     kept: torch.Tensor | None = None,
     names: torch.Tensor | None = None,
 ) -> None:
-    """What top_pages finds goes into rows of `out`, -1 behind it. What stands there stays where no page of a head has a
-    score."""
+    """Stores the result of top_pages in rows of `out`, padded with -1. If no page of a head has a score above -inf, its
+    row is left unchanged."""
     if scores.is_cuda:
         _store_top_pages(out, rows, scores, k, kept, names)
     else:
@@ -52,19 +52,21 @@ def store_top_pages(
 
 
 def physical_pages(page_table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """page_table [B, N], pages of each request [B, Hkv, K] -> where they lie, [B, Hkv, K]"""
+    """page_table [B, N], logical pages of each request [B, Hkv, K] -> physical pages [B, Hkv, K]"""
     return page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, pages.long())
 
 
 def unless_alike(
     pages: torch.Tensor,  # [B, Hkv, K] int32, ascending, -1 at the end
-    before: torch.Tensor,  # [S, Hkv, M >= K] int32, the same
-    rows: torch.Tensor,  # [B] int64 row of each asker in `before`, no two alike
-    known: torch.Tensor,  # [B] bool: whether anything was there before
+    before: torch.Tensor,  # [S, Hkv, M >= K] int32 earlier pages, in the same format
+    rows: torch.Tensor,  # [B] int64 distinct row of each request in `before`
+    known: torch.Tensor,  # [B] bool: whether `before` holds pages of the request
     share: float,
 ) -> torch.Tensor:
-    """The pages of askers that share less than that with those before, all heads together: [B, Hkv, K], -1 for the
-    others. Theirs then take the place of those before."""
+    """Keeps pages only of requests whose choice has changed: [B, Hkv, K], -1 for the other requests.
+
+    A choice has changed if less than `share` of its pages, over all heads, are among the earlier ones. It then replaces
+    them in `before`."""
     if pages.is_cuda:
         return _unless_alike(pages, before, rows, known, share)
     return plain.unless_alike(pages, before, rows, known, share)

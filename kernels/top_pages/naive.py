@@ -33,7 +33,7 @@ def unless_alike(pages, before, rows, known, share):
 
 
 def overlap(pages, before):
-    """-> [B] what share of the pages were there before"""
+    """-> [B] share of the pages that are among the earlier ones"""
     out = torch.zeros(len(pages))
     for b in range(len(pages)):
         there = pages[b] >= 0

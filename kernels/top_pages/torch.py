@@ -1,4 +1,4 @@
-"""The k-th highest score is a threshold; of the pages that tie with it the lowest are taken."""
+"""The k-th highest score is the threshold; among pages that tie with it, the lowest are taken."""
 
 import torch
 
@@ -8,7 +8,7 @@ def top_pages(scores, k, kept=None, names=None):
     counts = [] if kept is None else kept.tolist()
     if len(counts) == 1:
         pages = padded(some(scores, counts[0]), k)
-    elif counts:  # each asker as many as it may
+    elif counts:  # each request has its own bound
         pages = torch.cat([padded(some(own[None], count), k) for own, count in zip(scores, counts, strict=True)])
     else:
         pages = top(scores, k)
@@ -22,7 +22,7 @@ def padded(pages, k):
 
 
 def some(scores, k):
-    """The same for one asker; where no page has a score there is no search."""
+    """Like `top` for one request, without a search if no page has a score above -inf."""
     if bool((scores[..., 0] == -torch.inf).all()):
         return scores.new_full((*scores.shape[:2], k), -1, dtype=torch.int32)
     return top(scores, k)
@@ -41,7 +41,7 @@ def top(scores, k):
     chosen = above | (level & (level.cumsum(-1) <= room))  # exactly `taken` in each row
     pages = chosen.nonzero()[:, -1].view(*shape, taken).to(torch.int32)
     if k > width or taken == width or bool((threshold == -torch.inf).any()):
-        # -inf is no score: such pages leave, and since they are the last ones order stays
+        # drop pages with score -inf; they come last, so the order is unchanged
         pages = pages.masked_fill(scores.gather(-1, pages.long()) == -torch.inf, -1)
         pages = padded(pages, k)
     return pages
@@ -49,7 +49,7 @@ def top(scores, k):
 
 def store_top_pages(out, rows, scores, k, kept=None, names=None):
     """See dispatch.py"""
-    scored = scores[..., :1] > -torch.inf  # those without a score come last
+    scored = scores[..., :1] > -torch.inf  # pages without a score come last
     if bool(scored.any()):
         pages = padded(top_pages(scores, k, kept, names), out.shape[2])
         out.index_copy_(0, rows, torch.where(scored, pages, out.index_select(0, rows)))
@@ -64,7 +64,7 @@ def unless_alike(pages, before, rows, known, share):
 
 
 def overlap(pages, before):
-    """-> [B] what share of the pages were there before"""
+    """-> [B] share of the pages that are among the earlier ones"""
     there = pages >= 0
     known = before.masked_fill(before < 0, torch.iinfo(before.dtype).max)  # still ascending
     place = torch.searchsorted(known, pages).clamp_max_(known.shape[-1] - 1)

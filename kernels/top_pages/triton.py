@@ -1,9 +1,10 @@
-"""The k-th highest score is found two bits at a time, then the pages above it and the lowest that tie are written in
-order.
+"""A radix search finds the k-th highest score two bits at a time. Pages above it and the lowest pages that tie are then
+written in order.
 
-One program per row of scores. As integers of the same order, scores can be
-searched exactly: each of 16 steps counts the pages that reach three
-candidates, in one number, since threads wait for each other in every sum.
+One program per row of scores. Scores are mapped to integers of the same order,
+so the search is exact. Each of its 16 steps counts the pages that reach three
+candidates. The counts are packed into one number, because every sum
+synchronizes the threads.
 """
 
 import torch
@@ -12,26 +13,26 @@ import triton.language as tl
 
 from vllm_dlm.kernels.triton_utils import padded
 
-#: a tile of this many pages stays in registers, longer rows are read again in every step
+#: pages per tile; a row that fits one tile stays in registers, a longer one is read again in every step
 TILE = 4096
-#: the integer of -inf, see _keys
+#: key of the score -inf, see _keys
 NO_SCORE = tl.constexpr(-0x7F800001)
 
 
 @triton.jit
 def _keys(scores, start, width, TILE: tl.constexpr):
-    """Scores start … start + TILE - 1 as int32 in the order of the scores; NO_SCORE beyond the row"""
+    """Scores start … start + TILE - 1 as int32 keys of the same order; NO_SCORE beyond the row"""
     page = start + tl.arange(0, TILE)
     score = tl.load(scores + page, mask=page < width, other=float("-inf"))
     score = tl.where(score == 0.0, 0.0, score)  # -0 ties with 0
     bits = score.to(tl.int32, bitcast=True)
-    # of negative numbers the larger magnitude is the smaller number
+    # negative floats order by descending magnitude, so flip their lower bits
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
-    """How many keys of the row reach `least`"""
+    """Number of keys of the row that are at least `least`"""
     if ONE_TILE:
         return tl.sum((resident >= least).to(tl.int32), 0)
     number = 0
@@ -42,7 +43,7 @@ def _count(scores, resident, least, width, TILE: tl.constexpr, ONE_TILE: tl.cons
 
 @triton.jit
 def _three_counts(keys, first, second, third):
-    """How many keys reach each of the three: numbers of up to 20 bits, side by side"""
+    """Number of keys that reach each of three bounds, packed into one integer with 20 bits per count"""
     reached = (keys >= first).to(tl.int64) + ((keys >= second).to(tl.int64) << 20)
     return tl.sum(reached + ((keys >= third).to(tl.int64) << 40), 0)
 
@@ -52,7 +53,7 @@ def _top_kernel(
     scores, kept, names, chosen, rows, width, k, room_for, heads, stride_row, stride_head,
     TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """scores [B * heads, width] -> chosen [B or as many as `rows` names, heads, room_for >= k]"""
+    """scores [B * heads, width] -> chosen [B, or the rows that `rows` selects, heads, room_for >= k]"""
     row = tl.program_id(0).to(tl.int64)
     scores += row * width
     own = row // heads
@@ -63,7 +64,7 @@ def _top_kernel(
     if kept is not None:
         most = tl.minimum(tl.load(kept + row // heads).to(tl.int32), k)
     resident = _keys(scores, 0, width, TILE)
-    # the largest integer that so many keys reach: from the sign down, bits are set if they still reach it
+    # The threshold is the largest integer that at least `most` keys reach. Build it from the sign bit down.
     level = tl.full([], -0x80000000, tl.int32)
     for step in range(16):
         bit = tl.full([], 1, tl.int32) << (30 - 2 * step)
@@ -78,13 +79,13 @@ def _top_kernel(
         level = tl.where((counts & 0xFFFFF) >= most, first, level)
         level = tl.where(((counts >> 20) & 0xFFFFF) >= most, second, level)
         level = tl.where((counts >> 40) >= most, third, level)
-    level = tl.maximum(level, NO_SCORE + 1)  # with fewer scores than that, all of them
+    level = tl.maximum(level, NO_SCORE + 1)  # with fewer scores than `most`, take all
     room = most - _count(scores, resident, level + 1, width, TILE, ONE_TILE)
     above_before, ties_before = 0, 0
     for start in range(0, width, TILE):
         keys = resident if ONE_TILE else _keys(scores, start, width, TILE)
         above, ties = (keys > level).to(tl.int32), (keys == level).to(tl.int32)
-        # pages up to and including this one that are above, and that tie
+        # inclusive counts of pages above and of ties up to each page
         above_here, ties_here = above_before + tl.cumsum(above, 0), ties_before + tl.cumsum(ties, 0)
         taken = (above > 0) | ((ties > 0) & (ties_here <= room))
         place = above_here + tl.minimum(ties_here, room) - 1
@@ -97,7 +98,7 @@ def _top_kernel(
     number = above_before + tl.minimum(ties_before, room)
     end = room_for
     if rows is not None:
-        end = tl.where(number > 0, room_for, 0)  # nothing had a score: what stands there stays
+        end = tl.where(number > 0, room_for, 0)  # no page had a score: keep the row
     for first in range(0, end, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         tl.store(chosen + slot, -1, mask=(slot >= number) & (slot < end))
@@ -118,7 +119,7 @@ def store_top_pages(out, rows, scores, k, kept, names):
         _top_kernel[batch * heads,](
             scores.contiguous(), kept, names, out, rows, width, k, room_for, heads, *out.stride()[:2],
             TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(room_for, 128), TILE),
-            # a warp by itself waits for no other: worth it as long as its registers hold the row
+            # a single warp needs no synchronization, which is faster while its registers hold the row
             num_warps=1 if tile <= 512 else 4 if tile < TILE else 8,
         )  # fmt: skip
 
@@ -128,7 +129,8 @@ def _overlap_kernel(
     pages, before, rows, known, found, number, most, stride_b, stride_h, stride_before_b, stride_before_h,
     K: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """found [2, B, Hkv]: pages of a head that were there before, and all of them; each is looked for by halving."""
+    """Stores found [2, B, Hkv]: number of pages of a head that are in `before`, and number of pages. Pages are found by
+    binary search."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pages += b * stride_b + h * stride_h
     before += tl.load(rows + b) * stride_before_b + h * stride_before_h
@@ -138,7 +140,7 @@ def _overlap_kernel(
         place = start + tl.arange(0, TILE)
         page = tl.load(pages + place, mask=place < K, other=-1)
         low, high = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32) + most
-        for _ in range(STEPS):  # the first place whose page is not below
+        for _ in range(STEPS):  # binary search for the first entry that is not below the page
             middle = (low + high) // 2
             old = tl.load(before + middle, mask=middle < high, other=-1)
             below = (middle < high) & (old >= 0) & (old < page)
@@ -156,7 +158,7 @@ def _unless_kernel(
     pages, before, rows, known, found, left, number, most, share, stride_b, stride_h, stride_before_b, stride_before_h,
     K: tl.constexpr, TILE: tl.constexpr, HEADS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """left [B, Hkv, K]; its pages go to `before`, too"""
+    """Stores left [B, Hkv, K] and copies changed choices to `before`"""
     b, h, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     head = tl.arange(0, HEADS_PAD)
     common = tl.sum(tl.load(found + b * heads + head, mask=head < heads, other=0), 0)

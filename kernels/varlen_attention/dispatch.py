@@ -1,4 +1,4 @@
-"""Which implementation runs: torch's on every device."""
+"""Dispatches to torch, the only fast path, on every device."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The definition: a softmax over all keys of the sequence, in the precision of float64."""
+"""The definition, in float64: a softmax over all keys of the sequence."""
 
 import torch
 

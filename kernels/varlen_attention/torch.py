@@ -1,8 +1,8 @@
 """torch's scaled_dot_product_attention, one call per sequence.
 
-Without a causal mask a query does not know its position, so the query heads
-that share a key head are simply more queries of that head: grouped-query
-attention needs no repeated keys.
+Without a causal mask, attention does not depend on a query's position. The
+query heads that share a key head can therefore be folded into that head's
+queries, and grouped-query attention needs no repeated keys.
 """
 
 import torch

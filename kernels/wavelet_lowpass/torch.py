@@ -1,4 +1,4 @@
-"""One gather per tap and level: every second sample, shifted round the end."""
+"""One gather per tap and level: every second sample, shifted periodically."""
 
 import torch
 
@@ -17,5 +17,5 @@ def lowpass(keys, taps, levels, counts=None):
 
 
 def spread(index, like):
-    """[B, n] for every vector of [B, ..., N, D]"""
+    """Expands index [B, n] to [B, ..., n, D], for a gather from `like` [B, ..., N, D]"""
     return index.view(len(index), *[1] * (like.dim() - 3), -1, 1).expand(*like.shape[:-2], -1, like.shape[-1])
