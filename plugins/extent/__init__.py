@@ -1,4 +1,4 @@
-"""Extent: how far behind the current block do rows of the canvas live?"""
+"""Extent methods: how many positions after the current canvas block take part in a step?"""
 
 from vllm_dlm.plugins.extent.base import Extent
 

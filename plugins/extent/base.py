@@ -1,10 +1,10 @@
-"""What every extent shares: which positions of a canvas have a row while a block is decoded.
+"""Base class of extents, which decide which positions of a canvas have a row while a canvas block is decoded.
 
-Rows are the first so many positions of the canvas; the last of them may stand
-for another position, farther behind. To all else (plans, caches, attention,
-selections) the canvas is as long as it has rows. It grows when a block is
-opened: rows come in that nobody has seen, so that block begins as a canvas
-does, with nothing cached.
+The first n positions of the canvas have a row, and the last row may represent a
+later position. Everything else (plans, caches, attention, selections) treats
+the number of rows as the length of the canvas. The canvas may grow when a block
+is opened. The new rows have no cached state, so such a block starts cold, like a
+new canvas.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Extent:
-    """What says nothing else has a row for every position: the exact canvas."""
+    """By default, every position has a row: the exact canvas."""
 
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"
     presets: ClassVar[dict[str, dict]] = {}
-    #: a canvas costs what it has rows for, so its length is a bound and may be left open
+    #: the canvas starts small and grows, so its length is only an upper bound and may be omitted
     grows: ClassVar[bool] = False
 
     def rows(self, end: int, length: int) -> int:
-        """How many rows there are of a canvas of `length` positions, while a block is decoded that ends before
-        `end`; at least so many. They get no fewer from block to block."""
+        """Number of rows of a canvas of `length` positions, while the block that ends before `end` is decoded. It is at
+        least `end` and never shrinks from block to block."""
         return length
 
     def last(self, end: int, length: int) -> int:
-        """The position that the last row stands for."""
+        """The position that the last row represents."""
         return self.rows(end, length) - 1

@@ -1,11 +1,11 @@
-"""The suffix window of Streaming-dLLM and DPad: of the masks behind the current block the next few, and the last.
+"""Suffix window of Streaming-dLLM and DPad: after the current block, only the next few masks and the last one remain.
 
 https://arxiv.org/abs/2601.17917, https://arxiv.org/abs/2508.14148. While a block
-that ends before e is decoded, the rows are those of positions 0 … e+W-1 and,
-if any are left out, that of the canvas's last position, which says how long
-the answer may become. So a step costs nothing for what lies farther behind, and
-a canvas longer than the answer does not spoil it. With W as long as the canvas
-it is `full`.
+that ends before e is decoded, positions 0 … e+W-1 have rows. If positions are
+left out, the canvas's last position has a row, too, which tells the model how
+long the answer may become. Positions in between cost nothing, and a canvas much
+longer than the answer does not degrade it. With W as long as the canvas, this
+is `full`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from vllm_dlm.plugins.extent.base import Extent
 @dataclass(frozen=True)
 class Window(Extent):
     name: ClassVar[str] = "window"
-    #: of LLaDA-1.5 and LLaDA-Instruct, and of Dream-Base, at 512 tokens
+    #: published for LLaDA-1.5, LLaDA-Instruct and Dream-Base at 512 tokens
     presets: ClassVar[dict[str, dict]] = {
         "llada-humaneval": {"window": 96}, "llada-mbpp": {"window": 96}, "llada-gsm8k": {"window": 96},
         "llada-math": {"window": 96}, "dream-mbpp": {"window": 192}, "dream-gsm8k": {"window": 32},

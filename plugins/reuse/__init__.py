@@ -1,4 +1,4 @@
-"""Reuse: which rows are recomputed in which layer, and which come from the last steps?"""
+"""Reuse policies: which rows are recomputed in which layer, and which come from earlier steps?"""
 
 from vllm_dlm.plugins.reuse.base import Reuse
 

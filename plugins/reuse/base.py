@@ -1,9 +1,9 @@
-"""What every reuse policy shares: the plan of a step, made on the host, and the flow of a layer.
+"""Base class of reuse policies: the plan of a step, made on the host, and the flow of a layer.
 
-`plan` is a pure function of where a canvas stands, so the scheduler (to spend
-its budget) and the runner (to pack rows) come to the same answer without
-talking to each other. It says which rows are alive. `layer` is the policy
-itself: one transformer layer written down as a generator of asks, see flow.py.
+`plan` is a pure function of a canvas's progress. The scheduler (to spend its
+budget) and the runner (to pack rows) therefore compute the same plan without
+communicating. It names the live rows. `layer` is the policy itself: one
+transformer layer written as a generator of requests to the engine, see flow.py.
 """
 
 from collections.abc import Iterable
@@ -18,22 +18,22 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, dense
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a canvas stands; all that a plan may depend on. Positions count from the start of the canvas."""
+    """Progress of a canvas. A plan may depend on nothing else. Positions count from the start of the canvas."""
 
     prompt_len: int
-    length: int  # rows of the canvas, which a position has each: prompt and response, or as far as its extent goes
+    length: int  # number of rows, one per position: prompt and response, or fewer if the extent leaves positions out
     block: tuple[int, int]  # [start, end) of the current canvas block
     block_step: int  # forwards of this block so far
     step: int  # forwards of this request so far
-    cold: bool  # nothing is cached, or not of all rows: a new request, one resumed after preemption, or new rows
-    shift: int  # logits at i predict i + shift: the row before the first wanted position lives, too
+    cold: bool  # some rows have no cached state: new request, request resumed after preemption, or new rows
+    shift: int  # logits at i predict i + shift, so the row before the first wanted position must be live, too
     mask_id: int
-    tokens: np.ndarray  # [N] int64, masks where nothing is filled in yet; not to be written to
-    # [N] float32: what the last step that read a position gave its best token; NaN where none has
+    tokens: np.ndarray  # [N] int64, mask_id where nothing is filled in yet; read-only
+    # [N] float32: probability of the best token in the last step that read the position; NaN if none has
     confidence: np.ndarray
-    changed: np.ndarray  # positions that the last step filled, or made masks again, ascending
-    written: int = 0  # so many positions from the start have keys and values that stay, see Reuse.written
-    first: int = 0  # before it lies what comes behind the canvas, see Canvas.positions
+    changed: np.ndarray  # positions that the last step filled or masked again, ascending
+    written: int = 0  # length of the prefix whose keys and values are cached for good, see Reuse.written
+    first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
     def response(self) -> tuple[int, int]:
@@ -46,8 +46,8 @@ class Progress:
         return np.flatnonzero(self.tokens == self.mask_id)
 
     def rows_reading(self, positions: np.ndarray) -> np.ndarray:
-        """The row whose logits predict each position. Dream's at i predict i + 1; position 0 falls back on its own
-        row, which position 1 is read at, too."""
+        """The row whose logits predict each position. Dream's logits at i predict i + 1. Position 0 falls back to its
+        own row, which also predicts position 1."""
         if not self.shift or not self.first:
             return np.maximum(positions - self.shift, 0)
         rows = np.where(positions == self.first, positions, positions - self.shift)
@@ -56,7 +56,7 @@ class Progress:
 
 @lru_cache(maxsize=256)
 def span(start: int, end: int) -> np.ndarray:
-    """Positions [start, end), shared: not to be written to."""
+    """Positions [start, end), as a shared read-only array."""
     positions = np.arange(start, end)
     positions.flags.writeable = False
     return positions
@@ -64,11 +64,11 @@ def span(start: int, end: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    live: np.ndarray  # [T] rows carried from the embedding to the head: ascending positions
-    forced: np.ndarray  # of those the ones recomputed in every layer, whatever the flow finds; ascending
-    budget: int | None  # how many of the others are recomputed; None: what the flow finds decides
+    live: np.ndarray  # [T] rows carried from the embedding to the head, as ascending positions
+    forced: np.ndarray  # live rows that are recomputed in every layer, whatever the flow selects; ascending
+    budget: int | None  # number of other rows that are recomputed; None: the flow decides
     rows: int  # rows recomputed, as the scheduler counts them
-    refresh: bool  # an expensive step of a policy that also has cheap ones
+    refresh: bool  # an expensive step of a policy that also has inexpensive ones
 
     @classmethod
     def dense(cls, live: np.ndarray, refresh: bool = False) -> "StepPlan":
@@ -89,28 +89,28 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Reuse:
-    """What says nothing else recomputes every row of every layer in every step: the exact model."""
+    """By default, every row is recomputed in every layer of every step: the exact model."""
 
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"
     presets: ClassVar[dict[str, dict]] = {}
-    #: field values at which every row is recomputed in every step, so that the model is exact; None: there are none
+    #: field values at which every row is recomputed in every step, so that the model is exact; None: no such values
     exact: ClassVar[dict | None] = None
     #: K and V are written to the cache and read back by later steps
     caches: ClassVar[bool] = True
-    #: contexts are kept and added to, which holds only as long as they are of the same keys: what a selection has
-    #: chosen stays until the prompt is refreshed
+    #: contexts are kept and updated, which requires that they attend to the same keys; a selection's choice is
+    #: therefore kept until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
 
     @property
     def block_alone(self) -> bool:
-        """Between refreshes rows of the canvas block live and no others, all of them recomputed: beside its keys and
-        values nothing of the canvas changes."""
+        """Between refreshes exactly the rows of the canvas block are live, and all of them are recomputed. Nothing else
+        of the canvas changes in such a step."""
         return False
 
     @property
     def stagger(self) -> bool:
-        """Refreshes of different requests are spread over the engine's steps; results do not depend on it."""
+        """The scheduler spreads refreshes of different requests over steps. Results do not depend on it."""
         return False
 
     # -- on the host -----------------------------------------------------------------------
@@ -119,27 +119,28 @@ class Reuse:
         return StepPlan.dense(span(0, at.length))
 
     def final(self, at: Progress) -> int:
-        """Keys and values of so many positions from the start no later token changes, whether they are there or not."""
+        """Length of the prefix whose keys and values can no longer change, written or not."""
         return 0
 
     def written(self, at: Progress) -> int:
-        """So many positions from the start have keys and values, after this step, that no later token changes."""
+        """Length of the prefix whose keys and values are cached after this step and can no longer change."""
         return 0
 
     def reads(self, at: Progress) -> bool:
-        """This step reads something of the current block: others do not count as steps of it."""
+        """Whether this step reads logits of the current block. Other steps do not count as steps of the block."""
         return True
 
     def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]] | None:
-        """Rows that see no farther than to an end of their own, in parts; None: all see the whole canvas."""
+        """Live rows in parts, each with the end of the positions that its rows attend to. None: all rows attend to the
+        whole canvas."""
         return None
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
-        """How many rows, counted from the end of the canvas, keep features of their own in each layer."""
+        """Number of rows, counted from the end of the canvas, that keep features in each layer."""
         return 0
 
     def feature_width(self, row: RowShape) -> int:
-        """Numbers that each of those rows keeps."""
+        """Number of features that each of those rows keeps per layer."""
         return 0
 
     @property
@@ -148,21 +149,21 @@ class Reuse:
         return True
 
     def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
-        """Masked positions that may be filled in this step, of those whose logits the live rows give."""
+        """Masked positions that may be filled in this step. `positions`: those whose logits the live rows provide."""
         return positions
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
-        """Those of this step's candidates that no later step of the block can read: they are filled now, whatever
-        the decoding says."""
+        """Candidates that no later step of the block can read. They are filled in this step, whatever the decoding
+        chooses."""
         return positions[:0]
 
     # -- in a layer ------------------------------------------------------------------------
 
     def layer(self, at: Layer) -> Flow:
-        """One transformer layer over the live rows of canvases that stand alike."""
+        """One transformer layer over the live rows of a group: canvases with the same policy and kind of step."""
         return dense(at)
 
 
 def joined(*parts: Iterable[int]) -> np.ndarray:
-    """Sets of positions as one, ascending."""
+    """Union of sets of positions, ascending."""
     return np.unique(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))

@@ -1,12 +1,12 @@
-"""dLLM-Cache: the prompt is recomputed at long intervals, the response where its values moved.
+"""dLLM-Cache: recomputes the prompt at long intervals, and the response where its values changed most.
 
 https://arxiv.org/abs/2506.06295. At step s (from 1) the prompt is refreshed
-when (s-1) % Kp == 0 and the response when (s-1) % Kr == 0. In between every
-response row gets a new value vector; the share rho whose values are least
-similar to the cached ones is recomputed, the others keep what attention and
-FFN gave them last. The first layer always recomputes the whole response:
-that is how a newly committed token enters (a rule of the official code that
-the paper leaves out).
+when (s-1) % Kp == 0 and the response when (s-1) % Kr == 0. In between, every
+response row gets a new value vector. The share rho of rows whose values are
+least similar to the cached ones is recomputed. The other rows keep their last
+attention and FFN outputs. The first layer always recomputes the whole response,
+so that a newly committed token takes effect. The official code has this rule,
+the paper does not mention it.
 """
 
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class DLLMCache(Reuse):
     prompt_interval: int = 50  # Kp
     response_interval: int = 7  # Kr
     transfer_ratio: float = 0.25  # rho
-    parity: bool = False  # exactly the official code: rows of new tokens are not forced in
-    stagger: bool = True  # refreshes of different requests are spread over the steps
+    parity: bool = False  # reproduces the official code: rows of new tokens are not forced
+    stagger: bool = True  # spread refreshes of different requests over the steps
 
     def __post_init__(self):
         check(self.prompt_interval >= 1, "prompt_interval", self.prompt_interval, "at least 1")
@@ -74,11 +74,11 @@ class DLLMCache(Reuse):
         response = at.response
         prompt_due = at.cold or at.step % self.prompt_interval == 0
         response_due = at.cold or at.step % self.response_interval == 0
-        # The prompt's rows are read by nobody but themselves, so they live only while they are refreshed.
+        # Only prompt rows would use the prompt rows' outputs, so they are live only in steps that refresh them.
         live = span(0 if prompt_due else response[0], at.length)
         if response_due:
             return StepPlan.dense(live, refresh=True)
-        # Dream's row before the response is a prompt row that the head reads: always recomputed.
+        # With Dream, the head reads the prompt row before the response, so this row is always recomputed.
         forced = span(0 if prompt_due else response[0], at.prompt_len)
         budget = int(self.transfer_ratio * (at.length - at.prompt_len))
         return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due)
@@ -97,8 +97,9 @@ class DLLMCache(Reuse):
         return dense(at, kept) if at.whole else self._partial(at)
 
     def _partial(self, at: Layer) -> Flow:
-        """Every row gets a new value; rows whose values moved are recomputed, the others add what they kept."""
-        # The first layer recomputes every row, and with rho = 0 nothing but forced ones is looked at in the others.
+        """Every row gets a new value. Rows whose values changed most are recomputed, the others add their cached
+        outputs."""
+        # The first layer recomputes every row. With rho = 0 the other layers recompute only forced rows.
         if at.index > 0 and self.transfer_ratio > 0 and len(at.forced) < len(at.all):
             before = at.cached_values(at.all)
             v = yield Value(at.h, at.all)
@@ -116,11 +117,11 @@ class DLLMCache(Reuse):
         at.keep(rows, new)
         if rows.index is None:
             return at.all, at.x, new
-        # Rows that keep nothing, those of the prompt, are among the recomputed whenever they live.
+        # Prompt rows keep no features, but they are always recomputed when they are live.
         added = at.features(at.all)
         return at.all, at.x, added if at.all_keep else rows.set(added, new)
 
 
 def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:
-    """Attention and FFN output are always renewed together, so their sum is all a row keeps: [n, E]"""
+    """Features of a row: the sum of attention and FFN output [n, E], since both are always recomputed together"""
     return output + ffn

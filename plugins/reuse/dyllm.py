@@ -1,11 +1,12 @@
-"""DyLLM: only rows whose attention context moved are recomputed.
+"""DyLLM: recomputes only rows whose attention context changed.
 
 https://arxiv.org/abs/2603.08026. After `full_steps` full forwards, a step
-recomputes keys and values of the salient rows only; all live rows still
-attend, but a row that is not salient just adds what the moved values change
-(`delta_v`). A row whose new context has a cosine below `threshold` with its
-old one becomes salient: it passes the FFN of this layer and gets new keys and
-values in the next. The first layer's salient rows are those with new tokens.
+recomputes keys and values of salient rows only. All live rows still attend, but
+a row that is not salient only adds the contribution of changed values to its
+cached context (`delta_v`). A row becomes salient if the cosine between its new
+and its old context is below `threshold`. It then passes the FFN of this layer
+and gets new keys and values in the next. In the first layer, the rows with new
+tokens are salient.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Flow, Layer, Output, dense, heads
 
-#: the official code's constant: every fourth step, and the first four, let the prompt's rows live
+#: constant of the official code: prompt rows are live in the first four steps and in every fourth step
 OFFICIAL_INTERVAL = 4
 
 
@@ -35,13 +36,13 @@ class DyLLM(Reuse):
 
     full_steps: int = 4
     threshold: float = 0.995  # tau
-    # Every so many steps the prompt's rows live, too; 0: never, and they need no features. Null: the official
-    # code's 4 in parity mode, else 16: a long prompt's attention makes each such step cost nearly a dense one, and
-    # `python -m benchmarks quality` finds no difference between 0 and 16.
+    # Interval of steps in which prompt rows are live, too; 0: never, and they need no features. None: 4 as in the
+    # official code with `parity`, else 16. With a long prompt, attention makes such a step nearly as expensive as a
+    # dense one, and `python -m benchmarks quality` finds no difference between 0 and 16.
     whole_interval: int | None = None
-    refresh_interval: int = 0  # drift control: a full forward every so many steps; 0: never again, as published
-    parity: bool = False  # exactly the official code: rows of new tokens are salient in the first layer only
-    stagger: bool = True  # refreshes of different requests are spread over the steps
+    refresh_interval: int = 0  # drift control: interval of full forwards; 0: never again, as published
+    parity: bool = False  # reproduces the official code: rows of new tokens are salient in the first layer only
+    stagger: bool = True  # spread refreshes of different requests over the steps
 
     def __post_init__(self):
         check(self.full_steps >= 1, "full_steps", self.full_steps, "at least 1")
@@ -53,7 +54,7 @@ class DyLLM(Reuse):
         drifted = self.refresh_interval and at.step % self.refresh_interval == 0
         if at.cold or at.step < self.full_steps or drifted:
             return StepPlan.dense(everything, refresh=True)
-        step = at.step + 1  # the official code counts from 1, and its first four are whole
+        step = at.step + 1  # the official code counts from 1
         interval = self._interval
         whole = interval and (step % interval == 0 or step <= OFFICIAL_INTERVAL)
         live = everything if whole else span(*at.response)
@@ -80,16 +81,17 @@ class DyLLM(Reuse):
         return dense(at, kept) if at.whole else self._salient(at)
 
     def _salient(self, at: Layer) -> Flow:
-        """All rows attend; where a row is not salient, only the moved values are added to its cached context."""
+        """All live rows attend. For a row that is not salient, only the changed values are added to its cached
+        context."""
         columns = at.columns
         if at.index == 0:
-            # A context is the sum over what was visible: where that changes, it is made anew.
+            # A cached context is a sum over the keys visible then. If the visible keys change, it is recomputed.
             always_T = columns.forced | columns.fresh
             columns.carried["salient"] = always_T | columns.changed
             columns.carried["limit"] = torch.where(always_T, torch.inf, self.threshold)
         salient_T, limit_T = columns.carried["salient"], columns.carried["limit"]
         changed = at.where(salient_T, at.all)
-        # What the prompt's rows become in the last layer is read by nobody.
+        # Outputs of prompt rows in the last layer are unused.
         rows = at.response if at.last else at.all
         exact = at.where(salient_T, rows) if at.last else changed
 
@@ -110,5 +112,5 @@ class DyLLM(Reuse):
 
 
 def kept(context: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> torch.Tensor:
-    """The context before its projection, and the FFN's output: [n, H * D + E]"""
+    """Features of a row: the context before its projection and the FFN output, [n, H * D + E]"""
     return torch.cat([context, ffn], 1)

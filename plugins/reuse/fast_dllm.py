@@ -1,8 +1,8 @@
 """Fast-dLLM: keys and values outside the current block are frozen while the block is denoised.
 
 https://arxiv.org/abs/2505.22618. Each block starts with a full forward, which
-also fills its first positions. `prefix` then recomputes the block and all
-behind it, `dual` the block alone.
+also fills its first positions. Later steps recompute the block and all
+positions after it (`prefix`) or the block alone (`dual`).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class FastDLLM(Reuse):
     presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
 
     cache: Literal["prefix", "dual"] = "dual"
-    stagger: bool = True  # refreshes of different requests are spread over the steps
+    stagger: bool = True  # spread refreshes of different requests over the steps
 
     @property
     def block_alone(self) -> bool:
@@ -34,8 +34,8 @@ class FastDLLM(Reuse):
 
     def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
         if at.shift and at.block_step == 0:
-            # Dream reads position p at row p - 1. The first position of a block lies before the rows of the
-            # later steps, so the full forward fills it, and it alone.
+            # Dream reads position p at row p - 1. The row of a block's first position is not live in later steps,
+            # so the full forward fills this position, and only this one.
             return positions[positions == at.block[0]]
         return positions
 

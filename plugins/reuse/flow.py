@@ -1,7 +1,8 @@
-"""What the flow of a layer is written with: asks, rows, and what a layer shows.
+"""Building blocks for the flow of a layer: asks, rows, and the view of a layer.
 
-A policy writes one transformer layer as a generator. It yields what it wants
-computed and is sent the result. n rows; H and Hkv heads of D numbers each:
+A policy writes one transformer layer as a generator. It yields an ask, which
+names a computation, and is sent the result. n rows; H and Hkv heads of D
+numbers each:
 
     q, k, v = yield QueryKeyValue(h, rows)      # [n, H, D] rotated, [n, Hkv, D] rotated, [n, Hkv, D]
     context = yield Attend(q, rows)             # [n, H * D]
@@ -9,16 +10,18 @@ computed and is sent the result. n rows; H and Hkv heads of D numbers each:
     x, ffn = yield FeedForward(x, output)       # x + output and what the FFN makes of it, [n, E] each
     return rows, x, ffn
 
-Queries, keys and values can be asked for together or apart, of the same rows
-or of others; new keys and values go to the cache as they are made. The engine
-drives the flows of all policies of a batch in lockstep: asks of one type
-become one product, the earliest type in this order first, so rows of different
-policies share it and no policy knows of another. What is returned are the two
-halves of the residual stream behind the layer, which the next one adds up: of
-all live rows, or, in the last layer, of those that the flow names.
+Queries, keys and values can be computed together or separately, for the same
+rows or for different ones. New keys and values are written to the cache at
+once. The engine drives the flows of all policies of a batch in lockstep: asks
+of one type become one product, in the order of ORDER. Rows of different
+policies share that product, and policies are independent of each other.
 
-Nothing here waits for a device. Where only the device knows which rows are
-meant, `Layer.where` decides how they are carried on.
+A flow returns two summands of the residual stream after the layer, which the
+next layer adds up. It returns them for all live rows, except that the flow of
+the last layer may return fewer rows, which it names.
+
+Nothing here waits for the device. If only the device knows which rows are
+selected, `Layer.where` decides how they are represented.
 """
 
 from collections.abc import Callable, Generator
@@ -30,30 +33,30 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some of the live rows, ascending, canvas after canvas."""
+    """A subset of the live rows, ascending, canvas by canvas."""
 
     index: torch.Tensor | None  # [n] into the live rows; None: all of them
-    counts: list[int]  # how many of each canvas
-    #: [C + 1] int32: where each canvas's rows begin among these; None: as `counts` say
+    counts: list[int]  # number of rows of each canvas; upper bounds if only the device knows
+    #: [C + 1] int32: where each canvas's rows begin among these; None: given by `counts`
     starts: torch.Tensor | None = None
-    #: [n] bool: those that are meant. The others ride along because only the device knows; None: all are
+    #: [n] bool: rows that are selected. The others are computed but ignored; None: all are selected
     mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These rows of a tensor of all live rows; without a copy where all are meant."""
+        """These rows of a tensor of all live rows; not a copy if these are all live rows."""
         return tensor if self.index is None else tensor[self.index]
 
     def set(self, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """A tensor of all live rows with other values in these."""
+        """A tensor of all live rows with `values` in these rows; unselected rows keep their old values."""
         if self.mask is not None:
             values = torch.where(over(self.mask, values), values, self.of(tensor))
         return values if self.index is None else tensor.index_copy(0, self.index, values)
 
     def places(self, some: "Rows") -> torch.Tensor | slice:
-        """Where `some` of these rows stand among them."""
+        """Indices of `some`, a subset of these rows, within these rows."""
         if some.index is None:
             return slice(None)
         return some.index if self.index is None else torch.searchsorted(self.index, some.index)
@@ -61,24 +64,24 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """Those of n rows for which a mask is true; m of them."""
+    """The m of n rows for which a mask is true."""
 
     rows: Rows
-    place: torch.Tensor | None  # [m] where they stand among the n; None: where they stood, and `rows.mask` tells them
+    place: torch.Tensor | None  # [m] indices within the n rows; None: all n rows are kept and `rows.mask` selects
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """[n, …] -> [m, …]"""
         return tensor if self.place is None else tensor[self.place]
 
     def set(self, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[n, …] with other values [m, …] in these."""
+        """[n, …] with values [m, …] in the picked rows."""
         if self.place is not None:
             return tensor.index_copy(0, self.place, values)
         return values if self.rows.mask is None else torch.where(over(self.rows.mask, values), values, tensor)
 
 
 def over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """mask [n] in the shape of values [n, …]"""
+    """mask [n], reshaped to broadcast over values [n, …]"""
     return mask.view(-1, *[1] * (values.dim() - 1))
 
 
@@ -87,10 +90,10 @@ def over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Of normalised rows [n, E]. Queries and keys come rotated; keys and values also go to their rows' cache."""
+    """Projections of normalized rows. Queries and keys are returned rotated. Keys and values also go to the cache."""
 
-    inputs: torch.Tensor  # [n, E]
-    rows: Rows  # [n] whose they are
+    inputs: torch.Tensor  # [n, E] normalized
+    rows: Rows  # [n] rows that the inputs belong to
 
 
 class Value(Heads):
@@ -119,21 +122,21 @@ class Key(Heads):
 
 @dataclass(frozen=True, eq=False)
 class AttendMoved:
-    """What the moved values of changed rows add to the contexts of queries."""
+    """-> change of the queries' contexts caused by changed values"""
 
     q: torch.Tensor  # [n, H, D]
-    rows: Rows  # [n] whose queries these are
-    changed: Rows  # [S]
-    moved: torch.Tensor  # [S, Hkv, D]
+    rows: Rows  # [n] rows of the queries
+    changed: Rows  # [S] rows whose values changed
+    moved: torch.Tensor  # [S, Hkv, D] by how much
 
 
 @dataclass(frozen=True, eq=False)
 class Attend:
-    """Contexts over the keys and values of the row's canvas: those in the cache, or new ones of every row."""
+    """-> contexts over the keys and values of the row's canvas: the cached ones, or k and v if given"""
 
     q: torch.Tensor  # [n, H, D]
-    rows: Rows  # [n] whose queries these are
-    k: torch.Tensor | None = None  # [T, Hkv, D]
+    rows: Rows  # [n] rows of the queries
+    k: torch.Tensor | None = None  # [T, Hkv, D] of every live row
     v: torch.Tensor | None = None  # [T, Hkv, D]
 
 
@@ -144,10 +147,10 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """-> x + output [n, E], and the FFN of these rows or of those that are picked, [m, E]"""
+    """-> x + output [n, E], and the FFN output of all n rows or of the picked ones, [m, E]"""
 
-    x: torch.Tensor  # [n, E] the residual stream, not normalised
-    output: torch.Tensor | None = None  # [n, E] what attention adds to it
+    x: torch.Tensor  # [n, E] the residual stream, not normalized
+    output: torch.Tensor | None = None  # [n, E] projected attention output, which is added to x
     picked: Picked | None = None
 
 
@@ -155,7 +158,7 @@ Ask = Heads | AttendMoved | Attend | Output | FeedForward
 ORDER: tuple[type, ...] = (
     Value, QueryKeyValue, KeyValue, QueryKey, Query, Key, AttendMoved, Attend, Output, FeedForward,
 )  # fmt: skip
-#: rows, and the two halves of the residual stream behind the layer
+#: result of a flow: rows, and the two summands of the residual stream after the layer
 Behind = tuple[Rows, torch.Tensor, torch.Tensor]
 Flow = Generator[Ask, Any, Behind]
 
@@ -165,62 +168,62 @@ Flow = Generator[Ask, Any, Behind]
 
 @dataclass
 class Columns:
-    """What is known of each live row before the first layer; T rows."""
+    """Properties of each live row that are known before the first layer; T rows."""
 
-    forced: torch.Tensor  # [T] bool: recomputed anyway, by the plan or because their token just changed
-    changed: torch.Tensor  # [T] bool: their token just changed
-    fresh: torch.Tensor  # [T] bool: the keys they may see change in this step
-    #: what a flow hands to the next layer
+    forced: torch.Tensor  # [T] bool: always recomputed, by the plan or because the row's token just changed
+    changed: torch.Tensor  # [T] bool: the row's token just changed
+    fresh: torch.Tensor  # [T] bool: the set of keys that the row may read changes in this step
+    #: state that a flow passes on to the next layer
     carried: dict[str, Any] = field(default_factory=dict)
 
 
 class Layer(Protocol):
-    """One layer in one step, for the live rows of canvases of one policy that stand alike; T rows."""
+    """One layer in one step, as seen by the flow of a group: canvases with the same policy and kind of step; T rows."""
 
     index: int  # of the layer
     last: bool
     whole: bool  # every row of every canvas is recomputed
     x: torch.Tensor  # [T, E] the residual stream
-    h: torch.Tensor  # [T, E] normalised
+    h: torch.Tensor  # [T, E] normalized
     columns: Columns
     all: Rows
-    forced: Rows  # those of `columns`
-    response: Rows  # rows from which the response is read: all that anybody needs behind the last layer
-    wanted: Rows  # of a whole step: rows that the head reads, or whose features are kept
+    forced: Rows  # rows with `columns.forced`
+    response: Rows  # rows from which the response is read; only these are needed after the last layer
+    wanted: Rows  # in a whole step: rows that the head reads or whose features are kept
     all_keep: bool  # every live row keeps features
 
     def of(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """These rows of `x` and `h`"""
 
     def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
-        """Those of `rows`, which are alive, for which it is true."""
+        """The rows among `rows` for which the mask, given for all live rows, is true."""
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:
-        """The forced rows, and in each canvas as many others as the plan's budget says, the least similar first,
-        ties to the lowest row."""
+        """The forced rows, and in each canvas the least similar other rows, as many as the plan's budget allows. Ties
+        go to the lowest row."""
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        """Cosine of rows [n, …] over all heads of all ranks, in float32: [n]"""
+        """Cosine similarity of rows [n, …] over all heads of all ranks, in float32: [n]"""
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
-        """[n, Hkv, D]; of rows whose values are asked for, those before."""
+        """Cached values [n, Hkv, D]. Call this before an ask that overwrites them."""
 
     def features(self, rows: Rows) -> torch.Tensor:
-        """[n, W]; of rows that keep none, anything."""
+        """Cached features [n, W]; undefined for rows that keep none."""
 
     def keep(self, rows: Rows, features: torch.Tensor) -> None:
-        """[n, W]; of rows that keep none, nothing happens."""
+        """Stores features [n, W]; a no-op for rows that keep none."""
 
 
 # -- flows that policies share -------------------------------------------------------------------
 
 
-#: (context [n, H * D], output [n, E], ffn [n, E]) -> what the rows keep of them, [n, W]
+#: (context [n, H * D], output [n, E], ffn [n, E]) -> features of the rows, [n, W]
 Kept = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def heads(at: Layer, queried: Rows, renewed: Rows) -> Generator[Ask, Any, tuple[torch.Tensor, ...]]:
-    """-> q of some rows, k and v of others; in one product where these are the same"""
+    """-> q of `queried`, k and v of `renewed`, in one product if both are the same rows"""
     if queried.index is renewed.index:
         return (yield QueryKeyValue(renewed.of(at.h), renewed))
     q = yield Query(queried.of(at.h), queried)
@@ -229,8 +232,8 @@ def heads(at: Layer, queried: Rows, renewed: Rows) -> Generator[Ask, Any, tuple[
 
 
 def dense(at: Layer, kept: Kept | None = None) -> Flow:
-    """Every row of the canvas through everything; keys and values are this step's own."""
-    # Nobody reads the last layer's output but the head and the features: only those rows are queried there.
+    """Computes every row of the canvas completely, with new keys and values."""
+    # Only the head and the features use the last layer's output, so only their rows are queried there.
     rows = at.wanted if at.last else at.all
     q, k, v = yield from heads(at, rows, at.all)
     context = yield Attend(q, rows, k, v)
@@ -242,7 +245,7 @@ def dense(at: Layer, kept: Kept | None = None) -> Flow:
 
 
 def cached(at: Layer) -> Flow:
-    """The live rows through everything, over the cached keys and values of the others and their own new ones."""
+    """Computes the live rows completely, attending to their new keys and values and to cached ones of other rows."""
     q, _, _ = yield QueryKeyValue(at.h, at.all)
     context = yield Attend(q, at.all)
     output = yield Output(context)

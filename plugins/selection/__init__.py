@@ -1,4 +1,4 @@
-"""Selection: which cached keys may a query see?"""
+"""Selections: which cached keys may a query read?"""
 
 from vllm_dlm.plugins.selection.base import Selection
 

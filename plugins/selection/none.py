@@ -1,4 +1,4 @@
-"""Every query sees every key: the exact model."""
+"""Every query reads every key: the exact model."""
 
 from dataclasses import dataclass
 from typing import ClassVar

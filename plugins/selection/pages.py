@@ -1,12 +1,12 @@
-"""What selections of pages share: a budget, pages that are always read, and one rule for both engines.
+"""Base class of page selections: a budget, pages that are always read, and one rule for both engines.
 
-A method says what is kept of a page's keys (`describe`) and what a page
-promises to a query (`score`). The best pages of each key head are read, as
-many as the budget allows: the heads that share it, and all queries that read
-together, count by the one that is promised most. The first pages and the last
-ones are always read, and so are pages nobody has described. Works on the
-cached prompt of diffusion models, whose responses are read whole, and on
-everything a generated position of an autoregressive model sees.
+A method defines how a page's keys are summarized (`describe`) and how a query
+scores a page (`score`). Each key head reads its highest-scored pages, as many
+as the budget allows. A page's score is the maximum over the query heads that
+share the key head and over all queries that share the choice. The first and the
+last pages are always read, and so are pages without a summary. This works on
+the cached prompt of diffusion models, whose responses are read completely, and
+on all keys that a generated position of an autoregressive model sees.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from vllm_dlm.plugins.selection.base import Asked, Choice, Selection, Summaries
 class PageSelection(Selection):
     autoregressive: ClassVar[bool] = True
 
-    budget_tokens: int = 2048  # read per query and key head, sink and recent pages included
+    budget_tokens: int = 2048  # tokens read per query and key head, including sink and recent pages
     page_size: int = 64  # a power of two that divides the KV block
-    sink_pages: int = 1  # the first ones are always read
-    recent_pages: int = 2  # and the last ones
-    min_context: int = 8192  # shorter ones are read whole
+    sink_pages: int = 1  # number of first pages that are always read
+    recent_pages: int = 2  # number of last pages that are always read
+    min_context: int = 8192  # shorter contexts are read completely
     dense_layers: tuple[int, ...] = (0, 1)  # these layers read everything
-    query_set: Literal["active", "masked"] = "masked"  # who chooses for a step: all its rows, or those to be decided
-    select_every: int = 1  # denoising steps that a choice serves; a refresh of the prompt ends it before
+    query_set: Literal["active", "masked"] = "masked"  # rows that vote: all of the step, or those to be decided
+    select_every: int = 1  # denoising steps per choice; a refresh of the prompt ends a choice early
 
     def __post_init__(self):
         size = self.page_size
@@ -46,14 +46,14 @@ class PageSelection(Selection):
             f"at least {least}: the sink and recent pages and one to choose",
         )  # fmt: skip
 
-    # -- what a method says ----------------------------------------------------------------
+    # -- what a method implements ----------------------------------------------------------
 
     def describe(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys of whole pages [n, Hkv, P, D] -> what is kept of them, [n, Hkv, W1], [n, Hkv, W2] (see `vectors`)"""
+        """Keys of whole pages [n, Hkv, P, D] -> summaries [n, Hkv, W1], [n, Hkv, W2] (see `vectors`)"""
         raise NotImplementedError
 
     def score(self, q: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """q [B, Hkv, R, D], first [B, Hkv, N, W1], second [B, Hkv, N, W2] -> promises [B, Hkv, R, N]"""
+        """q [B, Hkv, R, D], first [B, Hkv, N, W1], second [B, Hkv, N, W2] -> scores [B, Hkv, R, N]"""
         raise NotImplementedError
 
     # -- choosing --------------------------------------------------------------------------
@@ -67,13 +67,13 @@ class PageSelection(Selection):
 
     @property
     def kept_pages(self) -> int:
-        """Pages that are read per query and key head where any are left out."""
+        """Number of pages read per query and key head if any are left out."""
         return self.budget_tokens // self.page_size
 
     def choose(self, asked: Asked) -> Choice:
         scores = self.scores(asked)
         batch, _, count = scores.shape
-        if asked.prompts is None:  # the last page, which is being filled, is read without being asked for
+        if asked.prompts is None:  # the last page is being filled and always read, so it is not chosen
             return Choice(top_pages(scores, min(self.kept_pages - 1, count)), batch * count)
         most = max(map(self.units_kept, asked.prompts.prompt_lens))
         scored, held = sum(map(self.summary_rows, asked.prompts.prompt_lens)), asked.prompts.held
@@ -83,8 +83,8 @@ class PageSelection(Selection):
         return Choice(None, scored)
 
     def scores(self, asked: Asked) -> torch.Tensor:
-        """[B, Hkv, N] float32: FORCED where a page is always read, -inf beyond an asker's pages. A method with a
-        kernel of its own replaces it as a whole."""
+        """Scores [B, Hkv, N] float32: FORCED for pages that are always read, -inf beyond a chooser's pages. A method
+        with its own kernel overrides this method."""
         first, second = asked.summaries.by_head(asked.table)
         q, votes = asked.electing(self.query_set)  # [B, L, H, D], [B, L]
         rows = q.to(first.dtype).unflatten(2, (first.shape[1], -1)).transpose(1, 2)  # [B, Hkv, L, G, D]
@@ -100,13 +100,14 @@ class PageSelection(Selection):
         return score.masked_fill_((page >= asked.counts[:, None])[:, None], -torch.inf)
 
     def forced_from(self, asked: Asked) -> torch.Tensor:
-        """[B] the first of each asker's last pages. Of a canvas, the prompt's end counts as recent."""
+        """[B] the first of each chooser's recent pages. For a canvas, these are the last pages of the prompt."""
         if asked.prompts is not None:
             return asked.prompts.numbers[0]
         return self.recent_from(asked.counts) if asked.recent is None else asked.recent
 
     def recent_from(self, counts: torch.Tensor) -> torch.Tensor:
-        """Of generated positions with so many pages before the one that is being filled, which is the most recent."""
+        """The first recent page of generated positions with `counts` pages before the page that is being filled, which
+        counts as recent."""
         return counts - (self.recent_pages - 1)
 
     # -- the prompt of a diffusion model ---------------------------------------------------
@@ -132,19 +133,19 @@ class PageSelection(Selection):
     # -- generated positions of an autoregressive model ------------------------------------
 
     def leaves_out(self, keys: int) -> bool:
-        """Whether a position that sees so many keys reads only part of them."""
+        """Whether a position that sees `keys` keys reads only part of them."""
         return keys >= self.min_context and -(-keys // self.page_size) > self.kept_pages
 
     def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
-        """Describes pages of a plain cache [blocks, Hkv, block_size, 2 * D] from the keys that lie there now. An id
-        below 0 names no page; page 0, which vLLM gives to nobody, is described in its place."""
-        pages = cache.unflatten(2, (-1, self.page_size))  # [blocks, Hkv, pages of a block, P, 2 * D]
+        """Summarizes pages of a cache [blocks, Hkv, block_size, 2 * D] from their current keys. For ids below 0, which are
+        padding, page 0 is summarized instead. vLLM never allocates that page."""
+        pages = cache.unflatten(2, (-1, self.page_size))  # [blocks, Hkv, pages per block, P, 2 * D]
         ids, per_block = page_ids.long().clamp_min(0), pages.shape[2]
         keys = pages[ids // per_block, :, ids % per_block, :, : pages.shape[4] // 2]
         self.put(keys, ids, summaries)
 
     def put(self, keys: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
-        """The same of pages whose keys [n, Hkv, P, D] the caller has read himself."""
+        """Like `store`, for pages whose keys [n, Hkv, P, D] the caller has gathered."""
         first, second = self.describe(keys)
         summaries.first[page_ids] = first.to(summaries.first.dtype)
         summaries.second[page_ids] = second.to(summaries.second.dtype)

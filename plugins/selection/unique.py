@@ -1,13 +1,14 @@
-"""UNIQUE: a query reads the pages of the cache whose keys promise most.
+"""UNIQUE: a query reads the highest-scored pages of the cache.
 
-A page's promise is the mean of its keys seen by the query, plus the spread of
-its keys times the length of the query: averaging hides a single important key,
-and the spread gives it back (`kernels/page_scores`). Works after training, on
-autoregressive models and on the cached prompt of diffusion models.
+A page's score is the product of the query with the mean of its keys, plus the
+spread of its keys times the length of the query. The mean alone would hide a
+single important key, which the spread makes up for (`kernels/page_scores`).
+Works after training, on autoregressive models and on the cached prompt of
+diffusion models.
 
-The method is known from its abstract and notes on it: page size, forced pages,
-the reduction over grouped heads and which scalar the spread is are this
-project's reading, and fields.
+The method is known only from its abstract and from notes on it. Page size,
+forced pages, the reduction over grouped heads and the kind of spread are this
+project's interpretation. Each is a field.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Unique(PageSelection):
 
     lam: float = 0.5  # weight of the spread
     std_kind: StdKind = "l2"
-    # over the heads of a key head, and over the queries of a step
+    # over the query heads of a key head and the queries of a step
     reduce: Reduction = "max"
 
     def __post_init__(self):

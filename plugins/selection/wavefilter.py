@@ -1,19 +1,22 @@
-"""WaveFilter: skim the prompt's keys at coarse wavelet resolution, keep what promises most, look closer, attend there.
+"""WaveFilter: scores the prompt's keys at coarse wavelet resolution, refines the best runs and attends to those left.
 
 https://arxiv.org/abs/2606.00724. At scale b the low-pass band of the keys
-stands for runs of 2^b tokens. The queries of a step vote (softmax over the
-runs, summed over queries and the heads of a key head), a proportion m_b of the
-runs stays, and the next finer scale goes on inside them, from `levels` down to
-pairs of tokens. With Haar the band is the run's mean, so nothing has to be
-transformed twice: the coarsest scale is kept beside the cache and made anew
-when the prompt is refreshed, finer ones are means of the keys that are left.
+represents runs of 2^b tokens. The queries of a step vote: softmax over the
+runs, summed over queries and the heads of a key head. A proportion m_b of the
+runs is kept and refined at the next finer scale, from `levels` down to pairs of
+tokens. With Haar the band is the run's mean, so nothing is transformed twice.
+The coarsest scale is stored with the KV cache and recomputed when the prompt is
+refreshed. Finer scales are means of the remaining keys.
 
-Beyond the paper, off in preset "paper": a bound for what a mean hides, from
-the energy of the detail bands (`detail_lambda`); a last scale of single tokens
-(`token_stage`); choices that serve longer than a step (`reselect`); first and
-last tokens that always stay. A choice held for a whole block goes stale with
-the tokens that are filled, so "serve" looks at the coarsest scale in every
-step and descends anew where that has moved.
+Extensions beyond the paper, off in preset "paper":
+- `detail_lambda`: a bound on what a mean hides, from the energy of the details
+- `token_stage`: a last scale of single tokens
+- `reselect`: choices that are used for more than one step
+- `keep_sink`, `keep_tail`: first and last tokens that are always kept
+
+A choice kept for a whole block becomes stale as tokens are filled. Preset
+"serve" therefore scores the coarsest scale in every step, and descends again if
+its result has changed.
 """
 
 import math
@@ -46,21 +49,21 @@ class WaveFilter(Selection):
         },
     }  # fmt: skip
 
-    wavelet: str = "haar"  # psi: any orthogonal one PyWavelets knows
+    wavelet: str = "haar"  # psi: any orthogonal wavelet of PyWavelets
     levels: int = 2  # B
-    proportions: tuple[float, ...] | float = (0.4, 0.4)  # m_B … m_1, then of the token stage; one for all: repeated
-    budget: float | None = None  # instead: the share (below 1) or number of prompt tokens kept, spread over the scales
-    normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits 2^(b/2) sharper, or not
+    proportions: tuple[float, ...] | float = (0.4, 0.4)  # m_B … m_1, then the token stage; one number is repeated
+    budget: float | None = None  # replaces proportions: share (below 1) or number of prompt tokens kept
+    normalization: Literal["orthonormal", "mean"] = "orthonormal"  # of the bands: logits times 2^(b/2), or unscaled
     head_mode: Literal["per_kv_head", "shared"] = "per_kv_head"
-    query_set: Literal["active", "masked"] = "active"  # who votes: all rows of the step, or those to be decided
+    query_set: Literal["active", "masked"] = "active"  # rows that vote: all of the step, or those to be decided
     agg: Reduction = "softmax_sum"
     detail_lambda: float = 0.0
     token_stage: bool = False
     reselect: str = "step"  # "step", "refresh", "every:R" (steps) or "drift:T" (overlap of the coarsest scale below T)
     granularity: Literal["token", "page"] = "token"  # page: runs of 2^levels tokens, chosen at the coarsest scale
-    keep_sink: int = 0  # first tokens of the prompt that always stay
-    keep_tail: int = 0  # last ones; both together take an eighth of what is kept at most
-    min_prompt: int = 512  # shorter ones are read whole
+    keep_sink: int = 0  # first tokens of the prompt that are always kept
+    keep_tail: int = 0  # last tokens that are always kept; both together use at most an eighth of the tokens kept
+    min_prompt: int = 512  # shorter prompts are read completely
     dense_layers: tuple[int, ...] = ()  # these layers read everything
 
     def __post_init__(self):
@@ -95,11 +98,11 @@ class WaveFilter(Selection):
             "'step', 'refresh', 'every:R' or 'drift:T'",
         )
 
-    # -- what the fields come to -----------------------------------------------------------
+    # -- quantities derived from the fields ------------------------------------------------
 
     @property
     def scales(self) -> range:
-        """From the coarsest to the finest; scale 0 is single tokens."""
+        """Scales from the coarsest to the finest; scale 0 is single tokens."""
         if self.granularity == "page":
             return range(self.levels, self.levels - 1, -1)
         return range(self.levels, -1 if self.token_stage else 0, -1)
@@ -113,7 +116,8 @@ class WaveFilter(Selection):
         return 2 ** self.scales[-1]
 
     def pinned(self, prompt_len: int) -> tuple[int, int]:
-        """First and last tokens that always stay. Those beyond the last coarse run stay anyway."""
+        """Number of first and last tokens that are always kept. Tokens after the last coarse run are read anyway and so
+        are subtracted."""
         runs = prompt_len // 2**self.levels
         room = self.kept(runs)[-1] * self.unit / 8
         wanted = self.keep_sink + self.keep_tail
@@ -121,7 +125,7 @@ class WaveFilter(Selection):
         return int(share * self.keep_sink), max(0, int(share * self.keep_tail) - prompt_len % 2**self.levels)
 
     def kept(self, runs: int) -> list[int]:
-        """How many runs stay at each scale, of so many at the coarsest."""
+        """Number of runs kept at each scale. `runs`: number of runs at the coarsest scale."""
         if self.budget is not None:
             share = self.budget if self.budget < 1 else min(1.0, self.budget / (runs * 2**self.levels))
             shares = [share ** (1 / self.stages)] * self.stages
@@ -138,7 +142,7 @@ class WaveFilter(Selection):
     def _reselect(self) -> tuple[str, float]:
         return reselection(self.reselect) or ("step", 0.0)
 
-    # -- what the engine asks --------------------------------------------------------------
+    # -- interface to the engine -----------------------------------------------------------
 
     def applies(self, prompt_len: int, length: int) -> bool:
         runs = prompt_len // 2**self.levels
@@ -166,21 +170,22 @@ class WaveFilter(Selection):
         return self.kept(self.summary_rows(prompt_len))[-1]
 
     def numbers(self, prompt_len: int) -> list[int]:
-        """Of each scale: runs that stay, the first ones that stay anyway, and where the last ones begin that do."""
+        """For each scale: number of runs kept, number of first runs always kept, and the first of the last runs always
+        kept."""
         runs, found = self.summary_rows(prompt_len), []
         for scale, kept in zip(self.scales, self.kept(runs), strict=True):
             sink, tail = (-(-tokens // 2**scale) for tokens in self.pinned(prompt_len))
-            found += [kept, sink, runs - tail]  # they come first and last at every scale
+            found += [kept, sink, runs - tail]  # runs always kept remain first and last at every scale
             runs = 2 * kept
         return found
 
     def memo(self, prompt_len: int) -> int:
-        if self._reselect[0] != "drift" or self.stages == 1:  # at one scale there is no descent to spare
+        if self._reselect[0] != "drift" or self.stages == 1:  # with one scale there is no descent to save
             return 0
         return self.kept(self.summary_rows(prompt_len))[0]
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.wavelet != "haar":  # a band reaches round the ends of its prompt
+        if self.wavelet != "haar":  # bands are periodic, so each prompt is transformed separately
             bands = [self._band(own.transpose(0, 1), self.levels).transpose(0, 1) for own in keys.split(lens)]
             band = torch.cat(bands)
             return band, band[..., :0]
@@ -190,15 +195,15 @@ class WaveFilter(Selection):
     def choose(self, asked: Asked) -> Choice:
         prompts = asked.prompts
         if prompts is None:
-            raise NotImplementedError(f"{self.name} chooses among the keys of a cached prompt alone")
+            raise NotImplementedError(f"{self.name} only chooses among the keys of cached prompts")
         kept = [self.kept(self.summary_rows(n)) for n in prompts.prompt_lens]
         most = [max(own) for own in zip(*kept, strict=True)]
         scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
         held, scores, names = prompts.held, self._coarsest(asked, prompts), None
         for stage, scale in enumerate(self.scales[1:], 1):
-            runs = top_pages(scores, most[stage - 1], prompts.numbers[3 * stage - 3], names)  # [B, Hkv, most of them]
+            runs = top_pages(scores, most[stage - 1], prompts.numbers[3 * stage - 3], names)  # [B, Hkv, n]
             if stage == 1 and held is not None and held.memo.shape[2]:
-                # Where the coarsest choice is still much the same no run is looked into, and the old one serves on.
+                # If the coarsest choice has changed little, no run is refined and the stored choice is used again.
                 runs = unless_alike(runs, held.memo, held.rows, held.known, self._reselect[1])
             scores, names = self._halves(asked, prompts, runs, scale, prompts.numbers[3 * stage - 3 : 3 * stage + 3])
         last = scores, most[-1], prompts.numbers[-3], names
@@ -210,7 +215,7 @@ class WaveFilter(Selection):
     # -- one scale -------------------------------------------------------------------------
 
     def _coarsest(self, asked: Asked, prompts: CachedPrompts) -> torch.Tensor:
-        """Votes for the runs that were summarised, [B, Hkv, N]"""
+        """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
         return self._of_heads(page_scores(
@@ -219,7 +224,8 @@ class WaveFilter(Selection):
         ))  # fmt: skip
 
     def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
-        """Votes for the halves of what is left at the scale above, and which runs of 2^scale those are, [B, Hkv, n]"""
+        """Votes for the halves of the runs kept at the scale above, and their indices as runs of 2^scale tokens,
+        [B, Hkv, n] each"""
         above, _, _, _, sinks, forced_from = numbers.unbind()
         voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
@@ -246,16 +252,16 @@ class WaveFilter(Selection):
         return 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
 
     def _band(self, keys: torch.Tensor, scale: int, counts: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., Hkv, N, D] -> low-pass band in units of a mean, [..., Hkv, N / 2^scale, D]"""
+        """[..., Hkv, N, D] -> low-pass band, scaled like a mean, [..., Hkv, N / 2^scale, D]"""
         return lowpass(keys, tuple(pywt.Wavelet(self.wavelet).dec_lo), scale, counts) / 2 ** (scale / 2)
 
     def _of_heads(self, scores: torch.Tensor) -> torch.Tensor:
-        """Votes [B, Hkv, N] of each key head, or of all together."""
+        """Votes [B, Hkv, N] per key head, or summed over all key heads."""
         return scores if self.head_mode == "per_kv_head" else scores.sum(1, keepdim=True).expand(scores.shape)
 
 
 def reselection(text: str) -> tuple[str, float] | None:
-    """When it is chosen anew: "kind" or "kind:number"; None: neither."""
+    """Parses `reselect`, "kind" or "kind:number"; None if invalid."""
     kind, _, number = text.partition(":")
     try:
         value = float(number) if number else 0.0
@@ -273,5 +279,5 @@ def reselection(text: str) -> tuple[str, float] | None:
 def is_orthogonal(name: str) -> bool:
     try:
         return pywt.Wavelet(name).orthogonal
-    except ValueError:  # continuous ones
+    except ValueError:  # continuous wavelets
         return False
