@@ -137,8 +137,8 @@ class PageSelection(Selection):
         return keys >= self.min_context and -(-keys // self.page_size) > self.kept_pages
 
     def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
-        """Summarizes pages of a cache [blocks, Hkv, block_size, 2 * D] from their current keys. For ids below 0, which are
-        padding, page 0 is summarized instead. vLLM never allocates that page."""
+        """Summarizes pages of a cache [blocks, Hkv, block_size, 2 * D] from their current keys. For ids below 0, the
+        padding, page 0 is summarized, which vLLM never allocates."""
         pages = cache.unflatten(2, (-1, self.page_size))  # [blocks, Hkv, pages per block, P, 2 * D]
         ids, per_block = page_ids.long().clamp_min(0), pages.shape[2]
         keys = pages[ids // per_block, :, ids % per_block, :, : pages.shape[4] // 2]

@@ -1,5 +1,5 @@
-"""The families of masked-diffusion language models: one folder each, with its record, its reading of config.json
-and its names of the tensors. A folder that is here takes part; no list names them.
+"""Families of masked-diffusion language models, one folder each: its record, how its config.json is read, and its
+tensor names. Every folder in this package is registered automatically.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""What a config.json must say, whatever the family, without trust_remote_code.
+"""Base classes and checks for the config.json of all families, without trust_remote_code.
 
 Read in vLLM 0.32 and 0.33: transformers_utils/config.py (`_CONFIG_REGISTRY`),
-transformers_utils/model_arch_config_convertor.py (the first to read a config,
-after `--hf-overrides` and before anything is computed from it).
+transformers_utils/model_arch_config_convertor.py (the first code that reads a
+config, after `--hf-overrides` and before anything is derived from it).
 """
 
 import math
@@ -19,9 +19,9 @@ from vllm_dlm.models.files import refuse_unreadable
 
 
 class DiffusionConfig(PretrainedConfig):
-    """Takes what transformers' own checks would answer with a bare Python error, for `check_config` to name.
+    """Accepts values that transformers would reject with a bare Python error, so that `check_config` can name them.
 
-    Subclasses set `family`, and the words in which their config.json speaks where those are not Llama's.
+    Subclasses set `family`, and the names of the fields in their config.json if these differ from Llama's.
     """
 
     width, heads, kv_heads = "hidden_size", "num_attention_heads", "num_key_value_heads"
@@ -34,11 +34,12 @@ class DiffusionConfig(PretrainedConfig):
         "max_position_embeddings",
     )
     tied = "tie_word_embeddings"
-    #: field -> the one value the architecture is implemented for
+    #: field -> the only value that is implemented
     implemented: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs):
-        """A subclass without an `__init__` inherits this one; transformers would make it another from its fields."""
+        """Makes a subclass without an `__init__` inherit it. Otherwise transformers would generate one from its
+        fields."""
         if "__init__" not in cls.__dict__:
             cls.__init__ = lambda self, **fields: super(cls, self).__init__(**fields)  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
@@ -50,38 +51,37 @@ class DiffusionConfig(PretrainedConfig):
         if not known:
             self.dtype = dtype
         self.vocab_size = vocab_size
-        self.head_dim = head_dim  # of one that does not say, once width and heads are checked
+        self.head_dim = head_dim  # if missing, derived once width and heads are checked
         self.logits_shift = self.family.logits_shift
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Of families with one model_type, `architectures` says which it is."""
+        """Builds the config class of the architecture in `architectures`, since families may share a model_type."""
         named = config_dict.get("architectures")
         own = [family for name, family in FAMILIES.items() if isinstance(named, list) and name in named]
         config = imported(own[0].config) if own else cls
         return super().from_dict(config_dict, **kwargs) if config is cls else config.from_dict(config_dict, **kwargs)
 
     def validate_rope(self) -> None:
-        """Another than the plain rotary embedding is refused whatever its details."""
+        """Skips transformers' check: any rotary embedding other than the plain one is rejected anyway."""
 
     def own_fields(self) -> Iterator[tuple[str, bool, str]]:
-        """What only this family has to say of its fields, as `check_config` wants it."""
+        """Checks of fields specific to this family, in the format of `_fields`."""
         return iter(())
 
     @property
     def vocab_field(self) -> str:
-        """Where config.json has the vocabulary's size."""
+        """Name of the field in config.json that holds the vocabulary size."""
         return "vocab_size"
 
 
 class PlainRopeConfig(DiffusionConfig):
-    """Of families in whose files a rotary embedding other than the plain one could be named, and a tied head is called
-    as transformers calls it."""
+    """Base class for families whose config.json has `rope_scaling` and `tie_word_embeddings` as in transformers."""
 
     def __init__(self, rope_scaling=None, tie_word_embeddings=False, **kwargs):
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
-        # Kept from transformers, which would turn it and rope_theta into something else before it is checked.
+        # Not passed on, because transformers would convert it and rope_theta before they are checked.
         self.rope_scaling = rope_scaling if isinstance(rope_scaling, dict | None) else {"rope_type": rope_scaling}
 
     @property
@@ -91,23 +91,23 @@ class PlainRopeConfig(DiffusionConfig):
 
 
 class CheckedConvertor(ModelArchConfigConvertorBase):
-    """vLLM's reader of a config, which would answer wrong fields with bare Python errors."""
+    """vLLM's config convertor with checks first, since it would answer invalid fields with bare Python errors."""
 
     def __init__(self, hf_config, *args, **kwargs):
         check_config(hf_config)
-        if hf_config.dtype is None:  # vLLM looks for it in the files
+        if hf_config.dtype is None:  # vLLM would look for it in the weight files
             refuse_unreadable(hf_config.family.architecture, hf_config.name_or_path)
         if hf_config.head_dim is None:
             hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
         super().__init__(hf_config, *args, **kwargs)
 
     def get_num_experts(self) -> int:
-        """None that replicas would share, for whose sake vLLM would tie their steps together."""
+        """0, so that vLLM does not synchronize the steps of data-parallel replicas, which do not share experts."""
         return 0
 
 
 def check_config(config) -> None:
-    """One clear line for a checkpoint this code would run wrongly or not at all."""
+    """Raises an error in one line for a checkpoint that would run incorrectly or not at all."""
     architecture = config.family.architecture
     for field, right, wanted in _fields(config):
         value = getattr(config, field, None)
@@ -122,7 +122,9 @@ def check_config(config) -> None:
 
 
 def _fields(config) -> Iterator[tuple[str, bool, str]]:
-    """Every field that is used: name, whether its value is right, what would be. Later ones rely on earlier ones."""
+    """Yields (name, whether the value is valid, description of valid values) for every field that is used.
+
+    Later checks rely on earlier ones, so the first invalid field must stop the iteration."""
 
     def value(field: str) -> Any:
         return getattr(config, field, None)
@@ -133,7 +135,7 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
         yield field, is_whole(value(field)) and value(field) > 0, "a whole number above 0"
 
     width, heads = value(config.width), value(config.heads)
-    # Rotary embedding turns pairs of channels.
+    # Rotary embedding rotates pairs of channels.
     if (head_dim := value("head_dim")) is None:
         even = width % (2 * heads) == 0
         yield config.heads, even, f"a number that divides {config.width}={width} into heads of even width"

@@ -1,1 +1,1 @@
-"""The transformer of every family as row-wise layers on vLLM's parallel linears, and the checks of its files."""
+"""The transformer of all families as row-wise layers on vLLM's parallel linear layers, and checks of checkpoints."""

@@ -1,7 +1,7 @@
-"""What a checkpoint must bring: every tensor of the model, in its shape, finite. Otherwise the start is refused.
+"""Checks that a checkpoint has every tensor of the model, in the right shape and finite. Otherwise startup fails.
 
-vLLM itself takes a stacked parameter for loaded when one of its parts came, and
-exempts every linear layer from its check. Read in vLLM 0.32:
+vLLM considers a stacked parameter loaded as soon as one of its parts is loaded,
+and exempts linear layers from its own check. Read in vLLM 0.32:
 model_executor/models/utils.py (`WeightsMapper`, `AutoWeightsLoader`),
 model_executor/model_loader/default_loader.py (`track_weights_loading`),
 model_executor/layers/fused_moe/routed_experts.py (`RoutedExperts`).
@@ -25,13 +25,13 @@ from vllm_dlm.models.files import unreadable
 logger = init_logger(__name__)
 
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
-NAMED = 4  # tensors of a line that may have hundreds
-#: some conversions of Llama's tensors carry them; vLLM's loader drops them too
+NAMED = 4  # maximum number of tensors named in a message
+#: derived tensors in some converted Llama checkpoints, which vLLM's loader drops, too
 DERIVED = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
 
 
 def hub_names(mapper: WeightsMapper, name: str) -> list[tuple[str, int | None]]:
-    """The checkpoint's names for a parameter, with the shard that each fills: the family's mapper, backwards."""
+    """Inverse of the family's mapper: the checkpoint's names for a parameter, and the shard that each of them fills."""
     stacked = [
         (name.replace(new, old, 1), shard)
         for old, (new, shard) in mapper.orig_to_new_stacked.items()
@@ -47,14 +47,14 @@ def hub_names(mapper: WeightsMapper, name: str) -> list[tuple[str, int | None]]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor of the checkpoint, as it has to be before ranks divide it."""
+    """Expected tensor of the checkpoint, before it is split across ranks."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype  # what it becomes
+    dtype: torch.dtype  # dtype of the parameter it is loaded into
 
 
 def of_experts(name: str, module: RoutedExperts) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The checkpoint's names and shapes for vLLM's parameter of all experts"""
+    """The checkpoint's names and shapes for vLLM's joint parameter of all experts"""
     owner, _, leaf = name.rpartition(".routed_experts.")
     inner, width = module.moe_config.intermediate_size, module.moe_config.hidden_dim
     parts = ("gate_proj", "up_proj") if leaf.startswith("w13_") else ("down_proj",)
@@ -73,12 +73,12 @@ def whole_shape(module: nn.Module, parameter: nn.Parameter, shard: int | None) -
 
 
 class Checkpoint:
-    """The tensors of `model` under the checkpoint's names, and those that came."""
+    """Expected tensors of `model` under the checkpoint's names, and those loaded so far."""
 
     def __init__(self, model: nn.Module, mapper: WeightsMapper, architecture: str, path: str):
         self.architecture, self.path = architecture, path
         self.wanted: dict[str, Wanted] = {}
-        # How a quantised module is stored is its method's business: some tensor of each must come.
+        # The storage of a quantized module depends on its method, so at least one tensor of each is required.
         self.quantised: set[str] = set()
         self.came: set[str] = set()
         parameters = dict(model.named_parameters())
@@ -98,19 +98,19 @@ class Checkpoint:
                 else:
                     self.quantised.add(hub_name.removesuffix(leaf))
         self._join()
-        # A tied head may be stored a second time.
+        # A checkpoint may also contain a copy of a tied head.
         tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parameters]
         self.redundant = {hub_name for name in tied for hub_name, _ in hub_names(mapper, name)}
 
     def _join(self) -> None:
-        """Parameters that the checkpoint has in one tensor are its "name[part]", in order of their rows."""
+        """Joins parameters "name[part]", which the checkpoint stores as parts of one tensor, in the order of rows."""
         for name in [name for name in self.wanted if name.endswith("]")]:
             part, whole = self.wanted.pop(name), name.partition("[")[0]
             rows = self.wanted[whole].shape[0] if whole in self.wanted else 0
             self.wanted[whole] = Wanted((rows + part.shape[0], *part.shape[1:]), part.dtype)
 
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors the model uses, one at a time as they are read."""
+        """Yields the tensors that the model uses, checked one at a time as they are read."""
         unused = []
         for name, tensor in self._read(weights):
             if slot := self._slot(name):
@@ -131,7 +131,7 @@ class Checkpoint:
             raise ValueError(f"{self.architecture}: {count} missing from the checkpoint: {first}")
 
     def _slot(self, name: str) -> str | None:
-        """The tensor or the quantised module that it is (a part of)."""
+        """The expected tensor of this name, or the quantized module that the tensor belongs to."""
         if name in self.wanted:
             return name
         parts = name.split(".")
@@ -144,7 +144,7 @@ class Checkpoint:
                 f"{self.architecture}: {name} in the checkpoint is {list(tensor.shape)}, "
                 f"and by config.json it must be {list(wanted.shape)}"
             )
-        # Both ends of the range tell of every NaN and infinity, at the speed of memory and without a copy.
+        # The minimum and maximum reveal every NaN and infinity in one read, without a copy.
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
             return
         ends = torch.stack(tensor.aminmax())
@@ -164,6 +164,6 @@ class Checkpoint:
 
 
 def _listed(names: list[str]) -> tuple[str, str]:
-    """How many, and the first of them."""
+    """-> the number of tensors in words, and the first names"""
     count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
     return count, ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,4 +1,4 @@
-"""What stands behind the attention of a layer: one gated product for every row, or a few of many experts for each."""
+"""The feed-forward part of a layer: a gated MLP, or a mixture of experts."""
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,10 @@ class GatedMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each row goes through the experts that the router finds most probable, and what they say is added up by these
-    probabilities. vLLM's kernels and its sharding. Read in vLLM 0.32 and 0.33: model_executor/layers/fused_moe/, of it
-    layer.py and runner/moe_runner.py (which finds its layers in the forward context, see DenoisingRunner)."""
+    """Mixture of experts: each row passes its most probable experts, whose outputs are weighted by probability.
+
+    Uses vLLM's kernels and sharding. Read in vLLM 0.32 and 0.33: model_executor/layers/fused_moe/layer.py and
+    runner/moe_runner.py, which finds its layers in the forward context (see DenoisingRunner)."""
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -50,7 +51,7 @@ class Experts(nn.Module):
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
-            dp_size=1,  # replicas do not share their experts: each has all of them, and steps of its own
+            dp_size=1,  # data-parallel replicas do not share experts: each has all of them
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_intermediate_size,
             renormalize=False,
@@ -63,9 +64,8 @@ class Experts(nn.Module):
         return self.experts(hidden_states=h_TE, router_logits=self.gate(h_TE)[0])
 
     def route(self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
-        """vLLM's interface of a router -> weights [T, topk] float32, experts [T, topk] int32. The softmax is float32's
-        over all experts, and its probabilities (or their shares) are rounded to what the rows are made of, as the
-        references have it."""
+        """vLLM's router interface -> weights [T, topk] float32, experts [T, topk] int32. As in the references, softmax
+        over all experts is computed in float32, and the weights are rounded to the dtype of the rows."""
         weights, experts = gating_output.float().softmax(-1).topk(topk, dim=-1)
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -73,8 +73,8 @@ class Experts(nn.Module):
 
 
 class GroupedExperts(Experts):
-    """LLaDA2's router, in float32 throughout: the best experts of the best groups by score and bias, added up by their
-    scores alone; beside them one expert for every row."""
+    """Mixture of experts of LLaDA2, with its router in float32. Scores plus biases select the best groups and the best
+    experts within them, whose outputs are weighted by scores alone. Shared experts process every row."""
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__(config, vllm_config, prefix)
@@ -84,7 +84,7 @@ class GroupedExperts(Experts):
         self.shared_experts = GatedMLP(config.hidden_size, inner, vllm_config, f"{prefix}.shared_experts")
 
     def forward(self, h_TE: torch.Tensor) -> torch.Tensor:
-        shared_TE = self.shared_experts(h_TE)  # first: the others may overwrite the rows
+        shared_TE = self.shared_experts(h_TE)  # before the routed experts, which may overwrite the rows
         return self.experts(hidden_states=h_TE, router_logits=self.gate(h_TE)) + shared_TE
 
     def route(self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool):
@@ -102,7 +102,7 @@ class GroupedExperts(Experts):
 
 
 class Gate(nn.Module):
-    """Held in float32 whatever the model's dtype: rounded, it would choose other experts."""
+    """Router weights, kept in float32 whatever the model's dtype, because rounding would change the choice."""
 
     def __init__(self, width: int, experts: int):
         super().__init__()

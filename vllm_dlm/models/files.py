@@ -1,4 +1,4 @@
-"""Weight files that end too early, which safetensors reports without their names."""
+"""Errors for truncated weight files, because safetensors reports them without the file name."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from safetensors import SafetensorError, safe_open
 
 
 def refuse_unreadable(architecture: str, folder: str) -> None:
-    """Reads the headers of a local checkpoint; one in the hub's cache is met when its tensors are read."""
+    """Reads the file headers of a local checkpoint. A checkpoint in the hub's cache is checked when its tensors are
+    read."""
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -1,8 +1,8 @@
 """Rotary embedding with the precision of each reference.
 
-LLaDA rotates in float32 whatever the model's dtype (rope_full_precision);
-Dream casts cosine and sine to the model's dtype first. vLLM's own layer does
-the latter only, which is why this exists.
+LLaDA rotates in float32 whatever the model's dtype (rope_full_precision). Dream
+casts cosine and sine to the model's dtype first. This module exists because
+vLLM's layer only does the latter.
 """
 
 import torch
@@ -10,17 +10,17 @@ from torch import nn
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of every position, looked up once per step for all layers."""
+    """Cosines and sines of all positions, looked up once per step for all layers."""
 
     def __init__(
         self, head_dim: int, theta: float, max_positions: int, dtype: torch.dtype, rotary_dim: int | None = None
     ):
-        """`rotary_dim`: so many channels are turned, the others stand as they are; in the order of `halves`"""
+        """`rotary_dim`: number of channels that are rotated. Channels are in the order of `halves`."""
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         # The references compute the table in float32 from integer exponents.
         inv_freq = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
-        inv_freq = torch.cat([inv_freq, torch.zeros((head_dim - rotary_dim) // 2)])  # turned by nothing
+        inv_freq = torch.cat([inv_freq, torch.zeros((head_dim - rotary_dim) // 2)])  # frequency 0: not rotated
         angle = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)  # [max, D/2]
         self.register_buffer("table", torch.cat([angle.cos(), angle.sin()], -1).to(dtype), persistent=False)
 
@@ -31,8 +31,8 @@ class RotaryTable(nn.Module):
 
 
 def halves(head_dim: int, rotary_dim: int) -> torch.Tensor:
-    """[D] the order of a head's channels in which the two of each pair stand half a head apart, where a checkpoint has
-    the pairs that are turned first, half of them apart, and then those that are not."""
+    """Channel order [D] that places the two channels of each pair half a head apart. In the checkpoint, the rotated
+    channels come first, with pairs `rotary_dim` / 2 apart, and the channels that are not rotated follow."""
     turned, rest = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
     half, middle = rotary_dim // 2, len(rest) // 2
     return torch.cat([turned[:half], rest[:middle], turned[half:], rest[middle:]])

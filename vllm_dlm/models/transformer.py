@@ -1,8 +1,7 @@
-"""The decoder all families share: Llama's, Qwen2's and Qwen3's, with attention left to the engine.
+"""The transformer shared by all families (Llama, Qwen2, Qwen3), with attention left to the engine.
 
-A layer is a set of row-wise functions. Which rows go through which of them,
-and which keys a query sees, is decided per step by the engine; the layer only
-knows how to turn rows into other rows.
+A layer is a set of row-wise functions. The engine decides in each step which
+rows pass which functions and which keys a query attends to.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,12 +28,12 @@ from vllm_dlm.models.rope import RotaryTable
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-#: normalised rows and the rows, [T, E] each; two tensors, or one [2, T, E]
+#: normalized rows and the rows, [T, E] each, as two tensors or one [2, T, E]
 Normed: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 class DiffusionLayer(nn.Module):
-    """One transformer layer. H, Hkv: this rank's heads; E: model width; D: head width."""
+    """One transformer layer. H, Hkv: heads of this rank; E: model width; D: head width."""
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str, index: int = 0):
         super().__init__()
@@ -53,7 +52,8 @@ class DiffusionLayer(nn.Module):
             return ColumnParallelLinear(width, out, bias=bias, quant_config=quant, prefix=f"{prefix}.self_attn.{name}")
 
         self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        # Three projections instead of vLLM's joined one: reuse policies need values of other rows than queries.
+        # Separate projections instead of vLLM's fused one, because reuse policies compute values and queries for
+        # different rows.
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": column("q_proj", heads * self.head_dim, family.qkv_bias),
@@ -72,8 +72,8 @@ class DiffusionLayer(nn.Module):
         self.joined: tuple[torch.Tensor, torch.Tensor | None] | None = None  # see join_projections
 
     def join_projections(self) -> None:
-        """One weight for queries, keys and values, of which the three projections become parts: what is asked for
-        together is one product then. On CPUs the kernels keep weights of a form of their own, that cannot be cut."""
+        """Joins the weights of queries, keys and values. The three projections become views of one weight, so several
+        projections of the same rows are one product. Not possible on CPUs, whose kernels repack weights."""
         projections = [self.self_attn[f"{name}_proj"] for name in "qkv"]
         weights = [projection.weight.data for projection in projections]
         biases = [projection.bias.data for projection in projections if projection.bias is not None]
@@ -85,7 +85,7 @@ class DiffusionLayer(nn.Module):
         self.ends = dict(zip("qkv", accumulate(sizes), strict=True))
 
     def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
-        """`names`: some of q, k and v, neighbours in this order -> those of each row, not rotated, [T, heads, D]"""
+        """`names`: consecutive letters of "qkv" -> those projections of each row, not rotated, [T, heads, D] each"""
         sizes = [self.head_dim * (self.num_heads if name == "q" else self.num_kv_heads) for name in names]
         if self.joined is None:
             parts = [self.self_attn[f"{name}_proj"](h_TE)[0] for name in names]
@@ -105,19 +105,19 @@ class DiffusionLayer(nn.Module):
         return self.self_attn["o_proj"](context)[0]
 
     def add_and_norm_input(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> Normed:
-        """-> the sum normalised for this layer, and the sum"""
+        """-> the sum normalized for this layer, and the sum"""
         return normed_sum(x_TE, added_TE, self.input_layernorm)
 
     def add_and_norm(self, x_TE: torch.Tensor, added_TE: torch.Tensor) -> Normed:
-        """-> the sum normalised for the FFN, and the sum"""
+        """-> the sum normalized for the FFN, and the sum"""
         return normed_sum(x_TE, added_TE, self.post_attention_layernorm)
 
     def feed_forward(self, h_TE: torch.Tensor) -> torch.Tensor:
-        """Of normalised rows."""
+        """FFN output of normalized rows."""
         return self.mlp(h_TE)
 
     def forward(self, x_TE: torch.Tensor, rope, attend: Attend) -> torch.Tensor:
-        """Every row through everything: the exact model."""
+        """Computes every row completely: the exact model."""
         q, k, v = self.heads("qkv", self.input_layernorm(x_TE))
         context = attend(rotate(q, *rope), rotate(k, *rope), v)
         h_TE, x_TE = self.add_and_norm(x_TE, self.attention_output(context))
@@ -156,7 +156,7 @@ class DiffusionModel(nn.Module):
 
 
 class MaskedDiffusionLM(nn.Module, SupportsQuant):
-    """What vLLM's loader, quantisation and registry expect of a model. Subclasses name the family's tensors."""
+    """Model class for vLLM's registry, loader and quantization. Subclasses define the family's tensor names."""
 
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -176,11 +176,11 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         self.logits_processor = LogitsProcessor(config.vocab_size)
         model = vllm_config.model_config
         self.checkpoint = Checkpoint(self, self.hf_to_vllm_mapper, model.architecture, model.model)
-        # Into dummy weights a trainer may send real ones piece by piece.
+        # With dummy weights, a trainer may load real ones piece by piece, so missing tensors are allowed.
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
     def join_projections(self) -> None:
-        """Of each layer, where weights are plain."""
+        """Joins the projections of every layer; requires unquantized weights."""
         for layer in self.model.layers:
             layer.join_projections()
 
@@ -188,18 +188,18 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         return self.model.embed_tokens(input_ids)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """The exact forward of packed rows -> hidden states before the final norm, [T, E]."""
+        """Exact forward pass of packed rows -> hidden states before the final norm, [T, E]."""
         x_TE, rope = self.embed_input_ids(input_ids), self.model.rope(positions)
         for layer in self.model.layers:
             x_TE = layer(x_TE, rope, attend)
         return x_TE
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[R, E] before the final norm -> [R, V]; the norm is applied to the rows that need logits only."""
+        """[R, E] before the final norm -> [R, V]. The norm is applied only to rows that need logits."""
         return self.logits_processor(self.lm_head, self.model.norm(hidden_states))
 
     def prepared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors as `hf_to_vllm_mapper` knows them"""
+        """Converts the checkpoint's tensors to those that `hf_to_vllm_mapper` expects"""
         return weights
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -16,8 +16,8 @@ FAMILY = Family(
             "extent": {"name": "window", "window": 96},
         }
     },
-    canvas=256,  # of the paper's evaluations of short answers
-    context=2048,  # config.json says Qwen2's 131,072
+    canvas=256,  # from the paper's evaluations with short answers
+    context=2048,  # config.json has Qwen2's 131,072
     logits_shift=1,
     qkv_bias=True,
     tokenizer="vllm_dlm.families.dream.config:DreamTokenizer",

@@ -1,4 +1,4 @@
-"""The hub's config.json and tokenizer files of Dream."""
+"""Config and tokenizer classes for Dream checkpoints from the hub."""
 
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
@@ -19,4 +19,4 @@ class DreamConfig(PlainRopeConfig):
 
 
 class DreamTokenizer(Qwen2Tokenizer):
-    """Dream ships vocab.json and merges.txt for a class of this name in its repository, which is Qwen2's."""
+    """Qwen2's tokenizer under the class name that Dream checkpoints use for vocab.json and merges.txt."""

@@ -1,4 +1,4 @@
-"""Qwen2's tensors, seen from all sides, predicting one position ahead."""
+"""Dream: Qwen2's tensors with bidirectional attention, whose logits predict the next position."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 

@@ -16,6 +16,6 @@ FAMILY = Family(
             "extent": {"name": "window", "window": 96},
         }
     },
-    canvas=256,  # of the paper's evaluations of short answers
+    canvas=256,  # from the paper's evaluations with short answers
     rope_full_precision=True,
 )

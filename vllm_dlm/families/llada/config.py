@@ -1,11 +1,11 @@
-"""The hub's config.json of LLaDA."""
+"""Config class for LLaDA checkpoints from the hub."""
 
 from vllm_dlm.families.config import DiffusionConfig
 from vllm_dlm.families.llada import FAMILY
 
 
 class LLaDAConfig(DiffusionConfig):
-    """LLaDA spells Llama's fields in OLMo's words; the attribute map gives both names."""
+    """LLaDA has Llama's fields under OLMo's names. The attribute map provides both names."""
 
     family = FAMILY
     model_type = FAMILY.model_type

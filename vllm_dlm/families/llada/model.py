@@ -1,4 +1,4 @@
-"""Llama under other names, seen from all sides."""
+"""LLaDA: Llama with other tensor names and bidirectional attention."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -8,7 +8,7 @@ from vllm_dlm.models.transformer import MaskedDiffusionLM
 class LLaDAModelLM(MaskedDiffusionLM):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={
-            # the head first: a block's own ff_out is the down projection
+            # the head must come first, because each block also has an ff_out, the down projection
             "model.transformer.ff_out.": "lm_head.",
             "model.transformer.wte.": "model.embed_tokens.",
             "model.transformer.ln_f.": "model.norm.",

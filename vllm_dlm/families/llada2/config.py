@@ -1,4 +1,4 @@
-"""The hub's config.json of LLaDA2.0, which leaves some of it to the tokenizer and the code."""
+"""Config class for LLaDA2 checkpoints from the hub, whose config.json leaves some values to tokenizer and code."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,8 @@ class LLaDA2Config(PlainRopeConfig):
         self, mask_token_id=156895, pad_token_id=156892, eos_token_id=None, block_size=32,
         partial_rotary_factor=1.0, **kwargs,
     ):  # fmt: skip
-        # config.json has no end of text but the padding, and no mask: that is the tokenizer's <|mask|>
+        # config.json has no end-of-text token, which equals the padding token, and no mask token, which is the
+        # tokenizer's <|mask|>
         eos_token_id = pad_token_id if eos_token_id is None else eos_token_id
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, **kwargs)
         self.mask_token_id, self.block_size = mask_token_id, block_size
@@ -37,7 +38,7 @@ class LLaDA2Config(PlainRopeConfig):
         "score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "norm_head": False,
-        "expert_capacity": None,  # of 2.2, whose router sees whole blocks
+        "expert_capacity": None,  # set by LLaDA2.2, whose router works on whole blocks
     }
     grouped_experts = True
 
@@ -55,7 +56,7 @@ class LLaDA2Config(PlainRopeConfig):
 
     @rotary_dim.setter
     def rotary_dim(self, value) -> None:
-        """config.json says it once more."""
+        """Ignores the value in config.json, which is redundant."""
 
     def own_fields(self) -> Iterator[tuple[str, bool, str]]:
         dense: Any = getattr(self, "first_k_dense_replace", None)

@@ -1,4 +1,4 @@
-"""Ling 2.0's tensors, a block at a time seen from both sides."""
+"""LLaDA2: Ling 2.0's tensors with block-causal attention."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,8 +28,8 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
     )
 
     def prepared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Queries, keys and values each, with the channels of queries and keys in the order of `halves`: they meet each
-        other alone, so where their channels stand is all the same to attention."""
+        """Splits the fused projection into queries, keys and values, and reorders channels of queries and keys as in
+        `halves`. Attention does not depend on the order, because it only multiplies queries with keys."""
         config = self.config
         order = halves(config.head_dim, config.rotary_dim)
         sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]

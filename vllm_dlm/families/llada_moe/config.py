@@ -1,4 +1,4 @@
-"""The hub's config.json of LLaDA-MoE, which has LLaDA's model_type and other words."""
+"""Config class for LLaDA-MoE checkpoints from the hub, which have LLaDA's model_type but other field names."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ class LLaDAMoEConfig(PlainRopeConfig):
 
     def __init__(self, mask_token_id=156895, partial_rotary_factor=1, **kwargs):
         super().__init__(**kwargs)
-        # Not in the file: the tokenizer's <|mask|>.
+        # config.json lacks the mask token, which is the tokenizer's <|mask|>.
         self.mask_token_id = mask_token_id
         self.partial_rotary_factor = partial_rotary_factor
 
@@ -41,7 +41,7 @@ class LLaDAMoEConfig(PlainRopeConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """Of all experts that a row goes through"""
+        """Intermediate size summed over the experts that a row passes"""
         return self.expert_intermediate_size * self.num_experts_per_tok
 
     def own_fields(self) -> Iterator[tuple[str, bool, str]]:

@@ -1,4 +1,4 @@
-"""OLMoE's tensors with queries and keys normalised head by head, seen from all sides."""
+"""LLaDA-MoE: OLMoE's tensors with queries and keys normalized per head, and bidirectional attention."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 

@@ -1,4 +1,4 @@
-"""The hub's config.json of SDAR: Qwen3's, and how wide a block is."""
+"""Config class for SDAR checkpoints from the hub: Qwen3's fields and `block_size`."""
 
 from collections.abc import Iterator
 

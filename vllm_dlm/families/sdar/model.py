@@ -1,4 +1,4 @@
-"""Qwen3's tensors, a block at a time seen from both sides."""
+"""SDAR: Qwen3's tensors with block-causal attention."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 

@@ -1,4 +1,4 @@
-"""The hub's config.json of SDAR with experts: Qwen3-MoE's, and how wide a block is."""
+"""Config class for SDAR checkpoints with experts from the hub: Qwen3-MoE's fields and `block_size`."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE's tensors, a block at a time seen from both sides."""
+"""SDAR with experts: Qwen3-MoE's tensors with block-causal attention."""
 
 from vllm.model_executor.models.utils import WeightsMapper
 
