@@ -1,7 +1,7 @@
-"""Finds the methods: every class with a `name` in plugins/<kind>/, and whatever other packages register.
+"""Registry of methods: all classes with a `name` in plugins/<kind>/, and those that other packages register.
 
-A package adds a method without touching this one by naming its class in the
-entry-point group `vllm_dlm.methods`; the class's base decides its kind.
+Another package registers a method by listing its class in the entry-point group
+`vllm_dlm.methods`. The base class determines its kind.
 """
 
 import importlib
@@ -17,7 +17,7 @@ GROUP = "vllm_dlm.methods"
 
 @cache
 def methods(kind: str) -> dict[str, type]:
-    """name -> dataclass of every known method of a kind."""
+    """name -> dataclass, for all known methods of a kind."""
     base = _package(kind).BASE
     known: dict[str, type] = {}
     for cls in filter(_is_named_type, (*_bundled(kind), *_registered())):

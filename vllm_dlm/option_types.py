@@ -1,9 +1,8 @@
-"""One option's value as the type of its dataclass field.
+"""Converts the value of an option to the type of its dataclass field.
 
-The check is pydantic's, strict: no text for a number, no number for a text.
-Only what HTTP and JSON cannot write otherwise is turned beforehand: booleans
-come as 0 and 1, whole floats as integers and integers as whole floats, null
-as "none", tuples as lists.
+pydantic checks values in strict mode: strings are not accepted for numbers, nor
+numbers for strings. Only forms that HTTP and JSON require are converted first:
+0 and 1 to booleans, whole floats to integers, "none" to None, lists to tuples.
 """
 
 import typing
@@ -17,12 +16,12 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from vllm_dlm.shown import shown
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-#: beyond it a whole number is none that an engine could count to, and numpy and torch could not hold it
+#: bound on the magnitude of integers: no engine counts that far, and larger ones overflow in numpy and torch
 LARGEST = 2**62
 
 
 class OptionError(ValueError):
-    """A value that cannot be honoured. `field` is what the caller wrote."""
+    """A value that is not supported. `field` is the name that the caller used."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -30,7 +29,7 @@ class OptionError(ValueError):
 
 
 def typed(cls: type, field: str, value: Any, where: str) -> Any:
-    """`value` as the type of `cls.field`; an error calls it `where`."""
+    """Converts `value` to the type of `cls.field`. Errors name the option `where`."""
     try:
         return _adapter(cls, field).validate_python(value)
     except ValidationError as error:
@@ -52,7 +51,7 @@ def _adapter(cls: type, field: str) -> TypeAdapter:
 
 
 def _as_sent(hint: Any) -> Any:
-    """The type, with what stands for its values where they cannot be written."""
+    """The type `hint` with converters for the forms in which clients send its values."""
     kinds = _alternatives(hint)
     if len(kinds) > 1:
         sent = reduce(or_, map(_as_sent, kinds))
@@ -84,13 +83,13 @@ def _list(origin: type, value: Any) -> Any:
     return origin(value) if isinstance(value, list | tuple) else value
 
 
-# -- what is said of a value that is wrong ---------------------------------------------------
+# -- error messages --------------------------------------------------------------------------
 
 
 def _places(error: ValidationError) -> list[int]:
-    """Where in nested lists the first wrong element stands; empty if the value is wrong as a whole.
+    """Indices of the first invalid element in nested lists; empty if the value is invalid as a whole.
 
-    Of several types that a value might have had, the one that got farthest into it says most."""
+    If a value may have several types, the error that lies deepest in the value is the most informative one."""
     found = [
         [place for place in each["loc"] if isinstance(place, int)]
         for each in error.errors(include_url=False, include_context=False, include_input=False)
@@ -113,7 +112,7 @@ def _element(hint: Any, place: int) -> Any:
 
 
 def _in_words(hint: Any) -> str:
-    """Lists last: "float or a list of float"."""
+    """Description of a type, with lists last: "float or a list of float"."""
     return " or ".join(map(_kind_in_words, sorted(_alternatives(hint), key=_is_list)))
 
 

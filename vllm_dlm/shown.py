@@ -1,4 +1,4 @@
-"""Values as error messages show them: a client's megabytes do not come back."""
+"""Shortened representations of values for error messages, so that these do not repeat megabytes of client input."""
 
 import reprlib
 
@@ -6,7 +6,7 @@ LONGEST = 100
 
 
 class _Brief(reprlib.Repr):
-    """Cuts what is long or deeply nested before it is rendered."""
+    """Truncates long or deeply nested values before they are rendered."""
 
     def __init__(self):
         super().__init__()
@@ -19,7 +19,7 @@ class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         try:
             return super().repr_int(x, level)
-        except ValueError:  # Python writes no number of so many digits
+        except ValueError:  # Python refuses to convert integers with too many digits
             return f"a number of {x.bit_length()} bits"
 
 
@@ -32,5 +32,5 @@ def shown(value) -> str:
 
 
 def short(name: str) -> str:
-    """A name as it is, unless it is too long for a line."""
+    """`name`, truncated to LONGEST characters."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"

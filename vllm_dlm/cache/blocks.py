@@ -1,8 +1,8 @@
-"""K, V and row features of all layers in the blocks vLLM hands out.
+"""Access to keys, values and row features of all layers in the blocks that vLLM allocates.
 
-One tensor per layer, [blocks, Hkv, block_size, 2 * D]: keys before values,
-post-RoPE, plainly laid out, so that policies may read them back. A block given
-to features is the same bytes seen as [rows, width].
+One tensor per layer, [blocks, Hkv, block_size, 2 * D]: keys after rotary
+embedding, then values. The layout is plain, so policies can read them back. A
+block that stores features is the same bytes viewed as [rows, width].
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from vllm_dlm.plugins.reuse.flow import Rows
 
 @dataclass
 class Slots:
-    """Where live rows have their place: block and offset of each, [T] int64; those of block -1 have none."""
+    """Cache slots of live rows: block and offset of each row, [T] int64. Rows with block -1 have no slot."""
 
     block: torch.Tensor
     offset: torch.Tensor
@@ -30,7 +30,7 @@ class KVBlocks:
         self.head_dim = layers[0].shape[-1] // 2 if layers else 0
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """All that blocks [n] hold, to others, in every layer"""
+        """Copies blocks `source` [n] to blocks `target` [n] in every layer"""
         for layer in self.layers:
             layer.index_copy_(0, target, layer.index_select(0, source))
 
@@ -49,7 +49,7 @@ class KVBlocks:
         return read_values(self.layers[layer], slots.block, slots.offset, rows.index)
 
     def write_features(self, layer: int, slots: Slots, rows: Rows, features: torch.Tensor) -> None:
-        """[n, W]"""
+        """Stores features [n, W]"""
         write_rows(self.layers[layer], slots.block, slots.offset, features, rows.index)
 
     def read_features(self, layer: int, slots: Slots, rows: Rows, width: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Which blocks of vLLM's pool a request needs.
+"""Number of blocks of vLLM's KV cache that a request needs.
 
-Keys and values of each canvas, the features a reuse policy keeps and the
-summaries of a selection come from the same blocks: one pool to admit by, to free and to count. A block
-holds `block_size` positions of K and V, or as many feature rows as fit into
-the same bytes.
+Keys and values of each canvas, the features of a reuse policy and the summaries
+of a selection are stored in blocks of the same pool. Admission, freeing and
+accounting therefore work on one kind of block. A block holds keys and values of
+`block_size` positions, or as many feature rows as fit into the same bytes.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vllm_dlm.plugins.reuse.base import Reuse, RowShape
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One layer's block on one rank."""
+    """Shape of a block of one layer on one rank."""
 
     block_size: int
     kv_heads: int
@@ -41,28 +41,29 @@ class BlockShape:
         return self.elements // max(reuse.feature_width(self.row), 1)
 
     def blocks(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> tuple[int, ...]:
-        """(blocks of keys and values, of features, of a selection's summaries, of drafts) of one canvas of `length`
-        positions, of which the first `rows` have a row (None: all)."""
+        """-> number of blocks for (keys and values, features, summaries of a selection, drafts) of one canvas of
+        `length` positions, of which the first `rows` have a row (None: all)."""
         reuse, selection = options.reuse, options.selection
         rows = length if rows is None else rows
         featured = reuse.feature_rows(prompt_len, rows)
         kv_blocks = -(-rows // self.block_size)
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
-        # a summary fills the slots of one key and its value
+        # a summary takes the slot of one key and value
         if options.attention == "full":
             summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
-        else:  # what is finished has some, too, and becomes more
+        else:  # finished positions are summarized, too, and their number grows
             summaries = selection.summary_rows(rows) if selection.sparse else 0
         others = options.canvases - 1
         drafts = others * self.draft_blocks(options, prompt_len, length) if others else 0
         return kv_blocks, features, -(-summaries // self.block_size), drafts
 
     def draft_blocks(self, options: Options, prompt_len: int, length: int) -> int:
-        """Of one draft: those that a canvas block may lie in"""
-        start, end = options.decoding.blocks(length - prompt_len)[0]  # none is wider
+        """Number of KV blocks per draft: the most that a canvas block can overlap"""
+        start, end = options.decoding.blocks(length - prompt_len)[0]  # the first canvas block is the widest
         return -(-(end - start - 1) // self.block_size) + 1
 
     def tokens(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> int:
-        """What to ask vLLM's allocator for, in its unit. Without caching no stream needs more than its name."""
+        """Number of tokens to request from vLLM's allocator, whose unit is tokens. With guidance, the unconditional
+        stream needs its own blocks only if caches are used."""
         streams = 2 if options.decoding.cfg_scale > 0 and options.caches else 1
         return streams * sum(self.blocks(options, prompt_len, length, rows)) * self.block_size
