@@ -1,15 +1,15 @@
-"""Fine-tuning for page-sparse inference. Needs torch and transformers, never vLLM.
+"""Fine-tuning for page-sparse inference. Requires torch and transformers, but not vLLM.
 
-Importing it makes `attn_implementation="unique"` known to transformers:
+Importing this package registers `attn_implementation="unique"` with transformers:
 
     import vllm_dlm.training as sparse
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unique")
     sparse.configure(model, sparse.PageSparsity(budget_tokens=2048, page_size=64))
     Trainer(model, …, callbacks=[sparse.Anneal(start=1.0, end=0.1, kind="geometric")]).train()
 
-Any model that asks transformers for its attention, `Trainer` and PEFT work
-unchanged. The settings live in the model's config and are saved with it, and
-a server that is told nothing else selects pages by them.
+Any model that uses transformers' attention interface, `Trainer` and PEFT work
+unchanged. The settings are stored in the model's config and saved with it. A
+server uses them as defaults for its selection.
 """
 
 from vllm_dlm.training.attention import binding, register

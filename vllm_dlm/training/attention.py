@@ -1,7 +1,7 @@
-"""The attention and the mask that transformers calls under the name "unique".
+"""The attention and mask functions that transformers calls under the name "unique".
 
-A mask of this name has a number for every key instead of one for every pair:
-0 where there is padding, else the sequence the key belongs to. Read in
+A mask of this kind has one number per key instead of one per pair of query and
+key: 0 for padding, else the id of the sequence that the key belongs to. Read in
 transformers 5.19: masking_utils.py (`create_causal_mask`, `sdpa_mask`),
 integrations/sdpa_attention.py, integrations/flash_attention.py.
 """
@@ -19,7 +19,7 @@ from vllm_dlm.training.sequences import attend_by_span, restarts, spans_of
 from vllm_dlm.training.settings import settings_of
 
 NAME = "unique"
-#: what a model may ask of its attention that has no place here
+#: arguments of attention functions that are not supported
 REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 _measuring: list[Binding] = []
@@ -32,7 +32,7 @@ def register() -> None:
 
 @contextmanager
 def binding():
-    """Within it forwards also count how far the mask binds: `with binding() as counted: model(…)`."""
+    """Context manager in which forwards also measure how much the mask binds: `with binding() as counted: model(…)`."""
     counted = Binding()
     _measuring.append(counted)
     try:
@@ -52,8 +52,8 @@ def page_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """-> [B, T, H, D]. `prompt_mask` [B, N] among the model's inputs marks what serving would prefill: its queries
-    read everything, and a bidirectional response chooses among its pages."""
+    """-> [B, T, H, D]. The model input `prompt_mask` [B, N] marks tokens that serving would prefill. Their queries read
+    everything, and a bidirectional response chooses among their pages."""
     local = kwargs.get("sliding_window") is not None
     if attention_mask is not None and attention_mask.ndim == 4:
         if not local and not getattr(attention_mask, "local", False):
@@ -70,7 +70,7 @@ def page_attention(
     layer = getattr(module, "layer_idx", None)
     gate = settings.gate(causal, module.training, dense=layer in settings.dense_layers)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None:  # a cache may be longer than what has been written
+    if attention_mask is not None:  # a static KV cache may be longer than its written part
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     ids, positions = attention_mask, kwargs.get("position_ids")
     if ids is None and positions is not None and positions.shape[-1] == key.shape[2] > 1 and positions.ndim == 2:
@@ -86,7 +86,8 @@ def page_attention(
 
 
 def causality(module, is_causal: bool | None) -> bool:
-    """A decoder turned around by its config keeps modules that say they are causal."""
+    """Whether attention is causal. The config takes precedence, because modules of a decoder that its config makes
+    bidirectional still claim to be causal."""
     if is_causal is None:
         is_causal = getattr(module.config, "is_causal", None)
     return getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
@@ -96,9 +97,9 @@ def sequence_ids(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
     use_vmap=False, local_size=None, device=None, **kwargs,
 ) -> torch.Tensor | None:  # fmt: skip
-    """-> [B, N] int, or None where every row is one sequence without padding"""
+    """Mask function -> [B, N] int, or None if every row is one sequence without padding"""
     if local_size is not None:
-        # Layers with a window of their own stay as they are.
+        # Layers with a sliding window keep their mask.
         mask = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
             local_size=local_size, device=device,
@@ -120,7 +121,7 @@ def sequence_ids(
 
 
 def packed(batch_size, length, mask_function, ids, device):
-    """What belongs together, asked of neighbours: does i + 1 see i?"""
+    """Detects packed sequences by asking the mask function whether key i is visible to query i + 1 -> ids [B, N]"""
     row = torch.arange(batch_size, device=device)[:, None]
     head, first = torch.zeros_like(row), torch.arange(length - 1, device=device)[None]
     back = mask_function(row, head, first + 1, first).expand(batch_size, length - 1)

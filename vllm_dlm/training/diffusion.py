@@ -1,4 +1,4 @@
-"""LLaDA's loss: hide each token of the response with probability t, t uniform, and weigh what is found by 1 / t."""
+"""LLaDA's loss: mask each response token with probability t, t uniform, and weight the cross entropy by 1 / t."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,18 @@ from transformers import Trainer
 
 @dataclass
 class MaskedDiffusionCollator:
-    """Samples {"prompt": ids, "answer": ids, "t": share to hide, "seed": …} -> what MaskedDiffusionTrainer takes.
+    """Collates samples {"prompt": ids, "answer": ids, "t": share to mask, "seed": …} to inputs of
+    MaskedDiffusionTrainer.
 
-    Noise belongs to the sample, so the same sample is the same lesson in a
-    resumed run. Answers are filled up with `end` to the longest of the batch,
-    or to `canvas`; that filling is learned, as in LLaDA.
+    The noise depends on the sample's seed alone, so a resumed run masks the
+    same tokens. Answers are padded with `end` to the longest of the batch or to
+    `canvas`. As in LLaDA, this padding is part of the loss.
     """
 
     mask: int
     end: int
     canvas: int = 0
-    pad: int | None = None  # of the left, where prompts differ in length; `end` if not given
+    pad: int | None = None  # token for left padding of shorter prompts; None: `end`
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         response = max(self.canvas, *(len(s["answer"]) for s in samples))
@@ -49,9 +50,9 @@ class MaskedDiffusionCollator:
 
 def masked_diffusion_loss(
     logits: torch.Tensor,  # [B, N, V]
-    labels: torch.Tensor,  # [B, N], -100 where nothing is hidden
+    labels: torch.Tensor,  # [B, N], -100 for tokens that are not masked
     weights: torch.Tensor,  # [B, N]
-    shift: int = 0,  # logits at i are of position i + shift: 1 for Dream
+    shift: int = 0,  # logits at i predict position i + shift; 1 for Dream
 ) -> torch.Tensor:
     if shift:
         logits, labels, weights = logits[:, :-shift], labels[:, shift:], weights[:, shift:]
@@ -61,17 +62,17 @@ def masked_diffusion_loss(
 
 
 class MaskedDiffusionTrainer(Trainer):
-    """transformers' Trainer with this loss. `remove_unused_columns=False` keeps `weights` and `prompt_mask`."""
+    """transformers' Trainer with this loss. Needs `remove_unused_columns=False` to keep `weights` and `prompt_mask`."""
 
     def __init__(self, *args, shift: int = 0, sees_prompts: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
         self.shift, self.sees_prompts = shift, sees_prompts
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever is accumulated
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, also with gradient accumulation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels, weights = inputs.pop("labels"), inputs.pop("weights")
-        if not self.sees_prompts:  # an attention that knows nothing of prompts may not know the argument
+        if not self.sees_prompts:  # other attention implementations may not accept the argument
             inputs.pop("prompt_mask")
         outputs = model(**inputs)
         loss = masked_diffusion_loss(outputs.logits, labels, weights, self.shift)

@@ -1,6 +1,6 @@
-"""LLaDA as transformers' Llama with a full mask, which it is but for the names, and back again.
+"""Loads LLaDA as transformers' Llama with full attention and saves it back; the models differ only in tensor names.
 
-So `Trainer`, PEFT and every attention implementation see an ordinary model.
+`Trainer`, PEFT and every attention implementation then work as with any model.
 (Dream is transformers' Qwen2 with `is_causal=False` and needs no renaming.)
 """
 
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_dlm.training.settings import KEY
 
-#: part of a block: LLaDA's name -> Llama's
+#: tensors of a layer: LLaDA's name -> Llama's name
 PARTS = {
     "attn_norm": "input_layernorm",
     "ff_norm": "post_attention_layernorm",
@@ -38,7 +38,7 @@ def llama_name(name: str) -> str:
 
 
 def llama_config(given: dict) -> LlamaConfig:
-    """From the hub's config.json. Entries without a counterpart travel along."""
+    """Converts the config.json of LLaDA. `mask_token_id` and the page settings, which Llama lacks, are kept."""
     config = LlamaConfig(
         vocab_size=given.get("embedding_size") or given["vocab_size"],
         hidden_size=given["d_model"],
@@ -63,7 +63,7 @@ def llama_config(given: dict) -> LlamaConfig:
 
 
 def load_llada(folder: str | Path, attn_implementation: str = "unique", dtype=torch.float32) -> LlamaForCausalLM:
-    """A checkpoint in the hub's form, from a local folder."""
+    """Loads a checkpoint in the hub's format from a local folder."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -78,7 +78,7 @@ def load_llada(folder: str | Path, attn_implementation: str = "unique", dtype=to
 
 
 def turn_around(model):
-    """Both ways to see: the config is what masks look at, the modules what SDPA looks at."""
+    """Makes attention bidirectional. Mask functions read `is_causal` from the config, SDPA from the modules."""
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
@@ -87,7 +87,7 @@ def turn_around(model):
 
 
 def save_llada(model: LlamaForCausalLM, folder: str | Path, source: str | Path, dtype=torch.bfloat16) -> None:
-    """Back into the hub's form: the tokenizer and config of `source`, these weights, and the page settings."""
+    """Saves in the hub's format: tokenizer and config of `source`, the weights of `model`, and the page settings."""
     from safetensors.torch import save_file
 
     folder, source = Path(folder), Path(source)

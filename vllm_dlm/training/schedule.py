@@ -1,4 +1,4 @@
-"""The temperature of the mask over a run: warm at first, then cold, and at the end the mask of serving if wanted."""
+"""Schedule of the mask's temperature over a run: decreasing, with the hard mask of serving at the end if requested."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +12,8 @@ from vllm_dlm.training.settings import configure, settings_of
 class Schedule:
     start: float = 1.0
     end: float = 0.1
-    kind: Literal["constant", "linear", "geometric"] = "geometric"  # constant: `start` all the way
-    hard_share: float = 0.0  # of the steps, at the end, on the hard mask
+    kind: Literal["constant", "linear", "geometric"] = "geometric"  # constant: always `start`
+    hard_share: float = 0.0  # share of the steps, at the end, that use the hard mask
 
     def __post_init__(self):
         if self.kind not in ("constant", "linear", "geometric"):
@@ -25,7 +25,7 @@ class Schedule:
             raise ValueError(f"hard_share: {self.hard_share!r} is not valid, it must be between 0 and 1")
 
     def at(self, step: int, steps: int) -> tuple[float, bool]:
-        """-> temperature, and whether the mask is hard, of step `step` of `steps` (counted from 0)"""
+        """-> temperature and whether the mask is hard, in step `step` (from 0) of `steps`"""
         soft = max(1, round(steps * (1 - self.hard_share)))
         way = min(1.0, step / max(1, soft - 1))
         if self.kind == "linear":
@@ -36,7 +36,7 @@ class Schedule:
 
 
 class Anneal(TrainerCallback):
-    """Follows a schedule; depends on the step alone, so a resumed run goes on where it was."""
+    """Callback that applies a schedule. It depends on the step alone, so a resumed run continues correctly."""
 
     def __init__(self, schedule: Schedule | None = None, **fields):
         self.schedule = schedule or Schedule(**fields)

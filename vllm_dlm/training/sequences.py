@@ -1,4 +1,4 @@
-"""Where in a batch the sequences lie: without padding, each from its own first token."""
+"""Finds the sequences in a batch with padding or packing, and computes attention for each without padding."""
 
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Span:
-    """Keys start … stop - 1 of a row; `prompt` of them are prompt."""
+    """One sequence: keys start … stop - 1 of a row. The first `prompt` of them are the prompt."""
 
     row: int
     start: int
@@ -20,8 +20,8 @@ class Span:
 
 
 def spans_of(batch: int, keys: int, ids=None, cu_seqlens=None, prompt_mask=None) -> list[Span]:
-    """ids [B, N]: 0 where nothing is, neighbours of equal value belong together. cu_seqlens [S + 1]: of the one row.
-    prompt_mask [B, N] bool: a sequence's first tokens."""
+    """Spans of a batch. ids [B, N]: 0 for padding; adjacent keys with the same value form a sequence. cu_seqlens
+    [S + 1]: borders of the sequences of a single row. prompt_mask [B, N] bool: first tokens of each sequence."""
     if cu_seqlens is not None:
         edges = cu_seqlens.tolist()
         found = [(0, start, stop) for start, stop in pairwise(edges) if stop > start]
@@ -43,7 +43,7 @@ def spans_of(batch: int, keys: int, ids=None, cu_seqlens=None, prompt_mask=None)
 
 
 def restarts(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """position_ids [B, N] -> ids of packed sequences, or None if positions only ever count on"""
+    """position_ids [B, N] -> ids of packed sequences, or None if positions are consecutive"""
     jumps = position_ids.diff(dim=1) != 1
     if not bool(jumps.any()):
         return None
@@ -51,8 +51,8 @@ def restarts(position_ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def attend_by_span(attend, q, k, v, spans: list[Span]):
-    """q [B, H, T, D], the last T of N keys; `attend(q, k, v, prompt)` sees sequences of one length and prompt at a
-    time. Nothing comes of what is in no span. -> [B, H, T, D]"""
+    """Attention span by span: q [B, H, T, D], queries of the last T of N positions -> [B, H, T, D]. `attend(q, k, v,
+    prompt)` gets sequences of the same length and prompt length at once. Queries in no span give zeros."""
     (batch, _, count, _), keys = q.shape, k.shape[2]
     if len(spans) == batch and all(len(s) == keys and s.prompt == spans[0].prompt for s in spans):
         return attend(q, k, v, spans[0].prompt)

@@ -1,4 +1,4 @@
-"""What training and serving must agree on, kept in the model's config."""
+"""Settings that training and serving share, stored in the model's config."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -11,7 +11,7 @@ KEY = "unique"
 
 @dataclass(frozen=True)
 class PageSparsity:
-    """The fields of serving's `unique` selection, then those of the mask that trains it."""
+    """Fields of the `unique` selection in serving, then fields of the training mask."""
 
     budget_tokens: int = 2048
     page_size: int = 64
@@ -20,18 +20,18 @@ class PageSparsity:
     reduce: str = "max"
     sink_pages: int = 1
     recent_pages: int = 2
-    min_context: int = 0  # unlike serving's default: a mask that never applies teaches nothing
+    min_context: int = 0  # lower than in serving, because a mask that never applies trains nothing
     dense_layers: tuple[int, ...] = (0, 1)
-    query_set: str = "active"  # in training all queries of a response choose, whether masked or not
+    query_set: str = "active"  # in training all queries of a response vote, masked or not
 
     temperature: float = 1.0  # in units of a logit
-    stop_threshold: bool = True  # no gradient through the threshold; without it a gate knows only differences of scores
-    hard: bool = False  # train on the mask of serving; outside of training it always is that
-    query_block: int = 0  # bidirectional queries that choose together; 0: all of the response
+    stop_threshold: bool = True  # no gradient through the threshold; if False, only differences of scores get gradients
+    hard: bool = False  # train with the hard mask of serving, which is always used outside of training
+    query_block: int = 0  # number of bidirectional queries that choose together; 0: all of the response
 
     def __post_init__(self):
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        Unique(**self.serving())  # refuses what serving would refuse
+        Unique(**self.serving())  # rejects what serving would reject
         if self.query_set != "active":
             raise ValueError(f"query_set: {self.query_set!r} is not valid, training lets all queries choose ('active')")
         if not self.temperature > 0:
@@ -61,25 +61,25 @@ class PageSparsity:
 
 
 def configs_of(model) -> list:
-    """The config that is saved, and the one the text layers look at."""
+    """The config that is saved, and the one that the text layers read."""
     config = model.config
     text = config.get_text_config()
     return [config] if text is config else [config, text]
 
 
 def configure(model, settings: PageSparsity | None = None, **changes) -> PageSparsity:
-    """Gives `model` these settings, or changes single ones. Takes effect with the next forward."""
+    """Sets `settings` on `model`, or changes single fields. Takes effect with the next forward."""
     settings = settings or settings_of(model.config)
     values = asdict(settings) | changes
     PageSparsity(**values)
-    values["dense_layers"] = list(values["dense_layers"])  # as JSON gives it back
+    values["dense_layers"] = list(values["dense_layers"])  # as it is after a round trip through JSON
     for config in configs_of(model):
         setattr(config, KEY, dict(values))
     return settings_of(model.config)
 
 
 def settings_of(config) -> PageSparsity:
-    """Unknown entries are left to whoever wrote them."""
+    """Settings in a config, or the defaults. Unknown entries are ignored."""
     given = getattr(config, KEY, None) or {}
     known = {field.name for field in fields(PageSparsity)}
     return PageSparsity(**{name: value for name, value in given.items() if name in known})
