@@ -1,4 +1,4 @@
-"""The backend on CPUs: vLLM's own attention kernels, over all pages or over those that were chosen.
+"""Attention backend for CPUs: vLLM's attention kernels over all pages or over chosen pages.
 
 Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, v1/attention/backend.py
 (builder and implementation), model_executor/layers/attention/attention.py.
@@ -25,7 +25,7 @@ PIECE = 32
 
 
 class SelectingCPUBackend(CPUAttentionBackend):
-    # Writing keys, describing full pages and attending need the same metadata.
+    # Writing keys, summarizing full pages and attention use the same metadata.
     forward_includes_kv_cache_update: bool = True
 
     @staticmethod
@@ -43,7 +43,7 @@ class SelectingCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class WholeReaders:
-    """Queries that read everything: prompts, and generated positions with nothing to leave out."""
+    """Queries that read everything: prompts, and generated positions with short contexts."""
 
     rows: slice | torch.Tensor
     batch: Batch
@@ -51,7 +51,7 @@ class WholeReaders:
 
 @dataclass
 class SelectingCPUMetadata:
-    slots: torch.Tensor  # [T] where the step's tokens lie; below 0: nowhere
+    slots: torch.Tensor  # [T] cache slots of the step's tokens, below 0 for padding
     full_pages: torch.Tensor  # [m] pages whose last position is written in this step
     dense: WholeReaders | None
     sparse: list[tuple[Queries, Batch]]
@@ -66,7 +66,7 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
         self.pages = packed_pages(
             heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.dtype, self.selection.unit
         )
-        #: metadata of a step -> prompt length of each of its requests; the worker knows, and takes the counts
+        #: metadata of a step -> prompt length of each request; the worker sets this and collects the counts
         self.prompt_lens = lambda common: None
         self.counts = PageCounts()
 
@@ -106,14 +106,14 @@ class SelectingCPUBuilder(AttentionMetadataBuilder[SelectingCPUMetadata]):
 
 
 class SelectingCPUImpl(AttentionImpl):
-    selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
-    summaries: Summaries | None = None  # and here once the cache is allocated
+    selection: PageSelection  # set when the layer is built (layer_backends.py)
+    summaries: Summaries | None = None  # set when the KV cache is allocated (summaries.py)
 
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto",
         logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
     ):  # fmt: skip
-        # What this cannot compute was refused by whoever chose it (layer_backends.py).
+        # Unsupported arguments have been rejected in layer_backends.py.
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
@@ -151,6 +151,6 @@ class SelectingCPUImpl(AttentionImpl):
         return packed_pages(self.num_heads, self.num_kv_heads, self.head_size, kv_cache.dtype, self.selection.unit)
 
     def describe(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> None:
-        """Summaries of pages [n] from the keys that lie there now, which are packed."""
+        """Summarizes pages [n] from their current keys, which are packed."""
         if self.summaries is not None and len(page_ids):
             self.selection.put(self.pages(kv_cache).keys(kv_cache, page_ids), page_ids, self.summaries)

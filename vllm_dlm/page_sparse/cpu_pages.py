@@ -1,9 +1,9 @@
-"""vLLM's own CPU kernels over pages instead of blocks.
+"""Runs vLLM's CPU attention kernels over pages instead of blocks.
 
-A layer's cache is one piece of memory, [blocks, Hkv, block_size, 2 * D]. The
-kernels take any part of it that is laid out like a block, so here it is read
-as pages, and for chosen pages each (request, key head) as a request of its
-own, which has pages of its own.
+A layer's cache is contiguous, [blocks, Hkv, block_size, 2 * D]. The kernels
+accept any view of it that is laid out like blocks, so pages are passed as
+blocks. For chosen pages, each pair of request and key head is passed as a
+separate request with its own page table.
 
 Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, _custom_ops.py (`cpu_attn_*`).
 """
@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 @dataclass(frozen=True)
 class PackedPages:
-    """How the attention of one shape of layer lies in pages."""
+    """Page layout and kernel calls for attention layers of one shape."""
 
     heads: int
     kv_heads: int
@@ -33,8 +33,10 @@ class PackedPages:
 
     @functools.cached_property
     def order(self) -> torch.Tensor:
-        """[P * D] where each key element of a page and head lies. The kernels pack keys for the instruction set; how is
-        found out by packing numbers and looking where they went, in two digits that any dtype holds exactly."""
+        """[P * D] place of each key element within a page and head.
+
+        The kernels pack keys for the instruction set. The packing is found by writing known numbers and reading where
+        they are, as two digits that any dtype represents exactly."""
         number = torch.arange(self.page_size * self.dim)
         seen = torch.zeros_like(number)
         for weight, digit in ((1, number % 128), (128, number // 128)):
@@ -44,16 +46,16 @@ class PackedPages:
             seen += weight * self._halves(page, 1)[0].flatten().long()
         if not torch.equal(seen.sort()[0], number):
             raise RuntimeError(
-                f"vLLM's CPU attention ({self.isa}) does not keep keys as they are given; known is 0.32's"
+                f"vLLM's CPU attention ({self.isa}) does not store keys unchanged, as that of vLLM 0.32 does"
             )
         return seen.argsort()
 
     def _halves(self, kv_cache: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values [pages, Hkv, P, D]; within a page and head all keys lie before the values."""
+        """Keys and values [pages, Hkv, P, D]; within a page and head, all keys come before all values."""
         return kv_cache.view(-1, kv_heads, 2 * self.page_size, self.dim).chunk(2, dim=2)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """key and value [T, Hkv, D], slots [T]: where a token lies, page * P + offset; below 0: nowhere"""
+        """Writes key and value [T, Hkv, D] to slots [T], page * P + offset each; slots below 0 are skipped"""
         ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv_cache, key.shape[1]), slots, self.isa)
 
     def keys(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
@@ -62,17 +64,18 @@ class PackedPages:
         return packed[..., self.order].unflatten(-1, (self.page_size, self.dim))
 
     def batch(self, counts: list[int], kv_lens: torch.Tensor, page_table: torch.Tensor | None) -> "Batch":
-        """Requests that read everything: `counts` queries each, the last of their `kv_lens` [B] int32;
-        page_table [B, N]."""
+        """Batch of requests that read everything. `counts`: queries of each request, at the last of its `kv_lens`
+        positions ([B] int32). page_table [B, N]."""
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         return self._batch(self.heads, self.kv_heads, starts, kv_lens, page_table, envs.VLLM_CPU_ATTN_SPLIT_KV)
 
     def chosen_batch(self, kv_lens: torch.Tensor, budget: int) -> "Batch":
-        """Requests of one query that will read `budget` pages per key head, the last as far as `kv_lens` [B] goes."""
+        """Batch of requests with one query that read `budget` pages per key head; kv_lens [B] determines how far the
+        last page is filled."""
         unfilled = -kv_lens % self.page_size
         lens = (budget * self.page_size - unfilled).to(torch.int32).repeat_interleave(self.kv_heads)
         starts = torch.arange(len(lens) + 1, dtype=torch.int32)
-        # A request's sums do not depend on who shares the step: no head's keys are split.
+        # Keys of a head are not split, so a request's sums do not depend on the other requests of the step.
         return self._batch(self.heads // self.kv_heads, 1, starts, lens, None, False)
 
     def _batch(self, heads, kv_heads, starts, kv_lens, page_table, split) -> "Batch":
@@ -86,13 +89,13 @@ class PackedPages:
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", scale: float, output: torch.Tensor
     ) -> None:
-        """q and output [T, H, D]"""
+        """Attention over all pages; q and output [T, H, D]"""
         self._attend(q, kv_cache, batch, batch.page_table, scale, output)
 
     def attend_chosen(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: "Batch", pages: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """q [B, H, D], physical `pages` [B, Hkv, K], of which only the last may be unfilled -> [B, H, D]"""
+        """q [B, H, D], physical `pages` [B, Hkv, K], of which only the last may be partly filled -> [B, H, D]"""
         table = (pages * self.kv_heads + torch.arange(self.kv_heads)[:, None]).flatten(0, 1).to(torch.int32)
         q = q.reshape(len(table), -1, self.dim)  # [B * Hkv, G, D]
         output = torch.empty_like(q)
@@ -108,16 +111,16 @@ class PackedPages:
         )  # fmt: skip
 
 
-#: one object for all layers alike: how keys are packed is looked up once
+#: layers of the same shape share one object, so the key packing is determined once
 packed_pages = functools.cache(PackedPages)
 
 
 @dataclass
 class Batch:
-    """What all layers' calls of a step have in common."""
+    """Arguments that the kernel calls of all layers share in a step."""
 
     kv_heads: int
     starts: torch.Tensor  # [B + 1] int32
     kv_lens: torch.Tensor  # [B] int32
-    page_table: torch.Tensor | None  # [B, N] int32; None: every layer has its own
-    plan: torch.Tensor  # the kernel's own division of the work among threads
+    page_table: torch.Tensor | None  # [B, N] int32; None: differs between layers
+    plan: torch.Tensor  # the kernel's scheduler metadata: how work is split among threads

@@ -1,7 +1,7 @@
-"""The backend on CUDA: page kernels where pages are chosen, vLLM's FlashAttention for what is read whole beside that.
+"""Attention backend for CUDA: page kernels for rows that choose pages, vLLM's FlashAttention for the other rows.
 
-A step of one row per request goes through the page kernels as a whole, since
-vLLM keeps such steps as graphs (single_rows.py).
+Steps with one row per request use the page kernels for all rows, because vLLM
+captures such steps as CUDA graphs (single_rows.py).
 
 Read in vLLM 0.32: v1/attention/backends/flash_attn.py, v1/attention/backend.py.
 """
@@ -30,7 +30,7 @@ from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 class SelectingFlashBackend(FlashAttentionBackend):
-    # Since vLLM 0.33 FlashAttention's says yes; a forward without keys would leave full pages undescribed.
+    # FlashAttention's backend sets this since vLLM 0.33. A forward without keys would not summarize full pages.
     supports_kv_cache_update_bypass: bool = False
 
     @staticmethod
@@ -39,7 +39,7 @@ class SelectingFlashBackend(FlashAttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # A page of a head is one piece of memory.
+        # The page kernels need the keys of a page and head to be contiguous.
         return (KVCacheLayout.LBHNC,)
 
     @staticmethod
@@ -53,9 +53,9 @@ class SelectingFlashBackend(FlashAttentionBackend):
 
 @dataclass
 class SelectingFlashMetadata(FlashAttentionMetadata):
-    full_pages: torch.Tensor | None = None  # [m] pages whose last position is written in this step, and -1
+    full_pages: torch.Tensor | None = None  # [m] pages whose last position is written in this step, padded with -1
     sparse: Queries | None = None
-    #: with `sparse`: the other rows as a batch of their own
+    #: with `sparse`: the other rows as a separate batch
     dense: FlashAttentionMetadata | None = None
     dense_rows: torch.Tensor | None = None
 
@@ -68,19 +68,19 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.selection = selection_of(vllm_config)
         self.supports_draft_decode_metadata_update = False
-        # No graph holds these layers' calls of FlashAttention, which is free to split keys as it likes.
+        # These layers' FlashAttention calls are never captured, so the number of splits need not be fixed.
         self.use_full_cuda_graph, self.max_num_splits = False, 0
         self.single_rows = SingleRows(
             self.selection, vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len,
             self.block_size // self.selection.unit, device,
         )  # fmt: skip
-        #: metadata of a step -> prompt length of each of its requests; the worker knows, and takes the counts
+        #: metadata of a step -> prompt length of each request; the worker sets this and collects the counts
         self.prompt_lens = lambda common: None
         self.counts = PageCounts()
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SelectingFlashMetadata:
         common = common_attn_metadata
-        # The host's lengths bound the device's: exact, but for drafts that are still being verified.
+        # The host's lengths are upper bounds of the device's. They are exact except for unverified draft tokens.
         bound = common.seq_lens_cpu_upper_bound
         kv_lens = (common.seq_lens.cpu() if bound is None else bound)[: common.num_reqs].tolist()
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
@@ -91,9 +91,9 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         return self._mixed(common, fast_build, plan, starts, kv_lens)
 
     def build_for_cudagraph_capture(self, common_attn_metadata) -> SelectingFlashMetadata:
-        """Nobody reads anything yet, and requests have no prompts to ask for."""
+        """Metadata for capture: no row chooses pages, since dummy requests have no prompt lengths."""
         if common_attn_metadata.max_query_len != 1:
-            raise NotImplementedError("dlm.selection: only steps of one row per request are kept as graphs")
+            raise NotImplementedError("dlm.selection: only steps of one row per request are captured as CUDA graphs")
         return self._single_rows(common_attn_metadata, set())
 
     def _single_rows(self, common, choosing: set[int]) -> SelectingFlashMetadata:
@@ -101,7 +101,7 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         return SelectingFlashMetadata(**vars(super().build(0, common, True)), full_pages=filled, sparse=rows)
 
     def _mixed(self, common, fast_build: bool, plan: Partition, starts, kv_lens) -> SelectingFlashMetadata:
-        """A step with prompts or drafts in it, launched one by one."""
+        """Metadata of a step with prompts or draft tokens, which runs without a CUDA graph."""
         size = self.selection.unit
         step = super().build(0, common, fast_build or bool(plan.sparse))
         slots = common.slot_mapping[: common.num_actual_tokens]
@@ -135,26 +135,26 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
 
 
 def behind_the_end(kv_lens: list[int], requests: list[int], keys: list[int]) -> list[int]:
-    """How many keys of its request a part of a step does not see."""
+    """Number of keys of its request that each part of a step does not see."""
     return [kv_lens[request] - n for request, n in zip(requests, keys, strict=True)]
 
 
 def filled_pages(slots: torch.Tensor, starts: list[int], size: int) -> torch.Tensor:
-    """Pages whose last position is among `slots` [T], and -1: as many as the rows of each request can fill, which the
-    host knows without looking."""
+    """Pages whose last position is among `slots` [T], padded with -1. The host bounds their number by the rows of each
+    request, without reading `slots`."""
     pages = ended_pages(slots, size)
     most = sum(-(-(end - start) // size) for start, end in pairwise(starts))
     return pages if most >= len(pages) else pages.topk(most).values
 
 
 class SelectingFlashImpl(FlashAttentionImpl):
-    selection: PageSelection  # hung here by whoever made the layer (layer_backends.py)
-    summaries: Summaries | None = None  # and here once the cache is allocated
+    selection: PageSelection  # set when the layer is built (layer_backends.py)
+    summaries: Summaries | None = None  # set when the KV cache is allocated (summaries.py)
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
     ):
-        """query and output [T, H, D], kv_cache [blocks, Hkv, block_size, 2 * D], written to before"""
+        """query and output [T, H, D], kv_cache [blocks, Hkv, block_size, 2 * D], which already has the new keys"""
         meta: SelectingFlashMetadata | None = attn_metadata
         parent = super().forward
         if meta is None or self.summaries is None:  # profiling

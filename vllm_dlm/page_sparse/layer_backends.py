@@ -1,7 +1,7 @@
-"""Gives vLLM's attention layers the backend that chooses pages, where the server asked for it.
+"""Gives vLLM's attention layers the backend that chooses pages, if the server has a selection.
 
-Read in vLLM 0.32 and 0.33: model_executor/layers/attention/attention.py (`Attention`:
-an `attn_backend` that is given is not asked for again, but its name must be
+Read in vLLM 0.32 and 0.33: model_executor/layers/attention/attention.py
+(`Attention` uses a given `attn_backend` without checks, but its name must be
 registered), v1/attention/backends/registry.py.
 """
 
@@ -59,7 +59,8 @@ def backend() -> type:
 
 
 def wants_selection(given: dict, selection) -> bool:
-    """Layers that look at a window, and those a model has a backend of its own for, stay as they are."""
+    """Whether a layer gets the selecting backend. Layers with a sliding window, and layers for which the model sets a
+    backend, are left unchanged."""
     if given["attn_backend"] is not None or given["attn_type"] != AttentionType.DECODER:
         return False
     window = given["per_layer_sliding_window"]
@@ -69,7 +70,7 @@ def wants_selection(given: dict, selection) -> bool:
 
 
 def refuse(given: dict) -> None:
-    """What the page kernels do not compute. (A soft cap of 0 is none.)"""
+    """Rejects arguments that the page kernels do not support. (A soft cap of 0 means none.)"""
     for name in ("alibi_slopes", "use_alibi_sqrt", "logits_soft_cap"):
         if given[name]:
             raise unsupported(given["prefix"], name, given[name])
@@ -81,7 +82,7 @@ def refuse(given: dict) -> None:
 
 
 def refuse_kernel(chosen: type[AttentionBackend], given: dict, dtype: torch.dtype, capability) -> None:
-    """What vLLM asks of backends that it picks itself. `capability`: of the device, None on CPUs."""
+    """Applies the checks that vLLM makes for backends it selects itself. `capability`: of the device, None on CPUs."""
     layer, size = given["prefix"], given["head_size"]
     if not chosen.supports_dtype(dtype):
         listed = " or ".join(str(known).removeprefix("torch.") for known in chosen.supported_dtypes)

@@ -1,11 +1,11 @@
-"""What sparse decoding read, and what dense decoding would have read: the proof that it was active."""
+"""Counts of pages that sparse decoding read and that dense decoding would have read, to verify that it is active."""
 
 from dataclasses import asdict, dataclass, fields
 
 
 @dataclass
 class PageCounts:
-    """Summed over generated positions and over the layers that choose; a page counts once for all its heads."""
+    """Sums over generated positions and choosing layers. A page counts once for all its heads."""
 
     sparse_rows: int = 0
     dense_rows: int = 0
@@ -17,7 +17,7 @@ class PageCounts:
             setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
 
     def take(self) -> dict[str, int]:
-        """What was counted since the last call."""
+        """Returns the counts since the last call and resets them."""
         counted = asdict(self)
         for name in counted:
             setattr(self, name, 0)

@@ -1,8 +1,9 @@
-"""Which rows of a step read chosen pages, which read everything: host data, once per step.
+"""Partition of a step's rows into those that read chosen pages and those that read everything, once per step on the
+host.
 
-A prompt's rows read everything; a generated position reads the pages chosen
-for it alone, however many positions share its step. So a row's keys do not
-depend on chunks, batches, preemption or speculation.
+Rows of a prompt read everything. A generated position reads pages chosen for it
+alone, however many positions share its step. The keys that a row reads thus do
+not depend on chunked prefill, batching, preemption or speculative decoding.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from vllm_dlm.plugins.selection.pages import PageSelection
 class Partition:
     #: (request, first row, rows, keys) of prompts
     prompt: list[tuple[int, int, int, int]] = field(default_factory=list)
-    #: (request, row, keys) of generated positions: all pages are read, or chosen ones
+    #: (request, row, keys) of generated positions, which read all pages (`whole`) or chosen pages (`sparse`)
     whole: list[tuple[int, int, int]] = field(default_factory=list)
     sparse: list[tuple[int, int, int]] = field(default_factory=list)
 
     def dense(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Prompts and `whole` as a batch of their own, in order: its requests, how many rows each has, how many keys
-        each sees, and the rows of the step that it is made of."""
+        """`prompt` and `whole` as a separate batch, in order -> request, number of rows and number of keys of each
+        part, and the step's rows that make up the batch."""
         parts = sorted(
             self.prompt + [(request, row, 1, keys) for request, row, keys in self.whole], key=lambda part: part[1]
         )
@@ -33,7 +34,7 @@ class Partition:
         return requests, counts, keys, rows
 
     def counts(self, selection: PageSelection) -> PageCounts:
-        """What one layer reads for the generated positions."""
+        """Counts of one layer for the generated positions."""
         whole, sparse = (
             pages_of([keys for _, _, keys in rows], selection.unit) for rows in (self.whole, self.sparse)
         )  # fmt: skip
@@ -48,8 +49,8 @@ def pages_of(keys: Sequence[int], page_size: int) -> int:
 def partition(
     selection: PageSelection, starts: Sequence[int], kv_lens: Sequence[int], prompt_lens: Sequence[int]
 ) -> Partition:
-    """`starts` [B + 1] where each request's rows begin, `kv_lens` keys after this step, `prompt_lens` tokens that
-    were not generated."""
+    """`starts` [B + 1]: first row of each request; `kv_lens`: keys after this step; `prompt_lens`: tokens that were not
+    generated."""
     plan = Partition()
     for request, (first, end, keys, prompt) in enumerate(zip(starts, starts[1:], kv_lens, prompt_lens, strict=False)):
         count = end - first
@@ -64,8 +65,8 @@ def partition(
 
 
 def prompt_lengths(common, known: Sequence[int] | None) -> list[int]:
-    """Of the requests of a vLLM step. Where the runner did not say (profiling), requests it calls prefilling are all
-    prompt, and so are several rows at once."""
+    """Prompt lengths of the requests of a step. If the runner does not provide them (profiling), requests that are
+    prefilling count as all prompt. If that is unknown, too, requests with several rows do."""
     if known is not None:
         return list(known)
     starts, keys = common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound

@@ -1,4 +1,4 @@
-"""Rows that read pages as the page kernels see them: requests of one query each."""
+"""Rows that choose pages, as requests with one query each for the page kernels."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from vllm_dlm.plugins.selection.pages import PageSelection
 class Queries:
     """B queries; tensors on the device of the cache."""
 
-    rows: slice | torch.Tensor  # where they are in the step's queries
+    rows: slice | torch.Tensor  # their rows among the step's queries
     q_starts: torch.Tensor  # [B + 1]
     page_table: torch.Tensor  # [B, N] physical pages, in order
     kv_lens: torch.Tensor  # [B]
-    #: [B] pages to choose from. Those behind are read: the last one, or all if there are none to choose from.
+    #: [B] number of pages to choose from. Later pages are always read: the last one, or all pages if this is 0.
     num_pages: torch.Tensor
-    recent: torch.Tensor  # [B] of those to choose from, the first of the recent ones, which are read, too
-    behind: int  # so many pages at most that are read without being chosen
+    recent: torch.Tensor  # [B] first of the recent pages among those to choose from, which are always read
+    behind: int  # upper bound on the number of pages from num_pages on
 
 
 def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: int) -> torch.Tensor:
@@ -33,8 +33,7 @@ def make_queries(
     selection: PageSelection, rows: list[int], kv_lens: torch.Tensor, keys: list[int], block_table: torch.Tensor,
     pages_per_block: int,
 ) -> Queries:  # fmt: skip
-    """`kv_lens` [B] int32 and `block_table` [B, n] on the device; `keys` is what the host knows of
-    kv_lens, and bounds them."""
+    """`kv_lens` [B] int32 and `block_table` [B, n] are on the device. `keys`: the host's upper bounds of kv_lens."""
     device, size = kv_lens.device, selection.unit
     width = -(-max(keys) // size)
     before_last = (kv_lens - 1) // size
@@ -50,7 +49,7 @@ def make_queries(
 
 
 def place(rows: list[int], device: torch.device) -> slice | torch.Tensor:
-    """Ascending rows of a step's queries; side by side they need no index."""
+    """Ascending rows of a step's queries as an index; consecutive rows become a slice."""
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return to_device(rows, device)
@@ -62,21 +61,22 @@ def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torc
 
 
 def all_to_device(device: torch.device, *lists: list[int]) -> tuple[torch.Tensor, ...]:
-    """In one piece"""
+    """Copies several lists to the device in one transfer"""
     return to_device([value for values in lists for value in values], device).split([len(values) for values in lists])
 
 
 def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
-    """q [B, H, D] -> [B, Hkv, K] pages that each row chooses, in order, and -1; no host has to wait for anything"""
+    """q [B, H, D] -> [B, Hkv, K] pages that each row chooses, ascending, padded with -1. Does not synchronize with the
+    device."""
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
     asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages, recent=rows.recent)
     chosen = selection.choose(asked).units
-    assert chosen is not None  # nothing is held from one position to the next
+    assert chosen is not None  # choices are never kept from one position to the next
     return chosen
 
 
 def pages_to_read(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
-    """The same of rows that all choose, and the last page: [B, Hkv, K]"""
+    """Pages that rows read if all of them choose: the chosen pages and the last page, [B, Hkv, K]"""
     chosen = chosen_pages(q, rows, summaries, selection)
     last = rows.num_pages[:, None, None].expand(-1, chosen.shape[1], -1)
     return torch.cat([chosen, last], -1)

@@ -1,4 +1,4 @@
-"""vLLM's workers, with summaries of pages beside the KV cache.
+"""vLLM's workers with summaries of pages next to the KV cache.
 
 Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py, v1/worker/gpu_model_runner.py
 and v1/worker/gpu/model_runner.py (`attn_groups`, the batch's prompt lengths),
@@ -24,7 +24,7 @@ logger = init_logger("vllm." + __name__)
 
 
 class Selecting(WorkerBase):
-    """Mixed into a worker."""
+    """Mixin for vLLM's workers."""
 
     def load_model(self, *args, **kwargs) -> None:
         layer_backends.install()
@@ -35,8 +35,8 @@ class Selecting(WorkerBase):
         found = self._choosing()
         if not found:
             raise ValueError(
-                f"dlm.selection: no layer of {self.model_config.architecture} that reads its whole context is left "
-                f"to {self.dlm_selection}; start without dlm.selection"
+                f"dlm.selection: {self.model_config.architecture} has no attention layer for {self.dlm_selection}; "
+                "start without dlm.selection"
             )
         logger.info_once("Selection %r chooses pages in %d attention layers.", self.dlm_selection, len(found))
 
@@ -45,17 +45,17 @@ class Selecting(WorkerBase):
         return {name: layer for name, layer in found.items() if hasattr(layer.impl, "summaries")}
 
     def determine_available_memory(self) -> int:
-        """Summaries are part of what the KV cache may take."""
+        """Reserves a part of the KV cache's memory for the summaries."""
         available = super().determine_available_memory()
         specs = self.get_kv_cache_spec()
-        # a layer that reads another one's keys has neither cache nor summaries of its own
+        # a layer that shares another layer's KV cache has neither a cache nor summaries
         choosing = self._choosing().keys() & specs.keys()
         return int(available * kv_share(specs, choosing, self.dlm_selection))
 
     def initialize_from_config(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_from_config(kv_cache_config, *args, **kwargs)
         self.dlm_pool = SummaryPool(self._choosing(), self.dlm_selection)
-        logger.info_once("Page summaries take %.1f MiB beside the KV cache.", self.dlm_pool.nbytes / 2**20)
+        logger.info_once("Page summaries take %.1f MiB in addition to the KV cache.", self.dlm_pool.nbytes / 2**20)
         for group in (group for groups in self.model_runner.attn_groups for group in groups):
             for builder in group.metadata_builders:
                 if hasattr(builder, "prompt_lens"):
@@ -63,16 +63,16 @@ class Selecting(WorkerBase):
 
     def compile_or_warm_up_model(self, *args, **kwargs):
         times = super().compile_or_warm_up_model(*args, **kwargs)
-        self.dlm_unsent.take()  # nobody asked for what was read by then
+        self.dlm_unsent.take()  # discard counts of the warm-up
         return times
 
     def execute_dummy_batch(self) -> None:
-        """While others of a data-parallel server work; what real steps counted has left with their tokens."""
+        """Runs while other data-parallel ranks work. Discards its counts; those of real steps are already sent."""
         super().execute_dummy_batch()
         self.dlm_unsent.take()
 
     def _prompt_lens(self, common) -> list[int] | None:
-        """Of the requests of the batch that is being prepared, in its order."""
+        """Prompt lengths of the requests of the batch being prepared, in its order."""
         runner = self.model_runner
         if hasattr(runner, "req_states"):  # model runner V2
             return None if common.req_idx is None else runner.req_states.prompt_len.np[common.req_idx].tolist()
@@ -88,9 +88,9 @@ class Selecting(WorkerBase):
         return self._counted(super().sample_tokens(*args, **kwargs))
 
     def _counted(self, output):
-        """The step's counts travel with its tokens."""
+        """Attaches the step's counts to the output that carries its tokens."""
         carrier = output
-        for wrapped in ("_model_runner_output", "model_runner_output"):  # of asynchronous outputs, V1 and V2
+        for wrapped in ("_model_runner_output", "model_runner_output"):  # asynchronous outputs of V1 and V2
             carrier = getattr(carrier, wrapped, carrier)
         if carrier is not None and getattr(carrier, "req_ids", None):
             taken = self.dlm_unsent.take()
@@ -99,7 +99,7 @@ class Selecting(WorkerBase):
         return output
 
     def dlm_page_counts(self) -> dict[str, int]:
-        """For `LLM.collective_rpc`: everything since the start."""
+        """Counts since the start, for `LLM.collective_rpc`."""
         total = PageCounts(**asdict(self.dlm_counts))
         total.add(self.dlm_unsent)
         return asdict(total)
@@ -109,7 +109,7 @@ class SelectingGPUWorker(Selecting, Worker):
     pass
 
 
-# On CUDA this import would replace torch's streams and events by stand-ins.
+# On CUDA this import would replace torch's streams and events with stubs.
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 

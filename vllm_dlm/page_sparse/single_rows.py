@@ -1,12 +1,12 @@
-"""Steps of one row per request, in memory that stays: a captured graph reads what the last step wrote there.
+"""Metadata for steps with one row per request, in persistent buffers, because captured CUDA graphs read them.
 
-vLLM replays such a graph for any step of single rows, and nobody is asked
-again: for contexts too short to leave anything out, and for the last token of
-a prompt, which reads everything however long it is. So all rows go through the
-page kernels, and those that do not choose have no page to choose from: all of
-theirs lie behind. The tables are as wide as the longest context; what a row
-does not read of them costs the kernels nothing. vLLM fills such a step up with
-requests of no keys, which read nothing.
+vLLM replays such a graph for any step of single rows, without another
+decision of the backend. This includes contexts too short to leave anything
+out, and the last token of a prompt, which always reads everything. All rows
+therefore use the page kernels. A row that does not choose has no pages to
+choose from, so all of its pages are read. The tables are as wide as the longest
+context; entries that a row does not read cost nothing. vLLM pads such a step
+with dummy requests without keys, which read nothing.
 """
 
 import torch
@@ -20,9 +20,9 @@ class SingleRows:
     def __init__(
         self, selection: PageSelection, requests: int, longest: int, pages_per_block: int, device: torch.device
     ):
-        """For at most so many `requests`, the `longest` of so many keys."""
+        """`requests`: maximum number of requests; `longest`: maximum number of keys of a request."""
         self.selection, self.size, self.pages_per_block = selection, selection.unit, pages_per_block
-        self.blocks = -(-longest // (self.size * pages_per_block))  # of a request, at most
+        self.blocks = -(-longest // (self.size * pages_per_block))  # maximum per request
         self.width = self.blocks * pages_per_block
         self.q_starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(requests, self.width, dtype=torch.int32, device=device)
@@ -32,8 +32,8 @@ class SingleRows:
         self.full_pages = torch.full((requests,), -1, dtype=torch.int64, device=device)
 
     def fill(self, common, choosing: set[int]) -> tuple[Queries, torch.Tensor]:
-        """Of a step: how its rows read, and the pages they fill [B]. `choosing`: which of its requests do; all of it
-        is worked out on the device, from lengths that the host need not know."""
+        """Fills the buffers for a step -> its queries, and the pages [B] that its rows complete. `choosing`: requests
+        whose rows choose. Everything else is computed on the device from lengths that the host need not know."""
         count, size = common.num_reqs, self.size
         page_table, full_pages = self.page_table[:count], self.full_pages[:count]
         kv_lens, num_pages, recent = self.kv_lens[:count], self.num_pages[:count], self.recent[:count]
@@ -50,5 +50,5 @@ class SingleRows:
 
 
 def ended_pages(slots: torch.Tensor, size: int) -> torch.Tensor:
-    """Of each slot the page whose last position it is, or -1"""
+    """For each slot, the page whose last position it is, or -1"""
     return torch.where((slots >= 0) & (slots % size == size - 1), slots // size, -1)

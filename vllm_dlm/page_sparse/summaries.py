@@ -1,4 +1,4 @@
-"""What a selection keeps of pages, beside vLLM's KV cache: its memory, where it hangs, and blocks that are copied."""
+"""Memory for the summaries of pages next to vLLM's KV cache: sizes, allocation, and copies of blocks."""
 
 import torch
 
@@ -8,7 +8,7 @@ from vllm_dlm.plugins.selection.pages import PageSelection
 
 
 def empty_summaries(cache: torch.Tensor, selection: PageSelection) -> Summaries:
-    """For a cache [blocks, Hkv, block_size, 2 * D]: nobody has described any page."""
+    """Summaries for a cache [blocks, Hkv, block_size, 2 * D], with every page marked as not summarized."""
     blocks, kv_heads, block_size, width = cache.shape
     places = blocks * (block_size // selection.unit)
     (first, first_dtype), (second, second_dtype) = selection.vectors(width // 2, cache.dtype)
@@ -19,24 +19,24 @@ def empty_summaries(cache: torch.Tensor, selection: PageSelection) -> Summaries:
 
 
 def bytes_per_block(spec, selection: PageSelection) -> int:
-    """Of one layer with this AttentionSpec."""
+    """Bytes of summaries per block of one layer with this AttentionSpec."""
     vectors = selection.vectors(spec.head_size, spec.dtype)
     page = spec.num_kv_heads * sum(width * dtype.itemsize for width, dtype in vectors)
     return spec.block_size // selection.unit * page
 
 
 def kv_share(specs: dict, choosing: set[str], selection: PageSelection) -> float:
-    """The part of a memory budget that is left to keys and values when the summaries are taken from it too."""
+    """Share of a memory budget for keys and values, if the summaries come from the same budget."""
     if len({spec.page_size_bytes for spec in specs.values()}) == 1 and len({type(s) for s in specs.values()}) == 1:
-        # one pool, every layer in each of its blocks
+        # a single pool in which each block holds all layers
         kv = sum(spec.page_size_bytes for spec in specs.values())
         return kv / (kv + sum(bytes_per_block(specs[name], selection) for name in choosing))
-    # Groups of layers may lie over each other in the pool, and so do their summaries: none has more than this.
+    # Groups of layers may share the memory of the pool, and then share summaries. This is an upper bound.
     return 1 / (1 + max(bytes_per_block(specs[name], selection) / specs[name].page_size_bytes for name in choosing))
 
 
 class SummaryPool:
-    """Every choosing layer's summaries; layers whose keys lie in the same memory share theirs."""
+    """Summaries of all choosing layers. Layers whose keys use the same memory share their summaries."""
 
     def __init__(self, layers: dict[str, torch.nn.Module], selection: PageSelection):
         self.by_memory: dict[int, Summaries] = {}
@@ -58,7 +58,7 @@ class SummaryPool:
         return sum(vectors.nbytes for own in self.by_memory.values() for vectors in (own.first, own.second))
 
     def copy_blocks(self, copies, pages_per_block: int) -> None:
-        """What vLLM's copy-on-write does to keys. `copies`: (source, destination) blocks."""
+        """Copies summaries as vLLM's copy-on-write copies keys. `copies`: (source, destination) blocks."""
         part = torch.arange(pages_per_block)
         source, target = (
             (torch.tensor(side)[:, None] * pages_per_block + part).flatten() for side in zip(*copies, strict=True)
