@@ -25,7 +25,7 @@ def test_texts(served, model):
 
 @pytest.mark.parametrize("name", ["num_beams", "steps", "repetition_penalty"])
 def test_what_would_not_be_read_is_refused_by_name(served, name):
-    with pytest.raises(ValueError, match=f"^generation_kwargs: {name} would not be read"):
+    with pytest.raises(ValueError, match=f"^generation_kwargs: {name} not supported"):
         served.text(COPY, {name: 2}, 16)
 
 

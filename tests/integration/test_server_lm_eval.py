@@ -124,7 +124,7 @@ def asked(kind: str, *arguments):
 
 
 def test_what_would_not_be_read_is_refused_by_name(lm):
-    with pytest.raises(ValueError, match=r"^model_args: stpes would not be read"):
+    with pytest.raises(ValueError, match=r"^model_args: stpes not supported"):
         lm(stpes=4)
     with pytest.raises(ValueError, match="mc_num"):
         lm(mc_num=0).loglikelihood(asked("loglikelihood", "a", " b"))

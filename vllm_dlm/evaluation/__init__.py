@@ -1,1 +1,1 @@
-"""EleutherAI's lm-evaluation-harness through a running server: `python -m vllm_dlm.evaluation`."""
+"""Runs EleutherAI's lm-evaluation-harness against a running server: `python -m vllm_dlm.evaluation`."""

@@ -1,15 +1,16 @@
-"""lm_eval's command line, with `vllm_dlm` among its models.
+"""lm_eval's command line with the additional model `vllm_dlm`.
 
-lm_eval 0.4 knows the models that have been registered in its process, and has
-no entry points to find others by. Read in lm_eval 0.4.13: api/registry.py, models/__init__.py, __main__.py.
+lm_eval 0.4 has no entry points for models, so the model is registered in its
+process. Read in lm_eval 0.4.13: api/registry.py, models/__init__.py,
+__main__.py.
 """
 
 NAME, TARGET = "vllm_dlm", "vllm_dlm.evaluation.lm_eval_model:ServedDLM"
 
 
 def register() -> None:
-    """Names the model; its module is imported when somebody asks for it."""
-    import lm_eval.models  # noqa: F401 - its own models first, or the registry takes ours for all there are
+    """Registers the model. Its module is imported on first use."""
+    import lm_eval.models  # noqa: F401 - first, or the registry considers ours to be all models and skips its own
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:

@@ -1,4 +1,4 @@
-"""lm_eval's `vllm_dlm` model: a server of this package.
+"""lm_eval model `vllm_dlm`, a client of a server with this plugin.
 
 Read in lm_eval 0.4.13: api/model.py, api/instance.py.
 """
@@ -14,8 +14,8 @@ from vllm_dlm.evaluation.served import Served
 
 
 class ServedDLM(LM):
-    """`--model_args`: `base_url`, and of requests that generate `max_gen_toks` and any `dlm_*` option, of those that
-    score `method`, `mc_num`, `mc_batch_size`, `steps`, `cfg_scale` and `seed`."""
+    """Model whose parameters are lm_eval's `--model_args`: `base_url`; for generation `max_gen_toks` and any `dlm_*`
+    option; for scoring `method`, `mc_num`, `mc_batch_size`, `steps`, `cfg_scale` and `seed`."""
 
     def __init__(
         self, base_url: str, model: str | None = None, num_concurrent: int = 16, timeout: float = 3600,
@@ -24,10 +24,10 @@ class ServedDLM(LM):
         steps: int | None = None, cfg_scale: float | None = None, seed: int | None = None,
         batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **options: Any,
     ):  # fmt: skip
-        """lm_eval always gives batch_size, max_batch_size and device; the server's business."""
+        """lm_eval always passes batch_size, max_batch_size and device, which are ignored: the server decides them."""
         super().__init__()
         if unread := [name for name in options if not name.startswith("dlm_")]:
-            raise ValueError(f"model_args: {', '.join(unread)} would not be read; options of requests begin with dlm_")
+            raise ValueError(f"model_args: {', '.join(unread)} not supported; names of request options begin with dlm_")
         self.served, self.num_concurrent = Served(base_url, model, timeout, num_concurrent), num_concurrent
         self.max_gen_toks, self.bos, self.options = max_gen_toks, bos, options
         self.add_special_tokens = add_special_tokens
@@ -38,7 +38,7 @@ class ServedDLM(LM):
         self.how = {name: value for name, value in how.items() if value is not None}
 
     def _each(self, kind: str, requests: list, one: Callable, quiet: bool) -> list:
-        """`one` of the arguments of each, some at a time, in their order."""
+        """Calls `one` with the arguments of each request, `num_concurrent` at a time -> results in order."""
         results = []
         with ThreadPoolExecutor(self.num_concurrent) as pool:
             found = pool.map(lambda request: one(*request.args), requests)
@@ -72,10 +72,10 @@ class ServedDLM(LM):
     # -- chat templates --------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        self.add_special_tokens, self.bos = False, ""  # the template has written them
+        self.add_special_tokens, self.bos = False, ""  # the rendered chat template already has them
         return self.served.rendered(chat_history, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm_eval's caches of requests"""
+        """Key of lm_eval's request caches"""
         return self.served.model.replace("/", "__")

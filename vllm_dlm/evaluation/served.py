@@ -1,4 +1,4 @@
-"""What an evaluation asks of a server: texts, likelihoods, rendered chats. It knows nothing of lm_eval."""
+"""HTTP client for evaluations: generated texts, likelihoods and rendered chats. Independent of lm_eval."""
 
 import os
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 
-#: of a task's generation_kwargs -> in the body of /v1/completions
+#: field of a task's generation_kwargs -> field of the body of /v1/completions
 SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed"}
-#: how tasks call the length of a response, the first one counts
+#: names that tasks use for the length of a response; the first one that is given is used
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -31,7 +31,7 @@ class Served:
         return self._answered(self.http.post(path, json={"model": self.model, **body}))
 
     def text(self, prompt: str, kwargs: Mapping[str, Any], usual_length: int, **fixed: Any) -> str:
-        """`kwargs`: a task's generation_kwargs; what none of the servers here would read is refused."""
+        """Generates a text. `kwargs`: a task's generation_kwargs; fields that the server would ignore are rejected."""
         given = dict(kwargs)
         lengths = [int(given.pop(name)) for name in LENGTHS if name in given]
         until, sampled = given.pop("until", None) or [], given.pop("do_sample", None)
@@ -41,18 +41,18 @@ class Served:
         options = {name: given.pop(name) for name in [*given] if name.startswith("dlm_")}
         if given:
             read = ", ".join(["until", "do_sample", *LENGTHS, *SAMPLING, "dlm_*"])
-            raise ValueError(f"generation_kwargs: {', '.join(given)} would not be read; what is: {read}")
+            raise ValueError(f"generation_kwargs: {', '.join(given)} not supported; supported are {read}")
         body |= {"prompt": prompt, "max_tokens": lengths[0] if lengths else usual_length}
         stop = [until] if isinstance(until, str) else [each for each in until if each]
         fixed["vllm_xargs"] = {**fixed.get("vllm_xargs", {}), **options}
         return self.post("/v1/completions", stop=stop, **{**body, **fixed})["choices"][0]["text"]
 
     def likelihood(self, context: str, continuation: str, **how: Any) -> tuple[float, bool]:
-        """(log-probability, whether each token is the most probable one). Spaces between the two belong to the
-        second, as they do in the harness's other models."""
+        """-> (log-probability, whether every token is the most probable one). As in the harness's other models, spaces
+        between context and continuation belong to the continuation."""
         stripped = context.rstrip()
         if not stripped:
-            raise ValueError("bos: it must be given, since this task scores texts that have no context")
+            raise ValueError("bos: must be set, because this task scores texts without a context")
         body = {"context": stripped, "continuation": context[len(stripped) :] + continuation}
         (score,) = self.post("/v1/dlm/score", **body, **how)["data"]
         return score["logprob"], score["is_greedy"]
@@ -61,7 +61,7 @@ class Served:
         return self.post("/tokenize", **body)["tokens"]
 
     def rendered(self, messages: list[dict], generate: bool) -> str:
-        """A chat as its template has it"""
+        """Renders a chat with the server's chat template"""
         ids = self.tokens(
             messages=messages, add_generation_prompt=generate, continue_final_message=not generate,
             add_special_tokens=False,
