@@ -1,1 +1,1 @@
-"""`python -m vllm_dlm.demo`: serves the bundled checkpoint and shows its answers fill in."""
+"""`python -m vllm_dlm.demo`: serves the bundled checkpoint and shows how its answers fill in."""

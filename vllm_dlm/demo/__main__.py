@@ -1,4 +1,4 @@
-"""Starts a server on the bundled checkpoint, asks it a few things at once, and stops it."""
+"""Starts a server on the bundled checkpoint, sends a few questions at once, and stops the server."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told
 from vllm_dlm.view.terminal import follow
 
 CANVAS = 32
-#: small blocks leave one after the other, so that the answers are seen to fill in
+#: small canvas blocks, which are streamed one by one and so show how the answers fill in
 OPTIONS = {"dlm_block_length": 8}
 PASSES: dict[str, dict] = {
     "one token per step": OPTIONS,
@@ -58,7 +58,7 @@ def start(console: Console, server: Server, timeout: float) -> None:
     with console.status("starting the server"):
         server.wait(timeout)
         for _ in client.stream(server.url, client.body(MODEL, "Copy: a b c", CANVAS, OPTIONS)):
-            pass  # what happens only once shall not count
+            pass  # warm up, so that one-time work does not count
     console.print(f"The server was ready after {time.monotonic() - begin:.0f} s.", highlight=False)
 
 
@@ -89,7 +89,7 @@ def answer(server: Server, screen: Screen, index: int, question: Question, optio
 
 
 def in_parallel(function, count: int) -> None:
-    """Calls function(0) … function(count - 1) side by side; Ctrl-C does not wait for them."""
+    """Calls function(0) … function(count - 1) in parallel threads. Ctrl-C does not wait for them."""
     errors = []
 
     def call(index: int) -> None:

@@ -1,4 +1,4 @@
-"""A chat whose answer is seen growing, with the `openai` client."""
+"""Streams chat completions with the `openai` client."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionChunk
 
 @dataclass
 class Progress:
-    """A request so far."""
+    """Progress of a request."""
 
     text: str = ""
     tokens: int = 0
@@ -18,11 +18,11 @@ class Progress:
 
 
 class RequestError(Exception):
-    """The server refused the request or broke off; the message is the server's."""
+    """The server rejected the request or closed the connection. The message is the server's."""
 
 
 def connect(url: str, timeout: float = 300) -> openai.OpenAI:
-    """Without the proxies of the environment: the server is on this machine."""
+    """Client that ignores the environment's proxies, because the server is on this machine."""
     direct = openai.DefaultHttpxClient(trust_env=False)
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=timeout, max_retries=0, http_client=direct)
 
@@ -38,7 +38,7 @@ def body(model: str, prompt: str, max_tokens: int, options: dict) -> dict:
 
 
 def stream(url: str, request: dict) -> Iterator[Progress]:
-    """The growing answer of a request with such a body, once per committed block."""
+    """Yields the growing answer to `request` (see `body`), once per committed canvas block."""
     rest = {field: value for field, value in request.items() if field not in ("model", "messages")}
     rest["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     progress = Progress()
@@ -53,7 +53,7 @@ def stream(url: str, request: dict) -> Iterator[Progress]:
         raise RequestError(f"HTTP {error.status_code}: {message(error)}") from None
     except (openai.APIConnectionError, httpx.TransportError) as error:
         raise RequestError(f"the server broke off: {error}") from None
-    except openai.APIError as error:  # inside of a stream
+    except openai.APIError as error:  # an error event within the stream
         raise RequestError(message(error)) from None
     if progress.finish_reason is None:
         raise RequestError("the answer ended without a finish reason")
@@ -68,6 +68,6 @@ def add(progress: Progress, chunk: ChatCompletionChunk) -> None:
 
 
 def message(error: openai.APIError) -> str:
-    """What the server said, without what the client says about it."""
+    """The server's error message, without the text that the client adds."""
     said = error.body.get("message") if isinstance(error.body, dict) else None
     return said if isinstance(said, str) else error.message

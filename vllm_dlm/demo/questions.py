@@ -1,4 +1,4 @@
-"""What the bundled model is asked. It knows a few hundred words and four kinds of task, nothing else."""
+"""Questions for the bundled model, which knows a few hundred words and four kinds of task, and nothing else."""
 
 import random
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Question:
 
     @property
     def summary(self) -> str:
-        """The prompt on one line, the middle of a long one left out."""
+        """The prompt on one line, without the middle of a long one."""
         *text, question = self.prompt.splitlines()
         words = " ".join(text).split()
         return f"{' '.join(words[:3])} … {len(words) - 3} words … {question}" if words else question
@@ -54,7 +54,7 @@ def questions(seed: int = 1) -> list[Question]:
 
 
 def recall(rng: random.Random, sentences: int, hidden: int, asked: int) -> Question:
-    """Codes hidden in a long text; some of them are asked for."""
+    """A question about some of the codes hidden in a long text."""
     codes = {name: f"{rng.randrange(100_000):05}" for name in rng.sample(NAMES, hidden)}
     text = [filler(rng) for _ in range(sentences)]
     for name, code in codes.items():

@@ -1,4 +1,4 @@
-"""All answers side by side, filling in. Without a terminal, one line per finished answer."""
+"""Live table of all answers as they fill in. Without a terminal, one line per finished answer."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""Starts one `vllm serve`, waits until it answers, and stops that one again."""
+"""Starts a `vllm serve` process, waits until it is healthy, and stops it."""
 
 import os
 import signal
@@ -19,16 +19,16 @@ HOST = "127.0.0.1"
 MODEL = "demo"
 MAX_MODEL_LEN = 2048
 ENVIRONMENT = {
-    # everything it needs is in the package
+    # all files are in the package
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # On a CPU vLLM ties its worker to the first core, where every other vLLM has its own; and a model of this
-    # size only loses by being shared out.
+    # On a CPU, vLLM pins its worker to the first core, which other vLLM processes use, too. One thread is faster for
+    # a model of this size.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-#: of the demo: room for a handful of canvases; unasked, vLLM would take most of a GPU's memory, and asks for it to be
-#: free even where it is told how much it may take
+#: arguments of the demo's server: memory for a few canvases. By default vLLM would use most of a GPU's memory, and it
+#: checks that gpu_memory_utilization is free even if kv_cache_memory_bytes is given.
 DEMO = (
     *("--plugin", "vllm_dlm", "--dlm-view", "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(128 << 20)),
@@ -37,17 +37,17 @@ DEMO = (
 
 
 def end_when_told() -> None:
-    """By leaving `with`, so that a server is stopped, too."""
+    """Exits on SIGTERM and SIGHUP by raising SystemExit, so that `with Server` stops the server."""
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, lambda number, _: sys.exit(128 + number))
 
 
 class ServerError(Exception):
-    """The server did not come up or went away; the message ends with the last of its log."""
+    """The server did not start or has ended. The message ends with the last lines of its log."""
 
 
 class Server:
-    """Runs inside of `with`. Its log goes to a file of that name, or to one that nobody sees."""
+    """A server process that runs within `with`. Its log goes to `log`, or to a temporary file."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Server:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             env=self.environment,
-            # Ctrl-C is for this program, which then ends the server in its own way.
+            # Ctrl-C must reach only this program, which then stops the server.
             start_new_session=True,
         )
         return self
@@ -84,8 +84,8 @@ class Server:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             pass
-        finally:  # a second Ctrl-C comes through here, too
-            # Its own session, so this group is the server, its engine and their helpers, and nothing else.
+        finally:  # also after a second Ctrl-C
+            # The server has its own session, so this group is exactly the server, its engine and their helpers.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -105,15 +105,15 @@ class Server:
 
     def healthy(self) -> bool:
         try:
-            # without the proxies of the environment: the server is on this machine
+            # ignore the environment's proxies, because the server is on this machine
             answer = httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
         except httpx.TransportError:
             return False
-        # Another server on this port would answer, too.
+        # Check the process, because another server on this port would answer, too.
         return answer.status_code == 200 and self.process.poll() is None
 
     def log_text(self) -> str:
-        # The server writes where this file stands, so that place is left alone.
+        # pread keeps the file offset, at which the server writes.
         size = os.fstat(self.output.fileno()).st_size
         return os.pread(self.output.fileno(), size, 0).decode(errors="replace")
 
@@ -122,7 +122,7 @@ class Server:
 
 
 def vllm_command(*arguments: str) -> list[str]:
-    """The console script beside this interpreter, or the module it runs."""
+    """Command line of vLLM: the console script next to this interpreter, or the module that it runs."""
     script = Path(sys.executable).with_name("vllm")
     start = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     return [*start, *arguments]
