@@ -1,7 +1,7 @@
-"""Drives a headless Chromium over the DevTools protocol, with the standard library alone.
+"""Drives a headless Chromium over the DevTools protocol, using only the standard library.
 
-For the tests and the pictures of the live view. The browser is told through a pipe, resolves no name but loopback's,
-and keeps its profile in a folder that is gone afterwards.
+Used for tests and pictures of the live view. The browser is controlled through a pipe, can reach only 127.0.0.1, and
+keeps its profile in a temporary folder.
 """
 
 import base64
@@ -37,7 +37,7 @@ class BrowserError(Exception):
 
 
 class Browser:
-    """Runs inside of `with`."""
+    """A browser process that runs within `with`."""
 
     def __init__(self, program: str):
         self.program = program
@@ -50,8 +50,8 @@ class Browser:
         self.gets, writes = os.pipe()
         command = [self.program, *FLAGS, f"--user-data-dir={self.folder.name}"]
         if os.geteuid() == 0:
-            command.append("--no-sandbox")  # Chromium has none for root
-        # Chromium reads from 3 and writes to 4; a shell puts them there.
+            command.append("--no-sandbox")  # Chromium's sandbox does not work as root
+        # Chromium reads from file descriptor 3 and writes to 4. A shell redirects the pipes there.
         shell = f'exec "$@" 3<&{reads} 4>&{writes}'
         self.process = subprocess.Popen(
             ["bash", "-c", shell, "browser", *command], pass_fds=(reads, writes),
@@ -89,14 +89,14 @@ class Browser:
         raise BrowserError(f"{method}: no answer in {timeout:.0f} s")
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next message; events go to their pages on the way."""
+        """Returns the next message, or None after the timeout. Passes events on to their pages."""
         end = time.monotonic() + timeout
         while b"\0" not in self.rest:
             if not select.select([self.gets], [], [], max(0, end - time.monotonic()))[0]:
                 return None
             data = os.read(self.gets, 1 << 20)
             if not data:
-                raise BrowserError("the browser has ended")
+                raise BrowserError("the browser has exited")
             self.rest += data
         first, self.rest = self.rest.split(b"\0", 1)
         message = json.loads(first)
@@ -125,7 +125,7 @@ class Browser:
 
 
 class Page:
-    """A tab: `requests` are the addresses it asked for, `errors` what its console and the browser complain of."""
+    """A tab. `requests`: URLs it has requested; `errors`: errors and warnings of its console and of the browser."""
 
     def __init__(self, browser: Browser, session: str, target: str):
         self.browser, self.session, self.target = browser, session, target
@@ -169,7 +169,7 @@ class Page:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of it, as long as that can be seen."""
+        """Clicks the center of an element, after scrolling it into view."""
         x, y = self.place(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -188,11 +188,11 @@ class Page:
         return found[0], found[1]
 
     def write(self, text: str) -> None:
-        """Into what has the focus."""
+        """Types text into the focused element."""
         self.call("Input.insertText", text=text)
 
     def choose(self, selector: str, value: str) -> None:
-        """Of a select, once it has that."""
+        """Chooses an option of a select element, after waiting until it has that option."""
         options = f"[...document.querySelector({json.dumps(selector)}).options]"
         self.until(f"{options}.some((option) => option.value === {json.dumps(value)})")
         self.evaluate(
@@ -210,7 +210,7 @@ class Page:
             self.call("Input.dispatchKeyEvent", type="keyUp", **parameters)
 
     def picture(self, path: Path) -> None:
-        self.call("Page.bringToFront")  # what is behind another tab may not be painted
+        self.call("Page.bringToFront")  # a background tab may not be painted
         told = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(told["data"]))
 
@@ -220,7 +220,7 @@ class Page:
 
 
 def eventually(true: Callable[[], Any], timeout: float = 60) -> Any:
-    """What it returns once that is true."""
+    """Calls `true` until its result is truthy, and returns the result."""
     end = time.monotonic() + timeout
     while not (result := true()):
         if time.monotonic() > end:

@@ -1,10 +1,10 @@
-"""What this package uses of vLLM, as a vLLM has it: one file of facts for each version that is supported.
+"""Records the signatures of everything that this package uses of vLLM, in one file per supported version.
 
-    python -m tools.vllm_signatures            # of the vLLM that is installed
-    python -m tools.vllm_signatures FOLDER     # of a folder named vllm, or of a wheel that need not be installable here
+    python -m tools.vllm_signatures            # for the installed vLLM
+    python -m tools.vllm_signatures FOLDER     # for a folder named vllm, or a wheel, which need not be installable here
 
-Sources are parsed and not imported. tests/integration/test_signatures.py compares the files with the table of
-patches, with each other and with the vLLM that is installed, so that nothing moves unseen.
+Sources are parsed, not imported. tests/integration/test_signatures.py compares the files with the table of patches,
+with each other and with the installed vLLM, so that every change in vLLM is noticed.
 """
 
 import ast
@@ -45,7 +45,7 @@ class Module:
         return found
 
     def find(self, name: str) -> "Found | None":
-        """Where a name is defined, through the modules that import it."""
+        """Finds the definition of a name, following imports."""
         node = self.names.get(name)
         if node is None:
             stars = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
@@ -56,7 +56,7 @@ class Module:
         return self, node
 
     def _find_in(self, node: ast.ImportFrom, name: str) -> "Found | None":
-        """A name of the module that a statement imports from."""
+        """Finds a name in the module that an import statement imports from."""
         module = node.module or ""
         if node.level:
             parts = self.name.split(".")
@@ -83,13 +83,13 @@ class Package:
         return self.modules[name]
 
     def find(self, path: str) -> Found | None:
-        """What a "module:name" stands for."""
+        """Finds the definition of "module:name"."""
         module, _, name = path.partition(":")
         source = self.module(module)
         return None if source is None else source.find(name)
 
     def classes(self, path: str) -> list[ast.ClassDef]:
-        """The class and those it inherits from, as far as they are of this package."""
+        """The class and its base classes within this package."""
         return self._classes(self.find(path))
 
     def _classes(self, found: Found | None) -> list[ast.ClassDef]:
@@ -103,7 +103,7 @@ class Package:
         return [node, *(cls for classes in above for cls in classes)]
 
     def members(self, path: str) -> dict[str, str]:
-        """Of a class, whatever it is inherited from: methods with their signatures, and attributes."""
+        """Methods with their signatures, and attributes, of a class and its base classes."""
         found: dict[str, str] = {}
         for cls in self.classes(path):
             found = members(cls) | found
@@ -123,7 +123,7 @@ class Package:
 
 
 def _top_level(body):
-    """Statements of a module, those it runs on a condition included."""
+    """Top-level statements of a module, including those within `if` and `try`."""
     for node in body:
         yield node
         for part in ("body", "orelse", "finalbody", "handlers"):
@@ -152,7 +152,7 @@ def members(cls: ast.ClassDef) -> dict[str, str]:
 
 
 def fields(cls: ast.ClassDef) -> list[str]:
-    """Of a dataclass or an enumeration."""
+    """Fields of a dataclass or an enumeration; "=" marks those with a default."""
     found = []
     for node in cls.body:
         optional = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
@@ -172,7 +172,7 @@ def asked_of_self(cls: ast.ClassDef) -> set[str]:
 
 
 def imported_names(package: Package) -> set[str]:
-    """Everything that is imported from vLLM, wherever in a file, as "module:name"."""
+    """Everything that is imported from vLLM, anywhere in a file, as "module:name"."""
     found = set()
     sources = (Path(folder, name) for folder, _, names in os.walk(package.root, followlinks=True) for name in names)
     for path in sorted(path for path in sources if path.suffix == ".py"):
@@ -183,7 +183,7 @@ def imported_names(package: Package) -> set[str]:
 
 
 def facts(root) -> dict[str, str]:
-    """place -> what the vLLM in `root` has there"""
+    """place -> signature or kind of what the vLLM in `root` has there"""
     ours, theirs = Package(ROOT / "vllm_dlm"), Package(root)
     found = {path: theirs.described(path) for path in imported_names(ours)}
     for patch in PATCHES:
