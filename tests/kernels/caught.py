@@ -1,4 +1,4 @@
-"""Launches that are caught before they reach a GPU, and what Triton would compile for each."""
+"""Intercepts kernel launches before they reach a GPU, and derives what Triton would compile for each."""
 
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ def catch_launches(monkeypatch) -> list[Launch]:
 
 
 def source(kernel, arguments: dict[str, Any]) -> ASTSource:
-    """Specialised as at a launch: on integers of 1, and on addresses and integers that 16 divides, unless the kernel
-    says that it does not want to be."""
+    """Source specialized as at a launch: for integers equal to 1, and for addresses and integers divisible by 16,
+    unless the kernel disables this."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value, plain = arguments[parameter.name], parameter.do_not_specialize
@@ -51,7 +51,7 @@ def source(kernel, arguments: dict[str, Any]) -> ASTSource:
 
 
 def divisible(value) -> bool:
-    """By 16; of a tensor its address"""
+    """Whether a value, or the address of a tensor, is divisible by 16"""
     if isinstance(value, FakeTensor):
         return value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, torch.Tensor):
@@ -60,6 +60,6 @@ def divisible(value) -> bool:
 
 
 def compiled(launch: Launch) -> tuple:
-    """What tells apart two launches that Triton compiles a kernel for"""
+    """Key of the kernel variant that Triton compiles for a launch"""
     found = source(launch.kernel, launch.arguments)
     return launch.kernel.__name__, *map(str, (found.signature, found.constants, found.attrs, launch.options))

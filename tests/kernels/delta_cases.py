@@ -1,4 +1,4 @@
-"""DyLLM's moved contexts against their definition, on the CPU and under Triton's interpreter; run by
+"""DyLLM's changes of contexts against the definition, on the CPU and with Triton's interpreter; run by
 test_triton_interpreter.py."""
 
 import pytest
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parametrize("on", [pytest.param(lambda x: x, id="cpu"),
 
 
 def inputs(q_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_size, every=5, names=torch.int32):
-    """Blocks that lie anywhere, whose ends are NaN; in the first tile of each canvas nothing has changed."""
+    """Blocks in shuffled order with NaN at their ends. No value has changed in the first tile of each canvas."""
     g = torch.Generator().manual_seed(dim)
     needed = [-(-length // block_size) for length in kv_lens]
     order = torch.randperm(sum(needed) + 2, generator=g)
@@ -31,7 +31,7 @@ def inputs(q_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_size, every=5, 
         place[c, changed] = slots + torch.randperm(len(changed), generator=g)
         slots += len(changed)
     moved = heads(max(slots, 1), kv_heads, dim, dtype=dtype, seed=3)
-    q = heads(sum(q_lens), q_heads + 1, dim, dtype=dtype)[:, :q_heads]  # rows lie apart
+    q = heads(sum(q_lens), q_heads + 1, dim, dtype=dtype)[:, :q_heads]  # not contiguous
     starts = torch.tensor([0, *q_lens]).cumsum(0)
     tensors = starts.to(names), cache, tables.to(names), torch.tensor(kv_lens).to(names), place.to(names), moved
     return q, *tensors, dim**-0.5

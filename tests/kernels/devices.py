@@ -1,4 +1,4 @@
-"""GPUs without one: tensors that claim to lie there."""
+"""Fake GPUs: tensors that claim to be on one."""
 
 from contextlib import contextmanager
 
@@ -8,19 +8,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @contextmanager
 def fake_gpu():
-    """Every tensor that is made lies on a GPU, and has a shape and no content: what would ask for one fails. (Indexing
-    in Python needs a GPU's driver even then; `select` and `unsqueeze` do not.)"""
+    """Context in which new tensors are on a GPU and have no contents, so reading a value fails. (Indexing in Python
+    needs a GPU driver even then; `select` and `unsqueeze` do not.)"""
     with FakeTensorMode(), torch.device("cuda"):
         yield
 
 
 class OnGpu(torch.Tensor):
-    """Claims to lie on a GPU; what is computed from it does not."""
+    """A CPU tensor that claims to be on a GPU. Results computed from it are plain CPU tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     is_cuda = True
 
 
 def on_gpu(x: torch.Tensor) -> torch.Tensor:
-    """The same memory: what a kernel writes to it is seen in x."""
+    """x as OnGpu. It shares x's memory, so x sees what a kernel writes."""
     return x.as_subclass(OnGpu)

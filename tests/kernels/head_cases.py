@@ -1,4 +1,4 @@
-"""Statistics of the head's logits against their definition, on the CPU and under Triton's interpreter; run by
+"""Statistics of the head's logits against the definition, on the CPU and with Triton's interpreter; run by
 test_triton_interpreter.py."""
 
 import pytest
@@ -29,8 +29,8 @@ def compare(on, logits, tolerance=1e-6, **options):
 
 def logits_of(rows, width, dtype=torch.float32, spread=4.0):
     g = torch.Generator().manual_seed(rows)
-    logits = (torch.randn(rows, 2, width, generator=g) * spread).to(dtype)[:, 1]  # rows lie apart
-    for r, token in enumerate((MASK, EOS, EOT)):  # each of them the best somewhere
+    logits = (torch.randn(rows, 2, width, generator=g) * spread).to(dtype)[:, 1]  # not contiguous
+    for r, token in enumerate((MASK, EOS, EOT)):  # each of them is the best token of some row
         logits[r % rows, token] = 30.0
     return logits
 

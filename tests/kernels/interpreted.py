@@ -1,6 +1,6 @@
-"""Kernels as they are called on a GPU, run by Triton's interpreter, whose rounding is mended. Memory that a launcher
-allocates holds garbage, and whatever is read or written must lie in a tensor that the kernel was given. Case files
-import this module's fixtures (`from … import *`)."""
+"""Fixtures to run GPU kernels with Triton's interpreter, with its rounding corrected. Memory that a launcher allocates
+holds garbage, and every access must be within a tensor passed to the kernel. Case files import these fixtures
+(`from … import *`)."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def garbage(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def bfloat16_is_rounded(monkeypatch):
-    """To the nearest, as GPUs do. The interpreter cuts bits off."""
+    """Rounds to nearest, as GPUs do. The interpreter truncates."""
     convert = interpreter._convert_float
 
     def rounded(values, source, target, mode):
@@ -50,8 +50,8 @@ def bfloat16_is_rounded(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def within_bounds(monkeypatch):
-    """On a GPU what lies beside a tensor is some other one: reading it goes unnoticed, until it does not."""
-    given: list[tuple[int, int]] = []  # first byte of each tensor, and the one behind its last
+    """Checks accesses, because on a GPU reading out of bounds often goes unnoticed."""
+    given: list[tuple[int, int]] = []  # address of each tensor's first byte, and of the byte after its last
     on_host, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
     load, store, change = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 

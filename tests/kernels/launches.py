@@ -1,4 +1,4 @@
-"""Calls of every kernel as a GPU would get them, on tensors that claim to lie on one."""
+"""Calls of every kernel as on a GPU, with tensors that claim to be on one."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 class Launching(TorchDispatchMode):
-    """Operators of this package do what they would do on a GPU."""
+    """Mode in which this package's operators run their GPU launchers."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == NAMESPACE:
@@ -64,7 +64,7 @@ def scores(std_kind, reduce, queries=4):
 
 
 def scores_of_canvases(std_kind, reduce="softmax_sum"):
-    """Whose summaries lie among their keys and values, with some voters."""
+    """Scores of canvases, which store summaries among their keys and values, with some voters."""
     pages, q = cache(), halves(4 * 32, 32, 128)
     described = PageStatistics(*pages.split(128, 3), 64, std_kind)
     return partial(
@@ -144,7 +144,7 @@ def shadow(rows, group=4, **shape):
     )  # fmt: skip
 
 
-#: what is called, once its inputs are made
+#: kernel calls, with functions that build their inputs
 CASES = {
     "pyramid": pyramid,
     "statistics": lambda: statistics("l2"),
@@ -196,7 +196,7 @@ CASES = {
     "lowest rows": lambda: lowest(1152),
 }
 
-#: rarer, or much like one of the above: only `make test-all` compiles them
+#: less common calls, or calls similar to those above; only `make test-all` compiles them
 RARER = {
     "rotary in half precision": lambda: rotary(table=BF16, index=ints(96, dtype=torch.int64)),
     "rotary of narrow heads in float32": lambda: rotary(dim=80, dtype=F32),

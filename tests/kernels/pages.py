@@ -6,7 +6,7 @@ from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 
 
 class PagedBatch:
-    """B requests whose pages lie anywhere in a cache; whatever belongs to nobody is NaN."""
+    """B requests with shuffled pages in a cache; unused memory is NaN."""
 
     def __init__(
         self, kv_lens, q_lens, heads=4, kv_heads=2, dim=64, page_size=16, per_block=2, dtype=torch.float32, seed=0

@@ -1,5 +1,5 @@
-"""Attention with a hole per row against its definition, on the CPU and under Triton's interpreter; run by
-test_triton_interpreter.py."""
+"""Shadow attention, which hides one key per row, against its definition, on the CPU and with Triton's interpreter; run
+by test_triton_interpreter.py."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parametrize("on", [pytest.param(lambda x: x, id="cpu"),
 
 
 def inputs(q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_size):
-    """Blocks that lie anywhere, whose ends are NaN."""
+    """Blocks in shuffled order with NaN at their ends."""
     g = torch.Generator().manual_seed(dim)
     needed = [-(-length // block_size) for length in kv_lens]
     order = torch.randperm(sum(needed) + 2, generator=g)
@@ -25,7 +25,7 @@ def inputs(q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_si
         own[kv_lens[c] :] = torch.nan
         cache[blocks] = own.view(count, block_size, kv_heads, -1).transpose(1, 2)
     hidden = [torch.randint(0, length, (rows,), generator=g) for rows, length in zip(q_lens, kv_lens, strict=True)]
-    q = heads(sum(q_lens), q_heads + 1, dim, dtype=dtype)[:, :q_heads]  # rows lie apart
+    q = heads(sum(q_lens), q_heads + 1, dim, dtype=dtype)[:, :q_heads]  # not contiguous
     k, v = (heads(sum(shadow_lens), kv_heads + 2, dim, dtype=dtype, seed=seed)[:, :kv_heads] for seed in (3, 4))
     q_starts, k_starts = (torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32) for lens in (q_lens, shadow_lens))
     lens = torch.tensor(kv_lens, dtype=torch.int32)
@@ -37,8 +37,8 @@ def inputs(q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_si
     [
         ((9,), (9,), (150,), 2, 2, 64, torch.float32, 1e-5, 16),
         ((5, 0, 12), (8, 16, 12), (100, 33, 260), 6, 2, 80, torch.bfloat16, 1e-2, 64),
-        ((70, 3), (96, 32), (90, 200), 2, 1, 128, torch.float16, 2e-3, 128),  # several tiles of rows and of the shadow
-        ((1, 2), (1, 2), (1, 17), 2, 2, 64, torch.float32, 1e-5, 16),  # nothing of the canvas is left to see
+        ((70, 3), (96, 32), (90, 200), 2, 1, 128, torch.float16, 2e-3, 128),  # several tiles of rows and of shadow keys
+        ((1, 2), (1, 2), (1, 17), 2, 2, 64, torch.float32, 1e-5, 16),  # the only key of the canvas is hidden
     ],
 )
 def test_equals_its_definition(

@@ -1,4 +1,4 @@
-"""The kernels of a denoising step against their definitions, on the CPU and under Triton's interpreter; run by
+"""The kernels of a denoising step against their definitions, on the CPU and with Triton's interpreter; run by
 test_triton_interpreter.py."""
 
 import pytest
@@ -82,7 +82,7 @@ def test_rotary_of_no_rows(on):
 
 
 def test_rotary_into_a_cache_with_other_strides(on):
-    """Heads beside each other, as some engines keep them."""
+    """A cache that stores the heads of a position next to each other."""
     rows = LiveRows.random(kv_heads=3)
     k, v, table = heads(7, 3, 64), heads(7, 3, 64, seed=2), heads(50, 64, seed=3)
     places = rows.positions, rows.block, rows.offset
@@ -110,7 +110,7 @@ def compare_lowest(on, score, *rest):
     "sizes, budgets, names",
     [
         ((40, 1, 0, 150), (7, 1, 0, 149), torch.int64),
-        ((8, 5, 3), (0, 5, 6), torch.int32),  # nothing, all, and more places than rows
+        ((8, 5, 3), (0, 5, 6), torch.int32),  # no places, as many places as rows, and more places than rows
         ((), (), torch.int64),
     ],
 )
@@ -142,7 +142,7 @@ def test_lowest_rows_of_canvases_longer_than_a_tile(on, monkeypatch):
     "width, dtype, tolerance", [(300, torch.float32, 1e-6), (96, torch.bfloat16, 1e-6), (4500, torch.float16, 1e-6)]
 )
 def test_cosines(on, width, dtype, tolerance):
-    new = heads(5, 2, width, dtype=dtype)[:, 1]  # rows lie apart
+    new = heads(5, 2, width, dtype=dtype)[:, 1]  # not contiguous
     old = (new + heads(5, width, dtype=dtype, seed=2)).contiguous()
     old[1], old[2] = 0.0, new[2]
     got, wanted = row_cosine(on(new), old), naive_cosine.row_cosine(new, old)
@@ -163,10 +163,10 @@ def test_cosines_of_no_rows(on):
     "width, dtype, names", [(256, torch.float32, torch.int64), (3000, torch.bfloat16, torch.int32)]
 )
 def test_rows_in_blocks(on, width, dtype, names, named):
-    """3000 leaves the end of a block unused, and takes two programs."""
+    """Width 3,000 leaves the end of a block unused and takes two programs per row."""
     rows = LiveRows.random(kv_heads=3, dim=64, dtype=dtype, names=names)
     rows.offset %= rows.cache[0].numel() // width
-    if width > 256:  # nobody writes where another does
+    if width > 256:  # no two rows write to the same place
         rows.block, rows.offset = torch.arange(11).to(names) // 2 - 1, torch.arange(11).to(names) % 2
         rows.cache = heads(5, 3, 16, 128, dtype=dtype)
     index = rows.index if named else None

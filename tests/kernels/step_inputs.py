@@ -1,4 +1,4 @@
-"""Random rows of a denoising step: some are padding, some have no place in the cache, names are of both widths."""
+"""Random rows of a denoising step: some are padding, some have no place in the cache; indices have 32 or 64 bits."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass
 class LiveRows:
-    """T live rows, and a cache in which nobody's place is NaN"""
+    """T live rows, and a cache in which unused memory is NaN"""
 
     cache: torch.Tensor  # [blocks, Hkv, block_size, 2 * D]
     positions: torch.Tensor  # [T]

@@ -1,4 +1,4 @@
-"""Attention over pages, and what moved values add, against their definitions."""
+"""Attention over pages, and changes of contexts by changed values, against their definitions."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ HEADS = [(4, 4), (8, 2)]
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(("q_lens", "kv_lens"), [([1], [1]), ([5, 0, 20], [33, 64, 100]), ([70, 3], [70, 200])])
 def test_pages(heads, kv_heads, q_lens, kv_lens):
-    """Permuted physical pages, partly filled last ones, everything else NaN."""
+    """Physical pages are permuted, last pages are partly filled, and unused memory is NaN."""
     torch.manual_seed(0)
     size, dim = 32, 16
     needed = [-(-n // size) for n in kv_lens]
@@ -31,7 +31,7 @@ def test_pages(heads, kv_heads, q_lens, kv_lens):
 
 @pytest.mark.parametrize("of", [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]])
 def test_sequences_of_one_table(of):
-    """Ends of one canvas, whose blocks hold NaN beyond the last of them, and of another one between them."""
+    """Prefixes of one canvas, with NaN after the longest, and a prefix of another canvas between them."""
     torch.manual_seed(0)
     both = torch.randperm(8).split(4)
     pages = torch.full((8, 2, 32, 32), torch.nan)

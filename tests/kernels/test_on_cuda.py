@@ -1,5 +1,5 @@
-"""On a GPU, where there is one: the kernels of a denoising step at the sizes of LLaDA-8B against what runs on the CPU,
-launched by themselves and replayed from a graph that was captured with other contents."""
+"""GPU tests: the kernels of a denoising step at the sizes of LLaDA-8B against their CPU paths, both launched directly
+and replayed from a CUDA graph that was captured with other contents. Skipped without a GPU."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ ROWS, LIVE, BLOCKS, BLOCK = 300, 1152, 96, 64
 
 
 def places(seed, spread=BLOCK):
-    """Live rows' blocks and offsets, no two alike, some without; and rows that are named, some of them padding"""
+    """Distinct blocks and offsets of live rows, some without a place, and indices of rows, some of them padding"""
     g = torch.Generator().manual_seed(seed)
     slot = torch.randperm(BLOCKS * spread, generator=g)[:LIVE]
     block = torch.where(torch.arange(LIVE) % 10 == 3, -1, slot // spread)
@@ -119,7 +119,7 @@ CASES = {
     "shadow": shadow,
     "shadow of shared heads": lambda seed: shadow(seed, 4, 16, (32, 7)),
 }
-#: numbers that are summed in another order, and in bfloat16 rounded elsewhere
+#: tolerances for results that are summed in another order, or rounded to bfloat16 at another point
 TOLERANCES = dict.fromkeys(("delta", "delta of shared heads", "shadow", "shadow of shared heads"), 1e-2)
 TOLERANCES |= {"products": 1e-3}
 SUMS = ("cosine", "products", "head", "head with entropy", *TOLERANCES)
@@ -137,7 +137,7 @@ def assert_alike(case, got, wanted):
 
 
 def cleared(case, outputs, args):
-    """Outputs of padding are any finite number."""
+    """Outputs of padding rows are unspecified but finite, so they are cleared."""
     if not case.startswith("rotary"):
         return outputs
     return [x.masked_fill((args[-1] < 0).to(x.device)[:, None, None], 0.0) for x in outputs]

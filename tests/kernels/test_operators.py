@@ -1,4 +1,4 @@
-"""To PyTorch a launch is one operator, whatever device its tensors claim to be on."""
+"""Each launch is one PyTorch operator, whatever device its tensors claim to be on."""
 
 import importlib
 import pkgutil
@@ -40,7 +40,7 @@ def test_every_operator_has_a_case():
 
 @pytest.mark.parametrize("case", CALLS)
 def test_fakes_are_like_what_launches_make(case, monkeypatch):
-    """Kernels that do nothing suffice: outputs are made by launchers."""
+    """Kernels may be no-ops here, because launchers allocate the outputs."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))

@@ -1,4 +1,4 @@
-"""Scores against the definition in float64, ties, forced pages and numbers that are none."""
+"""Page scores against the definition in float64, with ties, forced pages and NaN."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from vllm_dlm.kernels.top_pages import top_pages
 
 
 def choose(batch, k):
-    """The tail and the first page, and whatever scores best."""
+    """Chooses the last pages, the first page, and the highest-scored other pages."""
     scores = page_scores(
         batch.q, batch.q_starts, batch.statistics("l2"), batch.page_table, batch.num_pages,
         batch.kv_lens // batch.page_size - 1, 1, 0.5, "max",
@@ -51,7 +51,7 @@ def test_half_precision(dtype, tolerance):
 
 @pytest.mark.parametrize("kv_lens", [(200, 333, 48), (64, 64)])
 def test_all_pages_are_dense_attention(kv_lens):
-    """Same kernel, same keys in the same order: the same bits."""
+    """The same kernel gets the same keys in the same order, so results are bit-identical."""
     batch = PagedBatch(kv_lens, [2] * len(kv_lens), page_size=16, per_block=2)
     chosen = choose(batch, 64)
     blocks = [table[: -(-length // 16)][::2] // 2 for table, length in zip(batch.page_table, kv_lens, strict=True)]

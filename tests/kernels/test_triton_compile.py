@@ -1,7 +1,7 @@
-"""Every Triton kernel is compiled ahead of time for the GPUs named here, as its launcher would launch it: without
-spills, within the registers of a thread and the shared memory of a block.
+"""Compiles every Triton kernel ahead of time for the GPUs listed here, as its launcher would launch it, and checks that
+registers do not spill and that shared memory suffices.
 
-No GPU takes part: launches are caught before they reach one, and their arguments tell what would be compiled.
+No GPU is needed: launches are intercepted, and their arguments determine what would be compiled.
 """
 
 import re
@@ -30,7 +30,7 @@ TARGETS = {
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
-    """What the launchers below would run."""
+    """Launches that the tests below intercept."""
     caught = catch_launches(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -38,10 +38,10 @@ def launches(monkeypatch, tmp_path):
 
 
 def resources(compiled, target):
-    """-> registers and spills of a thread"""
+    """-> registers and spills per thread"""
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
-        # scalar registers that do not suffice go to lanes of vector registers, not to memory
+        # scalar registers spill to lanes of vector registers, not to memory
         used = {name: int(value) for name, value in re.findall(r"\.(vgpr_(?:spill_)?count):\s*(\d+)", assembly)}
         return used["vgpr_count"], used["vgpr_spill_count"]
     cubin = Path(triton.knobs.cache.dir) / "kernel.cubin"

@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU. The interpreter must be chosen before Triton is imported, which other tests do
-without it: the cases have a process of their own."""
+"""Runs the Triton kernels without a GPU. The interpreter must be enabled before Triton is imported, and other tests
+import Triton without it, so the cases run in a separate process."""
 
 import os
 import subprocess
@@ -26,5 +26,5 @@ def test_cases_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *map(str, CASES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=CASES[0].parents[2], capture_output=True, text=True)
-    # pytest ends with an error of its own where it collects nothing
+    # pytest exits with a separate error code if it collects nothing
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The kernels of page-sparse attention against their definitions, under Triton's interpreter; run by
+"""The kernels of page-sparse attention against their definitions, with Triton's interpreter; run by
 test_triton_interpreter.py."""
 
 import pytest
@@ -52,7 +52,7 @@ def test_pyramid(page_size, per_block, dim, dtype):
 @pytest.mark.parametrize("std_kind", STD_KINDS)
 @pytest.mark.parametrize("nodes, dim, dtype", [(1, 80, torch.bfloat16), (4, 66, torch.float32)])
 def test_statistics(std_kind, nodes, dim, dtype):
-    """Pages named by ids below 0 and pages not named stay as they are."""
+    """Ids below 0 are skipped, and pages that are not listed are unchanged."""
     batch = PagedBatch([100, 64], [1, 1], dim=dim, dtype=dtype)
     got = PageStatistics.empty(batch.pages, 16, std_kind, nodes)
     want = PageStatistics.empty(batch.pages, 16, std_kind, nodes)
@@ -65,7 +65,7 @@ def test_statistics(std_kind, nodes, dim, dtype):
 
 
 def test_statistics_of_a_cache_with_other_strides():
-    """Keys of all heads beside each other, as some engines keep them."""
+    """A cache that stores the keys of all heads of a position next to each other."""
     batch = PagedBatch([64], [1], dtype=torch.float16)
     got, want = PageStatistics.empty(batch.pages, 16, "l2"), batch.statistics("l2")
     store_statistics(on_gpu(batch.pages.transpose(1, 2).contiguous().transpose(1, 2)), batch.full_pages, got)
@@ -78,7 +78,7 @@ def test_top_pages(width, k):
     scores = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(k))
     scores[0, 0, 3:9] = scores[0, 0, 3]  # ties
     scores[0, 1, ::2] = 0.0
-    scores[0, 1, 1:8:2] = -0.0  # which ties with 0
+    scores[0, 1, 1:8:2] = -0.0  # ties with 0
     scores[1] = scores[1].round()
     scores[1, :, 20:] = -torch.inf
     scores[2, :, 4:] = -torch.inf
@@ -101,7 +101,7 @@ def test_no_page_has_a_score():
 
 
 def beyond_means_nothing(batch):
-    """No entry of the page table past a request's pages is looked up."""
+    """Page tables with invalid entries after a request's pages, which must not be read."""
     past = torch.arange(batch.page_table.shape[1]) >= batch.num_pages[:, None]
     batch.page_table = batch.page_table.masked_fill(past, 1 << 40)
 
@@ -120,7 +120,7 @@ def compare_scores(batch, statistics, reduce, tolerance):
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("std_kind", STD_KINDS)
 def test_scores(std_kind, reduce, monkeypatch):
-    """Ragged requests, groups of three heads, more rows than a tile has, several tiles of pages."""
+    """Ragged requests, groups of three heads, more rows than a tile holds, several tiles of pages."""
     monkeypatch.setattr(scores_of, "PAGES", 16)
     batch = PagedBatch([200, 331, 17], (3, 9, 1), heads=6, kv_heads=2, dim=66 if std_kind == "diag2" else 64)
     compare_scores(batch, batch.statistics(std_kind), reduce, 1e-5)
@@ -161,7 +161,7 @@ def test_scores_that_are_forced_broken_or_infinite(reduce):
     [("l2", "max", 35), ("rms", "softmax_sum", torch.tensor([35])), ("vector", "mean", 35), ("diag2", "max", 35)],
 )
 def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from):
-    """As a canvas keeps them: head by head, mean and spread side by side in the keys' dtype."""
+    """Summaries as a canvas stores them: head by head, mean next to spread, in the keys' dtype."""
     g = torch.Generator().manual_seed(0)
     rows, width = torch.rand(2, 37, 128, generator=g).to(torch.bfloat16), spread_width(std_kind, 64)  # [Hkv, N, 2 * D]
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
@@ -181,7 +181,7 @@ def test_pages_that_requests_share_and_requests_without_pages():
 
 
 def choose(batch, k):
-    """[B, Hkv, k]: the first and the last pages, and others by chance, different ones for each head"""
+    """[B, Hkv, k]: the first and the last pages, and random others that differ between heads"""
     g = torch.Generator().manual_seed(k)
     scores = torch.rand(len(batch.kv_lens), batch.kv_heads, batch.page_table.shape[1], generator=g)
     page = torch.arange(scores.shape[2])
@@ -207,10 +207,10 @@ def compare_attention(batch, chosen, causal, tolerance=2e-5):
     [
         ((200,), (1,), 4, 4, 64, 16, 2, 6),
         ((200, 333, 48), (3, 1, 8), 6, 2, 80, 16, 1, 8),  # ragged, groups of three
-        ((90, 700), (5, 64), 8, 1, 128, 32, 2, 7),  # more rows than a tile has
-        ((129, 70), (0, 2), 4, 2, 96, 128, 1, 2),  # a request that asks nothing
+        ((90, 700), (5, 64), 8, 1, 128, 32, 2, 7),  # more rows than a tile holds
+        ((129, 70), (0, 2), 4, 2, 96, 128, 1, 2),  # a request without queries
         ((60, 41), (2, 3), 4, 2, 256, 1, 16, 24),  # single keys
-        ((60, 41), (1, 1), 2, 2, 64, 2, 8, 40),  # pairs, fewer than asked for
+        ((60, 41), (1, 1), 2, 2, 64, 2, 8, 40),  # pairs, fewer than K
     ],
 )
 def test_attention(kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block, k, causal):
@@ -229,7 +229,7 @@ def test_one_share_and_shares_without_keys(processors, monkeypatch):
 
 @pytest.mark.parametrize("processors", [1, 1000])
 def test_a_wide_list_that_names_few_pages_and_a_request_without_keys(processors, monkeypatch):
-    """As wide as the longest context; all pages of one request, and none of what fills up a step."""
+    """Lists are as wide as the longest context. One request reads all its pages; a padding request has no keys."""
     monkeypatch.setattr(attention, "ENTRIES", 16)
     monkeypatch.setattr(attention, "KEYS", 16)
     monkeypatch.setattr(attention, "processors", lambda device: processors)

@@ -1,5 +1,5 @@
-"""What a group of canvases asks of the kernels beyond single requests: Triton's under the interpreter and torch's,
-against their definitions; run by test_triton_interpreter.py."""
+"""Kernel features that only groups of canvases use, with Triton's interpreter and with torch, against the definitions;
+run by test_triton_interpreter.py."""
 
 import pytest
 import torch
@@ -17,19 +17,19 @@ from vllm_dlm.kernels.sparse_attention import triton as attention
 from vllm_dlm.kernels.top_pages import naive as naive_top
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 
-#: where the first argument lies
+#: devices of the first argument
 DEVICES = (on_gpu, lambda x: x)
 
 
 def ragged(lens=(200, 331, 90), q_lens=(5, 2, 4), skipped=(0, 3, 1), **shape):
-    """Requests whose queries are the last of so many others, which belong to nobody; [B] starts and ends"""
+    """Requests with `skipped` unused queries before their own -> batch, and [B] starts and ends of the queries"""
     batch = PagedBatch(lens, [own + before for own, before in zip(q_lens, skipped, strict=True)], **shape)
     starts = batch.q_starts[:-1] + torch.tensor(skipped)
     return batch, starts, starts + torch.tensor(q_lens)
 
 
 def blocks_of(batch, per_block):
-    """[B, blocks] of a page table; what lies beyond a request is a block that does not exist."""
+    """[B, blocks] block table of a page table; entries after a request's blocks are invalid."""
     table = batch.page_table[:, ::per_block] // per_block
     beyond = torch.arange(table.shape[1]) * per_block >= batch.num_pages[:, None]
     return table.masked_fill(beyond, 1 << 40)
@@ -38,7 +38,7 @@ def blocks_of(batch, per_block):
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("std_kind", ["l2", "none"])
 def test_scores_of_some_queries(reduce, std_kind):
-    """Some queries are nobody's, some do not vote; of the third request none does, so that all do."""
+    """Some queries belong to no request, and some do not vote. The third request has no voters, so all queries do."""
     batch, starts, ends = ragged(heads=6)
     statistics = batch.statistics("l2")
     statistics.std_kind = std_kind
@@ -102,11 +102,11 @@ def test_what_two_choices_share(k, m):
     assert shares[2] == 0 < shares.max()
     for known in ([True] * 3, [True, False, True]):
         known = torch.tensor(known)
-        for share in (*shares.unique().tolist(), 0.1, 1.0):  # at least, and not more than
+        for share in (*shares.unique().tolist(), 0.1, 1.0):  # shares exactly at, below and above the overlaps
             memo = before.clone()
             want = naive_top.unless_alike(now, memo, rows, known, share)
             for put in DEVICES:
-                wide = torch.full((5, 2, m + 7), 7, dtype=torch.int32)  # what lies beside it stays as it is
+                wide = torch.full((5, 2, m + 7), 7, dtype=torch.int32)  # memory next to the rows must not change
                 own = wide[..., 2:-2]
                 own[:] = before
                 assert torch.equal(unless_alike(put(now), own, rows, known, share), want)
@@ -114,7 +114,7 @@ def test_what_two_choices_share(k, m):
 
 
 def test_pages_are_written_where_choices_are_held():
-    """As far as there are any: a head without scores keeps its own."""
+    """A head without any score above -inf keeps its stored pages."""
     scores = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
     scores[1], scores[2, 0, 4:] = -torch.inf, -torch.inf
     rows, kept = torch.tensor([3, 0, 1]), torch.tensor([6, 9, 9])
@@ -145,8 +145,8 @@ def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch
     for put in DEVICES:
         got = sparse_attention(put(batch.q), *where[1:], chosen, *arguments, own.clone())
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
-    # the same from rows of a wider pool, and all that is behind a page of each request's own
-    tails = torch.tensor([45, 70, 23], dtype=torch.int32)  # of 50, 83 and 23 pages
+    # the same with choices in rows of a wider pool, plus all pages from `tails` on
+    tails = torch.tensor([45, 70, 23], dtype=torch.int32)  # requests have 50, 83 and 23 pages
     pool, rows = torch.full((6, 2, 31), 99, dtype=torch.int32), torch.tensor([5, 0, 3])
     held = pool[..., 2:26]
     held[rows] = torch.where(chosen < tails[:, None, None], chosen, -1)
@@ -157,7 +157,7 @@ def test_attention_of_some_queries_over_tables_of_blocks(processors, monkeypatch
 
 
 def test_tiles_before_the_first_request():
-    """As behind a prompt whose rows are recomputed, too"""
+    """Queries before the first request, as if rows of its prompt were recomputed, too"""
     batch, starts, ends = ragged(skipped=(70, 3, 1), page_size=4, per_block=8)
     own = torch.full_like(batch.q, 7.0)
     where, arguments = (starts, batch.pages, blocks_of(batch, 8)), (batch.kv_lens, 4, 0.3, False, ends, 8)
@@ -180,7 +180,7 @@ def test_moved_values(processors, monkeypatch):
     moved = torch.randn(40, 2, 64, generator=g)
     tails = torch.tensor([45, 70, 20], dtype=torch.int32)
     chosen = torch.full((3, 2, 24), -1, dtype=torch.int32)
-    for own, tail, kept in zip(chosen, tails.tolist(), (10, 24, 12), strict=True):  # of all heads as many
+    for own, tail, kept in zip(chosen, tails.tolist(), (10, 24, 12), strict=True):  # the same number for all heads
         own[:, :kept] = torch.rand(2, tail, generator=g).argsort(1)[:, :kept].sort(1)[0]
     rows = torch.tensor([2, 0, 1])
     arguments = (

@@ -1,4 +1,4 @@
-"""What a function launches: the operators it calls, without a GPU."""
+"""Records the operators that a function would launch, without a GPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,10 +6,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watched(TorchDispatchMode):
-    """Notes operators by name that would be launches: neither views nor questions that only fakes are asked."""
+    """Mode that records the names of operators that would be launches, i.e. neither views nor `prim` operators."""
 
     def __init__(self, uploads: bool = True):
-        """Without `uploads` an operand that lies on the host is an error: it would have to be uploaded."""
+        """`uploads`: if False, operands on the host are errors, because they would have to be uploaded."""
         super().__init__()
         self.uploads = uploads
         self.launched: list[str] = []
