@@ -9,7 +9,7 @@ import pytest
 
 from tests.page_sparse import models
 
-#: pages of 16, of which four are read, in all layers but the first
+#: pages of 16 tokens, of which four are read, in all layers except the first
 SPARSE = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": [0]}
 
 
@@ -84,7 +84,7 @@ def counted(llm, before: dict | None = None) -> dict:
 
 @contextmanager
 def selecting(llm, **fields):
-    """The engine with other fields of its selection, for as long as nothing in memory depends on them."""
+    """Context in which the engine's selection has other fields. Stored summaries must not depend on these fields."""
     (own,) = llm.collective_rpc(use_selection, args=(fields,))
     yield llm
     llm.collective_rpc(use_selection, args=({name: getattr(own, name) for name in fields},))

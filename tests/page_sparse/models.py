@@ -1,4 +1,4 @@
-"""Small random decoders of four families, written as checkpoints of the hub."""
+"""Writes checkpoints of small random decoders of four families in the hub's format."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SHAPE | {"num_key_value_heads": 4}),
     "mistral": lambda: MistralConfig(**SHAPE | {"num_key_value_heads": 1, "sliding_window": None}),
 }
-#: sees a window in three layers of four
+#: has a sliding window in three of four layers
 WINDOWED = {
     "olmo3": lambda: Olmo3Config(**SHAPE | {"num_hidden_layers": 8}, sliding_window=64, eos_token_id=0, pad_token_id=0)
 }

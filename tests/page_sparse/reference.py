@@ -1,8 +1,8 @@
-"""Page-sparse decoding written down in float64, independent of the engine and of the kernels.
+"""Reference implementation of page-sparse decoding in float64, independent of the engine and of the kernels.
 
-A decoder of the Llama kind reads its prompt densely; each generated position
-scores the full pages of its cache, per key head, and attends to the best ones,
-the first ones and the last ones.
+A Llama-like decoder reads its prompt densely. Each generated position scores
+the full pages of its cache per key head, and attends to the best, the first and
+the last pages.
 """
 
 import json
@@ -21,7 +21,7 @@ class Reference:
         self.head_dim = self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[float], int]:
-        """-> tokens, the log-probability of each, and how many (layer, position, head) left a page out"""
+        """-> tokens, the log-probability of each, and how many triples (layer, position, head) left a page out"""
         self.cache = [None] * self.config["num_hidden_layers"]
         self.left_out = 0
         tokens, logprobs, fed = [], [], prompt
@@ -88,7 +88,7 @@ class Reference:
         return torch.isin(torch.arange(len(keys)) // size, torch.tensor(best))
 
     def score(self, queries, page):
-        """What the keys [P, D] of a page promise to each of the queries [G, D]; UNIQUE's"""
+        """UNIQUE's score of a page with keys [P, D] for each of the queries [G, D]"""
         mean = page.mean(0)
         spread = (page - mean).square().sum(1).mean().sqrt()
         return queries @ mean + self.selection["lam"] * queries.norm(dim=-1) * spread

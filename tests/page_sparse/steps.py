@@ -1,17 +1,17 @@
-"""A step of a batch as a backend meets it, and dense attention written down."""
+"""A batch in one step, as a backend gets it, and a reference implementation of dense attention."""
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 HEADS, KV_HEADS, DIM, BLOCK, PAGE = 4, 2, 32, 32, 16
-#: (rows, keys, prompt): a prompt, a decoding step, a short one, a chunk behind others, a resumed request, drafts
+#: (rows, keys, prompt): a prompt, a decoding step, a short one, a later chunk of a prompt, a resumed request, drafts
 STEP = [(40, 40, 40), (1, 150, 100), (1, 30, 20), (20, 90, 200), (105, 105, 100), (3, 203, 190)]
-#: rows of STEP that a budget of four pages leaves pages out for
+#: rows of STEP that do not read all pages with a budget of four
 CHOOSING = [40, 162, 163, 164, 165, 166, 167, 168, 169]
 
 
 class Batch:
-    """Requests of a step, their keys in shuffled blocks."""
+    """Requests of a step, with keys in shuffled blocks."""
 
     def __init__(self, step):
         g = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ class Batch:
             block_table_tensor=self.table, slot_mapping=torch.tensor(slots),
             seq_lens_cpu_upper_bound=torch.tensor(self.lens, dtype=torch.int32),
         )  # fmt: skip
-        #: what earlier steps have described: every page that was full before
+        #: pages that were full before the step, which earlier steps have summarized
         self.full_before = torch.cat(
             [
                 (self.table[i, :, None] * 2 + torch.arange(2)).flatten()[: (keys - count) // PAGE].long()
@@ -45,7 +45,7 @@ class Batch:
 
 
 def causal_attention(q, pages, tables, q_lens, kv_lens, scale):
-    """In float64: pages laid out as one sequence, and a mask over the future."""
+    """Causal attention in float64: pages concatenated to one sequence, with a mask over later positions."""
     dim, group = q.shape[2], q.shape[1] // pages.shape[1]
     out, start = torch.empty_like(q), 0
     for table, count, length in zip(tables, q_lens, kv_lens, strict=True):
@@ -65,7 +65,7 @@ def dense(batch: Batch) -> torch.Tensor:
 
 
 def assert_sparse_where_choosing(batch: Batch, out: torch.Tensor) -> None:
-    """Of STEP: every row arrives, those of CHOOSING left something out and the others did not."""
+    """Asserts for STEP that every row is computed, and that exactly the rows in CHOOSING left pages out."""
     whole = dense(batch)
     choosing = torch.zeros(len(out), dtype=torch.bool)
     choosing[CHOOSING] = True

@@ -1,4 +1,4 @@
-"""Which pages a generated position reads: one rule for all backends."""
+"""The pages that a generated position reads, which are the same for all backends."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ PAGE, PAGES = 16, 6
 
 
 class Unchecked(Unique):
-    """Also with budgets that leave nothing to choose."""
+    """UNIQUE without field checks, for budgets that leave nothing to choose."""
 
     def __post_init__(self): ...
 
@@ -19,8 +19,8 @@ class Unchecked(Unique):
 @pytest.mark.parametrize(
     ("sink", "recent", "budget", "read"),
     [
-        (1, 1, 2, [0, 5]),  # as many forced pages as may be read
-        (2, 2, 3, [0, 1, 5]),  # one more: the first ones, and the last, which holds the query's own key
+        (1, 1, 2, [0, 5]),  # as many forced pages as the budget
+        (2, 2, 3, [0, 1, 5]),  # one more than the budget: the first ones, and the last, with the query's own key
         (1, 4, 2, [0, 5]),
         (3, 1, 1, [5]),
     ],

@@ -44,7 +44,7 @@ def test_keys_come_back(dtype, page, dim):
 
 
 def run(batch: Batch, selection):
-    """The backend's builder and implementation on a packed copy of the batch's cache, the step's keys not yet in it."""
+    """Runs the backend on a packed copy of the batch's cache without the step's keys."""
     pages = packed_pages(HEADS, KV_HEADS, DIM, torch.float32, PAGE)
     cache = torch.full_like(batch.pages, torch.nan)
     slots = torch.arange(len(cache) * BLOCK)
@@ -83,7 +83,7 @@ def test_every_row_arrives_and_sparse_ones_choose():
 
 
 def test_chosen_pages_are_read_and_no_others():
-    """In float64 from the plain cache, with the pages that the backend chose."""
+    """Compares with attention in float64 over the plain cache and the pages that the backend chose."""
     batch = Batch(STEP)
     out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
@@ -102,8 +102,8 @@ def test_chosen_pages_are_read_and_no_others():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_choosing_all_pages_is_vllm_bit_for_bit(dtype, monkeypatch):
-    """One request's heads as requests of their own, with page tables of their own: the same sums in the same order,
-    as long as vLLM does not split a head's keys among threads."""
+    """Passing each head as a separate request with its own page table gives the same sums in the same order, as long as
+    vLLM does not split a head's keys among threads."""
     monkeypatch.setattr(cpu_pages, "envs", SimpleNamespace(VLLM_CPU_ATTN_SPLIT_KV=False))
     torch.manual_seed(0)
     pages = packed_pages(8, 2, 64, dtype, 32)
@@ -126,7 +126,7 @@ def test_choosing_all_pages_is_vllm_bit_for_bit(dtype, monkeypatch):
 
 
 def test_more_forced_pages_than_the_budget():
-    """Pages nobody described are all forced; the one being written is read whatever else is left out."""
+    """Pages without summaries are forced. The page being written is read even if forced pages exceed the budget."""
     batch = Batch([(1, 150, 100)])
     batch.full_before = batch.full_before[:0]
     out, impl, meta, _ = run(batch, FOUR)

@@ -1,5 +1,5 @@
-"""The CUDA backend's bookkeeping on a CPU: vLLM's FlashAttention replaced by the written-down definition, the page
-kernels by their CPU paths. Which rows go where, and that all of them come back, does not need a GPU."""
+"""The CUDA backend's bookkeeping on a CPU. A reference implementation replaces vLLM's FlashAttention, and CPU paths
+replace the page kernels, so the routing of rows is tested without a GPU."""
 
 from itertools import permutations
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
 FOUR = Unique(page_size=16, budget_tokens=64, min_context=0)
-#: keys of the longest context
+#: maximum number of keys of a request
 LONGEST = 10 * BLOCK
 
 
@@ -77,7 +77,7 @@ def run(batch, selection):
 
 @pytest.mark.parametrize("step", [STEP, STEP[1:2], STEP[:1] + STEP[2:3], STEP[::-1]])
 def test_a_budget_of_all_pages(without_gpu, step):
-    """Through FlashAttention's stand-in, or forced through the page kernels."""
+    """Rows use FlashAttention's replacement, or the page kernels if all of them are single rows."""
     batch = Batch(step)
     out, counts, meta = run(batch, Unique(page_size=16, budget_tokens=4096, min_context=0))
     torch.testing.assert_close(out, dense(batch), atol=2e-5, rtol=2e-5)
@@ -96,12 +96,12 @@ def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
     ends = {int(row[p // BLOCK]) * 2 + p // 16 % 2 for (count, n, _), row in zip(STEP, batch.table, strict=True)
             for p in range(n - count, n) if p % 16 == 15}  # fmt: skip
     assert set(filled.tolist()) == ends
-    # nearly all rows fill no page, and no kernel is launched for them
+    # most rows complete no page, and no programs are launched for them
     assert len(meta.full_pages) <= sum(-(-count // 16) for count, _, _ in STEP)
 
 
 def test_rows_are_what_they_are_alone(without_gpu):
-    """The last position of a request with drafts is the decoding step it would have been without them."""
+    """The last position of a request with draft tokens equals the decoding step without them."""
     batch = Batch(STEP)
     out, _, _ = run(batch, FOUR)
     batch.common.query_start_loc = torch.tensor([0, 1], dtype=torch.int32)
@@ -115,13 +115,13 @@ def test_rows_are_what_they_are_alone(without_gpu):
 
 
 def test_pages_lie_in_one_piece_whatever_the_other_layers_would_like():
-    """As vLLM decides for a model whose first layers are FlashAttention's."""
+    """vLLM chooses the layout for a model with FlashAttention in its first layers."""
     for backends in permutations((flash_attn.FlashAttentionBackend, cuda.SelectingFlashBackend)):
         assert get_supported_kv_cache_layouts(backends) == [KVCacheLayout.LBHNC]
 
 
 def test_dense_rows_are_launched_as_outside_of_graphs(monkeypatch):
-    """vLLM's builder is made while full graphs are still asked for."""
+    """vLLM's builder is initialized while full CUDA graphs are still enabled."""
 
     def init(self, *_):
         self.use_full_cuda_graph, self.max_num_splits, self.supports_draft_decode_metadata_update = True, 32, True

@@ -1,4 +1,4 @@
-"""Four families: everything read is vLLM's own answer, pages chosen is the written-down answer."""
+"""Decoding of four families: equal to vLLM if everything is read, and to the reference if pages are chosen."""
 
 import pytest
 
@@ -33,12 +33,12 @@ def test_chosen_pages_are_the_reference(decoder, checkpoints, model):
 
 
 def test_it_differs_from_dense(decoder):
-    """Otherwise the test above says little."""
+    """If it did not, the test above would be meaningless."""
     assert tokens(decode(decoder("llama", SPARSE), ASKED)) != tokens(decode(decoder("llama"), ASKED))
 
 
 def test_other_scores(decoder):
-    """That the fields arrive; what they mean is for the kernels' tests."""
+    """Checks that the fields take effect; the kernels' tests check their meaning."""
     llm = decoder("llama", SPARSE)
     texts = [tokens(decode(llm, ASKED))]
     for fields in ({"reduce": "mean"}, {"lam": 4.0}, {"sink_pages": 0, "recent_pages": 1}, {"budget_tokens": 96}):
@@ -54,11 +54,11 @@ def test_a_spread_per_channel(decoder):
 
 
 def test_all_pages_are_dense_bit_for_bit(decoder):
-    """A budget of all pages, and a context below the minimum, are the same kernel told to read everything."""
+    """With a budget of all pages, or a context below the minimum, the same kernel reads everything."""
     runs = []
     for fields in ({"budget_tokens": 4096}, {"min_context": 100_000}):
         with selecting(decoder("qwen2", SPARSE), **fields) as llm:
-            llm.reset_prefix_cache()  # a prompt in one piece rounds differently from its end alone
+            llm.reset_prefix_cache()  # prefilling a whole prompt rounds differently from prefilling its end
             before = counted(llm)
             runs.append(decode(llm, ASKED))
             counts = counted(llm, before)
@@ -75,7 +75,7 @@ def test_min_context_is_counted_per_position(decoder):
 
 
 def test_layers_with_a_window_keep_it(decoder):
-    """Their blocks and those of the choosing layers come from one pool."""
+    """Their blocks and those of the choosing layers are in one pool."""
     selection = SPARSE | {"dense_layers": []}
     llm = decoder("olmo3", selection, enable_prefix_caching=False)
     with selecting(llm, budget_tokens=4096):

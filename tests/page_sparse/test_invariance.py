@@ -1,5 +1,5 @@
-"""A text does not depend on who shares the batch, on chunks, on cached prefixes or on preemption. (Nor on drafts:
-test_server.py, since an engine with them cannot be followed by another one in its process.)"""
+"""Output does not depend on the batch, chunked prefill, cached prefixes or preemption. (test_server.py tests
+speculative decoding, because no other engine can follow one with it in the same process.)"""
 
 import pytest
 
@@ -10,7 +10,7 @@ ASKED = prompts(300, 77, 180, 260, 33, seed=1)
 
 @pytest.fixture(scope="module")
 def plain(decoder):
-    """No chunks, no cached prefixes, room for all."""
+    """No chunked prefill, no cached prefixes, enough blocks for all requests."""
     return decoder("qwen2", SPARSE, enable_prefix_caching=False, max_num_batched_tokens=2048)
 
 
@@ -40,7 +40,7 @@ def test_cached_prefixes(decoder, want):
 
 
 def test_a_prefix_shared_by_two(decoder, plain):
-    """The second request reads pages whose summaries the first one left."""
+    """The second request reads pages that the first one has summarized."""
     cached = decoder("qwen2", SPARSE)
     shared, ends = prompts(256, seed=2)[0], prompts(40, 40, seed=3)
     asked = [shared + end for end in ends]
@@ -48,7 +48,7 @@ def test_a_prefix_shared_by_two(decoder, plain):
 
 
 def test_reused_blocks_forget_what_they_held(decoder, plain):
-    """A cache of few blocks is written over again and again."""
+    """A cache with few blocks is overwritten repeatedly."""
     small = decoder("qwen2", SPARSE, max_model_len=352, num_gpu_blocks_override=14)
     for seed in range(4, 8):
         asked = prompts(200, 150, seed=seed)
@@ -56,8 +56,8 @@ def test_reused_blocks_forget_what_they_held(decoder, plain):
 
 
 def test_preemption(decoder, want):
-    """Too few blocks for all: requests lose theirs, and their generated positions are computed again, as sparse as
-    the first time. Also what a server's metrics show of it."""
+    """With too few blocks, requests are preempted. Their generated positions are recomputed with the same sparsity.
+    Also tests the metrics of this."""
     llm = decoder(
         "qwen2", SPARSE, max_model_len=352, num_gpu_blocks_override=21, disable_log_stats=False,
         enable_prefix_caching=False,

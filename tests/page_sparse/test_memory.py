@@ -1,4 +1,4 @@
-"""Summaries are part of the memory the KV cache is given, lie beside it by physical page, and follow its blocks."""
+"""Summaries are taken from the KV cache's memory, are indexed by physical page, and are copied with its blocks."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ class Worker(WorkerBase):
 
 
 def held(worker) -> tuple[int, int, int]:
-    """Bytes of keys and values, bytes of summaries, and of how many layers."""
+    """-> bytes of keys and values, bytes of summaries, and number of layers with summaries."""
     context = worker.vllm_config.compilation_config.static_forward_context
     caches = {
         layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage() for layer in context.values()
@@ -59,7 +59,7 @@ def test_share_of_one_pool():
 
 
 def test_share_where_layers_lie_over_each_other():
-    """Whatever the pool holds, its summaries are no larger a part of it than those of the worst layer."""
+    """The share of summaries in the pool is at most that of the layer with the largest share."""
     selection = Unique(page_size=32, budget_tokens=256)
     page = 2 * (32 * 2 + 4)
     specs = {"a": spec(), "window": spec(page_size_bytes=64 * 512)}
@@ -89,7 +89,7 @@ def test_summaries_of_copied_blocks():
     layer, selection = layer_over(pages), Unique(page_size=32, budget_tokens=256)
     pool = SummaryPool({"a": layer}, selection)
     summaries = layer.impl.summaries
-    selection.store(pages, torch.arange(4), summaries)  # of blocks 0 and 1
+    selection.store(pages, torch.arange(4), summaries)  # pages of blocks 0 and 1
     pool.copy_blocks([(0, 2), (1, 3)], pages_per_block=2)
     assert torch.equal(summaries.first[4:], summaries.first[:4])
     assert torch.equal(summaries.second[4:], summaries.second[:4])

@@ -1,4 +1,4 @@
-"""Which rows of a step choose, and what the kernels are told of them."""
+"""The partition of a step's rows, and the kernel inputs for rows that choose."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_rows(rows):
 
 
 def test_counts():
-    """Of generated positions alone: five pages of which four are read, and two that are read whole."""
+    """Counts only generated positions: one reads four of five pages, and one reads both of its pages."""
     made = partition(FOUR, [0, 1, 2, 32], [70, 20, 30], [60, 10, 30])
     assert made.counts(FOUR) == PageCounts(sparse_rows=1, dense_rows=1, pages_read=6, pages_seen=7)
     total = PageCounts()

@@ -1,4 +1,4 @@
-"""What page-sparse decoding cannot do stops before an engine process is started, with one line that names the field."""
+"""Options that page-sparse decoding does not support fail before an engine process starts, in a line with the field."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.page_sparse import layer_backends
 from vllm_dlm.plugins.selection.unique import Unique
 
-#: what the message names -> the dlm object
+#: text in the message -> the dlm object
 OBJECTS = {
     "dlm.decoding": {"decoding": {"name": "low_confidence"}, "selection": SPARSE},
     "dlm.reuse": {"reuse": {"name": "none"}},
@@ -138,7 +138,7 @@ def test_without_a_selection_nothing_of_ours_is_there(decoder, dlm):
 
 
 def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
-    """Its config names the selection; a server that names another one (or none) is obeyed."""
+    """The model's config sets the default selection; a server's own selection, or "none", takes precedence."""
     from vllm.engine.arg_utils import EngineArgs
 
     folder = tmp_path_factory.mktemp("trained")

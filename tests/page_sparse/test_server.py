@@ -1,4 +1,4 @@
-"""`vllm serve --dlm-config` of an autoregressive model, in processes of its own and with speculated tokens."""
+"""`vllm serve --dlm-config` for an autoregressive model, in a separate process and with speculative decoding."""
 
 import json
 from types import SimpleNamespace
@@ -35,13 +35,13 @@ def complete(server, prompt, **fields):
 
 
 def test_drafts_are_what_would_have_been_decoded(server, decoder):
-    """Speculated positions choose their pages one by one."""
+    """Each draft position chooses its own pages."""
     plain = decoder("qwen2", SPARSE, enable_prefix_caching=False, max_num_batched_tokens=2048)
     answers = complete(server, ASKED, return_token_ids=True).json()["choices"]
     assert [answer["token_ids"] for answer in answers] == tokens(decode(plain, ASKED, new=40))
     metrics = server.metrics()
     assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
-    # more positions than tokens: the drafts that were not accepted
+    # more positions than tokens, because of rejected draft tokens
     rows = metrics["vllm:sparse_attention_rows_total"] + metrics["vllm:sparse_attention_dense_rows_total"]
     assert rows > 3 * len(ASKED) * 39
     assert (

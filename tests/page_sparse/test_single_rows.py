@@ -1,5 +1,5 @@
-"""Steps of one row per request on CUDA, which vLLM keeps as graphs: bookkeeping on a CPU, page kernels as they are
-defined. A replay is the forward of the metadata that was captured, after another step was built."""
+"""Steps with one row per request on CUDA, which vLLM captures as CUDA graphs. The bookkeeping runs on a CPU, with naive
+page kernels. A replay is simulated by a forward with the captured metadata after another step was built."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from vllm_dlm.page_sparse.partition import pages_of
 from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
 
-#: (rows, keys, prompt): long ones, the last token of a long prompt, a short one, ends of pages
+#: (rows, keys, prompt): long contexts, the last token of a long prompt, a short context, ends of pages
 SINGLES = [(1, 150, 100), (1, 290, 290), (1, 30, 20), (1, 160, 159), (1, 64, 10), (1, 203, 190)]
 WHOLE, SPARSE = [1, 2, 4], [0, 3, 5]
 OTHERS = [(1, 33, 20), (1, 210, 100), (1, 96, 1), (1, 16, 15), (1, 320, 320), (1, 65, 64)]
@@ -27,7 +27,7 @@ def defined(without_gpu, monkeypatch):  # noqa: F811
 
 
 def padded(step, count: int) -> Batch:
-    """As vLLM fills a step up to the size of a graph."""
+    """A batch with `count` dummy requests, as vLLM pads a step to the size of a CUDA graph."""
     batch = Batch(step)
     common, more = batch.common, torch.zeros(count, dtype=torch.int32)
     common.query_start_loc_cpu = common.query_start_loc = torch.cat([common.query_start_loc, more + len(step)])
@@ -47,13 +47,13 @@ def test_what_reads_everything_is_dense_and_the_others_choose(selection):
     want = dense(Batch(SINGLES))
     torch.testing.assert_close(out[WHOLE], want[WHOLE], atol=2e-6, rtol=2e-6)
     assert ((out[SPARSE] - want[SPARSE]).abs().amax((1, 2)) > 1e-3).all()
-    assert (out[len(SINGLES) :] == 0).all()  # vLLM looks at none of them
+    assert (out[len(SINGLES) :] == 0).all()  # dummy requests; vLLM ignores their outputs
     read = len(SPARSE) * selection.kept_pages + pages_of([30, 64], PAGE)
     assert counts == PageCounts(3, 2, read, pages_of([30, 64, 150, 160, 203], PAGE))
 
 
 def test_a_row_is_what_it_is_in_a_mixed_step():
-    """There its step is launched one by one, beside a prompt."""
+    """In a mixed step, a prompt is in the batch and no CUDA graph is used."""
     alone, _, _ = run(Batch(SINGLES), FOUR)
     batch = Batch([*SINGLES, (20, 90, 200)])
     batch.q[: len(SINGLES)] = Batch(SINGLES).q
@@ -85,7 +85,7 @@ def test_a_replay_reads_what_the_last_step_wrote():
         assert tensors(built) == tensors(captured)
         counted = PageCounts(**vars(builder.counts))
         out = forward(batch, FOUR, summaries, captured)
-        assert builder.counts == counted  # what is replayed runs nothing of ours
+        assert builder.counts == counted  # a replay does not run the builder
         whole = torch.tensor([keys <= 64 or keys <= prompt for _, keys, prompt in step])
         torch.testing.assert_close(out[:6][whole], dense(Batch(step))[whole], atol=2e-6, rtol=2e-6)
         assert torch.equal(out, run(batch, FOUR)[0])
@@ -121,7 +121,7 @@ def test_who_chooses_is_known_without_the_device():
 
 
 def test_nothing_waits_for_the_device(monkeypatch):
-    """Tensors without contents that say they are on a GPU: whoever looks at a value there fails."""
+    """Uses tensors without contents that claim to be on a GPU, so reading a value fails."""
     triton = pytest.importorskip("triton")
     launched = []
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel))
