@@ -1,20 +1,21 @@
-"""Canvases that ask a selection, without an engine."""
+"""Builds inputs of `Selection.choose` for canvases, without an engine."""
 
 import torch
 
 from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Selection, Summaries
 
-#: cached keys lie in blocks of so many
+#: positions per KV block
 BLOCK = 64
 
 
 def canvas_asks(selection: Selection, q, keys, prompt_len=None, length=None, voters=None, scale=None) -> Asked:
-    """q [L, H, D]; cached keys [N, Hkv, D] of the canvas or of its prompt, which are its values too"""
+    """Input for one canvas. q [L, H, D]; keys [N, Hkv, D] of the canvas or of its prompt, which are also the values"""
     return canvases_ask(selection, [q], [keys], [prompt_len], [length], [voters], scale)
 
 
 def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, scale=None) -> Asked:
-    """The same of several; None: as long as its keys are, as long as prompt and queries are, all"""
+    """Input for several canvases. None means: prompt as long as the keys, canvas as long as prompt and queries, all
+    queries vote"""
     prompt_lens = [len(own) if n is None else n for n, own in zip(prompt_lens, keys, strict=True)]
     voters = [torch.ones(len(q), dtype=torch.bool) if v is None else v for v, q in zip(voters, qs, strict=True)]
     lengths = [n + len(q) if own is None else own for own, n, q in zip(lengths, prompt_lens, qs, strict=True)]

@@ -32,7 +32,7 @@ def chosen(decoding, prob, quota=1, step=0, steps=4, positions=None) -> list[int
 def test_quotas_fill_the_block(name, masks, steps):
     quotas = methods("decoding")[name]().quotas(masks, steps)
     assert all(quota > 0 for quota in quotas) and len(quotas) <= steps
-    if name != "origin":  # tosses coins: its quotas only count the steps
+    if name != "origin":  # fills at random: its quotas only define the number of steps
         assert sum(quotas) == masks
 
 
@@ -78,10 +78,10 @@ def test_factor_rule(factor, prob, wanted):
 @pytest.mark.parametrize(
     ("prob", "positions", "wanted"),
     [
-        ([0.95, 0.8, 0.7, 0.8], [3, 4, 5, 8], [0, 1]),  # at a distance of 5 nobody leaps
+        ([0.95, 0.8, 0.7, 0.8], [3, 4, 5, 8], [0, 1]),  # at a distance of 5 no position is relaxed
         ([0.8, 0.1, 0.9, 0.8, 0.75], [0, 1, 4, 8, 9], [0, 2, 3]),
         ([0.95, 0.8, 0.8, 0.92], [10, 15, 17, 20], [0, 2, 3]),  # the nearest anchor counts, on either side
-        ([0.8, 0.89, 0.8], [0, 1, 2], [1]),  # no anchor: the best alone
+        ([0.8, 0.89, 0.8], [0, 1, 2], [1]),  # no anchor: only the best
     ],
 )
 def test_leaps_beside_anchors(prob, positions, wanted):
@@ -107,12 +107,12 @@ def test_leaps_are_those_of_the_statement():
     ("fields", "prob", "positions", "wanted"),
     [
         ({}, [0.3, 0.5, 0.45, 0.2, 0.41], [0, 1, 2, 5, 6], [1, 4]),
-        ({}, [0.3, 0.35, 0.2], [0, 1, 5], [1]),  # low never stops the best of all
+        ({}, [0.3, 0.35, 0.2], [0, 1, 5], [1]),  # `low` never excludes the best position
         ({}, [0.95, 0.91, 0.5], [0, 1, 2], [0, 1]),
         ({"high": None}, [0.95, 0.91, 0.5], [0, 1, 2], [0]),
         ({"low": None}, [0.1, 0.2, 0.05], [0, 1, 5], [1, 2]),
         ({"low": 0.5}, [0.5, 0.6], [0, 5], [1]),  # more probable than low
-        ({}, [0.5, 0.5, 0.5], [0, 1, 3], [0, 1, 2]),  # ties of a run together
+        ({}, [0.5, 0.5, 0.5], [0, 1, 3], [0, 1, 2]),  # ties within a run are filled together
         ({"threshold": 0.8}, [0.95, 0.85, 0.1], [0, 1, 2], [0, 1]),  # a server's threshold counts as well
     ],
 )
@@ -246,7 +246,7 @@ def test_a_threshold_falls_with_masks_and_load():
 
 
 def test_entropies_stay_below_their_bound():
-    """Of the tokens of the lowest entropy as many as stay below it together, and one at least."""
+    """Fills the positions of lowest entropy whose sum stays below the bound, and at least one."""
     rng = np.random.default_rng(8)
     for _ in range(200):
         entropy, bound = rng.exponential(0.2, int(rng.integers(1, 30))), rng.exponential(0.5)

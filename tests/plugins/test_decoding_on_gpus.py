@@ -1,5 +1,5 @@
-"""The device half of decoding as a GPU runs it: nothing waits for what the logits say, and greedy rows take one kernel
-that means what the CPU's code means."""
+"""The device half of decoding as on a GPU: nothing depends on the values of logits, and greedy rows use one kernel that
+is equivalent to the CPU code."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,7 +42,7 @@ def rows(decoding, suppress, unlikely, sampled=False, filtered=False, eot_id=EOT
 
 
 def memory(decoding, count):
-    """Of a block whose second step it is"""
+    """Memory of the decoding in the second step of a block"""
     remembered = decoding().memory()
     if remembered is None:
         return {}
@@ -52,7 +52,7 @@ def memory(decoding, count):
 
 
 def operators(decoding, sampled=False, filtered=False):
-    """Of one `propose`, in order"""
+    """Names of the operators that one `propose` launches, in order"""
     marks = torch.empty(ROWS, dtype=torch.bool)
     of_rows, logits_RV = rows(decoding, marks, marks, sampled, filtered), torch.empty(ROWS, V)
     with Watched() as watched:
@@ -65,7 +65,7 @@ def operators(decoding, sampled=False, filtered=False):
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_do_not_depend_on_what_is_in_the_logits(name, sampled, filtered):
-    with FakeTensorMode():  # of the CPU: it is the same code, and PyTorch without a GPU's driver gets through
+    with FakeTensorMode():  # on the CPU, where the code is the same and PyTorch needs no GPU driver
         assert operators(methods("decoding")[name], sampled, filtered)
 
 
@@ -83,7 +83,7 @@ def test_greedy_rows_take_one_kernel(name):
 @pytest.mark.parametrize("eot_id", [EOT, None])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_kernel_means_the_same(name, eot_id, monkeypatch):
-    """It is run by its torch twin, which tests/kernels compares with the kernel."""
+    """Runs the torch twin of the kernel; tests/kernels compares the two."""
     monkeypatch.setattr(dispatch, "_head_statistics", plain.head_statistics)
     g = torch.Generator().manual_seed(0)
     logits_RV = torch.randn(ROWS, V, generator=g) * 4

@@ -1,4 +1,4 @@
-"""What selections of pages share, for both engines: by a method of means alone, which has no kernel of its own."""
+"""The base class of page selections, for both engines, tested with a method that only uses means and has no kernel."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,7 +37,7 @@ MEANS, UNIQUE = Means(**FIELDS), Unique(lam=0.0, **FIELDS)
 
 
 def generated_positions(selection, keys=(190, 333, 147)):
-    """Positions of three requests, whose pages lie anywhere in a cache."""
+    """Generated positions of three requests with shuffled pages."""
     g = torch.Generator().manual_seed(0)
     order = torch.randperm(3 * 11, generator=g).view(3, 11)  # blocks of two pages
     cache = torch.randn(order.numel(), KV_HEADS, 2 * PAGE, 2 * DIM, generator=g)
@@ -52,7 +52,7 @@ def generated_positions(selection, keys=(190, 333, 147)):
 
 
 def test_the_rule_is_that_of_the_kernel():
-    """UNIQUE without its spread has the same order of pages, scored by its own kernel."""
+    """UNIQUE without its spread orders pages in the same way, but scores them with its own kernel."""
     keys, q = torch.randn(20 * PAGE + 5, KV_HEADS, DIM), torch.randn(6, 4, DIM)
     voters = torch.tensor([True, False, False, True, False, False])
     ours, kernel = (s.choose(canvas_asks(s, q, keys, voters=voters)) for s in (MEANS, UNIQUE))

@@ -23,7 +23,7 @@ def asked():
 
 
 def best(q, keys):
-    """The definition, query by query: [Hkv, 6] pages"""
+    """The pages chosen by the definition, query by query: [Hkv, 6]"""
     pages = keys.double().unflatten(0, (PAGES, 16))  # [N, P, Hkv, D]
     mean = pages.mean(1)
     spread = (pages - mean[:, None]).square().mean(1).sum(-1).sqrt()  # [N, Hkv]

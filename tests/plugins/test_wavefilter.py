@@ -15,7 +15,7 @@ from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(n, kv_heads, dim, generator=generator)
-    # neighbours alike, or the coarse scales would say nothing
+    # neighbouring keys are similar, or the coarse scales would be uninformative
     keys = keys + 2 * torch.randn(n // 8 + 1, kv_heads, dim, generator=generator).repeat_interleave(8, 0)[:n]
     q = torch.randn(queries, heads, dim, generator=generator)
     voters = torch.arange(queries) % 2 == 0
@@ -23,7 +23,7 @@ def asked(n=203, heads=4, kv_heads=2, dim=16, queries=5, seed=0, selection=None)
 
 
 def algorithm_1(q, keys, wavelet, levels, proportions):
-    """One key head, in float64: transform what is left, softmax, sum the columns, keep, map back, repeat.
+    """Algorithm 1 for one key head, in float64: transform remaining keys, softmax, sum columns, keep, map back, repeat.
     q [n, D] all queries of the head's group; keys [N, D] -> kept positions"""
     kept = torch.arange(len(keys) // 2**levels * 2**levels)
     for scale, share in zip(range(levels, 0, -1), proportions, strict=True):
@@ -77,7 +77,7 @@ def test_pinned_tokens_stay(extra):
 
 
 def test_detail_bound_finds_the_needle_a_mean_hides():
-    """One key points along the query, its neighbours against it: their mean is nothing."""
+    """One key points along the query and its neighbours point against it, so their mean is about zero."""
     selection = {lam: WaveFilter(proportions=(0.1, 0.5), detail_lambda=lam, min_prompt=0) for lam in (0.0, 0.5)}
     q = torch.zeros(1, 1, 8)
     q[..., 0] = 8.0
@@ -105,7 +105,7 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     memo, marked = held.memo.clone(), held.units.clone()
     held.units[2, :, 0], held.known = 5, torch.tensor([True])
     marked[2, :, 0] = 5
-    selection.choose(given)  # nothing has moved: what stands there stays, whatever it is
+    selection.choose(given)  # the coarsest choice is unchanged, so the stored choice is kept, whatever it is
     assert torch.equal(held.units, marked) and torch.equal(held.memo, memo) and (memo[2] >= 0).all()
     given.q = -given.q
     selection.choose(given)

@@ -1,5 +1,5 @@
-"""attn_implementation="unique" in transformers' models: the same numbers as SDPA where the mask is open, the same as
-one sequence at a time where it is not."""
+"""attn_implementation="unique" in transformers' models: equal to SDPA if the mask is open, and otherwise independent of
+padding and packing."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ SHAPE = {
 def make(settings=SETTINGS, implementation="unique", cls=LlamaForCausalLM, config=LlamaConfig, **changes):
     torch.manual_seed(0)
     model = cls._from_config(config(**SHAPE | changes), attn_implementation=implementation)
-    for parameter in model.parameters():  # sharp enough for pages to matter
+    for parameter in model.parameters():  # large enough that attention is sharp and pages matter
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     if settings is not None:
@@ -112,14 +112,14 @@ def test_the_mask_is_soft_in_training_and_hard_outside():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_prompts_read_everything(causal):
-    """And the response of a bidirectional model chooses among the prompt's pages only."""
+    """The response of a bidirectional model chooses only among the prompt's pages."""
     model, tokens = make(is_causal=causal).eval(), ids(2, 200)
     dense = make(OPEN, is_causal=causal).eval()
     prompt = torch.arange(200).expand(2, -1) < torch.tensor([[150], [33]])
     got, want = model(tokens, prompt_mask=prompt).logits, dense(tokens, prompt_mask=prompt).logits
     if causal:
         torch.testing.assert_close(got[prompt], want[prompt], atol=1e-4, rtol=1e-4)
-    else:  # 33 tokens of prompt lie within the budget
+    else:  # 33 prompt tokens are within the budget
         torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got[0], want[0], atol=1e-2)
 

@@ -1,4 +1,4 @@
-"""The hard mask of training is the selection of serving: the same pages, the same attention, on a paged cache."""
+"""The hard mask of training equals the selection of serving: the same pages and the same attention on a paged cache."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def sequence(length, heads=4, kv_heads=2):
 
 
 def cached(k, v, std_kind):
-    """k, v [1, Hkv, N, D] as pages in shuffled order -> pages, statistics of the whole ones, page table"""
+    """k, v [1, Hkv, N, D] -> pages in shuffled order, statistics of whole pages, page table"""
     length = k.shape[2]
     count = -(-length // SIZE)
     table = torch.randperm(count, generator=torch.Generator().manual_seed(1))
@@ -69,7 +69,7 @@ def test_a_response_reads_the_prompt(prompt_len, reduce):
     pages, statistics, table = cached(k, v, "l2")
     queries, whole = q[0, :, prompt_len:].transpose(0, 1), prompt_len // SIZE
     chosen = chosen_by_serving(queries, statistics, table, whole, -(-prompt_len // SIZE) - RECENT, reduce)
-    # what is not a whole page of the prompt is read anyway
+    # keys outside whole pages of the prompt are always read
     rest = torch.arange(whole, table.shape[1], dtype=torch.int32).expand(1, 2, -1)
     served = sparse_attention(
         queries, torch.tensor([0, len(queries)]), pages, table, torch.cat([chosen, rest], -1), torch.tensor([length]),

@@ -1,4 +1,4 @@
-"""The path of plain torch, in pieces, against the definition, its gradients, and both limits of the mask."""
+"""The torch path, computed in pieces, against the definition; its gradients; and both limits of the mask."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_pieces_are_naive(case, temperature):
 @pytest.mark.parametrize("case", ["causal", "response"])
 def test_every_score(case, std_kind, reduce):
     gate, *rest = tensors(case)
-    # softmax_sum lives between 0 and the number of rows
+    # softmax_sum scores are between 0 and the number of rows
     compare_with_gradients(replace(gate, std_kind=std_kind, reduce=reduce, lam=0.3), *rest)
 
 
@@ -80,7 +80,7 @@ def test_the_size_of_the_pieces_does_not_matter(case, reduce, monkeypatch):
 
 @pytest.mark.parametrize("case", ["causal", "response"])
 def test_gradcheck(case, monkeypatch):
-    """Against finite differences, with the thresholds held still as autograd holds them."""
+    """Against finite differences with fixed thresholds, as autograd treats them."""
     gate, q, k, v, prompt_len = tensors(case, batch=1, dim=2)
     threshold, still = plain.threshold, []
     monkeypatch.setattr(plain, "threshold", lambda *args: still.append(threshold(*args)) or still[-1])
@@ -109,7 +109,7 @@ def test_a_threshold_that_moves(case, reduce):
 
 @pytest.mark.parametrize(("case", "reduce"), zip(MOVING, (*REDUCTIONS, REDUCTIONS[0]), strict=True))
 def test_gradcheck_of_a_threshold_that_moves(case, reduce):
-    """Finite differences as they stand: nothing is held still."""
+    """Against finite differences without fixed thresholds."""
     gate, q, k, v, prompt_len = tensors(case, batch=1, dim=2)
     gate = replace(gate, reduce=reduce, stop_threshold=False)
     assert torch.autograd.gradcheck(lambda *x: soft_page_attention(*x, gate, SCALE, prompt_len), (q, k, v), atol=1e-6)
@@ -138,10 +138,10 @@ def test_a_vanishing_temperature_is_the_hard_mask(case):
 
 def test_no_gradient_through_the_threshold_but_through_the_statistics():
     gate, q, k, v, prompt_len = tensors("causal")
-    v = torch.ones_like(v)  # what the weights are then cannot matter …
+    v = torch.ones_like(v)  # with equal values, the output does not depend on the weights
     (grad,) = torch.autograd.grad(soft_page_attention(q, k, v, gate, SCALE, prompt_len).sum(), k)
     torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
-    # … and the spread reaches keys that the plain logits do not tell apart
+    # the gradient through the spread changes the keys' gradients
     q, k, v = (x.detach().clone() for x in tensors("causal")[1:4])
     k.requires_grad_()
     grads = [
@@ -195,7 +195,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("prompt_len", [0, 100])
 @pytest.mark.parametrize("causal", [True, False])
 def test_memory_is_linear_in_length(causal, prompt_len):
-    """Twice the length: no tensor of either pass, nor what is kept between them, grows much more than twofold."""
+    """With twice the length, neither a tensor of either pass nor the saved memory grows much more than twofold."""
     gate = Gate(page_size=16, budget_pages=4, causal=causal)
     largest, kept = [], []
     for length in (1024, 2048):

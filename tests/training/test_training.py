@@ -1,4 +1,4 @@
-"""Schedules, LLaDA's loss, saving and resuming with transformers' Trainer, PEFT, and what a server makes of it."""
+"""Schedules, LLaDA's loss, saving and resuming with transformers' Trainer, PEFT, and serving the result."""
 
 import json
 from types import SimpleNamespace
@@ -114,7 +114,7 @@ def test_llada_is_llama(tmp_path):
 
 
 def test_the_loss_is_lladas():
-    """Its expectation over t and masks is independent of how much is hidden, for a model that knows nothing."""
+    """For a model with uniform output, the expected loss does not depend on the share of masked tokens."""
     collate = MaskedDiffusionCollator(mask=2, end=1, canvas=32)
     given = [
         {"prompt": [5] * 7, "answer": [6] * 20, "t": t, "seed": seed}
@@ -203,7 +203,7 @@ def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path):
     recipe = Recipe(output=tmp_path, steps=7)
     recipe.claim()
     (tmp_path / "checkpoint-5").mkdir()
-    Recipe(output=tmp_path, steps=7, save_every=3).claim()  # decides nothing
+    Recipe(output=tmp_path, steps=7, save_every=3).claim()  # fields that do not affect the result may differ
     with pytest.raises(SystemExit, match=r"holds a training with steps 7 \(now 8\); give another --output, or --fresh"):
         Recipe(output=tmp_path, steps=8).claim()
     assert (tmp_path / "checkpoint-5").exists()

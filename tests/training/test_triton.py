@@ -1,4 +1,4 @@
-"""The Triton path without a GPU: under the interpreter in a process of its own, and compiled ahead of time."""
+"""The Triton path without a GPU: with the interpreter in a separate process, and compiled ahead of time."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""The Triton path under the interpreter against the definition, gradients included; run by test_triton.py, in a
-process that never imported Triton without it. Memory that a launcher allocates holds garbage."""
+"""The Triton path with the interpreter against the definition, including gradients; run by test_triton.py in a process
+that enables the interpreter before importing Triton. Memory that a launcher allocates holds garbage."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def tensors(case, dtype=torch.float32, batch=1):
         torch.randn(batch, n, h, dim, generator=g)
         .to(dtype)
         .transpose(1, 2)
-        .requires_grad_()  # as projections leave them
+        .requires_grad_()  # strides as after the projections
         for h, n in ((heads, count), (kv_heads, keys), (kv_heads, keys))
     )
     return gate, *made, prompt_len
