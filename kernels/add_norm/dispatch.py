@@ -13,7 +13,7 @@ _add_norm = operator(
 
 
 def add_norm(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x and added [n, E], weight [E] -> [2, n, E]: the normalised sum, and the sum"""
+    """x and added [n, E], weight [E] -> [2, n, E]: the normalized sum, and the sum"""
     if x.is_cuda:
         return _add_norm(x, added, weight, eps)
     return plain.add_norm(x, added, weight, eps)

@@ -72,7 +72,7 @@ def ask(console: Console, server: Server, title: str, options: dict) -> None:
         with screen.live():
             in_parallel(lambda index: answer(server, screen, index, asked[index], options), len(asked))
     except client.RequestError:
-        server.check()  # a server that died has the better explanation
+        server.check()  # if the server has died, its log explains the error better
         raise
     seconds = time.monotonic() - begin
     tokens = sum(progress.tokens for progress in screen.progress)

@@ -121,7 +121,7 @@ class Checkpoint:
                 unused.append(name)
         if unused:
             count, first = _listed(unused)
-            logger.warning("%s: %s in the checkpoint without a use here: %s", self.architecture, count, first)
+            logger.warning("%s: ignoring %s that this model does not use: %s", self.architecture, count, first)
 
     def refuse_missing(self) -> None:
         missing = [name for name in self.wanted if name not in self.came]
