@@ -22,6 +22,7 @@ class Sample:
     rss_kib: int
     threads: int
     descriptors: int
+    pid: int = 0
 
 
 def sample(session: int, requests: int, steps: float) -> list[Sample]:
@@ -37,6 +38,7 @@ def sample(session: int, requests: int, steps: float) -> list[Sample]:
             found.append(Sample(
                 requests, steps, f"{name} {len([s for s in found if s.process.startswith(name)]) + 1}",
                 pages * os.sysconf("SC_PAGE_SIZE") >> 10, int(fields[17]), len(os.listdir(folder / "fd")),
+                int(folder.name),
             ))  # fmt: skip
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
