@@ -89,12 +89,15 @@ def at_a_server(args) -> int:
     with TemporaryDirectory() as folder:
         if args.small:
             checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
-        work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
+        work = served.soak(
+            checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes, args.hostile_mix
+        )
     for problem in work.problems[:20]:
         print(problem)
     baseline = "the server's first answers, before any hostile client"
     settings = _settings(args, [checkpoint], baseline, "requests sent, hostile ones included")
-    made = server_table.made(work, settings | served.settings(work), f"soak-server-{args.dtype}")
+    name = f"soak-server-{'hostile-' * args.hostile_mix}{args.dtype}"
+    made = server_table.made(work, settings | served.settings(work), name)
     if work.problems:
         made.notes = [f"{len(work.problems)} problems: see above"]
         made.print()
