@@ -107,6 +107,7 @@ def at_a_server(args) -> int:
 
 
 def hostile(args) -> int:
+    from benchmarks.load import Load
     from benchmarks.soak import served
     from benchmarks.soak.hostile import run as hostile_run
     from benchmarks.soak.hostile import table
@@ -117,9 +118,11 @@ def hostile(args) -> int:
     with TemporaryDirectory() as folder:
         if args.small:
             checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
-        work = hostile_run.run(checkpoint, args.dtype, args.seed, args.only, args.races, args.large)
+        load = Load()
+        with load.watch():
+            work = hostile_run.run(checkpoint, args.dtype, args.seed, args.only, args.races, args.large)
     baseline = "the same server with the good clients alone, before the first row"
-    settings = _settings(args, [checkpoint], baseline, "every request that was sent, per row", timed=True)
+    settings = _settings(args, [checkpoint], baseline, "every request that was sent, per row", load)
     made = table.made(work, settings, f"soak-hostile-{args.dtype}")
     _write(made, args.folder, table.plot)
     missed = table.missed(work)
@@ -149,11 +152,11 @@ def _write(made, folder: Path | None, plot=None) -> None:
         print(path.name)
 
 
-def _settings(args, checkpoints: list[str], baseline: str, counted: str, timed: bool = False) -> dict:
+def _settings(args, checkpoints: list[str], baseline: str, counted: str, load=None) -> dict:
     from benchmarks import report
     from benchmarks.load import Load
 
     return {
         "shapes": [Path(checkpoint).name for checkpoint in checkpoints], "dtype": args.dtype, "seed": args.seed,
-        "baseline": baseline, "counted": counted, **report.surroundings(1, Load(timed=timed)),
+        "baseline": baseline, "counted": counted, **report.surroundings(1, load or Load(timed=False)),
     }  # fmt: skip
