@@ -65,7 +65,7 @@ def test_rows_are_answered_as_they_must_be(server, target, rows, known, kind):
             result = RowResult(row)
             judge(result, acts.ACTS[row.act](wire, target, row, numbers, time.monotonic() + SECONDS))
             problems += [f"{row.name}: {problem}" for problem in result.problems]
-    assert not problems
+    assert not problems, "\n".join(problems)
     assert not good.changed
 
 
@@ -79,7 +79,7 @@ def test_followers(viewed):
             result = RowResult(row)
             judge(result, acts.ACTS[row.act](wire, view, row, numbers, time.monotonic() + SECONDS))
             problems += [f"{row.name}: {problem}" for problem in result.problems]
-    assert not problems
+    assert not problems, "\n".join(problems)
 
 
 def test_two_requests_with_one_name(viewed):

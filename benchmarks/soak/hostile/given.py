@@ -163,8 +163,9 @@ def texts(target: Target) -> Iterator[Row]:
         yield row("a negative id", lambda t, n: [5, -1 - n])
         yield row("a lone surrogate", lambda t, n: f"a\udcff{n}", ANSWERED)
         yield row(
-            "flood of 1 MB texts", lambda t, n: t.text(t.large // 10, n), clients=target.flood, like="flood of text"
-        )
+            "flood of 1 MB texts", lambda t, n: t.text(t.large // 10, n), ANSWERED, clients=target.flood,
+            like="flood of text",
+        )  # fmt: skip
     yield Row(
         "given", "suffix (vLLM's field), 10 MB of text",
         lambda t, n: posted(COMPLETIONS, t.body(n, suffix=t.text(t.large, n))), REFUSED, like="text",
@@ -174,16 +175,15 @@ def texts(target: Target) -> Iterator[Row]:
         ("nothing remasked", 0, LEGAL),
     ):  # fmt: skip
         for decoding in ("low_confidence", "wino"):
-            make = given(lambda t, n: [5 + n % 100] * 8, "dlm_draft", {"dlm_remask": value, "dlm_algorithm": decoding})
-            if decoding == "wino":
-                make = _without_threshold(value)
-            yield Row("given", f"dlm_remask of {decoding}, {name}", make, expected)
+            yield Row("given", f"dlm_remask of {decoding}, {name}", remasked(decoding, value), expected)
 
 
-def _without_threshold(value: float):
+def remasked(decoding: str, share: float):
+    """A starting text of 40 tokens in a canvas of 48"""
+
     def make(target: Target, number: int) -> Message:
         draft = [5 + number % 100] * 40
-        extra = {"dlm_draft": draft, "dlm_remask": value, "dlm_algorithm": "wino"}
+        extra = {"dlm_draft": draft, "dlm_remask": share, "dlm_algorithm": decoding}
         return posted(COMPLETIONS, target.body(number, extra=extra, max_tokens=48))
 
     return make

@@ -99,7 +99,7 @@ def of_amounts(target: Target) -> Iterator[Row]:
     yield row("mc_num 16,384 of 256 tokens", [5, 6, 7], [6] * 256, ANSWERED, mc_num=draws, batch_size=1, long=True)
     yield row("score_draws, above", [5, 6, 7], [tokens, tokens], mc_num=draws, batch_size=1)
     yield row("flood of 1,000 pairs", context(15_000), letters(1000), ANSWERED, clients=target.flood, long=True)
-    yield row("flood of 1 MB contexts", context(target.large // 10), " a", clients=target.flood, like="flood of text")
+    yield row("flood of 1 MB contexts", context(target.large // 10), " a", ANSWERED, target.flood, like="flood of text")
     yield row("flood of scores", short, " a b", LEGAL, clients=target.flood, long=True)
 
 
