@@ -38,7 +38,7 @@ def add_arguments(parser) -> None:
         default=0,
         help="of --server: end after so many denoising steps, of all requests; ten a second make 864,000 a day",
     )
-    parser.add_argument("--minutes", type=float, default=0, help="of --server: end after so long")
+    parser.add_argument("--minutes", type=float, default=0, help="of --server and --hostile: end after so long")
     parser.add_argument(
         "--hostile-mix", action="store_true", help="of --server: also random requests, and rows of the hostile table"
     )
@@ -120,7 +120,8 @@ def hostile(args) -> int:
             checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
         load = Load()
         with load.watch():
-            work = hostile_run.run(checkpoint, args.dtype, args.seed, args.only, args.races, args.large)
+            plan = hostile_run.Plan(checkpoint, args.dtype, args.seed, args.only, args.races, args.large, args.minutes)
+            work = hostile_run.run(plan)
     baseline = "the same server with the good clients alone, before the first row"
     settings = _settings(args, [checkpoint], baseline, "every request that was sent, per row", load)
     made = table.made(work, settings, f"soak-hostile-{args.dtype}")

@@ -19,6 +19,9 @@ from benchmarks.soak.hostile.rows import (
 from vllm_dlm.template import MOST_ALTERNATIVES, MOST_CHARACTERS
 
 
+WIDE = 9  # tokens of a hole that has room for a letter and a number
+
+
 def rows(target: Target) -> Iterator[Row]:
     yield from templates(target)
     yield from texts(target)
@@ -55,7 +58,7 @@ def templates(target: Target) -> Iterator[Row]:
         return lambda t, n: f"{t.seed % 10}{n % 10}" + "[[1]]" * number
 
     def distinct(count: int) -> Callable[[Target, int], str]:
-        return lambda t, n: "".join(f"[[4:{one_of(f'a{t.seed}', f'b{n}', f'c{each}')}]]" for each in range(count))
+        return lambda t, n: "".join(f"[[{WIDE}:{one_of(f'a{t.seed}', f'b{n}', f'c{each}')}]]" for each in range(count))
 
     many = target.large // 10
     yield row("4,000 holes of the model's length", lambda t, n: f"y{t.seed}/{n} " + f"[[{t.max_model_len}]] x " * 4000)
@@ -75,13 +78,13 @@ def templates(target: Target) -> Iterator[Row]:
     yield row("template_holes", holes(limits.template_holes), fits(limits.template_holes + 2))
     yield row("template_holes, one above", holes(limits.template_holes + 1))
     most = limits.template_automata
-    yield row("template_automata distinct holes", distinct(most), fits(4 * most))
+    yield row("template_automata distinct holes", distinct(most), fits(WIDE * most))
     yield row("template_automata distinct holes, one above", distinct(most + 1))
     yield row("1,000 distinct holes", distinct(1000))
     yield row(
         "the same hole 30 times",
-        lambda t, n: f"[[4:{one_of(f'a{t.seed}', f'b{n}', 'c' * 3)}]]" * 30,
-        fits(121),
+        lambda t, n: f"[[{WIDE}:{one_of(f'a{t.seed}', f'b{n}', 'c' * 3)}]]" * 30,
+        fits(30 * WIDE + 1),
     )
     long = MOST_CHARACTERS
     alternative = fits(hole)

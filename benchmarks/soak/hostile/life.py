@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MAX_MODEL_LEN = 1024
 LENGTHS = 96  # different canvases before memory is measured: more than products that oneDNN keeps
 SECONDS, SECONDS_PER_CLIENT = 8, 0.3  # that a row's clients wait for their answers
+FIRST = 1000  # number of the first hostile request; those of the warm-up are negative
 BLOCKED = 60  # seconds without /health after which a server is given up
 QUIET = 120  # seconds in which a server must be idle after its clients have gone
 
@@ -67,7 +68,7 @@ class Life:
         config = json.loads((Path(checkpoint) / "config.json").read_text())
         self.client = Client(demo.HOST, server.port, MAX_MODEL_LEN, config["vocab_size"], config["mask_token_id"])
         self.hooks, self.health = Hooks(folder), Health(demo.HOST, server.port, folder)
-        self.kept: dict[str, list[float]] = {}
+        self.number = FIRST
 
     def learn(self, known: list[Asked], say) -> list[Asked]:
         """Answers of a server that nobody has attacked; later servers must give those of the first."""
@@ -133,7 +134,9 @@ class Life:
                 return f"{QUIET} s after the last client there is still {busy}"
             time.sleep(0.2)
 
-    def attack(self, row: Row, numbers: range, good: GoodClients) -> RowResult:
+    def attack(self, row: Row, good: GoodClients) -> RowResult:
+        numbers = range(self.number, self.number + row.clients)
+        self.number = numbers.stop
         result = RowResult(row, size=len(acts.message_of(row, self.target, numbers.start).body))
         begin = time.monotonic()
         deadline = begin + SECONDS + SECONDS_PER_CLIENT * row.clients

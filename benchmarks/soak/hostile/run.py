@@ -21,7 +21,7 @@ from benchmarks.soak.hostile.good import GoodClients, known_requests
 from benchmarks.soak.hostile.health import Probe
 from benchmarks.soak.hostile.hooks import Span
 from benchmarks.soak.hostile.life import BLOCKED, MAX_MODEL_LEN, Life, RowResult, Server
-from benchmarks.soak.hostile.rows import Target, table
+from benchmarks.soak.hostile.rows import Row, Target, table
 
 BASELINE = 15  # seconds with these clients alone
 
@@ -46,36 +46,35 @@ class Work:
     server_arguments: str = ""
 
 
-def run(
-    checkpoint: str, dtype: str, seed: int, only: str, number_of_races: int, large: int, say: Callable = print
-) -> Work:
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    checkpoint: str
+    dtype: str = "float32"
+    seed: int = 0
+    only: str = ""  # a regular expression for "kind: name" of a row
+    races: int = 200
+    large: int = 10 << 20  # bytes of an absurd body
+    minutes: float = 0  # after which no further row is sent; 0: all are
+
+
+def run(plan: Plan, say: Callable = print) -> Work:
     work, begin = Work(), time.monotonic()
-    config = json.loads((Path(checkpoint) / "config.json").read_text())
-    target = Target(MAX_MODEL_LEN, config["vocab_size"], config["mask_token_id"], seed=seed, large=large)
-    rows = [row for row in table(target) if re.search(only, f"{row.kind}: {row.name}")]
-    known, at, number = list(known_requests()), 0, 1000
-    while at < len(rows) or not work.memory:
-        with living(checkpoint, dtype, target) as life:
+    config = json.loads((Path(plan.checkpoint) / "config.json").read_text())
+    target = Target(MAX_MODEL_LEN, config["vocab_size"], config["mask_token_id"], seed=plan.seed, large=plan.large)
+    rows = [row for row in table(target) if re.search(plan.only, f"{row.kind}: {row.name}")]
+    known, left = list(known_requests()), rows
+    while left or not work.memory:
+        with living(plan, target) as life:
             work.server_arguments = " ".join(life.server.command[life.server.command.index("--plugin") :])
             known = life.learn(known, say)
             life.warm()
             before = baseline(life, work, known, say)
-            fatal = False
             with GoodClients(life.client, known) as good:
-                for row in rows[at:]:
-                    at += 1
-                    own = range(number, number + row.clients)
-                    number += row.clients
-                    result = life.attack(row, own, good)
-                    work.results.append(result)
-                    say(line_of(result, at, len(rows)))
-                    if fatal := result.fatal:
-                        say(life.server.log_tail(15))
-                        break
-                    if at == len(rows) or rows[at].kind != row.kind:
-                        work.memory_by_kind.append({"kind": row.kind} | life.settled())
-                if not fatal and at == len(rows):
-                    fatal = hold_races(life, work, number_of_races)
+                left, fatal = send(life, work, good, left, say, begin + 60 * plan.minutes if plan.minutes else None)
+                if not left and not fatal:
+                    fatal = hold_races(life, work, plan.races)
             work.good += len(good.ends)
             work.changed += [] if fatal else good.changed
             finish(life, work, before, fatal, say)
@@ -83,13 +82,32 @@ def run(
     return work
 
 
+def send(
+    life: Life, work: Work, good: GoodClients, rows: list[Row], say: Callable, end: float | None
+) -> tuple[list[Row], bool]:
+    """-> rows that are left, and whether the server ended"""
+    for at, row in enumerate(rows):
+        if end is not None and time.monotonic() > end:
+            work.problems.append(f"{len(rows) - at} rows were not sent: the time was over")
+            return [], False
+        result = life.attack(row, good)
+        work.results.append(result)
+        say(line_of(result, len(work.results)))
+        if result.fatal:
+            say(life.server.log_tail(15))
+            return rows[at + 1 :], True
+        if at + 1 == len(rows) or rows[at + 1].kind != row.kind:
+            work.memory_by_kind.append({"kind": row.kind} | life.settled())
+    return [], False
+
+
 @contextmanager
-def living(checkpoint: str, dtype: str, target: Target) -> Iterator[Life]:
+def living(plan: Plan, target: Target) -> Iterator[Life]:
     with TemporaryDirectory() as place:
         folder = Path(place)
-        with Server(checkpoint, dtype, folder, folder / "log") as server:
+        with Server(plan.checkpoint, plan.dtype, folder, folder / "log") as server:
             server.wait(300)
-            life = Life(server, folder, target, checkpoint)
+            life = Life(server, folder, target, plan.checkpoint)
             with life.health:
                 yield life
 
@@ -147,7 +165,7 @@ def finish(life: Life, work: Work, before: dict[str, float], fatal: bool, say) -
     say(f"resident memory, before and after: {work.memory[-1]}")
 
 
-def line_of(result: RowResult, at: int, of: int) -> str:
+def line_of(result: RowResult, at: int) -> str:
     answers = ", ".join(f"{count} x {status or 'left'}" for status, count in result.answers.items())
     figures = f"health {result.health_ms:.0f} ms, step {result.step_ms:.0f} ms, {result.seconds:.1f} s"
-    return f"{at}/{of} {result.row.kind}: {result.row.name}: {answers}; {figures} {'; '.join(result.problems)}"[:400]
+    return f"{at}. {result.row.kind}: {result.row.name}: {answers}; {figures} {'; '.join(result.problems)}"[:400]
