@@ -18,7 +18,6 @@ from benchmarks.soak.hostile.rows import (
 )
 from vllm_dlm.template import MOST_ALTERNATIVES, MOST_CHARACTERS
 
-
 WIDE = 9  # tokens of a hole that has room for a letter and a number
 
 
@@ -118,7 +117,7 @@ def templates(target: Target) -> Iterator[Row]:
     yield row("no hole", lambda t, n: t.text(100, n))
     yield Row(
         "template", "as a list of 10 MB", template(lambda t, n: ["[[1]]"] * (t.large // 8)), REFUSED, like="strings"
-    )  # type: ignore[arg-type, return-value]
+    )
     yield Row("template", "with max_tokens 1", template(lambda t, n: f"{n} [[4]]", max_tokens=1), REFUSED)
     yield row(
         "flood of 44 kB templates",
