@@ -56,7 +56,7 @@ class Plan:
     only: str = ""  # a regular expression for "kind: name" of a row
     races: int = 200
     large: int = 10 << 20  # bytes of an absurd body
-    minutes: float = 0  # after which no further row is sent; 0: all are
+    minutes: float = 0  # of the attack, after which no further row is sent; 0: all are
 
 
 def run(plan: Plan, say: Callable = print) -> Work:
@@ -64,15 +64,16 @@ def run(plan: Plan, say: Callable = print) -> Work:
     config = json.loads((Path(plan.checkpoint) / "config.json").read_text())
     target = Target(MAX_MODEL_LEN, config["vocab_size"], config["mask_token_id"], seed=plan.seed, large=plan.large)
     rows = [row for row in table(target) if re.search(plan.only, f"{row.kind}: {row.name}")]
-    known, left = list(known_requests()), rows
+    known, left, end = list(known_requests()), rows, 0.0
     while left or not work.memory:
         with living(plan, target) as life:
             work.server_arguments = " ".join(life.server.command[life.server.command.index("--plugin") :])
             known = life.learn(known, say)
             life.warm()
             before = baseline(life, work, known, say)
+            end = end or time.monotonic() + (60 * plan.minutes or float("inf"))
             with GoodClients(life.client, known) as good:
-                left, fatal = send(life, work, good, left, say, begin + 60 * plan.minutes if plan.minutes else None)
+                left, fatal = send(life, work, good, left, end, say)
                 if not left and not fatal:
                     fatal = hold_races(life, work, plan.races)
             work.good += len(good.ends)
@@ -83,11 +84,11 @@ def run(plan: Plan, say: Callable = print) -> Work:
 
 
 def send(
-    life: Life, work: Work, good: GoodClients, rows: list[Row], say: Callable, end: float | None
+    life: Life, work: Work, good: GoodClients, rows: list[Row], end: float, say: Callable
 ) -> tuple[list[Row], bool]:
     """-> rows that are left, and whether the server ended"""
     for at, row in enumerate(rows):
-        if end is not None and time.monotonic() > end:
+        if time.monotonic() > end:
             work.problems.append(f"{len(rows) - at} rows were not sent: the time was over")
             return [], False
         result = life.attack(row, good)
