@@ -75,7 +75,8 @@ def outcome_of(answer: bytes) -> Outcome:
         status = code if isinstance(code, int) else 500
     if status == 200 and b'"finish_reason":"error"' in answer.replace(b" ", b""):
         return Outcome(500, "finish_reason: error")
-    return Outcome(status, answer[:400].decode(errors="replace") if status is None or status >= 500 else None)
+    text = " ".join(answer[-300:].decode(errors="replace").split())
+    return Outcome(status, text if status is None or status >= 500 else None)
 
 
 Act = Callable[[Wire, Target, Row, range, float], list[Outcome]]
