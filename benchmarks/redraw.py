@@ -13,6 +13,7 @@ WRITERS = {
     "quality-rules": "benchmarks.quality_rules", "quality-walks": "benchmarks.quality_walks",
     "view": "benchmarks.view",
     "soak": "benchmarks.soak.process_table", "soak-server": "benchmarks.soak.server_table",
+    "soak-hostile": "benchmarks.soak.hostile.table",
     "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",
     "gpu-denoising": "benchmarks.gpu_denoising", "gpu-pages": "benchmarks.gpu_pages",
     "gpu-rules": "benchmarks.gpu_rules",

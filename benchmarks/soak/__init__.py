@@ -38,7 +38,19 @@ def add_arguments(parser) -> None:
         default=0,
         help="of --server: end after so many denoising steps, of all requests; ten a second make 864,000 a day",
     )
-    parser.add_argument("--minutes", type=float, default=0, help="of --server: end after so long")
+    parser.add_argument("--minutes", type=float, default=0, help="of --server and --hostile: end after so long")
+    parser.add_argument(
+        "--hostile-mix", action="store_true", help="of --server: also random requests, and rows of the hostile table"
+    )
+    parser.add_argument("--hostile", action="store_true", help="the table of hostile requests at a server instead")
+    parser.add_argument("--only", default="", metavar="REGEX", help='of --hostile: rows whose "kind: name" matches')
+    parser.add_argument("--races", type=int, default=200, help="of --hostile: pairs of requests with one X-Request-Id")
+    parser.add_argument(
+        "--large", type=int, default=10 << 20, metavar="BYTES", help="of --hostile: size of an absurd body"
+    )
+    parser.add_argument(
+        "--at-the-limit", action="store_true", help="requests that reach the model's length, in process, instead"
+    )
     parser.add_argument("--folder", type=Path, help="where to write the report instead of benchmarks/results")
 
 
@@ -47,7 +59,8 @@ def run(args) -> None:
         # OpenMP has read it when torch was loaded, and forks of a process that computes with threads hang.
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | ENVIRONMENT)
     os.environ.update(ENVIRONMENT)
-    sys.exit((at_a_server if args.server else in_process)(args))
+    chosen = [(args.server, at_a_server), (args.hostile, hostile), (args.at_the_limit, at_the_limit)]
+    sys.exit(next((function for given, function in chosen if given), in_process)(args))
 
 
 def in_process(args) -> int:
@@ -76,18 +89,60 @@ def at_a_server(args) -> int:
     with TemporaryDirectory() as folder:
         if args.small:
             checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
-        work = served.soak(checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes)
+        work = served.soak(
+            checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes, args.hostile_mix
+        )
     for problem in work.problems[:20]:
         print(problem)
     baseline = "the server's first answers, before any hostile client"
     settings = _settings(args, [checkpoint], baseline, "requests sent, hostile ones included")
-    made = server_table.made(work, settings | served.settings(work), f"soak-server-{args.dtype}")
+    name = f"soak-server-{'hostile-' * args.hostile_mix}{args.dtype}"
+    made = server_table.made(work, settings | served.settings(work), name)
     if work.problems:
         made.notes = [f"{len(work.problems)} problems: see above"]
         made.print()
         return 1
     _write(made, args.folder, server_table.plot)
     return int(any(row["grows"] != "no" for row in made.rows))
+
+
+def hostile(args) -> int:
+    from benchmarks.load import Load
+    from benchmarks.soak import served
+    from benchmarks.soak.hostile import run as hostile_run
+    from benchmarks.soak.hostile import table
+    from vllm_dlm.demo.server import CHECKPOINT, end_when_told
+
+    end_when_told()
+    checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
+    with TemporaryDirectory() as folder:
+        if args.small:
+            checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
+        load = Load()
+        with load.watch():
+            plan = hostile_run.Plan(checkpoint, args.dtype, args.seed, args.only, args.races, args.large, args.minutes)
+            work = hostile_run.run(plan)
+    baseline = "the same server with the good clients alone, before the first row"
+    settings = _settings(args, [checkpoint], baseline, "every request that was sent, per row", load)
+    made = table.made(work, settings, f"soak-hostile-{args.dtype}")
+    _write(made, args.folder, table.plot)
+    missed = table.missed(work)
+    for each in missed:
+        print(each)
+    return int(bool(missed))
+
+
+def at_the_limit(args) -> int:
+    os.environ.update(IN_PROCESS)
+    from benchmarks.soak import at_limit
+
+    failed = False
+    for name, ends in at_limit.run(args.requests or 500, args.seed, args.dtype).items():
+        print(f"{name}, {args.dtype}: {ends.ends.total()} requests, (block length, end): {dict(ends.ends)}")
+        for problem in ends.problems[:20]:
+            print(problem)
+        failed |= bool(ends.problems)
+    return int(failed)
 
 
 def _write(made, folder: Path | None, plot=None) -> None:
@@ -98,11 +153,11 @@ def _write(made, folder: Path | None, plot=None) -> None:
         print(path.name)
 
 
-def _settings(args, checkpoints: list[str], baseline: str, counted: str) -> dict:
+def _settings(args, checkpoints: list[str], baseline: str, counted: str, load=None) -> dict:
     from benchmarks import report
     from benchmarks.load import Load
 
     return {
         "shapes": [Path(checkpoint).name for checkpoint in checkpoints], "dtype": args.dtype, "seed": args.seed,
-        "baseline": baseline, "counted": counted, **report.surroundings(1, Load(timed=False)),
+        "baseline": baseline, "counted": counted, **report.surroundings(1, load or Load(timed=False)),
     }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 WARM_UP = 0.3
 #: samples are averaged over so many stretches, whose means are nearly independent; single samples are not
 STRETCHES = 20
+LEAST_OF = 1000  # requests of a stretch whose least memory counts
 MEASURES = ("rss_kib", "threads", "descriptors")
 
 
@@ -22,6 +23,7 @@ class Sample:
     rss_kib: int
     threads: int
     descriptors: int
+    pid: int = 0
 
 
 def sample(session: int, requests: int, steps: float) -> list[Sample]:
@@ -37,6 +39,7 @@ def sample(session: int, requests: int, steps: float) -> list[Sample]:
             found.append(Sample(
                 requests, steps, f"{name} {len([s for s in found if s.process.startswith(name)]) + 1}",
                 pages * os.sysconf("SC_PAGE_SIZE") >> 10, int(fields[17]), len(os.listdir(folder / "fd")),
+                int(folder.name),
             ))  # fmt: skip
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
@@ -62,6 +65,14 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if count < 3:
         return 0.0, float("inf")
     x, y = (np.array([part.mean() for part in np.array_split(np.asarray(v, float), count)]) for v in (x, y))
+    return line(x, y)
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(slope, its standard error) of a line through the points, whose errors are independent"""
+    count = len(x)
+    if count < 3:
+        return 0.0, float("inf")
     centred = x - x.mean()
     spread = (centred**2).sum()
     if not spread:
@@ -69,6 +80,26 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     growth = (centred * y).sum() / spread
     residual = y - y.mean() - growth * centred
     return float(growth), float(np.sqrt((residual**2).sum() / (count - 2) / spread))
+
+
+def least_of_stretches(samples: list[Sample]) -> list[tuple[float, float]]:
+    """(requests so far, least resident KiB) of each whole stretch of LEAST_OF requests. Unlike a mean, the least does
+    not depend on what happened to be in flight, or on memory that was free but not yet returned."""
+    found: dict[int, list[Sample]] = defaultdict(list)
+    for each in samples:
+        found[each.requests // LEAST_OF].append(each)
+    whole = sorted(found)[:-1]  # the last one may be cut short
+    return [((number + 1) * LEAST_OF, min(each.rss_kib for each in found[number])) for number in whole]
+
+
+def least_growth(samples: list[Sample]) -> tuple[float, float, bool]:
+    """(KiB per 1,000 requests, its standard error, whether it grows): a line through the least of each stretch after
+    the warm-up"""
+    points = least_of_stretches(samples)
+    warm = np.array(points[int(len(points) * WARM_UP) :], float).reshape(-1, 2)
+    x, y = warm[:, 0] / 1000, warm[:, 1]
+    per, error = line(x, y)
+    return per, error, len(x) > 2 and grows(per, error, x[-1] - x[0], y.mean())
 
 
 def by_process(samples: list[Sample]) -> dict[str, list[Sample]]:

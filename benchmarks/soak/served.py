@@ -52,14 +52,16 @@ MIX = {
     "no_http": 3,
     "large": 1,
 }
+#: the same with random requests over every option, and rows of the hostile table
+HOSTILE_MIX = MIX | {"good": 26, "drawn": 30, "hostile": 20, "odd": 6, "refused": 10}
 
 
 class Server(demo.Server):
     """The demo's, with hardly any memory, so that requests also wait."""
 
-    def __init__(self, checkpoint: str, dtype: str):
+    def __init__(self, checkpoint: str, dtype: str, *more: str):
         super().__init__(
-            *("--plugin", "vllm_dlm", "--served-model-name", demo.MODEL, "--dtype", dtype),
+            *("--plugin", "vllm_dlm", *more, "--served-model-name", demo.MODEL, "--dtype", dtype),
             *("--max-model-len", str(LIMIT), "--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
             *("--kv-cache-memory-bytes", str(16 << 20)),
             checkpoint=checkpoint,
@@ -92,18 +94,23 @@ def small(checkpoint: Path, folder: Path) -> Path:
 
 
 def soak(
-    checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, say=print
-) -> Work:
+    checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, hostile: bool = False,
+    say=print,
+) -> Work:  # fmt: skip
     """Ends after `requests`, or after `steps` denoising steps or `minutes` where those are given."""
     work, begin = Work(), time.monotonic()
-    with Server(checkpoint, dtype) as server:
+    with Server(checkpoint, dtype, *["--dlm-view"] * hostile) as server:
         server.wait(300)
-        client = client_of(server, checkpoint)
+        client, mix = client_of(server, checkpoint), MIX
+        if hostile:
+            from benchmarks.soak.hostile.mix import MixedClient
+
+            client, mix = MixedClient(client, seed), HOSTILE_MIX
         known = known_answers(client, random.Random(f"known {seed}"))
         say(f"{len(known)} requests with known answers")
         wave = 0
         while len(work.problems) < ENOUGH and not work.dead and not over(work, begin, requests, steps, minutes):
-            serve_wave(client, known, random.Random(f"{seed}/{wave}"), work)
+            serve_wave(client, known, random.Random(f"{seed}/{wave}"), work, mix)
             check_quiet(server, client, work)
             work.samples += memory.sample(server.process.pid, work.requests, work.steps)
             wave += 1
@@ -155,10 +162,10 @@ def chat(text: str) -> dict:
     return {"model": demo.MODEL, "max_tokens": 16, "messages": [{"role": "user", "content": text}]}
 
 
-def serve_wave(client: Client, known: list[Asked], rng: random.Random, work: Work) -> None:
+def serve_wave(client: Client, known: list[Asked], rng: random.Random, work: Work, mix: dict) -> None:
     """Either a stream of clients of all kinds, or (one wave in ten) a burst of good ones, all at once."""
     burst = rng.random() < 0.1
-    kinds = ["good"] * WAVE if burst else rng.choices(list(MIX), list(MIX.values()), k=WAVE)
+    kinds = ["good"] * WAVE if burst else rng.choices(list(mix), list(mix.values()), k=WAVE)
     tasks = [(kind, random.Random(rng.getrandbits(64)), rng.choice(known)) for kind in kinds]
     with ThreadPoolExecutor(WAVE if burst else TOGETHER) as pool:
         for seen in pool.map(lambda task: served(client, *task), tasks):

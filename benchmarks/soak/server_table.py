@@ -12,11 +12,14 @@ for _measure, _unit in UNITS.items():
         report.Column(f"{_measure}_last", f"{_unit} at the end", "{:.1f}"),
         report.Column(f"{_measure}_growth", f"{_unit} per 1,000 requests"),
     ]
+COLUMNS.append(report.Column("least_growth", f"least MiB of each {memory.LEAST_OF:,} requests, per 1,000"))
 COLUMNS.append(report.Column("grows", "grows"))
 
 NOTES = [
     "Every process of the server while it is idle, after each wave of clients. Growth: slope of a line through the "
     f"means of {memory.STRETCHES} stretches of the samples after the first {memory.WARM_UP:.0%}, ± its standard error.",
+    f"least: slope of a line through the least resident memory of each stretch of {memory.LEAST_OF:,} requests after "
+    "the warm-up, ± its standard error; with fewer than three stretches there is no error.",
     "grows: the slope is above three standard errors and adds more than 2 % of the mean within the run.",
     "oneDNN keeps the matrix products of each new number of rows, 1,024 of them unless told otherwise: gigabytes for "
     f"many lengths. The server ran with ONEDNN_PRIMITIVE_CACHE_CAPACITY={served.ONEDNN_CACHE}, so that a slope is not "
@@ -37,7 +40,10 @@ def made(work: served.Work, settings: dict, name: str) -> report.Report:
             per, error = (own[key] / scale for key in ("per_1000_requests", "standard_error"))
             row |= {f"{measure}_first": own["first"] / scale, f"{measure}_last": own["last"] / scale}
             row[f"{measure}_growth"] = f"{per:.3f} ± {error:.3f}"
-        row["grows"] = ", ".join(measure for measure in memory.MEASURES if found[measure]["grows"]) or "no"
+        per, error, least_grows = memory.least_growth(memory.by_process(work.samples)[found["process"]])
+        row["least_growth"] = f"{per / 1024:.3f} ± {error / 1024:.3f}"
+        growing = [measure for measure in memory.MEASURES if found[measure]["grows"]]
+        row["grows"] = ", ".join([*growing, *["least"] * least_grows]) or "no"
         rows.append(row)
     amount = f"{work.requests} requests, {int(work.steps)} denoising steps"
     title = f"A server with hostile clients, {settings['dtype']}: {amount}"

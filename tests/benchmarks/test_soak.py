@@ -119,6 +119,23 @@ def test_slope_and_its_error():
     assert not memory.grows(rising, error, 0.5, 1000)  # a hundredth is not worth a word
 
 
+def samples(values: list[int]) -> list[memory.Sample]:
+    """One after each 50 requests"""
+    return [memory.Sample(50 * (at + 1), 0.0, "front-end 1", value, 1, 1) for at, value in enumerate(values)]
+
+
+def test_the_least_memory_of_each_stretch():
+    rng = np.random.default_rng(0)
+    in_flight = (rng.exponential(40_000, 400)).astype(int)  # KiB that come and go
+    assert memory.least_of_stretches(samples([500, 400, 600] + [700] * 20)) == [(1000, 400)]
+    per, error, grows = memory.least_growth(samples([800_000 + extra for extra in in_flight.tolist()]))
+    assert not grows and abs(per) < 3 * error
+    leaking = [800_000 + 150 * at + extra for at, extra in enumerate(in_flight.tolist())]
+    per, error, grows = memory.least_growth(samples(leaking))
+    assert grows and per == pytest.approx(3000, rel=0.3) and error < 500
+    assert memory.least_growth(samples([800_000] * 30)) == (0.0, float("inf"), False)
+
+
 def test_a_session_is_seen():
     """One of its own: in a container the tests' session may be that of the kernel's threads, which hold nothing."""
     wait = [sys.executable, "-c", "print(flush=True); input()"]

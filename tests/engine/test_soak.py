@@ -36,6 +36,16 @@ def test_soak(tmp_path):
     assert len({row["checkpoint"] for row in report["rows"]}) >= 4
 
 
+def test_requests_that_reach_the_models_length():
+    """Of block-causal models, whose canvas ends at a multiple of the block; the length is none."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "soak", "--at-the-limit", "--requests", "48"], cwd=ROOT, timeout=600,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.stdout.count("24 requests") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_soak(tmp_path, dtype):
