@@ -88,6 +88,7 @@ def configure(vllm_config) -> None:
     if parallel.worker_cls not in ("auto", wanted):
         raise ValueError(f"worker_cls: {parallel.worker_cls!r} cannot be used with dlm.selection, which has its own")
     parallel.worker_cls = wanted
+    vllm_config.model_config.dlm_selects = True  # see takes_options in requests.py
 
 
 def refuse_model(model_config, selection) -> None:
