@@ -124,12 +124,14 @@ def streamed(text: str) -> dict:
     """How tokens are shared out among chunks depends on time, so what they add up to is compared."""
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     chunks = [json.loads(line) for line in lines if line != "[DONE]"]
-    said, keys = "", set()
-    for chunk in chunks:
-        keys |= set(chunk)
-        for choice in chunk.get("choices", []):
-            said += choice.get("text") or choice.get("delta", {}).get("content") or ""
-    return {"text": said, "keys": sorted(keys), "last": steady(chunks[-1]), "done": lines[-1]}
+    choices = [choice for chunk in chunks for choice in chunk.get("choices", [])]
+    return {
+        "text": "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices),
+        "keys": sorted({key for chunk in chunks for key in chunk} | {key for choice in choices for key in choice}),
+        "reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+        "usage": chunks[-1].get("usage"),
+        "end": lines[-1],
+    }
 
 
 def steady(value: Any) -> Any:

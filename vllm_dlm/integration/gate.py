@@ -47,9 +47,9 @@ def refuse_fallback(line: str) -> None:
     nothing serves for an autoregressive model: a diffusion model would be decoded wrongly without an error. Read in
     vLLM 0.32: model_executor/models/registry.py."""
     try:
-        from vllm.model_executor.models.registry import _ModelRegistry
+        from vllm.model_executor.models import ModelRegistry
 
-        resolve = _ModelRegistry._try_resolve_transformers
+        resolve = type(ModelRegistry)._try_resolve_transformers
     except (ImportError, AttributeError):
         return  # no such fallback
     if hasattr(resolve, "_dlm_inactive"):
@@ -67,4 +67,4 @@ def refuse_fallback(line: str) -> None:
         return found
 
     vars(resolve_autoregressive)["_dlm_inactive"] = True
-    _ModelRegistry._try_resolve_transformers = resolve_autoregressive
+    type(ModelRegistry)._try_resolve_transformers = resolve_autoregressive

@@ -1,5 +1,5 @@
-"""Every place where vLLM itself is changed: one row each, and nothing else in this package replaces an attribute of
-vLLM's. What is overridden in subclasses is in overrides.py.
+"""Every place where vLLM itself is changed: one row each. Only gate.py, when the plugin is disabled, replaces another
+attribute of vLLM's. What is overridden in subclasses is in overrides.py.
 
 A wrapper is given vLLM's function and returns what stands in its place. The signatures are those it was written
 against; `python -m tools.vllm_signatures` reads them from another vLLM.
@@ -141,8 +141,8 @@ PATCHES = (
     ),
     Patch(
         "vllm.plugins", "load_endpoint_plugins", routes.load_endpoint_plugins,
-        "The score's route and those of --dlm-view. vLLM takes routes of plugins that VLLM_PLUGINS names, and warns if "
-        "it is not set.",
+        "The score's route and those of --dlm-view, see routes.py. vLLM takes routes of plugins that VLLM_PLUGINS "
+        "names, and warns if it is not set.",
         ("(supported_tasks=)",),
     ),
     # -- steps and counters --------------------------------------------------------------------

@@ -26,7 +26,8 @@ class Routes:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        self.app, self.attached = app, []
+        self.app: Any = app
+        self.attached: list[Any] = []
         if getattr(app.state.args, "dlm_view", False):
             from vllm_dlm.view.routes import ViewPlugin
 
