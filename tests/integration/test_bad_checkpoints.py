@@ -162,12 +162,11 @@ def test_a_mask_that_no_file_names(tmp_path):
 def test_a_selection_of_config_json(tmp_path, wrong):
     (field,) = wrong
     path = copied(LLADA, tmp_path, {"unique": wrong})
-    line = refused_config(path)
+    line = refused_config(path, additional_config={"dlm": {"selection": {"name": "unique"}}})
     assert line.startswith(f"config.json: unique: {field}: {wrong[field]!r}") and "dlm" not in line
-    # one that the server names is the server's
-    AsyncEngineArgs(
-        str(path), max_model_len=128, additional_config={"dlm": {"selection": {"name": "none"}}}
-    ).create_engine_config()
+    # without that selection they decide nothing
+    for dlm in ({}, {"selection": {"name": "none"}}):
+        AsyncEngineArgs(str(path), max_model_len=128, additional_config={"dlm": dlm}).create_engine_config()
     named = {"selection": {"name": "unique"} | wrong}
     line = refused_config(path, additional_config={"dlm": named})
     assert line.startswith(f"--dlm-config: dlm.selection.{field}")

@@ -100,7 +100,7 @@ CASES = {
     "another version": (
         "from vllm_dlm.integration import gate; gate.SUPPORTED = (0, 7), (0, 9)",
         ["generate"],
-        "it knows vLLM 0.7 and 0.8, and this is 0.32",
+        "it supports vLLM 0.7 and 0.8, and this is 0.32",
     ),
     "a missing attribute": ("", ["lose"], "vllm.engine.arg_utils:EngineArgs.from_cli_args is not there"),
     "a broken import": (
@@ -111,23 +111,41 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_beside_another_vllm_nothing_is_touched_and_no_canvas_is_served(tmp_path, autoregressive, case):
-    at_start, arguments, said = CASES[case]
+def run(tmp_path, autoregressive: str, *arguments: str, at_start: str = "") -> tuple[dict, list[str]]:
+    """What a process of standing_aside.py answers, and the lines it writes"""
     (tmp_path / "sitecustomize.py").write_text(at_start)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    own = {"PYTHONPATH": path, "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.standing_aside", autoregressive, *arguments],
-        cwd=ROOT, env=vllm_environment() | WITHOUT_A_WORKER | {"PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=300,
+        cwd=ROOT, env=vllm_environment() | WITHOUT_A_WORKER | own, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
-    answer = json.loads(line.removeprefix("answer: "))
+    lines = (done.stdout + done.stderr).splitlines()
+    (line,) = [line for line in lines if line.startswith("answer: ")]
+    return json.loads(line.removeprefix("answer: ")), [other for other in lines if other is not line]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_another_vllm_nothing_is_touched(tmp_path, autoregressive, case):
+    at_start, arguments, said = CASES[case]
+    answer, lines = run(tmp_path, autoregressive, *arguments, at_start=at_start)
     assert answer["patched"] == [] and "--dlm-config" not in answer["flags"]
     assert "generate" not in arguments or len(answer["tokens"]) == 4
-    assert said in answer["refused"] and "masked-diffusion language models are refused" in answer["refused"]
-    # vLLM writes down, too, why it cannot read a config.json
-    written = [line for line in (done.stdout + done.stderr).splitlines() if "is inactive" in line]
-    written = [line for line in written if "Error parsing config" not in line and not line.startswith("answer: ")]
+    # vLLM says itself that it does not have a model, and another plugin may have it
+    assert "Transformers does not recognize" in answer["diffusion model"]
+    assert "vllm_dlm" not in answer["diffusion model"]
+    assert answer["another plugin's"][0] == "TheirConfig"
+    # that vLLM would take a diffusion model for an autoregressive one is the one thing prevented
+    assert "SDARForCausalLM: vLLM's Transformers backend would serve" in answer["remote code"]
+    written = [line for line in lines if "is inactive" in line]
     assert len(written) == 1 and said in written[0]
+
+
+def test_a_model_that_another_plugin_serves_is_left_to_it(tmp_path, autoregressive):
+    answer, lines = run(tmp_path, autoregressive, "another")
+    assert answer["patched"] and "--dlm-config" in answer["flags"]
+    assert answer["another plugin's"][0] == "TheirConfig" and "vllm_dlm" not in answer["another plugin's"][1]
+    assert "SDARForCausalLM: config.json has no " in answer["remote code"]  # still this plugin's
+    written = [line for line in lines if "leaves models of type 'llada'" in line]
+    assert len(written) == 1 and "is inactive" not in "".join(lines)

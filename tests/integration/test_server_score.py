@@ -3,6 +3,7 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -156,27 +157,25 @@ def routes():
 
 
 def test_the_route_is_behind_the_key_and_not_there_for_other_models(routes):
-    from vllm_dlm.scoring.route import ScorePlugin
-
-    (plugin,) = [each for each in routes.state.endpoint_plugins if isinstance(each, ScorePlugin)]
-
-    class Engine:
-        class model_config:
-            architecture = "LlamaForCausalLM"
-
+    (plugin,) = [each for each in routes.state.endpoint_plugins if each.name == "vllm_dlm"]
     routes.state.openai_serving_models = None
-    asyncio.run(plugin.init_state(Engine, routes.state, routes.state.args))
-    client, body = TestClient(routes, raise_server_exceptions=False), {"context": "a", "continuation": "b"}
-    assert client.post("/v1/dlm/score", json=body).status_code == 401
-    answer = client.post("/v1/dlm/score", json=body, headers={"Authorization": "Bearer secret"})
-    assert answer.status_code == 404 and "masked-diffusion" in answer.json()["error"]["message"]
+    client = TestClient(routes, raise_server_exceptions=False)
+
+    def answer(architecture: str, **headers):
+        engine = SimpleNamespace(model_config=SimpleNamespace(architecture=architecture))
+        asyncio.run(plugin.init_state(engine, routes.state, routes.state.args))
+        return client.post("/v1/dlm/score", json={"context": "a", "continuation": "b"}, headers=headers)
+
+    assert answer("LlamaForCausalLM", Authorization="Bearer secret").json() == {"detail": "Not Found"}
+    assert answer("LLaDAModelLM").status_code == 401
+    assert answer("LLaDAModelLM", Authorization="Bearer secret").status_code == 500  # of an engine that has nothing
 
 
 def test_a_server_that_does_not_generate_has_no_such_route():
     from vllm.plugins import load_endpoint_plugins
 
     assert load_endpoint_plugins() == load_endpoint_plugins(("render",)) == []
-    assert [plugin.name for plugin in load_endpoint_plugins(("generate",))] == ["vllm_dlm", "vllm_dlm_view"]
+    assert [plugin.name for plugin in load_endpoint_plugins(("generate",))] == ["vllm_dlm"]
 
 
 def test_chat_text_is_what_the_template_makes(client, model, score):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
+from vllm_dlm.integration import registration
 from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.page_sparse import layer_backends
 from vllm_dlm.plugins.selection.unique import Unique
@@ -121,11 +123,11 @@ def test_which_layers_choose(changed, wanted):
 
 
 def test_options_of_requests(decoder):
-    for llm in (decoder("llama", SPARSE), decoder("llama")):
-        with pytest.raises(ValueError, match="dlm_threshold"):
-            llm.generate(
-                [{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2, extra_args={"dlm_threshold": 0.5})
-            )
+    """Without a selection they are what they are to vLLM alone: names that nobody reads."""
+    params = SamplingParams(max_tokens=2, extra_args={"dlm_threshold": 0.5, "dlm_frames": 1}, detokenize=False)
+    decoder("llama").generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+    with pytest.raises(ValueError, match="dlm_threshold"):
+        decoder("llama", SPARSE).generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
 
 
 @pytest.mark.parametrize("dlm", [None, {}, {"selection": {"name": "none"}}])
@@ -138,7 +140,7 @@ def test_without_a_selection_nothing_of_ours_is_there(decoder, dlm):
 
 
 def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
-    """The model's config sets the default selection; a server's own selection, or "none", takes precedence."""
+    """A downloaded config.json turns nothing on. Its fields are the defaults of a selection that the server names."""
     from vllm.engine.arg_utils import EngineArgs
 
     folder = tmp_path_factory.mktemp("trained")
@@ -148,13 +150,24 @@ def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
     trained = {"budget_tokens": 128, "page_size": 32, "temperature": 1.0}
     (folder / "config.json").write_text(json.dumps(config | {"unique": trained}))
 
-    def selection(**settings):
-        arguments = EngineArgs(str(folder), max_model_len=512, skip_tokenizer_init=True, **settings)
-        return selection_of(arguments.create_engine_config())
+    def configured(dlm=None):
+        """The engine's configuration, and its warnings about the checkpoint"""
+        additional = {} if dlm is None else {"additional_config": {"dlm": dlm}}
+        with patch.object(registration.logger, "warning_once") as warned:
+            arguments = EngineArgs(str(folder), max_model_len=512, skip_tokenizer_init=True, **additional)
+            config = arguments.create_engine_config()
+        return config, [call.args[0] for call in warned.call_args_list]
 
-    assert (selection().budget_tokens, selection().page_size) == (128, 32)
-    assert selection(additional_config={"dlm": {"selection": {"name": "none"}}}) is None
-    assert selection(additional_config={"dlm": {"selection": SPARSE}}).page_size == 16
+    for dlm in (None, {}):
+        config, warnings = configured(dlm)
+        assert selection_of(config) is None and not config.parallel_config.worker_cls.startswith("vllm_dlm.")
+        assert set(warnings) == {warnings[0]} and "config.json: unique: " in warnings[0]
+        assert """--dlm-config '{"selection": {"name": "unique"}}' turns it on""" in warnings[0]
+    config, warnings = configured({"selection": {"name": "none"}})
+    assert selection_of(config) is None and not warnings
+    config, warnings = configured({"selection": {"name": "unique", "page_size": 16}})
+    assert (selection_of(config).budget_tokens, selection_of(config).page_size) == (128, 16) and not warnings
+    assert config.parallel_config.worker_cls.startswith("vllm_dlm.")
 
 
 def used(worker) -> list[str]:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import vllm_dlm.training as sparse
 from tests.conftest import GOLDEN, golden_tensors
+from vllm_dlm.plugins.selection.unique import Unique
 from vllm_dlm.training.diffusion import MaskedDiffusionCollator, MaskedDiffusionTrainer, masked_diffusion_loss
 from vllm_dlm.training.llada import load_llada, save_llada
 
@@ -180,7 +181,7 @@ def test_masked_diffusion_training_resumes(tmp_path):
 # -- serving ---------------------------------------------------------------------------------------
 
 
-def test_a_server_takes_the_selection_from_the_checkpoint(tmp_path):
+def test_a_server_that_names_the_selection_takes_its_fields_from_the_checkpoint():
     from transformers import PretrainedConfig
 
     from vllm_dlm.integration.registration import resolved_options
@@ -190,11 +191,14 @@ def test_a_server_takes_the_selection_from_the_checkpoint(tmp_path):
         model = SimpleNamespace(architecture="LLaDAModelLM", hf_config=hf_config)
         return resolved_options(SimpleNamespace(model_config=model, additional_config=given and {"dlm": given}))
 
-    found = options(None).selection
+    named = {"selection": {"name": "unique"}}
+    found = options(named).selection
     assert {name: getattr(found, name) for name in SETTINGS.serving()} == SETTINGS.serving()
-    assert options({"decoding": {"name": "random"}}).selection == found
-    assert options({"selection": {"name": "none"}}).selection.name == "none"
-    assert options(None, trained=False).selection.name == "none"
+    own = options({"selection": {"name": "unique", "min_context": 3}}).selection
+    assert (own.min_context, own.budget_tokens) == (3, SETTINGS.budget_tokens)
+    assert options(named, trained=False).selection == Unique()
+    for given in (None, {"decoding": {"name": "random"}}, {"selection": {"name": "none"}}):
+        assert options(given).selection.name == "none"
 
 
 def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path):

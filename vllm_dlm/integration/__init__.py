@@ -5,7 +5,7 @@ models known; the other files hold what those put in place.
 """
 
 from vllm_dlm.integration.cpu_wheel import alias_distribution
-from vllm_dlm.integration.gate import stand_aside, version_problem
+from vllm_dlm.integration.gate import disable, version_problem
 
 
 def install() -> None:
@@ -16,7 +16,7 @@ def install() -> None:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
-        stand_aside(problem)
+        disable(problem)
 
 
 def _install() -> str | None:

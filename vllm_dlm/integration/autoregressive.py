@@ -1,14 +1,13 @@
 """When an autoregressive model decodes with a selection, and what is refused then.
 
-Without a selection (named by the server, or by a checkpoint that was trained
-with one) nothing of a model of vLLM's changes. With one, the configuration is
-checked in the front-end and the worker is chosen; the rest is in
-vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
+Without a selection named by the server nothing of a model of vLLM's changes.
+With one, the configuration is checked in the front-end and the worker is
+chosen; the rest is in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
 
-from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm
+from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm, warn_of_unused_fields
 from vllm_dlm.options import OptionError, server_options
 
 WORKERS = {
@@ -74,6 +73,7 @@ def configure(vllm_config) -> None:
     try:
         selection = selection_of(vllm_config)
         if selection is None:
+            warn_of_unused_fields(vllm_config)
             return
         refuse_model(vllm_config.model_config, selection)
         fit_blocks_to_pages(vllm_config.cache_config, selection)
@@ -88,6 +88,7 @@ def configure(vllm_config) -> None:
     if parallel.worker_cls not in ("auto", wanted):
         raise ValueError(f"worker_cls: {parallel.worker_cls!r} cannot be used with dlm.selection, which has its own")
     parallel.worker_cls = wanted
+    vllm_config.model_config.dlm_selects = True  # see takes_options in requests.py
 
 
 def refuse_model(model_config, selection) -> None:

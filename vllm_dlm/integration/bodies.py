@@ -1,4 +1,4 @@
-"""Refuses what only the routes of a server see: options beside `vllm_xargs`, and a stream that has begun.
+"""Request bodies as only the routes of a server see them: options outside `vllm_xargs`, and responses that stream.
 
 Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which
 every route asks first), serve/engine/protocol.py (`OpenAIBaseModel` keeps
@@ -10,7 +10,7 @@ when the response is under way).
 from vllm_dlm.integration.given import Unbounded
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early
+from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, takes_options
 
 
 def check_model(check):
@@ -32,6 +32,9 @@ def generate_with_builtin_tools(generate):
 
 
 def refuse_misplaced(request, model_config) -> None:
+    """Rejects `dlm_*` fields next to `vllm_xargs`, which vLLM would ignore."""
+    if not takes_options(model_config):
+        return
     for field, value in (getattr(request, "model_extra", None) or {}).items():
         if field.startswith("dlm_"):
             right = 'write it into "vllm_xargs"' if is_diffusion_lm(model_config) else ONLY_DIFFUSION

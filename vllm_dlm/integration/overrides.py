@@ -31,7 +31,7 @@ BUILT_ON = (
     ),
     ("vllm_dlm.models.transformer:MaskedDiffusionLM", "vllm.model_executor.models.interfaces:SupportsQuant"),
     ("vllm_dlm.scoring.route:ServingScores", "vllm.entrypoints.serve.engine.serving:BaseServing"),
-    ("vllm_dlm.scoring.route:ScorePlugin", "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"),
+    ("vllm_dlm.integration.routes:Routes", "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"),
     ("vllm_dlm.metrics:DiffusionProm", "vllm.v1.spec_decode.metrics:SpecDecodingProm"),
     ("vllm_dlm.metrics:PagesProm", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm"),
     ("vllm_dlm.metrics:PagesLogging", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging"),

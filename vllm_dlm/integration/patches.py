@@ -1,5 +1,5 @@
-"""Every place where vLLM itself is changed: one row each, and nothing else in this package replaces an attribute of
-vLLM's. What is overridden in subclasses is in overrides.py.
+"""Every place where vLLM itself is changed: one row each. Only gate.py, when the plugin is disabled, replaces another
+attribute of vLLM's. What is overridden in subclasses is in overrides.py.
 
 A wrapper is given vLLM's function and returns what stands in its place. The signatures are those it was written
 against; `python -m tools.vllm_signatures` reads them from another vLLM.
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import vllm
 
 from vllm_dlm import metrics
-from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, shutdown, view
+from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, routes, shutdown, view
 from vllm_dlm.integration.signatures import in_source, of_function
 
 
@@ -43,20 +43,6 @@ def attention_init(init: Callable) -> Callable:
     from vllm_dlm.page_sparse.layer_backends import with_selection
 
     return with_selection(init)
-
-
-def load_endpoint_plugins(load: Callable) -> Callable:
-    """Imports what only servers have."""
-
-    def load_with_dlm(supported_tasks=None):
-        from vllm_dlm.scoring.route import ScorePlugin
-        from vllm_dlm.view.routes import ViewPlugin
-
-        tasks = set(supported_tasks or ())
-        own = [plugin for plugin in (ScorePlugin(), ViewPlugin()) if tasks.intersection(plugin.required_tasks)]
-        return [*load(supported_tasks), *own]
-
-    return load_with_dlm
 
 
 PATCHES = (
@@ -154,9 +140,9 @@ PATCHES = (
         at="import",
     ),
     Patch(
-        "vllm.plugins", "load_endpoint_plugins", load_endpoint_plugins,
-        "The score's route and those of --dlm-view. vLLM takes routes of plugins that VLLM_PLUGINS names, and warns if "
-        "it is not set.",
+        "vllm.plugins", "load_endpoint_plugins", routes.load_endpoint_plugins,
+        "The score's route and those of --dlm-view, see routes.py. vLLM takes routes of plugins that VLLM_PLUGINS "
+        "names, and warns if it is not set.",
         ("(supported_tasks=)",),
     ),
     # -- steps and counters --------------------------------------------------------------------

@@ -5,38 +5,68 @@ transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 (`try_verify_and_update_config`).
 """
 
+import re
 from dataclasses import fields
 
 from vllm.logger import init_logger
 
+from vllm_dlm import __version__
 from vllm_dlm.block_causal import CHUNK
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
+from vllm_dlm.integration.gate import warn_once
 from vllm_dlm.options import OptionError, server_options
 
 logger = init_logger(f"vllm.{__name__}")
 
+#: key of config.json, see training/settings.py, and name of the selection
+TRAINED = "unique"
+
 WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
 
 
+#: architectures of FAMILIES that vLLM or another plugin serves
+LEFT: set[str] = set()
+
+
 def is_diffusion_lm(model_config) -> bool:
-    return model_config is not None and model_config.architecture in FAMILIES
+    """Whether this plugin serves the model."""
+    return model_config is not None and model_config.architecture in FAMILIES and model_config.architecture not in LEFT
+
+
+def given_options(vllm_config):
+    """The server's "dlm" object as it was given."""
+    return (vllm_config.additional_config or {}).get("dlm")
 
 
 def asked_options(vllm_config):
-    """The server's "dlm" object. A selection nobody named is the one the model was trained with."""
-    given = (vllm_config.additional_config or {}).get("dlm")
-    trained = trained_selection(vllm_config.model_config.hf_config)
-    return {"selection": trained} | (given or {}) if trained and isinstance(given, (dict, type(None))) else given
+    """The server's "dlm" object. If it names the selection `unique`, the fields of the checkpoint's config.json are
+    the defaults of that selection. Without it a checkpoint changes nothing."""
+    given = given_options(vllm_config)
+    selection = given.get("selection") if isinstance(given, dict) else None
+    if not isinstance(selection, dict) or selection.get("name") != TRAINED:
+        return given
+    return given | {"selection": trained_fields(vllm_config.model_config.hf_config) | selection}
 
 
 def blamed(vllm_config, error: OptionError) -> str:
     """The line of a wrong option, with the place where it was written."""
-    given = (vllm_config.additional_config or {}).get("dlm")
-    trained = asked_options(vllm_config) is not given and "selection" not in (given or {})
-    if trained and "dlm.selection" in str(error):
-        return f"config.json: unique: {str(error).removeprefix('dlm.selection.')}"
+    if field := re.match(r"dlm\.selection\.(\w+)", str(error)):
+        named = (given_options(vllm_config) or {}).get("selection") or {}
+        if field[1] not in named and field[1] in trained_fields(vllm_config.model_config.hf_config):
+            return f"config.json: {TRAINED}: {str(error).removeprefix('dlm.selection.')}"
     return f"--dlm-config: {error}"
+
+
+def warn_of_unused_fields(vllm_config) -> None:
+    """One line at start if the checkpoint was trained with a selection and the server names none."""
+    if "selection" in (given_options(vllm_config) or {}):
+        return
+    if trained_fields(vllm_config.model_config.hf_config):
+        logger.warning_once(
+            "config.json: unique: the checkpoint was trained with this selection and is served without it; "
+            """--dlm-config '{"selection": {"name": "unique"}}' turns it on with these fields"""
+        )
 
 
 def resolved_options(vllm_config):
@@ -46,15 +76,15 @@ def resolved_options(vllm_config):
     return server_options(asked_options(vllm_config), family.decoding, family.presets, family.attention, block_length)
 
 
-def trained_selection(config) -> dict | None:
-    """What a checkpoint trained by `vllm_dlm.training` wants of a server that names no selection: an option object."""
+def trained_fields(config) -> dict:
+    """The fields of the selection that `vllm_dlm.training` left in a checkpoint's config.json."""
+    given = getattr(config.get_text_config(), TRAINED, None)
+    if not isinstance(given, dict):
+        return {}
     from vllm_dlm.plugins.selection.unique import Unique
 
-    given = getattr(config.get_text_config(), "unique", None)
-    if not isinstance(given, dict):
-        return None
     known = {field.name for field in fields(Unique)}  # the rest is about training
-    return {"name": Unique.name} | {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in given.items() if name in known}
 
 
 def register_models() -> None:
@@ -68,17 +98,48 @@ def register_models() -> None:
 
     # Whatever cannot be imported ends this before anything is registered.
     configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
+    taken = taken_model_types()
+    for model_type in sorted(taken):
+        warn_once(
+            f"vllm_dlm {__version__} leaves models of type {model_type!r} to vLLM or the plugin that has registered "
+            "them already; VLLM_PLUGINS=vllm_dlm starts vLLM without other plugins"
+        )
+    LEFT.update(architecture for architecture, family in FAMILIES.items() if family.model_type in taken)
+    configs = {architecture: config for architecture, config in configs.items() if architecture not in LEFT}
     # Of families with one model_type any will do: it makes the right one from a config.json that names it.
     for config in {config.model_type: config for config in reversed(configs.values())}.values():
         _CONFIG_REGISTRY[config.model_type] = config
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for architecture, family in FAMILIES.items():
+    for architecture, config in configs.items():
+        family = FAMILIES[architecture]
         if family.tokenizer is not None:
-            AutoTokenizer.register(configs[architecture], imported(family.tokenizer), exist_ok=True)
+            AutoTokenizer.register(config, imported(family.tokenizer), exist_ok=True)
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = DiffusionConfigHook
+
+
+def taken_model_types() -> set[str]:
+    """Model types of FAMILIES whose config.json or architecture something else than this package has registered."""
+    from transformers import CONFIG_MAPPING
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from vllm_dlm.families.config import DiffusionConfig
+
+    def own(config) -> bool:
+        return isinstance(config, type) and issubclass(config, DiffusionConfig)
+
+    def taken(architecture: str, model_type: str) -> bool:
+        if architecture in ModelRegistry.get_supported_archs():
+            return MODELS_CONFIG_MAP.get(architecture) is not DiffusionConfigHook
+        # Transformers' own classes do not count: nothing serves them as diffusion models.
+        registered = [known.get(model_type) for known in (_CONFIG_REGISTRY, CONFIG_MAPPING._extra_content)]
+        return any(config is not None and not own(config) for config in registered)
+
+    return {family.model_type for architecture, family in FAMILIES.items() if taken(architecture, family.model_type)}
 
 
 class DiffusionConfigHook:
@@ -111,6 +172,9 @@ class DiffusionConfigHook:
             set_block_size(vllm_config.cache_config, options.selection)
         except OptionError as error:
             raise ValueError(blamed(vllm_config, error)) from None
+
+        if not options.selection.sparse:
+            warn_of_unused_fields(vllm_config)
 
         device = "cpu" if current_platform.is_cpu() else "cuda"
         if vllm_config.parallel_config.worker_cls == "auto":

@@ -58,7 +58,7 @@ def process_inputs(process):
         if is_diffusion_lm(self.model_config):
             prepare(request, is_text(prompt), no_max_tokens, self)
         else:
-            refuse_request(request.sampling_params)
+            refuse_request(request.sampling_params, self.model_config)
         return request
 
     return process_with_dlm
@@ -84,7 +84,7 @@ def resolve_watermarking(resolve):
 def check_early(prompt, params, processor) -> None:
     """What can be said of a rendered prompt before the engine takes it."""
     if not is_diffusion_lm(processor.model_config):
-        refuse_request(params)
+        refuse_request(params, processor.model_config)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
         options = options_of(params, processor)
         layout, behind = layout_of(options, processor)
@@ -265,8 +265,15 @@ def server_options_of(processor):
     return processor.dlm_options
 
 
-def refuse_request(params) -> None:
-    """Of an autoregressive model: options of a request are for canvases."""
+def takes_options(model_config) -> bool:
+    """Whether this plugin reads `dlm_*` options of requests. If not, vLLM treats them as it treats any other name."""
+    return is_diffusion_lm(model_config) or getattr(model_config, "dlm_selects", False)  # see autoregressive.py
+
+
+def refuse_request(params, model_config) -> None:
+    """Rejects `dlm_*` options of a request to an autoregressive model that decodes with a selection."""
+    if not takes_options(model_config):
+        return
     for field, value in (getattr(params, "extra_args", None) or {}).items():
         if field.startswith("dlm_"):
             refuse(field, value, ONLY_DIFFUSION)

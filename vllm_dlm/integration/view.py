@@ -81,7 +81,7 @@ def process_inputs(process):
 
     def process_followed(self, request_id, prompt, params, *args, **kwargs):
         request = checked(self, request_id, prompt, params, *args, **kwargs)
-        if tells(getattr(params, "extra_args", None)):
+        if tells(getattr(params, "extra_args", None)) and is_diffusion_lm(self.model_config):
             if (telling := HUB.requests.get(request_id)) is None:
                 refuse_unseen(options_of(params, self), self, None)
             else:
@@ -159,7 +159,7 @@ def create_chat_completion(create):
 
 def _create(create, kind: str, empty: dict):
     async def create_and_tell(self, request, raw_request=None):
-        if not tells(request.vllm_xargs):
+        if not tells(request.vllm_xargs) or not is_diffusion_lm(self.model_config):
             return await create(self, request, raw_request)
         channel = Channel(bool(request.stream), kind, empty, self.models.model_name())
         token = CHANNEL.set(channel)

@@ -1,0 +1,46 @@
+"""Routes of this plugin: the score's on a server of a diffusion model, those of the view with `--dlm-view`.
+
+vLLM attaches the routes of plugins before it hands out the engine, which says what is served. So the score's are added
+afterwards, still before the server listens. Read in vLLM 0.32: plugins/endpoint_plugins/interface.py,
+entrypoints/launchers/{app.py,api_server/entry.py}.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from vllm_dlm.integration.registration import is_diffusion_lm
+
+
+def load_endpoint_plugins(load):
+    def load_with_dlm(supported_tasks=None):
+        own = [Routes()] if "generate" in (supported_tasks or ()) else []
+        return [*load(supported_tasks), *own]
+
+    return load_with_dlm
+
+
+class Routes:
+    """An `EndpointPlugin` of vLLM's. It imports what a server needs that has one of the routes."""
+
+    name = "vllm_dlm"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        self.app: Any = app
+        self.attached: list[Any] = []
+        if getattr(app.state.args, "dlm_view", False):
+            from vllm_dlm.view.routes import ViewPlugin
+
+            self.attach(ViewPlugin())
+
+    def attach(self, plugin: Any) -> None:
+        plugin.attach_router(self.app)
+        self.attached.append(plugin)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        if engine_client is not None and is_diffusion_lm(engine_client.model_config):
+            from vllm_dlm.scoring.route import ScorePlugin
+
+            self.attach(ScorePlugin())
+        for plugin in self.attached:
+            await plugin.init_state(engine_client, state, args)
