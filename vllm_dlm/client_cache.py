@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 Process = Literal["front-end", "engine"]
 FRONT_END: Process = "front-end"
 ENGINE: Process = "engine"

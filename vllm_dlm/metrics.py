@@ -49,7 +49,8 @@ class StepCounts:
         counts, caches = packed[: len(OWN_COUNTERS)], packed[len(OWN_COUNTERS) :]
         pairs = zip(caches[::2], caches[1::2], strict=True)
         of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=True))
-        return cls(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens, *counts, of_caches)
+        first = (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
+        return cls(*first, *counts, caches=of_caches)
 
 
 #: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
