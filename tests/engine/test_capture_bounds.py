@@ -24,7 +24,7 @@ from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 
-LONGEST, WIDTH = 256, 8
+LONGEST, WIDTH = 512, 8
 COSTS = Costs(layers=1, hidden=WIDTH, inner=WIDTH, itemsize=4)
 
 
@@ -151,6 +151,14 @@ def test_steps_of_the_server_stay():
         times(captured, partial(DyLLM(threshold=n / 50), budget=None), 2)
     assert len(captured.pinned) == sizes and len(captured.served) == 2
     assert times(captured, partial(FastDLLM()), 1) == [True]
+
+
+def test_steps_of_the_start_displace_those_before():
+    captured = capturing(room=2 * COSTS.step(2048))
+    for n in range(1, 10):
+        times(captured, partial(DyLLM(threshold=n / 10), budget=None), 2)
+    captured.capture_all(partial(FastDLLM()))
+    assert max(bucket.rows for bucket in captured.pinned) == 2048 and captured.room >= 0
 
 
 def _at_start(captured: CapturedSteps) -> CapturedSteps:

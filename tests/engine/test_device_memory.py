@@ -149,7 +149,7 @@ def test_a_pool_starts_small_again():
 def test_an_evicted_pool_is_not_mixed_with_its_successor():
     """Views of one group read the pool of the first one: canvases with different pools are not of one kind."""
     readers = Readers(BlockShape(32, 2, 16, RowShape(32, WIDTH)))
-    selection = Unique(budget_tokens=64, min_context=0, select_every=3)
+    selection = Unique(page_size=16, budget_tokens=64, min_context=0, select_every=3)
 
     def stream() -> Stream:
         table, tokens = np.arange(1, 9), np.zeros(231, np.int64)

@@ -159,7 +159,7 @@ class CapturedSteps:
         for rows, canvases in sizes(self.longest):
             for part in LEADING if like.leading else (0,):
                 bucket = like._replace(rows=rows, canvases=canvases, leading=rows // part if part else 0)
-                if not self._may_capture(bucket, stream.reuse) or self.costs.step(rows) > self.room:
+                if not self._may_capture(bucket, stream.reuse) or not self._make_room(bucket):
                     continue
                 if (step := self._captured(bucket, stream.reuse)) is not None:
                     self.pinned[bucket] = step

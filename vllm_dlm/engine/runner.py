@@ -24,8 +24,8 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.buckets import Costs
+from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works

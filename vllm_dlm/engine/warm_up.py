@@ -49,9 +49,13 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
                 why = next(iter(failed.values()))
                 logger.warning("Requests with %s %r will fail here: %s", METHOD_KEYS[key], name, why)
                 break
-    if denoiser.captured is not None and (stream := steady_stream(denoiser, server, config, max_model_len)) is not None:
-        with denoiser.forwards():
-            denoiser.captured.capture_all(stream)
+    if denoiser.captured is not None:
+        failed = Failures()
+        with failed.of("steady"), denoiser.forwards():
+            if (stream := steady_stream(denoiser, server, config, max_model_len)) is not None:
+                denoiser.captured.capture_all(stream)
+        for why in failed.values():
+            logger.warning("No steps are captured at start: %s", why)
 
 
 def _run(denoiser: Denoiser, states: list[Denoising]) -> Failures:
@@ -72,7 +76,7 @@ def steady_stream(denoiser: Denoiser, options: Options, config, max_model_len: i
     """The most common partial step of a canvas with these options; None: all its steps are whole, or are launched.
     Nothing is computed: the canvas is filled one position a step, so the result does not depend on what a model is
     sure of."""
-    response = max(min(SCHEDULE, max_model_len - PROMPT), 1)
+    response = min(SCHEDULE, max(max_model_len - PROMPT, max_model_len // 2))
     state = _state("steady", options, config, max_model_len, response)
     canvas, table = state.canvas, _table(denoiser, state)
     token = np.full(1, int(config.mask_token_id == 0))
@@ -93,7 +97,8 @@ def steady_stream(denoiser: Denoiser, options: Options, config, max_model_len: i
 def _state(name: str, options: Options, config, max_model_len: int, response: int = RESPONSE) -> Denoising:
     response = min(response, max_model_len - 1)
     prompt = [0] * min(PROMPT, max_model_len - response)
-    canvas = Canvas(options, config.mask_token_id, config.logits_shift, prompt, len(prompt) + response)
+    length = options.canvas_length(len(prompt), response, max_model_len)
+    canvas = Canvas(options, config.mask_token_id, config.logits_shift, prompt, length)
     return Denoising(name, canvas, Sampling(0.0, 1.0, 0, seed=0, stop_ids=frozenset()))
 
 
