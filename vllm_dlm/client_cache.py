@@ -29,6 +29,10 @@ class CacheBound:
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template", FRONT_END),
     "automata": CacheBound(64, "a hole of a template: its kind and alternatives", FRONT_END),
+    "choice_pools": CacheBound(256, "the selection and its preset", ENGINE),
+    "captured_steps": CacheBound(128, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
+    "seen_steps": CacheBound(1024, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
+    "refused_steps": CacheBound(256, "the reuse policy and its preset", ENGINE),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -63,11 +67,15 @@ class ClientCache(Generic[K, V]):
         self._values[key] = value
         self._values.move_to_end(key)
         while len(self._values) > self.bound:
-            _, evicted = self._values.popitem(last=False)
-            _evictions[self.name] += 1
-            if self.on_evict is not None:
-                self.on_evict(evicted)
+            self.evict()
         return value
+
+    def evict(self) -> None:
+        """Removes the least recently used entry."""
+        _, evicted = self._values.popitem(last=False)
+        _evictions[self.name] += 1
+        if self.on_evict is not None:
+            self.on_evict(evicted)
 
     def pop(self, key: K) -> V | None:
         """Removes an entry without counting it as evicted."""

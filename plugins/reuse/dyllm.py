@@ -9,6 +9,7 @@ and gets new keys and values in the next. In the first layer, the rows with new
 tokens are salient.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,6 +77,10 @@ class DyLLM(Reuse):
     @property
     def force_changed(self) -> bool:
         return not self.parity
+
+    @property
+    def layer_key(self) -> Hashable:
+        return DyLLM, self.threshold
 
     def layer(self, at: Layer) -> Flow:
         return dense(at, kept) if at.whole else self._salient(at)

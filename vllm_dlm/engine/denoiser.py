@@ -125,6 +125,7 @@ class Denoiser:
                 if not one.finite:
                     own = [reader.stream for reader in readers if reader.request is one]
                     failed[request.state.req_id] = self._not_finite(own, one, hidden)
+                    self._clear(request.state)
                     break
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
@@ -151,14 +152,14 @@ class Denoiser:
         for reader in replayed:
             self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
             start += reader.stream.num_rows
-        uploads = [self.upload] if launched else []
-        uploads += [filled.upload] if filled else []
+        # The head's arrays may be larger than the staging memory of a captured step, which cannot grow.
+        uploads = [self.upload, filled.upload] if filled else [self.upload]
         requests = [reader.request for reader in readers if not reader.guides]
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
         copies = [reader.copies for reader in readers if reader.copies is not None]
-        copied = uploads[0](np.concatenate(copies, axis=1)) if copies else None
+        copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
         return Prepared(
-            packed, launched, filled, replayed, heads, self.head.prepare(requests, uploads[0]), uploads, copied
+            packed, launched, filled, replayed, heads, self.head.prepare(requests, self.upload), uploads, copied
         )
 
     @staticmethod
@@ -199,6 +200,13 @@ class Denoiser:
         return (
             f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
         )
+
+    def _clear(self, state: Denoising) -> None:
+        """Zeros the blocks of a request that failed: FlashAttention multiplies values after a sequence's end by 0, so
+        that a NaN there would reach the next owner of the block. Blocks of a shared prefix stay: others read them."""
+        if state.options.attention == "full" and state.blocks:
+            blocks = np.concatenate([part for own in state.blocks.values() for part in own])
+            self.blocks.clear(torch.from_numpy(blocks).to(self.device))
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

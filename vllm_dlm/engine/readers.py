@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.client_cache import ClientCache
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.head import HeadRequest
 from vllm_dlm.engine.packing import Stream
@@ -34,7 +35,7 @@ class Reader(NamedTuple):
 class Readers:
     def __init__(self, shape: BlockShape):
         self.shape = shape
-        self.choices: dict[Selection, ChoicePool] = {}
+        self.choices: ClientCache[Selection, ChoicePool] = ClientCache("choice_pools")
 
     def of(self, state: Denoising, table: np.ndarray, canvases: int = 1) -> list[Reader]:
         """The request's canvas and, with guidance, its twin: two caches that never meet. Or with drafts, which share
@@ -164,8 +165,13 @@ class Readers:
         if state.options.attention != "full" or not selection.applies(canvas.prompt_len, len(canvas)):
             return None
         frozen, size = state.options.reuse.keeps_contexts, self.shape.block_size
-        pool = self.choices.setdefault(selection, ChoicePool())
+        pool = self._pool(selection)
         return View(selection, canvas.prompt_len, canvas.rows, size, kv_table, summary_table, frozen, pool)
+
+    def _pool(self, selection: Selection) -> ChoicePool:
+        """Views keep a pool that was evicted; those of another pool never share a group with them."""
+        pool = self.choices.get(selection)
+        return self.choices.put(selection, ChoicePool()) if pool is None else pool
 
     def _view_of_final(self, state: Denoising, twin: int) -> View | None:
         """What the current block sees of those before it, where these never change. Its first step sees all: there some
@@ -175,10 +181,9 @@ class Readers:
             return None
         view, own = state.views[twin], state.blocks[twin]
         if view is None or view.prompt_len != at.written:
-            pool = self.choices.setdefault(selection, ChoicePool())
             view = state.views[twin] = View(
-                selection, at.written, at.length, self.shape.block_size, own.kv, own.summaries, False, pool,
-                described=False,
+                selection, at.written, at.length, self.shape.block_size, own.kv, own.summaries, False,
+                self._pool(selection), described=False,
             )  # fmt: skip
         return view
 
