@@ -24,6 +24,8 @@ class CacheBound:
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template"),
     "automata": CacheBound(64, "a hole of a template: its kind and alternatives"),
+    "texts": CacheBound(1 << 16, "a token of a prompt or an answer, for the live view"),
+    "followers": CacheBound(64, "a connection to the live view (limits.followers)"),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -58,11 +60,14 @@ class ClientCache(Generic[K, V]):
         self._values[key] = value
         self._values.move_to_end(key)
         while len(self._values) > self.bound:
-            _, evicted = self._values.popitem(last=False)
-            _evictions[self.name] += 1
-            if self.on_evict is not None:
-                self.on_evict(evicted)
+            self.evict(next(iter(self._values)))
         return value
+
+    def evict(self, key: K) -> None:
+        evicted = self._values.pop(key)
+        _evictions[self.name] += 1
+        if self.on_evict is not None:
+            self.on_evict(evicted)
 
     def pop(self, key: K) -> V | None:
         """Removes an entry without counting it as evicted."""
