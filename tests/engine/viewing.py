@@ -10,7 +10,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm_dlm.integration.view import ADDED
 from vllm_dlm.limits import Limits
 from vllm_dlm.view.frames import Replay
-from vllm_dlm.view.hub import HUB, Follower, ObservedRequest
+from vllm_dlm.view.hub import HUB, Follower
+from vllm_dlm.view.observed import ObservedRequest
 
 NUMBERS = count()
 
@@ -70,7 +71,7 @@ def admitted(choices: int, follower: Follower, **options) -> ObservedRequest:
     """In the hub as the request of a stream with frames is"""
     asked = SimpleNamespace(**{"frames": True, "watch": False, "observed": True, "trajectory": False} | options)
     channel = SimpleNamespace(follower=follower, open=lambda choices: 0, trajectories={})
-    request = ObservedRequest("test", choices, asked, channel)
+    request = ObservedRequest("request", "test", choices, asked, channel)
     HUB.admit(request, Limits(observed=1 << 20, followers=1 << 20))
     return request
 

@@ -108,7 +108,8 @@ def messages(prompt: list[int], step: int) -> list[bytes]:
     prompt_len, at = len(prompt), np.array([len(prompt) + step - 1])
     begin = {
         "length": prompt_len + TOKENS, "holes": [], "canvas": TOKENS, "block_length": TOKENS, "reuse": "none",
-        "selection": "none", "decoding": "low_confidence", "extent": "full", "layers": 1, "page_size": None, "given": [],
+        "selection": "none", "decoding": "low_confidence", "extent": "full", "layers": 1, "page_size": None,
+        "given": [],
     }  # fmt: skip
     frame = Frame(
         step, 1, 1, at, np.array([False]), np.array([True]), np.array([wanted(prompt)[step - 1]]), np.array([0.5]),

@@ -139,13 +139,13 @@ def test_no_piece_is_large():
         1, 1, 1, at, at < 0, at >= 0, at % 7, np.full(len(at), 0.5), at * 0 + 1, np.ones(7), np.ones((2, len(at))),
         Guesses.build(at, at % 7, np.full(len(at), 0.5), np.ones((2, 4, len(at)))),
     )  # fmt: skip
-    pieces = list(json_slices(frame, 0, {token: "text" for token in range(7)}))
+    pieces = list(json_slices(frame, 0, dict.fromkeys(range(7), "text")))
     assert len(json.loads(b"".join(pieces))["guesses"]) == len(at)
     assert max(map(len, pieces)) < 200 * frames_of_steps.SLICE
 
 
 def test_text_is_made_in_pieces():
-    from vllm_dlm.view import hub
+    from vllm_dlm.view import observed
 
     made, others = [], []
 
@@ -155,8 +155,8 @@ def test_text_is_made_in_pieces():
             await asyncio.sleep(0)
 
     async def both() -> None:
-        text = hub.texts(lambda token: made.append(token) or str(token), list(range(5000)))
+        text = observed.texts(lambda token: made.append(token) or str(token), list(range(5000)))
         await asyncio.gather(text, other())
 
     asyncio.run(both())
-    assert len(others) >= 5000 // hub.SLICE - 1
+    assert len(others) >= 5000 // observed.SLICE - 1

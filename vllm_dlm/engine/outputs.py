@@ -12,7 +12,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.view.steps import SeenStep
+from vllm_dlm.view.seen import SeenStep
 
 
 @dataclass

@@ -20,8 +20,9 @@ from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import options_of
 from vllm_dlm.options import Options
 from vllm_dlm.view.frames import FILLED, FRAME
-from vllm_dlm.view.hub import HUB, ObservedRequest
+from vllm_dlm.view.hub import HUB
 from vllm_dlm.view.isolation import Isolated, error_message, isolated
+from vllm_dlm.view.observed import ObservedRequest
 from vllm_dlm.view.streams import CHANNEL, Channel, with_frames
 
 #: in a request's options: the engine reports its steps
@@ -153,7 +154,7 @@ def generate(generate_theirs):
             return theirs
         served = self.model_config.served_model_name
         model = served if isinstance(served, str) else served[0]
-        request = ObservedRequest(model, sampling_params.n, options, channel)
+        request = ObservedRequest(request_id, model, sampling_params.n, options, channel)
         HUB.admit(request, options.limits, running(self.output_processor))
         outputs = followed(theirs, request, sampling_params.output_kind == RequestOutputKind.DELTA)
         finalize(outputs, HUB.remove, [request]).atexit = False  # also if nobody iterates it
@@ -208,8 +209,7 @@ def _create(create, kind: str, empty: dict):
         if not channel.choices:
             return response
         if not channel.stream:
-            channel.add_trajectories(response)
-            return response
+            return channel.with_trajectories(response)
         metadata = getattr(getattr(raw_request, "state", None), "request_metadata", None)
         channel.name = getattr(metadata, "request_id", None)
         return with_frames(response, channel)

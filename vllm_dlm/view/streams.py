@@ -79,12 +79,20 @@ class Channel(Isolated):
                 return f"{DATA}{json.dumps(chunk)}\n\n"
         return line
 
+    def with_trajectories(self, response: Any) -> Any:
+        """A response that is complete. One that is an error has no trajectories."""
+        if hasattr(response, "choices"):
+            found = self._found_trajectories()
+            if self.fault is not None:
+                found = error_message(self.fault)
+            if found:
+                response.dlm = found
+        return response
+
     @isolated
-    def add_trajectories(self, response: Any) -> None:
-        """To a response that is complete. An error has none."""
-        if self.trajectories and hasattr(response, "choices"):
-            found = [self.own(choice, message) for choice, message in sorted(self.trajectories.items())]
-            response.dlm = found[0] if self.choices == 1 else found
+    def _found_trajectories(self) -> dict | list[dict]:
+        found = [self.own(choice, message) for choice, message in sorted(self.trajectories.items())]
+        return found[0] if self.choices == 1 and found else found
 
 
 #: of the HTTP request that is being answered

@@ -20,7 +20,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.view.frames import FILLED, FRAME, INTERVAL, Frame, Guesses, History
 from vllm_dlm.view.isolation import Isolated, isolated
-from vllm_dlm.view.steps import SeenStep
+from vllm_dlm.view.seen import SeenStep
 
 
 class Trace(Isolated):
@@ -105,7 +105,10 @@ class Trace(Isolated):
         """[2, N] of layers that recomputed a row, and that read a key"""
         shares, rows = np.zeros((2, len(canvas))), len(seen.rows)
         if rows:
-            shares[0, : rows - 1], shares[0, canvas.last] = seen.rows[:-1], seen.rows[-1]  # which may stand for a later one
+            shares[0, : rows - 1], shares[0, canvas.last] = (
+                seen.rows[:-1],
+                seen.rows[-1],
+            )  # which may stand for a later one
         if seen.pages is not None:
             shares[1, :rows] = np.repeat(seen.pages, seen.unit)[:rows]
         return shares
