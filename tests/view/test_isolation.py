@@ -95,7 +95,7 @@ def test_every_way_into_the_view_is_an_entry_point():
         # what counts, or is called by routes alone
         "Channel.open", "Canvas.listed",
         # what entry points call
-        "Channel.chunk", "Channel.own", "Canvas.trajectory",
+        "Channel.chunk", "Channel.own", "Canvas.trajectory", "Trace.own",
     }  # fmt: skip
     found = set()
     for module in (hub, integration, observed, routes, seen, steps, streams, traces):

@@ -55,7 +55,7 @@ def test_a_canvas_of_hostile_tokens(is_terminal):
     with screen.live():
         for frame in frames:
             for kind in ("set", "edited"):
-                for entry in frame.get(kind, []):
+                for entry in frame.setdefault(kind, []):
                     entry[2] = hostile
             frame.setdefault("unset", [])
             for guess in frame.get("guesses", []):

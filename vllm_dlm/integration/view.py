@@ -57,8 +57,12 @@ class Trajectories(Isolated):
         self.fault = msgspec.msgpack.decode(message)["error"]
 
     @isolated
-    def fill(self, index: int, steps: list[int]) -> None:
-        self.filled.setdefault(index, []).extend(steps)
+    def fill(self, index: int, steps: list[int] | str) -> None:
+        """`steps` that filled the next tokens of a choice, or why they are not known"""
+        if isinstance(steps, str):
+            self.fault = steps
+        else:
+            self.filled.setdefault(index, []).extend(steps)
 
     @isolated
     def found(self, completion) -> dict:
@@ -67,24 +71,23 @@ class Trajectories(Isolated):
     def deliver(self, output) -> None:
         for completion in output.outputs:
             if completion.finish_reason is not None and (self.fault or completion.index in self.filled):
-                completion.dlm = self.found(completion) or error_message(self.fault)
+                completion.dlm = self.found(completion) or error_message(str(self.fault))
 
 
 def process_outputs(process):
     def process_without_messages(self, engine_core_outputs, *args, **kwargs):
         if not any(output.kv_transfer_params for output in engine_core_outputs):
             return process(self, engine_core_outputs, *args, **kwargs)
-        theirs, offline = [], {}
+        theirs, offline = [], dict[int, Trajectories]()
         for output in engine_core_outputs:
             params, state = output.kv_transfer_params or {}, self.request_states.get(output.request_id)
             if FRAME not in params:
                 theirs.append(output)
             if state is None or not (FRAME in params or FILLED in params):
                 continue
-            receiver = HUB.requests.get(keeper(state).request_id)
+            receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
             if state.queue is None and (FILLED in params or receiver is None):
-                receiver = trajectories_of(state)
-                offline[id(state.prompt_token_ids)] = receiver
+                receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
             if FILLED in params:
                 output.kv_transfer_params = None
             if receiver is not None and FRAME in params:

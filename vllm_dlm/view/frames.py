@@ -65,7 +65,7 @@ class Guesses:
         return np.unique(np.concatenate([self.token, self.likely.ravel()]))
 
 
-NO_GUESSES = Guesses.build(*np.zeros((3, 0)), None)
+NO_GUESSES = Guesses.build(np.zeros(0), np.zeros(0), np.zeros(0), None)
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Frame:
 class Moment(NamedTuple):
     """What a reader has to remember to be given only what is new"""
 
-    count: int  # frames before it
+    number: int  # frames before it
     filled: np.ndarray  # [N]
     sums: np.ndarray
     shares: np.ndarray  # [2, N]
@@ -192,7 +192,7 @@ class History:
     def since(self, moment: Moment) -> Frame:
         """All that came after, as one frame. A position that was filled and masked again is not in it."""
         assert self.last is not None, "nothing came yet"
-        at = np.flatnonzero(self.changed > moment.count)
+        at = np.flatnonzero(self.changed > moment.number)
         at = at[moment.filled[at] | self.filled[at]]
         return Frame(
             self.last.step, self.last.requests, self.last.block,

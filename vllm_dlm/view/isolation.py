@@ -54,7 +54,7 @@ def isolated(method: Method) -> Method:
         if self.fault is not None:
             return None
         try:
-            return guarded.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return guarded.__wrapped__(self, *args, **kwargs)
         except Exception as error:
             return handle(self, error)
 
@@ -63,7 +63,7 @@ def isolated(method: Method) -> Method:
         if self.fault is not None:
             return None
         try:
-            return await guarded_async.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return await guarded_async.__wrapped__(self, *args, **kwargs)
         except Exception as error:
             return handle(self, error)
 

@@ -44,7 +44,7 @@ def texts_of(tokenizer) -> Text:
 
 
 async def texts(text: Text, tokens: list[int]) -> dict[int, str]:
-    found = {}
+    found: dict[int, str] = {}
     for start in range(0, len(tokens), SLICE):
         found |= {token: text(token) for token in tokens[start : start + SLICE]}
         await asyncio.sleep(0)
@@ -154,24 +154,24 @@ class Canvas(Isolated):
         async with self._lock:
             if cursor.moment is None:
                 if self._begin_json is None:
-                    self._begin_json = await self._encode_begin()
+                    self._begin_json = await self._encode_begin(self.begin)
                 cursor.moment = self.first
                 return self._begin_json
-            if self.history.count == cursor.moment.count:
+            if self.history.count == cursor.moment.number:
                 return None
-            key = cursor.moment.count, self.history.count
+            key = cursor.moment.number, self.history.count
             if key not in self._json:
                 now = self.history.now()
                 self._json[key] = await self._encode(self.history.since(cursor.moment)), now
             message, cursor.moment = self._json[key]
             return message
 
-    async def _encode_begin(self) -> bytes:
-        prompt = self.request.prompt
-        given = self.begin["given"]
+    async def _encode_begin(self, begin: dict[str, Any]) -> bytes:
+        prompt, given = self.request.prompt, begin["given"]
         shown = prompt if len(prompt) <= LONGEST_PROMPT else []
         text = await texts(self.text, list({*shown, *(token for _, token in given)}))
-        message = {"request": self.request.name, "model": self.request.model, "prompt_tokens": len(prompt)} | self.begin
+        named = {"request": self.request.name, "model": self.request.model, "prompt_tokens": len(prompt)}
+        message: dict[str, Any] = named | begin
         message["prompt"] = [[text[token]] for token in prompt] if len(prompt) <= LONGEST_PROMPT else None
         message["given"] = [[position, token, text[token]] for position, token in given]
         return msgspec.json.encode({"begin": message})
@@ -242,9 +242,12 @@ class ObservedRequest(Isolated):
         self.canvases[index].take(message, tokenizer)
 
     @isolated
-    def fill(self, index: int, steps: list[int]) -> None:
-        """`steps` that filled the next tokens of a choice"""
-        self.canvases[index].filled += steps
+    def fill(self, index: int, steps: list[int] | str) -> None:
+        """`steps` that filled the next tokens of a choice, or why they are not known"""
+        if isinstance(steps, str):
+            self.canvases[index].stop(steps)
+        else:
+            self.canvases[index].filled += steps
 
     @isolated
     def note(self, output, deltas: bool) -> None:

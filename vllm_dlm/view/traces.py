@@ -118,8 +118,7 @@ class Trace(Isolated):
     @isolated
     def report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Adds what is due to a step's outputs. Frames come first: a request may end with its output."""
-        client = outputs.get(self.client_index)
-        own = [one for one in client.outputs if one.request_id == self.request_id] if client else []
+        own = self.own(outputs)
         tokens, finished = sum(len(one.new_token_ids) for one in own), any(one.finished for one in own)
         frames = self._due(finished or (tokens > 0 and self.stop)) if self.options.observed else []
         if self.options.trajectory:
@@ -127,9 +126,13 @@ class Trace(Isolated):
                 one.kv_transfer_params = {FILLED: self._deliver(len(one.new_token_ids))}
         add_first(outputs, self, frames)
 
+    def own(self, outputs: dict[int, EngineCoreOutputs]) -> list[EngineCoreOutput]:
+        client = outputs.get(self.client_index)
+        return [one for one in client.outputs if one.request_id == self.request_id] if client else []
+
     def _due(self, at_once: bool) -> list[bytes]:
         now = time.monotonic()
-        if self.history.count == self.told.count or (now - self.sent < INTERVAL and not at_once):
+        if self.history.count == self.told.number or (now - self.sent < INTERVAL and not at_once):
             return []
         frame = self.history.since(self.told).pack()
         found = [{"frame": frame}] if self.begin is None else [{"begin": self.begin}, {"frame": frame}]
@@ -153,6 +156,10 @@ def add_first(outputs: dict[int, EngineCoreOutputs], trace: Trace, messages: lis
 def report(traces: Iterable[Trace], outputs: dict[int, EngineCoreOutputs]) -> None:
     for trace in traces:
         trace.report(outputs)
+        if trace.fault is None:
+            continue
+        for one in trace.own(outputs):  # in the place of the steps of its tokens
+            one.kv_transfer_params = {FILLED: trace.fault}
         if trace.error_is_due:
             trace.error_is_due = False
             add_first(outputs, trace, [msgspec.msgpack.encode({"error": trace.fault})])
