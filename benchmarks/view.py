@@ -5,6 +5,7 @@ The hooks of vllm_dlm/view are therefore put in and taken out of the way at ever
 thousands of steps are compared. Then so many observed requests end, and the process is as large as before.
 """
 
+import asyncio
 import gc
 import os
 import time
@@ -121,13 +122,18 @@ class Batches:
         }
 
     def seconds(self, observed: int = 0, out=lambda step: False) -> np.ndarray:
-        from vllm_dlm.view.hub import HUB, Follower, Request
+        from types import SimpleNamespace
 
-        class Nowhere(Follower):
-            """Frames come as far as to whoever would send them on."""
+        from vllm_dlm.integration.view import ADDED
+        from vllm_dlm.limits import Limits
+        from vllm_dlm.view.hub import HUB, Follower
+        from vllm_dlm.view.observed import ObservedRequest
 
-            def _later(self) -> None:
-                self.waiting.clear()
+        class Reader(Follower):
+            """Reads each frame at once, as a connection does."""
+
+            def notify(self, at_once: bool = False) -> None:
+                asyncio.run(self.take())
 
         for number in range(REQUESTS):
             self.count += 1
@@ -135,14 +141,17 @@ class Batches:
             if number < observed:
                 params = params.clone()
                 params.extra_args = {"dlm_frames": 1}
-                HUB.add(Request(name, "bench", 1, False, Nowhere(), 0))
+                options = SimpleNamespace(frames=True, watch=False, observed=True, trajectory=False)
+                channel = SimpleNamespace(follower=Reader(), open=lambda choices: 0)
+                request = ObservedRequest(name, "bench", 1, options, channel)
+                HUB.admit(request, Limits())
+                ADDED.set([request])
             prompt = {"prompt_token_ids": [(7 * self.count + at) % 390 for at in range(PROMPT)]}
             self.engine.add_request(name, prompt, params)
         seconds = []
         while self.engine.has_unfinished_requests():
             seconds.append(self.step(out(len(seconds))))
-        for request in list(HUB.requests.values()):
-            HUB.remove(request)
+        HUB.remove(list(HUB.admitted))
         return np.array(seconds)
 
     def step(self, hooks_out: bool) -> float:
@@ -150,7 +159,7 @@ class Batches:
         hooked, attach = processor.process_outputs, self.seeing.attach
         if hooks_out:
             processor.process_outputs = hooked.__wrapped__
-            self.seeing.attach = lambda wanted: None
+            self.seeing.attach = lambda observed, current: None
         try:
             begin = time.perf_counter()
             self.engine.step()

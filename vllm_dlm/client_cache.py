@@ -33,6 +33,8 @@ CLIENT_CACHES = {
     "captured_steps": CacheBound(128, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
     "seen_steps": CacheBound(1024, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
     "refused_steps": CacheBound(256, "the reuse policy and its preset", ENGINE),
+    "texts": CacheBound(1 << 16, "a token of a prompt or an answer, for the live view", FRONT_END),
+    "followers": CacheBound(64, "a connection to the live view (limits.followers)", FRONT_END),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -70,9 +72,9 @@ class ClientCache(Generic[K, V]):
             self.evict()
         return value
 
-    def evict(self) -> None:
-        """Removes the least recently used entry."""
-        _, evicted = self._values.popitem(last=False)
+    def evict(self, key: K | None = None) -> None:
+        """Removes an entry, by default the least recently used one."""
+        evicted = self._values.pop(next(iter(self._values)) if key is None else key)
         _evictions[self.name] += 1
         if self.on_evict is not None:
             self.on_evict(evicted)

@@ -1,6 +1,8 @@
-"""Shortened representations of values for error messages, so that these do not repeat megabytes of client input."""
+"""Text of clients and servers as people are shown it: error messages do not repeat megabytes of client input, and what
+a server sends cannot control a terminal."""
 
 import reprlib
+import unicodedata
 
 LONGEST = 100
 
@@ -29,6 +31,24 @@ _BRIEF = _Brief()
 def shown(value) -> str:
     """`repr(value)`, shortened."""
     return short(_BRIEF.repr(value))
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` without what a terminal would obey: control characters (C0, DEL, C1), which begin escape sequences, marks
+    that change the direction of text, and lone surrogates, which cannot be encoded. Each becomes a visible sign."""
+    return "".join(char if char in keep or not _controls(char) else _sign(char) for char in text)
+
+
+def _controls(char: str) -> bool:
+    direction = unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return direction or char in "\u061c\u200e\u200f" or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def _sign(char: str) -> str:
+    """Of one column, as the text is laid out in cells"""
+    if char < " ":
+        return chr(0x2400 + ord(char))  # the picture of that control character
+    return "\u2421" if char == "\x7f" else "\ufffd"
 
 
 def short(name: str) -> str:

@@ -1,30 +1,39 @@
-"""Requests of an engine in this process, and what those who follow them are told."""
+"""Requests of an engine in this process, and what those who follow them are sent."""
 
+import asyncio
+import json
 from itertools import count, pairwise
+from types import SimpleNamespace
 
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_dlm.integration.view import ADDED
+from vllm_dlm.limits import Limits
 from vllm_dlm.view.frames import Replay
-from vllm_dlm.view.hub import HUB, Follower, Request
+from vllm_dlm.view.hub import HUB, Follower
+from vllm_dlm.view.observed import ObservedRequest
 
 NUMBERS = count()
 
 
 class Told(Follower):
-    """Keeps everything, of each choice."""
+    """Reads everything as it comes, of each choice."""
 
     def __init__(self, choices: int = 1):
         super().__init__()
-        self.begun, self.frames, self.ended = [], [[] for _ in range(choices)], []
+        self.begun, self.frames, self.ended, self.errors = [], [[] for _ in range(choices)], [], []
 
-    def begin(self, message):
-        self.begun.append(message["begin"])
-
-    def frame(self, choice, frame):
-        self.frames[choice].append(frame)
-
-    def end(self, message):
-        self.ended.append(message["end"])
+    def notify(self, at_once: bool = False) -> None:
+        for choice, data in asyncio.run(self.take()):
+            message = json.loads(data)
+            if "begin" in message:
+                self.begun.append(message["begin"])
+            elif "end" in message:
+                self.ended.append(message["end"])
+            elif "error" in message:
+                self.errors.append(message["error"]["message"])
+            else:
+                self.frames[choice].append(message)
 
     def replayed(self, choice: int = 0) -> dict[int, list]:
         replay = Replay(0)
@@ -46,11 +55,25 @@ def start(llm, request) -> tuple[str, Told | None]:
     prompt, params = request[0], request[1].clone()
     params.output_kind = RequestOutputKind.FINAL_ONLY
     name, told = f"view-{next(NUMBERS)}", None
-    if (params.extra_args or {}).get("dlm_frames"):
-        told = Told(params.n)
-        HUB.add(Request(name, "test", params.n, False, told, 0))
-    llm.llm_engine.add_request(name, prompt, params)
+    if not (params.extra_args or {}).get("dlm_frames"):
+        llm.llm_engine.add_request(name, prompt, params)
+        return name, None
+    told = Told(params.n)
+    token = ADDED.set([admitted(params.n, told)])
+    try:
+        llm.llm_engine.add_request(name, prompt, params)
+    finally:
+        ADDED.reset(token)
     return name, told
+
+
+def admitted(choices: int, follower: Follower, **options) -> ObservedRequest:
+    """In the hub as the request of a stream with frames is"""
+    asked = SimpleNamespace(**{"frames": True, "watch": False, "observed": True, "trajectory": False} | options)
+    channel = SimpleNamespace(follower=follower, open=lambda choices: 0, trajectories={})
+    request = ObservedRequest("request", "test", choices, asked, channel)
+    HUB.admit(request, Limits(observed=1 << 20, followers=1 << 20))
+    return request
 
 
 def finish(llm, meanwhile=None) -> dict:
@@ -61,8 +84,7 @@ def finish(llm, meanwhile=None) -> dict:
             meanwhile(step)
         done |= {output.request_id: output for output in llm.llm_engine.step() if output.finished}
         step += 1
-    for request in list(HUB.requests.values()):
-        HUB.remove(request)
+    HUB.remove(list(HUB.admitted))
     return done
 
 

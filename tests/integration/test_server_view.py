@@ -146,6 +146,37 @@ def wait_for(found, seconds: float = 60):
     return value
 
 
+def test_requests_that_share_an_id_see_their_own_frames(viewed):
+    """With the number of choices equal or not, at the same time and one after the other, as proxies try again"""
+    questions = {chat_text(COPY): COPIED, chat_text("Copy: z y"): " z y"}
+    alone = {prompt: read(create(viewed, "completion", prompt=prompt))[0][0] for prompt in questions}
+
+    def ask(prompt: str, n: int, answers: dict) -> None:
+        stream = create(
+            viewed, "completion", prompt=prompt, n=n, extra_headers={"X-Request-Id": "one"},
+            extra_body=options(dlm_frames=1, dlm_watch=1, dlm_trajectory=1),
+        )  # fmt: skip
+        answers[prompt] = read(stream)
+
+    for turn in range(20):
+        answers: dict = {}
+        choices = (3, 1) if turn % 2 else (2, 2)
+        asking = [
+            threading.Thread(target=ask, args=(prompt, n, answers))
+            for prompt, n in zip(questions, choices, strict=True)
+        ]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+        for prompt, n in zip(questions, choices, strict=True):
+            texts, told, filled = answers[prompt]
+            assert texts == dict.fromkeys(range(n), alone[prompt]) and len(filled) == n
+            for choice in range(n):
+                assert "".join(replayed(told, choice)).startswith(alone[prompt])
+    assert get(viewed, "/dlm/requests").json() == []
+
+
 def test_a_client_that_leaves_takes_its_request_along(viewed):
     body = {"ignore_eos": True} | options(dlm_watch=1, dlm_frames=1)
     stream = create(viewed, "chat", max_tokens=800, extra_body=body)

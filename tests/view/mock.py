@@ -53,12 +53,12 @@ class Handler(BaseHTTPRequestHandler):
         known = {
             "/v1/models": {"data": [{"id": "mock"}]},
             "/dlm/options": OFFERS,
-            "/dlm/requests": [{"request": "cmpl-a/b", "prompt_tokens": 24, "canvas": 24, "reuse": "fast_dllm",
-                               "selection": "none", "seconds": 0.1}],
+            "/dlm/requests": [{"request": "cmpl-a/b", "choice": 1, "prompt_tokens": 24, "canvas": 24,
+                               "reuse": "fast_dllm", "selection": "none", "seconds": 0.1}],
         }  # fmt: skip
         if self.path in known:
             return self.answer(json.dumps(known[self.path]))
-        if self.path == "/dlm/watch/cmpl-a%2Fb":
+        if self.path == "/dlm/watch/cmpl-a%2Fb?choice=1":
             return self.stream(synthetic.frames(24, {"dlm_reuse": "fast_dllm"}))
         return self.answer("{}", status=404)
 

@@ -13,6 +13,7 @@ from vllm_dlm.demo import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
 from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told
+from vllm_dlm.shown import printable
 from vllm_dlm.view.terminal import follow
 
 CANVAS = 32
@@ -45,7 +46,7 @@ def main() -> int:
             if args.keep or args.serve_only:
                 stay(console, server)
     except (ServerError, client.RequestError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from vllm_dlm.demo.client import Progress
 from vllm_dlm.demo.questions import Question
+from vllm_dlm.shown import printable
 
 MASK = "░"
 
@@ -30,8 +31,8 @@ class Screen:
         if not self.console.is_terminal:
             question, progress = self.questions[index], self.progress[index]
             self.console.print(
-                f"{question.title}: {question.summary} -> {progress.text.strip()} [{verdict(question, progress)}]",
-                markup=False, highlight=False, soft_wrap=True,
+                f"{question.title}: {question.summary} -> {written(progress)} [{verdict(question, progress)}]",
+                markup=False, highlight=False, emoji=False, soft_wrap=True,
             )  # fmt: skip
 
     def table(self) -> Table:
@@ -40,15 +41,19 @@ class Screen:
         table.add_column("question", ratio=1)
         table.add_column("answer", ratio=1)
         for question, progress in zip(self.questions, self.progress, strict=True):
-            table.add_row(question.title, question.summary, self.answer(question, progress))
+            table.add_row(Text(question.title), Text(question.summary), self.answer(question, progress))
         return table
 
     def answer(self, question: Question, progress: Progress) -> Text:
-        text = Text(progress.text.strip())
+        text = Text(written(progress))
         if progress.finish_reason:
             right = question.is_right(progress.text)
             return text.append(f"  {verdict(question, progress)}", "green" if right else "red")
         return text.append(MASK * (self.canvas - progress.tokens), "dim")
+
+
+def written(progress: Progress) -> str:
+    return printable(progress.text.strip())
 
 
 def verdict(question: Question, progress: Progress) -> str:

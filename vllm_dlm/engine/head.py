@@ -6,6 +6,7 @@ exist; that buffer is part of the memory profile.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import NoneType
@@ -42,7 +43,7 @@ class HeadRequest:
     guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows in the guidance stream
     proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
     logprobs: list[Logprobs] | None = None
-    best: np.ndarray | None = None  # [2, n, C] see Head.best
+    best: np.ndarray | None = None  # [n, C] see Head.best
     drafts: list["HeadRequest"] = field(default_factory=list)  # of the same step, see Decoding.canvases
     shadow: "HeadRequest | None" = None  # of the tokens that stand in the block, see Decoding.revokes
 
@@ -67,7 +68,8 @@ class Head:
         self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
         self.config, self.vocab_size = config, config.vocab_size
         self.max_rows = max(1, max_logits // config.vocab_size)
-        self.best = 0  # so many tokens of each row are told to those who look on, the most probable first
+        #: logits [R, V] -> [n, R] float64: what the live view reads of them
+        self.best: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
         """Sets `proposal` (and `logprobs`) of every request."""
@@ -102,8 +104,8 @@ class Head:
                 request.proposal = Proposal(
                     token[own], score[own], prob[own], noted[:numbers, own] if numbers else None
                 )
-                if self.best:
-                    request.best = noted[numbers:][: 2 * self.best, own].reshape(2, self.best, -1)
+                if self.best is not None:
+                    request.best = noted[numbers : numbers + alike.best_rows, own]
                 if alike.logprobs is not None:
                     request.logprobs = alike.logprobs[own.start - first : own.stop - first]
 
@@ -129,7 +131,10 @@ class Head:
             part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
             if proposal.noted is not None:
                 part = torch.cat([part, proposal.noted])
-            parts.append(torch.cat([part, most_probable(logits_RV, self.best)]) if self.best else part)
+            if self.best is not None:
+                best = self.best(logits_RV)
+                alike.best_rows, part = len(best), torch.cat([part, best])
+            parts.append(part)
             if num_logprobs is not None:
                 alike.logprobs = (alike.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -168,6 +173,7 @@ class Alike:
     allowed: tuple[torch.Tensor, torch.Tensor] | None = None  # of templates: rows of bits, [S, W], and whose: [R]
     standing: torch.Tensor | None = None  # [R] tokens of drafts that are read
     logprobs: list[Logprobs] | None = None
+    best_rows: int = 0  # that the live view added
 
     @classmethod
     def of(cls, requests: list[HeadRequest], vocab_size: int, upload: Upload) -> "Alike":

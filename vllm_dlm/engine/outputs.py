@@ -14,7 +14,7 @@ from vllm_dlm.client_cache import ENGINE, CacheUsage, usage
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.view.steps import SeenStep
+from vllm_dlm.view.seen import SeenStep
 
 
 @dataclass

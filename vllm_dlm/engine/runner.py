@@ -194,7 +194,7 @@ class DenoisingRunner:
         if not scheduled and not failed:
             return EMPTY_MODEL_RUNNER_OUTPUT
         states = [self.requests[request_id] for request_id in scheduled]
-        self.seeing.attach(bool(self.observed))
+        self.seeing.attach(self.observed, scheduled)
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
         canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)

@@ -286,8 +286,8 @@ class DenoisingScheduler(Scheduler):
         canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length, layout)
         self.canvases[request.request_id] = canvas
         if options.observed or options.trajectory:
-            stop, layers = bool(request.sampling_params.stop), self.model_shape.layers
-            self.traces[request.request_id] = Trace(canvas, request.request_id, request.client_index, layers, stop)
+            trace = self.traces[request.request_id] = Trace(request.request_id, request.client_index)
+            trace.begins(canvas, self.model_shape.layers, bool(request.sampling_params.stop))
         return canvas
 
     def _canvas_data(self, request: Request) -> CanvasData:
@@ -333,7 +333,7 @@ class DenoisingScheduler(Scheduler):
         return outputs
 
     def _traced(self, commits: dict[str, Commit], model_runner_output) -> list[Trace]:
-        """Those that have something to tell. They are asked before the requests may end, and tell it afterwards."""
+        """Traces with something to report. They look at canvases before requests can end, and report afterwards."""
         seen = getattr(model_runner_output, "seen", {})
         found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self.canvases]
         for name, trace in found:

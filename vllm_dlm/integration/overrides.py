@@ -53,9 +53,13 @@ ASKED = {
         "output_handler", "output_processor", "input_processor", "model_config", "errored", "dead_error",
     ),
     "vllm.v1.engine.llm_engine:LLMEngine": ("input_processor",),
-    "vllm.v1.engine.output_processor:OutputProcessor": ("propagate_error", "request_states", "tokenizer"),
-    "vllm.v1.engine.output_processor:RequestState": ("external_req_id", "request_index", "parent_req", "queue"),
-    "vllm.v1.engine.parallel_sampling:ParentRequest": ("external_req_id",),
+    "vllm.v1.engine.output_processor:OutputProcessor": (
+        "propagate_error", "request_states", "parent_requests", "tokenizer",
+    ),
+    "vllm.v1.engine.output_processor:RequestState": (
+        "request_id", "prompt_token_ids", "request_index", "parent_req", "queue",
+    ),
+    "vllm.v1.engine.parallel_sampling:ParentRequest": ("request_id",),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": ("model_name",),
     "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware": ("verify_token",),
     "vllm.logprobs:Logprob": ("logprob", "rank"),

@@ -79,7 +79,7 @@ PATCHES = (
         ("(self, prompt, params)",),
     ),
     Patch(
-        "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", view.process_inputs,
+        "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", requests.process_inputs,
         "Sees every request of `LLM` and of the servers: an error further on would end the engine for everybody.",
         ("(self, request_id, prompt, params, supported_tasks, arrival_time=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, resumable=, session_id=, kv_hints=)",),
@@ -120,6 +120,11 @@ PATCHES = (
         ("(self, timeout=)",),
     ),
     # -- frames --------------------------------------------------------------------------------
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor", "assign_request_id", view.assign_request_id,
+        "An engine's messages name requests by vLLM's internal id, which is unique and made here.",
+        ("(request)",),
+    ),
     Patch(
         "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs", view.process_outputs,
         "Messages about steps come among the engine's outputs, and are no outputs to vLLM.",

@@ -7,6 +7,7 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
 from bisect import bisect_right
+from contextvars import ContextVar
 from dataclasses import replace
 
 from vllm.sampling_params import BeamSearchParams
@@ -49,6 +50,12 @@ ALSO_SET_BY = {
 ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 #: in `extra_args`, and harmless to a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
+FRAMES_NEED = "frames come with a streamed chat or completion of a server"
+WATCH_NEEDS = "requests can be watched on a server that was started with --dlm-view"
+
+#: the observed request of a server that gets vLLM's internal id next, see integration/view.py. It is in a list, which
+#: is emptied then, because contexts live on.
+ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
 
 
 def process_inputs(process):
@@ -101,6 +108,9 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
     options = options_of(params, processor)
+    if options.observed and not ADDED.get():
+        field, why = ("dlm_frames", FRAMES_NEED) if options.frames else ("dlm_watch", WATCH_NEEDS)
+        refuse(field, 1, why)
     layout, behind = layout_of(options, processor)
     request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
     params.extra_args = layout.added_to(params.extra_args)

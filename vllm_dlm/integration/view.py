@@ -1,60 +1,101 @@
 """From engine to clients: frames are taken out of the engine's outputs, and streams and responses carry them.
 
-Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Read in vLLM 0.32 and 0.33:
-v1/engine/output_processor.py (`process_outputs`), v1/engine/async_llm.py
-(`generate`), and entrypoints/openai/{completion,chat_completion}/serving.py
+Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Faults of the view are caught
+where serving enters it (view/isolation.py). Read in vLLM 0.32 and 0.33: v1/engine/output_processor.py
+(`process_outputs`), v1/engine/input_processor.py (`assign_request_id`), v1/engine/parallel_sampling.py,
+v1/engine/async_llm.py (`generate`), and entrypoints/openai/{completion,chat_completion}/serving.py
 (each returns a generator of the lines of a stream, or a response).
 """
 
-from collections import Counter
 from contextlib import aclosing
+from weakref import finalize
 
+import msgspec
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_dlm.integration import requests
+from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import options_of, refuse
+from vllm_dlm.integration.requests import ADDED, FRAMES_NEED, WATCH_NEEDS, options_of
 from vllm_dlm.options import Options
-from vllm_dlm.view.frames import KEY
-from vllm_dlm.view.hub import HUB, Request, texts_of
-from vllm_dlm.view.streams import CHANNEL, Channel, with_frames, with_trajectories
+from vllm_dlm.view.frames import FILLED, FRAME
+from vllm_dlm.view.hub import HUB
+from vllm_dlm.view.isolation import Isolated, error_message, isolated
+from vllm_dlm.view.observed import ObservedRequest
+from vllm_dlm.view.streams import CHANNEL, Channel, with_frames
 
-#: in a request's options: it tells of its steps
-TELLING = {"dlm_frames", "dlm_watch", "dlm_trajectory"}
+#: in a request's options: the engine reports its steps
+OBSERVED = {"dlm_frames", "dlm_watch", "dlm_trajectory"}
 #: in additional_config, as `--dlm-view` leaves it
 VIEW = "dlm_view"
 
 
-def tells(extra_args) -> bool:
-    return bool(extra_args) and not TELLING.isdisjoint(extra_args)
+def observed(extra_args) -> bool:
+    return bool(extra_args) and not OBSERVED.isdisjoint(extra_args)
 
 
 # -- an engine's outputs -------------------------------------------------------------------------
+
+
+class Trajectories(Isolated):
+    """The steps that filled the tokens of a request of `LLM`. It lives as long as vLLM's state of the request."""
+
+    def __init__(self, name: str, prompt: list[int]):
+        self.name, self.prompt = name, prompt
+        self.filled: dict[int, list[int]] = {}  # by choice
+
+    @property
+    def subject(self) -> str:
+        return f"request {self.name}"
+
+    @isolated
+    def take(self, index: int, message: bytes, tokenizer) -> None:
+        """There are no frames without a server: the engine's view of the request failed, and it logged why."""
+        self.fault = msgspec.msgpack.decode(message)["error"]
+
+    @isolated
+    def fill(self, index: int, steps: list[int] | str) -> None:
+        """`steps` that filled the next tokens of a choice, or why they are not known"""
+        if isinstance(steps, str):
+            self.fault = steps
+        else:
+            self.filled.setdefault(index, []).extend(steps)
+
+    @isolated
+    def found(self, completion) -> dict:
+        return {"trajectory": self.filled[completion.index][: len(completion.token_ids)]}
+
+    def deliver(self, output) -> None:
+        for completion in output.outputs:
+            if completion.finish_reason is not None and (self.fault or completion.index in self.filled):
+                completion.dlm = self.found(completion) or error_message(str(self.fault))
 
 
 def process_outputs(process):
     def process_without_messages(self, engine_core_outputs, *args, **kwargs):
         if not any(output.kv_transfer_params for output in engine_core_outputs):
             return process(self, engine_core_outputs, *args, **kwargs)
-        states, theirs = {}, []
+        theirs, offline = [], dict[int, Trajectories]()
         for output in engine_core_outputs:
-            message = (output.kv_transfer_params or {}).get(KEY)
-            if message is None:
+            params, state = output.kv_transfer_params or {}, self.request_states.get(output.request_id)
+            if FRAME not in params:
                 theirs.append(output)
+            if state is None or not (FRAME in params or FILLED in params):
                 continue
-            if (state := self.request_states.get(output.request_id)) is not None:
-                states[output.request_id] = state
-                take(self, state, message)
-            if "filled" in message:  # beside tokens
+            receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
+            if state.queue is None and (FILLED in params or receiver is None):
+                receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
+            if FILLED in params:
                 output.kv_transfer_params = None
-                theirs.append(output)
+            if receiver is not None and FRAME in params:
+                receiver.take(state.request_index, params[FRAME], self.tokenizer)
+            elif receiver is not None:
+                receiver.fill(state.request_index, params[FILLED])
         done = process(self, theirs, *args, **kwargs)
-        kept = {keeper(state).external_req_id: keeper(state) for state in states.values()}
-        for output in done.request_outputs:  # of `LLM`; those of servers have gone to `generate`
-            for completion in output.outputs if output.request_id in kept else ():
-                filled = vars(kept[output.request_id]).get("dlm_filled", {}).get(completion.index)
-                if completion.finish_reason is not None and filled is not None:
-                    completion.dlm = {"trajectory": filled[: len(completion.token_ids)]}
+        for output in done.request_outputs if offline else ():  # of `LLM`; those of servers have gone to `generate`
+            # The list is the request's own. Its external id may be another request's too.
+            if (found := offline.get(id(output.prompt_token_ids))) is not None:
+                found.deliver(output)
         return done
 
     return process_without_messages
@@ -65,85 +106,73 @@ def keeper(state):
     return state.parent_req or state
 
 
-def take(processor, state, message: dict) -> None:
-    if state.queue is None and "filled" in message:
-        filled = vars(keeper(state)).setdefault("dlm_filled", {})
-        filled.setdefault(state.request_index, []).extend(message["filled"])
-    else:
-        HUB.take(keeper(state).external_req_id, state.request_index, message, texts_of(processor.tokenizer))
+def trajectories_of(state) -> Trajectories:
+    kept = vars(keeper(state))
+    return kept.setdefault("dlm", Trajectories(keeper(state).request_id, state.prompt_token_ids))
 
 
 # -- requests ------------------------------------------------------------------------------------
 
 
-def process_inputs(process):
-    checked = requests.process_inputs(process)
+def assign_request_id(assign):
+    def assign_and_bind(request):
+        assign(request)
+        params = request.sampling_params
+        if params is not None and observed(params.extra_args) and (added := ADDED.get()):
+            added.pop().bind(request.request_id, request.prompt_token_ids)
 
-    def process_followed(self, request_id, prompt, params, *args, **kwargs):
-        request = checked(self, request_id, prompt, params, *args, **kwargs)
-        if tells(getattr(params, "extra_args", None)) and is_diffusion_lm(self.model_config):
-            if (telling := HUB.requests.get(request_id)) is None:
-                refuse_unseen(options_of(params, self), self, None)
-            else:
-                telling.prompt = request.prompt_token_ids
-        return request
-
-    return process_followed
+    return assign_and_bind
 
 
 def refuse_unseen(options: Options, processor, channel: Channel | None) -> None:
     if options.frames and (channel is None or not channel.stream):
-        refuse("dlm_frames", 1, "frames come with a streamed chat or completion of a server")
+        refuse("dlm_frames", 1, FRAMES_NEED)
     if options.watch and not (processor.vllm_config.additional_config or {}).get(VIEW):
-        refuse("dlm_watch", 1, "nobody could watch, the server has to be started with --dlm-view")
+        refuse("dlm_watch", 1, WATCH_NEEDS)
 
 
 def generate(generate_theirs):
     checked = requests.generate(generate_theirs)
 
-    def generate_and_tell(self, prompt, sampling_params, request_id, *args, **kwargs):
+    def generate_observed(self, prompt, sampling_params, request_id, *args, **kwargs):
         theirs = checked(self, prompt, sampling_params, request_id, *args, **kwargs)
-        if not tells(sampling_params.extra_args) or not is_diffusion_lm(self.model_config):
+        if not observed(sampling_params.extra_args) or not is_diffusion_lm(self.model_config):
             return theirs
         options, channel = options_of(sampling_params, self.input_processor), CHANNEL.get()
         refuse_unseen(options, self.input_processor, channel)
         if not (options.observed or options.trajectory):
             return theirs
-        if request_id in HUB.requests:
-            refuse("request_id", request_id, "another request of this name is being looked at")
-        served, choices = self.model_config.served_model_name, sampling_params.n
+        served = self.model_config.served_model_name
         model = served if isinstance(served, str) else served[0]
-        first = 0 if channel is None else channel.opened(choices)
-        own = channel.follower if channel and options.frames else None
-        request = Request(request_id, model, choices, options.watch, own, first)
-        return followed(theirs, request, sampling_params.output_kind, channel if options.trajectory else None, options)
+        request = ObservedRequest(request_id, model, sampling_params.n, options, channel)
+        HUB.admit(request, options.limits, running(self.output_processor))
+        outputs = followed(theirs, request, sampling_params.output_kind == RequestOutputKind.DELTA)
+        finalize(outputs, HUB.remove, [request]).atexit = False  # also if nobody iterates it
+        return outputs
 
-    return generate_and_tell
+    return generate_observed
 
 
-async def followed(theirs, request: Request, kind, channel: Channel | None, options: Options):
-    """Their outputs; meanwhile the request is known to those who follow."""
-    HUB.add(request)
-    tokens: Counter[int] = Counter()
+def running(processor):
+    return lambda name: name in processor.request_states or name in processor.parent_requests
+
+
+async def followed(theirs, request: ObservedRequest, deltas: bool):
+    """vLLM's outputs of a request; meanwhile it is in the hub."""
     try:
         async with aclosing(theirs):
-            async for output in theirs:
-                ended = []
-                for completion in output.outputs:
-                    canvas, count = request.canvases[completion.index], len(completion.token_ids)
-                    tokens[completion.index] = count + tokens[completion.index] * (kind == RequestOutputKind.DELTA)
-                    if completion.finish_reason is None:
-                        continue
-                    ended.append((canvas, completion.finish_reason, tokens[completion.index]))
-                    if options.trajectory:
-                        completion.dlm = {"trajectory": canvas.filled[: tokens[completion.index]]}
-                        if channel is not None:
-                            channel.trajectories[canvas.choice] = completion.dlm["trajectory"]
+            token = ADDED.set([request])
+            try:
+                output = await anext(theirs, None)  # adds the request to the engine
+            finally:
+                ADDED.reset(token)
+            while output is not None:
+                request.note(output, deltas)
                 yield output
-                for canvas, reason, count in ended:
-                    canvas.end(reason, count)
+                request.end_choices()
+                output = await anext(theirs, None)
     finally:
-        HUB.remove(request)
+        HUB.remove([request])
 
 
 # -- responses -----------------------------------------------------------------------------------
@@ -158,8 +187,8 @@ def create_chat_completion(create):
 
 
 def _create(create, kind: str, empty: dict):
-    async def create_and_tell(self, request, raw_request=None):
-        if not tells(request.vllm_xargs) or not is_diffusion_lm(self.model_config):
+    async def create_observed(self, request, raw_request=None):
+        if not observed(request.vllm_xargs) or not is_diffusion_lm(self.model_config):
             return await create(self, request, raw_request)
         channel = Channel(bool(request.stream), kind, empty, self.models.model_name())
         token = CHANNEL.set(channel)
@@ -167,9 +196,12 @@ def _create(create, kind: str, empty: dict):
             response = await create(self, request, raw_request)
         finally:
             CHANNEL.reset(token)
-        channel.name = getattr(getattr(raw_request.state, "request_metadata", None), "request_id", None)
         if not channel.choices:
             return response
-        return with_frames(response, channel) if channel.stream else with_trajectories(response, channel)
+        if not channel.stream:
+            return channel.with_trajectories(response)
+        metadata = getattr(getattr(raw_request, "state", None), "request_metadata", None)
+        channel.name = getattr(metadata, "request_id", None)
+        return with_frames(response, channel)
 
-    return create_and_tell
+    return create_observed

@@ -1,116 +1,258 @@
-"""A frame: what one step, or several, did to a canvas, as differences. Plain data that JSON and msgpack can carry.
+"""Frames: what one step, or several, did to a canvas, as differences. docs/view.md describes their fields.
 
-Frames add up: `merged(a, b)` says what both did, in one frame, so whoever is slow is told the same in fewer words.
-Positions count from the first one of the answer. Fields are described in docs/view.md.
+The scheduler and the front-end each keep a `History` of a canvas, with sums over its steps. A reader remembers the
+`Moment` up to which it has read. The history makes one frame of all that came after, when the reader asks for it:
+readers that do not read cost nothing, and readers at the same moment share a frame.
+
+Positions count from the first one of the prompt here, and from the first one of the answer in JSON.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-Frame = dict[str, Any]
-#: [first, last, share], ascending, without those of share 0
-Runs = list[list]
-
-#: of an engine's output, where its kv_transfer_params have what it tells of steps
-KEY = "vllm_dlm"
+#: keys of an engine output's kv_transfer_params: a frame, in an output of its own, and the steps of its tokens
+FRAME, FILLED = "vllm_dlm_frame", "vllm_dlm_filled"
 #: seconds between two frames of a request, at least
 INTERVAL = 0.03
+#: entries that are written to JSON at once: the event loop runs in between
+SLICE = 512
+#: numbers of a frame that are sums over its steps
+SUMS = ("steps", "ms", "live", "recomputed", "dense", "read", "of")
 #: what happened to a position; none is in two of them
 CHANGES = ("set", "unset", "edited")
+#: tokens other than the proposed one that a guess names, at most
+OTHERS = 3
 
 
-def merged(first: Frame, then: Frame) -> Frame:
-    """Both in one. What comes first must have come first."""
-    weight = first["steps"] / (first["steps"] + then["steps"])
-    return {
-        "step": then["step"],
-        "steps": first["steps"] + then["steps"],
-        "ms": round(first["ms"] + then["ms"], 3),
-        "requests": then["requests"],
-        "block": then["block"],
-        **changes(first, then),
-        "guesses": then["guesses"],
-        "rows": _sums(first["rows"], then["rows"]),
-        "keys": _sums(first["keys"], then["keys"]),
-        "heat": {name: averaged(first["heat"][name], then["heat"][name], weight) for name in then["heat"]},
-    }
+@dataclass
+class Guesses:
+    """Masks that the last step read, C of them, and the most probable tokens there."""
+
+    at: np.ndarray  # [C]
+    token: np.ndarray  # [C] that the decoding proposed
+    p: np.ndarray  # [C]
+    likely: np.ndarray  # [n, C] tokens, the most probable ones
+    shares: np.ndarray  # [n, C] how probable they are
+
+    @classmethod
+    def build(cls, at: np.ndarray, token: np.ndarray, p: np.ndarray, best: np.ndarray | None) -> "Guesses":
+        """`best` [2, n, C]: likely tokens and their probabilities, if they are known"""
+        likely, shares = np.zeros((2, 0, len(at))) if best is None else best
+        short = np.int32, np.int32, np.float32, np.int32, np.float32
+        return cls(*(x.astype(dtype) for x, dtype in zip((at, token, p, likely, shares), short, strict=True)))
+
+    def entries(self, part: slice, prompt: int, text: dict[int, str]) -> list[list]:
+        """[position, text, probability, others]"""
+        others: list[list] = [[] for _ in range(len(self.at[part]))]
+        likely, shares = self.likely[:, part].T, self.shares[:, part].T  # [C, n]
+        chosen = (likely != self.token[part, None]) & (shares > 0)
+        chosen &= chosen.cumsum(1) <= OTHERS
+        found = chosen.nonzero()[0].tolist(), likely[chosen].tolist(), shares[chosen].tolist()
+        for row, token, share in zip(*found, strict=True):
+            others[row].append([text[token], number(share)])
+        columns = (self.at[part] - prompt).tolist(), self.token[part].tolist(), self.p[part].tolist()
+        return [
+            [at, text[token], number(p), other]
+            for (at, token, p), other in zip(zip(*columns, strict=True), others, strict=True)
+        ]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.unique(np.concatenate([self.token, self.likely.ravel()]))
 
 
-def changes(first: Frame, then: Frame) -> dict[str, list]:
-    """What is left of the changes of both: a position that was filled and taken back is as it was before."""
-    was_filled: dict[int, bool] = {}  # before both
-    last: dict[int, tuple[str, list]] = {}
-    for frame in (first, then):
-        for kind in CHANGES:
-            for entry in frame[kind]:
-                was_filled.setdefault(entry[0], kind != "set")
-                last[entry[0]] = kind, entry
-    found: dict[str, list] = {kind: [] for kind in CHANGES}
-    for position in sorted(last):
-        kind, entry = last[position]
-        if kind == "unset":
-            if was_filled[position]:
-                found["unset"].append(entry)
-        else:
-            found["edited" if was_filled[position] else "set"].append(entry)
-    return found
+NO_GUESSES = Guesses.build(np.zeros(0), np.zeros(0), np.zeros(0), None)
 
 
-def _sums(first: dict[str, int], then: dict[str, int]) -> dict[str, int]:
-    return {name: first[name] + then[name] for name in then}
+@dataclass
+class Frame:
+    """What happened to a canvas of N positions between two moments; A positions changed."""
+
+    step: int  # the last one
+    requests: int
+    block: int
+    at: np.ndarray  # [A]
+    was: np.ndarray  # [A] filled before
+    filled: np.ndarray  # [A] filled now
+    token: np.ndarray  # [A]
+    p: np.ndarray  # [A]
+    changed_in: np.ndarray  # [A] the step
+    sums: np.ndarray  # see SUMS
+    shares: np.ndarray  # [2, N] of rows and of pages, summed over the steps
+    guesses: Guesses = field(default_factory=lambda: NO_GUESSES)
+
+    def head(self, prompt: int) -> dict[str, Any]:
+        """As JSON has it, without the parts that carry text"""
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        mean = self.shares / max(sums["steps"], 1)
+        taken = self.was & ~self.filled
+        return {
+            "step": self.step,
+            "steps": int(sums["steps"]),
+            "ms": round(sums["ms"], 3),
+            "requests": self.requests,
+            "block": self.block,
+            "unset": np.stack([self.at[taken] - prompt, self.changed_in[taken]], 1).tolist(),
+            "rows": {name: int(sums[name]) for name in ("live", "recomputed", "dense")},
+            "keys": {name: int(sums[name]) for name in ("read", "of")},
+            "heat": {name: runs(mean[row], -prompt) for row, name in enumerate(("rows", "pages"))},
+        }
+
+    def written(self, kind: str) -> np.ndarray:
+        """Entries of `set` or `edited`"""
+        return np.flatnonzero(self.filled & (self.was if kind == "edited" else ~self.was))
+
+    def entries(self, which: np.ndarray, prompt: int, text: dict[int, str]) -> list[list]:
+        """[position, token, text, probability, step]"""
+        columns = (self.at[which] - prompt, self.token[which], self.p[which], self.changed_in[which])
+        return [
+            [at, token, text[token], number(p), step]
+            for at, token, p, step in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of which the text is needed"""
+        return np.union1d(self.token[self.filled], self.guesses.tokens).tolist()
+
+    # -- between processes -----------------------------------------------------------------
+
+    def pack(self) -> bytes:
+        """Shares are run-length encoded: most neighbours have equal ones."""
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        del arrays["shares"]
+        turns = [np.flatnonzero(np.diff(row, prepend=np.nan)) for row in self.shares]
+        arrays |= {f"turns{row}": at for row, at in enumerate(turns)}
+        arrays |= {f"values{row}": self.shares[row][at] for row, at in enumerate(turns)}
+        arrays |= {f"guesses.{name}": value for name, value in vars(self.guesses).items()}
+        return msgspec.msgpack.encode({
+            "numbers": (self.step, self.requests, self.block, self.shares.shape[1]),
+            "arrays": {name: (value.dtype.str, value.shape, value.tobytes()) for name, value in arrays.items()},
+        })  # fmt: skip
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Frame":
+        message = msgspec.msgpack.decode(data)
+        step, requests, block, length = message["numbers"]
+        arrays = {
+            name: np.frombuffer(content, dtype).reshape(shape)
+            for name, (dtype, shape, content) in message["arrays"].items()
+        }
+        shares = np.zeros((2, length))
+        for row in range(2):
+            turns, values = arrays.pop(f"turns{row}"), arrays.pop(f"values{row}")
+            shares[row] = np.repeat(values, np.diff(turns, append=length)) if length else 0
+        names = [name for name in arrays if name.startswith("guesses.")]
+        guesses = Guesses(**{name.removeprefix("guesses."): arrays.pop(name) for name in names})
+        return cls(step, requests, block, shares=shares, guesses=guesses, **arrays)
 
 
-# -- shares of positions -------------------------------------------------------------------------
+class Moment(NamedTuple):
+    """What a reader has to remember to be given only what is new"""
+
+    number: int  # frames before it
+    filled: np.ndarray  # [N]
+    sums: np.ndarray
+    shares: np.ndarray  # [2, N]
 
 
-def runs(shares: np.ndarray, start: int = 0) -> Runs:
-    """Of the positions from `start` on -> runs of equal share"""
+class History:
+    """A canvas of N positions as its frames describe it."""
+
+    def __init__(self, filled: np.ndarray):
+        """`filled` [N]: positions that were not masked at first"""
+        length = len(filled)
+        self.count = 0
+        self.filled = filled.copy()
+        self.token, self.changed_in, self.changed = (np.zeros(length, np.int64) for _ in range(3))
+        self.p = np.full(length, np.nan)
+        self.sums, self.shares = np.zeros(len(SUMS)), np.zeros((2, length))
+        self.last: Frame | None = None
+        self._now: Moment | None = None
+
+    def add(self, frame: Frame) -> None:
+        self.count += 1
+        at = frame.at
+        self.changed[at] = self.count
+        for name in ("filled", "token", "p", "changed_in"):
+            getattr(self, name)[at] = getattr(frame, name)
+        self.sums += frame.sums
+        self.shares += frame.shares
+        self.last, self._now = frame, None
+
+    def now(self) -> Moment:
+        if self._now is None:
+            self._now = Moment(self.count, self.filled.copy(), self.sums.copy(), self.shares.copy())
+        return self._now
+
+    def since(self, moment: Moment) -> Frame:
+        """All that came after, as one frame. A position that was filled and masked again is not in it."""
+        assert self.last is not None, "nothing came yet"
+        at = np.flatnonzero(self.changed > moment.number)
+        at = at[moment.filled[at] | self.filled[at]]
+        return Frame(
+            self.last.step, self.last.requests, self.last.block,
+            at, moment.filled[at], self.filled[at], self.token[at], self.p[at], self.changed_in[at],
+            self.sums - moment.sums, self.shares - moment.shares, self.last.guesses,
+        )  # fmt: skip
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+
+def number(value: float) -> float | None:
+    """As JSON can say it"""
+    return round(value, 4) if -np.inf < value < np.inf else None
+
+
+def runs(shares: np.ndarray, start: int = 0) -> list[list]:
+    """Positions from `start` on -> [first, last, share] of runs of equal share, without those of share 0"""
     shares = np.round(shares, 4)
     if not len(shares):
         return []
-    ends = [*(np.flatnonzero(np.diff(shares)) + 1).tolist(), len(shares)]
-    begins = [0, *ends[:-1]]
-    return [
-        [start + begin, start + end - 1, float(shares[begin])]
-        for begin, end in zip(begins, ends, strict=True)
-        if shares[begin] > 0
-    ]
+    begins = np.flatnonzero(np.diff(shares, prepend=np.nan))
+    ends = np.append(begins[1:], len(shares)) - 1
+    kept = shares[begins] > 0
+    columns = begins[kept] + start, ends[kept] + start, shares[begins[kept]]
+    return [list(entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def averaged(first: Runs, then: Runs, weight: float) -> Runs:
-    """The mean share of each position; `weight` of the first"""
-    if first == then:
-        return then
-    start = min(run[0] for run in first + then)
-    shares = np.zeros(max(run[1] for run in first + then) + 1 - start)
-    for part, share in ((first, weight), (then, 1 - weight)):
-        for begin, end, value in part:
-            shares[begin - start : end + 1 - start] += share * value
-    return runs(shares, start)
+def json_slices(frame: Frame, prompt: int, text: dict[int, str]) -> Iterator[bytes]:
+    """A frame as JSON, in pieces that each take little time to make."""
+    yield msgspec.json.encode(frame.head(prompt))[:-1]
+    for kind in ("set", "edited"):
+        which = frame.written(kind)
+        yield b',"%s":[' % kind.encode()
+        for start in range(0, len(which), SLICE):
+            yield json_entries(frame.entries(which[start : start + SLICE], prompt, text), first=not start)
+        yield b"]"
+    yield b',"guesses":['
+    for start in range(0, len(frame.guesses.at), SLICE):
+        part = slice(start, start + SLICE)
+        yield json_entries(frame.guesses.entries(part, prompt, text), first=not start)
+    yield b"]}"
 
 
-# -- what the frames have told -------------------------------------------------------------------
+def json_entries(entries: list, first: bool) -> bytes:
+    """A piece of a JSON list, between its brackets"""
+    return (b"" if first else b",") + msgspec.json.encode(entries)[1:-1]
 
 
 class Replay:
-    """A canvas as its frames tell it, for those who come later and for a terminal."""
+    """A canvas as the frames of a stream describe it, in JSON's terms: for terminals and tests."""
 
     def __init__(self, canvas: int):
         self.canvas = canvas
         self.filled: dict[int, list] = {}  # position -> its entry of `set` or `edited`
-        self.last: Frame | None = None
+        self.last: dict[str, Any] | None = None
 
-    def apply(self, frame: Frame) -> None:
+    def apply(self, frame: dict[str, Any]) -> None:
         for entry in frame["set"] + frame["edited"]:
             self.filled[entry[0]] = entry
         for position, _ in frame["unset"]:
             self.filled.pop(position, None)
         self.last = frame
-
-    @property
-    def so_far(self) -> Frame | None:
-        """One frame that tells it all: the last one, with everything that stands as `set`"""
-        if self.last is None:
-            return None
-        return self.last | {"set": [self.filled[at] for at in sorted(self.filled)], "unset": [], "edited": []}

@@ -1,212 +1,193 @@
-"""The front-end's side: who follows which request, and what they have not been told yet.
+"""The hub of the live view in the front-end: admitted requests, and the connections that follow them.
 
-An engine's messages (traces.py) come to `Hub.take`; frames get their text there and go to everybody who follows. A
-follower who does not keep up has one frame waiting, with all of them merged, and holds nobody up. All of it runs in
-the thread of the server's event loop.
+Requests are known by vLLM's internal id. A client may give several requests the same X-Request-Id, at the same time
+and with different numbers of choices; internal ids are unique.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
 
-from vllm_dlm.view.frames import INTERVAL, Frame, Replay, merged
+from vllm.exceptions import GracefulHTTPError
 
-#: of a longer prompt the text is not told
-LONGEST_PROMPT = 8192
-Text = Callable[[int], str]
+from vllm_dlm.client_cache import ClientCache
+from vllm_dlm.integration.refusal import refuse
+from vllm_dlm.limits import Limits
+from vllm_dlm.view.frames import INTERVAL
+from vllm_dlm.view.observed import Canvas, Cursor, ObservedRequest
+
+#: positions of canvases that are sent every INTERVAL seconds, all followers together: with more, frames are rarer
+POSITIONS = 4096
+#: seconds after which a follower with unread frames may be dropped in favour of another
+PATIENCE = 60.0
+
+
+class TooManyOnlookers(GracefulHTTPError):
+    """HTTP 503: another client's request or connection has to end first."""
+
+    def __init__(self, message: str):
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Follower:
-    """Somebody who is told what happens to some canvases: a stream's own client, or one who watches."""
+    """A connection that reads frames of some canvases. It costs nothing until it reads."""
 
     def __init__(self) -> None:
-        self.begins: list[dict] = []
-        self.waiting: dict[int, Frame] = {}  # of each choice
-        self.ends: list[dict] = []
+        self.cursors: dict[Canvas, Cursor] = {}
         self.ready = asyncio.Event()
-        self.told = 0.0
+        self.dropped = False
+        self.read_at = 0.0
+        self.unread_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, message: dict) -> None:
-        self.begins.append(message)
-        self._later()
+    @property
+    def positions(self) -> int:
+        return sum(canvas.length for canvas in self.cursors)
 
-    def frame(self, choice: int, frame: Frame) -> None:
-        self.waiting[choice] = merged(self.waiting[choice], frame) if choice in self.waiting else frame
-        self._later()
+    @property
+    def stale(self) -> bool:
+        return self.unread_since is not None and time.monotonic() - self.unread_since > PATIENCE
 
-    def end(self, message: dict) -> None:
-        self.ends.append(message)
-        self.close()
+    def follow(self, canvas: Canvas) -> None:
+        """What was so far comes in one frame."""
+        self.cursors[canvas] = Cursor()
+        if canvas.final is None:
+            canvas.followers.append(self)
+        if canvas.begin is not None or canvas.final is not None:
+            self.notify()
 
-    def close(self) -> None:
-        """Nothing waits for its time any more."""
+    def notify(self, at_once: bool = False) -> None:
+        """Something can be read: at once, or a while after the last time."""
+        if self.unread_since is None:
+            self.unread_since = time.monotonic()
+        if self.ready.is_set() or (self._timer is not None and not at_once):
+            return
+        left = self.read_at + HUB.interval() - time.monotonic()
+        if at_once or left <= 0:
+            self._be_ready()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(left, self._be_ready)
+
+    def _be_ready(self) -> None:
+        self._cancel_timer()
+        self.ready.set()
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.ready.set()
 
-    def _later(self) -> None:
-        """Ready, but not sooner than a while after the last time."""
-        if self.ready.is_set() or self._timer is not None:
-            return
-        left = self.told + INTERVAL - time.monotonic()
-        if left <= 0:
-            self.ready.set()
-        else:
-            self._timer = asyncio.get_running_loop().call_later(left, self.close)
-
-    def take(self) -> list[tuple[int, dict]]:
-        """(choice, what is new), in order"""
-        found = [(begin.pop("choice"), begin) for begin in self.begins]
-        found += sorted(self.waiting.items())
-        found += [(end.pop("choice"), end) for end in self.ends]
-        self.begins, self.waiting, self.ends = [], {}, []
-        self.told = time.monotonic()
+    async def take(self) -> list[tuple[int, bytes]]:
+        """(choice, JSON of a message), in order"""
         self.ready.clear()
+        self.unread_since = None
+        HUB.followers.get(self)  # it reads: others are dropped first
+        found = []
+        for canvas, cursor in list(self.cursors.items()):
+            while (message := await canvas.next(cursor)) is not None:
+                found.append((canvas.choice, message))
+            if canvas.final is not None:
+                found.append((canvas.choice, canvas.final))
+                self.cursors.pop(canvas, None)
+        self.read_at = time.monotonic()
         return found
 
+    def drop(self) -> None:
+        """Ends what it follows: it does not read, and others wait."""
+        self.dropped = True
+        self.close()
+        self.ready.set()
 
-class Followed:
-    """One canvas: a choice of a request."""
-
-    def __init__(self, request: "Request", index: int):
-        self.request, self.index = request, index
-        self.started = time.monotonic()
-        self.begin: dict[str, Any] | None = None
-        self.replay = Replay(0)
-        self.followers: list[Follower] = []
-        self.filled: list[int] = []  # the step of each delivered token
-
-    @property
-    def choice(self) -> int:
-        """Of the response"""
-        return self.request.first_choice + self.index
-
-    @property
-    def name(self) -> str:
-        return self.request.name if self.request.choices == 1 else f"{self.request.name}.{self.index}"
-
-    def take(self, message: dict, text: Text) -> None:
-        if "filled" in message:
-            self.filled += message["filled"]
-        elif "begin" in message:
-            self._begins(message["begin"], text)
-        elif "frame" in message:
-            frame = told(message["frame"], text)
-            self.replay.apply(frame)
-            for follower in self.followers:
-                follower.frame(self.choice, frame)
-
-    def _begins(self, begin: dict, text: Text) -> None:
-        prompt = self.request.prompt
-        given = [[position, token, text(token)] for position, token in begin["given"]]
-        texts = [[text(token)] for token in prompt] if len(prompt) <= LONGEST_PROMPT else None
-        named = {"request": self.name, "model": self.request.model, "prompt_tokens": len(prompt)}
-        self.begin = named | begin | {"prompt": texts, "given": given}
-        for follower in self.followers:
-            follower.begin({"begin": self.begin, "choice": self.choice})
-
-    def follow(self, follower: Follower) -> None:
-        """From now on, and in one frame what was before."""
-        self.followers.append(follower)
-        if self.begin is not None:
-            follower.begin({"begin": self.begin, "choice": self.choice})
-        if (so_far := self.replay.so_far) is not None:
-            follower.frame(self.choice, so_far)
-
-    def end(self, reason: str | None, tokens: int) -> None:
-        last = self.replay.last
-        for follower in self.followers:
-            follower.end({
-                "end": {
-                    "steps": last["step"] if last else 0,
-                    "seconds": round(time.monotonic() - self.started, 3),
-                    "tokens": tokens,
-                    "finish_reason": reason,
-                },
-                "choice": self.choice,
-            })  # fmt: skip
-        self.followers = []
-
-    def listed(self) -> dict[str, Any]:
-        """As /dlm/requests has it"""
-        begin = self.begin or {}
-        return {
-            "request": self.name,
-            "prompt_tokens": len(self.request.prompt),
-            **{field: begin.get(field) for field in ("canvas", "reuse", "selection")},
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
-
-
-class Request:
-    """One that tells of its steps, while it runs."""
-
-    def __init__(self, name: str, model: str, choices: int, watched: bool, own: Follower | None, first_choice: int):
-        self.name, self.model, self.choices, self.watched = name, model, choices, watched
-        self.first_choice = first_choice
-        self.prompt: list[int] = []
-        self.canvases = [Followed(self, index) for index in range(choices)]
-        if own is not None:
-            for canvas in self.canvases:
-                canvas.follow(own)
+    def close(self) -> None:
+        self._cancel_timer()
+        for canvas in self.cursors:
+            if self in canvas.followers:
+                canvas.followers.remove(self)
+        self.cursors.clear()
+        HUB.followers.pop(self)
 
 
 class Hub:
     def __init__(self) -> None:
-        self.requests: dict[str, Request] = {}  # by the name their client knows
+        self.admitted: set[ObservedRequest] = set()
+        self.requests: dict[str, ObservedRequest] = {}  # of those, the ones with an id
+        self.followers: ClientCache[Follower, Follower] = ClientCache("followers", lambda follower: follower.drop())
 
     def __bool__(self) -> bool:
-        return bool(self.requests)
+        return bool(self.admitted)
 
-    def add(self, request: Request) -> None:
+    def interval(self) -> float:
+        """Seconds between two frames for the same follower"""
+        return INTERVAL * max(1.0, sum(follower.positions for follower in self.followers.values()) / POSITIONS)
+
+    # -- bounds ----------------------------------------------------------------------------
+
+    def admit(
+        self, request: ObservedRequest, limits: Limits, running: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        """`running`: whether vLLM still knows a request. A client that does not read keeps its request from ending
+        here."""
+        if request.options.observed:
+            if request.choices > limits.observed:
+                refuse("n", request.choices, f"this server shows {limits.observed} choices (limits.observed)")
+            if self._observed() + request.choices > limits.observed:
+                self.remove([each for name, each in self.requests.items() if not running(name)])
+            if self._observed() + request.choices > limits.observed:
+                raise TooManyOnlookers(
+                    f"dlm_frames, dlm_watch: {limits.observed} choices are observed, the limit of this server "
+                    "(--dlm-config limits.observed); try again later or leave the option out"
+                )
+        if request.own is not None:
+            self.admit_follower(request.own, limits)
+        self.admitted.add(request)
+        request.hub = self
+
+    def _observed(self) -> int:
+        return sum(each.choices for each in self.admitted if each.options.observed)
+
+    def admit_follower(self, follower: Follower, limits: Limits) -> None:
+        """When all places are taken, a follower that has not read for PATIENCE seconds makes room."""
+        if follower in self.followers:
+            return
+        self.followers.bound = limits.followers
+        if len(self.followers) >= limits.followers:
+            stale = next((each for each in self.followers.values() if each.stale), None)
+            if stale is None:
+                raise TooManyOnlookers(
+                    f"{limits.followers} connections follow requests, the limit of this server "
+                    "(--dlm-config limits.followers); try again later"
+                )
+            self.followers.evict(stale)
+        self.followers.put(follower, follower)
+
+    # -- requests --------------------------------------------------------------------------
+
+    def bind(self, request: ObservedRequest) -> None:
+        if request.name in self.requests:  # VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
+            raise ValueError(f"another request with the internal id {request.name!r} is running")
         self.requests[request.name] = request
 
-    def remove(self, request: Request) -> None:
-        """It has ended, however it did."""
-        if self.requests.get(request.name) is request:
-            del self.requests[request.name]
-        for canvas in request.canvases:
-            canvas.end("abort", len(canvas.filled))
+    def remove(self, requests: Iterable[ObservedRequest]) -> None:
+        """They have ended, however they did."""
+        for request in requests:
+            self.admitted.discard(request)
+            if self.requests.get(request.name) is request:
+                del self.requests[request.name]
+            request.end()
+            if request.own is not None and not any(each.own is request.own for each in self.admitted):
+                self.followers.pop(request.own)
 
-    def take(self, name: str, index: int, message: dict, text: Text) -> None:
-        """A message of an engine about a choice of a request"""
-        if request := self.requests.get(name):  # else whoever wanted to know is gone
-            request.canvases[index].take(message, text)
-
-    def watched(self) -> Iterator[Followed]:
+    def watched(self) -> Iterator[Canvas]:
         for request in self.requests.values():
-            if request.watched:
+            if request.options.watch:
                 yield from request.canvases
 
-    def find(self, name: str) -> Followed | None:
-        return next((canvas for canvas in self.watched() if canvas.name == name), None)
+    def find(self, name: str, choice: int) -> Canvas | None:
+        request = self.requests.get(name)
+        if request is None or not request.options.watch or not 0 <= choice < request.choices:
+            return None
+        return request.canvases[choice]
 
 
 HUB = Hub()
-
-
-def told(frame: Frame, text: Text) -> Frame:
-    """With the text of its tokens"""
-    with_text = {
-        kind: [[at, token, text(token), *rest] for at, token, *rest in frame[kind]] for kind in ("set", "edited")
-    }
-    guesses = [
-        [position, text(token), p, [[text(other), q] for other, q in others]]
-        for position, token, p, others in frame["guesses"]
-    ]
-    return frame | with_text | {"guesses": guesses}
-
-
-@lru_cache(maxsize=4)
-def texts_of(tokenizer) -> Text:
-    """What single tokens of a tokenizer look like"""
-
-    @lru_cache(maxsize=1 << 16)
-    def text(token: int) -> str:
-        return "" if tokenizer is None else tokenizer.decode([token])
-
-    return text

@@ -82,6 +82,7 @@ async function ask(body, signal, told) {
   for await (const chunk of events(answer)) {
     if (chunk.error) throw new Refused(chunk.error.message || "The server broke off.");
     for (const frame of [chunk.dlm ?? []].flat()) {
+      if (frame.error) throw new Refused(frame.error.message);
       frames += 1;
       told(frame);
     }
@@ -89,9 +90,9 @@ async function ask(body, signal, told) {
   if (!frames) throw new Refused("The server sent no frames: is it one of vllm_dlm with a diffusion model, started with --dlm-view?");
 }
 
-/** Follows a request of somebody else's. */
-async function watch(request, signal, told) {
-  const answer = await send(`dlm/watch/${encodeURIComponent(request)}`, null, signal);
+/** Follows one choice of another client's request. */
+async function watch({ request, choice }, signal, told) {
+  const answer = await send(`dlm/watch/${encodeURIComponent(request)}?choice=${choice ?? 0}`, null, signal);
   for await (const frame of events(answer)) {
     if (frame.error) throw new Refused(frame.error.message || "The server broke off.");
     told(frame);

@@ -108,13 +108,14 @@ async function lookForWatched() {
   list.replaceChildren();
   if (!requests.length) make(list, "li", "note", "None runs now.");
   for (const one of requests) {
-    const facts = [`${one.canvas} positions`, one.reuse, one.selection].filter((fact) => fact && fact !== "none");
+    const choice = requests.filter((other) => other.request === one.request).length > 1 && `choice ${one.choice}`;
+    const facts = [choice, `${one.canvas} positions`, one.reuse, one.selection].filter((fact) => fact && fact !== "none");
     const item = make(list, "li");
     const button = make(item, "button", "", "Watch", { type: "button", "aria-label": `Watch ${one.request}` });
     make(item, "code", "", one.request);
     make(item, "span", "note", facts.join(" · "));
     button.addEventListener("click", () =>
-      follow({ prompt: "", runs: [newRun("", {})] }, (run, signal, told) => watch(one.request, signal, told)));
+      follow({ prompt: "", runs: [newRun("", {})] }, (run, signal, told) => watch(one, signal, told)));
   }
 }
 

@@ -1,25 +1,31 @@
-"""Routes of a server that was started with `--dlm-view`: the page, which requests may be watched, and one of them.
+"""Routes of a server that was started with `--dlm-view`: the page, the requests that may be watched, and one of them.
 
-The page is a file without data and open to all; the others want a key of `--api-key` where there is one, as vLLM's
+The page is a file without data and open to all. The others need a key of `--api-key` if the server has one, as vLLM's
 routes under /v1 do. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py,
 plugins/endpoint_plugins/interface.py.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import finalize
 
+import msgspec
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
-from vllm_dlm.view.hub import HUB, Followed, Follower
+from vllm_dlm.shown import shown
+from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers
+from vllm_dlm.view.isolation import error_message
 from vllm_dlm.view.offers import offers
-from vllm_dlm.view.page import page
+from vllm_dlm.view.page import headers, page
+from vllm_dlm.view.streams import DROPPED
+
+NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 
 
 class ViewPlugin:
@@ -44,41 +50,62 @@ def router_of(args) -> APIRouter:
 
     router = APIRouter()
     router.add_api_route("/dlm", show_page, methods=["GET"], response_class=HTMLResponse)
-    guarded_routes = ("/dlm/options", list_offers), ("/dlm/requests", list_requests), ("/dlm/watch/{request}", watch)
+    guarded_routes = ("/dlm/options", list_offers), ("/dlm/requests", list_requests), ("/dlm/watch/{name:path}", watch)
     for path, answer in guarded_routes:
         router.add_api_route(path, answer, methods=["GET"], dependencies=[Depends(guarded)])
     return router
 
 
-async def show_page() -> str:
-    return page()
+async def show_page() -> HTMLResponse:
+    return HTMLResponse(page(), headers=headers())
 
 
-async def list_offers(request: Request) -> dict:
-    config = request.app.state.engine_client.vllm_config
-    return offers(resolved_options(config)) if is_diffusion_lm(config.model_config) else {}
+async def list_offers(request: Request) -> Response:
+    """A server's options do not change: they are made once."""
+    state = request.app.state
+    if not hasattr(state, "dlm_offers"):
+        config = state.engine_client.vllm_config
+        found = offers(resolved_options(config)) if is_diffusion_lm(config.model_config) else {}
+        state.dlm_offers = msgspec.json.encode(found)
+    return Response(state.dlm_offers, media_type="application/json", headers=NO_SNIFFING)
 
 
-async def list_requests() -> list[dict]:
-    return [canvas.listed() for canvas in HUB.watched()]
+async def list_requests() -> Response:
+    listed = msgspec.json.encode([canvas.listed() for canvas in HUB.watched()])
+    return Response(listed, media_type="application/json", headers=NO_SNIFFING)
 
 
-async def watch(request: str) -> StreamingResponse:
-    if (canvas := HUB.find(request)) is None:
-        raise HTTPException(404, f"no request {request[:100]!r} that may be watched is running: it needs dlm_watch 1")
+async def watch(name: str, choice: int = 0) -> StreamingResponse:
+    if (canvas := HUB.find(name, choice)) is None:
+        raise HTTPException(
+            404, f"request {shown(name)}, choice {choice}: no such request that may be watched (dlm_watch 1) is running"
+        )
     follower = Follower()
-    canvas.follow(follower)
-    return StreamingResponse(events(canvas, follower), media_type="text/event-stream")
-
-
-async def events(canvas: Followed, follower: Follower) -> AsyncGenerator[str, None]:
     try:
-        while True:
-            await follower.ready.wait()
-            for _, message in follower.take():
-                yield f"data: {json.dumps(message)}\n\n"
-                if "end" in message:
-                    return
-    finally:
-        if follower in canvas.followers:
-            canvas.followers.remove(follower)
+        HUB.admit_follower(follower, canvas.request.options.limits)
+    except TooManyOnlookers as error:
+        raise HTTPException(error.http_status, error.message) from None
+    follower.follow(canvas)
+    events = Events(follower)
+    return StreamingResponse(events, media_type="text/event-stream", headers=NO_SNIFFING)
+
+
+class Events:
+    """Server-sent events of what a follower reads. The follower's place is free again when this object goes, even if
+    the client left before the first event."""
+
+    def __init__(self, follower: Follower):
+        self.follower = follower
+        finalize(self, follower.close).atexit = False
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        follower = self.follower
+        try:
+            while follower.cursors:
+                await follower.ready.wait()
+                for _, message in await follower.take():
+                    yield b"data: %s\n\n" % message
+            if follower.dropped:
+                yield b"data: %s\n\n" % msgspec.json.encode(error_message(DROPPED))
+        finally:
+            follower.close()

@@ -1,6 +1,7 @@
 """One canvas in a terminal: masks, grey guesses, tokens coloured by the step that filled them, and a line of numbers.
 
-Without a terminal lines instead of a picture, and nothing but text in them.
+If the output is not a terminal, lines of plain text instead of a picture. Everything a server sends goes through
+`printable` before it is shown.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from vllm_dlm.view.frames import Frame, Replay
+from vllm_dlm.shown import printable
+from vllm_dlm.view.frames import Replay
 
 MASK, SPECIAL = "░", "∙"
 #: of the steps, in turn
@@ -28,6 +30,7 @@ class Screen:
         self.replay = Replay(0)
         self.sums = {"recomputed": 0, "dense": 0, "read": 0, "of": 0}
         self.end: dict | None = None
+        self.fault: str | None = None  # why there are no more frames
         self._shown = 0.0
 
     def take(self, message: dict) -> None:
@@ -39,10 +42,12 @@ class Screen:
         elif "end" in message:
             self.end = message["end"]
             self._print(self.canvas().plain, self.numbers)
+        elif "error" in message:
+            self.fault = printable(str(message["error"].get("message")), keep="")
         elif "step" in message:
             self._frame(message)
 
-    def _frame(self, frame: Frame) -> None:
+    def _frame(self, frame: dict) -> None:
         self.replay.apply(frame)
         for part in ("rows", "keys"):
             for name, value in frame[part].items():
@@ -56,7 +61,7 @@ class Screen:
     def _print(self, *lines: str) -> None:
         if not self.console.is_terminal:
             for line in lines:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -71,7 +76,7 @@ class Screen:
     @property
     def title(self) -> str:
         named = (f"{kind} {self.begin[kind]}" for kind in ("decoding", "reuse", "selection", "extent"))
-        return f"{self.begin['model']}, {self.begin['canvas']} positions, {', '.join(named)}"
+        return printable(f"{self.begin['model']}, {self.begin['canvas']} positions, {', '.join(named)}", keep="")
 
     def picture(self) -> Group:
         if not self.begin:
@@ -113,4 +118,4 @@ class Screen:
 def shown(text: str) -> str:
     if text.startswith("<|") and text.endswith("|>"):
         return SPECIAL
-    return text.replace("\n", "↵") or "?"
+    return printable(text.replace("\n", "↵"), keep="") or "?"

@@ -8,13 +8,17 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
+import msgspec
+
 from vllm_dlm.view.hub import Follower
+from vllm_dlm.view.isolation import Isolated, error_message, isolated
 
 DATA, DONE = "data: ", "data: [DONE]"
+DROPPED = "its client did not read for long, and others waited to follow"
 
 
-class Channel:
-    """Of one HTTP request: what its engine requests have to tell its client."""
+class Channel(Isolated):
+    """What the engine requests of one HTTP request have to show its client."""
 
     def __init__(self, stream: bool, kind: str, empty: dict, model: str):
         """`kind` of object a chunk is, and `empty`: the choice of one that says nothing"""
@@ -23,23 +27,72 @@ class Channel:
         self.name: str | None = None
         self.choices = 0
         self.follower = Follower()
-        self.trajectories: dict[int, list[int]] = {}  # of choices that have ended
+        self.trajectories: dict[int, dict] = {}  # of choices that have ended: {"trajectory": …} or {"error": …}
+        self._error_sent = False
 
-    def opened(self, choices: int) -> int:
-        """An engine request of so many choices -> the number of its first"""
+    @property
+    def subject(self) -> str:
+        return f"response {self.name}"
+
+    def fail(self, error: Exception) -> None:
+        super().fail(error)
+        self.follower.close()
+        self.follower.ready.set()
+
+    def open(self, choices: int) -> int:
+        """An engine request with this number of choices begins -> the number of its first"""
         first, self.choices = self.choices, self.choices + choices
         return first
 
-    def chunk(self, choice: int, message: dict) -> str:
+    def chunk(self, choice: int, message: bytes) -> str:
         said = {"index": choice, **self.empty, "logprobs": None, "finish_reason": None}
-        head = {"id": self.name, "object": self.kind, "created": self.created, "model": self.model}
-        return f"{DATA}{json.dumps(head | {'choices': [said], 'dlm': self.own(choice, message)})}\n\n"
+        head = {"id": self.name, "object": self.kind, "created": self.created, "model": self.model, "choices": [said]}
+        own = message if self.choices <= 1 else b'{"choice":%d,' % choice + message[1:]
+        return f'{DATA}{json.dumps(head)[:-1]}, "dlm": {own.decode()}}}\n\n'
+
+    async def news(self) -> list[str]:
+        """Chunks with all that is new"""
+        found = await self._news() or []
+        fault = DROPPED if self.follower.dropped else self.fault
+        if fault is not None and not self._error_sent:
+            self._error_sent = True
+            with suppress(Exception):  # the fault may be in making chunks
+                found.append(self.chunk(0, msgspec.json.encode(error_message(fault))))
+        return found
+
+    @isolated
+    async def _news(self) -> list[str]:
+        return [self.chunk(choice, message) for choice, message in await self.follower.take()]
 
     def own(self, choice: int, message: dict) -> dict:
         return message if self.choices == 1 else {"choice": choice} | message
 
-    def news(self) -> list[str]:
-        return [self.chunk(choice, message) for choice, message in self.follower.take()]
+    @isolated
+    def with_trajectory(self, line: str) -> str:
+        """The last chunk of a choice says which step filled its tokens."""
+        if line.startswith(DONE) or not line.startswith(DATA):
+            return line
+        chunk: dict[str, Any] = json.loads(line.removeprefix(DATA))
+        for choice in chunk.get("choices", []):
+            if choice.get("finish_reason") and (found := self.trajectories.get(choice["index"])) is not None:
+                chunk["dlm"] = self.own(choice["index"], found)
+                return f"{DATA}{json.dumps(chunk)}\n\n"
+        return line
+
+    def with_trajectories(self, response: Any) -> Any:
+        """A response that is complete. One that is an error has no trajectories."""
+        if hasattr(response, "choices"):
+            found = self._found_trajectories()
+            if self.fault is not None:
+                found = error_message(self.fault)
+            if found:
+                response.dlm = found
+        return response
+
+    @isolated
+    def _found_trajectories(self) -> dict | list[dict]:
+        found = [self.own(choice, message) for choice, message in sorted(self.trajectories.items())]
+        return found[0] if self.choices == 1 and found else found
 
 
 #: of the HTTP request that is being answered
@@ -55,7 +108,7 @@ async def with_frames(theirs: AsyncIterator[str], channel: Channel) -> AsyncGene
         while True:
             await asyncio.wait({line, news}, return_when=asyncio.FIRST_COMPLETED)
             if ready.is_set():
-                for chunk in channel.news():
+                for chunk in await channel.news():
                     yield chunk
             if news.done():
                 news = asyncio.ensure_future(ready.wait())
@@ -66,33 +119,14 @@ async def with_frames(theirs: AsyncIterator[str], channel: Channel) -> AsyncGene
             except StopAsyncIteration:
                 return
             if text.startswith(DONE):
-                for chunk in channel.news():
+                for chunk in await channel.news():
                     yield chunk
-            yield with_trajectory(text, channel) if channel.trajectories else text
+            yield (channel.with_trajectory(text) or text) if channel.trajectories else text
             line = asyncio.ensure_future(anext(theirs))
     finally:
+        channel.follower.close()
         for task in (line, news):
             task.cancel()
             with suppress(BaseException):
                 await task
         await theirs.aclose()  # type: ignore[attr-defined]
-
-
-def with_trajectory(line: str, channel: Channel) -> str:
-    """The last chunk of a choice says which step filled its tokens."""
-    if line.startswith(DONE) or not line.startswith(DATA):
-        return line
-    chunk: dict[str, Any] = json.loads(line.removeprefix(DATA))
-    for choice in chunk.get("choices", []):
-        if choice.get("finish_reason") and (found := channel.trajectories.get(choice["index"])) is not None:
-            chunk["dlm"] = channel.own(choice["index"], {"trajectory": found})
-            return f"{DATA}{json.dumps(chunk)}\n\n"
-    return line
-
-
-def with_trajectories(response: Any, channel: Channel) -> Any:
-    """A response that is complete. An error has none."""
-    if channel.trajectories and hasattr(response, "choices"):
-        found = [channel.own(choice, {"trajectory": steps}) for choice, steps in sorted(channel.trajectories.items())]
-        response.dlm = found[0] if channel.choices == 1 else found
-    return response

@@ -1,4 +1,4 @@
-"""Asks a server and shows the canvas of its answer filling in."""
+"""Sends a prompt to a server and shows the canvas of its answer filling in."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ import openai
 from rich.console import Console
 
 from vllm_dlm.demo.client import RequestError, connect, message
+from vllm_dlm.shown import printable
 from vllm_dlm.view.screen import Screen
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.model, args.temperature, args.api_key,
         )  # fmt: skip
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -73,7 +74,9 @@ def follow(
         raise RequestError(f"the server broke off: {error}") from None
     except openai.APIError as error:
         raise RequestError(message(error)) from None
-    if screen.end is None:
-        raise RequestError("the server told nothing of its steps: it needs vllm_dlm and a diffusion model")
-    console.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
+    if screen.end is None and screen.fault is None:
+        raise RequestError("the server sent no frames: it needs vllm_dlm and a diffusion model")
+    console.print(printable(text.strip()), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if screen.fault is not None:
+        raise RequestError(screen.fault)
     return screen

@@ -1,0 +1,142 @@
+"""What a worker notes of the steps of observed requests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.group import Group
+from vllm_dlm.engine.readers import Reader
+from vllm_dlm.plugins.reuse.flow import Rows
+
+if TYPE_CHECKING:
+    from vllm_dlm.view.steps import Seeing
+
+
+@dataclass
+class SeenStep:
+    """Of one request. Rows are those of its canvas."""
+
+    ms: float = 0.0
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [C] proposed where the commit read
+    best: np.ndarray | None = None  # [2, BEST, C] the most probable tokens there, and how probable
+    live: int = 0  # rows carried through layers, in all of them
+    recomputed: int = 0  # rows through the feed-forward, in all layers
+    keys_read: int = 0
+    keys_there: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] in which share of the layers recomputed
+    pages: np.ndarray | None = None  # [units] in which share of layers and key heads shown
+    unit: int = 1  # positions of one
+    fault: str | None = None  # why nothing more is known of this request
+
+
+class ByCanvas(Counts):
+    """Of a group, and of each of its canvases."""
+
+    def __init__(self, seeing: "Seeing", canvases: int):
+        super().__init__()
+        self.seeing = seeing
+        self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
+
+    def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
+        super().attended(q_lens, kv_lens, read, dense)
+        if read:
+            self.seeing.count_keys(self, q_lens, kv_lens, dense or kv_lens)
+
+    def add_to(self, counts: Counts) -> None:
+        for name in ("pairs", "keys_read", "keys_dense", "keys_scored", "summaries"):
+            setattr(counts, name, getattr(counts, name) + getattr(self, name))
+
+
+class SeenGroup:
+    """What its layers have done to the rows of a group; T rows, C canvases."""
+
+    def __init__(self, group: Group, readers: Sequence[Reader]):
+        canvases = len(group.kv_lens)
+        self.group, self.readers = group, readers
+        self.everywhere = 0  # layers that recomputed every row
+        self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
+        self.through = np.zeros(canvases, np.int64)  # rows through the feed-forward
+        self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
+        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is nobody
+        self.unseen = 0  # layers that looked at everything
+        self.noted = -1  # the layer whose choice is counted
+        self.copies: list[torch.Tensor | None] = [None, None]
+
+    def fed(self, rows: Rows) -> None:
+        self.through += np.array(rows.counts)
+        if rows.index is None and rows.mask is None:
+            self.everywhere += 1
+            return
+        columns = self.group.columns.forced
+        if self.recomputed is None:
+            self.recomputed = torch.zeros(len(columns), dtype=torch.int32, device=columns.device)
+        if rows.index is None:
+            self.recomputed += rows.mask
+        else:
+            ones = torch.ones_like(rows.index) if rows.mask is None else rows.mask
+            self.recomputed.index_add_(0, rows.index, ones.to(torch.int32))
+
+    def attended(self, layer: int, counts: ByCanvas) -> None:
+        self.read, self.there = self.read + counts.read, self.there + counts.there
+        selecting = self.group.selecting
+        if selecting is None or self.noted == layer:
+            return
+        if (shown := selecting.shown_in(layer)) is None:
+            return
+        self.noted = layer
+        units = selecting.units(shown).long() + 1  # [C, Hkv, K]
+        if self.shown is None:
+            most = max(-(-view.length // view.selection.unit) for view in selecting.views)
+            self.shown = torch.zeros(len(units), 1 + most, dtype=torch.int32, device=units.device)
+            self.heads = units.shape[1]
+        flat = units.flatten(1)
+        self.shown.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
+        self.unseen -= 1
+
+    def bring(self) -> None:
+        """The notes are on their way to the host; whoever waits for the head has them."""
+        self.copies = [on_the_way(own) for own in (self.recomputed, self.shown)]
+
+    def tell(self, steps: dict[str, SeenStep], layers: int) -> None:
+        recomputed, shown = self.copies
+        rows = np.zeros(len(self.group.columns.forced)) if recomputed is None else recomputed.numpy()
+        start = 0
+        for canvas, reader in enumerate(self.readers):
+            stream = reader.stream
+            span, start = slice(start, start + stream.num_rows), start + stream.num_rows
+            if (seen := steps.get(reader.request.state.req_id)) is None:
+                continue
+            pages = None
+            if shown is not None:
+                view = self.group.selecting.views[canvas]  # type: ignore[union-attr]
+                everything = (layers + self.unseen) * self.heads
+                own = shown.numpy()[canvas, 1 : 1 - (-view.length // view.selection.unit)]
+                pages = (own + everything) / (layers * self.heads), view.selection.unit
+            counted = self.through[canvas], self.read[canvas], self.there[canvas]
+            add(seen, reader, layers, counted, (rows[span] + self.everywhere) / layers, pages)
+
+
+def add(seen: SeenStep, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
+    """One stream more; `shares` [its live rows]"""
+    stream = reader.stream
+    through, read, there = map(int, counted)
+    seen.live += stream.num_rows * layers
+    seen.recomputed += through
+    seen.keys_read += read
+    seen.keys_there += there
+    if reader.guides or stream.hole is not None:
+        return
+    live = stream.plan.live
+    seen.rows[live] = np.maximum(seen.rows[live], shares)
+    if pages is not None:
+        seen.pages, seen.unit = pages
+
+
+def on_the_way(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None or tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
