@@ -91,7 +91,7 @@ def test_a_sound_run_misses_no_bar():
 
 @pytest.mark.parametrize(("work", "why"), [
     (work_of(replace(FINE, health_ms=251)), "/health took 251 ms"),
-    (work_of(replace(FINE, step_ms=101)), "a step took 101 ms, the bar is 100"),
+    (work_of(replace(FINE, step_own_ms=101)), "a step took 101 ms, the bar is 100"),
     (work_of(replace(FINE, arrival_ms=101)), "the arrival of a request took 101 ms"),
     (work_of(FINE, memory=[{"front-end 1": [100.0, 133.0]}]), "front-end 1: 33 MiB more"),
     (work_of(FINE, memory=[{"front-end 1": [100.0, None]}]), "the server ended"),

@@ -25,7 +25,7 @@ class Span:
 
     begin: float  # time.monotonic()
     seconds: float
-    cpu: float  # seconds of this thread alone: without what other processes took from it
+    own: float  # seconds without those in which the thread was ready and had no core
     rows: float  # of the step; -1: it was no step
 
 
@@ -55,11 +55,11 @@ def install() -> None:
     def timed(function, is_step: bool):
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            begin, cpu = time.monotonic(), time.thread_time()
+            begin, waited = time.monotonic(), waited_for_a_core()
             result = function(*args, **kwargs)
             if result or not is_step:  # else nothing was computed
-                spent = time.monotonic() - begin, time.thread_time() - cpu
-                os.write(steps, RECORD.pack(begin, *spent, rows[0] if is_step else -1))
+                spent, waited = time.monotonic() - begin, waited_for_a_core() - waited
+                os.write(steps, RECORD.pack(begin, spent, max(spent - waited, 0), rows[0] if is_step else -1))
             return result
 
         return wrapper
@@ -76,6 +76,14 @@ def install() -> None:
     EngineCoreProc._process_engine_step = timed(EngineCoreProc._process_engine_step, True)
     EngineCoreProc._handle_client_request = timed(EngineCoreProc._handle_client_request, False)
     DenoisingScheduler.schedule = scheduled(DenoisingScheduler.schedule)
+
+
+def waited_for_a_core(thread: str = "thread-self") -> float:
+    """Seconds in which a thread was ready to run and other processes had the cores; 0 where the kernel does not say"""
+    try:
+        return int(Path(f"/proc/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def settle_when_told(folder: Path) -> None:

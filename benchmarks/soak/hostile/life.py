@@ -51,8 +51,9 @@ class RowResult:
     size: int = 0  # bytes of one body
     health_ms: float = 0.0
     late_ms: float = 0.0  # how late the prober itself was woken
+    waited_ms: float = 0.0  # how long the front-end's main thread had no core
     step_ms: float = 0.0
-    step_cpu_ms: float = 0.0
+    step_own_ms: float = 0.0  # without waiting for a core
     arrival_ms: float = 0.0
     good: int = 0  # answers of the clients with known answers that came meanwhile
     mib: dict[str, float] = field(default_factory=dict)  # per process, after the row
@@ -138,12 +139,13 @@ class Life:
         numbers = range(self.number, self.number + row.clients)
         self.number = numbers.stop
         result = RowResult(row, size=len(acts.message_of(row, self.target, numbers.start).body))
-        begin = time.monotonic()
+        begin, waited = time.monotonic(), hooks.waited_for_a_core(str(self.server.process.pid))
         deadline = begin + SECONDS + SECONDS_PER_CLIENT * row.clients
         outcomes = acts.ACTS[row.act](self.wire, self.target, row, numbers, deadline)
         end = time.monotonic()
         probes = self.health.since(begin, end, BLOCKED)
         result.seconds = end - begin
+        result.waited_ms = 1e3 * max(hooks.waited_for_a_core(str(self.server.process.pid)) - waited, 0)
         result.health_ms = 1e3 * max((probe.seconds for probe in probes), default=0)
         result.late_ms = 1e3 * max((probe.late for probe in probes), default=0)
         for name, milliseconds in worst_of([s for s in self.hooks.spans() if begin <= s.begin <= end]).items():
@@ -169,8 +171,8 @@ def worst_of(spans: list[Span]) -> dict[str, float]:
     steps, arrivals = ([s for s in spans if (s.rows >= 0) == is_step] for is_step in (True, False))
     return {
         "step_ms": 1e3 * max((span.seconds for span in steps), default=0),
-        "step_cpu_ms": 1e3 * max((span.cpu for span in steps), default=0),
-        "arrival_ms": 1e3 * max((span.seconds for span in arrivals), default=0),
+        "step_own_ms": 1e3 * max((span.own for span in steps), default=0),
+        "arrival_ms": 1e3 * max((span.own for span in arrivals), default=0),
     }
 
 

@@ -130,7 +130,7 @@ def baseline(life: Life, work: Work, known: list[Asked], say) -> dict[str, float
 
 def summary(probes: list[Probe], spans: list[Span]) -> dict:
     seconds = sorted(probe.seconds for probe in probes) or [0.0]
-    steps = [span.seconds for span in spans if span.rows >= 0] or [0.0]
+    steps = [span.own for span in spans if span.rows >= 0] or [0.0]
     return {
         "probes": len(probes),
         "health_ms_median": round(1e3 * median(seconds), 2),
