@@ -1,15 +1,17 @@
 """Values as error messages show them: a client's megabytes do not come back."""
 
 import reprlib
+from itertools import islice
 
 LONGEST = 100
 
 
 class _Brief(reprlib.Repr):
-    """Cuts what is long or deeply nested before it is rendered."""
+    """Cuts long or deeply nested values before they are rendered: the cost does not depend on the value's size."""
 
     def __init__(self):
         super().__init__()
+        self.maxlevel = 2  # each level may multiply the work by maxlist
         self.maxstring = self.maxlong = self.maxother = LONGEST
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = LONGEST // 4
         self.fillvalue = "…"
@@ -21,6 +23,10 @@ class _Brief(reprlib.Repr):
             return super().repr_int(x, level)
         except ValueError:  # Python writes no number of so many digits
             return f"a number of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict, level: int) -> str:
+        """In the order of the dict: reprlib would sort all of its keys."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
 _BRIEF = _Brief()
