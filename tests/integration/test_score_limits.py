@@ -201,11 +201,10 @@ def test_brackets_and_commas_of_texts_do_not_count():
         texts = ["".join(rng.choices('\\"[]{},aé\n', k=rng.randrange(8))) for _ in range(rng.randint(1, 4))]
         for ascii_only in (True, False):
             content = json.dumps({"context": texts, "continuation": [[5, 6]]}, ensure_ascii=ascii_only).encode()
-            bare = body.unescaped(content)
-            assert bare.count(b'"') == 2 * (len(texts) + 2)
-            outside = body.outside_texts(bare)
-            counts = tuple(outside.count(sign) for sign in (b"[", b"{", b","))
-            assert counts == (3, 1, len(texts) + 1), content
+            wanted = {"lists and objects": 4, "texts": len(texts) + 2, "values": len(texts) + 1}
+            for slice_bytes in (1, 2, 3, 7, 1 << 18):
+                *_, found = body.structure(content, slice_bytes)
+                assert found == wanted, content
 
 
 def test_a_text_that_cannot_fit_is_not_encoded(serve):
@@ -287,7 +286,7 @@ def test_the_event_loop_neither_encodes_nor_draws_nor_writes(served, monkeypatch
             yield item
 
     for owner, name in (
-        (scores, "draws"), (body, "from_json"), (body, "unescaped"), (route, "response_body"),
+        (scores, "draws"), (body, "from_json"), (body, "check_structure"), (route, "response_body"),
         (route.PairInputs, "pairs"), (scores.Forward, "params"),
     ):  # fmt: skip
         recorded(owner, name)
@@ -319,6 +318,24 @@ def test_draws_are_made_as_they_are_needed(served, monkeypatch):
     assert score["logprob"] == pytest.approx(-40) and score["is_greedy"] and score["token_logprobs"] is None
     assert served.engine.started == made > 1 << 13 and not served.engine.running
     assert served.engine.most <= route.AT_ONCE and most <= route.AT_ONCE + 2 * route.SLICE
+
+
+def test_long_continuations_run_fewer_at_a_time(served):
+    """vLLM would make the log-probabilities of all of them at once."""
+    most = route.TOKENS_AT_ONCE // 4000
+    content = json.dumps({"context": [5], "continuation": list(range(100, 300)) * 20, "mc_num": 64, "seed": 0}).encode()
+
+    async def answer_late():
+        served.engine.answer = asyncio.Event()
+        request = asyncio.create_task(raw(served, content))
+        while served.engine.running < most:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.5)  # in which more of them would start
+        served.engine.answer.set()
+        assert await request == 200
+
+    asyncio.run(asyncio.wait_for(answer_late(), 120))
+    assert served.engine.started > 60 and served.engine.most == most
 
 
 def test_equal_draws_are_computed_once(served):

@@ -1,10 +1,10 @@
 """The JSON body of a request for scores, bounded before it is parsed.
 
 A parser holds Python's lock until it is done, in whatever thread it runs: 10 MB of short lists take more than a
-second. Counting the brackets, quotes and commas of a body takes less than a tenth of one, and says how many objects
-the parser would make.
+second. The brackets, quotes and commas of a body say how many objects the parser would make, and are counted in slices.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request
@@ -18,8 +18,8 @@ from vllm_dlm.scoring.scores import How
 
 #: bytes of JSON for each of `limits.score_characters`: the longest escape has 12, a token id with white space 16
 BYTES = 16
-#: how far a body may exceed the limits and still be parsed, so that the error names the field
-SLACK_PAIRS, SLACK_CHARACTERS = 16, 2
+#: lists and texts for each of `limits.score_pairs`: what exceeds the limit by less is parsed, and refused by its field
+SLACK = 16
 
 
 async def read_body(raw_request: Request, limits: Limits) -> bytes:
@@ -56,24 +56,30 @@ def parse_body(body: bytes, limits: Limits, model: type[How]) -> Any:
 
 
 def check_structure(body: bytes, limits: Limits) -> None:
-    bare, most = unescaped(body), SLACK_PAIRS * limits.score_pairs
-    if (texts := bare.count(b'"') // 2) > most:
-        refuse_body(f"{texts} texts", most, "score_pairs")
-    outside = outside_texts(bare)
-    if (lists := outside.count(b"[") + outside.count(b"{")) > most:
-        refuse_body(f"{lists} lists and objects", most, "score_pairs")
-    if (commas := outside.count(b",")) > (most := SLACK_CHARACTERS * limits.score_characters):
-        refuse_body(f"{commas} values", most, "score_characters")
+    most = {"lists and objects": SLACK * limits.score_pairs, "texts": SLACK * limits.score_pairs}
+    most["values"] = limits.score_characters + SLACK * limits.score_pairs
+    for found in structure(body):
+        for kind, number in found.items():
+            if number > most[kind]:
+                limit = "score_characters" if kind == "values" else "score_pairs"
+                refuse_body(f"{number} {kind}", most[kind], limit)
 
 
-def unescaped(body: bytes) -> bytes:
-    """JSON without escaped quotes. Pairs of backslashes go first: the second one of a pair escapes nothing."""
-    return body.replace(rb"\\", b"").replace(rb"\"", b"")
-
-
-def outside_texts(bare: bytes) -> bytes:
-    """The parts of unescaped JSON that are not in quotes"""
-    return b"".join(bare.split(b'"')[::2])
+def structure(body: bytes, slice_bytes: int = 1 << 18) -> Iterator[dict[str, int]]:
+    """What a body is made of, up to the end of each slice. Signs within texts do not count."""
+    found = {"lists and objects": 0, "texts": 0, "values": 0}
+    escape, quotes = b"", 0
+    for start in range(0, len(body), slice_bytes):
+        # Pairs of backslashes go first: the second one of a pair escapes nothing.
+        bare = (escape + body[start : start + slice_bytes]).replace(rb"\\", b"").replace(rb"\"", b"")
+        escape = b"\\" if bare.endswith(b"\\") else b""  # what it escapes is in the next slice
+        parts = bare.split(b'"')
+        outside = b"".join(parts[quotes % 2 :: 2])
+        quotes += len(parts) - 1
+        found["texts"] = quotes // 2
+        found["lists and objects"] += outside.count(b"[") + outside.count(b"{")
+        found["values"] += outside.count(b",")
+        yield found
 
 
 def refuse_body(what: str, most: int, limit: str):

@@ -34,8 +34,9 @@ from vllm_dlm.scoring.scores import How, Job, Method, Pair, PairScore, jobs, res
 T = TypeVar("T")
 
 PATH = "/v1/dlm/score"
-#: forwards of one HTTP request that are in the engine at a time
-AT_ONCE = 64
+#: forwards of one HTTP request that are in the engine at a time, and tokens of their continuations. If all of them end
+#: with the same step, vLLM makes the log-probabilities of all of these tokens before the event loop goes on.
+AT_ONCE, TOKENS_AT_ONCE = 64, 1 << 14
 #: forwards that are made at a time, ahead of the engine
 SLICE = 16
 
@@ -110,7 +111,9 @@ class ServingScores(BaseServing):
                 score, forward, _ = job
                 score.add(forward, await self.logprobs(job, name, priority))
 
-        workers = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+        longest = max(len(score.pair.continuation) for score in scores)
+        number_of_workers = max(min(AT_ONCE, TOKENS_AT_ONCE // longest), 1)
+        workers = [asyncio.create_task(work()) for _ in range(number_of_workers)]
         try:
             await asyncio.gather(*workers)
         finally:
