@@ -131,3 +131,22 @@ def test_a_preset_of_a_family_is_a_server():
         server_options({"preset": "fast"}, "low_confidence", family.presets)
     with pytest.raises(OptionError, match="valid for this model are none"):
         server_options({"preset": "serve"}, "low_confidence")
+
+
+def test_an_error_message_costs_no_more_than_it_shows():
+    class Counted:
+        shown = compared = 0
+
+        def __repr__(self):
+            Counted.shown += 1
+            return "x"
+
+        def __lt__(self, other):
+            Counted.compared += 1
+            return id(self) < id(other)
+
+    nested = [[[[Counted()] * 25] * 25] * 25] * 25
+    assert len(shown(nested)) <= 100 and Counted.shown < 1000
+    Counted.shown = 0
+    assert len(shown({Counted(): 1 for _ in range(1000)})) <= 100
+    assert Counted.shown < 50 and Counted.compared < 500

@@ -20,7 +20,7 @@ class Limits:
     template_holes: int = 512  # holes of a template
     template_automata: int = 32  # distinct `one of` holes of a template
     score_pairs: int = 1024  # pairs of a context and a continuation
-    score_characters: int = 1 << 20  # characters of all contexts and continuations; a shared context counts once
+    score_characters: int = 1 << 20  # characters of the texts of all pairs; a token id counts as one, each list once
     score_draws: int = 1 << 14  # pairs times mc_num
     followers: int = 64  # per server: connections that watch requests, or read their own frames
     observed: int = 256  # per server: running requests with dlm_frames or dlm_watch

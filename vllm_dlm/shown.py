@@ -3,15 +3,17 @@ a server sends cannot control a terminal."""
 
 import reprlib
 import unicodedata
+from itertools import islice
 
 LONGEST = 100
 
 
 class _Brief(reprlib.Repr):
-    """Truncates long or deeply nested values before they are rendered."""
+    """Truncates long or deeply nested values before they are rendered: the cost does not depend on their size."""
 
     def __init__(self):
         super().__init__()
+        self.maxlevel = 2  # each level may multiply the work by maxlist
         self.maxstring = self.maxlong = self.maxother = LONGEST
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = LONGEST // 4
         self.fillvalue = "…"
@@ -23,6 +25,10 @@ class _Brief(reprlib.Repr):
             return super().repr_int(x, level)
         except ValueError:  # Python refuses to convert integers with too many digits
             return f"a number of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict, level: int) -> str:
+        """In the order of the dict: reprlib would sort all of its keys."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
 _BRIEF = _Brief()

@@ -1,6 +1,7 @@
 """Likelihoods of given continuations, against LLaDA's recorded one, a statement in float64, and the engine itself."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.engine.test_block_causal import mixed
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.scoring.monte_carlo import draws
-from vllm_dlm.scoring.scores import How, Pair, forwards, resolved
+from vllm_dlm.scoring.scores import How, Pair, PairScore, jobs, resolved
 
 CHECKPOINTS = sorted(path.name for path in (GOLDEN / "checkpoints").iterdir())
 FULL, BLOCKWISE = ["llada-tiny", "dream-tiny"], "sdar-tiny"
@@ -42,7 +43,7 @@ def test_monte_carlo(engines, checkpoint, cfg_scale):
     contexts, answers = pairs(3)
     got = vllm_dlm.score(engines(checkpoint), contexts, answers, mc_num=8, batch_size=4, seed=5, cfg_scale=cfg_scale)
     for score, context, answer in zip(got, contexts, answers, strict=True):
-        masks = [list(masked) for masked in draws(len(answer), 8, 4, 5).elements()]
+        masks = [masked.tolist() for masked in draws(len(answer), 8, 4, 5)]
         assert abs(score.logprob - stated(checkpoint).monte_carlo(context, answer, masks, cfg_scale)) < 2e-3
 
 
@@ -92,11 +93,8 @@ def test_beside_requests_that_generate(engines, checkpoint, settings):
     how = How(method="blocks", steps=2) if checkpoint == BLOCKWISE else How(mc_num=4, seed=1)
     attention = "block_causal" if checkpoint == BLOCKWISE else "full"
     method = resolved(how, attention)
-    asked = [
-        ({"prompt_token_ids": context}, forward.params(Pair(context, answer), method))
-        for context, answer in zip(contexts, answers, strict=True)
-        for forward in forwards(Pair(context, answer), method)
-    ]
+    scores = [PairScore(Pair(context, answer), method) for context, answer in zip(contexts, answers, strict=True)]
+    asked = [({"prompt_token_ids": score.pair.context}, params) for score, _, params in jobs(scores)]
     writing = list(mixed(16) if checkpoint == BLOCKWISE else mixed_requests(16))
     both = [*writing, *asked]
     random.Random(4).shuffle(both)
@@ -160,12 +158,22 @@ def test_alone_or_in_a_list_draws_are_those_of_the_seed(engines):
 
 
 def test_draws():
-    """Each masks as many as it says, evenly spread; draws alike are computed once."""
-    drawn = draws(10, 64, 16, 0)
-    assert drawn.total() == 64 and all(masked == tuple(sorted(set(masked))) for masked in drawn)
-    sizes = sorted(len(masked) for masked in drawn.elements())
+    """The number of masks is spread evenly over a batch of draws."""
+
+    def drawn(*how):
+        return [tuple(masked.tolist()) for masked in draws(*how)]
+
+    assert len(drawn(10, 64, 16, 0)) == 64 and all(mask == tuple(sorted(set(mask))) for mask in drawn(10, 64, 16, 0))
+    sizes = sorted(map(len, drawn(10, 64, 16, 0)))
     assert sizes[0] == 1 and sizes[-1] == 10 and {sizes.count(size) for size in range(1, 11)} <= {4, 5, 6, 7, 8}
-    assert draws(1, 128, 16, 3) == {(0,): 128} and draws(10, 64, 16, 1) != drawn
+    assert drawn(1, 128, 16, 3) == [(0,)] * 128 and drawn(10, 64, 16, 1) != drawn(10, 64, 16, 0)
+
+
+def test_equal_draws_are_one_forward():
+    wanted = Counter(tuple(masked.tolist()) for masked in draws(4, 64, 16, 3))
+    score = PairScore(Pair([1], [5, 6, 7, 8]), resolved(How(mc_num=64, seed=3), "full"))
+    assert [forward.masked for forward in score.forwards()] == list(wanted)
+    assert list(score.counts.values()) == list(wanted.values())
 
 
 # -- what is refused -------------------------------------------------------------------------
@@ -194,6 +202,11 @@ def test_draws():
         ("method", [1], [1], {"method": "rolling"}),
         ("seed", [1], [1], {"seed": -1}),
         ("temperature", [1], [1], {"temperature": 1.0}),
+        ("priority", [1], [1], {"priority": 1 << 63}),
+        ("continuation", [1], [[1]] * 1025, {}),  # limits.score_pairs
+        ("context and continuation", [1] * (1 << 20), [1], {}),  # limits.score_characters
+        ("mc_num", [1], [[1]] * 129, {}),  # limits.score_draws
+        ("mc_num", [1], [1], {"mc_num": 1 << 15}),
     ],
 )
 def test_what_cannot_be_scored_is_refused_by_name(engines, field, context, continuation, how):

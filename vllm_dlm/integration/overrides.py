@@ -65,8 +65,10 @@ ASKED = {
     "vllm.logprobs:Logprob": ("logprob", "rank"),
     "vllm.outputs:CompletionOutput": ("logprobs", "finish_reason", "stop_reason"),
     "vllm.v1.engine.input_processor:InputProcessor": (
-        "model_config", "cache_config", "vllm_config", "get_tokenizer",
+        "model_config", "cache_config", "vllm_config", "get_tokenizer", "renderer",
     ),
+    "vllm.renderers.base:BaseRenderer": ("tokenize_prompt", "tokenize_prompt_async", "default_cmpl_tok_params"),
+    "vllm.renderers.params:TokenizeParams": ("with_kwargs",),
     "vllm.v1.metrics.loggers:LoggingStatLogger": ("spec_decoding_logging", "kv_connector_logging"),
     "vllm.v1.metrics.loggers:PrometheusStatLogger": (
         "spec_decoding_prom", "kv_connector_prom", "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls",

@@ -1,11 +1,15 @@
 """Scores from an `LLM`, without a server."""
 
+from itertools import islice
 from typing import Any
 
 from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import ONLY_DIFFUSION, refuse, server_options_of
-from vllm_dlm.scoring.pairs import Text, pairs_of
-from vllm_dlm.scoring.scores import How, Read, Score, forwards, resolved
+from vllm_dlm.scoring.pairs import PairInputs, Text
+from vllm_dlm.scoring.scores import How, PairScore, Score, jobs, resolved
+
+#: forwards that are given to the LLM at a time, which bounds the memory of their masks
+AT_ONCE = 1024
 
 
 def score(
@@ -18,22 +22,26 @@ def score(
 ) -> list[Score]:
     """Log-probabilities of continuations given contexts, texts or token ids, one of each or lists.
 
-    `how`: see `How`, and docs/evaluation.md."""
+    `how`: see `How`, and docs/evaluation.md. The limits are those of a server (`limits` of the LLM's
+    `additional_config["dlm"]`)."""
     processor = llm.llm_engine.input_processor
     if not is_diffusion_lm(processor.model_config):
         refuse("score", processor.model_config.architecture, ONLY_DIFFUSION)
-    method = resolved(How(**how), server_options_of(processor).attention)
-    pairs = pairs_of(context, continuation, add_special_tokens, processor)
-    asked = [(pair, forward) for pair in pairs for forward in forwards(pair, method)]
-    outputs = llm.generate(
-        [{"prompt_token_ids": pair.context} for pair, _ in asked],
-        [forward.params(pair, method) for pair, forward in asked],
-        use_tqdm=False,
-    )
-    reads: dict[int, list[Read]] = {id(pair): [] for pair in pairs}
-    for (pair, forward), output in zip(asked, outputs, strict=True):
-        (one,) = output.outputs
-        if one.finish_reason != "length":
-            raise RuntimeError(f"a forward of a score ended with {one.finish_reason!r}: {one.stop_reason}")
-        reads[id(pair)].append(Read.of(forward, pair, one.logprobs))
-    return [Score.of(pair, method, reads[id(pair)]) for pair in pairs]
+    fields = How(**how)
+    method = resolved(fields, server_options_of(processor).attention)
+    inputs = PairInputs.from_request(context, continuation, method, processor)
+    scores = [PairScore(pair, method) for pair in inputs.pairs(inputs.encode(add_special_tokens))]
+    to_do = jobs(scores)
+    while part := list(islice(to_do, AT_ONCE)):
+        outputs = llm.generate(
+            [{"prompt_token_ids": own.pair.context} for own, _, _ in part],
+            [params for _, _, params in part],
+            priority=[fields.priority] * len(part),
+            use_tqdm=False,
+        )
+        for (own, forward, _), output in zip(part, outputs, strict=True):
+            (one,) = output.outputs
+            if one.finish_reason != "length":
+                raise RuntimeError(f"a forward of a score ended with {one.finish_reason!r}: {one.stop_reason}")
+            own.add(forward, one.logprobs)
+    return [own.score() for own in scores]

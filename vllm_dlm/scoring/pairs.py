@@ -1,11 +1,19 @@
-"""Texts or token ids of a request for scores become pairs of token ids, or the request is refused by name."""
+"""Texts or token ids of a request for scores become pairs of token ids, or the request is refused by name.
 
-from collections.abc import Callable
+Nothing is encoded, and no list of token ids is read, before the size of the whole request is known to be within the
+limits of the server (`limits.score_*`).
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from vllm_dlm.integration.prompts import prompt_ids
-from vllm_dlm.integration.requests import refuse, server_options_of
-from vllm_dlm.scoring.scores import Pair
+from vllm_dlm.integration.refusal import refuse
+from vllm_dlm.integration.requests import server_options_of
+from vllm_dlm.limits import Limits
+from vllm_dlm.scoring.scores import Method, Pair
 
 Text = str | list[int]
 
@@ -13,63 +21,139 @@ Text = str | list[int]
 WANTED = "a text, a list of token ids, or a list of either"
 
 
-def pairs_of(context: Any, continuation: Any, add_special_tokens: bool, processor) -> list[Pair]:
-    """One context goes with each of several continuations, and the other way round."""
-    contexts, continuations = listed("context", context), listed("continuation", continuation)
-    number = max(len(contexts), len(continuations))
-    for name, own in (("context", contexts), ("continuation", continuations)):
-        if len(own) not in (1, number):
-            other = "continuation" if name == "context" else "context"
-            refuse(name, f"{len(own)} of them", f"there must be one, or as many as of {other}, {number}")
+@dataclass(frozen=True)
+class PairInputs:
+    """Contexts and continuations as a client sent them, one of each for every pair; equal entries are one object."""
 
-    def encode(text: str) -> list[int]:
-        ids = processor.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
-        return prompt_ids(ids, True, None, processor)
+    contexts: list[Text]
+    continuations: list[Text]
+    processor: Any  # vLLM's InputProcessor
 
-    def at(own: list[Text], index: int) -> Text:
-        return own[index if len(own) > 1 else 0]
+    @classmethod
+    def from_request(cls, context: Any, continuation: Any, method: Method, processor) -> "PairInputs":
+        """One context goes with each of several continuations, and the other way round."""
+        limits: Limits = server_options_of(processor).limits
+        given = {"context": context, "continuation": continuation}
+        texts = {field: listed(field, value, limits) for field, value in given.items()}
+        number = max(map(len, texts.values()))
+        for field, own in texts.items():
+            if len(own) not in (1, number):
+                other = "continuation" if field == "context" else "context"
+                refuse(field, f"{len(own)} of them", f"there must be one, or as many as of {other}, {number}")
+        if number * method.mc_num > limits.score_draws:
+            what = f"{method.mc_num} draws for each of {number} pairs"
+            refuse_above("mc_num", what, limits, "score_draws")
+        ids = sum(len(each) for own in texts.values() for each in own if isinstance(each, list))
+        contexts, continuations = (own if len(own) == number else own * number for own in texts.values())
+        characters = ids + sum(len(each) for each in [*contexts, *continuations] if isinstance(each, str))
+        if characters > limits.score_characters:
+            what = f"{characters} characters and token ids"
+            refuse_above("context and continuation", what, limits, "score_characters")
+        for before, after in zip(contexts, continuations, strict=True):
+            if isinstance(after, str) and not isinstance(before, str):
+                refuse("continuation", after, "it must be token ids where the context is")
+        return cls(contexts, continuations, processor)
 
-    pairs = [paired(at(contexts, index), at(continuations, index), encode) for index in range(number)]
-    for pair in pairs:
-        check(pair, processor)
-    return pairs
+    def texts(self) -> dict[str, str]:
+        """Texts to encode -> the field that is blamed for one that is too long. Two texts are encoded as one, as
+        evaluations of language models do: the tokens at their border depend on both."""
+        found: dict[str, str] = {}
+        for context, continuation in zip(self.contexts, self.continuations, strict=True):
+            if isinstance(context, str):
+                found[context] = "context"
+                if isinstance(continuation, str):
+                    found[context + continuation] = "context and continuation"
+        return found
+
+    def encode(self, add_special_tokens: bool) -> dict[str, list[int]]:
+        """Token ids of each text, as vLLM's renderer encodes prompts: it bounds characters, then tokens."""
+        renderer, params = self.processor.renderer, self.tokenize_params(add_special_tokens)
+        encoded = {}
+        for text, field in self.texts().items():
+            try:
+                encoded[text] = renderer.tokenize_prompt({"prompt": text}, params)["prompt_token_ids"]
+            except VLLMValidationError:
+                self.refuse_length(text, field)
+        return encoded
+
+    async def encode_async(self, add_special_tokens: bool) -> dict[str, list[int]]:
+        """The same in the renderer's own threads, one text at a time."""
+        renderer, params = self.processor.renderer, self.tokenize_params(add_special_tokens)
+        encoded = {}
+        for text, field in self.texts().items():
+            try:
+                prompt = await renderer.tokenize_prompt_async({"prompt": text}, params)
+            except VLLMValidationError:
+                self.refuse_length(text, field)
+            encoded[text] = prompt["prompt_token_ids"]
+        return encoded
+
+    def tokenize_params(self, add_special_tokens: bool):
+        return self.processor.renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=add_special_tokens)
+
+    def refuse_length(self, text: str, field: str):
+        room = f"the model's length of {self.processor.model_config.max_model_len} tokens"
+        refuse(field, f"a text of {len(text)} characters", f"it must fit into {room}")
+
+    def pairs(self, encoded: dict[str, list[int]]) -> list[Pair]:
+        """`encoded`: see `encode`. A context that several pairs share is checked once and stays one list."""
+        own = {text: prompt_ids(ids, True, None, self.processor) for text, ids in encoded.items()}
+        pairs = []
+        for context, continuation in zip(self.contexts, self.continuations, strict=True):
+            before = own[context] if isinstance(context, str) else context
+            if isinstance(continuation, str):
+                assert isinstance(context, str)
+                continuation = own[context + continuation][len(before) :]
+            pairs.append(Pair(before, continuation))
+        for pair in pairs:
+            check_lengths(pair, self.processor)
+        for field in ("context", "continuation"):
+            for ids in {id(ids): ids for ids in (getattr(pair, field) for pair in pairs)}.values():
+                check_tokens(field, ids, self.processor)
+        return pairs
 
 
-def listed(field: str, given: Any) -> list[Text]:
-    if isinstance(given, str) or is_ids(given):
+def listed(field: str, given: Any, limits: Limits) -> list[Text]:
+    """The texts or lists of token ids of a field. Of token ids only the first is looked at, see `check_tokens`."""
+    if is_text(given):
         return [given]
-    if isinstance(given, list) and given and all(isinstance(each, str) or is_ids(each) for each in given):
-        return given
-    refuse(field, given, f"it must be {WANTED}, none of them empty")
+    if not isinstance(given, list) or not given:
+        refuse(field, given, f"it must be {WANTED}, none of them empty")
+    if len(given) > limits.score_pairs:
+        refuse_above(field, f"{len(given)} pairs", limits, "score_pairs")
+    if not all(map(is_text, given)):
+        refuse(field, given, f"it must be {WANTED}, none of them empty")
+    return given
 
 
-def is_ids(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(type(each) is int for each in given)
+def is_text(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, list) and bool(given) and type(given[0]) is int)
 
 
-def paired(context: Text, continuation: Text, encode: Callable[[str], list[int]]) -> Pair:
-    """Two texts are encoded as one, and what the context alone does not take up is the continuation, as evaluations
-    of language models have it."""
-    if isinstance(continuation, list):
-        return Pair(encode(context) if isinstance(context, str) else context, continuation)
-    if isinstance(context, list):
-        refuse("continuation", continuation, "it must be token ids where the context is")
-    before = encode(context)
-    return Pair(before, encode(context + continuation)[len(before) :])
+def refuse_above(field: str, what: str, limits: Limits, limit: str):
+    refuse(field, what, f"at most {getattr(limits, limit)} are allowed (--dlm-config limits.{limit})")
 
 
-def check(pair: Pair, processor) -> None:
+def check_lengths(pair: Pair, processor) -> None:
     model, options = processor.model_config, server_options_of(processor)
-    mask_id, vocabulary, longest = model.hf_config.mask_token_id, model.get_vocab_size(), options.canvas.max
+    number, answer = len(pair.context), len(pair.continuation)
     for field, ids in (("context", pair.context), ("continuation", pair.continuation)):
         if not ids:
             refuse(field, ids, "it must have at least one token")
-        for token in ids:
-            if not 0 <= token < vocabulary or token == mask_id:
-                refuse(field, token, f"it must be a token from 0 to {vocabulary - 1} that is not the mask, {mask_id}")
-    number, answer = len(pair.context), len(pair.continuation)
-    if longest is not None and answer > longest:
-        refuse("continuation", f"{answer} tokens", f"the longest canvas of this server has {longest}")
+    if options.canvas.max is not None and answer > options.canvas.max:
+        refuse("continuation", f"{answer} tokens", f"the longest canvas of this server has {options.canvas.max}")
     if number + answer > options.canvas_length(number, answer, model.max_model_len):
         both, room = f"{number} and {answer} tokens", model.max_model_len
         refuse("context and continuation", both, f"they must fit into the model's length of {room} tokens")
+
+
+def check_tokens(field: str, ids: list[int], processor) -> None:
+    """Each line is one pass in C over a list that is no longer than the model's length."""
+    model = processor.model_config
+    mask_id, vocabulary = model.hf_config.mask_token_id, model.get_vocab_size()
+    if set(map(type, ids)) != {int}:
+        refuse(field, ids, f"it must be {WANTED}")
+    if min(ids) >= 0 and max(ids) < vocabulary and mask_id not in ids:
+        return
+    wrong = next(token for token in ids if not 0 <= token < vocabulary or token == mask_id)
+    refuse(field, wrong, f"it must be a token from 0 to {vocabulary - 1} that is not the mask, {mask_id}")

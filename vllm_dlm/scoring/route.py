@@ -1,18 +1,21 @@
-"""POST /v1/dlm/score: what `vllm_dlm.score` computes, beside whatever else the server is doing.
+"""POST /v1/dlm/score: what `vllm_dlm.score` computes, in the batches of a server.
+
+Parsing, encoding, checking and drawing run in threads, in slices short enough for the event loop to get its turn.
 
 An `EndpointPlugin` of vLLM's. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
-entrypoints/serve/engine/serving.py.
+entrypoints/serve/engine/serving.py, entrypoints/generate/base/serving.py (`_get_priority`).
 """
 
 import asyncio
+import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -24,12 +27,18 @@ from vllm.inputs import tokens_input
 from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import ONLY_DIFFUSION, refuse, server_options_of
 from vllm_dlm.option_types import OptionError
-from vllm_dlm.scoring.pairs import pairs_of
-from vllm_dlm.scoring.scores import Forward, How, Method, Pair, Read, Score, forwards, resolved
+from vllm_dlm.scoring.body import parse_body, read_body
+from vllm_dlm.scoring.pairs import PairInputs
+from vllm_dlm.scoring.scores import How, Job, Method, Pair, PairScore, jobs, resolved
+
+T = TypeVar("T")
 
 PATH = "/v1/dlm/score"
-#: forwards of one HTTP request that the engine knows of at a time; whoever comes later waits for these at most
-AT_ONCE = 64
+#: forwards of one HTTP request that are in the engine at a time, and tokens of their continuations. If all of them end
+#: with the same step, vLLM makes the log-probabilities of all of these tokens before the event loop goes on.
+AT_ONCE, TOKENS_AT_ONCE = 64, 1 << 14
+#: forwards that are made at a time, ahead of the engine
+SLICE = 16
 
 
 class ScoreRequest(How):
@@ -57,78 +66,123 @@ class ServingScores(BaseServing):
         super().__init__(models=models, model_config=engine_client.model_config)
         self.engine_client = engine_client
 
-    async def create(self, request: ScoreRequest, raw_request: Request) -> dict | ErrorResponse:
+    @property
+    def processor(self) -> Any:
+        return self.engine_client.input_processor
+
+    async def request(self, raw_request: Request) -> ScoreRequest:
+        limits = server_options_of(self.processor).limits
+        body = await read_body(raw_request, limits)
+        return await asyncio.to_thread(parse_body, body, limits, ScoreRequest)
+
+    async def create(self, request: ScoreRequest, raw_request: Request) -> bytes | ErrorResponse:
         if (unknown := await self._check_model(request)) is not None:
             return unknown
         if self.engine_client.errored:
             raise self.engine_client.dead_error
-        processor = self.engine_client.input_processor
         try:
-            method = resolved(request, server_options_of(processor).attention)
+            method = resolved(request, server_options_of(self.processor).attention)
         except OptionError as error:
             refuse(error.field, getattr(request, error.field), str(error), whole=True)
-        pairs = pairs_of(request.context, request.continuation, request.add_special_tokens, processor)
+        pairs = await self.pairs(request, method)
         request_id = f"score-{self._base_request_id(raw_request, default=request.request_id)}"
-        scores = await self.scores(pairs, method, request_id)
-        scored = sum(score.num_tokens for score in scores)
-        prompts = sum(len(pair.context) for pair in pairs)
-        return {
-            "id": request_id,
-            "object": "list",
-            "created": int(time.time()),
-            "model": self.models.model_name(),
-            "data": [{"index": index, "object": "dlm.score", **asdict(score)} for index, score in enumerate(scores)],
-            "usage": {"prompt_tokens": prompts + scored, "completion_tokens": 0, "total_tokens": prompts + scored},
-        }
+        scores = [PairScore(pair, method) for pair in pairs]
+        await self.run(scores, request_id, priority_of(request, raw_request))
+        return await asyncio.to_thread(response_body, request_id, self.models.model_name(), scores)
 
-    async def scores(self, pairs: list[Pair], method: Method, request_id: str) -> list[Score]:
-        """A few forwards at a time. The first one that fails, or a client that has gone, ends all of them."""
-        reads: list[list[Read]] = [[] for _ in pairs]
-        to_do = numbered(pairs, method)
+    async def pairs(self, request: ScoreRequest, method: Method) -> list[Pair]:
+        given = request.context, request.continuation, method, self.processor
+        inputs = await asyncio.to_thread(PairInputs.from_request, *given)
+        encoded = await inputs.encode_async(request.add_special_tokens)
+        return await asyncio.to_thread(inputs.pairs, encoded)
+
+    async def run(self, scores: list[PairScore], request_id: str, priority: int) -> None:
+        """Adds every forward to its score, a few at a time. The first failure, or a client that disconnects, ends all
+        forwards of the request."""
+        to_do, lock, number = in_slices(jobs(scores)), asyncio.Lock(), 0
 
         async def work() -> None:
-            for number, index, forward in to_do:
-                reads[index].append(await self.read(pairs[index], method, forward, f"{request_id}-{number}"))
+            nonlocal number
+            while True:
+                async with lock:
+                    if (job := await anext(to_do, None)) is None:
+                        return
+                    name, number = f"{request_id}-{number}", number + 1
+                score, forward, _ = job
+                score.add(forward, await self.logprobs(job, name, priority))
 
-        workers = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+        longest = max(len(score.pair.continuation) for score in scores)
+        number_of_workers = max(min(AT_ONCE, TOKENS_AT_ONCE // longest), 1)
+        workers = [asyncio.create_task(work()) for _ in range(number_of_workers)]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        return [Score.of(pair, method, own) for pair, own in zip(pairs, reads, strict=True)]
+            await to_do.aclose()
 
-    async def read(self, pair: Pair, method: Method, forward: Forward, name: str) -> Read:
-        prompt, params = tokens_input(pair.context), forward.params(pair, method)
+    async def logprobs(self, job: Job, name: str, priority: int) -> list:
+        score, _, params = job
         logprobs: list = []
-        async for output in self.engine_client.generate(prompt, params, name):
+        async for output in self.engine_client.generate(
+            tokens_input(score.pair.context), params, name, priority=priority
+        ):
             (last,) = output.outputs
             logprobs = last.logprobs
         if last.finish_reason != "length":
             raise GenerationError(f"a forward of a score ended with {last.finish_reason!r}: {last.stop_reason}")
-        return Read.of(forward, pair, logprobs)
+        return logprobs
 
 
-def numbered(pairs: list[Pair], method: Method) -> Iterator[tuple[int, int, Forward]]:
-    number = 0
-    for index, pair in enumerate(pairs):
-        for forward in forwards(pair, method):
-            yield number, index, forward
-            number += 1
+async def in_slices(items: Iterator[T]) -> AsyncGenerator[T, None]:
+    """The items of an iterator that runs in a thread, SLICE items at a time."""
+    while part := await asyncio.to_thread(lambda: list(islice(items, SLICE))):
+        for item in part:
+            yield item
+
+
+def priority_of(request: ScoreRequest, raw_request: Request) -> int:
+    """As completions have it: the header, if it is a number, and else the field."""
+    try:
+        return int(raw_request.headers["X-Vllm-Priority"])
+    except (KeyError, ValueError):
+        return request.priority
+
+
+def response_body(request_id: str, model: str, scores: list[PairScore]) -> bytes:
+    """JSON, a score at a time: an encoder holds Python's lock until it is done."""
+    prompts = sum(len(own.pair.context) + len(own.pair.continuation) for own in scores)
+    head = {"id": request_id, "object": "list", "created": int(time.time()), "model": model}
+    usage = {"prompt_tokens": prompts, "completion_tokens": 0, "total_tokens": prompts}
+    data = (dumped({"index": i, "object": "dlm.score", **vars(own.score())}) for i, own in enumerate(scores))
+    return f'{dumped(head)[:-1]},"data":[{",".join(data)}],"usage":{dumped(usage)}}}'.encode()
+
+
+def dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 router = APIRouter()
 
 
-@router.post(PATH, dependencies=[Depends(validate_json_request)], include_in_schema=False)
-@with_cancellation
-@load_aware_call
-async def create_scores(request: ScoreRequest, raw_request: Request):
+async def score_request(raw_request: Request) -> ScoreRequest:
+    """The body of a request, which FastAPI would parse on the event loop."""
+    return await handler_of(raw_request).request(raw_request)
+
+
+def handler_of(raw_request: Request) -> ServingScores:
     handler = getattr(raw_request.app.state, "dlm_scores", None)
     if handler is None:
         raise VLLMNotFoundError(f"{PATH}: {ONLY_DIFFUSION}")
-    result = await handler.create(request, raw_request)
+    return handler
+
+
+@router.post(PATH, dependencies=[Depends(validate_json_request)], include_in_schema=False)
+@with_cancellation
+@load_aware_call
+async def create_scores(raw_request: Request, request: ScoreRequest = Depends(score_request)):  # noqa: B008
+    result = await handler_of(raw_request).create(request, raw_request)
     if isinstance(result, ErrorResponse):
         return JSONResponse(content=result.model_dump(), status_code=result.error.code)
-    return JSONResponse(content=result)
+    return Response(content=result, media_type="application/json")

@@ -1,8 +1,11 @@
 """How a continuation is scored, which forwards that takes, and what their log-probabilities add up to."""
 
+import math
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,38 +17,39 @@ from vllm_dlm.scoring.scored import SCORE
 
 #: fields that one method alone reads
 OF_METHOD = {"mc_num": "monte_carlo", "batch_size": "monte_carlo", "seed": "monte_carlo", "steps": "blocks"}
-#: draws of one continuation, at most: their masks are drawn in the front-end
-MOST_DRAWS = 1 << 14
+#: the log-probability that stands for minus infinity, which JSON cannot write; vLLM's completions have the same
+LOWEST = -9999.0
 
 
 class How(BaseModel):
-    """What a request for scores may say beside the texts."""
+    """Fields of a request for scores, except its texts. `mc_num` is bounded by `limits.score_draws`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     method: Literal["monte_carlo", "blocks"] | None = None  # None: see `resolved`
-    mc_num: int = Field(128, ge=1, le=MOST_DRAWS)  # draws, LLaDA's name and default
+    mc_num: int = Field(128, ge=1)  # draws, LLaDA's name and default
     batch_size: int | None = Field(None, ge=1)  # of draws whose masks are spread evenly; None: 16, or all if fewer
     seed: int | None = Field(None, ge=0, lt=1 << 63)  # None: another one each time
     steps: int = Field(1, ge=1, le=1 << 20)  # of the continuation, or of each block of a model that knows blocks
     cfg_scale: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)  # classifier-free guidance
+    priority: int = Field(0, ge=-(1 << 63), lt=1 << 63)  # of each forward, as in vLLM's completions
 
 
 @dataclass(frozen=True)
 class Method:
-    """All of it decided."""
+    """A scoring method with all of its values."""
 
     name: str
-    mc_num: int = 0
+    mc_num: int = 1  # forwards of each pair, at most
     batch_size: int = 0
-    seed: int = 0
+    seed: int | None = None
     steps: int = 1
     cfg_scale: float = 0.0
 
 
 def resolved(how: How, attention: str) -> Method:
-    """What is done of that with a model of that attention, or an error. Of models that know blocks those are the one
-    exact statement; of the others a field that one method alone has says which is meant."""
+    """The method that a request asks for, or an error. Block-causal models have `blocks` only. For the others, a field
+    that one method alone reads selects that method."""
     given = [field for field in OF_METHOD if field in how.model_fields_set]
     usual = "monte_carlo" if attention == "full" else "blocks"
     name: str = how.method or (OF_METHOD[given[0]] if given else usual)
@@ -72,11 +76,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Score:
+    logprob: float  # natural logarithm
+    num_tokens: int
+    is_greedy: bool  # each token was the most probable one wherever it was scored
+    token_ids: list[int]
+    token_logprobs: list[float] | None  # None for monte_carlo
+    method: str
+    seed: int | None = None  # of the draws
+
+
+@dataclass(frozen=True)
 class Forward:
     """One request of the engine."""
 
     masked: tuple[int, ...] | None = None  # None: all of the continuation
-    count: int = 1  # in how many draws
+    mask: bytes = b""  # digest of `masked`
 
     def params(self, pair: Pair, method: Method) -> SamplingParams:
         score = {"start": len(pair.context), "answer": pair.continuation}
@@ -90,51 +105,66 @@ class Forward:
             ignore_eos=True,
             detokenize=False,
             extra_args={SCORE: score, "dlm_steps": steps, "dlm_cfg_scale": method.cfg_scale},
+            skip_clone=True,  # made for one request
         )
 
 
-def forwards(pair: Pair, method: Method) -> Iterator[Forward]:
-    if method.name == "blocks":
-        yield Forward()
-        return
-    drawn = draws(len(pair.continuation), method.mc_num, method.batch_size, method.seed)
-    yield from (Forward(masked, count) for masked, count in drawn.items())
+class PairScore:
+    """One pair that is being scored: its forwards, made on demand, and the sums of their log-probabilities.
 
+    Equal draws are computed once. Neither masks nor log-probabilities of a draw are kept, only a digest and one number.
+    """
 
-@dataclass(frozen=True)
-class Read:
-    """What came back for the tokens that were masked."""
+    def __init__(self, pair: Pair, method: Method):
+        self.pair, self.method = pair, method
+        self.counts: Counter[bytes] = Counter()  # draws by the digest of their mask
+        self.terms: dict[bytes, float] = {}  # what one draw with that mask adds
+        self.is_greedy = True
+        self.token_logprobs: list[float] | None = None
 
-    forward: Forward
-    logprobs: list[float]
-    best: bool  # each is the most probable token where it was scored
+    def forwards(self) -> Iterator[Forward]:
+        if self.method.name == "blocks":
+            self.counts[b""] = 1
+            yield Forward()
+            return
+        assert self.method.seed is not None
+        length = len(self.pair.continuation)
+        for masked in draws(length, self.method.mc_num, self.method.batch_size, self.method.seed):
+            mask = blake2b(masked.tobytes(), digest_size=16).digest()
+            self.counts[mask] += 1
+            if self.counts[mask] == 1:
+                yield Forward(tuple(masked.tolist()), mask)
 
-    @classmethod
-    def of(cls, forward: Forward, pair: Pair, logprobs: Sequence) -> "Read":
+    def add(self, forward: Forward, logprobs: Sequence) -> None:
         """`logprobs`: vLLM's, token -> Logprob of each position"""
-        where = range(len(pair.continuation)) if forward.masked is None else forward.masked
-        found = [logprobs[index][pair.continuation[index]] for index in where]
-        return cls(forward, [each.logprob for each in found], all(each.rank == 1 for each in found))
+        tokens = self.pair.continuation
+        where = range(len(tokens)) if forward.masked is None else forward.masked
+        found = [logprobs[index][tokens[index]] for index in where]
+        values = [max(each.logprob, LOWEST) for each in found]
+        self.is_greedy &= all(each.rank == 1 for each in found)
+        self.terms[forward.mask] = sum(values) * len(tokens) / len(values)
+        if forward.masked is None:
+            self.token_logprobs = values
+
+    def score(self) -> Score:
+        # fsum: the same in whatever order forwards end
+        total = math.fsum(self.counts[mask] * term for mask, term in self.terms.items())
+        return Score(
+            logprob=total / self.method.mc_num if self.token_logprobs is None else sum(self.token_logprobs),
+            num_tokens=len(self.pair.continuation),
+            is_greedy=self.is_greedy,
+            token_ids=self.pair.continuation,
+            token_logprobs=self.token_logprobs,
+            method=self.method.name,
+            seed=self.method.seed,
+        )
 
 
-@dataclass(frozen=True)
-class Score:
-    logprob: float  # natural logarithm
-    num_tokens: int
-    is_greedy: bool  # each token was the most probable one wherever it was scored
-    token_ids: list[int]
-    token_logprobs: list[float] | None  # of Monte Carlo there are none
-    method: str
-    seed: int | None = None  # of the draws
+Job = tuple[PairScore, Forward, SamplingParams]
 
-    @classmethod
-    def of(cls, pair: Pair, method: Method, reads: Sequence[Read]) -> "Score":
-        length, greedy = len(pair.continuation), all(read.best for read in reads)
-        scored = cls(0.0, length, greedy, pair.continuation, None, method.name)
-        if method.name == "blocks":
-            (read,) = reads
-            return replace(scored, logprob=sum(read.logprobs), token_logprobs=read.logprobs)
-        # in one order, whichever came back first
-        ordered = sorted(reads, key=lambda read: read.forward.masked or ())
-        total = sum(read.forward.count * sum(read.logprobs) * length / len(read.logprobs) for read in ordered)
-        return replace(scored, logprob=total / method.mc_num, seed=method.seed)
+
+def jobs(scores: Sequence[PairScore]) -> Iterator[Job]:
+    """The forwards of all pairs, made on demand."""
+    for score in scores:
+        for forward in score.forwards():
+            yield score, forward, forward.params(score.pair, score.method)

@@ -1,0 +1,86 @@
+"""The JSON body of a request for scores, bounded before it is parsed.
+
+A parser holds Python's lock until it is done, in whatever thread it runs: 10 MB of short lists take more than a
+second. The brackets, quotes and commas of a body say how many objects the parser would make, and are counted in slices.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from vllm_dlm.integration.refusal import refuse
+from vllm_dlm.limits import Limits
+from vllm_dlm.scoring.scores import How
+
+#: bytes of JSON for each of `limits.score_characters`: the longest escape has 12, a token id with white space 16
+BYTES = 16
+#: lists and texts for each of `limits.score_pairs`: what exceeds the limit by less is parsed, and refused by its field
+SLACK = 16
+
+
+async def read_body(raw_request: Request, limits: Limits) -> bytes:
+    """A body that is too large is read to its end, so that the client gets the answer, and dropped."""
+    most, size = BYTES * limits.score_characters + (1 << 16), 0
+    parts: list[bytes] = []
+    async for part in raw_request.stream():
+        size += len(part)
+        if size <= most:
+            parts.append(part)
+        else:
+            parts.clear()
+    if size > most:
+        refuse_body(f"{size} bytes", most, "score_characters")
+    return b"".join(parts)
+
+
+def parse_body(body: bytes, limits: Limits, model: type[How]) -> Any:
+    check_structure(body, limits)
+    try:
+        fields = from_json(body)
+    except ValueError as error:
+        refuse("body", body[:100].decode(errors="replace"), f"it must be a JSON object: {error}")
+    if not isinstance(fields, dict):
+        refuse("body", fields, "it must be a JSON object")
+    for field in fields:
+        if field not in model.model_fields:
+            refuse(field, fields[field], f"the fields of a request for scores are {', '.join(model.model_fields)}")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+
+
+def check_structure(body: bytes, limits: Limits) -> None:
+    most = {"lists and objects": SLACK * limits.score_pairs, "texts": SLACK * limits.score_pairs}
+    most["values"] = limits.score_characters + SLACK * limits.score_pairs
+    for found in structure(body):
+        for kind, number in found.items():
+            if number > most[kind]:
+                limit = "score_characters" if kind == "values" else "score_pairs"
+                refuse_body(f"{number} {kind}", most[kind], limit)
+
+
+def structure(body: bytes, slice_bytes: int = 1 << 18) -> Iterator[dict[str, int]]:
+    """What a body is made of, up to the end of each slice. Signs within texts do not count."""
+    found = {"lists and objects": 0, "texts": 0, "values": 0}
+    escape, quotes = b"", 0
+    for start in range(0, len(body), slice_bytes):
+        # Pairs of backslashes go first: the second one of a pair escapes nothing.
+        bare = (escape + body[start : start + slice_bytes]).replace(rb"\\", b"").replace(rb"\"", b"")
+        escape = b"\\" if bare.endswith(b"\\") else b""  # what it escapes is in the next slice
+        parts = bare.split(b'"')
+        outside = b"".join(parts[quotes % 2 :: 2])
+        quotes += len(parts) - 1
+        found["texts"] = quotes // 2
+        found["lists and objects"] += outside.count(b"[") + outside.count(b"{")
+        found["values"] += outside.count(b",")
+        yield found
+
+
+def refuse_body(what: str, most: int, limit: str):
+    refuse("body", what, f"at most {most} are allowed, see --dlm-config limits.{limit}")
