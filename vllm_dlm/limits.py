@@ -23,7 +23,7 @@ class Limits:
     score_characters: int = 1 << 20  # characters of the texts of all pairs; a token id counts as one, each list once
     score_draws: int = 1 << 14  # pairs times mc_num
     followers: int = 64  # per server: connections that watch requests, or read their own frames
-    observed: int = 256  # per server: running requests with dlm_frames or dlm_watch
+    observed: int = 256  # per server: running choices of requests with dlm_frames or dlm_watch
 
     def __post_init__(self):
         for field in fields(self):

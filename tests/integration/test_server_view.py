@@ -148,12 +148,11 @@ def wait_for(found, seconds: float = 60):
 
 def test_requests_that_share_an_id_see_their_own_frames(viewed):
     """With the number of choices equal or not, at the same time and one after the other, as proxies try again"""
-    questions = {chat_text(COPY): COPIED, chat_text("Copy: z y"): " z y"}
-    alone = {prompt: read(create(viewed, "completion", prompt=prompt))[0][0] for prompt in questions}
+    prompts = chat_text(COPY), chat_text("Copy: z y")
 
     def ask(prompt: str, n: int, answers: dict) -> None:
         stream = create(
-            viewed, "completion", prompt=prompt, n=n, extra_headers={"X-Request-Id": "one"},
+            viewed, "completion", prompt=prompt, n=n, temperature=0.3, seed=5, extra_headers={"X-Request-Id": "one"},
             extra_body=options(dlm_frames=1, dlm_watch=1, dlm_trajectory=1),
         )  # fmt: skip
         answers[prompt] = read(stream)
@@ -161,19 +160,18 @@ def test_requests_that_share_an_id_see_their_own_frames(viewed):
     for turn in range(20):
         answers: dict = {}
         choices = (3, 1) if turn % 2 else (2, 2)
-        asking = [
-            threading.Thread(target=ask, args=(prompt, n, answers))
-            for prompt, n in zip(questions, choices, strict=True)
-        ]
+        asking = [threading.Thread(target=ask, args=(*each, answers)) for each in zip(prompts, choices, strict=True)]
         for thread in asking:
             thread.start()
         for thread in asking:
             thread.join()
-        for prompt, n in zip(questions, choices, strict=True):
+        for prompt, n in zip(prompts, choices, strict=True):
             texts, told, filled = answers[prompt]
-            assert texts == dict.fromkeys(range(n), alone[prompt]) and len(filled) == n
-            for choice in range(n):
-                assert "".join(replayed(told, choice)).startswith(alone[prompt])
+            begun = [message["begin"] for message in told if "begin" in message]
+            assert ["".join(text for (text,) in begin["prompt"]) for begin in begun] == [prompt] * n
+            assert sorted(texts) == sorted(filled) == list(range(n))
+            for choice, text in texts.items():
+                assert text and "".join(replayed(told, choice)).startswith(text)
     assert get(viewed, "/dlm/requests").json() == []
 
 
