@@ -25,7 +25,8 @@ def known_requests() -> Iterator[Asked]:
         extra = {"dlm_algorithm": name, "dlm_threshold": "none"}
         if name == "token_editing":
             extra["dlm_threshold"] = 0.7
-        for more in ({"temperature": 0}, {"temperature": 0.8, "seed": number, "n": 2}):
+        # Some decodings draw positions in greedy requests, too.
+        for more in ({"temperature": 0, "seed": number}, {"temperature": 0.8, "seed": number, "n": 2}):
             body = {"model": demo.MODEL, "prompt": f"Copy: a b {number}", "max_tokens": 24, "return_token_ids": True}
             yield Asked("/v1/completions", body | more | {"vllm_xargs": extra | {"dlm_block_length": 8}})
 
