@@ -68,7 +68,7 @@ class Turn(NamedTuple):
 
     step: int  # counts the forwards of the block, from 0
     steps: int  # how many are scheduled
-    quota: int  # positions the schedule wants filled by now and are not
+    quota: int  # positions that the schedule wants filled in this step: at least 1, at most the number of candidates
     positions: np.ndarray  # [C] of the candidates in the canvas, ascending
     masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
     pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
@@ -167,7 +167,7 @@ class Decoding:
 
         The reference runs forwards that fill nothing once the masks run out; they are left away."""
         share, rest = divmod(masks, steps)
-        return [share + (i < rest) for i in range(steps) if share + (i < rest)]
+        return [share + 1] * rest + [share] * (steps - rest if share else 0)
 
     def most_steps(self, masks: int, scheduled: int) -> int:
         """Forwards that a block with so many masks takes at most: each step fills something once the scheduled ones
@@ -209,9 +209,10 @@ class Decoding:
         """Of a decoding that revokes: this step may, so that tokens that stand in the block are to be read."""
         return self.revokes
 
-    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None) -> np.ndarray:
-        """Indices of tokens that become masks again, in a step that has filled so many others. Of each that stood in
-        the block `noted` [Decoding.noted, S] is what `propose` noted at its shadow."""
+    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None, unjudged: bool = False) -> np.ndarray:
+        """Indices of tokens that become masks again, in a step that has filled `filled` others. `noted`
+        [Decoding.noted, S]: what `propose` noted at the shadow of each token of the block. `unjudged`: the tokens are
+        those of a starting text, and no step has judged them yet. This step does, whatever it fills."""
         raise NotImplementedError
 
     def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
@@ -290,4 +291,6 @@ def check(ok: bool, field: str, value, wanted: str) -> None:
 
 def best(score: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest scores, ties to the lowest index."""
+    if count < 0:  # as the end of a slice it would mean all but the last ones
+        raise ValueError(f"count: {count} is not valid, it must be at least 0")
     return np.argsort(-score, kind="stable")[:count]

@@ -61,12 +61,11 @@ class Entropy(Decoding):
         # fills nothing and the last fills two. Steps that fill nothing need no forward.
         if self.parallel:
             return super().quotas(masks, steps)  # Fast-dLLM splits evenly when it tests a threshold
-        times, quotas = self.times(steps), list[int]()
-        for i in range(steps):
-            left = masks - sum(quotas)
-            share = 1 - times[i + 1] / times[i]
-            quotas.append(left if i == steps - 1 else int(torch.tensor(float(left)) * share))
-        return [quota for quota in quotas if quota]
+        times, quotas, left = self.times(steps).numpy(), list[int](), masks
+        for share in 1 - times[1:-1] / times[:-2]:
+            quotas.append(int(np.float32(left) * share))
+            left -= quotas[-1]
+        return [quota for quota in [*quotas, left] if quota]
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:

@@ -5,7 +5,9 @@ more probable than tau1 is filled, up to a share of the masks. What stood there
 before is judged in the same forward, at a row that sees everything but the
 token itself (engine/shadow.py): where that gives the token less than tau2, it
 becomes a mask again. Fewer are taken back than the forward before has filled,
-so a block needs at most as many forwards as it has masks.
+so a block needs at most as many forwards as it has masks. Tokens of a starting
+text are judged by the first forward of their block, as if the one before had
+filled AT_FIRST of them.
 """
 
 from dataclasses import dataclass, replace
@@ -69,18 +71,22 @@ class Wino(LowConfidence):
         chosen = best(proposal.prob, max(1, min(trusted, most)))
         return self.or_at_least_as_probable(chosen, proposal.prob, turn)
 
+    def most_steps(self, masks: int, scheduled: int) -> int:
+        # Tokens of a starting text are judged in the first two steps, which may have nothing to fill.
+        return masks + 2 * AT_FIRST
+
     def judges(self, memory: Memory | None) -> bool:
         assert isinstance(memory, Accepted)
         return memory.last > 1
 
-    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None) -> np.ndarray:
+    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None, unjudged: bool = False) -> np.ndarray:
         assert isinstance(memory, Accepted)
-        most, memory.last = memory.last - 1, filled
-        if filled <= 1:
+        most, memory.last = (AT_FIRST if unjudged else memory.last) - 1, filled
+        if filled <= 1 and not unjudged:
             return np.zeros(0, np.int64)
         (prob,) = noted
         doubtful = np.flatnonzero(prob < self.tau2)
-        return doubtful[best(-prob[doubtful], most)]
+        return doubtful[best(-prob[doubtful], max(most, 0))]
 
 
 class Accepted(Memory):

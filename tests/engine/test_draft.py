@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first, probabilities
 from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
-from tests.engine.running import tokens
+from tests.engine.running import core_of, tokens
 from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
@@ -105,6 +105,40 @@ def test_logprobs_of_what_stays(engines):
     (output,) = engines("dream-tiny").generate([prompt], [params], use_tqdm=False)
     records = zip([8, 9, 10], output.outputs[0].logprobs, strict=True)
     assert all(record[token].logprob < 0 for token, record in records)
+
+
+def test_logprobs_of_what_stays_survive_a_preemption(engines):
+    """After the step that reads the draft, and in a later canvas block."""
+    llm, rng = engines("dream-tiny"), random.Random(4)
+    prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
+    asked, params = request(prompt, draft, 14, dlm_remask=0.5, dlm_block_length=4)
+    params.logprobs = 1
+    (undisturbed,) = (output.outputs[0] for output in llm.generate([asked], [params], use_tqdm=False))
+    wanted = [record[token].logprob for token, record in zip(undisturbed.token_ids, undisturbed.logprobs, strict=True)]
+    assert max(wanted) < 0
+    for steps in (1, 2, 5, 7):
+        llm.llm_engine.add_request("r", asked, params)
+        for _ in range(steps):
+            llm.llm_engine.step()
+        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
+        while llm.llm_engine.has_unfinished_requests():
+            outputs = llm.llm_engine.step()
+        (got,) = outputs[0].outputs
+        assert got.token_ids == undisturbed.token_ids
+        logprobs = [record[token].logprob for token, record in zip(got.token_ids, got.logprobs, strict=True)]
+        assert logprobs == pytest.approx(wanted, abs=1e-4)  # of the same rows, after a cold start
+
+
+def test_wino_judges_what_stays(engines):
+    """With nothing made a mask, it takes back what it doubts; and it ends whatever becomes a mask at first."""
+    llm, rng = engines("llada-tiny"), random.Random(5)
+    prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 48))
+    for remask in (0, 0.05):
+        judged = {"dlm_remask": remask, "dlm_algorithm": "wino", "dlm_block_length": 48, "dlm_tau1": 0.02}
+        (kept,) = tokens(llm, [request(prompt, draft, 48, dlm_tau2=0.0, **judged)])
+        (anew,) = tokens(llm, [request(prompt, draft, 48, dlm_tau2=1.0, **judged)])
+        assert sum(a != b for a, b in zip(anew, draft, strict=True)) > 10
+        assert sum(a != b for a, b in zip(kept, draft, strict=True)) <= 3
 
 
 REFUSED = {

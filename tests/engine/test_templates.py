@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
 from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
+from tests.engine.running import Watching
 from tests.integration.serving import CHECKPOINT, chat_text
 from vllm_dlm.methods import methods
 
@@ -152,6 +153,32 @@ def test_holes_end_early(engines):
             steps[-1] += 1
         assert outputs[-1].outputs[0].text == " k b x e!"
     assert steps[0] <= steps[1] + 6  # the ends of 25 positions took no steps of their own
+
+
+def test_no_step_is_wasted_after_a_hole_has_ended(engines):
+    """Each forward fills a mask, with a hole of 200 positions that ends early and in the example of the docs."""
+    llm = engines(DEMO, max_model_len=512)
+    examples = {"[[8:string]] x [[200:string]] y": None, '{"name": "[[12:string]]", "born": [[4:number]]}': 16}
+    for template, width in examples.items():
+        llm.llm_engine.add_request(
+            "r", chat_text("Copy: k b x e"), params(template, extra={"dlm_block_length": width or "none"})
+        )
+        with Masks(llm) as masks:
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+        assert masks.left == sorted(set(masks.left), reverse=True)
+
+
+class Masks(Watching):
+    """Masks of the one request before each step"""
+
+    def __enter__(self):
+        self.left = []
+        return super().__enter__()
+
+    def step_begins(self, states):
+        (state,) = states
+        self.left.append(int((state.canvas.tokens == state.canvas.mask_id).sum()))
 
 
 @pytest.mark.parametrize(

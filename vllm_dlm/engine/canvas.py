@@ -32,6 +32,7 @@ class Commit:
     tokens: np.ndarray  # [F]
     revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens are masks again, ascending
     left: int = 0  # so many positions were handed out with it
+    logprobs: list | None = None  # of a step that read a starting text: see Canvas.logprobs
 
     @property
     def positions(self) -> np.ndarray:
@@ -66,6 +67,9 @@ class Canvas:
             self.blocks = blocks_of_masks(options, self.tokens[self.prompt_len :] == mask_id)
         #: a draft stands that nobody has read: the next step does, and makes masks of what it doubts
         self.unread = bool(layout.start) and not layout.holes
+        #: log-probabilities of a starting text, by position of the response, if the request wants some. They are kept
+        #: for a request that is preempted, since later steps do not read tokens that stay.
+        self.logprobs: list | None = None
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
@@ -219,7 +223,7 @@ class Canvas:
         self.changed, self.cold = commit.changed, False
         self.block_step, self.step = self.block_step + (reads and not self.unread), self.step + 1
         if self.unread:
-            self.unread, self._begun = False, self.tokens.copy()
+            self.unread, self._begun, self.logprobs = False, self.tokens.copy(), commit.logprobs
         self._moved()
 
     def hand_out(self, count: int) -> None:

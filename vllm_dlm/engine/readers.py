@@ -26,6 +26,10 @@ class Reader(NamedTuple):
     #: [2, n] blocks, and which ones get what they hold before anything is computed
     copies: np.ndarray | None = None
 
+    @property
+    def name(self) -> str:
+        return self.request.state.req_id
+
 
 class Readers:
     def __init__(self, shape: BlockShape):
@@ -73,7 +77,8 @@ class Readers:
         # a sampled token depends on its step, and a log-probability is that of the step that filled it
         if drafts and state.sampling.greedy and state.sampling.num_logprobs is None:
             readers += self._drafts(state, readers[0], canvases)
-        if options.decoding.judges(state.memory) and len(standing := self._readable(canvas.standing, at, plan, reuse)):
+        judges = not state.settled or options.decoding.judges(state.memory)
+        if judges and len(standing := self._readable(canvas.standing, at, plan, reuse)):
             request.shadow = HeadRequest(state, standing)
             readers += [
                 Reader(shadow(reader.stream, standing, at), request.shadow, reader.guides, own=False)
@@ -102,9 +107,9 @@ class Readers:
 
     @staticmethod
     def _readable(standing: np.ndarray, at: Progress, plan: StepPlan, reuse: Reuse) -> np.ndarray:
-        """What may become a mask again: those that can be filled again, before the next refresh. Of a model that reads
-        a position at the row before, the block's first one is read at a row that is not its own."""
+        """Tokens that may become masks again: those that a later step of the block can fill again."""
         standing = reuse.candidates(standing, at)
+        standing = np.setdiff1d(standing, reuse.due(standing, at))
         return standing[held(plan.live, at.rows_reading(standing))]
 
     def _drafts(self, state: Denoising, reader: Reader, canvases: int) -> list[Reader]:

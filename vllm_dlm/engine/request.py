@@ -82,12 +82,12 @@ class Denoising:
     sampling: Sampling
     logprobs: list = field(init=False)  # per response position: what was recorded when it was filled
     quotas: list[int] = field(init=False)  # of the current block: how many positions each step fills
-    filled: int = field(init=False)  # positions filled since the current block was opened
+    filled: int = field(init=False)  # positions filled in the current block, as `quotas` count them
     #: masks and what was proposed for them last, the most probable first: what drafts fill
     guesses: list[tuple[int, int]] = field(init=False)
     drafted: int = field(init=False, default=-1)  # the canvas block whose surroundings drafts have
     memory: Memory | None = field(init=False)  # of the decoding, for the current block
-    settled: bool = field(init=False)  # no token of the current block changes any more, if its decoding edits
+    settled: bool = field(init=False)  # no token of the current block can change except masks, see _open_block
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
     holes: Holes | None = field(init=False)  # of its template
     views: dict[int, View | None] = field(default_factory=dict)  # of each stream: what its response may see
@@ -95,7 +95,8 @@ class Denoising:
     rows: int = 0  # of the canvas that these blocks are for
 
     def __post_init__(self):
-        self.logprobs = [None] * (len(self.canvas) - self.canvas.prompt_len)
+        canvas = self.canvas
+        self.logprobs = list(canvas.logprobs or [None] * (len(canvas) - canvas.prompt_len))
         self.holes = holes_of(self.canvas)
         self._open_block()
 
@@ -105,14 +106,33 @@ class Denoising:
 
     def _open_block(self) -> None:
         canvas, decoding = self.canvas, self.options.decoding
-        candidates = canvas.candidates()
-        masks = len(candidates)
-        if not decoding.schedules_prompt_masks:
-            masks = int((candidates >= canvas.prompt_len).sum())
+        masks = self._scheduled_masks()
         steps = decoding.block_steps(canvas.block, len(canvas.blocks), masks)
         self.filled, self.quotas = 0, decoding.quotas(masks, steps)
-        self.memory, self.guesses, self.settled = decoding.memory(), [], not decoding.edits
-        self.most_steps = decoding.most_steps(len(candidates), len(self.quotas))
+        self.memory, self.guesses = decoding.memory(), []
+        # A decoding that edits decides itself. One that revokes must have judged the tokens of a starting text.
+        self.settled = not decoding.edits and not len(canvas.standing)
+        self.most_steps = decoding.most_steps(len(canvas.candidates()), len(self.quotas))
+
+    def _scheduled_masks(self) -> int:
+        """Masks that the schedule of the current block counts"""
+        canvas, candidates = self.canvas, self.canvas.candidates()
+        if self.options.decoding.schedules_prompt_masks:
+            return len(candidates)
+        return int((candidates >= canvas.prompt_len).sum())
+
+    def _adjust_schedule(self) -> None:
+        """Lays out the remaining steps again if more positions are filled than the schedule wanted by now, e.g. because
+        a hole has ended early. So the quota of a step is at least 1 while masks are left, and never above their number.
+        A schedule that is met stays the published one."""
+        step = self.canvas.block_step
+        made = self.quotas[:step]
+        if self.filled <= sum(made) and step < len(self.quotas):
+            return
+        masks, left = self._scheduled_masks(), max(len(self.quotas) - step, 1)
+        made += [0] * (step - len(made))
+        self.filled = sum(made)
+        self.quotas = made + (self.options.decoding.quotas(masks, left) if masks else [])
 
     # -- after a forward -------------------------------------------------------------------
 
@@ -120,9 +140,9 @@ class Denoising:
         self, positions: np.ndarray, proposal: Proposal, logprobs: list | None, pressure: float = 0.0,
         drafts: Sequence[Read] = (), shadow: Read | None = None,
     ) -> Commit:  # fmt: skip
-        """Fill what the decoding algorithm chooses among `positions`, the candidates of this forward, and as far as
-        `drafts` have guessed that, what it chooses among theirs. What stood in the block before may become masks again,
-        by what is read at its `shadow`."""
+        """Fills what the decoding algorithm chooses among `positions`, the candidates of this forward, and what it
+        chooses in each of the `drafts` that has guessed right. Tokens of the block may become masks again, depending
+        on what was read at its `shadow`."""
         canvas = self.canvas
         if canvas.unread:
             return self._read_draft(positions, proposal, logprobs)
@@ -142,7 +162,7 @@ class Denoising:
         commit = Commit(positions, np.asarray(proposal.prob, np.float32), chosen, proposal.token[chosen])
         if self.options.canvases > 1 and len(positions):
             commit = self._followed(commit, proposal, drafts, pressure)
-        if self.options.decoding.revokes and len(positions):
+        if self.options.decoding.revokes and (len(positions) or not self.settled):
             commit = replace(commit, revoked=self._revoked(len(chosen), shadow))
         if self.holes is not None:
             commit = closed(commit, self.holes)
@@ -151,6 +171,8 @@ class Denoising:
                 if positions[index] >= canvas.prompt_len:
                     self.logprobs[positions[index] - canvas.prompt_len] = logprobs[index]
         canvas.apply(commit)
+        self.filled += int((commit.positions < canvas.end).sum())
+        self._adjust_schedule()
         if self.options.decoding.edits:
             # No block waits for masks of the prompt: partial steps of some policies have no rows there.
             masks = int((canvas.candidates() >= canvas.prompt_len).sum())
@@ -159,17 +181,17 @@ class Denoising:
                 self.settled = self.options.decoding.settled(masks, chosen, turn, self.memory)
             elif not masks:  # and no position that a partial step of this policy could read
                 self.settled = True
-        self.filled += int((commit.positions < canvas.end).sum())
         return commit
 
     def _read_draft(self, positions: np.ndarray, proposal: Proposal, logprobs: list | None) -> Commit:
-        """What the model gives least becomes masks, and the canvas begins."""
+        """The least probable tokens of the starting text become masks, and denoising begins."""
         canvas, prob = self.canvas, np.asarray(proposal.prob, np.float32)
         doubted = np.sort(best(-prob, round(canvas.layout.remask * len(positions))))
         commit = Commit(positions, prob, NOTHING, NOTHING, positions[doubted])
-        for index, position in enumerate(positions.tolist() if logprobs is not None else ()):
-            assert logprobs is not None
-            self.logprobs[position - canvas.prompt_len] = logprobs[index]
+        if logprobs is not None:
+            for index, position in enumerate(positions.tolist()):
+                self.logprobs[position - canvas.prompt_len] = logprobs[index]
+            commit = replace(commit, logprobs=list(self.logprobs))
         canvas.apply(commit)
         self._open_block()
         return commit
@@ -200,11 +222,14 @@ class Denoising:
         return Commit(commit.read, confidence, np.searchsorted(commit.read, where), tokens)
 
     def _revoked(self, filled: int, shadow: Read | None) -> np.ndarray:
-        decoding, noted, positions = self.options.decoding, None, NOTHING
+        canvas, decoding, noted, positions = self.canvas, self.options.decoding, None, NOTHING
         if shadow is not None:
             noted, positions = shadow.proposal.noted, shadow.positions
         noted = np.zeros((decoding.noted, 0)) if noted is None else noted
-        return np.sort(positions[decoding.revoked(noted, filled, self.memory)])
+        revoked = np.sort(positions[decoding.revoked(noted, filled, self.memory, unjudged=not self.settled)])
+        # The first step of a block may read one position alone, see Reuse.due. The second one reads the others.
+        self.settled = self.settled or canvas.block_step > 0 or len(positions) == len(canvas.standing)
+        return revoked
 
     def _chosen(self, positions: np.ndarray, proposal: Proposal, pressure: float) -> np.ndarray:
         """Indices into `positions`, ascending."""
@@ -225,7 +250,7 @@ class Denoising:
         canvas, step = self.canvas, self.canvas.block_step
         masked = self._masked() if self.options.decoding.threshold_decay else 1.0
         quota = sum(self.quotas[: step + 1]) - self.filled
-        turn = Turn(step, len(self.quotas), quota, positions, masked, pressure)
+        turn = Turn(step, len(self.quotas), min(quota, len(positions)), positions, masked, pressure)
         if not self.options.decoding.edits:
             return turn
         return turn._replace(standing=tokens != canvas.mask_id, tokens=tokens)
