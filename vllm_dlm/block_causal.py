@@ -1,15 +1,17 @@
 """Models whose attention knows blocks: a row sees its own block and all before it, so what is finished never changes.
 
 Blocks lie at multiples of their width from the first token on, prompt
-included. A step recomputes the block that is being filled, and beside it once
-what has become final: the prompt's whole blocks at the start, later the block
-that has just been finished. Their rows see no farther than to the end of their
+included. A block that ends at the model's length may be shorter. A step
+recomputes the block that is being filled, and once what has become final: the
+prompt's whole blocks at the start, later the block that has just been
+finished. Their rows see no farther than to the end of their
 own block, whose keys and values stay from then on. That is the exact model.
 
 A long prompt is read in several steps, which fill nothing yet.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -42,8 +44,9 @@ class BlockCausal(Reuse):
         return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))
 
     def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        starts = range(int(live[0]), int(live[-1]) + 1, self.width)
-        return [(span(start, start + self.width), start + self.width) for start in starts]
+        start, last = int(live[0]), int(live[-1]) + 1
+        ends = [*range(start + self.width, last, self.width), last]
+        return [(span(*each), each[1]) for each in pairwise([start, *ends])]
 
     def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
         if not self.reads(at):

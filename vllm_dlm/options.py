@@ -9,6 +9,7 @@ request the same way.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
@@ -89,21 +90,22 @@ class Options:
         return self.decoding.canvases if alone else 1
 
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
-        """Positions of a request's canvas, its prompt among them. The response is cut to the model's length. Blocks of
-        a model that knows them lie at multiples of their width, and the last one is whole."""
+        """Positions of a request's canvas, including its prompt. It ends at the model's length at the latest. With
+        block-causal attention it ends at a multiple of the block's width, or in a shorter block at the model's
+        length."""
         length = min(prompt_len + max_tokens, max_model_len)
         if self.attention == "full":
             return length
         width = self.decoding.block_length
-        return min(-(-length // width), max_model_len // width) * width
+        return min(-(-length // width) * width, max_model_len)
 
     def blocks(self, prompt_len: int, length: int) -> list[tuple[int, int]]:
         """[start, end) of each canvas block within the response"""
         if self.attention == "full":
             return self.decoding.blocks(length - prompt_len)
         width = self.decoding.block_length
-        ends = range(width * (prompt_len // width + 1), length + 1, width)
-        return [(max(end - width, prompt_len) - prompt_len, end - prompt_len) for end in ends]
+        ends = [*range(width * (prompt_len // width + 1), length, width), length]
+        return list(pairwise([0, *(end - prompt_len for end in ends)]))
 
 
 def server_options(

@@ -208,7 +208,44 @@ def test_blocks_lie_at_multiples_of_their_width():
     options = server_options(None, "low_confidence_static", attention="block_causal", block_length=4)
     assert options.canvas_length(13, 7, 256) == 20 and options.canvas_length(13, 8, 256) == 24
     assert options.blocks(13, 20) == [(0, 3), (3, 7)] and options.blocks(12, 20) == [(0, 4), (4, 8)]
-    assert options.canvas_length(250, 100, 255) == 252  # the model's length is no multiple
+    assert options.canvas_length(250, 100, 255) == 255  # the model's length is no multiple
+
+
+@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
+    """Prompts that leave one position or more, end inside a block or not: each request ends with "length", with all the
+    tokens that there is room for, and with the tokens it gets alone."""
+    llm, given = engines(checkpoint, max_model_len=101), []
+    for index, (width, prompt) in enumerate(
+        [(width, prompt) for width in (32, 24, 7, 5, 4) for prompt in (100, 99, 90, 64, 33)]
+    ):
+        extra = {"dlm_block_length": width} | ({"dlm_cfg_scale": 0.5} if guided else {})
+        room = 101 - prompt
+        params = SamplingParams(
+            temperature=0, max_tokens=[room, 1, max(room - 1, 1)][index % 3], ignore_eos=True, detokenize=False,
+            extra_args=extra,
+        )  # fmt: skip
+        given.append(({"prompt_token_ids": [7 + (index * token) % 300 for token in range(prompt)]}, params))
+    prompts, params = zip(*given, strict=True)
+    outputs = [output.outputs[0] for output in llm.generate(list(prompts), list(params), use_tqdm=False)]
+    assert {output.finish_reason for output in outputs} == {"length"}
+    assert [len(output.token_ids) for output in outputs] == [asked.max_tokens for asked in params]
+    assert_tokens_are_those_alone(llm, given)
+
+
+@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
+def test_a_block_cut_by_the_model_s_length_is_one_of_that_width(engines, checkpoint):
+    """Where the first block is wider than all there is, its width does not matter."""
+    llm, extra = engines(checkpoint, max_model_len=101), {"dlm_threshold": "none"}
+    given = [
+        ({"prompt_token_ids": list(range(20, 110))}, SamplingParams(
+            temperature=0, max_tokens=11, ignore_eos=True, detokenize=False,
+            extra_args=extra | {"dlm_block_length": width},
+        )) for width in (101, 128, 200)
+    ]  # fmt: skip
+    whole, *cut = tokens(llm, given)
+    assert len(whole) == 11 and cut == [whole, whole]
 
 
 def test_a_share_counts_from_the_width():
