@@ -169,7 +169,30 @@ def test_priorities_come_before_turns(engines):
     less, urgent = range(3, OVERTAKES + 23), range(OVERTAKES + 23, 2 * OVERTAKES + 43)
     order = run.started.index
     assert max(map(order, urgent)) < order(2)
-    assert 0 < sum(order(i) < order(2) for i in less) <= OVERTAKES
+    assert not any(order(i) < order(2) for i in less)
+
+
+def test_the_least_urgent_request_is_preempted(engines):
+    """Whenever it came. Canvases that grow need more memory than there is; those that came first have the lowest
+    priority."""
+    config = {"dlm": {"extent": {"name": "window", "window": 8}}}
+    llm = engines("llada-tiny", scheduling_policy="priority", additional_config=config, **TIGHT)
+    run, preempted = Run(llm), []
+    preempt = run.scheduler._preempt_request
+    run.scheduler._preempt_request = lambda request, now: (preempted.append(number(request)), preempt(request, now))
+    extra = {"dlm_block_length": 8, "dlm_reuse": "fast_dllm"}
+    params = SamplingParams(temperature=0, max_tokens=112, ignore_eos=True, detokenize=False, extra_args=extra)
+    try:
+        for priority in (2, 1, 0, 0):
+            run.add(({"prompt_token_ids": [7 + priority] * 9}, params), priority=priority)
+        run.finish()
+    finally:
+        del run.scheduler._preempt_request
+    assert 0 in preempted and 2 not in preempted, preempted
+    assert run.done.keys() == {0, 1, 2, 3}
+    order = list(run.done)
+    assert order.index(2) < order.index(1) < order.index(0)
+    run.as_with_room(engines("llada-tiny", additional_config=config))
 
 
 def test_thresholds_fall_while_others_wait(engines):

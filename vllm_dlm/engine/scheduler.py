@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
@@ -126,7 +127,8 @@ class DenoisingScheduler(Scheduler):
         HELD_BACK of a request's steps, unless its policy says otherwise. In which step of the engine a step of a
         request runs changes nothing about its result."""
         taken, held, skipped = [], [], []
-        planned = [(request, canvas) for request in self.running if (canvas := self._planned(request))]
+        by_priority = sorted(self.running, key=self._priority)
+        planned = [(request, canvas) for request in by_priority if (canvas := self._planned(request))]
         steps = sum(canvas.step for _, canvas in planned)
         made = sum(self.refreshed[request.request_id] for request, _ in planned)
         # as many as keep up with those that fall due
@@ -151,8 +153,9 @@ class DenoisingScheduler(Scheduler):
         return taken, held, skipped
 
     def _grow(self, request: Request, canvas: Canvas, rows: dict[str, int], now: float) -> bool:
-        """The request has the blocks of its next step. Where too few are free, those who came last and do not run in
-        this step give up theirs and begin their block again later: others first, itself at the end."""
+        """Whether the request has the KV blocks of its next step. If too few are free, the requests of the lowest
+        priority that do not run in this step are preempted, the last one to arrive first. They restart their canvas
+        block later. None that runs in this step has a lower priority, see _take_running."""
         if not canvas.grown:
             return True
         manager, name = self.kv_cache_manager, request.request_id
@@ -161,7 +164,7 @@ class DenoisingScheduler(Scheduler):
         while missing > manager.block_pool.get_num_free_blocks():
             running = (one for one in self.running if one.status == RequestStatus.RUNNING)
             idle = [one for one in running if one.request_id not in rows and one.request_id not in self.failed]
-            last = max(idle, key=lambda one: (one.arrival_time, one.request_id))
+            last = max(idle, key=lambda one: (self._priority(one), one.arrival_time, one.request_id))
             self._preempt_request(last, now)
             if last is request:
                 return False
@@ -213,13 +216,16 @@ class DenoisingScheduler(Scheduler):
         return admitted
 
     def _next_waiting(self) -> tuple[Request, Canvas, KVCacheBlocks] | None:
-        """The first in line, and what the prefix cache has of it; while there is no memory for that one, the first
-        behind it for which there is.
+        """The first waiting request with its cached prefix. If there is no memory for it, the first one of the same
+        priority for which there is.
 
-        Nobody is passed more than OVERTAKES times. From then on memory that becomes free is kept for it, so
-        it runs when those that run now have ended at the latest, and holds others back no longer than that.
+        A request is overtaken at most OVERTAKES times. From then on free memory is kept for it, so that it runs when
+        the running requests have ended at the latest.
         """
+        first: int | None = None
         for request in islice(self.waiting, 1 + OVERTAKES):
+            if (priority := self._priority(request)) > (first := priority if first is None else first):
+                break
             with self.failed.of(request.request_id):
                 canvas = self._canvas(request)
                 self._check_size(canvas)
@@ -229,6 +235,10 @@ class DenoisingScheduler(Scheduler):
                 if self.overtaken[request.request_id] >= OVERTAKES:
                     break
         return None
+
+    def _priority(self, request: Request) -> int:
+        """A smaller number is more urgent."""
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
     def _leave_queue(self, request: Request) -> None:
         for ahead in self.waiting:
