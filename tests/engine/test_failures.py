@@ -8,6 +8,7 @@ from vllm import SamplingParams
 
 from tests.engine.running import free_blocks, tokens
 from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.packing import Packing
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.flow import FeedForward
 
@@ -111,6 +112,31 @@ def test_the_others_of_the_batch_go_on(llm, hook, order):
             assert output.finish_reason == "error" and not output.token_ids
         else:
             assert output.finish_reason == "length" and tuple(output.token_ids) == alone[index]
+    assert tokens(llm, requests) == alone
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_request_that_cannot_be_packed_fails_alone(llm, monkeypatch, order, ranks):
+    """Packing is done before the forward, so ranks of tensor parallelism agree on it and none is left waiting."""
+    requests = [ask(dlm_reuse="fast_dllm"), ask(16), ask(20)]
+    alone = [tokens(llm, [request])[0] for request in requests]
+    numbers = Packing.numbers.fget
+
+    def broken(self):
+        if any(isinstance(stream.reuse, methods("reuse")["fast_dllm"]) for stream in self.streams):
+            raise IndexError("no such row")
+        return numbers(self)
+
+    monkeypatch.setattr("vllm_dlm.engine.runner.get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(Packing, "numbers", property(broken))
+    given = outputs(llm, [requests[i] for i in order])
+    for index, output in zip(order, given, strict=True):
+        if index == 0:
+            assert output.finish_reason == "error" and "no such row" in output.stop_reason
+        else:
+            assert output.finish_reason == "length" and tuple(output.token_ids) == alone[index]
+    monkeypatch.undo()
     assert tokens(llm, requests) == alone
 
 
@@ -222,12 +248,15 @@ def test_only_the_request_that_meets_them_fails(llm):
 # -- what cannot be survived -----------------------------------------------------------------
 
 
-def test_ranks_do_not_leave_each_other_waiting(monkeypatch):
-    """Inside a forward the others wait for this rank; before and after it all decide alike."""
-    monkeypatch.setattr("vllm_dlm.engine.failures.get_tensor_model_parallel_world_size", lambda: 2)
-    failed = Failures()
+def test_ranks_do_not_leave_each_other_waiting():
+    """Errors that may be one rank's alone are raised. All other errors are the same on all ranks."""
+    failed = Failures(ranks=2)
     with pytest.raises(RuntimeError, match="broken"), failed.of("a", in_forward=True):
         raise RuntimeError("broken")
+    for error in (MemoryError("no memory"), torch.OutOfMemoryError("no memory")):
+        with pytest.raises(type(error)), failed.of("a"):
+            raise error
+    assert not failed
     with failed.of("a"):
         raise RuntimeError("broken")
     assert failed.keys() == {"a"}

@@ -82,14 +82,34 @@ class Denoiser:
         requests = [reader.request for reader in readers if reader.own and not reader.guides]
         if readers:
             with failed.of(*(request.state.req_id for request in requests), in_forward=True), self.forwards():
-                self._propose(readers, requests, counts, failed)
+                if (prepared := self._prepare_packable(readers, failed)) is not None:
+                    readers = [reader for reader in readers if reader.name not in failed]
+                    requests = [request for request in requests if request.state.req_id not in failed]
+                    self._propose(prepared, readers, requests, counts, failed)
         requests = [request for request in requests if request.state.req_id not in failed]
         for observer in self.observers:
             observer.step_ended(requests, counts)
         return requests
 
-    def _propose(self, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures) -> None:
-        prepared = self._prepared(readers)
+    def _prepare_packable(self, readers: list[Reader], failed: Failures) -> Prepared | None:
+        """Packs the step, without the requests that cannot be packed, which fail. None: no request is left."""
+        while readers:
+            together, alone = Failures(failed.ranks), Failures(failed.ranks)
+            names = list(dict.fromkeys(reader.name for reader in readers))
+            with together.of(*names):
+                return self._prepared(readers)
+            for name in names:
+                self.upload.begin()  # without what the last attempt has left
+                with alone.of(name):
+                    self._prepared([reader for reader in readers if reader.name == name])
+            self.upload.begin()
+            failed.update(alone or together)
+            readers = [reader for reader in readers if reader.name not in failed]
+        return None
+
+    def _propose(
+        self, prepared: Prepared, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures
+    ) -> None:
         for observer in self.observers:
             observer.step_packed(prepared)
         for upload in prepared.uploads:

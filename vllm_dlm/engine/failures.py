@@ -1,9 +1,17 @@
-"""What becomes of a step that goes wrong: the requests it concerns fail, the engine goes on.
+"""Errors of a step: the requests that they concern fail, and the engine goes on.
 
-A step writes to the blocks of its own requests only, so whatever goes wrong in
-it leaves nothing half written that anybody else reads. What cannot be survived
-is raised: errors of the accelerator, which poison its process, and any error
-inside a forward that other ranks take part in, who would wait for this one.
+A step writes to the KV blocks of its own requests only, so an error leaves
+nothing half written that another request reads. Errors of the accelerator are
+raised, since its process cannot be used any more.
+
+With tensor parallelism all ranks must fail the same requests: each rank decides
+alone, and a rank that leaves a request out would take part in collectives of
+another size. Outside of a forward ranks agree. What they run there (plans,
+streams, packing, choosing tokens) reads nothing but vLLM's schedule, the
+canvases and what the head proposes, which are the same on all ranks, and shapes
+of one rank's share, which are equal. So an error of this code is raised on all
+of them. Two kinds of errors may be one rank's alone and are raised: those of a
+forward, in which the other ranks wait for this one, and a lack of memory.
 """
 
 import traceback
@@ -11,14 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 
+OUT_OF_MEMORY = MemoryError, torch.OutOfMemoryError
+
 
 class Failures(dict[str, str]):
     """request -> why it cannot go on"""
+
+    def __init__(self, ranks: int = 1):
+        """`ranks`: how many of them must agree, those of tensor parallelism"""
+        super().__init__()
+        self.ranks = ranks
 
     @contextmanager
     def of(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
@@ -26,7 +40,8 @@ class Failures(dict[str, str]):
         try:
             yield
         except Exception as error:
-            if poisons(error) or (in_forward and get_tensor_model_parallel_world_size() > 1):
+            of_one_rank = in_forward or isinstance(error, OUT_OF_MEMORY)
+            if poisons(error) or (of_one_rank and self.ranks > 1):
                 raise
             logger.debug("A step failed", exc_info=True)
             self.update(dict.fromkeys(req_ids, describe(error)))

@@ -173,7 +173,7 @@ class DenoisingRunner:
             self.requests.pop(request_id, None)
             self.tables.pop(request_id, None)
             self.observed.discard(request_id)
-        counts, failed = Counts(), Failures()
+        counts, failed = Counts(), Failures(get_tensor_model_parallel_world_size())
         for data in scheduler_output.scheduled_new_reqs:
             with failed.of(data.req_id):
                 self.requests[data.req_id] = self._start(data)

@@ -71,6 +71,8 @@ class Upload:
         return self._typed[array.dtype].as_strided(array.shape, strides, start // array.itemsize)
 
     def begin(self) -> None:
+        """Drops what has not been sent."""
+        self._pending.clear()
         self._used = 0
 
     def send(self) -> None:

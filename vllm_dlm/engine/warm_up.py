@@ -9,6 +9,7 @@ of canvases. Nothing is kept: all blocks are the one that vLLM hands to nobody.
 from typing import Any
 
 import numpy as np
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
 from vllm_dlm.engine.canvas import Canvas
@@ -48,7 +49,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
 
 def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failures:
     """One canvas to its end, which meets rare kinds of steps, too; several for some steps."""
-    failed = Failures()
+    failed = Failures(get_tensor_model_parallel_world_size())
     tables = {state.req_id: np.zeros(_blocks(denoiser, state), np.int64) for state in states}
     for step in range(STEPS if len(states) > 1 else RESPONSE):
         if step == STEPS and captures and denoiser.captured is not None:  # between refreshes by now
