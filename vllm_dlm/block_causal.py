@@ -9,6 +9,7 @@ own block, whose keys and values stay from then on. That is the exact model.
 A long prompt is read in several steps, which fill nothing yet.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,10 @@ class BlockCausal(Reuse):
     name: ClassVar[str] = "none"  # nothing but the model itself
 
     width: int = 0  # of a block
+
+    @property
+    def layer_key(self) -> Hashable:
+        return BlockCausal
 
     def final(self, at: Progress) -> int:
         """Of the block that is being filled nothing, until it is finished."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class CacheBound:
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template"),
     "automata": CacheBound(64, "a hole of a template: its kind and alternatives"),
+    "choice_pools": CacheBound(256, "the selection and its preset"),
+    "captured_steps": CacheBound(128, "the reuse policy and its preset; rows and canvases of a step"),
+    "seen_steps": CacheBound(1024, "the reuse policy and its preset; rows and canvases of a step"),
+    "refused_steps": CacheBound(256, "the reuse policy and its preset"),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -58,11 +63,15 @@ class ClientCache(Generic[K, V]):
         self._values[key] = value
         self._values.move_to_end(key)
         while len(self._values) > self.bound:
-            _, evicted = self._values.popitem(last=False)
-            _evictions[self.name] += 1
-            if self.on_evict is not None:
-                self.on_evict(evicted)
+            self.evict()
         return value
+
+    def evict(self) -> None:
+        """Removes the least recently used entry."""
+        _, evicted = self._values.popitem(last=False)
+        _evictions[self.name] += 1
+        if self.on_evict is not None:
+            self.on_evict(evicted)
 
     def pop(self, key: K) -> V | None:
         """Removes an entry without counting it as evicted."""

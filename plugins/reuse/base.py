@@ -6,9 +6,9 @@ talking to each other. It says which rows are alive. `layer` is the policy
 itself: one transformer layer written down as a generator of asks, see flow.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -54,12 +54,25 @@ class Progress:
         return np.where(rows < 0, self.length - 1, rows)
 
 
-@lru_cache(maxsize=256)
+class _Positions:
+    """0, 1, 2, … as far as the longest canvas so far: spans are views of one array."""
+
+    def __init__(self) -> None:
+        self.all = np.arange(0)
+
+    def up_to(self, end: int) -> np.ndarray:
+        if end > len(self.all):
+            self.all = np.arange(max(end, 2 * len(self.all)))
+            self.all.flags.writeable = False
+        return self.all
+
+
+_POSITIONS = _Positions()
+
+
 def span(start: int, end: int) -> np.ndarray:
-    """Positions [start, end), shared: not to be written to."""
-    positions = np.arange(start, end)
-    positions.flags.writeable = False
-    return positions
+    """Positions [start, end), start >= 0; shared memory, not to be written to"""
+    return _POSITIONS.up_to(end)[start:end]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +120,11 @@ class Reuse:
         """Between refreshes rows of the canvas block live and no others, all of them recomputed: beside its keys and
         values nothing of the canvas changes."""
         return False
+
+    @property
+    def layer_key(self) -> Hashable:
+        """All that `layer` depends on. Policies with equal keys share CUDA graphs. Subclasses do not inherit it."""
+        return self
 
     @property
     def stagger(self) -> bool:

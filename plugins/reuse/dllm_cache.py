@@ -9,6 +9,7 @@ that is how a newly committed token enters (a rule of the official code that
 the paper leaves out).
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,6 +93,10 @@ class DLLMCache(Reuse):
     @property
     def force_changed(self) -> bool:
         return not self.parity
+
+    @property
+    def layer_key(self) -> Hashable:
+        return DLLMCache, self.transfer_ratio > 0
 
     def layer(self, at: Layer) -> Flow:
         return dense(at, kept) if at.whole else self._partial(at)

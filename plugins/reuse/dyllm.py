@@ -8,6 +8,7 @@ old one becomes salient: it passes the FFN of this layer and gets new keys and
 values in the next. The first layer's salient rows are those with new tokens.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,6 +76,10 @@ class DyLLM(Reuse):
     @property
     def force_changed(self) -> bool:
         return not self.parity
+
+    @property
+    def layer_key(self) -> Hashable:
+        return DyLLM, self.threshold
 
     def layer(self, at: Layer) -> Flow:
         return dense(at, kept) if at.whole else self._salient(at)

@@ -5,6 +5,7 @@ also fills its first positions. `prefix` then recomputes the block and all
 behind it, `dual` the block alone.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,6 +26,10 @@ class FastDLLM(Reuse):
     @property
     def block_alone(self) -> bool:
         return self.cache == "dual"
+
+    @property
+    def layer_key(self) -> Hashable:
+        return FastDLLM
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:

@@ -1,5 +1,6 @@
 """Every row of every layer is recomputed at every step: the exact model."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,3 +12,7 @@ class Dense(Reuse):
     name: ClassVar[str] = "none"
     exact: ClassVar[dict] = {}
     caches: ClassVar[bool] = False
+
+    @property
+    def layer_key(self) -> Hashable:
+        return Dense

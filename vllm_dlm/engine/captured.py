@@ -1,73 +1,51 @@
-"""Steps whose launches are replayed: those which a GPU runs faster than the host can launch them.
+"""Steps replayed from CUDA graphs: a GPU runs them faster than the host can launch them.
 
-A step is captured for a bucket of rows and canvases, over memory that stays:
-the tables of its packing and its hidden states. A later step of the same shape
-is filled up with canvases of nobody, which lie in the block that vLLM hands to
-nobody, its tables are written over, and the launches are replayed. Whatever
-flows decide by on the host is part of the shape. Steps between refreshes of the
-server's own policy are captured before the first request, those of others when
-they are met. Steps that recompute whole canvases, of at most 2,048 rows, are
-captured when their size comes a second time: what comes once is not worth it.
-Those of more rows keep the device busy for longer than their launches take.
+A step is captured for a bucket of rows and canvases, over memory that stays in
+place: its tables and its hidden states. A later step of that bucket is padded
+with dummy canvases, whose blocks are vLLM's null block. Its tables overwrite
+the captured ones, and the launches are replayed. Host decisions of a policy's
+flow are part of the bucket.
+
+- Partial steps of the server's own policy are captured at start and never evicted.
+- Other steps, those that recompute whole canvases among them, are captured on their second use. The least recently
+  used ones make room for new ones.
+- Steps of more than 2,048 rows are launched: they keep the device busy for longer than their launches take.
+- A step that cannot be captured is refused, and launched from then on.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.client_cache import ClientCache
+from vllm_dlm.engine.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.cuda_graphs import Capture, Graph, PoolLost
+from vllm_dlm.engine.failures import describe
 from vllm_dlm.engine.group import Packed, Unknown
 from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Stream, pack
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.reuse.base import StepPlan, span
+from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 
 logger = init_logger(f"vllm.{__name__}")
 
-ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-#: sizes of whole canvases are multiples of it: each row that nobody has is paid for
-WHOLE_ROWS = 128
-#: so many of those that came once; clients may think of ever other fields of a policy
-REMEMBERED = 1024
-CANVASES = (1, 2, 4, 8, 16, 32)
-#: of more canvases than a few, that have fewer rows than so many on average, there is nothing of its own
-ROWS_OF_MANY = 16
-#: more rows than that are those of many canvases
-ROWS_OF_ONE, MANY = 1024, 8
-#: parts of the rows that a policy with a budget recomputes in a layer
-LEADING = (8, 4, 2)
-#: bytes that a layer's launches take in a graph: two dozen of them, some ten KiB each
-LAYER = 1 << 18
-
-
-class Graph(Protocol):
-    """Launches that can be repeated."""
-
-    def replay(self) -> None: ...
-
-
-#: runs a function and remembers its launches
-Capture = Callable[[Callable[[], torch.Tensor]], tuple[Graph, torch.Tensor]]
-
-
-class Bucket(NamedTuple):
-    kind: tuple  # of the streams
-    dense: bool  # all that lives is recomputed
-    all_keep: bool  # every live row keeps features
-    rows: int
-    canvases: int
-    leading: int  # rows that a budget lets recompute in a layer; 0: there is no budget
+#: A step is captured after this many launches of its bucket: what comes once is not worth it.
+LAUNCHES = 1
+#: The same after it was evicted: by then the launches have cost about as much time as a capture does.
+LAUNCHES_AFTER_EVICTION = 16
+#: Bytes of staging memory for all tables of a captured step, except those of KV blocks
+TABLES = 1 << 22
 
 
 @dataclass
 class Recorded(Counts):
-    """What a step counts, and by which of its rows that goes."""
+    """Counts of a captured step, each with the number of rows it goes by."""
 
     events: list[tuple[str | None, int, bool]] = field(default_factory=list)
 
@@ -78,7 +56,7 @@ class Recorded(Counts):
         self.events.append((None, sum(q_lens), read))
 
     def repeat(self, bucket: Bucket, packed: Packed, own: int, counts: Counts) -> None:
-        """The same of another step of that shape, whose first canvases are somebody's."""
+        """Counts another step of that bucket; its first `own` canvases are not dummies."""
         (group,) = packed.groups
         for phase, number, read in self.events:
             lengths = (group.all.counts if number == bucket.rows else group.leading[0])[:own]
@@ -89,21 +67,22 @@ class Recorded(Counts):
 
 
 class Step(NamedTuple):
-    """One that was captured."""
+    """A captured step."""
 
+    bucket: Bucket
     graph: Graph
     hidden: torch.Tensor  # [rows, E]
     recorded: Recorded
 
 
 class Filled(NamedTuple):
-    """A step that is to be replayed."""
+    """A step that is about to be replayed."""
 
     bucket: Bucket
     step: Step
-    packed: Packed  # of its own streams and of nobody's
+    packed: Packed  # of its own streams and of dummies
     upload: Upload  # brings its tables
-    own: int  # how many are its own
+    own: int  # streams that are not dummies
 
     def run(self, counts: Counts) -> torch.Tensor:
         """-> [rows, E]"""
@@ -119,227 +98,164 @@ class CapturedSteps:
         capture: Capture,
         shape: BlockShape,
         device: torch.device,
-        longest: int,  # canvas
-        room: int,  # bytes left to them
-        cost: Callable[[int], int],  # rows of a step -> bytes that it takes of those
+        longest: int,  # positions of a canvas
+        most_rows: int,  # of a step: workspaces are not larger
+        room: int,  # bytes left for captured steps
+        costs: Costs,
+        verify: Callable[[torch.device], None] = lambda device: None,  # raises if the device no longer works
     ):
-        self.run, self.capture, self.shape, self.room, self.cost = run, capture, shape, room, cost
-        self.longest, self.table_width = longest, -(-longest // shape.block_size)
+        self.run, self.capture, self.shape, self.room, self.costs = run, capture, shape, room, costs
+        self.device, self.verify = device, verify
+        self.longest, self.table_width, self.most_rows = longest, -(-longest // shape.block_size), most_rows
         self.sizes = frozenset(sizes(longest))
-        self.upload = Upload(device, stays=True)  # one step's tables at a time
-        self.steps: dict[Bucket, Step] = {}
-        self.refused: set[Bucket] = set()  # a captured step does not know what their flows ask for
-        self.once: set[Bucket] = set()  # of whole canvases: they came once
+        self.upload = Upload(device, stays=TABLES + max(CANVASES) * self.table_width * np.dtype(np.int32).itemsize)
+        self.pinned: dict[Bucket, Step] = {}  # captured at start
+        self.served: ClientCache[Bucket, Step] = ClientCache("captured_steps", self._evicted)
+        #: launches before a bucket is captured
+        self.waiting: ClientCache[Bucket, int] = ClientCache("seen_steps")
+        #: what cannot be captured -> the fewest rows at which it failed, 0: it fails at any size
+        self.refused: ClientCache[tuple, int] = ClientCache("refused_steps")
+
+    @property
+    def steps(self) -> dict[Bucket, Step]:
+        return self.pinned | {step.bucket: step for step in self.served.values()}
 
     def fill(self, streams: list[Stream]) -> Filled | None:
-        """The streams in the memory of a captured step; None: there is none for them."""
+        """Pads the streams to a captured step; None: they are to be launched."""
         bucket = bucket_of(streams)
         if bucket is None or not self._has_place(streams, bucket):
             return None
-        if streams[0].whole and bucket not in self.once:
-            if len(self.once) >= REMEMBERED:
-                self.once.clear()
-            self.once.add(bucket)
+        step = self._step(bucket, streams[0].reuse)
+        if step is None:
             return None
-        if not self._have(bucket, streams[0]):
-            return None
-        packed = self._packed(streams, streams[0], bucket)
-        return Filled(bucket, self.steps[bucket], packed, self.upload, len(streams))
+        return Filled(bucket, step, self._packed(bucket, streams[0].reuse, streams), self.upload, len(streams))
 
     def _has_place(self, streams: list[Stream], bucket: Bucket) -> bool:
-        """The canvases of nobody can have the rows that are missing."""
-        spare = bucket.rows - sum(stream.num_rows for stream in streams)
-        each = self.longest if streams[0].whole else self.longest - 1
-        return spare <= (bucket.canvases - len(streams)) * each
+        """The dummy canvases can hold the padding rows."""
+        padding = bucket.rows - sum(stream.num_rows for stream in streams)
+        each = self.longest if bucket.whole else self.longest - 1
+        return padding <= (bucket.canvases - len(streams)) * each
 
-    def _have(self, bucket: Bucket, like: Stream) -> bool:
-        if bucket in self.steps:
-            return True
-        possible = like.whole or (bucket.rows, bucket.canvases) in self.sizes
-        known = possible and bucket not in self.refused
-        return known and self.cost(bucket.rows) <= self.room and self._captured(like, bucket)
+    def _step(self, bucket: Bucket, reuse: Reuse) -> Step | None:
+        step = self.pinned.get(bucket) or self.served.get(bucket)
+        if step is not None or not self._may_capture(bucket, reuse):
+            return step
+        launches = self.waiting.get(bucket)
+        if launches is None:
+            launches = LAUNCHES
+        if launches:
+            self.waiting.put(bucket, launches - 1)
+            return None
+        if not self._make_room(bucket) or (step := self._captured(bucket, reuse)) is None:
+            return None
+        return self.served.put(bucket, step)
 
-    def capture_all(self, like: Stream) -> None:
-        """Steps of every size of canvases that are treated like this one, the largest first: the memory of the others
-        is part of theirs. None, if its flow asks for what a captured step does not know."""
-        if bucket_of([like]) is None:
+    def capture_all(self, stream: Stream) -> None:
+        """Captures partial steps of all sizes for canvases like this one, and keeps them. The largest come first: their
+        memory is reused by the others."""
+        like = bucket_of([stream])
+        if like is None or like.whole:
             return
         for rows, canvases in sizes(self.longest):
-            for part in LEADING if has_budget(like) else (0,):
-                bucket = Bucket(like.kind, dense(like), keeps(like), rows, canvases, rows // part if part else 0)
-                if not self._have(bucket, like):
-                    return
+            for part in LEADING if like.leading else (0,):
+                bucket = like._replace(rows=rows, canvases=canvases, leading=rows // part if part else 0)
+                if not self._may_capture(bucket, stream.reuse) or not self._make_room(bucket):
+                    continue
+                if (step := self._captured(bucket, stream.reuse)) is not None:
+                    self.pinned[bucket] = step
 
-    def _captured(self, like: Stream, bucket: Bucket) -> bool:
-        packed, recorded = self._packed([], like, bucket), Recorded()
-        self.upload.send()
+    # -- bounds ----------------------------------------------------------------------------
 
-        def run(counts: Counts = recorded) -> torch.Tensor:
-            packed.groups[0].begin()
-            return self.run(packed, counts)
+    def _may_capture(self, bucket: Bucket, reuse: Reuse) -> bool:
+        if bucket.rows > self.most_rows or not (bucket.whole or (bucket.rows, bucket.canvases) in self.sizes):
+            return False
+        failed = (self.refused.get(key) for key in (bucket.flow, policy_key(bucket, reuse)))
+        return all(rows is None or bucket.rows < rows for rows in failed)
 
+    def _make_room(self, bucket: Bucket) -> bool:
+        """Evicts steps, the least recently used first, if that makes enough room."""
+        cost = self.costs.step(bucket.rows)
+        if cost > self.room + sum(self.costs.step(step.bucket.rows) for step in self.served.values()):
+            return False
+        while cost > self.room:
+            self.served.evict()
+        return True
+
+    def _evicted(self, step: Step) -> None:
+        self.room += self.costs.step(step.bucket.rows)
+        self.waiting.put(step.bucket, LAUNCHES_AFTER_EVICTION)
+
+    def _refuse(self, bucket: Bucket, reuse: Reuse, error: Exception) -> None:
+        """Refuses the policy at this size and above, and altogether if it fails at another size, too. Failed captures
+        are so bounded by the policies that are installed, whatever their fields."""
+        key = policy_key(bucket, reuse)
+        rows = bucket.rows if self.refused.get(key) is None else 0
+        self.refused.put(key, rows)
+        at = f"of {rows} rows and more " if rows else ""
+        why = describe(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        logger.warning("Steps %swith reuse %r cannot be captured and are launched: %s", at, reuse.name, why)
+
+    # -- capturing -------------------------------------------------------------------------
+
+    def _captured(self, bucket: Bucket, reuse: Reuse) -> Step | None:
+        """Captures a step of dummy canvases; None: that failed, and the step is to be launched. Only a fault of the
+        device is raised."""
+        recorded = Recorded()
         try:
-            run(Counts())  # what is compiled or allocated once is no part of the launches
+            packed = self._packed(bucket, reuse, [])
+            self.upload.send()
+
+            def run(counts: Counts = recorded) -> torch.Tensor:
+                packed.groups[0].begin()
+                return self.run(packed, counts)
+
+            run(Counts())  # compiles and allocates what is not part of the launches
             graph, hidden = self.capture(run)
         except Unknown:
-            self.refused.add(bucket)
-            return False
+            self.refused.put(bucket.flow, 0)
+            return None
         except torch.OutOfMemoryError as error:
             logger.warning("No more steps are captured: %s", error)
             self.room = 0
-            return False
-        self.steps[bucket] = Step(graph, hidden, Recorded(events=list(recorded.events)))
-        self.room -= self.cost(bucket.rows)
-        return True
+            return None
+        except Exception as error:
+            self.verify(self.device)
+            if isinstance(error, PoolLost):  # the next pool has activations of its own
+                self.room -= self.costs.working(max(ROWS))
+            self._refuse(bucket, reuse, error)
+            return None
+        self.room -= self.costs.step(bucket.rows)
+        return Step(bucket, graph, hidden, Recorded(events=list(recorded.events)))
 
-    def _packed(self, streams: list[Stream], like: Stream, bucket: Bucket) -> Packed:
-        """With canvases of nobody up to the bucket's size, which share the rows that are missing."""
+    def _packed(self, bucket: Bucket, reuse: Reuse, streams: list[Stream]) -> Packed:
+        """The streams, and dummy canvases that share the padding rows."""
         missing = bucket.canvases - len(streams)
         rows = bucket.rows - sum(stream.num_rows for stream in streams)
         leading = bucket.leading - (leading_rows(streams) if bucket.leading else 0)
-        sizes = zip(shares(rows, missing), shares(leading, missing), strict=True)
-        streams = streams + [self._nobody(like, *size) for size in sizes]
+        padding = zip(shares(rows, missing), shares(leading, missing), strict=True)
+        streams = streams + [self._dummy(bucket, reuse, *size) for size in padding]
         self.upload.begin()
         limits = Limits(bucket.rows, self.longest, self.table_width)
-        return pack(streams, self.upload, self.shape, masks=True, limits=limits)
+        packed = pack(streams, self.upload, self.shape, masks=True, limits=limits)
+        (group,) = packed.groups
+        assert group.all_keep == bucket.all_keep, "a captured step keeps features of all rows or of some"
+        return packed
 
-    def _nobody(self, like: Stream, rows: int, leading: int) -> Stream:
+    def _dummy(self, bucket: Bucket, reuse: Reuse, rows: int, leading: int) -> Stream:
+        """A canvas in vLLM's null block, of the bucket's kind"""
         live = span(0, rows)
-        budget = leading if has_budget(like) else like.plan.budget
-        plan = StepPlan(live, live if dense(like) else live[:0], budget, rows, refresh=False)
-        length = rows if like.whole else rows + 1  # not all of it lives, as in the others
-        tokens, blocks = np.zeros(length, np.int64), np.full(self.table_width, NULL_BLOCK)
-        feature_rows, feature_blocks = length if keeps(like) else 0, np.full(length, NULL_BLOCK)
+        budget = leading if bucket.leading else None
+        plan = StepPlan(live, live if bucket.dense else live[:0], budget, rows, refresh=False)
+        length = rows if bucket.whole else rows + 1  # a partial step leaves positions out
+        _, cached, _ = bucket.kind
         return Stream(
-            like.reuse, plan, tokens, NOTHING, NOTHING, (0, length), feature_rows, blocks if like.cached else None,
-            feature_blocks,
+            reuse, plan, np.zeros(length, np.int64), NOTHING, NOTHING, (0, length),
+            feature_rows=length if bucket.all_keep else 0,
+            kv_table=np.full(self.table_width, NULL_BLOCK) if cached else None,
+            feature_table=np.full(length, NULL_BLOCK),
         )  # fmt: skip
 
 
-def shares(number: int, parts: int) -> list[int]:
-    """As even as can be, the larger ones first"""
-    return [number // parts + (part < number % parts) for part in range(parts)]
-
-
-def sizes(longest: int) -> list[tuple[int, int]]:
-    """Rows and canvases of the steps that are captured, the largest first. A canvas has fewer rows than positions."""
-    return [
-        (rows, canvases) for rows in reversed(ROWS) for canvases in reversed(CANVASES)
-        if is_common(rows, canvases) and rows <= canvases * (longest - 1)
-    ]  # fmt: skip
-
-
-class Costs(NamedTuple):
-    """What captured steps take of the device's memory, at most: hidden states of each, what the largest works in, and
-    the launches."""
-
-    layers: int
-    hidden: int
-    inner: int  # of a layer's widest rows
-    itemsize: int
-
-    def step(self, rows: int) -> int:
-        """Bytes"""
-        return rows * self.hidden * self.itemsize + self.layers * LAYER
-
-    def room(self, longest: int) -> int:
-        """Bytes for all steps of a policy with a budget, which has the most of them, and canvases so long. What others
-        leave of it is for whole canvases."""
-        captured = sizes(longest) * len(LEADING)
-        return self.working(max(ROWS)) + sum(self.step(rows) for rows, _ in captured) if captured else 0
-
-    def working(self, rows: int) -> int:
-        return rows * 4 * (self.inner + 2 * self.hidden) * self.itemsize
-
-
-def bucket_of(streams: list[Stream]) -> Bucket | None:
-    """The smallest that holds them; None: they are not to be captured."""
-    first = streams[0]
-    if first.view is not None or first.hole is not None or not (first.whole or first.cached):
-        return None
-    if any(stream.kind != first.kind or dense(stream) != dense(first) for stream in streams):
-        return None
-    if not first.whole and any(stream.plan.live[0] < stream.response[0] for stream in streams):
-        return None  # with rows of the prompt it is long enough
-    rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
-    shape = first.kind, dense(first), all(map(keeps, streams))
-    if first.whole:
-        return bucket_of_whole(shape, rows, len(streams))
-    for canvases in CANVASES:
-        for size in ROWS:
-            spare = size - rows
-            # rows that are missing need a canvas that has them
-            if canvases < len(streams) or spare < 0 or (spare > 0 and canvases == len(streams)):
-                continue
-            if not is_common(size, canvases):
-                continue
-            if not has_budget(first):
-                return Bucket(*shape, size, canvases, 0)
-            for part in LEADING:
-                missing = size // part - leading
-                if 0 <= missing <= spare and (missing == 0 or canvases > len(streams)):
-                    return Bucket(*shape, size, canvases, size // part)
-    return None
-
-
-def bucket_of_whole(shape: tuple[tuple, bool, bool], rows: int, number: int) -> Bucket | None:
-    """A canvas of nobody has a row at least: all are whole."""
-    for canvases in CANVASES:
-        missing = canvases - number
-        size = -(-(rows + missing) // WHOLE_ROWS) * WHOLE_ROWS
-        if missing >= 0 and size <= max(ROWS) and (missing or size == rows):
-            return Bucket(*shape, size, canvases, 0)
-    return None
-
-
-def is_common(rows: int, canvases: int) -> bool:
-    few_rows = rows < ROWS_OF_MANY * canvases and canvases > 2
-    return not few_rows and (rows <= ROWS_OF_ONE or canvases >= MANY)
-
-
-def dense(stream: Stream) -> bool:
-    """All that lives is recomputed."""
-    return len(stream.plan.forced) == len(stream.plan.live)
-
-
-def has_budget(stream: Stream) -> bool:
-    """A number of rows is recomputed, which may be none, and the flow says which."""
-    return stream.plan.budget is not None and not dense(stream)
-
-
-def keeps(stream: Stream) -> bool:
-    """Every live row keeps features."""
-    return stream.plan.live[0] >= len(stream.token_ids) - stream.feature_rows
-
-
-def leading_rows(streams: list[Stream]) -> int:
-    return sum(stream.leading for stream in streams)
-
-
-def cuda_graph(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    # While it serves, other threads may call the device, too.
-    with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
-        out = function()
-    return graph, out
-
-
-@cache
-def pool():
-    """Steps are never replayed side by side, so all of them work in the same memory."""
-    return torch.cuda.graph_pool_handle()
-
-
-class Repeated:
-    """In the place of a graph where there is none: the function is called again, over the same memory."""
-
-    def __init__(self, function: Callable[[], torch.Tensor]):
-        self.function, self.out = function, function()
-
-    def replay(self) -> None:
-        self.out.copy_(self.function())
-
-
-def repeated(function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-    graph = Repeated(function)
-    return graph, graph.out
+def policy_key(bucket: Bucket, reuse: Reuse) -> tuple:
+    """What fails together: canvases that a class of policies treats alike, whatever its fields are"""
+    return type(reuse), *bucket.kind[1:], bucket.dense, bucket.all_keep

@@ -2,7 +2,7 @@
 
 It keeps the requests and turns scheduled steps into outputs; the step itself
 is denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
-methods a worker calls, forward_context.py.
+methods a worker calls, forward_context.py, v1/worker/workspace.py.
 """
 
 import zlib
@@ -20,12 +20,15 @@ from vllm.utils.mem_utils import DeviceMemoryProfiler, format_gib
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_workspace
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.captured import CapturedSteps, Costs, cuda_graph
+from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
 from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, plain_stream
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.flash_attention import installed
@@ -97,8 +100,9 @@ class DenoisingRunner:
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling=False, kv_cache_allocation_context=None):
         with kv_cache_allocation_context or nullcontext():
+            # Not torch.empty: FlashAttention multiplies values after a sequence's end by 0, which keeps a NaN.
             self.kv_caches = [
-                torch.empty(
+                torch.zeros(
                     kv_cache_config.num_blocks,
                     spec.num_kv_heads,
                     spec.block_size,
@@ -143,7 +147,7 @@ class DenoisingRunner:
         )
 
     def captured_memory(self) -> int:
-        """Bytes to be left free for steps that are captured once there is a KV cache."""
+        """Bytes that the KV cache leaves free for captured steps"""
         return self.captured_costs.room(self.max_model_len) if self.captures else 0
 
     @torch.inference_mode()
@@ -154,13 +158,17 @@ class DenoisingRunner:
             costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
-                cuda_graph, denoiser.shape, self.device, longest, costs.room(longest), costs.step,
+                CudaGraphs(self.device), denoiser.shape, self.device, longest, self.max_rows, costs.room(longest),
+                costs, device_works,
             )  # fmt: skip
         most = self.vllm_config.scheduler_config.max_num_seqs
         warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
+        if self.captures and is_workspace_manager_initialized():
+            # Graphs keep the address of the experts' workspace. No step has more rows than `profile_run`.
+            lock_workspace()
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
-        """Data-parallel peers keep step with a forward nobody reads."""
+        """A forward whose output is not read, so that data-parallel peers stay in step"""
         length = max(1, min(num_tokens, self.max_model_len))
         with torch.inference_mode():
             self.denoiser.forward([plain_stream(np.zeros(length, np.int64), np.zeros(1, np.int64))], Counts())

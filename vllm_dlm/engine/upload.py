@@ -10,10 +10,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-#: every array starts at a multiple of so many bytes, which kernels may take for granted
+#: Bytes. Every array starts at a multiple of it, which kernels rely on.
 ALIGNMENT = 16
 FIRST_CAPACITY = 1 << 16
-STAYING_CAPACITY = 1 << 22
 
 DTYPES = {
     np.dtype(np.int64): torch.int64,
@@ -24,18 +23,19 @@ DTYPES = {
 
 
 class Upload:
-    """Of a device; the same memory serves step after step."""
+    """Staging memory on the host and its copy on a device, used again in every step."""
 
-    def __init__(self, device: torch.device, stays: bool = False):
-        """`stays`: what is sent lies in the same place each time, on the CPU, too; steps begin with `begin`."""
+    def __init__(self, device: torch.device, stays: int = 0):
+        """`stays`: bytes of memory that keeps its place, on the CPU, too, for captured steps; each step starts with
+        `begin`. Otherwise the memory grows to what the largest step sent."""
         self.device = device
         self._capacity, self._used = 0, 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that were too small for this step
         self._sent: torch.cuda.Event | None = None  # the last transfer, which must have read its buffer
         self._host: torch.Tensor | None = None
         if device.type != "cpu" or stays:
-            self._host, self._there = self._buffers(STAYING_CAPACITY if stays else FIRST_CAPACITY)
-        self.stays = stays
+            self._host, self._there = self._buffers(stays or FIRST_CAPACITY)
+        self.stays = stays > 0
 
     def _buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._capacity, self._used = capacity, 0
@@ -56,14 +56,14 @@ class Upload:
         if self._host is None:
             return torch.from_numpy(array)
         if self._sent is not None:
-            self._sent.synchronize()  # over long ago, as a rule: a step ends with what it reads back
+            self._sent.synchronize()  # no wait as a rule: a step ends with what it reads back
             self._sent = None
         size = array.nbytes
         if self._used + size > self._capacity:
             if self.stays:
                 raise MemoryError(f"a captured step sends more than {self._capacity} bytes")
             self._pending.append((self._host[: self._used], self._there[: self._used]))
-            self._host, self._there = self._buffers(max(2 * self._capacity, 2 * size))
+            self._host, self._there = self._buffers(max(2 * self._capacity, size + ALIGNMENT))
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         array = np.ascontiguousarray(array)
         self._bytes[start : start + size] = array.reshape(-1).view(np.uint8)

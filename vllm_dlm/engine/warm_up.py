@@ -1,20 +1,24 @@
-"""Steps of made-up requests before the first real one: kernels are compiled for the sizes that serving meets.
+"""Steps of dummy requests before the first real one: compiles kernels and captures steps, so that no client waits.
 
-A kernel has a variant for each of its tiles' sizes, but none for a number of
-requests or for a place in what a step uploads. Every reuse policy that a request may name is run with one canvas, a
-few and many, at a refresh and behind it; so is every decoding that has shadows
-of canvases. Nothing is kept: all blocks are the one that vLLM hands to nobody.
+A kernel has a variant for each of its tile sizes, but none for a number of
+requests or for a place in what a step uploads. Every reuse policy that a
+request may name runs with one canvas, a few and many, at and between
+refreshes. So does every decoding that has shadow streams. All blocks are
+vLLM's null block, so nothing is kept.
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.engine.buckets import bucket_of
+from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser
 from vllm_dlm.engine.failures import Failures
+from vllm_dlm.engine.packing import Stream
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.methods import methods
 from vllm_dlm.option_types import OptionError
@@ -25,6 +29,8 @@ logger = init_logger(f"vllm.{__name__}")
 CANVASES = (1, 2, 5, 16, 24, 40)
 STEPS = 6
 PROMPT, RESPONSE = 96, 64
+#: Steps of the schedule that is searched for its most common step: longer than the intervals of refreshes
+SCHEDULE = 256
 
 
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, most: int) -> None:
@@ -39,38 +45,65 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
             continue
         for count in sorted({min(count, most) for count in CANVASES}):
             states = [_state(f"{name} {i}", options, config, max_model_len) for i in range(count)]
-            captures = count == 1 and options.reuse == server.reuse and not options.decoding.revokes
-            if failed := _run(denoiser, states, captures):
+            if failed := _run(denoiser, states):
                 why = next(iter(failed.values()))
                 logger.warning("Requests with %s %r will fail here: %s", METHOD_KEYS[key], name, why)
                 break
+    if denoiser.captured is not None:
+        failed = Failures()
+        with failed.of("steady"), denoiser.forwards():
+            if (stream := steady_stream(denoiser, server, config, max_model_len)) is not None:
+                denoiser.captured.capture_all(stream)
+        for why in failed.values():
+            logger.warning("No steps are captured at start: %s", why)
 
 
-def _run(denoiser: Denoiser, states: list[Denoising], captures: bool) -> Failures:
-    """One canvas to its end, which meets rare kinds of steps, too; several for some steps."""
+def _run(denoiser: Denoiser, states: list[Denoising]) -> Failures:
+    """One canvas runs to its end, which has rare kinds of steps; several run for some steps."""
     failed = Failures()
-    tables = {state.req_id: np.zeros(_blocks(denoiser, state), np.int64) for state in states}
-    for step in range(STEPS if len(states) > 1 else RESPONSE):
-        if step == STEPS and captures and denoiser.captured is not None:  # between refreshes by now
-            (state,) = states
-            with denoiser.forwards():
-                denoiser.captured.capture_all(denoiser.readers.of(state, tables[state.req_id])[0].stream)
+    tables = {state.req_id: _table(denoiser, state) for state in states}
+    for _ in range(STEPS if len(states) > 1 else RESPONSE):
         if failed or not all(len(state.canvas.candidates()) for state in states):
             break
         for request in denoiser.step(states, tables, Counts(), failed):
             request.state.commit(request.positions, request.proposal, None, shadow=request.shadow)
-            request.state.memory = request.state.options.decoding.memory()  # one of nothing lets the next step judge
+            request.state.memory = request.state.options.decoding.memory()  # an empty one lets the next step judge
             request.state.take_output()
     return failed
 
 
-def _state(name: str, options: Options, config, max_model_len: int) -> Denoising:
-    response = min(RESPONSE, max_model_len - 1)
+def steady_stream(denoiser: Denoiser, options: Options, config, max_model_len: int) -> Stream | None:
+    """The most common partial step of a canvas with these options; None: all its steps are whole, or are launched.
+    Nothing is computed: the canvas is filled one position a step, so the result does not depend on what a model is
+    sure of."""
+    response = min(SCHEDULE, max(max_model_len - PROMPT, max_model_len // 2))
+    state = _state("steady", options, config, max_model_len, response)
+    canvas, table = state.canvas, _table(denoiser, state)
+    token = np.full(1, int(config.mask_token_id == 0))
+    streams: dict[tuple, Stream] = {}
+    seen: Counter[tuple] = Counter()
+    while len(masked := canvas.candidates()):
+        for reader in denoiser.readers.of(state, table):
+            bucket = bucket_of([reader.stream])
+            if reader.own and bucket is not None and not bucket.whole:
+                streams.setdefault(bucket.flow, reader.stream)
+                seen[bucket.flow] += 1
+        canvas.apply(Commit(masked[:1], np.full(1, 0.5, np.float32), np.zeros(1, np.int64), token))
+        if (finished := canvas.finished()) is not None:
+            canvas.hand_out(finished[1] - finished[0])
+    return streams[seen.most_common(1)[0][0]] if seen else None
+
+
+def _state(name: str, options: Options, config, max_model_len: int, response: int = RESPONSE) -> Denoising:
+    response = min(response, max_model_len - 1)
     prompt = [0] * min(PROMPT, max_model_len - response)
-    canvas = Canvas(options, config.mask_token_id, config.logits_shift, prompt, len(prompt) + response)
+    length = options.canvas_length(len(prompt), response, max_model_len)
+    canvas = Canvas(options, config.mask_token_id, config.logits_shift, prompt, length)
     return Denoising(name, canvas, Sampling(0.0, 1.0, 0, seed=0, stop_ids=frozenset()))
 
 
-def _blocks(denoiser: Denoiser, state: Denoising) -> int:
+def _table(denoiser: Denoiser, state: Denoising) -> np.ndarray:
+    """The null block, as often as the canvas has blocks"""
     canvas = state.canvas
-    return denoiser.shape.tokens(state.options, canvas.prompt_len, len(canvas)) // denoiser.shape.block_size
+    tokens = denoiser.shape.tokens(state.options, canvas.prompt_len, len(canvas))
+    return np.zeros(tokens // denoiser.shape.block_size, np.int64)
