@@ -34,6 +34,11 @@ class KVBlocks:
         for layer in self.layers:
             layer.index_copy_(0, target, layer.index_select(0, source))
 
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Zeros blocks [n] in every layer"""
+        for layer in self.layers:
+            layer.index_fill_(0, blocks, 0)
+
     def write_keys(self, layer: int, slots: Slots, keys_THD: torch.Tensor) -> None:
         self.layers[layer].transpose(1, 2)[slots.block, slots.offset, :, : self.head_dim] = keys_THD
 

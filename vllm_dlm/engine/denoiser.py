@@ -105,19 +105,20 @@ class Denoiser:
                 if not one.finite:
                     own = [reader.stream for reader in readers if reader.request is one]
                     failed[request.state.req_id] = self._not_finite(own, one, hidden)
+                    self._clear(request.state)
                     break
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
-        """Packs the canvases, and says to each request which hidden states are its own."""
-        # Canvases treated alike stand together, so that they share a group of rows.
+        """Packs the canvases, and assigns hidden states to requests."""
+        # Canvases of one kind are adjacent: they share a group of rows.
         kinds: dict[tuple, list[Reader]] = {}
-        # Shadows come behind all canvases: where a step is split, theirs have been computed by then.
-        # Rows that see no farther than to the end of their first block are seen by others.
+        # Shadows come after all canvases: if the step is split, their canvases have been computed by then.
+        # Whole canvases come first: one may be the first block of a request, which its later blocks read.
         for reader in sorted(readers, key=lambda reader: (reader.stream.hole is not None, not reader.stream.whole)):
             kinds.setdefault(reader.stream.kind, []).append(reader)
         filled, replayed = None, list[Reader]()
         if self.captured is not None:
-            # The others of a step are canvases to be refreshed, as a rule, which keep the device busy for longer.
+            # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
             for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].stream.whole):
                 if filled := self.captured.fill([reader.stream for reader in alike]):
                     replayed = kinds.pop(kind)
@@ -127,18 +128,18 @@ class Denoiser:
         start = 0
         for reader in launched:
             self._assign(reader, np.arange(start, start := start + len(reader.stream.head_positions)))
-        # of a captured step all live rows come back
+        # a captured step returns all live rows
         for reader in replayed:
             self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
             start += reader.stream.num_rows
-        uploads = [self.upload] if launched else []
-        uploads += [filled.upload] if filled else []
+        # The head's arrays may be larger than the staging memory of a captured step, which cannot grow.
+        uploads = [self.upload, filled.upload] if filled else [self.upload]
         requests = [reader.request for reader in readers if not reader.guides]
         heads = sum(len(reader.stream.head_positions) for reader in replayed)
         copies = [reader.copies for reader in readers if reader.copies is not None]
-        copied = uploads[0](np.concatenate(copies, axis=1)) if copies else None
+        copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
         return Prepared(
-            packed, launched, filled, replayed, heads, self.head.prepare(requests, uploads[0]), uploads, copied
+            packed, launched, filled, replayed, heads, self.head.prepare(requests, self.upload), uploads, copied
         )
 
     @staticmethod
@@ -179,6 +180,13 @@ class Denoiser:
         return (
             f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
         )
+
+    def _clear(self, state: Denoising) -> None:
+        """Zeros the blocks of a request that failed: FlashAttention multiplies values after a sequence's end by 0, so
+        that a NaN there would reach the next owner of the block. Blocks of a shared prefix stay: others read them."""
+        if state.options.attention == "full" and state.blocks:
+            blocks = np.concatenate([part for own in state.blocks.values() for part in own])
+            self.blocks.clear(torch.from_numpy(blocks).to(self.device))
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""

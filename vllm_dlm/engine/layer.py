@@ -48,13 +48,13 @@ class LayerStep:
     def __init__(self, packed: Packed, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
         self.packed, self.layers, self.blocks, self.counts = packed, layers, blocks, counts
         self.table = table  # [positions, D] of the rotary embedding
-        self.parts = [GroupLayer(self, group) for group in packed.groups]
+        self.parts = [GroupLayer(packed, blocks, group) for group in packed.groups]
 
     def run(self, index: int, normed: Normed) -> list[Behind]:
         """-> what each group's flow returns, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
         for part in self.parts:
-            part.enter(normed)
+            part.enter(self.index, self.last, normed)
         flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # what each flow waits for
         done: dict[int, Behind] = {}
@@ -204,16 +204,17 @@ def split(joined: torch.Tensor, like: list[torch.Tensor]) -> Sequence[torch.Tens
 class GroupLayer:
     """What a flow sees of one layer: see `Layer` in plugins/reuse/flow.py."""
 
-    def __init__(self, step: LayerStep, group: Group):
-        self.step, self.group = step, group
+    def __init__(self, packed: Packed, blocks: KVBlocks, group: Group):
+        # No reference to the step: a cycle would keep its tensors and views until garbage is collected.
+        self.blocks, self.group = blocks, group
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
         self.all_keep = group.all_keep
         self.where, self.least_similar = group.where, group.least_similar
-        self._slots = step.packed.slots[group.span] if group.cached else None
+        self._slots = packed.slots[group.span] if group.cached else None
 
-    def enter(self, normed: Normed) -> None:
-        self.index, self.last, span = self.step.index, self.step.last, self.group.span
+    def enter(self, index: int, last: bool, normed: Normed) -> None:
+        self.index, self.last, span = index, last, self.group.span
         if isinstance(normed, torch.Tensor):
             self._normed = normed[:, span]
             self.h, self.x = self._normed.unbind(0)
@@ -236,11 +237,11 @@ class GroupLayer:
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
         assert self._slots is not None, "asked of canvases with blocks"
-        return self.step.blocks.read_values(self.index, self._slots, rows)
+        return self.blocks.read_values(self.index, self._slots, rows)
 
     def features(self, rows: Rows) -> torch.Tensor:
         group = self.group
-        return self.step.blocks.read_features(self.index, group.feature_slots, rows, group.feature_width)
+        return self.blocks.read_features(self.index, group.feature_slots, rows, group.feature_width)
 
     def keep(self, rows: Rows, features: torch.Tensor) -> None:
-        self.step.blocks.write_features(self.index, self.group.feature_slots, rows, features)
+        self.blocks.write_features(self.index, self.group.feature_slots, rows, features)

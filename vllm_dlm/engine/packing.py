@@ -24,7 +24,7 @@ from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
 from vllm_dlm.plugins.reuse.flow import Columns, Rows
 
-#: vLLM hands it to nobody; fills up the tables of canvases that have fewer blocks than others
+#: vLLM's null block, which no request owns: pads the tables of canvases that have fewer blocks than others
 NULL_BLOCK = 0
 NO_BLOCKS = np.zeros(0, dtype=np.int64)
 #: On a GPU so many rows take hardly longer than a few, and waiting until the host knows how many a policy found
@@ -33,7 +33,7 @@ MASKED_ROWS = 512
 
 
 class Limits(NamedTuple):
-    """What a step that is to be replayed with other contents assumes of all of them."""
+    """Upper bounds for all steps that replay one captured step"""
 
     max_q: int  # rows of a canvas
     max_kv: int  # its positions
@@ -72,7 +72,8 @@ class Stream:
     @property
     def kind(self) -> tuple:
         # Of one policy some canvases may have blocks and others none: `none` has them under a selection only.
-        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.selection, self.hole
+        # Views of a group share one pool of choices, and so one selection.
+        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.pool, self.hole
 
     @property
     def num_rows(self) -> int:
@@ -201,7 +202,7 @@ class Packing:
         self, numbers: torch.Tensor, flags: torch.Tensor, upload: Upload, masks: bool, limits: Limits | None
     ) -> Group:
         streams, cached = self.streams, self.streams[0].cached
-        # The last layer's features of prompt rows would feed nobody but those rows.
+        # Only prompt rows themselves would read the last layer's features of prompt rows.
         wanted = self.heads | (self.response & self.kept)
         everything = np.ones(len(self.live), np.bool_)
         masks_T = np.stack([everything, self.forced, self.response, wanted, self.heads])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.client_cache import ClientCache
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.head import HeadRequest
 from vllm_dlm.engine.packing import Stream
@@ -30,7 +31,7 @@ class Reader(NamedTuple):
 class Readers:
     def __init__(self, shape: BlockShape):
         self.shape = shape
-        self.choices: dict[Selection, ChoicePool] = {}
+        self.choices: ClientCache[Selection, ChoicePool] = ClientCache("choice_pools")
 
     def of(self, state: Denoising, table: np.ndarray, canvases: int = 1) -> list[Reader]:
         """The request's canvas and, with guidance, its twin: two caches that never meet. Or with drafts, which share
@@ -159,21 +160,25 @@ class Readers:
         if state.options.attention != "full" or not selection.applies(canvas.prompt_len, len(canvas)):
             return None
         frozen, size = state.options.reuse.keeps_contexts, self.shape.block_size
-        pool = self.choices.setdefault(selection, ChoicePool())
+        pool = self._pool(selection)
         return View(selection, canvas.prompt_len, canvas.rows, size, kv_table, summary_table, frozen, pool)
 
+    def _pool(self, selection: Selection) -> ChoicePool:
+        """Views keep a pool that was evicted; those of another pool never share a group with them."""
+        pool = self.choices.get(selection)
+        return self.choices.put(selection, ChoicePool()) if pool is None else pool
+
     def _view_of_final(self, state: Denoising, twin: int) -> View | None:
-        """What the current block sees of those before it, where these never change. Its first step sees all: there some
-        are written that others have had for long, of whoever was preempted or has a prompt in several steps."""
+        """What the current block sees of finished blocks, which never change. Its first step sees all of them: after a
+        preemption, or with a prompt that is read in several steps, that step writes some."""
         selection, at = state.options.selection, state.canvas.progress
         if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
             return None
         view, own = state.views[twin], state.blocks[twin]
         if view is None or view.prompt_len != at.written:
-            pool = self.choices.setdefault(selection, ChoicePool())
             view = state.views[twin] = View(
-                selection, at.written, at.length, self.shape.block_size, own.kv, own.summaries, False, pool,
-                described=False,
+                selection, at.written, at.length, self.shape.block_size, own.kv, own.summaries, False,
+                self._pool(selection), described=False,
             )  # fmt: skip
         return view
 

@@ -1,10 +1,9 @@
-"""What is remembered between steps of a canvas whose response sees only part of it.
+"""Views: what is kept between steps for a canvas whose response reads only part of it.
 
 A view belongs to one canvas of one request and lives as long as it does. Its
-summaries lie in blocks of the request, in the slots of so many keys; what was
-chosen lasts until the prompt is refreshed or the selection wants to choose
-anew. All the host knows is whether there is a choice; the choices themselves
-lie in a pool on the device, where they are read in place.
+summaries are in blocks of the request. A choice lasts until the prompt is
+refreshed or the selection chooses again. The host knows only whether there is
+a choice; the choices are in a pool on the device and are read in place.
 """
 
 import weakref
@@ -17,24 +16,28 @@ from vllm_dlm.plugins.selection.base import Selection
 
 
 class ChoicePool:
-    """Choices of the canvases of one selection, by layer. Slot 0 is nobody's."""
+    """Choices of the canvases of one selection, by layer. Slot 0 is unused. The device memory is freed with the last
+    slot: clients choose selections, so pools come and go with requests."""
 
     def __init__(self) -> None:
         self.layers: dict[int, torch.Tensor] = {}  # [slots, Hkv, units + memo] int32
         self._free: list[int] = []
-        self._slots, self._units, self._memo = 1, 0, 0  # how many slots, how wide
+        self._slots, self._units, self._memo = 1, 0, 0  # number of slots, widths
 
     def slot(self, units: int, memo: int) -> int:
-        """For a canvas with so many chosen units, and numbers kept for the next choice."""
+        """A slot for a canvas with `units` chosen units and `memo` numbers kept for the next choice"""
+        if self._unused:
+            self._free, self._slots, self._units, self._memo = [], 1, 0, 0
         if units > self._units or memo > self._memo:
-            # What others keep moves to wider rows.
-            kept, before = self.layers, self._units
+            # Kept choices move to wider rows.
+            kept, wider, before = self.layers, {}, self._units
             self._units, self._memo = max(units, self._units), max(memo, self._memo)
-            self.layers = {layer: self._empty(own.shape[1], own.device) for layer, own in kept.items()}
             for layer, own in kept.items():
                 units_of, memo_of = own.split([before, own.shape[2] - before], 2)
-                self.layers[layer][: len(own), :, :before] = units_of
-                self.layers[layer][: len(own), :, self._units : self._units + memo_of.shape[2]] = memo_of
+                wider[layer] = self._empty(own.shape[1], own.device)
+                wider[layer][: len(own), :, :before] = units_of
+                wider[layer][: len(own), :, self._units : self._units + memo_of.shape[2]] = memo_of
+            self.layers = wider
         if not self._free:
             self._free = list(range(self._slots, 2 * self._slots))[::-1]
             self._slots *= 2
@@ -42,13 +45,19 @@ class ChoicePool:
 
     def release(self, slot: int) -> None:
         self._free.append(slot)
+        if self._unused:
+            self.layers = {}
+
+    @property
+    def _unused(self) -> bool:
+        return len(self._free) == self._slots - 1
 
     def _empty(self, kv_heads: int, device: torch.device) -> torch.Tensor:
         shape = (self._slots, kv_heads, self._units + self._memo)
         return torch.full(shape, -1, dtype=torch.int32, device=device)
 
     def of(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, Hkv, units] and [slots, Hkv, memo], to be read and written"""
+        """[slots, Hkv, units] and [slots, Hkv, memo], read and written in place"""
         kept = self.layers.get(layer)
         if kept is None or len(kept) < self._slots:
             self.layers[layer] = self._empty(kv_heads, device)
@@ -67,7 +76,7 @@ class View:
     kv_table: np.ndarray  # [blocks] ids
     summary_table: np.ndarray  # [blocks] ids
     frozen: bool  # a choice lasts until the next refresh, whatever the selection says
-    pool: ChoicePool  # that of all canvases of this selection
+    pool: ChoicePool  # shared by canvases of this selection
     steps: int = 0  # served by the present choice
     held: bool = False  # there is a choice
     known: bool = False  # a choice before this one, of the same keys, may still be in the pool
@@ -104,5 +113,5 @@ class View:
         return self.chooses
 
     def refreshed(self) -> None:
-        """The prompt has new keys, or nobody asked when it was time to choose."""
+        """The prompt has new keys, or no row queried it when it was time to choose."""
         self.steps, self.known, self.held = 0, False, False
