@@ -129,16 +129,16 @@ class Denoiser:
                     break
 
     def _prepared(self, readers: list[Reader]) -> Prepared:
-        """Packs the canvases, and says to each request which hidden states are its own."""
-        # Canvases treated alike stand together, so that they share a group of rows.
+        """Packs the canvases, and assigns hidden states to requests."""
+        # Canvases of one kind are adjacent: they share a group of rows.
         kinds: dict[tuple, list[Reader]] = {}
-        # Shadows come behind all canvases: where a step is split, theirs have been computed by then.
-        # Rows that see no farther than to the end of their first block are seen by others.
+        # Shadows come after all canvases: if the step is split, their canvases have been computed by then.
+        # Whole canvases come first: one may be the first block of a request, which its later blocks read.
         for reader in sorted(readers, key=lambda reader: (reader.stream.hole is not None, not reader.stream.whole)):
             kinds.setdefault(reader.stream.kind, []).append(reader)
         filled, replayed = None, list[Reader]()
         if self.captured is not None:
-            # The others of a step are canvases to be refreshed, as a rule, which keep the device busy for longer.
+            # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
             for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].stream.whole):
                 if filled := self.captured.fill([reader.stream for reader in alike]):
                     replayed = kinds.pop(kind)
@@ -148,7 +148,7 @@ class Denoiser:
         start = 0
         for reader in launched:
             self._assign(reader, np.arange(start, start := start + len(reader.stream.head_positions)))
-        # of a captured step all live rows come back
+        # a captured step returns all live rows
         for reader in replayed:
             self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
             start += reader.stream.num_rows

@@ -174,8 +174,8 @@ class Readers:
         return self.choices.put(selection, ChoicePool()) if pool is None else pool
 
     def _view_of_final(self, state: Denoising, twin: int) -> View | None:
-        """What the current block sees of those before it, where these never change. Its first step sees all: there some
-        are written that others have had for long, of whoever was preempted or has a prompt in several steps."""
+        """What the current block sees of finished blocks, which never change. Its first step sees all of them: after a
+        preemption, or with a prompt that is read in several steps, that step writes some."""
         selection, at = state.options.selection, state.canvas.progress
         if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
             return None

@@ -1,10 +1,9 @@
-"""What is remembered between steps of a canvas whose response sees only part of it.
+"""Views: what is kept between steps for a canvas whose response reads only part of it.
 
 A view belongs to one canvas of one request and lives as long as it does. Its
-summaries lie in blocks of the request, in the slots of so many keys; what was
-chosen lasts until the prompt is refreshed or the selection wants to choose
-anew. All the host knows is whether there is a choice; the choices themselves
-lie in a pool on the device, where they are read in place.
+summaries are in blocks of the request. A choice lasts until the prompt is
+refreshed or the selection chooses again. The host knows only whether there is
+a choice; the choices are in a pool on the device and are read in place.
 """
 
 import weakref
