@@ -5,7 +5,7 @@ models use as well (read in vLLM 0.32 and 0.33: v1/spec_decode/metrics.py, v1/me
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
@@ -50,7 +50,7 @@ class StepCounts:
         pairs = zip(caches[::2], caches[1::2], strict=True)
         of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=True))
         first = (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
-        return cls(*first, *counts, caches=of_caches)
+        return replace(cls(*first, *counts), caches=of_caches)
 
 
 #: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
