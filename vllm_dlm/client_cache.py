@@ -8,10 +8,12 @@ each of them is used, stays within its bound and reaches the metrics.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import RLock
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class CacheBound:
 #: name -> bound; the names are the `cache` label of the metrics
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template"),
-    "automata": CacheBound(64, "a hole of a template: its kind and alternatives"),
+    "alternatives": CacheBound(64, "the alternatives of a hole of a template"),
+    "automata": CacheBound(64, "what a hole of a template may hold"),
 }
 
 _instances: dict[str, "WeakSet[ClientCache]"] = {}
@@ -31,12 +34,14 @@ _evictions: Counter[str] = Counter()
 
 
 class ClientCache(Generic[K, V]):
-    """Least-recently-used cache. `on_evict` sees each value that leaves, so that it can release device memory."""
+    """Least-recently-used cache, of any threads. `on_evict` sees each value that leaves, so that it can release device
+    memory."""
 
     def __init__(self, name: str, on_evict: Callable[[V], None] | None = None, entries: int | None = None):
         self.name, self.on_evict = name, on_evict
         self.bound = CLIENT_CACHES[name].entries if entries is None else entries
         self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = RLock()
         _instances.setdefault(name, WeakSet()).add(self)
 
     def __len__(self) -> int:
@@ -49,20 +54,22 @@ class ClientCache(Generic[K, V]):
         return iter(self._values)
 
     def get(self, key: K) -> V | None:
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key]
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
 
     def put(self, key: K, value: V) -> V:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self.bound:
-            _, evicted = self._values.popitem(last=False)
-            _evictions[self.name] += 1
-            if self.on_evict is not None:
-                self.on_evict(evicted)
-        return value
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self.bound:
+                _, evicted = self._values.popitem(last=False)
+                _evictions[self.name] += 1
+                if self.on_evict is not None:
+                    self.on_evict(evicted)
+            return value
 
     def pop(self, key: K) -> V | None:
         """Removes an entry without counting it as evicted."""
