@@ -1,22 +1,26 @@
 """What a hole may hold, as an automaton over tokens.
 
-Tokens that do the same to every state are one class; the tokens that end a
-hole early are a class of their own, which leads from where the hole may end to
-a state that nothing else leaves. Every token is known by its text, so what is
-accepted is a text, however it is cut into tokens.
+A set of states is a Python integer with one bit per state. States are numbered so that no token leads to a lower
+one: a token moves a set by shifting it. Tokens that do the same to every state are one class. Tokens that end a hole
+early are a class of their own, which leads from every state in which the hole may end to the last state, and nothing
+else leaves that one. Every token is known by its text, so what is accepted is a text, however it is cut into tokens.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 
 #: of a token: from which state to which
-Moves = tuple[tuple[int, int], ...]
-#: of no class: such a token may never stand in the hole
+Pairs = tuple[tuple[int, int], ...]
+#: of no class: such a token may never be in the hole
 NEVER = -1
+#: class of a position that has no token yet
+MASKED = -2
 #: complete contents of a JSON string, so that any sequence of them is one
 STRING = re.compile(r'(?:[^"\\\x00-\x1f\ud800-\udfff]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
 NUMERIC = re.compile(r"[-+.eE0-9]+")
@@ -38,88 +42,196 @@ NUMBER_ENDS = (2, 3, 5, 8)
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    states: int
+    states: int  # the last one is that of a hole that has ended
+    starts: tuple[int, ...]
     ends: tuple[int, ...]  # states in which a hole may end
-    edges: np.ndarray  # [3, E] int32: from, to, by a token of which class
-    classes: np.ndarray  # [V] int16 of each token, or NEVER
-    end_class: int
+    edges: np.ndarray  # [3, E] int32: from, to, by a token of which class; classes ascend
+    size: int  # of the vocabulary
+    usual: int  # class of all tokens but these:
+    tokens: np.ndarray  # [T] int32, ascending
+    own: np.ndarray  # [T] int32, their classes
+
+    def classes_of(self, tokens: np.ndarray) -> np.ndarray:
+        if not len(self.tokens):
+            return np.full(len(tokens), self.usual, np.int32)
+        at = np.searchsorted(self.tokens, tokens).clip(max=len(self.tokens) - 1)
+        return np.where(self.tokens[at] == tokens, self.own[at], self.usual)
+
+    # -- sets of states ------------------------------------------------------------------------
 
     @cached_property
-    def by_class(self) -> dict[int, np.ndarray]:
-        """Of each class its edges"""
-        return {int(each): self.edges[:2, self.edges[2] == each] for each in np.unique(self.edges[2])}
+    def end_class(self) -> int:
+        return int(self.edges[2, -1])
 
     @cached_property
-    def known(self) -> dict[tuple[bytes, bytes], np.ndarray]:
-        """Between sets of states: the classes that lead from one to the other"""
+    def starting(self) -> int:
+        return _bits(self.starts)
+
+    @cached_property
+    def ending(self) -> int:
+        return _bits(self.ends)
+
+    @cached_property
+    def ended(self) -> int:
+        return 1 << (self.states - 1)
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[tuple[int, int], ...]]:
         return {}
 
-    @cached_property
-    def bits(self) -> dict[tuple[bytes, int], np.ndarray]:
-        """Of sets of classes: a bit for each token"""
-        return {}
+    def moves(self, of: int) -> tuple[tuple[int, int], ...]:
+        """Of a class, or of all but the end's (MASKED): (states, by how much a token shifts them)"""
+        if of not in self._known:
+            first, last = np.searchsorted(self.edges[2], [0, self.end_class] if of == MASKED else [of, of + 1])
+            self._known[of] = _moves(*self.edges[:2, first:last])
+        return self._known[of]
+
+    def after(self, states: int, of: int) -> int:
+        """The states to which a token of a class leads from these"""
+        if of == self.end_class:
+            return self.ended if states & self.ending else 0
+        reached = self.ended if of == MASKED and states & self.ending else 0
+        for mask, shift in self.moves(of):
+            reached |= (states & mask) << shift
+        return reached
+
+    def before(self, states: int, of: int) -> int:
+        """The states from which a token of a class leads to one of these"""
+        if of == self.end_class:
+            return self.ending if states & self.ended else 0
+        left = self.ending if of == MASKED and states & self.ended else 0
+        for mask, shift in self.moves(of):
+            left |= (states >> shift) & mask
+        return left
+
+    # -- what may be at a position -------------------------------------------------------------
+
+    def allowed(self, between: Sequence[tuple[int, int]]) -> np.ndarray:
+        """[classes, P] uint8, 1 for the classes that lead from one of the first states to one of the second"""
+        start, end, of = self.edges
+        before, after = (self._by_state([pair[side] for pair in between]) for side in (0, 1))
+        firsts = np.flatnonzero(np.diff(of, prepend=-1))
+        found = np.bitwise_or.reduceat(before[start] & after[end], firsts)
+        return np.unpackbits(found.astype(np.uint8, copy=False), axis=1, count=len(between), bitorder="little")
+
+    def _by_state(self, sets: Sequence[int]) -> np.ndarray:
+        """[states, P / 8] a bit for each set that has the state"""
+        width = -(-self.states // 8)
+        octets = np.frombuffer(b"".join(each.to_bytes(width, "little") for each in sets), np.uint8)
+        bits = np.unpackbits(octets.reshape(len(sets), width), axis=1, count=self.states, bitorder="little")
+        return np.packbits(bits, axis=0, bitorder="little").T
+
+    def mark(self, rows: np.ndarray, between: Sequence[tuple[int, int]]) -> None:
+        """Sets in each of the rows, [P, ceil(size / 32)] int32 of zeros, the bits of the tokens that lead from one of
+        the first states to one of the second."""
+        rows, allowed = rows.view(np.uint32), self.allowed(between)
+        if self.usual != NEVER:
+            rows[allowed[self.usual] == 1] = self._usual_row
+        classes, shifts, words, firsts = self._words
+        if len(words):
+            bits_TP = allowed[classes].astype(np.uint32) << shifts[:, None]
+            bits_PW = np.bitwise_or.reduceat(bits_TP, firsts).T
+            rows[:, words] = bits_PW if self.usual == NEVER else rows[:, words] | bits_PW
 
     @cached_property
-    def writing(self) -> np.ndarray:
-        """The edges that do not end the hole"""
-        return self.edges[:, self.edges[2] != self.end_class]
+    def _usual_row(self) -> np.ndarray:
+        bits = np.zeros(-(-self.size // 32) * 32, np.bool_)
+        bits[: self.size] = True
+        bits[self.tokens] = False
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    @cached_property
+    def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of other tokens that may be in the hole: their classes, their bits, the words these are in and the first
+        token of each word"""
+        tokens, classes = self.tokens[self.own != NEVER], self.own[self.own != NEVER]
+        firsts = np.flatnonzero(np.diff(tokens >> 5, prepend=-1))
+        return classes, (tokens & 31).astype(np.uint32), tokens[firsts] >> 5, firsts
+
+    # -- on the way to the engine --------------------------------------------------------------
 
     def plain(self) -> dict:
-        """As data that travels with a request: tokens of the commonest class are left out."""
-        values, counts = np.unique(self.classes, return_counts=True)
-        usual = int(values[counts.argmax()])
-        others = np.flatnonzero(self.classes != usual)
-        return {
-            "states": self.states, "ends": list(self.ends), "edges": self.edges.tobytes(), "size": len(self.classes),
-            "usual": usual, "tokens": others.astype(np.int32).tobytes(), "of": self.classes[others].tobytes(),
-            "end_class": self.end_class,
+        """As data that travels with a request; `key` names the content."""
+        others = np.zeros(self.size, np.bool_)
+        others[self.tokens] = True
+        plain = {
+            "states": self.states, "starts": list(self.starts), "ends": list(self.ends), "size": self.size,
+            "usual": self.usual, "edges": zlib.compress(self.edges.astype(np.int32).tobytes()),
+            "tokens": zlib.compress(np.packbits(others).tobytes()),
+            "own": zlib.compress(self.own.astype(np.int32).tobytes()),
         }  # fmt: skip
+        return plain | {"key": blake2b(repr(plain).encode(), digest_size=16).hexdigest()}
 
     @classmethod
-    def of_plain(cls, plain: dict) -> "Automaton":
-        classes = np.full(plain["size"], plain["usual"], np.int16)
-        classes[np.frombuffer(plain["tokens"], np.int32)] = np.frombuffer(plain["of"], np.int16)
-        edges = np.frombuffer(plain["edges"], np.int32).reshape(3, -1)
-        return cls(plain["states"], tuple(plain["ends"]), edges, classes, plain["end_class"])
+    def from_plain(cls, plain: dict) -> "Automaton":
+        edges, own = (np.frombuffer(zlib.decompress(plain[name]), np.int32) for name in ("edges", "own"))
+        others = np.unpackbits(np.frombuffer(zlib.decompress(plain["tokens"]), np.uint8), count=plain["size"])
+        tokens = np.flatnonzero(others).astype(np.int32)
+        ends, starts = tuple(plain["ends"]), tuple(plain["starts"])
+        return cls(plain["states"], starts, ends, edges.reshape(3, -1), plain["size"], plain["usual"], tokens, own)
+
+
+def _bits(states: Iterable[int]) -> int:
+    return sum(1 << state for state in set(states))
+
+
+def _moves(start: np.ndarray, end: np.ndarray) -> tuple[tuple[int, int], ...]:
+    shifts = end - start
+    return tuple((_bits(start[shifts == shift].tolist()), shift) for shift in np.unique(shifts).tolist())
 
 
 def built(
-    states: int, ends: Iterable[int], moves: Iterable[tuple[int, Moves]], size: int, end_tokens: Iterable[int]
-) -> Automaton:
-    """A state is added, behind an early end."""
-    classes, edges = np.full(size, NEVER, np.int16), []
-    known: dict[Moves, int] = {}
-    for token, pairs in moves:
+    states: int, starts: Iterable[int], ends: Iterable[int], pairs_of: Iterable[tuple[Sequence[int], Pairs]], size: int,
+    end_tokens: Iterable[int],
+) -> Automaton:  # fmt: skip
+    """`pairs_of`: tokens, and from which state to which each of them leads. The state of a hole that has ended is
+    added."""
+    classes, edges = np.full(size, NEVER, np.int32), list[tuple[int, int, int]]()
+    known: dict[Pairs, int] = {}
+    for tokens, pairs in pairs_of:
         if pairs not in known:
             known[pairs] = len(known)
             edges += [(start, end, known[pairs]) for start, end in pairs]
-        classes[token] = known[pairs]
-    end_class, done = len(known), states
+        classes[list(tokens)] = known[pairs]
+    assert all(start <= end for start, end, _ in edges), "no token leads to a lower state"
+    return _with_end(states, starts, ends, edges, classes, len(known), end_tokens)
+
+
+def _with_end(
+    states: int, starts: Iterable[int], ends: Iterable[int], edges: list[tuple[int, int, int]], classes: np.ndarray,
+    end_class: int, end_tokens: Iterable[int],
+) -> Automaton:  # fmt: skip
+    """`classes`: [V], to which the end's is added, as its state is"""
     classes[list(end_tokens)] = end_class
-    edges += [(state, done, end_class) for state in (*ends, done)]
-    table = np.array(edges, np.int32).T.copy()
-    return Automaton(states + 1, (*ends, done), table, classes, end_class)
+    ends = (*ends, states)
+    table = np.array([*edges, *((state, states, end_class) for state in ends)], np.int32).T.copy()
+    usual = int(np.bincount(classes - NEVER).argmax()) + NEVER
+    tokens = np.flatnonzero(classes != usual).astype(np.int32)
+    return Automaton(states + 1, tuple(starts), ends, table, len(classes), usual, tokens, classes[tokens])
+
+
+def _any_of(written: np.ndarray, end_tokens: Iterable[int]) -> Automaton:
+    """Any number of the tokens that are written: [V] bool"""
+    return _with_end(1, [0], [0], [(0, 0, 0)], np.where(written, 0, NEVER).astype(np.int32), 1, end_tokens)
 
 
 def free(size: int, end_tokens: Sequence[int], mask_id: int) -> Automaton:
-    written = np.setdiff1d(np.arange(size), [*end_tokens, mask_id]).tolist()
-    return built(1, (0,), ((token, ((0, 0),)) for token in written), size, end_tokens)
+    return _any_of(np.arange(size) != mask_id, end_tokens)
 
 
 def string(texts: Sequence[str | None], end_tokens: Sequence[int]) -> Automaton:
     """`texts`: of each token, None where it is part of a character, or no text"""
-    written = (token for token, text in enumerate(texts) if text and STRING.fullmatch(text))
-    return built(1, (0,), ((token, ((0, 0),)) for token in written), len(texts), end_tokens)
+    return _any_of(np.array([bool(text and STRING.fullmatch(text)) for text in texts]), end_tokens)
 
 
 def number(texts: Sequence[str | None], end_tokens: Sequence[int]) -> Automaton:
-    moves = []
+    pairs_of = []
     for token, text in enumerate(texts):
         if text and NUMERIC.fullmatch(text):
             pairs = tuple((state, end) for state in range(len(NUMBER)) if (end := _read(state, text)) is not None)
             if pairs:
-                moves.append((token, pairs))
-    return built(len(NUMBER), NUMBER_ENDS, moves, len(texts), end_tokens)
+                pairs_of.append(([token], pairs))
+    return built(len(NUMBER), [0], NUMBER_ENDS, pairs_of, len(texts), end_tokens)
 
 
 def _read(state: int, text: str) -> int | None:
@@ -132,49 +244,63 @@ def _read(state: int, text: str) -> int | None:
     return state
 
 
+class TokenTexts:
+    """Which tokens are a text, and which texts that begin at a place are tokens, without trying every length there."""
+
+    def __init__(self, texts: Sequence[str | None]):
+        self.texts = texts
+        self.ids_of: dict[str, list[int]] = {}
+        for token, text in enumerate(texts):
+            if text:
+                self.ids_of.setdefault(text, []).append(token)
+        lengths: dict[str, set[int]] = {}
+        for text in self.ids_of:
+            lengths.setdefault(text[:2], set()).add(len(text))
+        self._lengths = {start: tuple(sorted(found)) for start, found in lengths.items()}
+
+    def ends(self, text: str, at: int) -> Iterable[int]:
+        """Where the tokens end that the text has from there on"""
+        for start in {text[at : at + 1], text[at : at + 2]}:
+            for length in self._lengths.get(start, ()):
+                if at + length <= len(text) and text[at : at + length] in self.ids_of:
+                    yield at + length
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The automaton of a hole that holds one of some texts, and how few tokens each of them has"""
+
+    automaton: Automaton
+    fewest: tuple[int | None, ...]  # None: no tokens make it
+
+
 def one_of(
-    alternatives: Sequence[str], ids_of: Mapping[str, Sequence[int]], tokenized: Callable[[str], list[int]],
-    texts: Sequence[str | None], end_tokens: Sequence[int],
-) -> Automaton:  # fmt: skip
-    """A tree of characters. `ids_of`: which tokens are a text. Where a tokenizer cuts an alternative inside a
-    character, its tokens are a path beside the tree."""
-    tree: list[dict[str, int]] = [{}]
-    moves: dict[int, list[tuple[int, int]]] = {}
-    ends = set()
+    alternatives: Sequence[str], texts: TokenTexts, tokenized: Callable[[str], list[int]], end_tokens: Sequence[int]
+) -> Alternatives:
+    """Each alternative is a path of its characters. Where a tokenizer cuts one inside a character, its tokens, or
+    others of the same text, are another path."""
+    pairs_of: dict[str | int, list[tuple[int, int]]] = {}  # of a text, or of a token whose text is no whole one
+    starts, ends, fewest, states = list[int](), list[int](), list[int | None](), 0
     for alternative in alternatives:
-        state = 0
-        for char in alternative:
-            if char not in tree[state]:
-                tree[state][char] = len(tree)
-                tree.append({})
-            state = tree[state][char]
-        ends.add(state)
-    for start in range(len(tree)):
-        reached = [(start, "")]
-        while reached:
-            state, text = reached.pop()
-            reached += [(child, text + char) for char, child in tree[state].items()]
-            for token in ids_of.get(text, ()):
-                moves.setdefault(token, []).append((start, state))
-    states = len(tree)
-    for alternative in alternatives:
+        starts.append(states)
+        reached = {0: 0}  # after so many characters: how few tokens they take
+        for at in range(len(alternative)):
+            for end in texts.ends(alternative, at):
+                pairs_of.setdefault(alternative[at:end], []).append((states + at, states + end))
+                if at in reached:
+                    reached[end] = min(reached.get(end, end), reached[at] + 1)
+        states += len(alternative) + 1
+        ends.append(states - 1)
+        least = reached.get(len(alternative))
         tokens = tokenized(alternative)
-        if any(texts[token] is None for token in tokens):
+        if any(texts.texts[token] is None for token in tokens):
+            starts.append(states)
             for at, token in enumerate(tokens):
-                moves.setdefault(token, []).append((states + at - 1 if at else 0, states + at))
-            states += len(tokens)
-            ends.add(states - 1)
-    return built(states, sorted(ends), ((token, tuple(own)) for token, own in moves.items()), len(texts), end_tokens)
-
-
-def fewest_tokens(automaton: Automaton) -> np.ndarray:
-    """[states] how few tokens lead to each; a large number where none do"""
-    fewest = np.full(automaton.states, 1 << 30)
-    fewest[0] = 0
-    start, end, _ = automaton.writing
-    while True:
-        better = fewest.copy()
-        np.minimum.at(better, end, fewest[start] + 1)
-        if (better == fewest).all():
-            return fewest
-        fewest = better
+                of = texts.texts[token] or token
+                pairs_of.setdefault(of, []).append((states + at, states + at + 1))
+            states += len(tokens) + 1
+            ends.append(states - 1)
+            least = len(tokens) if least is None else min(least, len(tokens))
+        fewest.append(least)
+    found = (([of] if isinstance(of, int) else texts.ids_of[of], tuple(pairs)) for of, pairs in pairs_of.items())
+    return Alternatives(built(states, starts, ends, found, len(texts.texts), end_tokens), tuple(fewest))

@@ -8,6 +8,7 @@ each of them is used, stays within its bound and reaches the metrics.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import RLock
 from typing import Generic, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
@@ -28,7 +29,8 @@ class CacheBound:
 #: name -> bound; the names are the `cache` label of the metrics
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template", FRONT_END),
-    "automata": CacheBound(64, "a hole of a template: its kind and alternatives", FRONT_END),
+    "alternatives": CacheBound(64, "the alternatives of a hole of a template", FRONT_END),
+    "automata": CacheBound(64, "what a hole of a template may hold", ENGINE),
     "choice_pools": CacheBound(256, "the selection and its preset", ENGINE),
     "captured_steps": CacheBound(128, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
     "seen_steps": CacheBound(1024, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
@@ -42,12 +44,14 @@ _evictions: Counter[str] = Counter()
 
 
 class ClientCache(Generic[K, V]):
-    """Least-recently-used cache. `on_evict` sees each value that leaves, so that it can release device memory."""
+    """Least-recently-used cache, of any threads. `on_evict` sees each value that leaves, so that it can release device
+    memory."""
 
     def __init__(self, name: str, on_evict: Callable[[V], None] | None = None, entries: int | None = None):
         self.name, self.on_evict = name, on_evict
         self.bound = CLIENT_CACHES[name].entries if entries is None else entries
         self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = RLock()
         _instances.setdefault(name, WeakSet()).add(self)
 
     def __len__(self) -> int:
@@ -60,22 +64,25 @@ class ClientCache(Generic[K, V]):
         return iter(self._values)
 
     def get(self, key: K) -> V | None:
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key]
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
 
     def put(self, key: K, value: V) -> V:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self.bound:
-            self.evict()
-        return value
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self.bound:
+                self.evict()
+            return value
 
     def evict(self, key: K | None = None) -> None:
         """Removes an entry, by default the least recently used one."""
-        evicted = self._values.pop(next(iter(self._values)) if key is None else key)
-        _evictions[self.name] += 1
+        with self._lock:
+            evicted = self._values.pop(next(iter(self._values)) if key is None else key)
+            _evictions[self.name] += 1
         if self.on_evict is not None:
             self.on_evict(evicted)
 

@@ -35,7 +35,8 @@ _BRIEF = _Brief()
 
 
 def shown(value) -> str:
-    """`repr(value)`, shortened."""
+    """`repr(value)`, shortened before it is rendered."""
+    value = str(value) if isinstance(value, str) else value  # reprlib renders all of a subclass's
     return short(_BRIEF.repr(value))
 
 

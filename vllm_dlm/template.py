@@ -16,12 +16,15 @@ from vllm_dlm.shown import shown
 Kind = Literal["free", "string", "number", "one of"]
 KINDS: tuple[Kind, ...] = ("string", "number", "one of")
 
-#: of the alternatives of a hole: how many there may be, and characters in all of them
+#: most alternatives of a hole, and most characters in all of them
 MOST_ALTERNATIVES, MOST_CHARACTERS = 64, 512
 HOW = 'a hole is [[n]], [[n:string]], [[n:number]] or [[n:one of "a"|"b"]], and [[[[ is the text [['
 
+#: what is not plain text: doubled brackets, or those of a hole
+_BRACKETS = re.compile(r"\[\[\[\[|\[\[(?!\[)")
 _HEAD = re.compile(r"\[\[\s*(\d+)\s*")
 _KIND = re.compile(r":\s*(string|number|one of)\s*")
+_BAR = re.compile(r" *(\|?) *")
 
 
 class TemplateError(ValueError):
@@ -29,7 +32,7 @@ class TemplateError(ValueError):
 
 
 class Part(NamedTuple):
-    """A text that stands"""
+    """A text that is fixed"""
 
     text: str
 
@@ -41,22 +44,42 @@ class Hole:
     alternatives: tuple[str, ...] = ()
 
 
-def parse(template: str, longest: int) -> list[Part | Hole]:
-    """Texts and holes in order. `longest`: no hole may have more tokens"""
+@dataclass(frozen=True)
+class TemplateBounds:
+    """What a template may cost. It is refused as soon as it goes beyond."""
+
+    hole: int  # tokens of one hole
+    holes: int
+    automata: int  # distinct alternatives
+
+    def check(self, holes: int, automata: int) -> None:
+        if holes > self.holes:
+            raise TemplateError(f"it has more than {self.holes} holes (--dlm-config limits.template_holes)")
+        if automata > self.automata:
+            most = f"{self.automata} distinct `one of` holes"
+            raise TemplateError(f"it has more than {most} (--dlm-config limits.template_automata)")
+
+
+def parse(template: str, bounds: TemplateBounds) -> list[Part | Hole]:
+    """Texts and holes in order"""
     parts: list[Part | Hole] = []
-    text, at = "", 0
-    while at < len(template):
-        if template.startswith("[[[[", at):
-            text, at = text + "[[", at + 4
-        elif template.startswith("[[", at) and not template.startswith("[[[", at):
-            hole, at = _hole(template, at, longest)
-            parts += [Part(text), hole] if text else [hole]
-            text = ""
-        else:
-            text, at = text + template[at], at + 1
-    if text:
-        parts.append(Part(text))
-    if not any(isinstance(part, Hole) for part in parts):
+    text, at, holes, alternatives = list[str](), 0, 0, set[tuple[str, ...]]()
+    while found := _BRACKETS.search(template, at):
+        text.append(template[at : found.start()])
+        if found[0] == "[[[[":
+            text.append("[[")
+            at = found.end()
+            continue
+        hole, at = _hole(template, found.start(), bounds.hole)
+        holes += 1
+        if hole.kind == "one of":
+            alternatives.add(hole.alternatives)
+        bounds.check(holes, len(alternatives))
+        parts += [Part(fixed), hole] if (fixed := "".join(text)) else [hole]
+        text.clear()
+    if fixed := "".join([*text, template[at:]]):
+        parts.append(Part(fixed))
+    if not holes:
         raise TemplateError(f"it has no hole: {HOW}")
     return parts
 
@@ -98,16 +121,11 @@ def _alternatives(template: str, at: int, where: str) -> tuple[tuple[str, ...], 
             raise TemplateError(
                 f"{where}: at most {MOST_ALTERNATIVES} alternatives of {MOST_CHARACTERS} characters in all"
             )
-        at = _skipped(template, at)
-        if not template.startswith("|", at):
+        bar = _BAR.match(template, at)
+        assert bar is not None, "it matches nothing, too"
+        at = bar.end()
+        if not bar[1]:
             return tuple(dict.fromkeys(found)), at
-        at = _skipped(template, at + 1)
-
-
-def _skipped(template: str, at: int) -> int:
-    while at < len(template) and template[at] == " ":
-        at += 1
-    return at
 
 
 def _lone_surrogate(text: str) -> bool:

@@ -1,5 +1,6 @@
 """A hole is valid in whatever order, however many positions at once and with whatever proposals it is filled."""
 
+import itertools
 import json
 import random
 import re
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
 from vllm_dlm import automaton
-from vllm_dlm.automaton import Automaton, fewest_tokens
-from vllm_dlm.engine.allowed import bits_of, rule_out_others, table
-from vllm_dlm.engine.holes import MASKED, Holes
-from vllm_dlm.template import Hole, Part, TemplateError, parse
+from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
+from vllm_dlm.engine import filling
+from vllm_dlm.engine.allowed import rule_out_others, table
+from vllm_dlm.engine.holes import Holes
+from vllm_dlm.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 TEXTS = [
     None, None, "a", "b", "ab", "red", "re", "d", "green", "gr", "een", '"', "\\", "\\n", '\\"', "\n", "\\u00e9", "\\u",
@@ -21,7 +24,8 @@ TEXTS = [
 EOS, MASK = 0, 1
 SIZE = len(TEXTS) + 3  # the model has more tokens than the tokenizer
 TEXTS += [None] * 3
-IDS = {text: [token] for token, text in enumerate(TEXTS) if text}
+TOKENS = TokenTexts(TEXTS)
+IDS = TOKENS.ids_of
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 COLOURS = ("red", "green", "a", "ab", "redab")
 
@@ -36,8 +40,19 @@ KINDS = {
     "free": (automaton.free(SIZE, [EOS], MASK), lambda text: True),
     "string": (automaton.string(TEXTS, [EOS]), lambda text: isinstance(json.loads(f'"{text}"'), str)),
     "number": (automaton.number(TEXTS, [EOS]), lambda text: NUMBER.fullmatch(text) and json.loads(text) is not None),
-    "one of": (automaton.one_of(COLOURS, IDS, of_pieces, TEXTS, [EOS]), lambda text: text in COLOURS),
+    "one of": (automaton.one_of(COLOURS, TOKENS, of_pieces, [EOS]).automaton, lambda text: text in COLOURS),
 }
+
+
+def allowed(holes: Holes, position: int) -> list[int]:
+    """Tokens, ascending, as the head gets them"""
+    rows, which = table([(holes, np.array([position]))], SIZE)
+    bits = np.unpackbits(rows[which[0]].view(np.uint8), count=SIZE, bitorder="little")
+    return np.flatnonzero(bits).tolist()
+
+
+def class_of(made: Automaton, token: int) -> int:
+    return int(made.classes_of(np.array([token]))[0])
 
 
 def written(tokens) -> str:
@@ -52,7 +67,7 @@ def written(tokens) -> str:
 @pytest.mark.parametrize("seed", range(60))
 def test_any_order(kind, seed):
     made, valid = KINDS[kind]
-    made, rng = Automaton.of_plain(made.plain()), random.Random(seed)  # as it arrives
+    made, rng = Automaton.from_plain(made.plain()), random.Random(seed)  # as it arrives
     length = rng.randint(5, 9)
     canvas = np.full(length + 2, MASK)
     holes = Holes([(1, length, made)], canvas, MASK, EOS)
@@ -64,10 +79,7 @@ def test_any_order(kind, seed):
         positions = np.sort(np.concatenate([masked, standing[: rng.randint(0, 2)]]))  # some are edited
         tokens = []
         for position in positions.tolist():
-            _, classes = holes.allowed(position)
-            fitting = np.flatnonzero(np.isin(made.classes, np.frombuffer(classes, np.int16)))
-            assert len(fitting)
-            tokens.append(rng.choice(fitting.tolist()))
+            tokens.append(rng.choice(allowed(holes, position)))
         tokens = np.array(tokens)
         order = rng.sample(range(len(positions)), rng.randint(1, len(positions)))
         order.sort(key=lambda each: canvas[positions[each]] != MASK)
@@ -85,8 +97,7 @@ def test_any_order(kind, seed):
     canvas_left = canvas[1:-1]
     while (canvas_left == MASK).any():
         position = int(np.flatnonzero(canvas[1:-1] == MASK)[0]) + 1
-        _, classes = holes.allowed(position)
-        token = int(np.flatnonzero(np.isin(made.classes, np.frombuffer(classes, np.int16)))[0])
+        token = allowed(holes, position)[0]
         holes.put([position], token)
         canvas[position] = token
     assert valid(written(canvas[1:-1])), written(canvas[1:-1])
@@ -99,7 +110,7 @@ def test_allowed_is_all_that_can_be_completed(kind):
     if kind in ("free", "string"):
         candidates = [EOS, IDS["a"][0], IDS['"'][0], IDS["\\n"][0]]  # each is whole by itself
     else:
-        candidates = [token for token in range(SIZE) if made.classes[token] >= 0]
+        candidates = np.flatnonzero(made.classes_of(np.arange(SIZE)) != NEVER).tolist()
 
     def completions(tokens):
         if MASK not in tokens:
@@ -117,8 +128,7 @@ def test_allowed_is_all_that_can_be_completed(kind):
     for _ in range(12):
         holes = Holes([(0, 3, made)], np.full(3, MASK), MASK, EOS)
         first = rng.randrange(3)
-        fitting = [token for token in candidates if made.classes[token] in holes.holes[0].allowed(first)]
-        token = rng.choice(fitting)
+        token = rng.choice(sorted(set(candidates) & set(allowed(holes, first))))
         holes.put([first], token)
         for index in set(range(3)) - {first}:
             stands = [MASK] * 3
@@ -126,31 +136,34 @@ def test_allowed_is_all_that_can_be_completed(kind):
             for other in candidates:
                 stands[index] = other
                 want = completions(list(stands))
-                assert (made.classes[other] in holes.holes[0].allowed(index)) == want, (stands, kind)
+                assert (other in allowed(holes, index)) == want, (stands, kind)
+                assert holes.holes[0].fits(index, class_of(made, other)) == want
 
 
 def test_what_a_string_may_hold():
     made, _ = KINDS["string"]
-    allowed = {
-        TEXTS[token] for token in range(len(TEXTS)) if made.classes[token] not in (automaton.NEVER, made.end_class)
-    }
-    assert {"a", "\\n", '\\"', "\\u00e9", "é", " ", "1"} <= allowed
-    assert not allowed & {'"', "\\", "\n", "\\u", '","', None, ""}
+    texts = {TEXTS[token] for token in allowed(Holes([(0, 1, made)], np.array([MASK]), MASK, EOS), 0) if token != EOS}
+    assert {"a", "\\n", '\\"', "\\u00e9", "é", " ", "1"} <= texts
+    assert not texts & {'"', "\\", "\n", "\\u", '","', None, ""}
 
 
 def test_characters_that_a_tokenizer_cuts():
     """An alternative whose tokens are parts of characters is written by those tokens."""
-    texts = [None, None, "a", None, None, "b"]  # 3 and 4 together are a character
-    made = automaton.one_of(
-        ("aß", "ab"), {"a": [2], "b": [5]}, lambda text: [2, 3, 4] if "ß" in text else [2, 5], texts, [0]
-    )
+    texts = TokenTexts([None, None, "a", None, None, "b"])  # 3 and 4 together are a character
+    found = automaton.one_of(("aß", "ab"), texts, lambda text: [2, 3, 4] if "ß" in text else [2, 5], [0])
+    assert found.fewest == (3, 2)
+    made = found.automaton
     holes = Holes([(0, 3, made)], np.full(3, 1), 1, 0)
-    assert sorted(np.flatnonzero(np.isin(made.classes, holes.holes[0].allowed(1)))) == [3, 5]
+    assert [token for token in range(6) if holes.holes[0].fits(1, class_of(made, token))] == [3, 5]
     holes.put([1], 3)
-    assert [int(made.classes[4])] == holes.holes[0].allowed(2).tolist()
+    assert [token for token in range(6) if holes.holes[0].fits(2, class_of(made, token))] == [4]
     holes.put([1], 5)
     assert holes.over().tolist() == [2]
-    assert fewest_tokens(made)[list(made.ends[:-1])].min() == 2
+
+
+def test_how_few_tokens_an_alternative_has():
+    found = automaton.one_of(("redred", "ab", "abx", ""), TOKENS, lambda text: [], [EOS])
+    assert found.fewest == (2, 1, None, 0)
 
 
 def test_bits_on_the_way_to_the_head():
@@ -163,22 +176,159 @@ def test_bits_on_the_way_to_the_head():
     rule_out_others(logits, torch.from_numpy(rows), torch.from_numpy(which))
     assert (logits[[0, 3]] == 0).all()
     for row, index in ((1, 0), (2, 1), (4, 0)):
-        kept = np.isin(made.classes, holes.holes[0].allowed(index))
+        kept = np.array([holes.holes[0].fits(index, class_of(made, token)) for token in range(SIZE)])
         assert (logits[row].numpy() == np.where(kept, 0, np.float32(-1e30))).all()
-    assert bits_of(made, holes.holes[0].allowed(0).tobytes(), SIZE) is bits_of(
-        made, holes.holes[0].allowed(0).tobytes(), SIZE
-    )
 
 
 def test_the_first_read_of_a_long_hole_is_not_the_last():
     made, _ = KINDS["free"]
     holes = Holes([(0, 2000, made)], np.full(2000, MASK), MASK, EOS)
     holes.put([1000], 2)
-    assert made.end_class not in holes.holes[0].allowed(3) and made.end_class in holes.holes[0].allowed(1001)
+    assert EOS not in allowed(holes, 3) and EOS in allowed(holes, 1001)
     holes.put([1500], EOS)
     assert holes.over().tolist() == list(range(1501, 2000))
-    assert (holes.holes[0].classes[:1000] == MASKED).all()
+    assert set(holes.holes[0].classes[:1000]) == {MASKED}
 
+
+# -- against the naive twin ----------------------------------------------------------------------
+
+
+def random_automaton(rng: random.Random) -> Automaton:
+    """Of few states and classes, in which a hole of any length can be filled"""
+    states = rng.randint(1, 7)
+    ends = sorted({states - 1, *rng.choices(range(states), k=rng.randint(0, 2))})
+    pairs_of = [([2], tuple((state, min(state + 1, states - 1)) for state in range(states)))]
+    for token in range(3, rng.randint(4, 12)):
+        found = {tuple(sorted(rng.choices(range(states), k=2))) for _ in range(rng.randint(1, 6))}
+        pairs_of.append(([token], tuple(sorted(found))))
+    starts = sorted({0, *rng.choices(range(states), k=rng.randint(0, 1))})
+    return automaton.built(states, starts, ends, pairs_of, SIZE, [EOS])
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_as_the_naive_twin(seed):
+    """Random automata and random steps: what is allowed, accepted and over, with tokens replaced and taken back"""
+    rng = random.Random(seed)
+    made = rng.choice([random_automaton(rng), random_automaton(rng), *(kind[0] for kind in KINDS.values())])
+    twin, length = NaiveAutomaton(made), rng.randint(6, 24)
+    made = Automaton.from_plain(made.plain())
+    holes, hole = Holes([(3, length, made)], np.full(length + 5, MASK), MASK, EOS), NaiveHole(length, twin)
+    tokens_of = {of: np.flatnonzero(twin.classes == of).tolist() for of in twin.moves}
+    for _ in range(12):
+        rows, which = table([(holes, np.arange(3, 3 + length))], SIZE)
+        bits = np.unpackbits(rows[which].view(np.uint8), axis=1, count=SIZE, bitorder="little")
+        for index in range(length):
+            assert (bits[index] == np.isin(twin.classes, list(hole.allowed(index)))).all()
+        indices = rng.sample(range(length), rng.randint(1, length))
+        indices.sort(key=lambda index: hole.classes[index] != MASKED)
+        of = [rng.choice(sorted(tokens_of)) for _ in indices]
+        tokens = np.array([rng.choice(tokens_of[each] or [MASK]) for each in of])
+        wanted = list(zip(indices, twin.classes[tokens].tolist(), strict=True))
+        taken = holes.accepted(np.array(indices) + 3, tokens, range(len(indices)))
+        assert taken.tolist() == hole.accepted(wanted) and holes.holes[0].classes == hole.classes
+        over = hole.over()
+        assert holes.over().tolist() == [3 + index for index in over]
+        for index in over:
+            hole.classes[index] = twin.end_class
+        filled = [index for index in range(length) if hole.classes[index] not in (MASKED, twin.end_class)]
+        for index in rng.sample(filled, min(len(filled), rng.randint(0, 3))):
+            holes.put([3 + index], None)
+            hole.classes[index] = MASKED
+        assert [set(bits_in(each)) for each in holes.holes[0].reachable] == [*map(hole.reachable, range(length + 1))]
+
+
+def bits_in(states: int) -> list[int]:
+    return [state for state in range(states.bit_length()) if states >> state & 1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_automaton_of_alternatives_is_their_texts(seed):
+    """Every sequence of up to four tokens, against the texts themselves"""
+    rng = random.Random(seed)
+    texts = TokenTexts([None, None, *{"".join(rng.choices("ab", k=rng.randint(1, 3))) for _ in range(4)}, None])
+    alternatives = ["".join(rng.choices("ab", k=rng.randint(0, 5))) for _ in range(rng.randint(1, 4))]
+    found = automaton.one_of(alternatives, texts, lambda text: [], [EOS])
+    tokens = [EOS, *(token for token, text in enumerate(texts.texts) if text)]
+    for sequence in itertools.product(tokens, repeat=4):
+        ended = sequence.index(EOS) if EOS in sequence else 4
+        text = "".join(texts.texts[token] or "" for token in sequence[:ended])
+        want = set(sequence[ended:]) <= {EOS} and text in alternatives
+        states = found.automaton.starting
+        for of in found.automaton.classes_of(np.array(sequence)).tolist():
+            states = found.automaton.after(states, of)
+        assert bool(states & found.automaton.ending) == want, (alternatives, sequence)
+
+
+# -- what it costs -------------------------------------------------------------------------------
+
+LONG = 512
+
+
+class Reads:
+    """Counts how often a set of states is moved by a token, which is what a step of a hole consists of."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        for name in ("after", "before"):
+            monkeypatch.setattr(Automaton, name, self._counting(getattr(Automaton, name)))
+
+    def _counting(self, move):
+        def counted(automaton, states, of):
+            self.count += 1
+            return move(automaton, states, of)
+
+        return counted
+
+
+LONG_ONES = {name: made for name, (made, _) in KINDS.items()}
+for name, text in (("letters", "".join(random.Random(0).choices("ab", k=LONG))), ("one letter", "a" * LONG)):
+    LONG_ONES[name] = automaton.one_of([text], TOKENS, lambda text: [], [EOS]).automaton
+
+
+@pytest.mark.parametrize("made", LONG_ONES.values(), ids=LONG_ONES)
+def test_all_positions_of_a_long_hole_at_once(made, monkeypatch):
+    """Each position is looked at some times, however many tokens are accepted; it was once for each of them."""
+    canvas, rng = np.full(LONG, MASK), random.Random(0)
+    holes, tokens = Holes([(0, LONG, made)], canvas, MASK, EOS), np.full(LONG, EOS)
+    order = rng.sample(range(LONG), LONG)
+    for index in order:  # a hole that is filled one by one
+        if holes.holes[0].classes[index] == MASKED:
+            tokens[index] = rng.choice(allowed(holes, index))
+            holes.put([index], tokens[index])
+            holes.over()
+    holes, reads = Holes([(0, LONG, made)], canvas, MASK, EOS), Reads(monkeypatch)
+    assert len(holes.accepted(np.arange(LONG), tokens, order)) == LONG
+    assert reads.count <= 4 * LONG
+    assert [each for each in holes.holes[0].classes if each != made.end_class] == [
+        each for each in made.classes_of(tokens).tolist() if each != made.end_class
+    ]
+
+
+@pytest.mark.parametrize("made", LONG_ONES.values(), ids=LONG_ONES)
+def test_proposals_that_contradict_each_other(made, monkeypatch):
+    rng, reads = random.Random(0), Reads(monkeypatch)
+    for ends in (0, 1, LONG // 2):
+        holes = Holes([(0, LONG, made)], np.full(LONG, MASK), MASK, EOS)
+        rows, which = table([(holes, np.arange(LONG))], SIZE)
+        bits = np.unpackbits(rows[which].view(np.uint8), axis=1, count=SIZE, bitorder="little")
+        tokens = np.array([rng.choice(np.flatnonzero(each).tolist()) for each in bits])
+        tokens[rng.sample(range(LONG), ends)] = EOS
+        reads.count, order = 0, rng.sample(range(LONG), LONG)
+        taken = holes.accepted(np.arange(LONG), tokens, order)
+        assert (order[0] in taken) == bits[order[0], tokens[order[0]]] and reads.count <= LONG * LONG / 8
+
+
+def test_requests_with_equal_holes_share_one_automaton():
+    made, _ = KINDS["one of"]
+    first, second = (filling.automaton_of(made.plain()) for _ in range(2))
+    assert first is second and filling.automaton_of(KINDS["string"][0].plain()) is not first
+    assert first.tokens.nbytes + first.own.nbytes <= 16 * len(IDS)  # nothing as long as the vocabulary
+    for bound in range(filling.AUTOMATA.bound + 5):
+        filling.automaton_of(automaton.one_of(["a" * (bound + 1)], TOKENS, lambda text: [], [EOS]).automaton.plain())
+    assert len(filling.AUTOMATA) == filling.AUTOMATA.bound
+
+
+BOUNDS = TemplateBounds(hole=100, holes=100, automata=100)
 
 PARSED = {
     'a[[3]]b': [Part("a"), Hole(3), Part("b")],
@@ -194,7 +344,7 @@ PARSED = {
 
 @pytest.mark.parametrize("template", PARSED)
 def test_parsed(template):
-    assert parse(template, 100) == PARSED[template]
+    assert parse(template, BOUNDS) == PARSED[template]
 
 
 WRONG = {
@@ -212,5 +362,5 @@ WRONG = {
 @pytest.mark.parametrize("template", WRONG, ids=range(len(WRONG)))
 def test_what_is_no_template(template):
     with pytest.raises(TemplateError) as error:
-        parse(template, 100)
+        parse(template, BOUNDS)
     assert WRONG[template] in str(error.value) and len(str(error.value)) < 400

@@ -153,7 +153,7 @@ def test_samples_and_logprobs(engines):
         ([1, -1], "dlm_suffix: -1 cannot be honoured, token ids are those from 0 to"),
         ([10**6], "dlm_suffix: 1000000 cannot be honoured, token ids are those from 0 to"),
         ([7] * 253, "leave no room for a canvas"),
-        ([7] * 5000, "leave no room for a canvas"),
+        ([7] * 5000, "it has 5000 token ids, and the model reads 256"),
     ],
 )
 def test_refused(engines, suffix, says):

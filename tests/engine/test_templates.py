@@ -208,6 +208,8 @@ REFUSED = {
     "no kind": (params("[[3:words]]"), "is no hole"),
     "not a text": (params("a", extra={"dlm_template": 3}), "dlm_template: 3 is not valid, it must be str"),
     "too long": (params("[[250]]", extra={}), "dlm_template"),
+    "too long by itself": (params("[[200]]" * 2), "it has 401 tokens or more with its end, and the model reads 256"),
+    "a stop": (params("[[5]]", stop=["a"]), "stop: ['a'] cannot be honoured"),
     "longer than anything": (params("[[257]]"), "a hole has 1 to 256 tokens"),
     "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 cannot be honoured, the template has 5 tokens"),
     "an alternative": (

@@ -39,9 +39,9 @@ def test_what_the_model_knows(ask):
     assert answer.choices[0].message.content == " k b x e!"
 
 
-def test_stop_and_samples(complete):
-    answer = complete(COPY, 40, options(dlm_template="one [[4]] two [[4]]"), stop=["two"], n=2, temperature=1)
-    assert all(choice.text.startswith("one ") and "two" not in choice.text for choice in answer.choices)
+def test_samples(complete):
+    answer = complete(COPY, 40, options(dlm_template="one [[4]] two [[4]]"), n=2, temperature=1)
+    assert all(choice.text.startswith("one ") and " two " in choice.text for choice in answer.choices)
     answer = complete(COPY, 40, options(dlm_template="one [[4]]"), logprobs=1)
     assert answer.choices[0].logprobs.token_logprobs[:3] == [0, 0, 0]
 
@@ -55,7 +55,13 @@ REFUSED = {
     "alternatives": (options(dlm_template='[[1:one of "a"|]]'), "alternatives are JSON strings"),
     "a long alternative": (options(dlm_template='[[1:one of "a"|"bcdefgh"]]'), "'bcdefgh' has 7 tokens at least"),
     "a special token": (options(dlm_template="<|endoftext|>[[1]]"), "has a token in it that is no text"),
-    "too long": (options(dlm_template="[[512]]" * 2) | {"max_tokens": 400}, "max_tokens: 400 cannot be honoured"),
+    "too long": (options(dlm_template="[[512]]" * 2) | {"max_tokens": 400}, "it has 1025 tokens or more with its end"),
+    "megabytes": (options(dlm_template="[[1]]" + "y" * (10 << 20)), "characters, and the limit is 65536"),
+    "many alternatives": (
+        options(dlm_template="".join(f'[[3:one of "a{n}"]]' for n in range(100))), "limits.template_automata",
+    ),
+    "a stop": (options(dlm_template="[[9]]") | {"stop": ["a"]}, "stop: ['a'] cannot be honoured"),
+    "a stop token": (options(dlm_template="[[9]]") | {"stop_token_ids": [9]}, "stop_token_ids: [9] cannot be honoured"),
     "too long for the canvas": (options(dlm_template="[[450]]") | {"max_tokens": 460}, "the longest canvas of this"),
     "no room": (options(dlm_template="[[16]]"), "max_tokens: 16 cannot be honoured, the template has 16 tokens"),
     "ignored ends": (options(dlm_template="[[9]]") | {"ignore_eos": True}, "ignore_eos: True cannot be honoured"),

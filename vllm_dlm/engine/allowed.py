@@ -1,4 +1,4 @@
-"""Which tokens may stand at a position, on the way to the head: rows of bits, each sent once a step."""
+"""Which tokens may be at a position, on the way to the head: rows of bits, each sent once a step."""
 
 from collections.abc import Sequence
 
@@ -8,40 +8,32 @@ import torch
 from vllm_dlm.automaton import Automaton
 from vllm_dlm.engine.holes import Holes
 
-#: what a token gets that may not stand; it stays finite where it is divided by a temperature
+#: what a token gets that may not be there; it stays finite where it is divided by a temperature
 RULED_OUT = -1e30
-#: so many bits are spread out at once
+#: number of bits that are spread out at once
 PIECE = 1 << 22
 
 
-def bits_of(automaton: Automaton, classes: bytes, width: int) -> np.ndarray:
-    """[ceil(width / 32)] int32: a bit for each of `width` tokens"""
-    cache = automaton.bits
-    if (classes, width) not in cache:
-        marked = np.zeros(width, np.bool_)
-        of = automaton.classes[:width]
-        marked[: len(of)] = np.isin(of, np.frombuffer(classes, np.int16))
-        padded = np.zeros(-(-width // 32) * 32, np.bool_)
-        padded[:width] = marked
-        cache[classes, width] = np.packbits(padded, bitorder="little").view(np.int32)
-    return cache[classes, width]
-
-
 def table(requests: Sequence[tuple[Holes | None, np.ndarray]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each position of each request which row of bits is its own: rows [S, W] int32, and [R] int64"""
-    rows: list[np.ndarray] = [np.full(-(-width // 32), -1, np.int32)]
-    known: dict[tuple[int, bytes] | None, int] = {None: 0}
-    which = []
+    """Rows of bits, the first one of all tokens, and for each position of each request the number of its row:
+    [S, ceil(width / 32)] int32, and [R] int64"""
+    found: dict[Automaton, dict[tuple[int, int], int]] = {}  # numbers of rows among those of an automaton
+    places = list[tuple[Automaton, int] | None]()
     for holes, positions in requests:
         for position in positions.tolist():
-            found = holes.allowed(position) if holes else None
-            key = found and (id(found[0]), found[1])
-            if key not in known:
-                assert found is not None
-                known[key] = len(rows)
-                rows.append(bits_of(*found, width))
-            which.append(known[key])
-    return np.stack(rows), np.array(which, np.int64)
+            if (place := holes.between(position) if holes else None) is None:
+                places.append(None)
+                continue
+            automaton, between = place
+            known = found.setdefault(automaton, {})
+            places.append((automaton, known.setdefault(between, len(known))))
+    rows = np.zeros((1 + sum(map(len, found.values())), -(-width // 32)), np.int32)
+    rows[0], first, firsts = -1, 1, dict[Automaton, int]()
+    for automaton, known in found.items():
+        automaton.mark(rows[first : first + len(known)], list(known))
+        firsts[automaton], first = first, first + len(known)
+    which = [0 if place is None else firsts[place[0]] + place[1] for place in places]
+    return rows, np.array(which, np.int64)
 
 
 def rule_out_others(logits_RV: torch.Tensor, rows_SW: torch.Tensor, which_R: torch.Tensor) -> None:

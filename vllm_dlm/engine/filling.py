@@ -1,19 +1,28 @@
-"""A template in a step: what of the chosen tokens goes in, and what follows from it."""
+"""A template in a step: which of the chosen tokens are accepted, and what follows from them."""
 
 from dataclasses import replace
 
 import numpy as np
 
 from vllm_dlm.automaton import Automaton
+from vllm_dlm.client_cache import ClientCache
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.holes import Holes
+
+#: of this worker, by content: requests with equal holes share one
+AUTOMATA: ClientCache[str, Automaton] = ClientCache("automata")
+
+
+def automaton_of(plain: dict) -> Automaton:
+    found = AUTOMATA.get(plain["key"])
+    return AUTOMATA.put(plain["key"], Automaton.from_plain(plain)) if found is None else found
 
 
 def holes_of(canvas: Canvas) -> Holes | None:
     layout = canvas.layout
     if not layout.holes:
         return None
-    automata = [Automaton.of_plain(plain) for plain in layout.automata]
+    automata = [automaton_of(plain) for plain in layout.automata]
     holes = [(canvas.prompt_len + start, length, automata[of]) for start, length, of in layout.holes]
     return Holes(holes, canvas.tokens, canvas.mask_id, layout.ends[0])
 
@@ -24,7 +33,7 @@ def in_order(chosen: np.ndarray, prob: np.ndarray, standing: np.ndarray) -> list
 
 
 def closed(commit: Commit, holes: Holes) -> Commit:
-    """Where holes have ended with it, the rest of them is filled, also behind the canvas block."""
+    """Fills the rest of the holes that have ended with it, also after the canvas block."""
     over = holes.over()
     holes.put(commit.revoked.tolist(), None)
     if not len(over):

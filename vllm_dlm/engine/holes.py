@@ -1,133 +1,188 @@
 """The holes of a template while they are filled, in whatever order and however many positions at once.
 
-Of each position two sets of states are known: those that what stands before it
-may have led to, and those from which what stands behind it may be read to the
-end. A token may stand there if it leads from one of the first to one of the
-second; then the hole can still be filled. Tokens that a step proposes for
-several positions are taken one after the other, the most probable first, and
-one that those before it have ruled out is left a mask: so a hole is valid
-however it is decoded.
+Two sets of states are kept for each position: those to which the tokens before it may lead, and those from which the
+hole can be filled to its end. A token may be at a position if it leads from one of the first to one of the second
+after it; then the hole can still be filled. Tokens that a step proposes for several positions are taken one after the
+other, the most probable first, and one that those before it have ruled out is left a mask: so a hole is valid however
+it is decoded.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dlm.automaton import Automaton
+from vllm_dlm.automaton import MASKED, Automaton
 
-MASKED = -2
+#: class of nothing: neither a token nor a mask
+NO_CLASS = -3
+
+
+class Wanted(NamedTuple):
+    """A token proposed for a masked position of a hole"""
+
+    at: int  # which position of the hole
+    of: int  # its class
+    proposal: int  # which one of the step's
 
 
 class Hole:
-    """`length` positions of the canvas from `start` on."""
+    """`length` positions of the canvas from `start` on; `classes`: of the tokens that they have"""
 
-    def __init__(self, start: int, length: int, automaton: Automaton):
+    def __init__(self, start: int, length: int, automaton: Automaton, classes: Sequence[int] | None = None):
         self.start, self.length, self.automaton = start, length, automaton
-        self.classes = np.full(length, MASKED, np.int64)  # of the tokens that stand
-        self.before = np.zeros((length + 1, automaton.states), np.bool_)
-        self.behind = np.zeros((length + 1, automaton.states), np.bool_)
-        self.before[0, 0], self.behind[length, list(automaton.ends)] = True, True
-        for index in range(length):
-            self.before[index + 1] = self._read(index)
-        for index in range(length - 1, -1, -1):
-            self.behind[index] = self._read_back(index)
+        self.classes = [MASKED] * length if classes is None else list(classes)
+        self.reachable = [automaton.starting, *[0] * length]  # [i]: by the tokens before i
+        self.completable = [*[0] * length, automaton.ending]  # [i]: by the tokens from i on
+        self._read(0, length)
+        self._read_back(length - 1, 0)
 
-    def _edges(self, index: int) -> np.ndarray:
-        """[2 or 3, E] that may be gone at a position"""
-        own = self.classes[index]
-        return self.automaton.edges if own == MASKED else self.automaton.by_class[int(own)]
+    def _read(self, first: int, last: int) -> None:
+        """Classes have changed between two positions. States change up to where they are again what they were."""
+        states, same, after = self.reachable[first], (0, NO_CLASS), 0
+        for index in range(first, self.length):
+            if same != (states, of := self.classes[index]):  # runs of masks come to a state that stays
+                same, after = (states, of), self.automaton.after(states, of)
+            if index >= last and after == self.reachable[index + 1]:
+                return
+            self.reachable[index + 1] = states = after
 
-    def _read(self, index: int) -> np.ndarray:
-        start, end = self._edges(index)[:2]
-        states = np.zeros(self.automaton.states, np.bool_)
-        states[end[self.before[index, start]]] = True
-        return states
+    def _read_back(self, last: int, first: int) -> None:
+        states, same, before = self.completable[last + 1], (0, NO_CLASS), 0
+        for index in range(last, -1, -1):
+            if same != (states, of := self.classes[index]):
+                same, before = (states, of), self.automaton.before(states, of)
+            if index <= first and before == self.completable[index]:
+                return
+            self.completable[index] = states = before
 
-    def _read_back(self, index: int) -> np.ndarray:
-        start, end = self._edges(index)[:2]
-        states = np.zeros(self.automaton.states, np.bool_)
-        states[start[self.behind[index + 1, end]]] = True
-        return states
+    def put(self, classes: dict[int, int]) -> None:
+        """`classes`: of positions, MASKED where a token becomes a mask again"""
+        for index, of in classes.items():
+            self.classes[index] = of
+        if classes:
+            first, last = min(classes), max(classes)
+            self._read(first, last)
+            self._read_back(last, first)
 
-    def allowed(self, index: int) -> np.ndarray:
-        """The classes of tokens that may stand there, ascending, beside what stands elsewhere"""
-        known, key = self.automaton.known, (self.before[index].tobytes(), self.behind[index + 1].tobytes())
-        if key not in known:
-            start, end, by = self.automaton.edges
-            known[key] = np.unique(by[self.before[index, start] & self.behind[index + 1, end]]).astype(np.int16)
-        return known[key]
+    def between(self, index: int) -> tuple[int, int]:
+        """The states before and after a position"""
+        return self.reachable[index], self.completable[index + 1]
 
-    def put(self, index: int, token: int | None) -> None:
-        """None: a mask"""
-        self.classes[index] = MASKED if token is None else self.automaton.classes[token]
-        for at in range(index, self.length):
-            states = self._read(at)
-            if (states == self.before[at + 1]).all():
-                break
-            self.before[at + 1] = states
-        for at in range(index, -1, -1):
-            states = self._read_back(at)
-            if (states == self.behind[at]).all():
-                break
-            self.behind[at] = states
+    def fits(self, index: int, of: int) -> bool:
+        """A token of that class may be there, next to the tokens of other positions."""
+        return bool(self.automaton.after(self.reachable[index], of) & self.completable[index + 1])
 
-    def over(self) -> np.ndarray:
-        """Masks at which nothing but an end may stand"""
-        start, end, _ = self.automaton.writing
-        goes_on = (self.before[:-1][:, start] & self.behind[1:][:, end]).any(1)
-        return np.flatnonzero((self.classes == MASKED) & ~goes_on)
+    def accepted(self, wanted: list[Wanted]) -> list[Wanted]:
+        """Puts those that go with each other and with what is there, as if they came one by one. The more tokens there
+        are, the fewer are allowed: tokens that do not fit now never will, and those that all fit together would have
+        one by one. Where they do not, the first half of them comes before the second."""
+        return self._accepted([each for each in wanted if self.fits(each.at, each.of)])
+
+    def _accepted(self, fitting: list[Wanted]) -> list[Wanted]:
+        if len(fitting) > 1 and not self._fit_together(fitting):
+            half = len(fitting) // 2
+            return self._accepted(fitting[:half]) + self.accepted(fitting[half:])
+        self.put({each.at: each.of for each in fitting})
+        return fitting
+
+    def _fit_together(self, wanted: list[Wanted]) -> bool:
+        classes = {each.at: each.of for each in wanted}
+        at = min(classes)
+        states = self.reachable[at]
+        for index in sorted(classes):
+            while at < index:
+                if states == self.reachable[at]:  # nothing changes before the next token
+                    states, at = self.reachable[index], index
+                else:
+                    states, at = self.automaton.after(states, self.classes[at]), at + 1
+            states, at = self.automaton.after(states, classes[index]), index + 1
+            if not states & self.completable[at]:
+                return False
+        return True
+
+    def over(self) -> list[int]:
+        """Masks at which nothing but an end may be. From the first of them on, every way to fill the hole has ended."""
+        low, high = 0, self.length
+        while low < high:
+            middle = (low + high) // 2
+            if self.reachable[middle + 1] & self.completable[middle + 1] == self.automaton.ended:
+                high = middle
+            else:
+                low = middle + 1
+        return [index for index in range(low, self.length) if self.classes[index] == MASKED]
 
 
 class Holes:
-    """Of one canvas, from what stands in it."""
+    """Of one canvas, from what it has."""
 
     def __init__(self, holes: Sequence[tuple[int, int, Automaton]], tokens: np.ndarray, mask_id: int, end_token: int):
         """`holes`: where each starts, its length, what it may hold; `end_token`: what fills the rest of one that has
         ended"""
-        self.holes = [Hole(*each) for each in holes]
-        self.end_token = end_token
+        self.holes, self.end_token = list[Hole](), end_token
         self.at: dict[int, tuple[Hole, int]] = {}
-        for hole in self.holes:
-            for index in range(hole.length):
-                self.at[hole.start + index] = hole, index
-                if (token := int(tokens[hole.start + index])) != mask_id:
-                    hole.put(index, token)
+        for start, length, automaton in holes:
+            own = tokens[start : start + length]
+            classes = np.where(own == mask_id, MASKED, automaton.classes_of(own))
+            hole = Hole(start, length, automaton, classes.tolist())
+            self.holes.append(hole)
+            self.at.update((start + index, (hole, index)) for index in range(length))
 
     def put(self, positions: Iterable[int], token: int | None) -> None:
+        """None: a mask"""
+        changed: dict[Hole, list[int]] = {}
         for position in positions:
             hole, index = self.at[position]
-            hole.put(index, token)
+            changed.setdefault(hole, []).append(index)
+        for hole, indices in changed.items():
+            of = MASKED if token is None else int(hole.automaton.classes_of(np.array([token]))[0])
+            hole.put(dict.fromkeys(indices, of))
 
     def accepted(self, positions: np.ndarray, tokens: np.ndarray, order: Iterable[int]) -> np.ndarray:
-        """Puts those of the tokens that go with what stands, in this order of theirs -> which, ascending"""
-        taken = []
+        """Puts those of the tokens that go with what is there, in this order of theirs -> which, ascending"""
+        taken, wanted = list[int](), dict[Hole, list[Wanted]]()
         for each in order:
-            position, token = int(positions[each]), int(tokens[each])
-            if position not in self.at:  # a hole of the prompt
+            if (position := int(positions[each])) not in self.at:  # a hole of the prompt
                 taken.append(each)
                 continue
             hole, index = self.at[position]
-            if hole.automaton.classes[token] in hole.allowed(index):
-                hole.put(index, token)
-                taken.append(each)
+            wanted.setdefault(hole, []).append(Wanted(index, NO_CLASS, each))
+        for hole, of_hole in wanted.items():
+            classes = hole.automaton.classes_of(tokens[[each.proposal for each in of_hole]]).tolist()
+            of_hole = [each._replace(of=of) for each, of in zip(of_hole, classes, strict=True)]
+            taken += [each.proposal for each in _one_by_one(hole, of_hole)]
         return np.sort(np.array(taken, np.int64))
 
     def over(self) -> np.ndarray:
-        """Puts ends where nothing else may stand -> positions, ascending"""
-        found = [hole.start + index for hole in self.holes for index in hole.over().tolist()]
+        """Puts ends where nothing else may be -> positions, ascending"""
+        found = [hole.start + index for hole in self.holes for index in hole.over()]
         self.put(found, self.end_token)
         return np.array(sorted(found), np.int64)
 
-    def allowed(self, position: int) -> tuple[Automaton, bytes] | None:
-        """What may stand there: classes of which automaton; None: anything, since it is in no hole of the template"""
+    def between(self, position: int) -> tuple[Automaton, tuple[int, int]] | None:
+        """Which states of which automaton are before and after it; None: it is in no hole of the template, so anything
+        may be there"""
         if position not in self.at:
             return None
         hole, index = self.at[position]
-        return hole.automaton, hole.allowed(index).tobytes()
+        return hole.automaton, hole.between(index)
 
     def ended(self, position: int) -> bool:
-        """An end stands there, which is no part of the text."""
+        """An end is there, which is no part of the text."""
         if position not in self.at:
             return False
         hole, index = self.at[position]
-        return bool(hole.classes[index] == hole.automaton.end_class)
+        return hole.classes[index] == hole.automaton.end_class
+
+
+def _one_by_one(hole: Hole, wanted: list[Wanted]) -> list[Wanted]:
+    """Masks are filled together. A token that becomes another one frees others, so it is looked at by itself."""
+    taken, masks = list[Wanted](), list[Wanted]()
+    for each in wanted:
+        if hole.classes[each.at] == MASKED:
+            masks.append(each)
+            continue
+        taken += hole.accepted(masks)
+        masks = []
+        taken += hole.accepted([each])
+    return taken + hole.accepted(masks)

@@ -1,16 +1,18 @@
-"""Request bodies as only the routes of a server see them: options outside `vllm_xargs`, and responses that stream.
+"""Request bodies as only the routes of a server see them: options outside `vllm_xargs` are refused, and so is what a
+stream could no longer be refused for once it has begun. The texts of a request are encoded in a thread.
 
 Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which
 every route asks first), serve/engine/protocol.py (`OpenAIBaseModel` keeps
 fields it does not know and says nothing), openai/responses/serving.py
 (`_generate_with_builtin_tools` is a generator, so its request is looked at
-when the response is under way).
+when the response is under way), scale_out/token_in_token_out/serving.py (its requests carry SamplingParams).
 """
 
-from vllm_dlm.integration.given import Unbounded
+from vllm_dlm.given import GIVEN_KEYS
+from vllm_dlm.integration.given import Unbounded, encode
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, takes_options
+from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, options_from, takes_options
 
 
 def check_model(check):
@@ -18,9 +20,21 @@ def check_model(check):
         refuse_misplaced(request, self.model_config)
         take_suffix(request, self.model_config)
         mark_template(request, self.model_config)
-        return await check(self, request)
+        error = await check(self, request)
+        if error is None and is_diffusion_lm(self.model_config) and hasattr(self, "engine_client"):
+            await encode_texts(request, self.engine_client.input_processor)
+        return error
 
     return check_model_and_fields
+
+
+async def encode_texts(request, processor) -> None:
+    """In a thread. Otherwise they would be encoded on the event loop, where the request is processed."""
+    given = getattr(request, "vllm_xargs", None)
+    if given is None and (params := getattr(request, "sampling_params", None)) is not None:
+        given = params.extra_args
+    if given and not GIVEN_KEYS.keys().isdisjoint(given):
+        await encode(options_from(given, processor), processor)
 
 
 def generate_with_builtin_tools(generate):

@@ -7,15 +7,28 @@ v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
+from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.integration.canvas import default_length
-from vllm_dlm.integration.given import layout_of, refuse_draft, refuse_template, unmarked
+from vllm_dlm.integration.given import (
+    EncodedTexts,
+    layout_of,
+    refuse_draft,
+    refuse_long,
+    refuse_stops,
+    refuse_template,
+    texts_of,
+    unmarked,
+    with_texts,
+)
 from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
@@ -61,6 +74,8 @@ ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
 def process_inputs(process):
     def process_with_dlm(self, request_id, prompt, params, *args, **kwargs):
         no_max_tokens = getattr(params, "max_tokens", None) is None  # vLLM sets it, maybe in place
+        if is_diffusion_lm(self.model_config) and isinstance(params, SamplingParams):
+            refuse_stops(params)
         request = process(self, request_id, prompt, params, *args, **kwargs)
         if is_diffusion_lm(self.model_config):
             prepare(request, is_text(prompt), no_max_tokens, self)
@@ -73,8 +88,9 @@ def process_inputs(process):
 
 def generate(generate_theirs):
     def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
-        check_early(prompt, sampling_params, self.input_processor)
-        return generate_theirs(self, prompt, sampling_params, *args, **kwargs)
+        texts = texts_of(sampling_params)
+        check_early(prompt, sampling_params, self.input_processor, texts)
+        return generate_theirs(self, prompt, with_texts(sampling_params, texts), *args, **kwargs)
 
     return generate_with_dlm
 
@@ -88,13 +104,14 @@ def resolve_watermarking(resolve):
     return resolve_with_dlm
 
 
-def check_early(prompt, params, processor) -> None:
+def check_early(prompt, params, processor, texts: EncodedTexts | None = None) -> None:
     """What can be said of a rendered prompt before the engine takes it."""
     if not is_diffusion_lm(processor.model_config):
         refuse_request(params, processor.model_config)
     elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
+        refuse_stops(params)
         options = options_of(params, processor)
-        layout, behind = layout_of(options, processor)
+        layout, behind = layout_of(options, processor, texts_of(params) if texts is None else texts)
         check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor, layout)
 
 
@@ -111,27 +128,36 @@ def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
     if options.observed and not ADDED.get():
         field, why = ("dlm_frames", FRAMES_NEED) if options.frames else ("dlm_watch", WATCH_NEEDS)
         refuse(field, 1, why)
-    layout, behind = layout_of(options, processor)
+    texts = texts_of(params)
+    layout, behind = layout_of(options, processor, texts)
     request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
     params.extra_args = layout.added_to(params.extra_args)
     if no_max_tokens:
         params.max_tokens = layout.length or open_length(options, len(request.prompt_token_ids), processor)
     check(params, options, len(request.prompt_token_ids), processor, layout)
-    if layout.holes:
-        params.max_tokens, params.extra_args = layout.length, unmarked(params.extra_args)
+    params.extra_args = unmarked(params.extra_args)
     if options.attention != "full":
         usual = server_options_of(processor).decoding.block_length
         request.cache_salt = salt(request.cache_salt, options.decoding.block_length, usual)
 
     config = processor.model_config
-    eot = getattr(config.hf_config, "eot_token_id", None)
-    if eot is not None and not params.ignore_eos and eot not in (params.stop_token_ids or []):
-        params.stop_token_ids = [*(params.stop_token_ids or []), eot]
-        params._all_stop_token_ids.add(eot)
+    if layout.holes:  # its end is one token, at which vLLM stops whether it is the tokenizer's or not
+        params.max_tokens, params.stop_token_ids = layout.length, [layout.ends[0]]
+        params._all_stop_token_ids.add(layout.ends[0])
+    else:
+        add_end_of_turn(params, config.hf_config)
     # numpy counts in 64 bits and wants seeds that are not negative; vLLM adds an index to them when n > 1.
     params.top_k = min(params.top_k, config.get_vocab_size())
     if params.seed is not None:
         params.seed %= 1 << 63
+    texts.accepted()
+
+
+def add_end_of_turn(params, hf_config) -> None:
+    eot = getattr(hf_config, "eot_token_id", None)
+    if eot is not None and not params.ignore_eos and eot not in (params.stop_token_ids or []):
+        params.stop_token_ids = [*(params.stop_token_ids or []), eot]
+        params._all_stop_token_ids.add(eot)
 
 
 def salt(given: str | None, width: int, usual: int) -> str | None:
@@ -169,13 +195,18 @@ def open_length(options: Options, prompt: int, processor) -> int:
 
 
 def options_of(params, processor) -> Options:
+    return options_from(params.extra_args or {}, processor)
+
+
+def options_from(given: Mapping[str, Any], processor) -> Options:
     """The options of a request, all of them meant for this plugin."""
-    given, server = params.extra_args or {}, server_options_of(processor)
+    server = server_options_of(processor)
     for field, value in given.items():
-        if not field.startswith("dlm_") and field not in READ_BY_VLLM:
+        if not field.startswith("dlm_") and field not in READ_BY_VLLM and not isinstance(value, EncodedTexts):
             meant = f"dlm_{field}" in request_keys(server.decoding)
             unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
             refuse(field, value, f"write dlm_{field}" if meant else unread)
+    refuse_long(given, server, processor)
     try:
         return request_options(server, given)
     except OptionError as error:

@@ -1,12 +1,16 @@
-"""What tokens say, and the automata of holes made of that."""
+"""The texts of tokens, and the automata of holes made of them."""
 
-from collections import defaultdict
 from functools import cached_property
 
 from vllm_dlm import automaton
-from vllm_dlm.automaton import Automaton, fewest_tokens
+from vllm_dlm.automaton import TokenTexts
+from vllm_dlm.client_cache import ClientCache
+from vllm_dlm.given import Layout
 from vllm_dlm.shown import shown
 from vllm_dlm.template import Hole, TemplateError
+
+#: the alternatives of a hole -> their automaton as it travels, and how few tokens each of them has
+KnownAlternatives = tuple[dict, tuple[int | None, ...]]
 
 
 class Vocabulary:
@@ -14,6 +18,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer, size: int, mask_id: int, ends: list[int]):
         self.tokenizer, self.size, self.mask_id, self.ends = tokenizer, size, mask_id, ends
+        #: of accepted templates
+        self.layouts: ClientCache[str, Layout] = ClientCache("layouts")
+        self.alternatives: ClientCache[tuple[str, ...], KnownAlternatives] = ClientCache("alternatives")
 
     @classmethod
     def of(cls, processor) -> "Vocabulary":
@@ -32,17 +39,22 @@ class Vocabulary:
         return frozenset(marked | set(self.tokenizer.all_special_ids))
 
     @cached_property
-    def texts(self) -> list[str | None]:
-        """Of each token; None of those that are no text, or not a whole number of characters"""
+    def no_text(self) -> frozenset[int]:
+        """Tokens that are no part of an answer's text"""
+        return self.special | {self.mask_id, *self.ends}
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """None for tokens that are no text, or not a whole number of characters"""
         (anchor, *_) = self.tokenizer.encode("a", add_special_tokens=False)
-        known = [token for token in range(min(self.size, len(self.tokenizer))) if token not in self.special]
+        known = [token for token in range(min(self.size, len(self.tokenizer))) if token not in self.no_text]
         before = self.tokenizer.decode([anchor])
         decoded = self._decoded([[anchor, token] for token in known])
         texts: list[str | None] = [None] * self.size
         for token, text in zip(known, decoded, strict=True):
             whole = text.startswith(before) and "\ufffd" not in text and len(text) > len(before)
             texts[token] = text[len(before) :] if whole else None
-        return texts
+        return TokenTexts(texts)
 
     def _decoded(self, rows: list[list[int]]) -> list[str]:
         if (fast := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
@@ -50,47 +62,64 @@ class Vocabulary:
         return [self.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
 
     @cached_property
-    def ids_of(self) -> dict[str, list[int]]:
-        found = defaultdict(list)
-        for token, text in enumerate(self.texts):
-            if text is not None:
-                found[text].append(token)
-        return dict(found)
+    def free(self) -> dict:
+        return automaton.free(self.size, self.ends, self.mask_id).plain()
 
     @cached_property
-    def free(self) -> Automaton:
-        return automaton.free(self.size, self.ends, self.mask_id)
+    def string(self) -> dict:
+        return automaton.string(self.texts.texts, self.ends).plain()
 
     @cached_property
-    def string(self) -> Automaton:
-        return automaton.string(self.texts, self.ends)
-
-    @cached_property
-    def number(self) -> Automaton:
-        return automaton.number(self.texts, self.ends)
-
-    def one_of(self, alternatives: tuple[str, ...]) -> Automaton:
-        return automaton.one_of(alternatives, self.ids_of, self.encoded, self.texts, self.ends)
+    def number(self) -> dict:
+        return automaton.number(self.texts.texts, self.ends).plain()
 
     def encoded(self, text: str) -> list[int]:
         """Text as tokens, each of which is a part of it, and no others"""
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        if self.special.intersection(tokens):
-            raise TemplateError(f"{shown(text)} has a token in it that is no text")
+        if self.no_text.intersection(tokens):
+            raise TemplateError(f"{shown(text)} has a token in it that is no text or ends an answer")
         if (written := self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) != text:
             raise TemplateError(f"the tokenizer makes {shown(written)} of {shown(text)}")
         return tokens
 
-    def automaton(self, hole: Hole) -> Automaton:
+
+class HoleAutomata:
+    """The distinct automata of a template's holes, as they travel"""
+
+    def __init__(self, vocabulary: Vocabulary, holes: list[Hole]):
+        self.vocabulary = vocabulary
+        self.plain, self.of = list[dict](), list[int]()  # and which of them is a hole's
+        self.alternatives: dict[tuple[str, ...], KnownAlternatives] = {}
+        numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+        for hole in holes:
+            made = self._made(hole)
+            number = numbers.setdefault((hole.kind, hole.alternatives), len(numbers))
+            if number == len(self.plain):
+                self.plain.append(made)
+            self.of.append(number)
+
+    def _made(self, hole: Hole) -> dict:
         if hole.kind != "one of":
-            return getattr(self, hole.kind)
-        for alternative in hole.alternatives:
-            alone = self.one_of((alternative,))
-            if (needed := int(fewest_tokens(alone)[list(alone.ends[:-1])].min())) > hole.length:
+            return getattr(self.vocabulary, hole.kind)
+        key = hole.alternatives
+        if (known := self.alternatives.get(key) or self.vocabulary.alternatives.get(key)) is None:
+            texts, ends = self.vocabulary.texts, self.vocabulary.ends
+            made = automaton.one_of(key, texts, self.vocabulary.encoded, ends)
+            known = made.automaton.plain(), made.fewest
+        self.alternatives[key] = known
+        for alternative, fewest in zip(key, known[1], strict=True):
+            if fewest is None:
+                raise TemplateError(f"no tokens make {shown(alternative)}")
+            if fewest > hole.length:
                 raise TemplateError(
-                    f"{shown(alternative)} has {needed} tokens at least, and its hole has {hole.length}"
+                    f"{shown(alternative)} has {fewest} tokens at least, and its hole has {hole.length}"
                 )
-        return self.one_of(hole.alternatives)
+        return known[0]
+
+    def keep(self) -> None:
+        """For other templates, once this one is accepted"""
+        for key, known in self.alternatives.items():
+            self.vocabulary.alternatives.put(key, known)
 
 
 def end_tokens(processor) -> list[int]:
