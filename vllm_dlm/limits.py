@@ -32,3 +32,5 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+#: of `LLM`, whose caller pays for its own requests
+UNLIMITED = Limits(**{field.name: 1 << 62 for field in fields(Limits)})

@@ -15,6 +15,7 @@ from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from tests.engine.stated import stated
 from tests.engine.test_block_causal import mixed
 from vllm_dlm.families import FAMILIES
+from vllm_dlm.limits import DEFAULT_LIMITS
 from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.scoring.monte_carlo import draws
 from vllm_dlm.scoring.scores import How, Pair, PairScore, jobs, resolved
@@ -203,15 +204,18 @@ def test_equal_draws_are_one_forward():
         ("seed", [1], [1], {"seed": -1}),
         ("temperature", [1], [1], {"temperature": 1.0}),
         ("priority", [1], [1], {"priority": 1 << 63}),
-        ("continuation", [1], [[1]] * 1025, {}),  # limits.score_pairs
-        ("context and continuation", [1] * (1 << 20), [1], {}),  # limits.score_characters
-        ("mc_num", [1], [[1]] * 129, {}),  # limits.score_draws
-        ("mc_num", [1], [1], {"mc_num": 1 << 15}),
+        ("context and continuation", [1] * (1 << 20), [1], {}),
     ],
 )
 def test_what_cannot_be_scored_is_refused_by_name(engines, field, context, continuation, how):
     with pytest.raises(ValueError, match=rf"(?m)^{field}\b"):
         vllm_dlm.score(engines("llada-tiny"), context, continuation, **how)
+
+
+def test_the_limits_of_a_server_are_none_of_an_llm(engines):
+    pairs = 1 + DEFAULT_LIMITS.score_draws // 128  # more than a server takes with the default mc_num, and of draws
+    scores = vllm_dlm.score(engines("llada-tiny"), [1, 2], [[3]] * pairs, seed=0)
+    assert len(scores) == pairs and len({score.logprob for score in scores}) == 1
 
 
 def test_monte_carlo_is_of_models_that_see_the_whole_canvas(engines):

@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import ONLY_DIFFUSION, refuse, server_options_of
+from vllm_dlm.limits import UNLIMITED
 from vllm_dlm.scoring.pairs import PairInputs, Text
 from vllm_dlm.scoring.scores import How, PairScore, Score, jobs, resolved
 
@@ -22,14 +23,13 @@ def score(
 ) -> list[Score]:
     """Log-probabilities of continuations given contexts, texts or token ids, one of each or lists.
 
-    `how`: see `How`, and docs/evaluation.md. The limits are those of a server (`limits` of the LLM's
-    `additional_config["dlm"]`)."""
+    `how`: see `How`, and docs/evaluation.md. The limits of a server do not apply."""
     processor = llm.llm_engine.input_processor
     if not is_diffusion_lm(processor.model_config):
         refuse("score", processor.model_config.architecture, ONLY_DIFFUSION)
     fields = How(**how)
     method = resolved(fields, server_options_of(processor).attention)
-    inputs = PairInputs.from_request(context, continuation, method, processor)
+    inputs = PairInputs.from_request(context, continuation, method, processor, UNLIMITED)
     scores = [PairScore(pair, method) for pair in inputs.pairs(inputs.encode(add_special_tokens))]
     to_do = jobs(scores)
     while part := list(islice(to_do, AT_ONCE)):

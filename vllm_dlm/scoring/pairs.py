@@ -1,7 +1,7 @@
 """Texts or token ids of a request for scores become pairs of token ids, or the request is refused by name.
 
 Nothing is encoded, and no list of token ids is read, before the size of the whole request is known to be within the
-limits of the server (`limits.score_*`).
+limits (`limits.score_*` of a server; there are none for an `LLM`).
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,8 @@ class PairInputs:
     processor: Any  # vLLM's InputProcessor
 
     @classmethod
-    def from_request(cls, context: Any, continuation: Any, method: Method, processor) -> "PairInputs":
+    def from_request(cls, context: Any, continuation: Any, method: Method, processor, limits: Limits) -> "PairInputs":
         """One context goes with each of several continuations, and the other way round."""
-        limits: Limits = server_options_of(processor).limits
         given = {"context": context, "continuation": continuation}
         texts = {field: listed(field, value, limits) for field, value in given.items()}
         number = max(map(len, texts.values()))

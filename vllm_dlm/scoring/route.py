@@ -91,7 +91,8 @@ class ServingScores(BaseServing):
         return await asyncio.to_thread(response_body, request_id, self.models.model_name(), scores)
 
     async def pairs(self, request: ScoreRequest, method: Method) -> list[Pair]:
-        given = request.context, request.continuation, method, self.processor
+        limits = server_options_of(self.processor).limits
+        given = request.context, request.continuation, method, self.processor, limits
         inputs = await asyncio.to_thread(PairInputs.from_request, *given)
         encoded = await inputs.encode_async(request.add_special_tokens)
         return await asyncio.to_thread(inputs.pairs, encoded)
