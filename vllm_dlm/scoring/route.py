@@ -21,11 +21,10 @@ from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
-from vllm.exceptions import GenerationError, VLLMNotFoundError
+from vllm.exceptions import GenerationError
 from vllm.inputs import tokens_input
 
-from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, refuse, server_options_of
+from vllm_dlm.integration.requests import refuse, server_options_of
 from vllm_dlm.option_types import OptionError
 from vllm_dlm.scoring.body import parse_body, read_body
 from vllm_dlm.scoring.pairs import PairInputs
@@ -57,8 +56,8 @@ class ScorePlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        serves = engine_client is not None and is_diffusion_lm(engine_client.model_config)
-        state.dlm_scores = ServingScores(engine_client, state.openai_serving_models) if serves else None
+        """Of the server of a diffusion model, see integration/routes.py."""
+        state.dlm_scores = ServingScores(engine_client, state.openai_serving_models)
 
 
 class ServingScores(BaseServing):
@@ -169,21 +168,14 @@ router = APIRouter()
 
 async def score_request(raw_request: Request) -> ScoreRequest:
     """The body of a request, which FastAPI would parse on the event loop."""
-    return await handler_of(raw_request).request(raw_request)
-
-
-def handler_of(raw_request: Request) -> ServingScores:
-    handler = getattr(raw_request.app.state, "dlm_scores", None)
-    if handler is None:
-        raise VLLMNotFoundError(f"{PATH}: {ONLY_DIFFUSION}")
-    return handler
+    return await raw_request.app.state.dlm_scores.request(raw_request)
 
 
 @router.post(PATH, dependencies=[Depends(validate_json_request)], include_in_schema=False)
 @with_cancellation
 @load_aware_call
 async def create_scores(raw_request: Request, request: ScoreRequest = Depends(score_request)):  # noqa: B008
-    result = await handler_of(raw_request).create(request, raw_request)
+    result = await raw_request.app.state.dlm_scores.create(request, raw_request)
     if isinstance(result, ErrorResponse):
         return JSONResponse(content=result.model_dump(), status_code=result.error.code)
     return Response(content=result, media_type="application/json")
