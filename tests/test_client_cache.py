@@ -3,12 +3,14 @@
 import ast
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY, Counter, Gauge
 
 import vllm_dlm
 from vllm_dlm.client_cache import CLIENT_CACHES, ENGINE, FRONT_END, CacheUsage, ClientCache, usage
-from vllm_dlm.metrics import ENGINE_CACHES, StepCounts
+from vllm_dlm.metrics import ENGINE_CACHES, CachesProm, StepCounts
 
 ROOT = Path(vllm_dlm.__file__).parent
 #: path within the package -> syntax tree; `plugins` and `kernels` are links, which `os.walk` follows on request
@@ -24,7 +26,8 @@ NOT_KEYED_BY_CLIENTS = {
     "methods.py:methods": "the four kinds of methods",
     "option_types.py:_adapter": "fields of the registered dataclasses",
     "view/page.py:page": "nothing",
-    "engine/captured.py:pool": "nothing",
+    "view/page.py:script": "nothing",
+    "view/page.py:policy": "nothing",
     "engine/flash_attention.py:installed": "nothing",
     "kernels/triton_utils.py:processors": "devices of the machine",
     "engine/flash_attention.py:_version": "nothing",
@@ -95,4 +98,19 @@ def test_usage_of_the_engine_travels_with_the_counters():
     caches = {name: CacheUsage(3 * index, index) for index, name in enumerate(ENGINE_CACHES)}
     counts = StepCounts(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, caches)
     assert StepCounts.unpack(counts.pack()) == counts
-    assert StepCounts.unpack(StepCounts().pack()) == StepCounts(caches=dict.fromkeys(ENGINE_CACHES, CacheUsage()))
+    assert StepCounts.unpack(StepCounts().pack()) == StepCounts()  # no step since the last report
+
+
+def test_evictions_are_exported_as_differences():
+    labels = SimpleNamespace(per_engine_labelvalues={0: ["model", "0"]}, _gauge_cls=Gauge, _counter_cls=Counter)
+    exported = CachesProm(labels)
+    name = ENGINE_CACHES[0]
+
+    def sample(metric: str) -> float:
+        return REGISTRY.get_sample_value(metric, {"model_name": "model", "engine": "0", "cache": name})
+
+    assert sample("vllm:diffusion_cache_evictions_total") == 0  # it is there from the start
+    for reported, evictions in (({name: CacheUsage(5, 3)}, 3), ({}, 3), ({name: CacheUsage(2, 4)}, 4)):
+        exported.observe(reported, 0)
+        assert sample("vllm:diffusion_cache_evictions_total") == evictions
+    assert sample("vllm:diffusion_cache_entries") == 2

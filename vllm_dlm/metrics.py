@@ -36,11 +36,11 @@ class StepCounts:
     kv_bytes_read: int = 0
     kv_bytes_dense: int = 0
     lowered_steps: int = 0
-    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of the engine, as of the last step
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of the engine, as of the last step; {}: no step
 
     def pack(self) -> SpecDecodingStats:
         *counts, _ = (getattr(self, each.name) for each in fields(self))
-        caches = [number for name in ENGINE_CACHES for number in self.caches.get(name, CacheUsage())]
+        caches = [number for name in ENGINE_CACHES for number in self.caches[name]] if self.caches else []
         return SpecDecodingStats(0, *counts[:3], num_accepted_tokens_per_pos=[*counts[3:], *caches])
 
     @classmethod
@@ -48,7 +48,7 @@ class StepCounts:
         packed = stats.num_accepted_tokens_per_pos
         counts, caches = packed[: len(OWN_COUNTERS)], packed[len(OWN_COUNTERS) :]
         pairs = zip(caches[::2], caches[1::2], strict=True)
-        of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=True))
+        of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=bool(caches)))
         first = (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
         return replace(cls(*first, *counts), caches=of_caches)
 
@@ -78,12 +78,14 @@ class CachesProm:
         )
         self.model_name = next(iter(logger.per_engine_labelvalues.values()))[0]
         self.evicted: dict[tuple[str, str], int] = {}
+        for engine in logger.per_engine_labelvalues:
+            self.observe(dict.fromkeys(ENGINE_CACHES, CacheUsage()), engine)
 
     def observe(self, engine_caches: dict[str, CacheUsage], engine_idx: int) -> None:
         for engine, caches in ((str(engine_idx), engine_caches), (FRONT_END, usage(FRONT_END))):
             for name, (entries, evictions) in caches.items():
                 self.entries.labels(self.model_name, engine, name).set(entries)
-                new = evictions - self.evicted.get((engine, name), 0)
+                new = max(evictions - self.evicted.get((engine, name), 0), 0)
                 self.evictions.labels(self.model_name, engine, name).inc(new)
                 self.evicted[engine, name] = evictions
 

@@ -160,9 +160,11 @@ class Run:
             proposed = canvas.tokens
         elif holes is not None:
             for position in at.tolist():
-                if (found := holes.allowed(position)) is not None:
-                    automaton, classes = found
-                    fitting = np.flatnonzero(np.isin(automaton.classes, np.frombuffer(classes, np.int16)))
+                if (found := holes.between(position)) is not None:
+                    automaton, states = found
+                    row = np.zeros((1, -(-SIZE // 32)), np.int32)
+                    automaton.mark(row, [states])
+                    fitting = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
                     assert len(fitting)
                     can_end = EOS in fitting and ends[position]
                     proposed[position] = EOS if can_end else fitting[proposed[position] % len(fitting)]

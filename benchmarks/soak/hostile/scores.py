@@ -7,7 +7,7 @@ from typing import Any
 import annotated_types
 
 from benchmarks.soak.hostile.rows import ANSWERED, LEGAL, REFUSED, SCORE, Message, Row, Target, posted
-from vllm_dlm.scoring.scores import MOST_DRAWS, How
+from vllm_dlm.scoring.scores import How
 
 #: a full-attention model reads these fields with this method
 METHODS = {"steps": "blocks"}
@@ -92,7 +92,7 @@ def of_amounts(target: Target) -> Iterator[Row]:
     yield row("a lone surrogate", lambda t, n: f"a\udcff{n}", " b", ANSWERED)
     yield row("no continuation", short, "")
     yield row("pairs that do not match", letters(3), letters(2))
-    draws = min(MOST_DRAWS, limits.score_draws)
+    draws = limits.score_draws
     tokens = [6, 7, 8, 9]
     yield row("mc_num 16,384", [5, 6, 7], tokens, LEGAL, mc_num=draws, batch_size=1, long=True)
     yield row("mc_num 16,384, one batch", [5, 6, 7], tokens, LEGAL, mc_num=draws, batch_size=draws, long=True)
