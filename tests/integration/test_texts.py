@@ -112,11 +112,13 @@ def options(processor):
 
 
 def lines_run(template: str) -> int:
-    """Lines of Python that parsing it runs"""
+    """Lines of Python that parsing it runs, without those of callbacks of the garbage collector"""
     count = 0
 
     def tracer(frame, event, argument):
         nonlocal count
+        if frame.f_code.co_filename != parse.__code__.co_filename:
+            return None
         count += event == "line"
         return tracer
 

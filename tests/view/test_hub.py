@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from vllm_dlm.client_cache import CLIENT_CACHES, cache_evictions
+from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, usage
 from vllm_dlm.limits import Limits
 from vllm_dlm.view import hub, isolation, observed
 from vllm_dlm.view.frames import Frame, Guesses, History, Replay
@@ -163,11 +163,11 @@ def test_followers_are_bounded_and_one_that_does_not_read_makes_room(monkeypatch
         for follower in (followers[0], followers[2]):
             await reads(follower)
         monkeypatch.setattr(hub, "PATIENCE", -1.0)
-        evicted = cache_evictions("followers")
+        evicted = usage(FRONT_END)["followers"].evictions
         HUB.admit_follower(late, limits)
         late.follow(request.canvases[0])
         assert [follower.dropped for follower in followers] == [False, True, False]
-        assert cache_evictions("followers") == evicted + 1
+        assert usage(FRONT_END)["followers"].evictions == evicted + 1
         assert not followers[1].cursors and followers[1].ready.is_set()
         assert followers[1] not in request.canvases[0].followers and len(HUB.followers) == 3
         # nobody else has anything unread

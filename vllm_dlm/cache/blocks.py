@@ -5,12 +5,23 @@ embedding, then values. The layout is plain, so policies can read them back. A
 block that stores features is the same bytes viewed as [rows, width].
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
 
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.plugins.reuse.flow import Rows
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A cache of zeros, since FlashAttention multiplies values after a sequence's end by 0, which keeps a NaN. Host
+    memory becomes resident when it is written, as that of torch.empty does; torch.zeros would write all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 @dataclass

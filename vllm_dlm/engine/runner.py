@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_workspace
 
-from vllm_dlm.cache.blocks import KVBlocks
+from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import Canvas
@@ -100,15 +100,11 @@ class DenoisingRunner:
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling=False, kv_cache_allocation_context=None):
         with kv_cache_allocation_context or nullcontext():
-            # Not torch.empty: FlashAttention multiplies values after a sequence's end by 0, which keeps a NaN.
             self.kv_caches = [
-                torch.zeros(
-                    kv_cache_config.num_blocks,
-                    spec.num_kv_heads,
-                    spec.block_size,
-                    2 * spec.head_size,
-                    dtype=spec.dtype,
-                    device=self.device,
+                zeros(
+                    (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size),
+                    spec.dtype,
+                    self.device,
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
