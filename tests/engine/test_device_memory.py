@@ -65,8 +65,8 @@ def templated(number: int) -> Denoising:
     options = request_options(server_options(None, "low_confidence"), {"dlm_reuse": "fast_dllm"})
     canvas = Canvas(options, MASK, 0, [7] * PROMPT, PROMPT + BLOCK)
     state = Denoising(f"r{number}", canvas, Sampling(0.0, 1.0, 0, seed=number, stop_ids=frozenset()))
-    moves = ((token_at(number, index), ((index, index + 1),)) for index in range(BLOCK))
-    chain = built(BLOCK + 1, [BLOCK], moves, VOCABULARY, [EOS])
+    moves = (([token_at(number, index)], ((index, index + 1),)) for index in range(BLOCK))
+    chain = built(BLOCK + 1, [0], [BLOCK], moves, VOCABULARY, [EOS])
     state.holes = Holes([(PROMPT, BLOCK, chain)], canvas.tokens, MASK, EOS)
     canvas.apply(Commit(canvas.candidates(), np.full(BLOCK, 0.5, np.float32), NOTHING, NOTHING))
     assert not canvas.plan.refresh

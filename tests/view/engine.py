@@ -125,6 +125,7 @@ class Completions:
 
     def __init__(self, engine: Engine):
         self.engine, self.models = engine, SimpleNamespace(model_name=lambda: "fake")
+        self.model_config = engine.model_config
         self.generate = view.generate(Engine.generate)
         self.create = view.create_completion(Completions.answer)
 
