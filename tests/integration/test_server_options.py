@@ -106,7 +106,9 @@ def denoised(complete, counted):
 
 
 def test_no_two_algorithms_denoise_alike(denoised):
-    seen = {algorithm: denoised(dlm_algorithm=algorithm) for algorithm in methods("decoding")}
+    # With one token a step, little credit may leave the order as it is.
+    more = {"credit": {"dlm_alpha": 10.0}}
+    seen = {name: denoised(dlm_algorithm=name, **more.get(name, {})) for name in methods("decoding")}
     # freedave promises the texts of one token a step, and without a cache takes its steps, too
     assert seen.pop("freedave") == seen["low_confidence"]
     # and a share of each block is that of the canvas where there is one block
