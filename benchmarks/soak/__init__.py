@@ -7,6 +7,8 @@ small and printed as Python. With --server: a `vllm serve` between good clients,
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,8 +82,10 @@ def in_process(args) -> int:
     return 0
 
 
-def at_a_server(args) -> int:
-    from benchmarks.soak import served, server_table
+@contextmanager
+def served_checkpoint(args) -> Iterator[str]:
+    """The checkpoint that a server is started with; of `--small`, a temporary one made from it"""
+    from benchmarks.soak import served
     from vllm_dlm.demo.server import CHECKPOINT, end_when_told
 
     end_when_told()
@@ -89,6 +93,13 @@ def at_a_server(args) -> int:
     with TemporaryDirectory() as folder:
         if args.small:
             checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
+        yield checkpoint
+
+
+def at_a_server(args) -> int:
+    from benchmarks.soak import served, server_table
+
+    with served_checkpoint(args) as checkpoint:
         work = served.soak(
             checkpoint, args.dtype, args.seed, args.requests or 5_000, args.steps, args.minutes, args.hostile_mix
         )
@@ -108,16 +119,10 @@ def at_a_server(args) -> int:
 
 def hostile(args) -> int:
     from benchmarks.load import Load
-    from benchmarks.soak import served
     from benchmarks.soak.hostile import run as hostile_run
     from benchmarks.soak.hostile import table
-    from vllm_dlm.demo.server import CHECKPOINT, end_when_told
 
-    end_when_told()
-    checkpoint = args.checkpoint[0] if args.checkpoint else str(CHECKPOINT)
-    with TemporaryDirectory() as folder:
-        if args.small:
-            checkpoint = str(served.small(Path(checkpoint), Path(folder) / f"{Path(checkpoint).name}, small"))
+    with served_checkpoint(args) as checkpoint:
         load = Load()
         with load.watch():
             plan = hostile_run.Plan(checkpoint, args.dtype, args.seed, args.only, args.races, args.large, args.minutes)
