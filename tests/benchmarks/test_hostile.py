@@ -155,7 +155,7 @@ def test_frames_of_another_client_are_noticed():
     assert wrong(stream(frame(0, (0, 7)), frame(1, (0, 9)), chunk(0, 7), chunk(1, 9)), 2) == []
     assert wrong(stream(frame(None, (0, 7), (1, 9)), chunk(0, 7, 8)))  # other tokens
     assert wrong(stream(chunk(0, 7, 8)))  # no frames
-    assert wrong(stream(frame(2, (0, 7)), chunk(0, 7)))  # of a choice that it has not
+    assert wrong(stream(frame(2, (0, 7)), chunk(0, 7)))  # a choice that the request does not have
     assert wrong(stream(frame(None, (0, 7))))  # no tokens
     assert wrong(stream(frame(None, (0, 7)), chunk(0, 7)).replace(b"[DONE]", b""))
     assert races.wrong(Outcome(400), b"", 1)

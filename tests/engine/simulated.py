@@ -46,7 +46,7 @@ class Case:
     confidence: str = "any"
     ends: float = 0.0  # share of positions at which the model proposes an end token, if it may
     stops: bool = False  # an end token ends the answer
-    canvases: int = 1  # of freedave, see DenoisingSchedule.canvases
+    canvases: int = 1  # per step, with freedave; see DenoisingSchedule.canvases
     logprobs: bool = False
 
     @property

@@ -29,7 +29,7 @@ COSTS = Costs(layers=1, hidden=WIDTH, inner=WIDTH, itemsize=4)
 
 
 def capturing(room: int = 1 << 40, most_rows: int = 2048, **kwargs) -> CapturedSteps:
-    """Of a model without layers, whose hidden states are zeros"""
+    """Captured steps of a model without layers; its hidden states are zeros."""
     shape = BlockShape(16, 2, 16, RowShape(32, WIDTH))
     made = CapturedSteps(
         lambda packed, counts: torch.zeros(len(packed.ids), WIDTH), repeated, shape, torch.device("cpu"), LONGEST,

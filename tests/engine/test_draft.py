@@ -126,7 +126,7 @@ def test_logprobs_of_what_stays_survive_a_preemption(engines):
         (got,) = outputs[0].outputs
         assert got.token_ids == undisturbed.token_ids
         logprobs = [record[token].logprob for token, record in zip(got.token_ids, got.logprobs, strict=True)]
-        assert logprobs == pytest.approx(wanted, abs=1e-4)  # of the same rows, after a cold start
+        assert logprobs == pytest.approx(wanted, abs=1e-4)  # same rows, cold start
 
 
 def test_wino_judges_what_stays(engines):

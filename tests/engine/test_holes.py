@@ -194,7 +194,7 @@ def test_the_first_read_of_a_long_hole_is_not_the_last():
 
 
 def random_automaton(rng: random.Random) -> Automaton:
-    """Of few states and classes, in which a hole of any length can be filled"""
+    """A random automaton with few states and classes; it can fill a hole of any length."""
     states = rng.randint(1, 7)
     ends = sorted({states - 1, *rng.choices(range(states), k=rng.randint(0, 2))})
     pairs_of = [([2], tuple((state, min(state + 1, states - 1)) for state in range(states)))]

@@ -26,7 +26,7 @@ class Span:
     begin: float  # time.monotonic()
     seconds: float
     own: float  # seconds without those in which the thread was ready and had no core
-    rows: float  # of the step; -1: it was no step
+    rows: float  # rows of the step; -1: no step ran
 
 
 def environment(folder: Path, root: Path) -> dict[str, str]:

@@ -56,7 +56,7 @@ class Plan:
     only: str = ""  # a regular expression for "kind: name" of a row
     races: int = 200
     large: int = 10 << 20  # bytes of an absurd body
-    minutes: float = 0  # of the attack, after which no further row is sent; 0: all are
+    minutes: float = 0  # duration of the attack, after which no row is sent; 0: no limit
 
 
 def run(plan: Plan, say: Callable = print) -> Work:

@@ -117,7 +117,7 @@ def steps(work: hostile.Work) -> dict:
 
 
 def memory_of(work: hostile.Work) -> list[dict]:
-    """Of each server that was started, per process"""
+    """Resident memory per process, for each server that was started"""
     return [
         {process: {"before": round(before, 1), "after": None if after is None else round(after, 1)}
          for process, (before, after) in own.items()}
@@ -158,7 +158,7 @@ def health_bar(work: hostile.Work, like: str) -> float:
 
 
 def commit() -> str:
-    """Of the working tree, with a mark if it has changes"""
+    """Commit of the working tree, with a mark if there are changes"""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
