@@ -415,7 +415,8 @@ def test_a_cell_of_each_table(tmp_path):
     assert sparse["right"] == sparse["cases"] == 12
     (denoised,) = rows(tmp_path, "denoising").values()
     assert denoised["steps"] == 32 and denoised["tokens_per_step"] == 1 and not denoised["cut"]
-    assert 0 < denoised["of_bound"] < 1 and denoised["forward_ms"] + denoised["head_ms"] < denoised["ms_per_step"]
+    # A CPU has no datasheet: its bound is a rate measured beside whatever else runs, so steps may beat it.
+    assert denoised["of_bound"] > 0 and denoised["forward_ms"] + denoised["head_ms"] < denoised["ms_per_step"]
     each, drafts = rows(tmp_path, "rules").values()
     assert each["forwards"] == 32 > 2 * drafts["forwards"] and drafts["equal"] == "1 of 1"
     dense, unique = rows(tmp_path, "pages").values()

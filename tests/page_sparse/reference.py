@@ -18,6 +18,9 @@ class Reference:
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = {name: w.double() for name, w in load_file(folder / "model.safetensors").items()}
         self.selection = {"lam": 0.5, "sink_pages": 1, "recent_pages": 2, "dense_layers": ()} | selection
+        #: smallest gaps so far: between the last chosen page and the next (in standard deviations of the scores), and
+        #: between the log-probabilities of the two best tokens
+        self.page_margin = self.token_margin = float("inf")
         self.head_dim = self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[float], int]:
@@ -27,8 +30,10 @@ class Reference:
         tokens, logprobs, fed = [], [], prompt
         for _ in range(count):
             logits = self._forward(torch.tensor(fed), generated=bool(tokens))
+            best, second = logits.log_softmax(-1).topk(2).values.tolist()
+            self.token_margin = min(self.token_margin, best - second)
             tokens.append(int(logits.argmax()))
-            logprobs.append(float(logits.log_softmax(-1).max()))
+            logprobs.append(best)
             fed = tokens[-1:]
         return tokens, logprobs, self.left_out
 
@@ -83,8 +88,13 @@ class Reference:
         for index, page in enumerate(pages):
             forced = index < options["sink_pages"] or index >= len(pages) - options["recent_pages"]
             scores.append(torch.inf if forced else float(self.score(queries, page).max()))
-        best = sorted(range(len(pages)), key=lambda i: -scores[i])[:budget]
-        self.left_out += len(best) < len(pages)
+        ranking = sorted(range(len(pages)), key=lambda i: -scores[i])
+        best = ranking[:budget]
+        if len(best) < len(pages):
+            self.left_out += 1
+            spread = torch.tensor([score for score in scores if score < torch.inf]).std()
+            gap = float((scores[best[-1]] - scores[ranking[budget]]) / spread)
+            self.page_margin = min(self.page_margin, gap)
         return torch.isin(torch.arange(len(keys)) // size, torch.tensor(best))
 
     def score(self, queries, page):

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 import vllm_dlm
+from tests.page_sparse import conftest, models
+from tests.page_sparse.reference import Reference
 from tests.pretended_gpu import graphs
 
 NEW, CHUNK = 6, 256
-#: what a log-probability in bfloat16 is off by, from float64
-ROUNDED = 0.1
+#: error of a log-probability in float16, from float64
+ROUNDED = 0.03
 
 
 def run() -> None:
@@ -31,14 +33,12 @@ def serve(folder: Path) -> None:
     from vllm import LLM
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    from tests.page_sparse import conftest, models
-    from tests.page_sparse.reference import Reference
     from tests.pretended_gpu.operators import FLASH_CALLS
     from vllm_dlm.page_sparse.selecting_worker import SelectingGPUWorker
 
     checkpoint = models.write("llama", folder)
     llm = LLM(
-        str(checkpoint), dtype="bfloat16", max_model_len=512, kv_cache_memory_bytes=1 << 24, max_num_seqs=4,
+        str(checkpoint), dtype="float16", max_model_len=512, kv_cache_memory_bytes=1 << 24, max_num_seqs=4,
         max_num_batched_tokens=CHUNK, skip_tokenizer_init=True, disable_log_stats=True,
         additional_config={"dlm": {"selection": conftest.SPARSE}},
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4]},
@@ -47,8 +47,7 @@ def serve(folder: Path) -> None:
     assert isinstance(worker, SelectingGPUWorker) and isinstance(worker.model_runner, GPUModelRunner)
     FLASH_CALLS.clear()
     chosen, whole = (Reference(checkpoint, page_size=16, budget_tokens=n, dense_layers=(0,)) for n in (64, 4096))
-    # not every prompt will do: where rounding swaps the one page of four that is chosen, much more changes
-    (long, short), (one_more,) = conftest.prompts(150, 40), conftest.prompts(CHUNK + 1, seed=10)
+    long, short, one_more = clear_prompt(chosen, 150), conftest.prompts(40)[0], clear_prompt(chosen, CHUNK + 1)
     # two requests in the graph of four; then one whose last token of the prompt is a step of a single row by itself
     for asked, replays in (([long, short], NEW - 1), ([one_more], NEW)):
         before = graphs.Graph.replays
@@ -75,6 +74,18 @@ def kernels_are_launches() -> None:
     cuda.sparse_attention = graphs.one_launch(naive.sparse_attention)
     unique.page_scores, unique.store_statistics = map(graphs.one_launch, (unique.page_scores, unique.store_statistics))
     pages.top_pages = graphs.one_launch(pages.top_pages)
+
+
+def clear_prompt(reference: Reference, length: int) -> list[int]:
+    """The prompt, of 40, whose pages and tokens are the clearest choices: rounding to float16 must not change one."""
+
+    def margin(prompt: list[int]) -> float:
+        reference.page_margin = reference.token_margin = float("inf")
+        reference.generate(prompt, NEW)
+        # Rounding moves scores by about 0.01 of their standard deviation, and log-probabilities by 0.01.
+        return min(reference.page_margin, reference.token_margin)
+
+    return max((conftest.prompts(length, seed=seed)[0] for seed in range(40)), key=margin)
 
 
 def apart(reference, prompt: list[int], run: list[tuple[int, float]]) -> float:
