@@ -13,6 +13,7 @@ from benchmarks.soak.hostile.rows import (
     ANSWERED,
     AT_ONCE,
     COMPLETIONS,
+    CROWDED,
     LEGAL,
     REFUSED,
     Message,
@@ -214,8 +215,13 @@ def rows(target: Target) -> Iterator[Row]:
     slow = {"dlm_block_length": 8}  # a chunk every 8 steps, for as long as the client stays
     frames = {"dlm_frames": 1, **slow}
 
-    def row(name: str, extra: dict, act="ask", expected=LEGAL, clients=flood, **fields) -> Row:
-        return Row("stream", name, completion(extra=extra, **fields), expected, clients, act, long=True)
+    def row(name: str, extra: dict, act="ask", expected=LEGAL, clients=flood, like="", **fields) -> Row:
+        return Row("stream", name, completion(extra=extra, **fields), expected, clients, act, like=like, long=True)
+
+    for clients in (target.server.limits.observed + 1, 300):
+        yield Row(
+            "control", crowd(clients), completion(**long), LEGAL, clients, "leave", True, crowd(clients), long=True
+        )
 
     yield row("cancelled after the first bytes", slow, "leave", **long)
     yield row("cancelled at once", slow, "hang_up", **long)
@@ -230,12 +236,14 @@ def rows(target: Target) -> Iterator[Row]:
     watched = LEGAL if target.view else REFUSED
     yield row("watched and never followed", {"dlm_watch": 1}, expected=watched, max_tokens=32)
     most = target.server.limits.observed
-    yield row("observed, one above", frames, "leave", ANSWERED, clients=most + 1, **long)
+    crowded = ANSWERED | CROWDED
+    yield row("observed, one above", frames, "leave", crowded, most + 1, like=crowd(most + 1), **long)
     if target.view:
         followers = target.server.limits.followers
-        yield row("followers", {"dlm_watch": 1, **slow}, "watch", ANSWERED, clients=followers, **long)
-        yield row("followers, one above", {"dlm_watch": 1, **slow}, "watch", ANSWERED, clients=followers + 1, **long)
-        yield row("followers, 300", {"dlm_watch": 1, **slow}, "watch", ANSWERED, clients=300, **long)
+        watch = {"dlm_watch": 1, **slow}
+        yield row("followers", watch, "watch", ANSWERED, followers, **long)
+        yield row("followers, one above", watch, "watch", crowded, followers + 1, **long)
+        yield row("followers, 300", watch, "watch", crowded, 300, like=crowd(300), **long)
         for path in ("/dlm/options", "/dlm/requests", "/dlm", "/dlm/watch/" + "x" * 30_000):
             found = REFUSED if len(path) > 100 else LEGAL
             name = f"GET {path[:20]}"
@@ -245,6 +253,11 @@ def rows(target: Target) -> Iterator[Row]:
 
             yield Row("view", name, get, found, clients=flood)
     yield from shared_names(target)
+
+
+def crowd(clients: int) -> str:
+    """Name of the control row for more concurrent clients than a flood has"""
+    return f"{clients} plain streams"
 
 
 def shared_names(target: Target) -> Iterator[Row]:

@@ -122,7 +122,9 @@ def controls(target: Target) -> Iterator[Row]:
     yield row("text", "10 MB of text", unread(lambda: text))
     # A hundredth: vLLM describes each wrong element of vllm_xargs, which takes it minutes for 10 MB.
     yield row("lists", "100 kB of lists", unread(lambda: [[]] * (large // 400)))
-    yield row("ids", "10 MB of token ids", unread(lambda: [5] * (large // 3)))
+    # The worst case is that two bodies are parsed one after the other without a probe between them.
+    for attempt in ("once", "again", "a third time"):
+        yield row("ids", f"10 MB of token ids, {attempt}", unread(lambda: [5] * (large // 3)))
     yield row("strings", "10 MB of short texts", unread(lambda: ["a12"] * (large // 7)))
     yield row("keys", "10,000 keys", with_options({f"key{each}": 1 for each in range(10_000)}))
     yield row("digits", "a number of 10 MB", lambda t, n: Message(COMPLETIONS, b'{"prompt": ' + b"9" * t.large + b"}"))

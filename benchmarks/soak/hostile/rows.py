@@ -11,6 +11,8 @@ from vllm_dlm.options import Options, server_options
 #: statuses of a refusal
 REFUSALS = frozenset({400, 404, 413, 422, 429, 431})
 LEGAL, REFUSED = frozenset({200}), REFUSALS
+#: a limit of all clients together: another client has to end first
+CROWDED = frozenset({503})
 #: either is right: the row is about what an answer costs
 ANSWERED = LEGAL | REFUSALS
 PROMPT = 8  # tokens of most prompts

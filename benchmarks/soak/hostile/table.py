@@ -87,7 +87,7 @@ def row_of(result: RowResult) -> dict:
 
 
 def expected_of(statuses: frozenset[int]) -> str:
-    return " or ".join(name for name, status in (("200", 200), ("4xx", 400)) if status in statuses)
+    return " or ".join(name for name, status in (("200", 200), ("4xx", 400), ("503", 503)) if status in statuses)
 
 
 def worst_health(work: hostile.Work) -> dict:
