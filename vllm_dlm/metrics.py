@@ -13,8 +13,8 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
 from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, CacheUsage, usage
-from vllm_dlm.integration.autoregressive import COUNTS, selection_of
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.page_sparse.page_counts import COUNTS
 
 logger = init_logger("vllm." + __name__)
 

@@ -17,7 +17,7 @@ from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
 from vllm_dlm.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
-from vllm_dlm.scoring.scored import SCORE, Scored
+from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
 #: per-request names; every other one is `dlm_` + a field of the decoding algorithm

@@ -9,7 +9,7 @@ import time
 
 from rich.console import Console
 
-from vllm_dlm.demo import client
+from vllm_dlm import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
 from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dlm.demo.client import Progress
+from vllm_dlm.client import Progress
 from vllm_dlm.demo.questions import Question
 from vllm_dlm.shown import printable
 

@@ -24,6 +24,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.configuration import resolved_options
 from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
@@ -38,7 +39,6 @@ from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
 from vllm_dlm.view.steps import Seeing

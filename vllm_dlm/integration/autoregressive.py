@@ -7,15 +7,15 @@ chosen; the rest is in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/
 v1/core/sched/scheduler.py (`update_from_output`).
 """
 
-from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm, warn_of_unused_fields
-from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.integration.registration import blamed, warn_of_unused_fields
+from vllm_dlm.options import OptionError
+from vllm_dlm.page_sparse.page_counts import COUNTS
 
 WORKERS = {
-    "cpu": "vllm_dlm.page_sparse.selecting_worker.SelectingCPUWorker",
-    "cuda": "vllm_dlm.page_sparse.selecting_worker.SelectingGPUWorker",
+    "cpu": "vllm_dlm.integration.selecting_worker.SelectingCPUWorker",
+    "cuda": "vllm_dlm.integration.selecting_worker.SelectingGPUWorker",
 }
-#: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
-COUNTS = "dlm_page_counts"
 #: drafts that need no attention of their own
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
@@ -40,32 +40,6 @@ def update_from_output(update):
         return outputs
 
     return update_with_counts
-
-
-def selection_of(vllm_config):
-    """The selection an autoregressive model decodes with; None: it is vLLM's alone."""
-    if vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):
-        return None
-    given = asked_options(vllm_config)
-    if given is None:
-        return None
-    selection = checked_options(given).selection
-    return selection if selection.autoregressive else None
-
-
-def checked_options(given):
-    options = server_options(given, "low_confidence")  # whose decoding is not looked at
-    for part in ("decoding", "reuse", "extent", "canvas"):
-        if part in given:
-            raise OptionError(
-                part, f"dlm.{part}: only masked-diffusion language models have it; autoregressive ones take selection"
-            )
-    if not options.selection.autoregressive and options.selection.name != "none":
-        raise OptionError(
-            "dlm.selection.name",
-            f"dlm.selection.name: {options.selection.name!r} does not decode autoregressive models",
-        )
-    return options
 
 
 def configure(vllm_config) -> None:

@@ -8,11 +8,11 @@ fields it does not know and says nothing), openai/responses/serving.py
 when the response is under way), scale_out/token_in_token_out/serving.py (its requests carry SamplingParams).
 """
 
+from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.given import GIVEN_KEYS
 from vllm_dlm.integration.given import Unbounded, encode
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, options_from, takes_options
+from vllm_dlm.integration.requests import check_early, options_from, takes_options
+from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 
 
 def check_model(check):

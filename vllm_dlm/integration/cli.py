@@ -7,8 +7,8 @@ builds its parser. Read in vLLM 0.32 and 0.33: engine/arg_utils.py.
 import argparse
 import json
 
+from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.shown import shown
 

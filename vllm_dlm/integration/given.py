@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dlm.given import GIVEN_KEYS, Layout, Text
-from vllm_dlm.integration.prompts import prompt_ids
-from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.vocabulary import HoleAutomata, Vocabulary
 from vllm_dlm.options import Options
+from vllm_dlm.refusal import refuse
+from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 #: in `extra_args`, on the way from the routes of a server to its engine: an EncodedTexts, which goes no farther

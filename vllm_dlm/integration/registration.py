@@ -6,53 +6,26 @@ transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 """
 
 import re
-from dataclasses import fields
 
 from vllm.logger import init_logger
 
 from vllm_dlm import __version__
 from vllm_dlm.block_causal import CHUNK
+from vllm_dlm.configuration import LEFT, TRAINED, resolved_options, trained_fields, written_object
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.integration.gate import warn_once
-from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.options import OptionError
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: key of config.json, see training/settings.py, and name of the selection
-TRAINED = "unique"
-
 WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
-
-
-#: architectures of FAMILIES that vLLM or another plugin serves
-LEFT: set[str] = set()
-
-
-def is_diffusion_lm(model_config) -> bool:
-    """Whether this plugin serves the model."""
-    return model_config is not None and model_config.architecture in FAMILIES and model_config.architecture not in LEFT
-
-
-def given_options(vllm_config):
-    """The server's "dlm" object as it was given."""
-    return (vllm_config.additional_config or {}).get("dlm")
-
-
-def asked_options(vllm_config):
-    """The server's "dlm" object. If it names the selection `unique`, the fields of the checkpoint's config.json are
-    the defaults of that selection. Without it a checkpoint changes nothing."""
-    given = given_options(vllm_config)
-    selection = given.get("selection") if isinstance(given, dict) else None
-    if not isinstance(selection, dict) or selection.get("name") != TRAINED:
-        return given
-    return given | {"selection": trained_fields(vllm_config.model_config.hf_config) | selection}
 
 
 def blamed(vllm_config, error: OptionError) -> str:
     """The line of a wrong option, with the place where it was written."""
     if field := re.match(r"dlm\.selection\.(\w+)", str(error)):
-        named = (given_options(vllm_config) or {}).get("selection") or {}
+        named = (written_object(vllm_config) or {}).get("selection") or {}
         if field[1] not in named and field[1] in trained_fields(vllm_config.model_config.hf_config):
             return f"config.json: {TRAINED}: {str(error).removeprefix('dlm.selection.')}"
     return f"--dlm-config: {error}"
@@ -60,31 +33,13 @@ def blamed(vllm_config, error: OptionError) -> str:
 
 def warn_of_unused_fields(vllm_config) -> None:
     """One line at start if the checkpoint was trained with a selection and the server names none."""
-    if "selection" in (given_options(vllm_config) or {}):
+    if "selection" in (written_object(vllm_config) or {}):
         return
     if trained_fields(vllm_config.model_config.hf_config):
         logger.warning_once(
             "config.json: unique: the checkpoint was trained with this selection and is served without it; "
             """--dlm-config '{"selection": {"name": "unique"}}' turns it on with these fields"""
         )
-
-
-def resolved_options(vllm_config):
-    """The server's options of a model this plugin serves."""
-    family = FAMILIES[vllm_config.model_config.architecture]
-    block_length = getattr(vllm_config.model_config.hf_config, "block_size", None)
-    return server_options(asked_options(vllm_config), family.decoding, family.presets, family.attention, block_length)
-
-
-def trained_fields(config) -> dict:
-    """The fields of the selection that `vllm_dlm.training` left in a checkpoint's config.json."""
-    given = getattr(config.get_text_config(), TRAINED, None)
-    if not isinstance(given, dict):
-        return {}
-    from vllm_dlm.plugins.selection.unique import Unique
-
-    known = {field.name for field in fields(Unique)}  # the rest is about training
-    return {name: value for name, value in given.items() if name in known}
 
 
 def register_models() -> None:

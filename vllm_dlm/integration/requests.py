@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.configuration import is_diffusion_lm, server_options_of
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.integration.canvas import default_length
 from vllm_dlm.integration.given import (
@@ -29,11 +30,10 @@ from vllm_dlm.integration.given import (
     unmarked,
     with_texts,
 )
-from vllm_dlm.integration.prompts import is_text, prompt_ids
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, Options, request_keys, request_options
-from vllm_dlm.scoring.scored import SCORE, Scored
+from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
+from vllm_dlm.request.prompts import is_text, prompt_ids
+from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import shown
 
 #: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
@@ -60,7 +60,6 @@ ALSO_SET_BY = {
     "prompt_logprobs": "echo together with logprobs",
 }
 
-ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 #: in `extra_args`, and harmless to a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
 FRAMES_NEED = "frames come with a streamed chat or completion of a server"
@@ -298,12 +297,6 @@ def replica_blocks(processor) -> int | None:
     else:
         replicas = parallel.data_parallel_size
     return None if total is None else total // replicas
-
-
-def server_options_of(processor):
-    if not hasattr(processor, "dlm_options"):
-        processor.dlm_options = resolved_options(processor.vllm_config)
-    return processor.dlm_options
 
 
 def takes_options(model_config) -> bool:

@@ -8,7 +8,7 @@ entrypoints/launchers/{app.py,api_server/entry.py}.
 from argparse import Namespace
 from typing import Any
 
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm
 
 
 def load_endpoint_plugins(load):

@@ -11,7 +11,7 @@ v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
 
 from http import HTTPStatus
 
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm
 
 
 def shutdown(end):

@@ -13,11 +13,11 @@ from weakref import finalize
 import msgspec
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.integration import requests
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.integration.requests import ADDED, FRAMES_NEED, WATCH_NEEDS, options_of
 from vllm_dlm.options import Options
+from vllm_dlm.refusal import refuse
 from vllm_dlm.view.frames import FILLED, FRAME
 from vllm_dlm.view.hub import HUB
 from vllm_dlm.view.isolation import Isolated, error_message, isolated

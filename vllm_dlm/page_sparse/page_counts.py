@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass, fields
 
+#: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
+COUNTS = "dlm_page_counts"
+
 
 @dataclass
 class PageCounts:

@@ -9,7 +9,7 @@ import httpx
 import openai
 from rich.console import Console
 
-from vllm_dlm.demo.client import RequestError, connect, message
+from vllm_dlm.client import RequestError, connect, message
 from vllm_dlm.shown import printable
 from vllm_dlm.view.screen import Screen
 

@@ -14,10 +14,10 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_dlm.integration.autoregressive import COUNTS, selection_of
+from vllm_dlm.configuration import selection_of
 from vllm_dlm.integration.patches import patch_worker
 from vllm_dlm.page_sparse import layer_backends
-from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.page_sparse.page_counts import COUNTS, PageCounts
 from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 
 logger = init_logger("vllm." + __name__)
