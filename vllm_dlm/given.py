@@ -1,18 +1,14 @@
 """What a request gives of its canvas beside the prompt.
 
-Tokens come from text in the front-end alone, which has the tokenizer. What the
-scheduler and the workers must know goes with the request as plain data, see
-`Layout`.
+Text becomes tokens in the front-end, which has the tokenizer. The scheduler and
+the workers get the tokens, see `Layout`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_dlm.shown import shown
-
-#: of `SamplingParams.extra_args`: the layout. Clients cannot write it, since they may write `dlm_*` alone
-LAYOUT = "canvas_layout"
 
 Text = str | tuple[int, ...]  # or its token ids
 
@@ -59,14 +55,9 @@ class Layout:
         """Of a template's answer, with its end; 0: there is none"""
         return len(self.start) + 1 if self.holes else 0
 
-    @classmethod
-    def of(cls, extra_args: Mapping[str, Any] | None) -> "Layout":
-        return cls(**(extra_args or {}).get(LAYOUT, {}))
-
-    def added_to(self, extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """`extra_args` that say it to the scheduler"""
-        said = {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
-        return {**(extra_args or {}), LAYOUT: said} if said else None if extra_args is None else dict(extra_args)
+    def to_wire(self) -> dict[str, Any]:
+        """Its fields, without those that have no value"""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
 
     def context(self, prompt: list[int]) -> list[int]:
         """The tokens before the canvas, in the order of rows, see Canvas.positions"""

@@ -129,10 +129,10 @@ def server_options(
         chosen["decoding"] = replace(chosen["decoding"], block_length=block_length)
     canvas = _built(CanvasBounds, "canvas", given.get("canvas"), {})
     limits = _built(Limits, "limits", given.get("limits"), {})
-    return _suited(Options(**chosen, canvas=canvas, limits=limits, attention=attention), "dlm.")
+    return suited(Options(**chosen, canvas=canvas, limits=limits, attention=attention), "dlm.")
 
 
-def _suited(options: Options, prefix: str) -> Options:
+def suited(options: Options, prefix: str) -> Options:
     """As a model needs it whose attention knows blocks. `prefix`: of the names of fields"""
     if options.attention == "full":
         return options
@@ -194,7 +194,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["decoding"] = _requested_decoding(server.decoding, given)
     if "given" in chosen and chosen["given"].template:
         chosen["decoding"] = chosen.get("decoding", server.decoding).alone()  # drafts know of no template
-    return _suited(replace(server, **chosen), "dlm_")
+    return suited(replace(server, **chosen), "dlm_")
 
 
 def request_keys(decoding: Any) -> list[str]:

@@ -179,7 +179,7 @@ def test_a_request_that_waits_can_fail(llm):
 def test_a_request_its_replica_cannot_hold_does_not_wait_for_ever(engines, monkeypatch, order):
     """The front-end of unequal replicas knows their average only, and lets it through."""
     tight = engines("llada-tiny", block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
-    monkeypatch.setattr("vllm_dlm.integration.requests.replica_blocks", lambda processor: None)
+    monkeypatch.setattr("vllm_dlm.request.served_model.ServedModel.replica_blocks", None)
     requests = [ask(240, dlm_reuse="dllm_cache", dlm_cfg_scale=1.0), ask(12)]
     alone = tokens(tight, requests[1:])
     given = outputs(tight, [requests[i] for i in order])

@@ -126,7 +126,6 @@ class Completions:
     def __init__(self, engine: Engine):
         self.engine, self.models = engine, SimpleNamespace(model_name=lambda: "fake")
         self.model_config = engine.model_config
-        self.generate = view.generate(Engine.generate)
         self.create = view.create_completion(Completions.answer)
 
     async def answer(self, request, raw_request=None):
@@ -134,7 +133,8 @@ class Completions:
         params = SamplingParams(
             n=request.n, max_tokens=TOKENS, detokenize=False, output_kind=kind, extra_args=request.vllm_xargs
         )
-        outputs = self.generate(self.engine, request.prompt, params, f"cmpl-{request.id}-0")
+        name, asked = f"cmpl-{request.id}-0", request_options(self.engine.options, request.vllm_xargs)
+        outputs = view.observe(self.engine, self.engine.generate(request.prompt, params, name), params, name, asked)
         if request.stream:
             return self.lines(outputs)
         (output,) = [output async for output in outputs]
@@ -156,13 +156,10 @@ def completion(prompt: list[int], n: int = 1, stream: bool = True, id: str = "sa
 @pytest.fixture
 def completions(monkeypatch):
     """completions(limits) -> those of an engine whose requests need no checks"""
-    monkeypatch.setattr(view.requests, "generate", lambda generate: generate)
     monkeypatch.setattr(view, "is_diffusion_lm", lambda config: True)
 
     def make(limits: dict | None = None, seed: int = 0) -> Completions:
-        engine = Engine(limits, seed)
-        monkeypatch.setattr(view, "options_of", lambda params, _: request_options(engine.options, params.extra_args))
-        return Completions(engine)
+        return Completions(Engine(limits, seed))
 
     return make
 

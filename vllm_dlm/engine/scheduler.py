@@ -26,9 +26,8 @@ from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.engine.prefixes import Prefixes
-from vllm_dlm.given import Layout
 from vllm_dlm.metrics import StepCounts
-from vllm_dlm.options import request_options
+from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
 from vllm_dlm.view.traces import Trace, report
 
 logger = init_logger(f"vllm.{__name__}")
@@ -277,13 +276,12 @@ class DenoisingScheduler(Scheduler):
     def _canvas(self, request: Request) -> Canvas:
         if canvas := self.canvases.get(request.request_id):
             return canvas
-        options = request_options(self.dlm_options, request.sampling_params.extra_args)
-        config = self.vllm_config.model_config.hf_config
-        layout = Layout.of(request.sampling_params.extra_args)
-        length = options.canvas_length(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
-        if layout.holes:  # the end of the answer is none of its positions
-            length = request.num_prompt_tokens + len(layout.start)
-        canvas = Canvas(options, config.mask_token_id, config.logits_shift, request.prompt_token_ids, length, layout)
+        wire = request.sampling_params.extra_args[CANVAS_REQUEST]
+        asked = CanvasRequest.from_wire(wire, self.dlm_options, request.prompt_token_ids, request.max_tokens)
+        config, options = self.vllm_config.model_config.hf_config, asked.options
+        canvas = Canvas(
+            options, config.mask_token_id, config.logits_shift, asked.prompt_ids, asked.length, asked.layout
+        )
         self.canvases[request.request_id] = canvas
         if options.observed or options.trajectory:
             trace = self.traces[request.request_id] = Trace(request.request_id, request.client_index)

@@ -90,9 +90,9 @@ PATCHES = (
         ("(self, params)",),
     ),
     Patch(
-        "vllm.v1.engine.async_llm:AsyncLLM", "generate", view.generate,
-        "A stream's headers are sent before its request is processed; here it can still be answered with 400. And "
-        "whoever follows a request is told when it begins and ends.",
+        "vllm.v1.engine.async_llm:AsyncLLM", "generate", requests.generate,
+        "A stream's headers are sent before its request is processed; here it can still be answered with 400. The live "
+        "view follows the outputs of observed requests.",
         ("async (self, prompt, sampling_params, request_id, *, prompt_text=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, session_id=, kv_hints=, reasoning_ended=, "
          "reasoning_parser_kwargs=)",),

@@ -8,14 +8,13 @@ v1/engine/async_llm.py (`generate`), and entrypoints/openai/{completion,chat_com
 """
 
 from contextlib import aclosing
+from contextvars import ContextVar
 from weakref import finalize
 
 import msgspec
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_dlm.configuration import is_diffusion_lm
-from vllm_dlm.integration import requests
-from vllm_dlm.integration.requests import ADDED, FRAMES_NEED, WATCH_NEEDS, options_of
 from vllm_dlm.options import Options
 from vllm_dlm.refusal import refuse
 from vllm_dlm.view.frames import FILLED, FRAME
@@ -24,10 +23,15 @@ from vllm_dlm.view.isolation import Isolated, error_message, isolated
 from vllm_dlm.view.observed import ObservedRequest
 from vllm_dlm.view.streams import CHANNEL, Channel, with_frames
 
-#: in a request's options: the engine reports its steps
+FRAMES_NEED = "frames come with a streamed chat or completion of a server"
+WATCH_NEEDS = "requests can be watched on a server that was started with --dlm-view"
+#: options of a request whose steps the engine reports
 OBSERVED = {"dlm_frames", "dlm_watch", "dlm_trajectory"}
 #: in additional_config, as `--dlm-view` leaves it
 VIEW = "dlm_view"
+#: the observed request that gets vLLM's internal id next. It is in a list, which is emptied then, because contexts live
+#: on.
+ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
 
 
 def observed(extra_args) -> bool:
@@ -117,8 +121,7 @@ def trajectories_of(state) -> Trajectories:
 def assign_request_id(assign):
     def assign_and_bind(request):
         assign(request)
-        params = request.sampling_params
-        if params is not None and observed(params.extra_args) and (added := ADDED.get()):
+        if added := ADDED.get():
             added.pop().bind(request.request_id, request.prompt_token_ids)
 
     return assign_and_bind
@@ -131,26 +134,19 @@ def refuse_unseen(options: Options, processor, channel: Channel | None) -> None:
         refuse("dlm_watch", 1, WATCH_NEEDS)
 
 
-def generate(generate_theirs):
-    checked = requests.generate(generate_theirs)
-
-    def generate_observed(self, prompt, sampling_params, request_id, *args, **kwargs):
-        theirs = checked(self, prompt, sampling_params, request_id, *args, **kwargs)
-        if not observed(sampling_params.extra_args) or not is_diffusion_lm(self.model_config):
-            return theirs
-        options, channel = options_of(sampling_params, self.input_processor), CHANNEL.get()
-        refuse_unseen(options, self.input_processor, channel)
-        if not (options.observed or options.trajectory):
-            return theirs
-        served = self.model_config.served_model_name
-        model = served if isinstance(served, str) else served[0]
-        request = ObservedRequest(request_id, model, sampling_params.n, options, channel)
-        HUB.admit(request, options.limits, running(self.output_processor))
-        outputs = followed(theirs, request, sampling_params.output_kind == RequestOutputKind.DELTA)
-        finalize(outputs, HUB.remove, [request]).atexit = False  # also if nobody iterates it
+def observe(engine, outputs, params, request_id: str, options: Options):
+    """A checked request's outputs. If it is observed, the hub has it while they are read."""
+    if not (options.observed or options.trajectory):
         return outputs
-
-    return generate_observed
+    channel = CHANNEL.get()
+    refuse_unseen(options, engine.input_processor, channel)
+    served = engine.model_config.served_model_name
+    model = served if isinstance(served, str) else served[0]
+    request = ObservedRequest(request_id, model, params.n, options, channel)
+    HUB.admit(request, options.limits, running(engine.output_processor))
+    followed_outputs = followed(outputs, request, params.output_kind == RequestOutputKind.DELTA)
+    finalize(followed_outputs, HUB.remove, [request]).atexit = False  # also if nothing iterates it
+    return followed_outputs
 
 
 def running(processor):

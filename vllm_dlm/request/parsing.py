@@ -1,0 +1,52 @@
+"""Parses the options of a request and tokenises its texts. What depends on the prompt is in checks.py."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dlm.given import GIVEN_KEYS
+from vllm_dlm.option_types import reject
+from vllm_dlm.options import Options, request_keys, request_options
+from vllm_dlm.request.served_model import ServedModel
+from vllm_dlm.request.texts import TokenisedTexts, check_sizes, tokenise
+
+#: in `extra_args`, read by vLLM and without effect on a canvas
+READ_BY_VLLM = ("kv_cache_report_mode",)
+
+
+class UnboundedTemplate(str):
+    """A template of a chat without `max_tokens`: the value that vLLM fills in does not bound it."""
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    written: Mapping[str, Any]  # `extra_args` as the client wrote them
+    options: Options
+    texts: TokenisedTexts
+
+    @property
+    def template_is_bounded(self) -> bool:
+        """Whether `max_tokens` bounds the template"""
+        return not isinstance(self.written.get("dlm_template"), UnboundedTemplate)
+
+
+def parse(written: Mapping[str, Any] | None, model: ServedModel) -> ParsedRequest:
+    written = dict(written or {})
+    check_names(written, model.options)
+    check_sizes(written, model)
+    options = request_options(model.options, written)
+    return ParsedRequest(written, options, tokenise(options, model))
+
+
+def check_names(written: Mapping[str, Any], server: Options) -> None:
+    """All extra arguments of a request must be options of this plugin, so that no misspelt one is ignored."""
+    for field, value in written.items():
+        if not field.startswith("dlm_") and field not in READ_BY_VLLM:
+            meant = f"dlm_{field}" in request_keys(server.decoding)
+            unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
+            reject(field, value, f"write dlm_{field}" if meant else unread)
+
+
+def has_texts(written: Mapping[str, Any]) -> bool:
+    """Whether there is something to tokenise"""
+    return not GIVEN_KEYS.keys().isdisjoint(written)
