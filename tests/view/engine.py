@@ -19,9 +19,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from vllm_dlm.envelope import Envelope, envelope_output
 from vllm_dlm.integration import view
 from vllm_dlm.options import request_options, server_options
-from vllm_dlm.view.frames import FILLED, FRAME, Frame, Guesses
+from vllm_dlm.view.frames import Frame, Guesses
 
 TOKENS = 4
 
@@ -86,15 +87,12 @@ class Engine:
         for name, state in self.output_processor.request_states.items():
             step = self.steps[name] = self.steps.get(name, 0) + 1
             outputs += [
-                EngineCoreOutput(name, [], kv_transfer_params={FRAME: message})
-                for message in messages(state.prompt_token_ids, step)
+                envelope_output(name, Envelope(view=message)) for message in messages(state.prompt_token_ids, step)
             ]
             if step == TOKENS:
-                end = {FILLED: list(range(1, TOKENS + 1))}
-                tokens = wanted(state.prompt_token_ids)
-                outputs.append(
-                    EngineCoreOutput(name, tokens, finish_reason=FinishReason.LENGTH, kv_transfer_params=end)
-                )
+                tokens, steps = wanted(state.prompt_token_ids), list(range(1, TOKENS + 1))
+                outputs.append(envelope_output(name, Envelope(filled=steps)))
+                outputs.append(EngineCoreOutput(name, tokens, finish_reason=FinishReason.LENGTH))
         self.process(self.output_processor, outputs)
 
     async def run(self) -> None:

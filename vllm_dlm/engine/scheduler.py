@@ -26,8 +26,9 @@ from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.engine.prefixes import Prefixes
-from vllm_dlm.metrics import StepCounts
+from vllm_dlm.envelope import Envelope, with_envelope
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
+from vllm_dlm.step_counts import StepCounts
 from vllm_dlm.view.traces import Trace, report
 
 logger = init_logger(f"vllm.{__name__}")
@@ -382,6 +383,6 @@ class DenoisingScheduler(Scheduler):
     def make_stats(self, *args, **kwargs):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.spec_decoding_stats = self.counts.pack()
+            stats = with_envelope(stats, Envelope(steps=self.counts))
             self.counts = StepCounts()
         return stats

@@ -8,9 +8,10 @@ v1/core/sched/scheduler.py (`update_from_output`).
 """
 
 from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.envelope import Envelope, with_envelope
 from vllm_dlm.integration.registration import blamed, warn_of_unused_fields
 from vllm_dlm.options import OptionError
-from vllm_dlm.page_sparse.page_counts import COUNTS
+from vllm_dlm.page_sparse.page_counts import COUNTS, PageCounts
 
 WORKERS = {
     "cpu": "vllm_dlm.integration.selecting_worker.SelectingCPUWorker",
@@ -35,8 +36,7 @@ def update_from_output(update):
         if counts := getattr(model_runner_output, COUNTS, None):
             for output in outputs.values():
                 if output.scheduler_stats is not None:
-                    # Free, since KV transfer is refused; see metrics.py for the other end.
-                    output.scheduler_stats.kv_connector_stats = {COUNTS: counts}
+                    output.scheduler_stats = with_envelope(output.scheduler_stats, Envelope(pages=PageCounts(**counts)))
         return outputs
 
     return update_with_counts

@@ -32,9 +32,10 @@ BUILT_ON = (
     ("vllm_dlm.models.transformer:MaskedDiffusionLM", "vllm.model_executor.models.interfaces:SupportsQuant"),
     ("vllm_dlm.scoring.route:ServingScores", "vllm.entrypoints.serve.engine.serving:BaseServing"),
     ("vllm_dlm.integration.routes:Routes", "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"),
-    ("vllm_dlm.metrics:DiffusionProm", "vllm.v1.spec_decode.metrics:SpecDecodingProm"),
-    ("vllm_dlm.metrics:PagesProm", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm"),
-    ("vllm_dlm.metrics:PagesLogging", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging"),
+    ("vllm_dlm.metrics:EnvelopeStatLogger", "vllm.v1.metrics.loggers:AggregateStatLoggerBase"),
+    ("vllm_dlm.envelope:EnvelopeOutput", "vllm.v1.engine:EngineCoreOutput"),
+    ("vllm_dlm.envelope:EnvelopeOutputs", "vllm.v1.engine:EngineCoreOutputs"),
+    ("vllm_dlm.envelope:EnvelopeStats", "vllm.v1.metrics.stats:SchedulerStats"),
 )
 
 #: class -> what is asked of objects of it
@@ -69,11 +70,15 @@ ASKED = {
     ),
     "vllm.renderers.base:BaseRenderer": ("tokenize_prompt", "tokenize_prompt_async", "default_cmpl_tok_params"),
     "vllm.renderers.params:TokenizeParams": ("with_kwargs",),
-    "vllm.v1.metrics.loggers:LoggingStatLogger": ("spec_decoding_logging", "kv_connector_logging"),
     "vllm.v1.metrics.loggers:PrometheusStatLogger": (
-        "spec_decoding_prom", "kv_connector_prom", "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls",
+        "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls", "_gauge_cls",
     ),
-    "vllm.v1.metrics.stats:SchedulerStats": ("spec_decoding_stats", "kv_connector_stats"),
+    "vllm.v1.metrics.loggers:PerEngineStatLoggerAdapter": ("per_engine_stat_loggers",),
+    "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers", "engine_indexes", "record", "log"),
+    "vllm.v1.spec_decode.metrics:SpecDecodingProm": ("observe",),
+    "vllm.v1.spec_decode.metrics:SpecDecodingLogging": ("observe", "log"),
+    "vllm.v1.engine.core_client:MPClient": ("decoder",),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.request:Request": (
         "num_computed_tokens", "is_prefill_chunk", "num_tokens", "num_output_tokens", "num_prompt_tokens",
         "num_preemptions", "prefill_stats", "record_event", "take_events", "get_finished_reason", "client_index",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import vllm
 
-from vllm_dlm import metrics
+from vllm_dlm import envelope, metrics
 from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, routes, shutdown, view
 from vllm_dlm.integration.signatures import in_source, of_function
 
@@ -157,14 +157,15 @@ PATCHES = (
         ("(self, scheduler_output, model_runner_output)",),
     ),
     Patch(
-        "vllm.v1.metrics.loggers:LoggingStatLogger", "__init__", metrics.logging_init,
-        "Whether its line speaks of diffusion is decided by `canvas_length`, which these models do not have.",
-        ("(self, vllm_config, engine_index=)",),
+        "vllm.v1.engine.core_client:MPClient", "__init__", envelope.client_init,
+        "The front-end decodes the envelope, which vLLM's messages have no field for.",
+        ("(self, asyncio_mode, vllm_config, executor_class, log_stats, client_addresses=, renderer=)",),
     ),
     Patch(
-        "vllm.v1.metrics.loggers:PrometheusStatLogger", "__init__", metrics.prometheus_init,
-        "As above, of the counters.",
-        ("(self, vllm_config, engine_indexes=)",),
+        "vllm.v1.metrics.loggers:StatLoggerManager", "__init__", metrics.stat_loggers,
+        "One more stat logger for the counters of the envelope. vLLM's would have to be named on the command line.",
+        ("(self, vllm_config, engine_idxs=, custom_stat_loggers=, enable_default_loggers=, aggregate_engine_logging=, "
+         "client_count=)",),
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention", "__init__", attention_init,

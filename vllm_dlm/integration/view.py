@@ -1,4 +1,5 @@
-"""From engine to clients: frames are taken out of the engine's outputs, and streams and responses carry them.
+"""From engine to clients: messages about steps are taken out of the engine's outputs, and streams and responses carry
+frames and trajectories.
 
 Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Faults of the view are caught
 where serving enters it (view/isolation.py). Read in vLLM 0.32 and 0.33: v1/engine/output_processor.py
@@ -15,9 +16,9 @@ import msgspec
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.envelope import Envelope, envelope_in
 from vllm_dlm.options import Options
 from vllm_dlm.refusal import refuse
-from vllm_dlm.view.frames import FILLED, FRAME
 from vllm_dlm.view.hub import HUB
 from vllm_dlm.view.isolation import Isolated, error_message, isolated
 from vllm_dlm.view.observed import ObservedRequest
@@ -58,12 +59,10 @@ class Trajectories(Isolated):
         self.fault = msgspec.msgpack.decode(message)["error"]
 
     @isolated
-    def fill(self, index: int, steps: list[int] | str) -> None:
-        """`steps` that filled the next tokens of a choice, or why they are not known"""
-        if isinstance(steps, str):
-            self.fault = steps
-        else:
-            self.filled.setdefault(index, []).extend(steps)
+    def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
+        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        self.fault = fault
+        self.filled.setdefault(index, []).extend(steps)
 
     @isolated
     def found(self, completion) -> dict:
@@ -77,24 +76,14 @@ class Trajectories(Isolated):
 
 def process_outputs(process):
     def process_without_messages(self, engine_core_outputs, *args, **kwargs):
-        if not any(output.kv_transfer_params for output in engine_core_outputs):
+        if not any(map(envelope_in, engine_core_outputs)):
             return process(self, engine_core_outputs, *args, **kwargs)
         theirs, offline = [], dict[int, Trajectories]()
         for output in engine_core_outputs:
-            params, state = output.kv_transfer_params or {}, self.request_states.get(output.request_id)
-            if FRAME not in params:
+            if (envelope := envelope_in(output)) is None:
                 theirs.append(output)
-            if state is None or not (FRAME in params or FILLED in params):
-                continue
-            receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
-            if state.queue is None and (FILLED in params or receiver is None):
-                receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
-            if FILLED in params:
-                output.kv_transfer_params = None
-            if receiver is not None and FRAME in params:
-                receiver.take(state.request_index, params[FRAME], self.tokenizer)
-            elif receiver is not None:
-                receiver.fill(state.request_index, params[FILLED])
+            elif (state := self.request_states.get(output.request_id)) is not None:
+                deliver(envelope, state, offline, self.tokenizer)
         done = process(self, theirs, *args, **kwargs)
         for output in done.request_outputs if offline else ():  # of `LLM`; those of servers have gone to `generate`
             # The list is the request's own. Its external id may be another request's too.
@@ -103,6 +92,19 @@ def process_outputs(process):
         return done
 
     return process_without_messages
+
+
+def deliver(envelope: Envelope, state, offline: dict[int, Trajectories], tokenizer) -> None:
+    """Gives a message about a request to what follows it. `offline`: followers of requests of `LLM`"""
+    receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
+    if state.queue is None and (envelope.view is None or receiver is None):
+        receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
+    if receiver is None:
+        return
+    if envelope.view is not None:
+        receiver.take(state.request_index, envelope.view, tokenizer)
+    else:
+        receiver.fill(state.request_index, envelope.filled or [], envelope.fault)
 
 
 def keeper(state):

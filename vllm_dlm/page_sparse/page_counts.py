@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-#: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
+#: attribute of a ModelRunnerOutput with the counts of its step
 COUNTS = "dlm_page_counts"
 
 

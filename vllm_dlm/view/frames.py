@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-#: keys of an engine output's kv_transfer_params: a frame, in an output of its own, and the steps of its tokens
-FRAME, FILLED = "vllm_dlm_frame", "vllm_dlm_filled"
 #: seconds between two frames of a request, at least
 INTERVAL = 0.03
 #: entries that are written to JSON at once: the event loop runs in between

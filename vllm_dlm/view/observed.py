@@ -242,12 +242,12 @@ class ObservedRequest(Isolated):
         self.canvases[index].take(message, tokenizer)
 
     @isolated
-    def fill(self, index: int, steps: list[int] | str) -> None:
-        """`steps` that filled the next tokens of a choice, or why they are not known"""
-        if isinstance(steps, str):
-            self.canvases[index].stop(steps)
-        else:
+    def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
+        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        if fault is None:
             self.canvases[index].filled += steps
+        else:
+            self.canvases[index].stop(fault)
 
     @isolated
     def note(self, output, deltas: bool) -> None:
