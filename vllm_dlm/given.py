@@ -1,4 +1,4 @@
-"""What a request gives of its canvas beside the prompt.
+"""What a request says of its canvas in addition to the prompt.
 
 Text becomes tokens in the front-end, which has the tokenizer. The scheduler and
 the workers get the tokens, see `Layout`.
@@ -14,45 +14,45 @@ Text = str | tuple[int, ...]  # or its token ids
 
 
 @dataclass(frozen=True)
-class Given:
-    """As the request says it, each as `dlm_<field>`."""
+class CanvasTexts:
+    """Options of a request, each named `dlm_<field>`"""
 
-    suffix: Text = ""  # what comes behind the canvas
+    suffix: Text = ""  # text after the canvas
     template: str = ""  # a text with holes, which is the canvas, see template.py
-    draft: Text = ""  # what the canvas starts with instead of masks
-    remask: float | None = None  # share of the draft's tokens that become masks, the least probable ones; None: half
+    start: Text = ""  # text with which the canvas starts, instead of masks
+    remask: float | None = None  # share of the starting text that becomes masks, the least probable tokens; None: half
 
     def __post_init__(self):
         if self.remask is not None and not 0 <= self.remask <= 1:
             raise ValueError(f"remask: {shown(self.remask)} is not valid, it must be between 0 and 1")
-        if self.remask is not None and not self.draft:
-            raise ValueError(f"remask: {shown(self.remask)} is not valid without a draft, give dlm_draft")
+        if self.remask is not None and not self.start:
+            raise ValueError(f"remask: {shown(self.remask)} is not valid without a starting text, give dlm_start")
 
     @property
     def any(self) -> str | None:
-        """The first field that says something"""
+        """The first field with a value"""
         return next((each.name for each in fields(self) if getattr(self, each.name)), None)
 
 
-#: names of a request's fields
-GIVEN_KEYS = {f"dlm_{each.name}": each.name for each in fields(Given)}
+#: option of a request -> its field
+TEXT_KEYS = {f"dlm_{each.name}": each.name for each in fields(CanvasTexts)}
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a canvas is laid out, in tokens."""
 
-    suffix: int = 0  # so many of the prompt's tokens, the last ones, come behind the canvas
-    start: Sequence[int] = ()  # what the canvas starts with
-    #: of a template: where in the canvas each hole starts, its length, and which of the automata says what it may hold
+    suffix: int = 0  # number of tokens at the end of the prompt that come after the canvas
+    start: Sequence[int] = ()  # tokens with which the canvas starts: a starting text, or a template
+    #: of a template: for each hole where in the canvas it starts, its length, and the number of its automaton
     holes: Sequence[tuple[int, int, int]] = ()
     automata: Sequence[dict] = ()  # see Automaton.plain
     ends: Sequence[int] = ()  # tokens that end a hole; the first of them ends the answer
-    remask: float = 0.0  # of a draft, see Given
+    remask: float = 0.0  # of a starting text, see CanvasTexts
 
     @property
     def length(self) -> int:
-        """Of a template's answer, with its end; 0: there is none"""
+        """Length of a template's answer, with its end; 0: there is no template"""
         return len(self.start) + 1 if self.holes else 0
 
     def to_wire(self) -> dict[str, Any]:
@@ -65,4 +65,4 @@ class Layout:
 
 
 NO_LAYOUT = Layout()
-NOTHING_GIVEN = Given()
+NO_TEXTS = CanvasTexts()

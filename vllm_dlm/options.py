@@ -13,21 +13,23 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from vllm_dlm.block_causal import BlockCausal, Committed
-from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
+from vllm_dlm.given import NO_TEXTS, TEXT_KEYS, CanvasTexts
 from vllm_dlm.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
 from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
-#: per-request names; every other one is `dlm_` + a field of the decoding algorithm
-METHOD_KEYS = {"dlm_algorithm": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection", "dlm_extent": "extent"}
+#: options of a request that name a method; most others are `dlm_` + a field of the decoding
+METHOD_KEYS = {"dlm_decoding": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection", "dlm_extent": "extent"}
 #: the one field of another kind that a request may set, and so choose the method that has it
 WINDOW = "dlm_window"
 #: fields of a request's own, which a server has none of: its name -> the field of Options
 REQUEST_FIELDS = {
     "dlm_infill": "infill", "dlm_frames": "frames", "dlm_watch": "watch", "dlm_trajectory": "trajectory",
 }  # fmt: skip
+#: names that options of a request had before -> those that they have
+RENAMED = {"dlm_algorithm": "dlm_decoding", "dlm_draft": "dlm_start"}
 #: parts of the server's object
 PARTS = (*KINDS, "canvas", "limits", "preset")
 
@@ -70,7 +72,7 @@ class Options:
     frames: bool = False  # the stream carries what each step does, see view/
     watch: bool = False  # others may follow it
     trajectory: bool = False  # the response carries the step that filled each token
-    given: Given = NOTHING_GIVEN  # of the canvas
+    texts: CanvasTexts = NO_TEXTS
 
     @property
     def caches(self) -> bool:
@@ -148,10 +150,10 @@ def suited(options: Options, prefix: str) -> Options:
     if decoding.block_length is None:
         raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
     if decoding.revokes:
-        raise OptionError("dlm_algorithm", f"dlm_algorithm: {decoding.name!r} {whole}")
-    if field := options.given.any:
+        raise OptionError("dlm_decoding", f"dlm_decoding: {decoding.name!r} {whole}")
+    if field := options.texts.any:
         behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
-        value = shown(getattr(options.given, field))
+        value = shown(getattr(options.texts, field))
         raise OptionError(f"dlm_{field}", f"dlm_{field}: {value} cannot be honoured, {behind}")
     return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
 
@@ -171,7 +173,7 @@ def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[
 
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
     """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
-    given = {key: value for key, value in (extra_args or {}).items() if key.startswith("dlm_")}
+    given = {key: value for key, value in current_names(extra_args or {}).items() if key.startswith("dlm_")}
     if SCORE in given:  # always by the exact model
         exact = request_options(server, {"dlm_reuse": "none", "dlm_selection": "none", "dlm_extent": "full"})
         width = None if server.attention == "full" else server.decoding.block_length
@@ -179,10 +181,10 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
     chosen: dict[str, Any] = {
         field: typed(Options, field, given.pop(key), key) for key, field in REQUEST_FIELDS.items() if key in given
     }
-    parts = {field: typed(Given, field, given.pop(key), key) for key, field in GIVEN_KEYS.items() if key in given}
-    if parts:
+    texts = {field: typed(CanvasTexts, field, given.pop(key), key) for key, field in TEXT_KEYS.items() if key in given}
+    if texts:
         try:
-            chosen["given"] = Given(**parts)
+            chosen["texts"] = CanvasTexts(**texts)
         except ValueError as error:
             raise OptionError(f"dlm_{_field_of(error)}", f"dlm_{error}") from None
     for key, kind in METHOD_KEYS.items():
@@ -192,15 +194,29 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["extent"] = _with_window(chosen.get("extent", server.extent), given.pop(WINDOW), "extent" in chosen)
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
-    if "given" in chosen and chosen["given"].template:
-        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()  # drafts know of no template
+    if "texts" in chosen and chosen["texts"].template:  # speculative canvases do not know templates
+        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()
     return suited(replace(server, **chosen), "dlm_")
 
 
+def current_names(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a request under the names that they have today"""
+    named = dict(written)
+    for old, name in RENAMED.items():
+        if old in named:
+            value = named.pop(old)
+            if name in named and named[name] != value:
+                raise OptionError(
+                    name, f"{name}: {shown(named[name])} differs from {old}, its old name, which is {shown(value)}"
+                )
+            named[name] = value
+    return named
+
+
 def request_keys(decoding: Any) -> list[str]:
-    """What a request may say to a server that decodes so."""
+    """Options that a request may give to a server with this decoding"""
     own = (f"dlm_{field.name}" for field in fields(decoding))
-    return sorted([*METHOD_KEYS, *REQUEST_FIELDS, *GIVEN_KEYS, WINDOW, *own])
+    return sorted([*METHOD_KEYS, *REQUEST_FIELDS, *TEXT_KEYS, WINDOW, *own])
 
 
 def _with_window(extent: Any, value: Any, named: bool):
@@ -217,16 +233,16 @@ def _with_window(extent: Any, value: Any, named: bool):
 
 
 def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
-    """The algorithm and its fields at once, since an algorithm may go with the values that come with it only."""
+    """The method and its fields together, since a method may need the values that come with it."""
     cls: Any = type(current)
     values: dict[str, Any] = {}
-    if "dlm_algorithm" in given:
-        cls, values = _method("decoding", given["dlm_algorithm"], "dlm_algorithm")
+    if "dlm_decoding" in given:
+        cls, values = _method("decoding", given["dlm_decoding"], "dlm_decoding")
     known = {f"dlm_{field.name}": field.name for field in fields(cls)}
     for key, value in given.items():
         if key in known:
             values = values | {known[key]: typed(cls, known[key], value, key)}
-        elif key != "dlm_algorithm":
+        elif key != "dlm_decoding":
             valid = ", ".join(request_keys(cls))
             raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
     kept = {field: getattr(current, field) for field in _shared(cls, current) if field not in values}
@@ -238,7 +254,7 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
         key, way_out = f"dlm_{_field_of(error)}", _way_out(cls, kept, values)
         if cls is type(current) or key in given:
             raise OptionError(key, f"dlm_{error}{way_out}") from None
-        raise _does_not_go("dlm_algorithm", given["dlm_algorithm"], f"{error}{way_out}") from None
+        raise _does_not_go("dlm_decoding", given["dlm_decoding"], f"{error}{way_out}") from None
 
 
 def _way_out(cls: Any, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.option_types import OptionError, unsupported
+from vllm_dlm.options import RENAMED
 from vllm_dlm.shown import short, shown
 
 ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
@@ -26,9 +27,11 @@ def refuse(field: str, value, why: str, whole: bool = False) -> NoReturn:
 
 @contextmanager
 def refusals(written: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Turns an OptionError into a refusal. `written`: values by field, for errors without one"""
+    """Turns an OptionError into a refusal. `written`: the options of a request, as the client named them"""
     try:
         yield
     except OptionError as error:
-        value = (written or {}).get(error.field) if error.value is None else error.value
-        refuse(error.field, value, str(error), whole=True)
+        written, field, message = written or {}, error.field, str(error)
+        for old in (old for old, name in RENAMED.items() if name == error.field and name not in written):
+            field, message = (old, message.replace(error.field, old, 1)) if old in written else (field, message)
+        refuse(field, written.get(field) if error.value is None else error.value, message, whole=True)

@@ -144,11 +144,11 @@ def test_wino_judges_what_stays(engines):
 REFUSED = {
     "a share": ({"dlm_draft": [5], "dlm_remask": 1.5}, "dlm_remask: 1.5 is not valid, it must be between 0 and 1"),
     "words": ({"dlm_draft": [5], "dlm_remask": "half"}, "dlm_remask: 'half' is not valid, it must be"),
-    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a draft, give dlm_draft"),
+    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a starting text, give dlm_start"),
     "no text": ({"dlm_draft": 5}, "dlm_draft: 5 is not valid, it must be str or a list of int"),
     "no token": ({"dlm_draft": [10**6]}, "dlm_draft: 1000000 cannot be honoured, token ids are those from 0 to"),
-    "too long": ({"dlm_draft": [5] * 9}, "max_tokens: 8 cannot be honoured, the draft has 9 tokens"),
-    "a window": ({"dlm_draft": [5], "dlm_window": 3}, "dlm_extent: a draft is read as a whole"),
+    "too long": ({"dlm_draft": [5] * 9}, "max_tokens: 8 cannot be honoured, the starting text has 9 tokens"),
+    "a window": ({"dlm_draft": [5], "dlm_window": 3}, "dlm_extent: a starting text is read as a whole"),
     "a template": ({"dlm_draft": [5], "dlm_template": "[[3]]"}, "dlm_draft: (5,) cannot be honoured, a template says"),
 }  # fmt: skip
 

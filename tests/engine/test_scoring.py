@@ -266,5 +266,5 @@ def test_nothing_in_dlm_score_reaches_the_engine_unchecked(engines, checkpoint, 
 
 def test_a_score_is_no_method_of_generation():
     server = server_options(None, "low_confidence")
-    with pytest.raises(OptionError, match=r"^dlm_algorithm: 'score' is unknown"):
+    with pytest.raises(OptionError, match=r"^dlm_decoding: 'score' is unknown"):
         request_options(server, {"dlm_algorithm": "score"})

@@ -24,11 +24,11 @@ def test_a_draft_that_nobody_doubts(ask):
 
 
 REFUSED = {
-    "too long": (options(dlm_draft=" a" * 20), "max_tokens: 16 cannot be honoured, the draft has 20 tokens"),
+    "too long": (options(dlm_draft=" a" * 20), "max_tokens: 16 cannot be honoured, the starting text has 20 tokens"),
     "no share": (options(dlm_draft="a", dlm_remask=-1), "dlm_remask: -1.0 is not valid, it must be between 0 and 1"),
-    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid without a draft"),
+    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid without a starting text"),
     "no token": (options(dlm_draft=[512]), "dlm_draft: 512 cannot be honoured, token ids are those from 0 to 511"),
-    "a window": (options(dlm_draft="a", dlm_window=3), "dlm_extent: a draft is read as a whole"),
+    "a window": (options(dlm_draft="a", dlm_window=3), "dlm_extent: a starting text is read as a whole"),
     "in the body": ({"dlm_draft": "a"}, 'write it into "vllm_xargs"'),
 }
 

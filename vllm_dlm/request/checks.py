@@ -90,7 +90,7 @@ def read_ids(ids: list[int], text: bool, options: Options, model: ServedModel) -
 def open_length(options: Options, prompt: int, model: ServedModel) -> int:
     """Response of a request without `max_tokens`. A canvas that grows may take all that the model's length and the KV
     cache have room for, unless a suffix fixes its end."""
-    if not options.extent.grows or options.given.suffix:
+    if not options.extent.grows or options.texts.suffix:
         return model.default_length
     length = options.canvas.length(max(model.max_model_len - prompt, 1))
     if (pool := model.replica_blocks) is None:
@@ -102,12 +102,12 @@ def open_length(options: Options, prompt: int, model: ServedModel) -> int:
 
 
 def check_template(parsed: ParsedRequest, params: Any, max_tokens: int, prompt: int, model: ServedModel) -> None:
-    texts, layout, longest = parsed.options.given, parsed.texts.layout, model.max_model_len
+    texts, layout, longest = parsed.options.texts, parsed.texts.layout, model.max_model_len
     if texts.suffix:
         why = "a template is all of the canvas and of what comes behind it; write it to the end of the template"
         reject("dlm_suffix", texts.suffix, why)
-    if texts.draft:
-        reject("dlm_draft", texts.draft, "a template says what the canvas starts with")
+    if texts.start:
+        reject("dlm_start", texts.start, "a template says what the canvas starts with")
     if params.ignore_eos:
         reject("ignore_eos", True, "with dlm_template an end token ends a hole, and the template the answer")
     if parsed.template_is_bounded and max_tokens < layout.length:
@@ -131,11 +131,11 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
         if why is not None:
             reject(SCORE, parsed.written[SCORE], why)
     if length < 1:
-        if options.given.suffix:
+        if options.texts.suffix:
             why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
-            reject("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
+            reject("dlm_suffix", options.texts.suffix, f"{why} (it is also what suffix sets)")
         reject("max_tokens", max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
-    if options.given.draft:
+    if options.texts.start:
         check_start(parsed, asked, length)
     check_steps(parsed, prompt, length, model)
     return length
@@ -145,10 +145,10 @@ def check_start(parsed: ParsedRequest, asked: int, length: int) -> None:
     """`asked`: max_tokens; `length`: of the canvas without the prompt"""
     options, start = parsed.options, parsed.texts.layout.start
     if options.extent.grows:
-        why = "dlm_extent: a draft is read as a whole, and beyond the window nothing is; ask for full"
-        reject("dlm_draft", options.given.draft, why)
+        why = "dlm_extent: a starting text is read as a whole, which a window does not do; ask for full"
+        reject("dlm_start", options.texts.start, why)
     if len(start) > length:
-        reject("max_tokens", asked, f"the draft has {len(start)} tokens, and the canvas has room for {length}")
+        reject("max_tokens", asked, f"the starting text has {len(start)} tokens, and the canvas has room for {length}")
 
 
 def check_steps(parsed: ParsedRequest, prompt: int, length: int, model: ServedModel) -> None:

@@ -1,15 +1,20 @@
 """Parses the options of a request and tokenises its texts. What depends on the prompt is in checks.py."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.given import GIVEN_KEYS
+from vllm_dlm.given import TEXT_KEYS
 from vllm_dlm.option_types import reject
-from vllm_dlm.options import Options, request_keys, request_options
+from vllm_dlm.options import RENAMED, Options, current_names, request_keys, request_options
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.texts import TokenisedTexts, check_sizes, tokenise
 
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
+
+#: old names that the log has noted
+_NOTED: set[str] = set()
 #: in `extra_args`, read by vLLM and without effect on a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
 
@@ -33,8 +38,10 @@ class ParsedRequest:
 def parse(written: Mapping[str, Any] | None, model: ServedModel) -> ParsedRequest:
     written = dict(written or {})
     check_names(written, model.options)
-    check_sizes(written, model)
-    options = request_options(model.options, written)
+    note_old_names(written)
+    named = current_names(written)
+    check_sizes(named, model)
+    options = request_options(model.options, named)
     return ParsedRequest(written, options, tokenise(options, model))
 
 
@@ -49,4 +56,11 @@ def check_names(written: Mapping[str, Any], server: Options) -> None:
 
 def has_texts(written: Mapping[str, Any]) -> bool:
     """Whether there is something to tokenise"""
-    return not GIVEN_KEYS.keys().isdisjoint(written)
+    return any(RENAMED.get(name, name) in TEXT_KEYS for name in written)
+
+
+def note_old_names(written: Mapping[str, Any]) -> None:
+    """Logs each old name that a client uses once per process."""
+    for old in (RENAMED.keys() & written) - _NOTED:
+        _NOTED.add(old)
+        logger.warning("%s is deprecated and will be removed: it is called %s now", old, RENAMED[old])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.given import GIVEN_KEYS, Layout, Text
+from vllm_dlm.given import TEXT_KEYS, Layout, Text
 from vllm_dlm.option_types import reject
 from vllm_dlm.options import Options
 from vllm_dlm.request.prompts import prompt_ids
@@ -20,7 +20,7 @@ from vllm_dlm.template import Hole, Part, TemplateBounds, TemplateError, parse
 def check_sizes(written: Mapping[str, Any], model: ServedModel) -> None:
     """`written`: options of a request as they came, before anything reads them"""
     longest = model.max_model_len
-    for field in GIVEN_KEYS:
+    for field in TEXT_KEYS:
         value = written.get(field)
         if isinstance(value, str):
             most, limit = longest * model.characters_per_token, f"more than any {longest} tokens have"
@@ -46,14 +46,14 @@ class TokenisedTexts:
 
 
 def tokenise(options: Options, model: ServedModel) -> TokenisedTexts:
-    texts = options.given
+    texts = options.texts
     if texts.template:
         template = template_layout(texts.template, options, model)
         return TokenisedTexts(template.layout, [], template)
     suffix = token_ids("dlm_suffix", texts.suffix, model, options.infill)
-    draft = token_ids("dlm_draft", texts.draft, model, options.infill)
-    remask = (0.5 if texts.remask is None else texts.remask) if draft else 0.0
-    return TokenisedTexts(Layout(suffix=len(suffix), start=draft, remask=remask), suffix)
+    start = token_ids("dlm_start", texts.start, model, options.infill)
+    remask = (0.5 if texts.remask is None else texts.remask) if start else 0.0
+    return TokenisedTexts(Layout(suffix=len(suffix), start=start, remask=remask), suffix)
 
 
 def token_ids(field: str, text: Text, model: ServedModel, infill: bool | None = None) -> list[int]:
