@@ -134,7 +134,7 @@ def server_options(
     return suited(Options(**chosen, canvas=canvas, limits=limits, attention=attention), "dlm.")
 
 
-def suited(options: Options, prefix: str) -> Options:
+def suited(options: Options, prefix: str = "dlm_") -> Options:
     """As a model needs it whose attention knows blocks. `prefix`: of the names of fields"""
     if options.attention == "full":
         return options
@@ -196,7 +196,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["decoding"] = _requested_decoding(server.decoding, given)
     if "texts" in chosen and chosen["texts"].template:  # speculative canvases do not know templates
         chosen["decoding"] = chosen.get("decoding", server.decoding).alone()
-    return suited(replace(server, **chosen), "dlm_")
+    return suited(replace(server, **chosen))
 
 
 def current_names(written: Mapping[str, Any]) -> dict[str, Any]:
