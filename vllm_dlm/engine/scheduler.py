@@ -1,13 +1,14 @@
-"""The denoising scheduler: whose step runs now.
+"""The denoising scheduler decides whose step runs now.
 
 A causal request advances a frontier; a diffusion request recomputes rows of a
-canvas of fixed length until nothing in it is masked. So `schedule()` is
-written anew and everything else (queues, KV blocks, stop checks, finishing,
-streaming) is inherited. Read in vLLM 0.32: v1/core/sched/scheduler.py.
+canvas of fixed length until nothing in it is masked. So `schedule` is written
+again here, and everything else (queues, KV blocks, stop checks, finishing,
+streaming) is inherited. Managers hold the canvases (`OpenCanvases`), their
+memory (`CanvasMemory`), cached prefixes (`Prefixes`), the order of refreshes
+(`RefreshStagger`) and of the queue (`Overtakes`). Read in vLLM 0.32: v1/core/sched/scheduler.py.
 """
 
 import time
-from collections import Counter
 from itertools import islice
 
 from vllm.logger import init_logger
@@ -21,24 +22,24 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.configuration import resolved_options
-from vllm_dlm.engine.canvas import Canvas, Commit
+from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.engine.canvas_memory import CanvasMemory
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
+from vllm_dlm.engine.open_canvases import OpenCanvases
+from vllm_dlm.engine.outputs import DenoisingSchedule
+from vllm_dlm.engine.overtakes import OVERTAKES, Overtakes
 from vllm_dlm.engine.prefixes import Prefixes
+from vllm_dlm.engine.stagger import RefreshStagger
+from vllm_dlm.engine.step_counting import count_delivery, count_step, count_work
 from vllm_dlm.envelope import Envelope, with_envelope
-from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
 from vllm_dlm.step_counts import StepCounts
-from vllm_dlm.view.traces import Trace, report
+from vllm_dlm.view.traces import report
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: so many later requests may pass one that waits for memory; then everybody waits with it
-OVERTAKES = 32
-#: rows of a step up to which it takes hardly longer than with a few: those that drafts may have
+#: rows up to which a step takes hardly longer than with a few, so that speculative canvases may have them
 FULL = 256
-#: of its own steps a request waits at most this part for refreshes of others
-HELD_BACK = 0.1
 
 
 class DenoisingScheduler(Scheduler):
@@ -46,20 +47,17 @@ class DenoisingScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.dlm_options = resolved_options(self.vllm_config)
-        self.shape = BlockShape.of(self.vllm_config)
         self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
-        self.canvases: dict[str, Canvas] = {}
-        self.overtaken: Counter[str] = Counter()  # how often a waiting request was passed
-        self.refreshed: Counter[str] = Counter()  # how many of a running request's steps were refreshes
-        self.held: Counter[str] = Counter()  # how often one was held back
-        self.counts = StepCounts()
+        self.dlm_options = resolved_options(self.vllm_config)
+        self.canvases = OpenCanvases(self.vllm_config)
+        self.traces = self.canvases.traces
+        self.memory = CanvasMemory(self.kv_cache_manager, BlockShape.of(self.vllm_config))
+        self.prefixes = Prefixes(self.kv_cache_manager, self.memory.shape.block_size)
+        self.stagger = RefreshStagger()
+        self.overtaken = Overtakes()
         self.more_blocks: dict[str, tuple[list[int], ...]] = {}  # that running requests were given in this step
-        self.traces: dict[str, Trace] = {}  # of requests that tell of their steps
         self.failed = Failures()  # requests that end with an error when this step's output comes back
-        # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
-        self.kv_cache_manager.max_model_len = 1 << 40
-        self.prefixes = Prefixes(self.kv_cache_manager, self.shape.block_size)
+        self.counts = StepCounts()
 
     def schedule(self, throttle_prefills: bool = False) -> DenoisingSchedule:
         self.current_step += 1
@@ -70,13 +68,13 @@ class DenoisingScheduler(Scheduler):
         old: list[Request] = []
         if self._pause_state != PauseState.PAUSED_ALL:
             old, held, skipped = self._take_running(rows, now)
-            # Whoever had no room is first in line next time, and nobody new is let in before.
+            # A request without room is first in line in the next step, and no new one is admitted before.
             failing = [request for request in self.running if request.request_id in self.failed]
             self.running = skipped + held + old + failing  # without those that gave up their blocks
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
         output = DenoisingSchedule(
-            scheduled_new_reqs=[self._canvas_data(request) for request in new],
+            scheduled_new_reqs=[self.canvases.starting(request, self._block_ids(request)) for request in new],
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=[request.request_id for request in old],
                 resumed_req_ids=set(),
@@ -94,56 +92,34 @@ class DenoisingScheduler(Scheduler):
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=[],
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
-            canvases=self._canvases_of(old, rows),
+            canvases=self._speculative_canvases(old, rows),
             pressure=len(self.waiting) / max(len(self.waiting) + len(self.running), 1),
         )
         self._update_after_schedule(output)
         for request_id in rows:
-            # To the inherited code the whole known text is computed; masks are none of its business.
+            # To the inherited code the whole known text is computed. It does not know of masks.
             request = self.requests[request_id]
             request.num_computed_tokens = request.num_tokens
             request.is_prefill_chunk = False
         return output
 
-    # -- who runs --------------------------------------------------------------------------
-
-    def _planned(self, request: Request) -> Canvas | None:
-        """Its canvas, the next step planned; None: its policy raised an error, and it fails."""
-        with self.failed.of(request.request_id):
-            canvas = self._canvas(request)
-            canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
-            return canvas
-        return None
-
-    def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
-        """Whether there is room for a request's next step in this one."""
-        # alone, a request always runs: with guidance it may exceed the budget
-        return not rows or sum(rows.values()) + canvas.weight <= self.max_num_scheduled_tokens
+    # -- running requests ------------------------------------------------------------------
 
     def _take_running(self, rows: dict[str, int], now: float) -> tuple[list[Request], list[Request], list[Request]]:
-        """-> who runs, whose refresh is held back, and who found no room.
-
-        Refreshes are dear and come at intervals: they are spread over the steps as evenly as that can be had for
-        HELD_BACK of a request's steps, unless its policy says otherwise. In which step of the engine a step of a
-        request runs changes nothing about its result."""
+        """-> requests that run, those whose refresh is held back, and those without room"""
         taken, held, skipped = [], [], []
         by_priority = sorted(self.running, key=self._priority)
         planned = [(request, canvas) for request in by_priority if (canvas := self._planned(request))]
-        steps = sum(canvas.step for _, canvas in planned)
-        made = sum(self.refreshed[request.request_id] for request, _ in planned)
-        # as many as keep up with those that fall due
-        at_once = -(-len(planned) * made // steps) if steps else len(planned)
+        self.stagger.begin((request.request_id, canvas) for request, canvas in planned)
         for request, canvas in planned:
-            name, refresh = request.request_id, canvas.plan.refresh
+            name = request.request_id
             if request.status != RequestStatus.RUNNING:
-                continue  # it gave up its blocks
-            if refresh and at_once <= 0 and canvas.options.reuse.stagger and self._may_wait(name, canvas):
-                self.held[name] += 1
+                continue  # it was preempted for another one
+            if self.stagger.holds_back(name, canvas):
                 held.append(request)
             elif self._fits(canvas, rows) and self._grow(request, canvas, rows, now):
                 rows[name] = canvas.weight
-                self.refreshed[name] += refresh
-                at_once -= refresh
+                self.stagger.ran(name, canvas)
                 taken.append(request)
             else:
                 skipped.append(request)
@@ -152,16 +128,27 @@ class DenoisingScheduler(Scheduler):
         )
         return taken, held, skipped
 
+    def _planned(self, request: Request) -> Canvas | None:
+        """Its canvas, with the next step planned; None: the plan raised an error, so the request fails."""
+        with self.failed.of(request.request_id):
+            canvas = self.canvases.open(request, self.dlm_options)
+            canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
+            return canvas
+        return None
+
+    def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
+        """Whether this step has room for the request's next step. A request alone always runs: with guidance it may
+        exceed the budget."""
+        return not rows or sum(rows.values()) + canvas.weight <= self.max_num_scheduled_tokens
+
     def _grow(self, request: Request, canvas: Canvas, rows: dict[str, int], now: float) -> bool:
         """Whether the request has the KV blocks of its next step. If too few are free, the requests of the lowest
         priority that do not run in this step are preempted, the last one to arrive first. They restart their canvas
         block later. None that runs in this step has a lower priority, see _take_running."""
         if not canvas.grown:
             return True
-        manager, name = self.kv_cache_manager, request.request_id
-        needed = self._blocks(canvas)
-        missing = needed - len(manager.get_block_ids(name)[0])
-        while missing > manager.block_pool.get_num_free_blocks():
+        missing = self.memory.missing(request, canvas)
+        while missing > self.memory.free:
             running = (one for one in self.running if one.status == RequestStatus.RUNNING)
             idle = [one for one in running if one.request_id not in rows and one.request_id not in self.failed]
             last = max(idle, key=lambda one: (self._priority(one), one.arrival_time, one.request_id))
@@ -169,26 +156,24 @@ class DenoisingScheduler(Scheduler):
             if last is request:
                 return False
         if missing > 0:
-            tokens = needed * self.shape.block_size - request.num_computed_tokens
-            blocks = manager.allocate_slots(request, tokens, delay_cache_blocks=True)
-            assert blocks is not None, "free blocks were counted before"
-            self.more_blocks[name] = blocks.get_block_ids()
+            self.more_blocks[request.request_id] = self.memory.grow(request, canvas)
         return True
 
-    def _canvases_of(self, running: list[Request], rows: dict[str, int]) -> dict[str, int]:
-        """Rows that are left in a step which takes hardly longer with them go to drafts, the same number to each."""
-        drafting = [
-            (request.request_id, canvas) for request in running
+    def _speculative_canvases(self, running: list[Request], rows: dict[str, int]) -> dict[str, int]:
+        """-> number of canvases of each request that speculates. Rows that hardly prolong the step are shared out
+        evenly."""
+        drafting = {
+            request.request_id: canvas
+            for request in running
             if (canvas := self.canvases[request.request_id]).options.canvases > 1 and not canvas.plan.refresh
-        ]  # fmt: skip
+        }
         if not drafting:
             return {}
         spare = min(FULL, self.max_num_scheduled_tokens) - sum(rows.values())
-        each = spare // sum(canvas.weight for _, canvas in drafting)
-        return {name: min(canvas.options.canvases, 1 + each) for name, canvas in drafting} if each > 0 else {}
+        each = spare // sum(canvas.weight for canvas in drafting.values())
+        return {name: min(canvas.options.canvases, 1 + each) for name, canvas in drafting.items()} if each > 0 else {}
 
-    def _may_wait(self, name: str, canvas: Canvas) -> bool:
-        return self.held[name] < int(HELD_BACK * canvas.step)
+    # -- waiting requests ------------------------------------------------------------------
 
     def _admit_waiting(self, rows: dict[str, int], now: float) -> list[Request]:
         admitted = []
@@ -198,41 +183,40 @@ class DenoisingScheduler(Scheduler):
             request, canvas, shared = found
             if not self._fits(canvas, rows):
                 break
-            self._allocate(request, canvas, shared)
+            name, others_run = request.request_id, bool(self.running)
+            self.memory.allocate(request, canvas, shared, others_run)
             self.prefixes.admitted(request, canvas)
-            self._leave_queue(request)
+            self.overtaken.admitted(name, (ahead.request_id for ahead in self.waiting))
+            self.waiting.remove_request(request)
             self.running.append(request)
             if self.log_stats:
                 request.record_event(EngineCoreEventType.SCHEDULED, now)
             if request.prefill_stats is not None and request.num_preemptions == 0:
                 request.prefill_stats.set(
-                    num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=canvas.written,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_local_cached_tokens=canvas.written,
                     num_external_cached_tokens=0,
-                )  # fmt: skip
+                )
             request.status = RequestStatus.RUNNING
-            rows[request.request_id] = canvas.weight
-            self.refreshed[request.request_id] += canvas.plan.refresh
+            rows[name] = canvas.weight
+            self.stagger.ran(name, canvas)
             admitted.append(request)
         return admitted
 
     def _next_waiting(self) -> tuple[Request, Canvas, KVCacheBlocks] | None:
         """The first waiting request with its cached prefix. If there is no memory for it, the first one of the same
-        priority for which there is.
-
-        A request is overtaken at most OVERTAKES times. From then on free memory is kept for it, so that it runs when
-        the running requests have ended at the latest.
-        """
+        priority for which there is, unless one before it was overtaken too often."""
         first: int | None = None
         for request in islice(self.waiting, 1 + OVERTAKES):
             if (priority := self._priority(request)) > (first := priority if first is None else first):
                 break
             with self.failed.of(request.request_id):
-                canvas = self._canvas(request)
-                self._check_size(canvas)
+                canvas = self.canvases.open(request, self.dlm_options)
+                self.memory.check_size(canvas)
                 shared = self.prefixes.find(request, canvas)
-                if self._has_memory(canvas, shared) and canvas.plan:
+                if self.memory.fits(canvas, shared, others_run=bool(self.running)) and canvas.plan:
                     return request, canvas, shared
-                if self.overtaken[request.request_id] >= OVERTAKES:
+                if self.overtaken.exhausted(request.request_id):
                     break
         return None
 
@@ -240,141 +224,65 @@ class DenoisingScheduler(Scheduler):
         """A smaller number is more urgent."""
         return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
-    def _leave_queue(self, request: Request) -> None:
-        for ahead in self.waiting:
-            if ahead is request:
-                break
-            self.overtaken[ahead.request_id] += 1
-        self.waiting.remove_request(request)
-        self.overtaken.pop(request.request_id, None)
+    def _block_ids(self, request: Request) -> tuple[list[int], ...]:
+        return self.kv_cache_manager.get_blocks(request.request_id).get_block_ids()
 
-    def _blocks(self, canvas: Canvas, rows: int | None = None) -> int:
-        """Of all rows that the canvas has by now, or will have"""
-        rows = canvas.rows if rows is None else rows
-        return self.shape.tokens(canvas.options, canvas.prompt_len, len(canvas), rows) // self.shape.block_size
-
-    def _check_size(self, canvas: Canvas) -> None:
-        """The front-end refuses what cannot fit, but of unequal replicas it knows the average only."""
-        needed, there = self._blocks(canvas, len(canvas)), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        if needed > there:
-            raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, and this replica has {there}")
-
-    def _has_memory(self, canvas: Canvas, shared: KVCacheBlocks) -> bool:
-        manager = self.kv_cache_manager
-        kept_free = manager.watermark_blocks if self.running else 0
-        # Blocks that the prefix cache has and nobody holds are among the free ones.
-        held = sum(block.ref_cnt > 0 for group in shared.blocks for block in group)
-        return self._blocks(canvas) - held + kept_free <= manager.block_pool.get_num_free_blocks()
-
-    def _allocate(self, request: Request, canvas: Canvas, shared: KVCacheBlocks) -> None:
-        tokens = self._blocks(canvas) * self.shape.block_size
-        blocks = self.kv_cache_manager.allocate_slots(
-            request, tokens - canvas.written, canvas.written, shared, delay_cache_blocks=True,
-            has_scheduled_reqs=bool(self.running),
-        )  # fmt: skip
-        assert blocks is not None, "free blocks were counted before"
-
-    def _canvas(self, request: Request) -> Canvas:
-        if canvas := self.canvases.get(request.request_id):
-            return canvas
-        wire = request.sampling_params.extra_args[CANVAS_REQUEST]
-        asked = CanvasRequest.from_wire(wire, self.dlm_options, request.prompt_token_ids, request.max_tokens)
-        config, options = self.vllm_config.model_config.hf_config, asked.options
-        canvas = Canvas(
-            options, config.mask_token_id, config.logits_shift, asked.prompt_ids, asked.length, asked.layout
-        )
-        self.canvases[request.request_id] = canvas
-        if options.observed or options.trajectory:
-            trace = self.traces[request.request_id] = Trace(request.request_id, request.client_index)
-            trace.begins(canvas, self.model_shape.layers, bool(request.sampling_params.stop))
-        return canvas
-
-    def _canvas_data(self, request: Request) -> CanvasData:
-        blocks = self.kv_cache_manager.get_blocks(request.request_id)
-        data = CanvasData.from_request(request, blocks.get_block_ids())
-        data.canvas = self.canvases[request.request_id]
-        return data
-
-    # -- what came back --------------------------------------------------------------------
+    # -- after the step --------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: DenoisingSchedule, model_runner_output):
         ended = self._end_failed(model_runner_output)
         commits = getattr(model_runner_output, "commits", {})
         for request_id in scheduler_output.num_scheduled_tokens:
             if (canvas := self.canvases.get(request_id)) and request_id in commits:
-                self._count(canvas)
-                floor = canvas.options.decoding.threshold_floor
-                self.counts.lowered_steps += floor is not None and scheduler_output.pressure > 0
+                count_step(self.counts, canvas, scheduler_output.pressure)
                 written = canvas.written
                 canvas.apply(commits[request_id])
                 if canvas.written > written:
                     self.prefixes.keep(self.requests[request_id], canvas)
-        traces = self._traced(commits, model_runner_output) if self.traces else []
-        if (counts := getattr(model_runner_output, "counts", None)) is not None:
-            self.counts.rows_recomputed += counts.rows["feed_forward"] // self.model_shape.layers
-            self.counts.kv_bytes_read += self.model_shape.kv_bytes(counts.keys_read)
-            self.counts.kv_bytes_dense += self.model_shape.kv_bytes(counts.keys_dense)
-            self.counts.caches = model_runner_output.caches
+        traces = self.canvases.traced(commits, getattr(model_runner_output, "seen", {}))
+        if (work := getattr(model_runner_output, "counts", None)) is not None:
+            count_work(self.counts, work, model_runner_output.caches, self.model_shape)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if traces:
             report(traces, outputs)
         for request_id, commit in commits.items():
-            if canvas := self.canvases.get(request_id):  # it goes on
+            if canvas := self.canvases.get(request_id):  # the request goes on
                 canvas.hand_out(commit.left)
-        for request, why in ended:
-            end = EngineCoreOutput(
-                request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=why,
-                events=request.take_events(), trace_headers=request.trace_headers,
-            )  # fmt: skip
-            if request.client_index not in outputs:
-                outputs[request.client_index] = EngineCoreOutputs()
-            outputs[request.client_index].outputs.append(end)
+        for output, client in ended:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         return outputs
 
-    def _traced(self, commits: dict[str, Commit], model_runner_output) -> list[Trace]:
-        """Traces with something to report. They look at canvases before requests can end, and report afterwards."""
-        seen = getattr(model_runner_output, "seen", {})
-        found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self.canvases]
-        for name, trace in found:
-            trace.stepped(self.canvases[name], commits[name], seen.get(name), len(commits))
-        return [trace for _, trace in found]
-
-    def _count(self, canvas: Canvas) -> None:
-        """A step of it has been made."""
-        self.counts.denoising_steps += 1
-        self.counts.canvas_positions += canvas.block_width
-        self.counts.rows_live += canvas.streams * len(canvas.plan.live)
-        self.counts.rows_dense += canvas.streams * canvas.rows
-        self.counts.refresh_steps += canvas.plan.refresh or canvas.plan.whole(canvas.rows)
-
-    def _end_failed(self, model_runner_output) -> list[tuple[Request, str]]:
-        """Requests that cannot go on, here or in the worker: their clients are told, everybody else's go on."""
+    def _end_failed(self, model_runner_output) -> list[tuple[EngineCoreOutput, int]]:
+        """Ends requests that failed here or in the worker -> an output for each, and its client. Others go on."""
         failed = self.failed | getattr(model_runner_output, "failed", {})
         self.failed.clear()
         for request_id in failed:
             self.prefixes.forget(request_id)
-        ended = self.finish_requests(failed, RequestStatus.FINISHED_ERROR) if failed else []
-        for request in ended:
-            logger.error("Request %s ends with an error: %s", request.request_id, failed[request.request_id])
-        return [(request, failed[request.request_id]) for request in ended]
+        ended = []
+        for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR) if failed else []:
+            why = failed[request.request_id]
+            logger.error("Request %s ends with an error: %s", request.request_id, why)
+            output = EngineCoreOutput(
+                request.request_id,
+                [],
+                finish_reason=request.get_finished_reason(),
+                stop_reason=why,
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            ended.append((output, request.client_index))
+        return ended
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], **kwargs):
         tokens, stopped = super()._update_request_with_output(request, new_token_ids, **kwargs)
-        canvas = self.canvases[request.request_id]
-        # vLLM counts the pass that commits a block as a step of that block, and its benchmark takes
-        # those passes off again.
-        self.counts.denoising_steps += 1
-        self.counts.canvas_positions += canvas.block_width
-        self.counts.committed_tokens += len(tokens)
+        count_delivery(self.counts, self.canvases[request.request_id], len(tokens))
         return tokens, stopped
 
     def _free_request_blocks(self, request: Request) -> None:
-        # finished, aborted or preempted; a preempted request goes on from where its last block ended
-        self.refreshed.pop(request.request_id, None)
-        self.held.pop(request.request_id, None)
+        """The request is finished, aborted or preempted. A preempted one goes on from the end of its last block."""
+        self.stagger.forget(request.request_id)
         if request.is_finished():
-            self.canvases.pop(request.request_id, None)
-            self.traces.pop(request.request_id, None)
+            self.canvases.close(request.request_id)
             self.overtaken.pop(request.request_id, None)
         elif canvas := self.canvases.get(request.request_id):
             canvas.rewind()
