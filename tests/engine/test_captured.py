@@ -22,7 +22,7 @@ from vllm_dlm.engine.buckets import ROWS, bucket_of, has_budget
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.cuda_graphs import repeated
 from vllm_dlm.engine.forward import denoise_live
-from vllm_dlm.engine.warm_up import steady_stream, warm_up
+from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options, server_options

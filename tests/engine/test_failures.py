@@ -128,7 +128,7 @@ def test_a_request_that_cannot_be_packed_fails_alone(llm, monkeypatch, order, ra
             raise IndexError("no such row")
         return numbers(self)
 
-    monkeypatch.setattr("vllm_dlm.engine.runner.get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr("vllm_dlm.integration.worker.runner.get_tensor_model_parallel_world_size", lambda: ranks)
     monkeypatch.setattr(Packing, "numbers", property(broken))
     given = outputs(llm, [requests[i] for i in order])
     for index, output in zip(order, given, strict=True):

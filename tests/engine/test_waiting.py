@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine.running import core_of, tokens
-from vllm_dlm.engine.scheduler import OVERTAKES
+from vllm_dlm.integration.scheduler.scheduler import OVERTAKES
 from vllm_dlm.step_counts import StepCounts
 
 BLOCKS = 9  # of 32 tokens, beside the one vLLM keeps for itself

@@ -57,7 +57,7 @@ def made_layers(config):
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_dlm.integration.patches import patch_worker
-    from vllm_dlm.integration.selecting_worker import SelectingGPUWorker  # noqa: F401 - imports on CUDA
+    from vllm_dlm.integration.worker.selecting_worker import SelectingGPUWorker  # noqa: F401 - imports on CUDA
     from vllm_dlm.page_sparse import cuda, layer_backends
 
     layer_backends.install()
@@ -106,7 +106,7 @@ class Runner:
         (group,) = [group for groups in self.attn_groups for group in groups if LAYERS[1] in group.layer_names]
         self.builder = group.get_metadata_builder(0)
         self.counts = self.builder.counts = PageCounts()
-        from vllm_dlm.integration.selecting_worker import Selecting
+        from vllm_dlm.integration.worker.selecting_worker import Selecting
 
         worker = SimpleNamespace(model_runner=self)
         self.builder.prompt_lens = lambda common: Selecting._prompt_lens(worker, common)

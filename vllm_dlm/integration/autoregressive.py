@@ -14,8 +14,8 @@ from vllm_dlm.options import OptionError
 from vllm_dlm.page_sparse.page_counts import COUNTS, PageCounts
 
 WORKERS = {
-    "cpu": "vllm_dlm.integration.selecting_worker.SelectingCPUWorker",
-    "cuda": "vllm_dlm.integration.selecting_worker.SelectingGPUWorker",
+    "cpu": "vllm_dlm.integration.worker.selecting_worker.SelectingCPUWorker",
+    "cuda": "vllm_dlm.integration.worker.selecting_worker.SelectingGPUWorker",
 }
 #: drafts that need no attention of their own
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")

@@ -9,12 +9,12 @@ _FLASH = "vllm.v1.attention.backends.flash_attn"
 
 #: (a class here, the class of vLLM's that it inherits from or stands in for)
 BUILT_ON = (
-    ("vllm_dlm.engine.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
-    ("vllm_dlm.engine.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
-    ("vllm_dlm.engine.worker:DiffusionCPUWorker", "vllm.v1.worker.cpu_worker:CPUWorker"),
-    ("vllm_dlm.engine.runner:DenoisingRunner", "vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
-    ("vllm_dlm.integration.selecting_worker:Selecting", "vllm.v1.worker.gpu_worker:Worker"),
-    ("vllm_dlm.integration.selecting_worker:Selecting", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    ("vllm_dlm.integration.scheduler.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
+    ("vllm_dlm.integration.worker.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.integration.worker.worker:DiffusionCPUWorker", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    ("vllm_dlm.integration.worker.runner:DenoisingRunner", "vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
+    ("vllm_dlm.integration.worker.selecting_worker:Selecting", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.integration.worker.selecting_worker:Selecting", "vllm.v1.worker.cpu_worker:CPUWorker"),
     (f"{_SELECTING_CPU}:SelectingCPUBackend", "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend"),
     (f"{_SELECTING_CPU}:SelectingCPUBuilder", "vllm.v1.attention.backend:AttentionMetadataBuilder"),
     (f"{_SELECTING_CPU}:SelectingCPUImpl", "vllm.v1.attention.backend:AttentionImpl"),

@@ -219,15 +219,15 @@ WRITES = (
     ),
     # -- engine --------------------------------------------------------------------------------
     Write(
-        "vllm.v1.request:Request", ("num_computed_tokens", "is_prefill_chunk", "status"), "engine/scheduler.py",
-        "As vLLM's own scheduler sets them.",
+        "vllm.v1.request:Request", ("num_computed_tokens", "is_prefill_chunk", "status"),
+        "integration/scheduler/scheduler.py", "As vLLM's own scheduler sets them.",
     ),
     Write(
-        "vllm.v1.core.kv_cache_manager:KVCacheManager", ("max_model_len",), "engine/canvas_memory.py",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager", ("max_model_len",), "integration/scheduler/canvas_memory.py",
         "A canvas may take more blocks than its tokens fill.",
     ),
     Write(
-        "vllm.v1.worker.cpu_worker", ("CPUModelRunner",), "engine/worker.py",
+        "vllm.v1.worker.cpu_worker", ("CPUModelRunner",), "integration/worker/worker.py",
         "The CPU worker builds its runner inline; while it does, it finds ours.",
     ),
     Write(

@@ -19,7 +19,10 @@ from vllm_dlm.options import OptionError
 
 logger = init_logger(f"vllm.{__name__}")
 
-WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
+WORKERS = {
+    "cpu": "vllm_dlm.integration.worker.worker.DiffusionCPUWorker",
+    "cuda": "vllm_dlm.integration.worker.worker.DiffusionGPUWorker",
+}
 
 
 def blamed(vllm_config, error: OptionError) -> str:
@@ -135,7 +138,7 @@ class DiffusionConfigHook:
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = WORKERS[device]
         if scheduler.scheduler_cls is None:
-            scheduler.scheduler_cls = "vllm_dlm.engine.scheduler.DenoisingScheduler"
+            scheduler.scheduler_cls = "vllm_dlm.integration.scheduler.scheduler.DenoisingScheduler"
         # How much of a prompt is read in a step the plan of its canvas says, and the next step needs this one's tokens.
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False

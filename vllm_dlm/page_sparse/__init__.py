@@ -6,6 +6,6 @@ read the pages that the server's selection chooses.
 - `cpu_pages` runs vLLM's CPU kernels over pages.
 - `summaries` stores the summaries of pages next to the KV cache.
 
-vllm_dlm/integration/selecting_worker.py adds all of this to vLLM's workers, and
+vllm_dlm/integration/worker/selecting_worker.py adds all of this to vLLM's workers, and
 vllm_dlm/integration/autoregressive.py decides when page-sparse decoding is active and what is rejected.
 """

@@ -6,7 +6,7 @@ from vllm.v1.request import Request
 
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.outputs import CanvasData
+from vllm_dlm.integration.outputs import CanvasData
 from vllm_dlm.options import Options
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
 from vllm_dlm.view.seen import SeenStep

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_dlm.engine.runner import DenoisingRunner
+from vllm_dlm.integration.worker.runner import DenoisingRunner
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -35,10 +35,10 @@ from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.flash_attention import installed
 from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.engine.head import Head, HeadRequest, max_logits
-from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.families import FAMILIES
+from vllm_dlm.integration.outputs import CanvasData, make_output
+from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
 from vllm_dlm.view.steps import Seeing

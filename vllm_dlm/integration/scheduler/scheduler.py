@@ -23,16 +23,16 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.configuration import resolved_options
 from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.canvas_memory import CanvasMemory
 from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.open_canvases import OpenCanvases
-from vllm_dlm.engine.outputs import DenoisingSchedule
-from vllm_dlm.engine.overtakes import OVERTAKES, Overtakes
-from vllm_dlm.engine.prefixes import Prefixes
-from vllm_dlm.engine.stagger import RefreshStagger
-from vllm_dlm.engine.step_counting import count_delivery, count_step, count_work
 from vllm_dlm.envelope import Envelope, with_envelope
+from vllm_dlm.integration.outputs import DenoisingSchedule
+from vllm_dlm.integration.scheduler.canvas_memory import CanvasMemory
+from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
+from vllm_dlm.integration.scheduler.overtakes import OVERTAKES, Overtakes
+from vllm_dlm.integration.scheduler.prefixes import Prefixes
+from vllm_dlm.integration.scheduler.stagger import RefreshStagger
+from vllm_dlm.integration.scheduler.step_counting import count_delivery, count_step, count_work
 from vllm_dlm.step_counts import StepCounts
 from vllm_dlm.view.traces import report
 
