@@ -55,7 +55,7 @@ class Scored(Decoding):
             check(bool(fit), "masked", self.masked, f"ascending numbers below {len(self.answer)}, at least one")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], block_length: int | None) -> "Scored":
+    def from_request(cls, given: Mapping[str, Any], block_length: int | None) -> "Scored":
         """From a request's `dlm_*` options; `block_length`: of a model that knows blocks"""
         values: dict[str, Any] = {"steps": 1, "block_length": block_length}
         for key, value in given.items():

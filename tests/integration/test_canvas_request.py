@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_dlm.given import Layout
+from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import METHOD_KEYS, OptionError, Options, request_options, server_options
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest

@@ -17,9 +17,9 @@ from vllm_dlm.limits import Limits
 from vllm_dlm.request import parsing, texts
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST
 from vllm_dlm.request.served_model import served_model
+from vllm_dlm.request.template import TemplateBounds, TemplateError, parse
 from vllm_dlm.request.vocabulary import Vocabulary, vocabulary_of
 from vllm_dlm.shown import shown
-from vllm_dlm.template import TemplateBounds, TemplateError, parse
 
 DREAM = "dream-tiny"
 HUGE = 10 << 20

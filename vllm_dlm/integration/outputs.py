@@ -44,9 +44,12 @@ class DenoisingOutput(ModelRunnerOutput):
 
 
 def make_output(
-    outputs: dict[str, tuple[list[int], list]], commits: dict[str, Commit], counts: Counts, failed: Failures,
+    outputs: dict[str, tuple[list[int], list]],
+    commits: dict[str, Commit],
+    counts: Counts,
+    failed: Failures,
     seen: dict[str, SeenStep],
-) -> DenoisingOutput:  # fmt: skip
+) -> DenoisingOutput:
     """`outputs`: what each request hands out, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),

@@ -120,8 +120,10 @@ class DiffusionConfigHook:
         if model.original_max_model_len is None and (family.context or model.max_model_len) < model.max_model_len:
             logger.info_once(
                 "max_model_len: %d, as %s was trained; its config.json allows %d, which --max-model-len can ask for",
-                family.context, model.architecture, model.max_model_len,
-            )  # fmt: skip
+                family.context,
+                model.architecture,
+                model.max_model_len,
+            )
             model.max_model_len = family.context
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)

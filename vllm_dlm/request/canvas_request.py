@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vllm_dlm.given import Layout
+from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import Options, suited
 from vllm_dlm.scored import Scored

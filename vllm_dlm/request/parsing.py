@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.given import TEXT_KEYS
+from vllm_dlm.canvas_texts import TEXT_KEYS
 from vllm_dlm.option_types import reject
 from vllm_dlm.options import RENAMED, Options, current_names, request_keys, request_options
 from vllm_dlm.request.served_model import ServedModel

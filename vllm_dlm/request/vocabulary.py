@@ -4,11 +4,11 @@ from functools import cached_property
 
 from vllm_dlm import automaton
 from vllm_dlm.automaton import TokenTexts
+from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.given import Layout
 from vllm_dlm.request.served_model import ServedModel
+from vllm_dlm.request.template import Hole, TemplateError
 from vllm_dlm.shown import shown
-from vllm_dlm.template import Hole, TemplateError
 
 #: the alternatives of a hole -> their automaton as it travels, and how few tokens each of them has
 KnownAlternatives = tuple[dict, tuple[int | None, ...]]

@@ -132,14 +132,16 @@ class Canvas(Isolated):
             self.followers = []
 
     def end(self, reason: str | None, tokens: int) -> None:
-        self._finish({
-            "end": {
-                "steps": self.history.last.step if self.begin and self.history.last else 0,
-                "seconds": round(time.monotonic() - self.started, 3),
-                "tokens": tokens,
-                "finish_reason": reason,
+        self._finish(
+            {
+                "end": {
+                    "steps": self.history.last.step if self.begin and self.history.last else 0,
+                    "seconds": round(time.monotonic() - self.started, 3),
+                    "tokens": tokens,
+                    "finish_reason": reason,
+                }
             }
-        })  # fmt: skip
+        )
 
     def trajectory(self, tokens: int) -> dict:
         return {"trajectory": self.filled[:tokens]} if self.fault is None else error_message(self.fault)

@@ -16,7 +16,7 @@ from benchmarks.soak.hostile.rows import (
     Target,
     posted,
 )
-from vllm_dlm.template import MOST_ALTERNATIVES, MOST_CHARACTERS
+from vllm_dlm.request.template import MOST_ALTERNATIVES, MOST_CHARACTERS
 
 WIDE = 9  # tokens of a hole that has room for a letter and a number
 

@@ -154,9 +154,15 @@ class DenoisingRunner:
             costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
-                CudaGraphs(self.device), denoiser.shape, self.device, longest, self.max_rows, costs.room(longest),
-                costs, device_works,
-            )  # fmt: skip
+                CudaGraphs(self.device),
+                denoiser.shape,
+                self.device,
+                longest,
+                self.max_rows,
+                costs.room(longest),
+                costs,
+                device_works,
+            )
         most = self.vllm_config.scheduler_config.max_num_seqs
         warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
         if self.captures and is_workspace_manager_initialized():
