@@ -1,8 +1,8 @@
-"""When an autoregressive model decodes with a selection, and what is refused then.
+"""Decides when an autoregressive model decodes with a selection, and what is not supported then.
 
-Without a selection named by the server nothing of a model of vLLM's changes.
-With one, the configuration is checked in the front-end and the worker is
-chosen; the rest is in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
+If the server names no selection, vLLM serves the model unchanged. If it names
+one, the front-end checks the configuration and chooses the worker; the rest is
+in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
@@ -17,7 +17,7 @@ WORKERS = {
     "cpu": "vllm_dlm.integration.worker.selecting_worker.SelectingCPUWorker",
     "cuda": "vllm_dlm.integration.worker.selecting_worker.SelectingGPUWorker",
 }
-#: drafts that need no attention of their own
+#: methods of speculative decoding that need no attention of their own
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -43,7 +43,7 @@ def update_from_output(update):
 
 
 def configure(vllm_config) -> None:
-    """Sees every configuration of a model that is not ours, perhaps more than once."""
+    """Is called for every configuration of a model that is not ours, perhaps more than once."""
     try:
         selection = selection_of(vllm_config)
         if selection is None:
@@ -102,7 +102,7 @@ def fit_blocks_to_pages(cache_config, selection) -> None:
                 f"give a multiple of {size} as block_size, or a page_size that divides it",
             )
     elif not current_platform.is_cpu():
-        # as if it had been asked for, so that no backend's preference replaces it
+        # marked as chosen by the user, so that no backend's preference replaces it
         cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
 
 

@@ -76,7 +76,7 @@ SWITCHED_OFF = {
 
 
 def refuse_switched_on(engine_args, model_config) -> None:
-    # vLLM writes its defaults into the same object, which may be asked for a configuration again.
+    # vLLM writes its defaults into the same object, from which a configuration may be made again.
     asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
     for name, why in SWITCHED_OFF.items():
         if name == "enable_prefix_caching" and FAMILIES[model_config.architecture].attention == "block_causal":
@@ -86,8 +86,8 @@ def refuse_switched_on(engine_args, model_config) -> None:
 
 
 def dlm_config(text: str) -> dict:
-    """Wrong in every family is wrong already here, where argparse ends with one line; what only one family
-    has is checked once the model is known."""
+    """Rejects what is invalid for every family, since argparse ends with one line. The rest is checked when the model
+    is known."""
     given = json_object(text)
     errors = []
     for family in FAMILIES.values():

@@ -26,10 +26,10 @@ class CanvasData(NewRequestData):
 
 @dataclass
 class DenoisingSchedule(SchedulerOutput):
-    """vLLM's schedule of a step, and how busy the server is."""
+    """vLLM's schedule of a step plus the fields it lacks"""
 
-    pressure: float = 0.0  # of all requests, the share that waits
-    canvases: dict[str, int] = field(default_factory=dict)  # of requests that may guess at their next steps
+    pressure: float = 0.0  # share of all requests that wait
+    canvases: dict[str, int] = field(default_factory=dict)  # number of canvases of each request that speculates
 
 
 @dataclass
@@ -50,7 +50,7 @@ def make_output(
     failed: Failures,
     seen: dict[str, SeenStep],
 ) -> DenoisingOutput:
-    """`outputs`: what each request hands out, see Denoising.take_output"""
+    """`outputs`: tokens and log-probabilities that each request hands out, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),
         req_id_to_index={req_id: index for index, req_id in enumerate(outputs)},
@@ -65,7 +65,8 @@ def make_output(
 
 
 def logprobs_lists(outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
-    """vLLM's rectangular log-probabilities of all tokens handed out in this step; rows nobody asked for are blank."""
+    """vLLM's rectangular log-probabilities of all tokens handed out in this step. Rows of requests that want none are
+    blank."""
     width = 1 + max((len(own.token_ids) - 1 for _, records in outputs for own in records if own), default=-1)
     if width == 0:
         return None

@@ -26,7 +26,7 @@ WORKERS = {
 
 
 def blamed(vllm_config, error: OptionError) -> str:
-    """The line of a wrong option, with the place where it was written."""
+    """The message about an invalid option, with the place where it is set"""
     if field := re.match(r"dlm\.selection\.(\w+)", str(error)):
         named = (written_object(vllm_config) or {}).get("selection") or {}
         if field[1] not in named and field[1] in trained_fields(vllm_config.model_config.hf_config):
@@ -54,7 +54,7 @@ def register_models() -> None:
 
     from vllm_dlm.families.config import CheckedConvertor
 
-    # Whatever cannot be imported ends this before anything is registered.
+    # An import error comes before anything is registered.
     configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
     taken = taken_model_types()
     for model_type in sorted(taken):
@@ -64,7 +64,7 @@ def register_models() -> None:
         )
     LEFT.update(architecture for architecture, family in FAMILIES.items() if family.model_type in taken)
     configs = {architecture: config for architecture, config in configs.items() if architecture not in LEFT}
-    # Of families with one model_type any will do: it makes the right one from a config.json that names it.
+    # Families with one model_type may share any of their classes: it picks the right one by the config.json.
     for config in {config.model_type: config for config in reversed(configs.values())}.values():
         _CONFIG_REGISTRY[config.model_type] = config
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
@@ -79,7 +79,7 @@ def register_models() -> None:
 
 
 def taken_model_types() -> set[str]:
-    """Model types of FAMILIES whose config.json or architecture something else than this package has registered."""
+    """Model types of FAMILIES whose config.json or architecture is registered by something other than this package"""
     from transformers import CONFIG_MAPPING
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -105,7 +105,7 @@ class DiffusionConfigHook:
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:
-        """config.json has been checked by then: `CheckedConvertor`."""
+        """A no-op: `CheckedConvertor` has checked config.json before."""
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
@@ -141,7 +141,7 @@ class DiffusionConfigHook:
             vllm_config.parallel_config.worker_cls = WORKERS[device]
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = "vllm_dlm.integration.scheduler.scheduler.DenoisingScheduler"
-        # How much of a prompt is read in a step the plan of its canvas says, and the next step needs this one's tokens.
+        # The plan of a canvas decides how much of a prompt a step reads, and each step needs the tokens of the last.
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False
         if not shares_prefixes(vllm_config, options):
@@ -153,14 +153,14 @@ class DiffusionConfigHook:
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
             model.hf_config.eot_token_id = find_token(model, family.end_of_turn)
-        # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
+        # The published code decodes greedily by default; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
         model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows  # see canvas.py
 
 
 def shares_prefixes(vllm_config, options) -> bool:
-    """A block of the KV cache can be told by the text up to its end if no canvas block reaches beyond that."""
+    """Whether the text up to the end of a KV block determines its content: no canvas block may extend beyond it."""
     if options.attention == "full":
         return False  # see cli.py
     size, width = vllm_config.cache_config.block_size, options.decoding.block_length
@@ -174,8 +174,8 @@ def shares_prefixes(vllm_config, options) -> bool:
 
 
 def set_block_size(cache_config, selection) -> None:
-    """What a selection reads or leaves out together must lie in one block; 128 holds the units of all of them, and
-    is the CPU's default."""
+    """A unit of a selection must lie within one KV block. Blocks of 128, the default on CPUs, hold the units of all
+    selections."""
     if not cache_config.user_specified_block_size:
         cache_config.block_size, cache_config.user_specified_block_size = 128, True
     elif selection.sparse and cache_config.block_size % selection.unit:

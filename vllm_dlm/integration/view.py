@@ -43,7 +43,7 @@ def observed(extra_args) -> bool:
 
 
 class Trajectories(Isolated):
-    """The steps that filled the tokens of a request of `LLM`. It lives as long as vLLM's state of the request."""
+    """Records which steps filled the tokens of a request of `LLM`, for as long as vLLM keeps the request's state."""
 
     def __init__(self, name: str, prompt: list[int]):
         self.name, self.prompt = name, prompt
@@ -55,7 +55,7 @@ class Trajectories(Isolated):
 
     @isolated
     def take(self, index: int, message: bytes, tokenizer) -> None:
-        """There are no frames without a server: the engine's view of the request failed, and it logged why."""
+        """Without a server there are no frames, so the message says why the engine's view of the request failed."""
         self.fault = msgspec.msgpack.decode(message)["error"]
 
     @isolated
@@ -108,7 +108,7 @@ def deliver(envelope: Envelope, state, offline: dict[int, Trajectories], tokeniz
 
 
 def keeper(state):
-    """What lives as long as all choices of a request."""
+    """The object that lives as long as all choices of a request"""
     return state.parent_req or state
 
 
@@ -156,7 +156,7 @@ def running(processor):
 
 
 async def followed(theirs, request: ObservedRequest, deltas: bool):
-    """vLLM's outputs of a request; meanwhile it is in the hub."""
+    """Passes vLLM's outputs of a request on; meanwhile the request is in the hub."""
     try:
         async with aclosing(theirs):
             token = ADDED.set([request])

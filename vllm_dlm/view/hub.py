@@ -50,7 +50,7 @@ class Follower:
         return self.unread_since is not None and time.monotonic() - self.unread_since > PATIENCE
 
     def follow(self, canvas: Canvas) -> None:
-        """What was so far comes in one frame."""
+        """All that happened before comes in one frame."""
         self.cursors[canvas] = Cursor()
         if canvas.final is None:
             canvas.followers.append(self)
