@@ -59,17 +59,17 @@ def take_suffix(request, model_config) -> None:
     """vLLM knows suffixes as prompts of models that write from left to right. Here one lies behind the canvas."""
     if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
         return
-    given = request.vllm_xargs or {}
-    if "dlm_suffix" in given:
-        refuse("dlm_suffix", given["dlm_suffix"], "suffix says the same, give one of them")
-    request.suffix, request.vllm_xargs = None, {**given, "dlm_suffix": suffix}
+    written = request.vllm_xargs or {}
+    if "dlm_suffix" in written:
+        refuse("dlm_suffix", written["dlm_suffix"], "suffix says the same, give one of them")
+    request.suffix, request.vllm_xargs = None, {**written, "dlm_suffix": suffix}
 
 
 def mark_template(request, model_config) -> None:
     """It says how long the answer is, so what vLLM fills in for a `max_tokens` that nobody gave is no bound to it."""
-    given = getattr(request, "vllm_xargs", None) or {}
+    written = getattr(request, "vllm_xargs", None) or {}
     bounds = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     if any(getattr(request, field, None) is not None for field in bounds) or not is_diffusion_lm(model_config):
         return
-    if isinstance(template := given.get("dlm_template"), str):
-        request.vllm_xargs = {**given, "dlm_template": UnboundedTemplate(template)}
+    if isinstance(template := written.get("dlm_template"), str):
+        request.vllm_xargs = {**written, "dlm_template": UnboundedTemplate(template)}

@@ -42,10 +42,10 @@ def add_cli_args(add):
 def from_cli_args(make):
     def from_with_dlm(cls, args):
         engine_args = make(cls, args)
-        if (given := getattr(args, "dlm_config", None)) is not None:
+        if (written := getattr(args, "dlm_config", None)) is not None:
             if "dlm" in (engine_args.additional_config or {}):
                 raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
-            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
+            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": written}
         if getattr(args, "dlm_view", False):
             if (getattr(args, "api_server_count", None) or 1) > 1:
                 raise ValueError(
@@ -88,16 +88,16 @@ def refuse_switched_on(engine_args, model_config) -> None:
 def dlm_config(text: str) -> dict:
     """Rejects what is invalid for every family, since argparse ends with one line. The rest is checked when the model
     is known."""
-    given = json_object(text)
+    written = json_object(text)
     errors = []
     for family in FAMILIES.values():
         try:
-            server_options(given, family.decoding, family.presets)
+            server_options(written, family.decoding, family.presets)
         except OptionError as error:
             errors.append(error)
     if len(errors) == len(FAMILIES):
         raise argparse.ArgumentTypeError(str(errors[0]))
-    return given
+    return written
 
 
 def json_object(text: str) -> dict:
