@@ -104,12 +104,12 @@ def test_a_deep_value_is_shown():
 def test_a_threshold_that_makes_a_method_comes_with_it(name, value):
     """To a server that has none; what a server says stands, and so does what the request says."""
     plain = server_options(None, "low_confidence")
-    assert request_options(plain, {"dlm_algorithm": name}).decoding.threshold == value
-    assert request_options(plain, {"dlm_algorithm": name, "dlm_threshold": "none"}).decoding.threshold is None
+    assert request_options(plain, {"dlm_decoding": name}).decoding.threshold == value
+    assert request_options(plain, {"dlm_decoding": name, "dlm_threshold": "none"}).decoding.threshold is None
     set_ = server_options({"decoding": {"threshold": 0.6}}, "low_confidence")
-    assert request_options(set_, {"dlm_algorithm": name}).decoding.threshold == 0.6
+    assert request_options(set_, {"dlm_decoding": name}).decoding.threshold == 0.6
     own = server_options({"decoding": {"name": name, "threshold": None}}, "low_confidence")
-    assert request_options(own, {"dlm_algorithm": name}).decoding.threshold is None
+    assert request_options(own, {"dlm_decoding": name}).decoding.threshold is None
 
 
 def test_a_canvas_is_cut_to_the_models_length():

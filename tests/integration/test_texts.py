@@ -75,10 +75,10 @@ LONG = {
     "a template of holes": ("dlm_template", "[[3]]" * (HUGE // 5), "limits.template_characters"),
     "one too many": ("dlm_template", "[[3]]" + "y" * ((1 << 16) - 4), "65537 characters, and the limit is 65536"),
     "a suffix": ("dlm_suffix", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
-    "a draft": ("dlm_draft", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
+    "a draft": ("dlm_start", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
     "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model reads 256"),
-    "ids of a draft": ("dlm_draft", [7] * 257, "it has 257 token ids, and the model reads 256"),
-    "no ids at all": ("dlm_draft", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
+    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model reads 256"),
+    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
 }  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def handled(llm, sampling, **body):
 TEXTS = {
     "a template": ({"dlm_template": 'one [[5]] two [[9:one of "qx"]]'}, ["one ", " two ", "qx"]),
     "a suffix": ({"dlm_suffix": " and so on"}, [" and so on"]),
-    "a draft and a suffix": ({"dlm_draft": "drafted", "dlm_suffix": " so"}, [" so", "drafted"]),
+    "a draft and a suffix": ({"dlm_start": "drafted", "dlm_suffix": " so"}, [" so", "drafted"]),
 }  # fmt: skip
 
 
