@@ -106,10 +106,10 @@ class Runner:
         (group,) = [group for groups in self.attn_groups for group in groups if LAYERS[1] in group.layer_names]
         self.builder = group.get_metadata_builder(0)
         self.counts = self.builder.counts = PageCounts()
-        from vllm_dlm.integration.worker.selecting_worker import Selecting
+        from vllm_dlm.integration.worker.selecting_worker import PageSelectionMixin
 
         worker = SimpleNamespace(model_runner=self)
-        self.builder.prompt_lens = lambda common: Selecting._prompt_lens(worker, common)
+        self.builder.prompt_lens = lambda common: PageSelectionMixin._prompt_lens(worker, common)
 
     def prepare(self, batch, mode, capture=False):
         """vLLM's own step from a batch to the metadata of its layers"""

@@ -14,7 +14,7 @@ from vllm_dlm.client_cache import ENGINE, CacheUsage, usage
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.view.seen import SeenStep
+from vllm_dlm.view.seen import StepRecord
 
 
 @dataclass
@@ -39,7 +39,7 @@ class DenoisingOutput(ModelRunnerOutput):
     commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
     failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
-    seen: dict[str, SeenStep] = field(default_factory=dict)  # of those that are observed
+    seen: dict[str, StepRecord] = field(default_factory=dict)  # of those that are observed
     caches: dict[str, CacheUsage] = field(default_factory=dict)  # of this worker
 
 
@@ -48,7 +48,7 @@ def make_output(
     commits: dict[str, Commit],
     counts: Counts,
     failed: Failures,
-    seen: dict[str, SeenStep],
+    seen: dict[str, StepRecord],
 ) -> DenoisingOutput:
     """`outputs`: tokens and log-probabilities that each request hands out, see Denoising.take_output"""
     return DenoisingOutput(

@@ -13,7 +13,7 @@ from vllm_dlm.plugins.reuse.flow import Ask, Attend, AttendMoved, FeedForward, R
 
 
 @dataclass
-class SeenStep:
+class StepRecord:
     """Of one request. Rows are those of its canvas."""
 
     ms: float = 0.0
@@ -51,7 +51,7 @@ class CanvasCounts(Counts):
             setattr(counts, name, getattr(counts, name) + getattr(self, name))
 
 
-class SeenGroup:
+class GroupRecord:
     """What its layers have done to the rows of a group; T rows, C canvases."""
 
     def __init__(self, group: Group, readers: Sequence[Reader]):
@@ -114,7 +114,7 @@ class SeenGroup:
         """The notes are on their way to the host; whoever waits for the head has them."""
         self.copies = [on_the_way(own) for own in (self.recomputed, self.shown)]
 
-    def tell(self, steps: dict[str, SeenStep], layers: int) -> None:
+    def tell(self, steps: dict[str, StepRecord], layers: int) -> None:
         recomputed, shown = self.copies
         rows = np.zeros(len(self.group.columns.forced)) if recomputed is None else recomputed.numpy()
         start = 0
@@ -133,7 +133,7 @@ class SeenGroup:
             add(seen, reader, layers, counted, (rows[span] + self.everywhere) / layers, pages)
 
 
-def add(seen: SeenStep, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
+def add(seen: StepRecord, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
     """One stream more; `shares` [its live rows]"""
     stream = reader.stream
     through, read, there = map(int, counted)

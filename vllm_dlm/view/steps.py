@@ -23,7 +23,7 @@ from vllm_dlm.engine.readers import Reader
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.plugins.reuse.flow import Ask
 from vllm_dlm.view.isolation import Isolated, isolated
-from vllm_dlm.view.seen import CanvasCounts, SeenGroup, SeenStep, add
+from vllm_dlm.view.seen import CanvasCounts, GroupRecord, StepRecord, add
 
 #: of a guess so many tokens are told, the one that is proposed among them or not
 BEST = 4
@@ -32,7 +32,7 @@ BEST = 4
 class ForwardObserver:
     """Reports to `seeing` what the layers of a forward do to the groups of observed canvases. A LayerObserver"""
 
-    def __init__(self, seeing: "Seeing", seen: dict[int, SeenGroup]):
+    def __init__(self, seeing: "StepRecorder", seen: dict[int, GroupRecord]):
         self.seeing, self.seen = seeing, seen  # by the group's number
 
     def asked(self, asks: dict[int, Ask]) -> None:
@@ -48,14 +48,14 @@ class ForwardObserver:
             self.seeing.attended(self.seen[group], layer, counts)
 
 
-class Seeing(Observer, Isolated):
+class StepRecorder(Observer, Isolated):
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.attached = denoiser, False
         self.layers = len(denoiser.model.model.layers)
         self.observed: set[str] = set()  # of the runner
         self.current: list[str] = []  # requests of this step
-        self.steps: dict[str, SeenStep] = {}
-        self.groups: list[SeenGroup] = []
+        self.steps: dict[str, StepRecord] = {}
+        self.groups: list[GroupRecord] = []
         self.replayed: tuple[Filled, list[Reader]] | None = None
 
     @property
@@ -74,7 +74,7 @@ class Seeing(Observer, Isolated):
             self.attached = wanted
             (self.denoiser.observers.append if wanted else self.denoiser.observers.remove)(self)
 
-    def take(self) -> dict[str, SeenStep]:
+    def take(self) -> dict[str, StepRecord]:
         """Called after a step -> what was seen of each observed request"""
         taken, self.steps, self.fault = self.steps, {}, None
         self.groups, self.replayed, self.denoiser.head.best = [], None, None
@@ -82,7 +82,7 @@ class Seeing(Observer, Isolated):
 
     def fail(self, error: Exception) -> None:
         """Ends the view of the observed requests of this step. `take` restores what a step expects."""
-        self.steps = {name: SeenStep() for name in self.current if name in self.observed}
+        self.steps = {name: StepRecord() for name in self.current if name in self.observed}
         super().fail(error)
         for seen in self.steps.values():
             seen.fault = self.fault
@@ -93,7 +93,7 @@ class Seeing(Observer, Isolated):
     @isolated
     def step_begins(self, states: Sequence[Denoising]) -> None:
         self.steps = {
-            state.req_id: SeenStep(rows=np.zeros(state.canvas.rows))
+            state.req_id: StepRecord(rows=np.zeros(state.canvas.rows))
             for state in states
             if state.req_id in self.observed
         }
@@ -108,7 +108,7 @@ class Seeing(Observer, Isolated):
             for number, group in enumerate(packed.groups):
                 own = list(islice(readers, len(group.kv_lens)))
                 if any(reader.request.state.req_id in self.steps for reader in own):
-                    seen[number] = SeenGroup(group, own)
+                    seen[number] = GroupRecord(group, own)
             if seen:
                 packed.observer = ForwardObserver(self, seen)
                 self.groups += seen.values()
@@ -118,13 +118,13 @@ class Seeing(Observer, Isolated):
     # -- in a layer ------------------------------------------------------------------------
 
     @isolated
-    def asked(self, seen: dict[int, SeenGroup], asks: dict[int, Ask]) -> None:
+    def asked(self, seen: dict[int, GroupRecord], asks: dict[int, Ask]) -> None:
         for number, ask in asks.items():
             if number in seen:
                 seen[number].asked(ask)
 
     @isolated
-    def counts_of(self, group: SeenGroup | None) -> CanvasCounts | None:
+    def counts_of(self, group: GroupRecord | None) -> CanvasCounts | None:
         return None if group is None else CanvasCounts(len(group.group.kv_lens), self.count_keys)
 
     @isolated
@@ -135,7 +135,7 @@ class Seeing(Observer, Isolated):
                 counts.there[canvas] += there
 
     @isolated
-    def attended(self, group: SeenGroup, layer: int, counts: CanvasCounts) -> None:
+    def attended(self, group: GroupRecord, layer: int, counts: CanvasCounts) -> None:
         group.attended(layer, counts)
 
     # -- after the layers ------------------------------------------------------------------

@@ -20,7 +20,7 @@ from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.envelope import Envelope, EnvelopeOutput, envelope_output
 from vllm_dlm.view.frames import INTERVAL, Frame, Guesses, History
 from vllm_dlm.view.isolation import Isolated, isolated
-from vllm_dlm.view.seen import SeenStep
+from vllm_dlm.view.seen import StepRecord
 
 
 class Trace(Isolated):
@@ -73,18 +73,18 @@ class Trace(Isolated):
     # -- a step ----------------------------------------------------------------------------
 
     @isolated
-    def stepped(self, canvas: Canvas, commit: Commit, seen: SeenStep | None, requests: int) -> None:
+    def stepped(self, canvas: Canvas, commit: Commit, seen: StepRecord | None, requests: int) -> None:
         """The canvas has applied the commit."""
         if seen is not None and seen.fault is not None:  # logged by the worker
             self.fault, self.error_is_due = seen.fault, True
             return
         changed = np.flatnonzero(canvas.tokens != self.tokens)
         if self.options.observed:
-            self.history.add(self._frame(canvas, changed, commit, seen or SeenStep(), requests))
+            self.history.add(self._frame(canvas, changed, commit, seen or StepRecord(), requests))
         self.tokens[changed] = now = canvas.tokens[changed]
         self.steps[changed] = np.where(now == self.mask_id, 0, canvas.step)
 
-    def _frame(self, canvas: Canvas, changed: np.ndarray, commit: Commit, seen: SeenStep, requests: int) -> Frame:
+    def _frame(self, canvas: Canvas, changed: np.ndarray, commit: Commit, seen: StepRecord, requests: int) -> Frame:
         dense = canvas.streams * len(seen.rows) * self.layers
         now = canvas.tokens[changed]
         return Frame(
@@ -95,13 +95,13 @@ class Trace(Isolated):
             self._shares(canvas, seen), self._guesses(canvas, commit, seen),
         )  # fmt: skip
 
-    def _guesses(self, canvas: Canvas, commit: Commit, seen: SeenStep) -> Guesses:
+    def _guesses(self, canvas: Canvas, commit: Commit, seen: StepRecord) -> Guesses:
         known = len(seen.tokens) == len(commit.read)
         left = np.flatnonzero((canvas.tokens[commit.read] == self.mask_id) & known)
         best = None if seen.best is None else seen.best[:, :, left]
         return Guesses.build(commit.read[left], seen.tokens[left] if known else left, commit.confidence[left], best)
 
-    def _shares(self, canvas: Canvas, seen: SeenStep) -> np.ndarray:
+    def _shares(self, canvas: Canvas, seen: StepRecord) -> np.ndarray:
         """[2, N] of layers that recomputed a row, and that read a key"""
         shares, rows = np.zeros((2, len(canvas))), len(seen.rows)
         if rows:

@@ -9,7 +9,7 @@ from vllm_dlm.engine.counts import ModelShape
 from vllm_dlm.integration.outputs import CanvasData
 from vllm_dlm.options import Options
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
-from vllm_dlm.view.seen import SeenStep
+from vllm_dlm.view.seen import StepRecord
 from vllm_dlm.view.traces import Trace
 
 
@@ -48,7 +48,7 @@ class OpenCanvases(dict[str, Canvas]):
         self.pop(request_id, None)
         self.traces.pop(request_id, None)
 
-    def traced(self, commits: Mapping[str, Commit], seen: Mapping[str, SeenStep]) -> list[Trace]:
+    def traced(self, commits: Mapping[str, Commit], seen: Mapping[str, StepRecord]) -> list[Trace]:
         """Traces with something to report. They look at canvases before requests can end, and report afterwards."""
         found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self]
         for name, trace in found:

@@ -41,7 +41,7 @@ from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
-from vllm_dlm.view.steps import Seeing
+from vllm_dlm.view.steps import StepRecorder
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
@@ -79,7 +79,7 @@ class DenoisingRunner:
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
         self.denoiser = Denoiser(self.model, head, shape, self.max_rows, self.device, self.forwards)
-        self.seeing = Seeing(self.denoiser)
+        self.seeing = StepRecorder(self.denoiser)
 
     def forwards(self) -> AbstractContextManager:
         """Context of forwards: vLLM's experts find each other in it."""
