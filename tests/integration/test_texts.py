@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.request import Request
 
+from tests.engine.running import core_of
 from vllm_dlm import automaton
 from vllm_dlm.integration import bodies, requests
+from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
 from vllm_dlm.limits import Limits
 from vllm_dlm.request import parsing, texts
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST
@@ -248,6 +251,28 @@ def test_a_refused_text_is_refused_by_the_route(llm, encoded):
     for extra in ({"dlm_template": "abc"}, {"dlm_suffix": "y" * HUGE}, {"dlm_template": "<|endoftext|>[[3]]"}):
         with pytest.raises(ValueError, match=next(iter(extra))):
             handled(llm, params(**extra), vllm_xargs=extra)
+
+
+@pytest.mark.parametrize("extra", [{}, {"dlm_steps": 4}, {"dlm_suffix": " so"}], ids=["nothing", "an option", "a text"])
+def test_a_request_of_a_server_is_parsed_and_checked_once(llm, monkeypatch, extra):
+    calls = []
+    for module, name in ((parsing, "request_options"), (requests, "check")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name), calls))
+    request = handled(llm, params(**extra), vllm_xargs=dict(extra))
+    assert calls == ["request_options", "check"]
+    scheduler = core_of(llm).scheduler
+    canvases = OpenCanvases(scheduler.vllm_config)
+    canvas = canvases.open(Request.from_engine_core_request(request, None), scheduler.dlm_options)
+    assert len(canvas) == len(request.prompt_token_ids) + 8
+    assert calls == ["request_options", "check"]
+
+
+def noting(function, calls: list[str]):
+    def noted(*args, **kwargs):
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def test_texts_are_encoded_once_by_llm(llm, encoded):
