@@ -53,7 +53,7 @@ def configure(vllm_config) -> None:
         fit_blocks_to_pages(vllm_config.cache_config, selection)
     except OptionError as error:
         raise ValueError(blamed(vllm_config, error)) from None
-    refuse_beside_selection(vllm_config)
+    refuse_with_selection(vllm_config)
 
     from vllm.platforms import current_platform
 
@@ -106,7 +106,7 @@ def fit_blocks_to_pages(cache_config, selection) -> None:
         cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
 
 
-def refuse_beside_selection(vllm_config) -> None:
+def refuse_with_selection(vllm_config) -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
     refused = {

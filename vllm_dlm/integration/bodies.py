@@ -56,7 +56,7 @@ def refuse_misplaced(request, model_config) -> None:
 
 
 def take_suffix(request, model_config) -> None:
-    """vLLM knows suffixes as prompts of models that write from left to right. Here one lies behind the canvas."""
+    """Turns OpenAI's field into an option. For vLLM a suffix is part of the prompt, here it comes after the canvas."""
     if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
         return
     written = request.vllm_xargs or {}
@@ -66,7 +66,7 @@ def take_suffix(request, model_config) -> None:
 
 
 def mark_template(request, model_config) -> None:
-    """It says how long the answer is, so what vLLM fills in for a `max_tokens` that nobody gave is no bound to it."""
+    """A template determines the length of the answer, so the `max_tokens` that vLLM fills in does not bound it."""
     written = getattr(request, "vllm_xargs", None) or {}
     bounds = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     if any(getattr(request, field, None) is not None for field in bounds) or not is_diffusion_lm(model_config):

@@ -35,7 +35,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs", "_set_default_chunked_prefill_and_prefix_caching_args", cli.set_defaults,
-        "What a user switched on can be told from vLLM's defaults only before those are filled in.",
+        "Flags that a user set can be told from vLLM's defaults only before vLLM fills those in.",
         ("(self, model_config)",),
     ),
     Patch(
@@ -45,24 +45,24 @@ PATCHES = (
     ),
     Patch(
         "vllm.config.model:ModelConfig", "get_diff_sampling_param", canvas.get_diff_sampling_param,
-        "The length of a response nobody named would be all that the model's length leaves.",
+        "A request without a length would get all that the model's length leaves.",
         ("(self)",),
     ),
     # -- requests ------------------------------------------------------------------------------
     Patch(
         "vllm.renderers.base:BaseRenderer", "_tokenize_prompt", prompts.tokenize_prompt,
-        "Mask tokens that a client typed are text, those among ids are holes; later nobody knows which was which.",
+        "Mask tokens that a client typed are text, those among ids are filled. Later they cannot be told apart.",
         ("(self, prompt, params)",),
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", requests.process_inputs,
-        "Sees every request of `LLM` and of the servers: an error further on would end the engine for everybody.",
+        "Sees every request of `LLM` and of the servers. An error later would end the engine for all clients.",
         ("(self, request_id, prompt, params, supported_tasks, arrival_time=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, resumable=, session_id=, kv_hints=)",),
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor", "resolve_watermarking", requests.resolve_watermarking,
-        "Beam search never sends its parameters to the engine; both of its front-ends show them here.",
+        "Beam search never sends its parameters to the engine, but both of its front-ends pass them to this.",
         ("(self, params)",),
     ),
     Patch(
@@ -75,14 +75,14 @@ PATCHES = (
     ),
     Patch(
         "vllm.entrypoints.serve.engine.serving:BaseServing", "_check_model", bodies.check_model,
-        "Every route asks it first: `dlm_*` beside `vllm_xargs` would be dropped without a word.",
+        "Every route calls it first. vLLM would drop `dlm_*` fields next to `vllm_xargs` silently.",
         ("async (self, request)",),
         at="import",
     ),
     Patch(
         "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses", "_generate_with_builtin_tools",
         bodies.generate_with_builtin_tools,
-        "A generator: its request would be looked at when the response is under way.",
+        "A generator: its request would be checked when the response has begun.",
         ("async (self, request_id, engine_input, sampling_params, context, tok_params=, lora_request=, priority=, "
          "trace_headers=, session_id=, reasoning_parser_kwargs=)",
          "async (self, request_id, engine_input, sampling_params, context, tok_params=, lora_request=, priority=, "
@@ -92,7 +92,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM", "shutdown", shutdown.shutdown,
-        "Within a long step the engine cannot report its requests as aborted, and the server waits for them.",
+        "During a long step the engine cannot report its requests as aborted, and the server waits for them.",
         ("(self, timeout=)",),
     ),
     # -- frames --------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs", view.process_outputs,
-        "Messages about steps come among the engine's outputs, and are no outputs to vLLM.",
+        "Messages of the live view arrive among the engine's outputs and are taken out before vLLM processes those.",
         ("(self, engine_core_outputs, engine_core_timestamp=, iteration_stats=, weight_version=)",),
     ),
     Patch(

@@ -16,7 +16,7 @@ from vllm_dlm.scored import Scored
 
 #: key of `extra_args`
 CANVAS_REQUEST = "canvas_request"
-#: fields of Options that a request may set besides its methods, and that the engine reads
+#: fields of Options that a request may set in addition to its methods, and that the engine reads
 FLAGS = ("frames", "watch", "trajectory")
 
 

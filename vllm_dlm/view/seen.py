@@ -1,4 +1,4 @@
-"""What a worker notes of the steps of observed requests."""
+"""What a worker records of the steps of observed requests"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from vllm_dlm.plugins.reuse.flow import Ask, Attend, AttendMoved, FeedForward, R
 
 @dataclass
 class StepRecord:
-    """Of one request. Rows are those of its canvas."""
+    """One step of one request. Rows are those of its canvas."""
 
     ms: float = 0.0
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [C] proposed where the commit read
@@ -52,7 +52,7 @@ class CanvasCounts(Counts):
 
 
 class GroupRecord:
-    """What its layers have done to the rows of a group; T rows, C canvases."""
+    """What the layers did to the rows of a group: T rows, C canvases"""
 
     def __init__(self, group: Group, readers: Sequence[Reader]):
         canvases = len(group.kv_lens)
@@ -62,8 +62,8 @@ class GroupRecord:
         self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
         self.through = np.zeros(canvases, np.int64)  # rows through the feed-forward
         self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
-        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is nobody
-        self.unseen = 0  # layers that looked at everything
+        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is padding
+        self.unseen = 0  # layers without a selection
         self.noted = -1  # the layer whose choice is counted
         self.copies: list[torch.Tensor | None] = [None, None]
 
@@ -111,7 +111,7 @@ class GroupRecord:
         self.unseen -= 1
 
     def bring(self) -> None:
-        """The notes are on their way to the host; whoever waits for the head has them."""
+        """Starts the copies to the host. They are complete when the output of the head is."""
         self.copies = [on_the_way(own) for own in (self.recomputed, self.shown)]
 
     def tell(self, steps: dict[str, StepRecord], layers: int) -> None:
