@@ -215,7 +215,7 @@ class Engine:
         from vllm import SamplingParams
 
         options = self.options(policy)
-        self.scheduler.dlm_options = options
+        self.llm.llm_engine.input_processor.dlm_options = self.scheduler.dlm_options = options
         params = SamplingParams(
             temperature=0, max_tokens=CANVAS, detokenize=False,
             extra_args={"dlm_block_length": BLOCK, **getattr(policy, "request", {})},

@@ -7,10 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import vllm_dlm
 from vllm_dlm.client_cache import CLIENT_CACHES, ENGINE, FRONT_END, CacheUsage, ClientCache, usage
-from vllm_dlm.metrics import ENGINE_CACHES, CachesProm, StepCounts
+from vllm_dlm.envelope import Envelope, EnvelopeOutputs, with_envelope
+from vllm_dlm.metrics import ENGINE_CACHES, CachesProm
+from vllm_dlm.step_counts import StepCounts
 
 ROOT = Path(vllm_dlm.__file__).parent
 #: path within the package -> syntax tree; `plugins` and `kernels` are links, which `os.walk` follows on request
@@ -96,9 +101,13 @@ def test_every_cache_belongs_to_one_process():
 
 def test_usage_of_the_engine_travels_with_the_counters():
     caches = {name: CacheUsage(3 * index, index) for index, name in enumerate(ENGINE_CACHES)}
-    counts = StepCounts(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, caches)
-    assert StepCounts.unpack(counts.pack()) == counts
-    assert StepCounts.unpack(StepCounts().pack()) == StepCounts()  # no step since the last report
+    for counts in (
+        StepCounts(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, caches),
+        StepCounts(),
+    ):  # and no step since the last report
+        sent = EngineCoreOutputs(scheduler_stats=with_envelope(SchedulerStats(), Envelope(steps=counts)))
+        received = MsgpackDecoder(EnvelopeOutputs).decode(MsgpackEncoder().encode(sent))
+        assert received.scheduler_stats.dlm.steps == counts
 
 
 def test_evictions_are_exported_as_differences():

@@ -1,13 +1,16 @@
 """Values of options: what JSON and HTTP may write for them, and what is said of those that are wrong."""
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.option_types import OptionError, typed
-from vllm_dlm.options import request_options, server_options
+from vllm_dlm.option_types import OptionError, reject, typed
+from vllm_dlm.options import request_keys, request_options, server_options
+from vllm_dlm.refusal import Refusal, refusals
+from vllm_dlm.request import parsing
 from vllm_dlm.shown import shown
 
 
@@ -101,12 +104,12 @@ def test_a_deep_value_is_shown():
 def test_a_threshold_that_makes_a_method_comes_with_it(name, value):
     """To a server that has none; what a server says stands, and so does what the request says."""
     plain = server_options(None, "low_confidence")
-    assert request_options(plain, {"dlm_algorithm": name}).decoding.threshold == value
-    assert request_options(plain, {"dlm_algorithm": name, "dlm_threshold": "none"}).decoding.threshold is None
+    assert request_options(plain, {"dlm_decoding": name}).decoding.threshold == value
+    assert request_options(plain, {"dlm_decoding": name, "dlm_threshold": "none"}).decoding.threshold is None
     set_ = server_options({"decoding": {"threshold": 0.6}}, "low_confidence")
-    assert request_options(set_, {"dlm_algorithm": name}).decoding.threshold == 0.6
+    assert request_options(set_, {"dlm_decoding": name}).decoding.threshold == 0.6
     own = server_options({"decoding": {"name": name, "threshold": None}}, "low_confidence")
-    assert request_options(own, {"dlm_algorithm": name}).decoding.threshold is None
+    assert request_options(own, {"dlm_decoding": name}).decoding.threshold is None
 
 
 def test_a_canvas_is_cut_to_the_models_length():
@@ -150,3 +153,40 @@ def test_an_error_message_costs_no_more_than_it_shows():
     Counted.shown = 0
     assert len(shown({Counted(): 1 for _ in range(1000)})) <= 100
     assert Counted.shown < 50 and Counted.compared < 500
+
+
+RENAMED_OPTIONS = {
+    "a decoding": ("dlm_algorithm", "dlm_decoding", "random", "entropy"),
+    "a starting text": ("dlm_draft", "dlm_start", " five", " four"),
+}
+
+
+@pytest.mark.parametrize(("old", "name", "value", "other"), RENAMED_OPTIONS.values(), ids=RENAMED_OPTIONS)
+def test_an_old_name_means_what_the_new_one_means(old, name, value, other):
+    server = server_options(None, "low_confidence")
+    wanted = request_options(server, {name: value})
+    assert wanted != server
+    assert request_options(server, {old: value}) == request_options(server, {old: value, name: value}) == wanted
+    with pytest.raises(OptionError, match=f"^{name}: '{other}' differs from {old}, its old name, which is '{value}'$"):
+        request_options(server, {old: value, name: other})
+    assert name in request_keys(server.decoding) and old not in request_keys(server.decoding)
+
+
+def test_an_old_name_is_noted_once(caplog, monkeypatch):
+    monkeypatch.setattr(parsing, "_NOTED", set())
+    caplog.set_level(logging.WARNING, parsing.logger.name)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for options in ({"dlm_algorithm": "random"}, {"dlm_algorithm": "entropy", "dlm_draft": "a"}, {"dlm_start": "a"}):
+        parsing.note_old_names(options)
+    assert [record.getMessage() for record in caplog.records] == [
+        "dlm_algorithm is deprecated and will be removed: it is called dlm_decoding now",
+        "dlm_draft is deprecated and will be removed: it is called dlm_start now",
+    ]
+
+
+@pytest.mark.parametrize(("old", "name", "value", "_"), RENAMED_OPTIONS.values(), ids=RENAMED_OPTIONS)
+def test_a_refusal_speaks_of_the_name_that_the_client_wrote(old, name, value, _):
+    for written in (old, name):
+        with pytest.raises(Refusal, match=f"^{written}: 3 cannot be honoured, why ") as refused, refusals({written: 3}):
+            reject(name, 3, "why")
+        assert refused.value.parameter == written

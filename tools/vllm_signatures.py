@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vllm_dlm.integration.overrides import ASKED, ASKED_OF_THE_RUNNER, BUILT_ON
-from vllm_dlm.integration.patches import PATCHES
+from vllm_dlm.integration.patches import PATCHES, WRITES
 from vllm_dlm.integration.signatures import of_definition, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +194,10 @@ def facts(root) -> dict[str, str]:
         inherited = theirs.members(base)
         named = ours.members(own).keys() | {name for cls in ours.classes(own) for name in asked_of_self(cls)}
         found |= {f"{base}.{name}": inherited[name] for name in named & inherited.keys()}
+    for write in WRITES:
+        for name in write.names:
+            in_module = theirs.described(f"{write.owner}:{name}") if ":" not in write.owner else ""
+            found[f"{write.owner}.{name}"] = in_module or theirs.members(write.owner).get(name, "not there")
     for owner, names in ASKED.items():
         found |= {f"{owner}.{name}": theirs.members(owner).get(name, "not there") for name in names}
     attribute, workers = ASKED_OF_THE_RUNNER

@@ -1,4 +1,4 @@
-"""`python -m vllm_dlm watch URL "prompt"`: a canvas of a server, seen filling in a terminal."""
+"""`python -m vllm_dlm watch URL "prompt"` shows in a terminal how a server fills a canvas."""
 
 import sys
 

@@ -1,9 +1,9 @@
 """What a hole may hold, as an automaton over tokens.
 
-A set of states is a Python integer with one bit per state. States are numbered so that no token leads to a lower
-one: a token moves a set by shifting it. Tokens that do the same to every state are one class. Tokens that end a hole
-early are a class of their own, which leads from every state in which the hole may end to the last state, and nothing
-else leaves that one. Every token is known by its text, so what is accepted is a text, however it is cut into tokens.
+A set of states is a Python integer with one bit per state. No token leads to a state with a lower number, so a token
+moves a set by shifting it. Tokens with the same transitions are one class. Tokens that end a hole early are a class of
+their own: it leads from every state in which the hole may end to the last state, which it alone leaves. A token counts
+by its text, so a text is accepted however it is split into tokens.
 """
 
 import re
@@ -15,16 +15,12 @@ from hashlib import blake2b
 
 import numpy as np
 
-#: of a token: from which state to which
-Pairs = tuple[tuple[int, int], ...]
-#: of no class: such a token may never be in the hole
-NEVER = -1
-#: class of a position that has no token yet
-MASKED = -2
+Pairs = tuple[tuple[int, int], ...]  # from which state a token leads to which
+NEVER = -1  # class of tokens that may not be in the hole
+MASKED = -2  # class of a position without a token
 #: complete contents of a JSON string, so that any sequence of them is one
 STRING = re.compile(r'(?:[^"\\\x00-\x1f\ud800-\udfff]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
 NUMERIC = re.compile(r"[-+.eE0-9]+")
-
 #: -?(0|[1-9]d*)(.d+)?([eE][+-]?d+)?, state -> character -> state; d is a digit, n one that is not 0
 NUMBER = (
     {"-": 1, "0": 2, "n": 3},  # nothing
@@ -142,8 +138,7 @@ class Automaton:
 
     @cached_property
     def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of other tokens that may be in the hole: their classes, their bits, the words these are in and the first
-        token of each word"""
+        """Of other tokens that may be in the hole: classes, bits, the words of the bits, first token of each word"""
         tokens, classes = self.tokens[self.own != NEVER], self.own[self.own != NEVER]
         firsts = np.flatnonzero(np.diff(tokens >> 5, prepend=-1))
         return classes, (tokens & 31).astype(np.uint32), tokens[firsts] >> 5, firsts
@@ -167,8 +162,8 @@ class Automaton:
         edges, own = (np.frombuffer(zlib.decompress(plain[name]), np.int32) for name in ("edges", "own"))
         others = np.unpackbits(np.frombuffer(zlib.decompress(plain["tokens"]), np.uint8), count=plain["size"])
         tokens = np.flatnonzero(others).astype(np.int32)
-        ends, starts = tuple(plain["ends"]), tuple(plain["starts"])
-        return cls(plain["states"], starts, ends, edges.reshape(3, -1), plain["size"], plain["usual"], tokens, own)
+        states, starts, ends = plain["states"], tuple(plain["starts"]), tuple(plain["ends"])
+        return cls(states, starts, ends, edges.reshape(3, -1), plain["size"], plain["usual"], tokens, own)
 
 
 def _bits(states: Iterable[int]) -> int:
@@ -184,8 +179,7 @@ def built(
     states: int, starts: Iterable[int], ends: Iterable[int], pairs_of: Iterable[tuple[Sequence[int], Pairs]], size: int,
     end_tokens: Iterable[int],
 ) -> Automaton:  # fmt: skip
-    """`pairs_of`: tokens, and from which state to which each of them leads. The state of a hole that has ended is
-    added."""
+    """`pairs_of`: tokens, and the state transitions of each. Adds the state of a hole that has ended."""
     classes, edges = np.full(size, NEVER, np.int32), list[tuple[int, int, int]]()
     known: dict[Pairs, int] = {}
     for tokens, pairs in pairs_of:

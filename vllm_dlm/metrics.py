@@ -1,57 +1,32 @@
 """Metrics: vLLM's own `vllm:diffusion_*` counters, what reuse and selection policies saved, and bounded caches.
 
-The engine counts and the front-end exports. The counts travel in vLLM's SpecDecodingStats, which vLLM's own diffusion
-models use as well (read in vLLM 0.32 and 0.33: v1/spec_decode/metrics.py, v1/metrics/loggers.py).
+Engines count, and report in the envelope of their statistics (envelope.py). `EnvelopeStatLogger` exports the counts
+next to vLLM's own loggers, each engine under its index. Read in vLLM 0.32 and 0.33: v1/metrics/loggers.py,
+v1/spec_decode/metrics.py, whose counters vLLM's own diffusion models use as well.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict
 
 from vllm.logger import init_logger
-from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+from vllm.v1.metrics.loggers import (
+    AggregateStatLoggerBase,
+    LoggingStatLogger,
+    PerEngineStatLoggerAdapter,
+    PrometheusStatLogger,
+)
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
 from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, CacheUsage, usage
-from vllm_dlm.integration.autoregressive import COUNTS, selection_of
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.envelope import envelope_in
+from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.step_counts import StepCounts
 
 logger = init_logger("vllm." + __name__)
 
 #: caches that the engine reports; those of the front-end are counted where they are exported
 ENGINE_CACHES = [name for name, bound in CLIENT_CACHES.items() if bound.process == "engine"]
-
-
-@dataclass
-class StepCounts:
-    """Summed over the requests of the steps since the last report."""
-
-    denoising_steps: int = 0
-    canvas_positions: int = 0
-    committed_tokens: int = 0
-    rows_recomputed: int = 0
-    rows_live: int = 0
-    rows_dense: int = 0
-    refresh_steps: int = 0
-    kv_bytes_read: int = 0
-    kv_bytes_dense: int = 0
-    lowered_steps: int = 0
-    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of the engine, as of the last step; {}: no step
-
-    def pack(self) -> SpecDecodingStats:
-        *counts, _ = (getattr(self, each.name) for each in fields(self))
-        caches = [number for name in ENGINE_CACHES for number in self.caches[name]] if self.caches else []
-        return SpecDecodingStats(0, *counts[:3], num_accepted_tokens_per_pos=[*counts[3:], *caches])
-
-    @classmethod
-    def unpack(cls, stats: SpecDecodingStats) -> "StepCounts":
-        packed = stats.num_accepted_tokens_per_pos
-        counts, caches = packed[: len(OWN_COUNTERS)], packed[len(OWN_COUNTERS) :]
-        pairs = zip(caches[::2], caches[1::2], strict=True)
-        of_caches = dict(zip(ENGINE_CACHES, map(CacheUsage._make, pairs), strict=bool(caches)))
-        first = (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
-        return replace(cls(*first, *counts), caches=of_caches)
-
 
 #: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
 OWN_COUNTERS = {
@@ -90,8 +65,13 @@ class CachesProm:
                 self.evicted[engine, name] = evictions
 
 
+def spec_decoding_stats(counts: StepCounts) -> SpecDecodingStats:
+    """The counts for which vLLM has names, as its classes for diffusion models take them"""
+    return SpecDecodingStats(0, counts.denoising_steps, counts.canvas_positions, counts.committed_tokens)
+
+
 class DiffusionProm:
-    """Replaces a PrometheusStatLogger's SpecDecodingProm: vLLM's counters under diffusion's names, and ours."""
+    """Counters of denoising: vLLM's under the names it has for diffusion models, and ours"""
 
     def __init__(self, logger: PrometheusStatLogger):
         labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
@@ -102,9 +82,8 @@ class DiffusionProm:
         }
         self.caches = CachesProm(logger)
 
-    def observe(self, stats: SpecDecodingStats, engine_idx: int = 0) -> None:
-        self.vllm.observe(stats, engine_idx)
-        counts = StepCounts.unpack(stats)
+    def observe(self, counts: StepCounts, engine_idx: int) -> None:
+        self.vllm.observe(spec_decoding_stats(counts), engine_idx)
         self.caches.observe(counts.caches, engine_idx)
         for name, engines in self.own.items():
             engines[engine_idx].inc(getattr(counts, name))
@@ -120,7 +99,7 @@ PAGE_COUNTERS = {
 
 
 class PagesProm:
-    """In the place of a PrometheusStatLogger's KVConnectorProm, whose statistics carry the counts."""
+    """Counters of page-sparse attention"""
 
     def __init__(self, logger: PrometheusStatLogger):
         labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
@@ -129,58 +108,72 @@ class PagesProm:
             for field, (name, documentation) in PAGE_COUNTERS.items()
         }
 
-    def observe(self, stats: dict, engine_idx: int = 0) -> None:
-        for name, count in stats[COUNTS].items():
+    def observe(self, counts: PageCounts, engine_idx: int) -> None:
+        for name, count in asdict(counts).items():
             self.counters[name][engine_idx].inc(count)
 
 
 class PagesLogging:
-    """Likewise of a LoggingStatLogger: a line per interval in which something was decoded."""
+    """A log line per interval in which something was decoded, summed over the engines"""
 
-    def __init__(self, _logger: LoggingStatLogger):
-        self.totals = dict.fromkeys(PAGE_COUNTERS, 0)
+    def __init__(self) -> None:
+        self.total = PageCounts()
 
-    def observe(self, stats: dict) -> None:
-        for name, count in stats[COUNTS].items():
-            self.totals[name] += count
+    def observe(self, counts: PageCounts) -> None:
+        self.total.add(counts)
 
     def log(self, log_fn=logger.info) -> None:
-        if seen := self.totals["pages_seen"]:
-            rows = self.totals["sparse_rows"] + self.totals["dense_rows"]
-            log_fn(
-                "Sparse attention: %.1f%% of the pages read, %.1f%% of the rows sparse",
-                100 * self.totals["pages_read"] / seen, 100 * self.totals["sparse_rows"] / rows,
-            )  # fmt: skip
-        self.totals = dict.fromkeys(PAGE_COUNTERS, 0)
+        total, self.total = self.total, PageCounts()
+        if total.pages_seen:
+            rows = total.sparse_rows + total.dense_rows
+            pages, sparse = 100 * total.pages_read / total.pages_seen, 100 * total.sparse_rows / rows
+            log_fn("Sparse attention: %.1f%% of the pages read, %.1f%% of the rows sparse", pages, sparse)
 
 
-def _diffusion(vllm_config) -> bool:
-    return is_diffusion_lm(vllm_config.model_config)
+class EnvelopeStatLogger(AggregateStatLoggerBase):
+    """Logs and exports what arrives in envelopes. One for all engines of a front-end"""
+
+    def __init__(self, vllm_config, engine_indexes: list[int], exporter: PrometheusStatLogger, logs: bool):
+        """`exporter`: vLLM's, which knows the classes and labels of metrics; `logs`: whether vLLM writes log lines"""
+        diffusion = is_diffusion_lm(vllm_config.model_config)
+        self.diffusion = DiffusionProm(exporter) if diffusion else None
+        self.pages = PagesProm(exporter) if not diffusion else None
+        self.diffusion_log = SpecDecodingLogging(is_diffusion=True) if logs and diffusion else None
+        self.pages_log = PagesLogging() if logs and not diffusion else None
+
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0) -> None:
+        if (envelope := envelope_in(scheduler_stats)) is None:
+            return
+        if (steps := envelope.steps) is not None and self.diffusion is not None:
+            self.diffusion.observe(steps, engine_idx)
+            if self.diffusion_log is not None:
+                self.diffusion_log.observe(spec_decoding_stats(steps))
+        if (pages := envelope.pages) is not None and self.pages is not None:
+            self.pages.observe(pages, engine_idx)
+            if self.pages_log is not None:
+                self.pages_log.observe(pages)
+
+    def log(self) -> None:
+        for own in (self.diffusion_log, self.pages_log):
+            if own is not None:
+                own.log(log_fn=logger.info)
+
+    def log_engine_initialized(self) -> None: ...
 
 
-def _chooses(vllm_config) -> bool:
-    return selection_of(vllm_config) is not None
-
-
-def logging_init(init):
-    return _then(
-        init,
-        (_diffusion, "spec_decoding_logging", lambda _: SpecDecodingLogging(is_diffusion=True)),
-        (_chooses, "kv_connector_logging", PagesLogging),
-    )
-
-
-def prometheus_init(init):
-    return _then(init, (_diffusion, "spec_decoding_prom", DiffusionProm), (_chooses, "kv_connector_prom", PagesProm))
-
-
-def _then(init, *replacements: tuple[Callable, str, Callable]):
-    """`init`, and after it: (for which configurations, attribute, what makes it of the logger)"""
-
+def stat_loggers(init):
     def init_with_dlm(self, vllm_config, *args, **kwargs):
         init(self, vllm_config, *args, **kwargs)
-        for applies, attribute, make in replacements:
-            if applies(vllm_config):
-                setattr(self, attribute, make(self))
+        if is_diffusion_lm(vllm_config.model_config) or selection_of(vllm_config) is not None:
+            exporter = next(each for each in self.stat_loggers if isinstance(each, PrometheusStatLogger))
+            logs = any(map(writes_log, self.stat_loggers))
+            self.stat_loggers.append(EnvelopeStatLogger(vllm_config, self.engine_indexes, exporter, logs))
 
     return init_with_dlm
+
+
+def writes_log(stat_logger: AggregateStatLoggerBase) -> bool:
+    """Whether it is one of vLLM's that write log lines"""
+    if isinstance(stat_logger, PerEngineStatLoggerAdapter):
+        return any(isinstance(each, LoggingStatLogger) for each in stat_logger.per_engine_stat_loggers.values())
+    return isinstance(stat_logger, LoggingStatLogger)

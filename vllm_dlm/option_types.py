@@ -9,11 +9,11 @@ import typing
 from functools import cache, partial, reduce
 from operator import or_
 from types import NoneType, UnionType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vllm_dlm.shown import shown
+from vllm_dlm.shown import short, shown
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 #: bound on the magnitude of integers: no engine counts that far, and larger ones overflow in numpy and torch
@@ -21,11 +21,20 @@ LARGEST = 2**62
 
 
 class OptionError(ValueError):
-    """A value that is not supported. `field` is the name that the caller used."""
+    """A value that is not supported. `field` is the name that the caller used, `value` the value if it is known."""
 
-    def __init__(self, field: str, message: str):
+    def __init__(self, field: str, message: str, value: Any = None):
         super().__init__(message)
-        self.field = field
+        self.field, self.value = field, value
+
+
+def reject(field: str, value: Any, why: str) -> NoReturn:
+    raise OptionError(field, unsupported(field, value, why), value)
+
+
+def unsupported(field: str, value: Any, why: str) -> str:
+    """The message about a value that cannot be used"""
+    return f"{short(field)}: {shown(value)} cannot be honoured, {why}"
 
 
 def typed(cls: type, field: str, value: Any, where: str) -> Any:

@@ -51,8 +51,8 @@ def serve(llm, requests: int, seed: int) -> Ends:
         width = BLOCKS[number % len(BLOCKS)]
         # At least one whole block is left: whether a shorter rest is filled or refused is not what is tested here.
         prompt = rng.randint(longest - width - NEAR, longest // width * width - width)
-        extra = {"dlm_block_length": width, "dlm_algorithm": rng.choice(decodings), "dlm_threshold": "none"}
-        if extra["dlm_algorithm"] == "token_editing":
+        extra = {"dlm_block_length": width, "dlm_decoding": rng.choice(decodings), "dlm_threshold": "none"}
+        if extra["dlm_decoding"] == "token_editing":
             extra["dlm_threshold"] = 0.7
         params = SamplingParams(
             temperature=rng.choice((0, 1.0)), seed=number, ignore_eos=True, extra_args=extra,

@@ -16,7 +16,7 @@ FIELDS = (
     "user",
 )  # fmt: skip
 OPTIONS = (
-    "dlm_steps", "dlm_block_length", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
+    "dlm_steps", "dlm_block_length", "dlm_decoding", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
     "dlm_cfg_scale", "dlm_suppress_eos", "dlm_eps", "dlm_algorithm_temperature", "dlm_nothing",
 )  # fmt: skip
 PATHS = (

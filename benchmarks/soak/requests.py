@@ -194,7 +194,7 @@ def _given(rng: random.Random, model: Model, prompt: list[int], length: int) -> 
         cut = len(prompt) - edgy(rng, len(prompt) - 1)
         prompt, extra["dlm_suffix"] = prompt[:cut], prompt[cut:]
     if rng.random() < 0.1:
-        extra["dlm_draft"] = [rng.randrange(model.vocab_size) for _ in range(rng.choice((1, length)))]
+        extra["dlm_start"] = [rng.randrange(model.vocab_size) for _ in range(rng.choice((1, length)))]
         if rng.random() < 0.7:
             extra["dlm_remask"] = rng.choice(SHARES)
     if rng.random() < 0.1:
@@ -218,7 +218,7 @@ def _options(rng: random.Random, server, length: int) -> dict:
         extra["dlm_selection"] = server.selection.name  # with the server's own fields
     if rng.random() < 0.3:
         extra[WINDOW] = rng.choice((0, *INTEGERS))
-    cls = methods("decoding")[extra.get("dlm_algorithm", server.decoding.name).partition("/")[0]]
+    cls = methods("decoding")[extra.get("dlm_decoding", server.decoding.name).partition("/")[0]]
     for member in _fields(cls):
         if rng.random() < (0.5 if member in ("steps", "block_length") else 0.12):
             extra[f"dlm_{member}"] = drawn_value(rng, cls, member)

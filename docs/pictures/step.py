@@ -18,7 +18,7 @@ class Box(NamedTuple):
 
 BOXES = {
     "scheduler": Box(
-        0.2, 7.9, 3.9, 1.5, BLUE, "engine/scheduler.py",
+        0.2, 7.9, 3.9, 1.5, BLUE, "integration/scheduler",
         "canvas.plan: rows of the next step,\n"
         "as many canvases as the budget holds",
     ),
@@ -28,7 +28,7 @@ BOXES = {
         "blocks of the KV cache",
     ),
     "runner": Box(
-        0.2, 5.5, 3.9, 1.5, BLUE, "engine/runner.py, denoiser.py",
+        0.2, 5.5, 3.9, 1.5, BLUE, "runner.py, engine/denoiser.py",
         "the same canvas, the same plan:\n"
         "one stream each, two with guidance",
     ),

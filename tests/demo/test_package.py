@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dlm.demo import client
+from vllm_dlm import client
 from vllm_dlm.demo.questions import questions
 from vllm_dlm.demo.server import Server, ServerError
 

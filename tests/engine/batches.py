@@ -37,7 +37,7 @@ def mixed_requests(count: int = 32, seed: int = 0):
         blocks = -(-length // block)
         algorithm = ALGORITHMS[index % len(ALGORITHMS)]
         extra = {
-            "dlm_algorithm": algorithm,
+            "dlm_decoding": algorithm,
             "dlm_block_length": block,
             "dlm_steps": rng.randint(blocks, max(blocks, length)),
         }

@@ -26,7 +26,7 @@ def combinations(selection: str):
     for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), reuses)):
         length = rng.randint(4, 12)
         chosen = "none" if index % 5 == 4 else selection
-        extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 6}
+        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 6}
         extent = small("extent", extents[index % len(extents)])
         extra["dlm_extent"] = extent["name"]
         if "window" in extent:

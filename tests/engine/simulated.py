@@ -12,11 +12,11 @@ import numpy as np
 
 from tests.engine.test_holes import EOS, MASK, SIZE
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.engine.head import HeadRequest
 from vllm_dlm.engine.readers import Readers
 from vllm_dlm.engine.request import Denoising, Logprobs, Sampling
-from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.reuse.base import RowShape

@@ -47,7 +47,7 @@ def test_recorded_run(engines, name):
     """Token for token, and step for step what the block was; no step is made to commit a block."""
     run, arrays = RUNS[name], recorded(name)
     extra = {
-        "dlm_algorithm": "low_confidence_dynamic", "dlm_steps": run["steps"], "dlm_block_length": run["B"],
+        "dlm_decoding": "low_confidence_dynamic", "dlm_steps": run["steps"], "dlm_block_length": run["B"],
         "dlm_threshold": "none" if run["threshold"] > 1 else run["threshold"],
     }  # fmt: skip
     ends = name.startswith("llada20")  # SDAR's loop was told of none
@@ -70,7 +70,7 @@ def test_recorded_run(engines, name):
 def test_recorded_run_with_edits(engines, name):
     run, arrays = RUNS[name], recorded(name)
     extra = {
-        "dlm_algorithm": "token_editing", "dlm_block_length": run["B"], "dlm_threshold": run["threshold"],
+        "dlm_decoding": "token_editing", "dlm_block_length": run["B"], "dlm_threshold": run["threshold"],
         "dlm_editing_threshold": run["editing_threshold"], "dlm_max_post_steps": run["max_post_steps"],
     }  # fmt: skip
     params = SamplingParams(
@@ -94,10 +94,10 @@ def mixed(count: int, most: int = 40):
     rng = random.Random(5)
     names = sorted(filter(allowed, methods("decoding")))
     for index in range(count):
-        extra = {"dlm_algorithm": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
+        extra = {"dlm_decoding": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
         if index % 5 == 2:
             extra["dlm_cfg_scale"] = 0.7
-        if methods("decoding")[extra["dlm_algorithm"]].random_order:
+        if methods("decoding")[extra["dlm_decoding"]].random_order:
             extra["dlm_threshold"] = "none"  # which servers may have
         elif index % 4 == 1:
             extra["dlm_threshold"] = 0.05
@@ -172,7 +172,7 @@ def test_memory_grows_by_blocks(engines):
         ("dlm_reuse", {"dlm_reuse": "fast_dllm"}),
         ("dlm_extent", {"dlm_extent": "window"}),
         ("dlm_extent", {"dlm_window": 3}),
-        ("dlm_algorithm", {"dlm_algorithm": "wino"}),
+        ("dlm_decoding", {"dlm_decoding": "wino"}),
         ("dlm_block_length", {"dlm_block_length": "none"}),
     ],
 )

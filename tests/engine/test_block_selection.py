@@ -24,7 +24,7 @@ def mixed(count: int, seed: int = 4):
     names = sorted(name for name, method in methods("decoding").items() if not method.revokes)
     for index in range(count):
         name = names[index % len(names)]
-        extra = {"dlm_algorithm": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}
+        extra = {"dlm_decoding": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}
         if methods("decoding")[name].random_order:
             extra["dlm_threshold"] = "none"
         if index % 7 == 3:

@@ -16,13 +16,13 @@ from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
+from vllm_dlm.configuration import resolved_options
 from vllm_dlm.engine import canvas_attention
 from vllm_dlm.engine.buckets import ROWS, bucket_of, has_budget
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.cuda_graphs import repeated
 from vllm_dlm.engine.forward import denoise_live
-from vllm_dlm.engine.warm_up import steady_stream, warm_up
-from vllm_dlm.integration.registration import resolved_options
+from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options, server_options

@@ -9,8 +9,9 @@ import torch
 
 from tests.engine.matrix import small
 from tests.engine.running import runner_of
-from vllm_dlm.engine import canvas_attention, warm_up
+from vllm_dlm.engine import canvas_attention
 from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
+from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.methods import methods
 
 pytest.importorskip("triton")

@@ -46,7 +46,7 @@ def reference(llm, algorithm: str, top_p: float, top_k: int) -> tuple[list[int],
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (1.0, 5), (0.7, 8)])
 def test_the_order_is_that_of_the_filtered_confidence(engines, algorithm, top_p, top_k):
     llm = engines("dream-tiny")
-    options = {"dlm_algorithm": algorithm, "dlm_top_p": top_p, "dlm_top_k": top_k}
+    options = {"dlm_decoding": algorithm, "dlm_top_p": top_p, "dlm_top_k": top_k}
     params = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, extra_args=options)
     (output,) = llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
     wanted, order = reference(llm, algorithm, top_p, top_k)

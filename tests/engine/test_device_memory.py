@@ -15,7 +15,6 @@ from tests.engine.test_failures import PLACES, ask, outputs, poisoned
 from tests.engine.test_selection import SMALL
 from vllm_dlm.automaton import built
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine import runner as runner_module
 from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.engine.captured import TABLES, CapturedSteps
@@ -30,6 +29,7 @@ from vllm_dlm.engine.readers import Readers
 from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.engine.selected_keys import ChoicePool, View
 from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
+from vllm_dlm.integration.worker import runner as runner_module
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM

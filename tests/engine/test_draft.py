@@ -17,7 +17,7 @@ SPARSE = sorted(name for name, selection in methods("selection").items() if sele
 
 
 def request(prompt, draft, length: int, **options):
-    extra = {"dlm_draft": draft} | options
+    extra = {"dlm_start": draft} | options
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, extra_args=extra)
     return {"prompt_token_ids": prompt}, params
 
@@ -30,7 +30,7 @@ def test_as_by_hand(engines, checkpoint, behind):
     config = llm.model_config.hf_config
     prompt, draft, suffix = ([rng.randrange(390) for _ in range(count)] for count in (9, 12, behind))
     asked = request(
-        prompt, draft, 16, dlm_remask=1 / 3, dlm_suffix=suffix, dlm_algorithm="low_confidence", dlm_block_length=8
+        prompt, draft, 16, dlm_remask=1 / 3, dlm_suffix=suffix, dlm_decoding="low_confidence", dlm_block_length=8
     )
     canvas = prompt + draft + [config.mask_token_id] * 4 + suffix
     probs = probabilities(llm, canvas, config.logits_shift)
@@ -48,7 +48,7 @@ def test_nothing_doubted_and_everything(engines, checkpoint):
     prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
     kept, anew, plain = (request(prompt, draft, 12, dlm_remask=0), request(prompt, draft, 12, dlm_remask=1),
                          request(prompt, draft, 12))  # fmt: skip
-    del plain[1].extra_args["dlm_draft"]
+    del plain[1].extra_args["dlm_start"]
     same, other, without = tokens(llm, [kept, anew, plain])
     assert same == tuple(draft) and other == without
 
@@ -57,7 +57,7 @@ def test_a_draft_is_edited(engines):
     """`token_editing` changes what stands without masks."""
     llm, rng = engines("llada-tiny"), random.Random(3)
     prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
-    edited = request(prompt, draft, 12, dlm_remask=0, dlm_algorithm="token_editing", dlm_editing_threshold=0.0)
+    edited = request(prompt, draft, 12, dlm_remask=0, dlm_decoding="token_editing", dlm_editing_threshold=0.0)
     assert tokens(llm, [edited]) != [tuple(draft)]
 
 
@@ -67,13 +67,13 @@ def mixed(selection: str):
     decodings = sorted(methods("decoding"))
     for index in range(max(len(decodings), len(POLICIES)) + 4):
         extra = {
-            "dlm_algorithm": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
             "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
         }  # fmt: skip
         length = rng.randint(4, 14)
         if index % 3:
             draft = [rng.randrange(390) for _ in range(rng.randint(1, length))]
-            extra |= {"dlm_draft": draft, "dlm_remask": rng.choice([0, 0.3, 0.7, 1])}
+            extra |= {"dlm_start": draft, "dlm_remask": rng.choice([0, 0.3, 0.7, 1])}
         if index % 4 == 1:
             extra["dlm_suffix"] = [rng.randrange(390) for _ in range(9)]
         if index % 7 == 3:
@@ -134,7 +134,7 @@ def test_wino_judges_what_stays(engines):
     llm, rng = engines("llada-tiny"), random.Random(5)
     prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 48))
     for remask in (0, 0.05):
-        judged = {"dlm_remask": remask, "dlm_algorithm": "wino", "dlm_block_length": 48, "dlm_tau1": 0.02}
+        judged = {"dlm_remask": remask, "dlm_decoding": "wino", "dlm_block_length": 48, "dlm_tau1": 0.02}
         (kept,) = tokens(llm, [request(prompt, draft, 48, dlm_tau2=0.0, **judged)])
         (anew,) = tokens(llm, [request(prompt, draft, 48, dlm_tau2=1.0, **judged)])
         assert sum(a != b for a, b in zip(anew, draft, strict=True)) > 10
@@ -142,14 +142,14 @@ def test_wino_judges_what_stays(engines):
 
 
 REFUSED = {
-    "a share": ({"dlm_draft": [5], "dlm_remask": 1.5}, "dlm_remask: 1.5 is not valid, it must be between 0 and 1"),
-    "words": ({"dlm_draft": [5], "dlm_remask": "half"}, "dlm_remask: 'half' is not valid, it must be"),
-    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a draft, give dlm_draft"),
-    "no text": ({"dlm_draft": 5}, "dlm_draft: 5 is not valid, it must be str or a list of int"),
-    "no token": ({"dlm_draft": [10**6]}, "dlm_draft: 1000000 cannot be honoured, token ids are those from 0 to"),
-    "too long": ({"dlm_draft": [5] * 9}, "max_tokens: 8 cannot be honoured, the draft has 9 tokens"),
-    "a window": ({"dlm_draft": [5], "dlm_window": 3}, "dlm_extent: a draft is read as a whole"),
-    "a template": ({"dlm_draft": [5], "dlm_template": "[[3]]"}, "dlm_draft: (5,) cannot be honoured, a template says"),
+    "a share": ({"dlm_start": [5], "dlm_remask": 1.5}, "dlm_remask: 1.5 is not valid, it must be between 0 and 1"),
+    "words": ({"dlm_start": [5], "dlm_remask": "half"}, "dlm_remask: 'half' is not valid, it must be"),
+    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a starting text, give dlm_start"),
+    "no text": ({"dlm_start": 5}, "dlm_start: 5 is not valid, it must be str or a list of int"),
+    "no token": ({"dlm_start": [10**6]}, "dlm_start: 1000000 cannot be honoured, token ids are those from 0 to"),
+    "too long": ({"dlm_start": [5] * 9}, "max_tokens: 8 cannot be honoured, the starting text has 9 tokens"),
+    "a window": ({"dlm_start": [5], "dlm_window": 3}, "dlm_extent: a starting text is read as a whole"),
+    "a template": ({"dlm_start": [5], "dlm_template": "[[3]]"}, "dlm_start: (5,) cannot be honoured, a template says"),
 }  # fmt: skip
 
 
@@ -162,5 +162,5 @@ def test_refused(engines, extra, says):
 
 @pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
 def test_models_that_know_blocks_refuse_it(engines, checkpoint):
-    with pytest.raises(ValueError, match=r"dlm_draft.*a block sees nothing of what comes behind it"):
+    with pytest.raises(ValueError, match=r"dlm_start.*a block sees nothing of what comes behind it"):
         engines(checkpoint).generate([request([5], [6], 3)[0]], [request([5], [6], 3)[1]], use_tqdm=False)

@@ -8,7 +8,7 @@ from vllm import SamplingParams
 from tests.engine.running import Watching, core_of, runner_of, tokens
 from tests.engine.test_extent import SCARCE
 from tests.engine.test_lifecycle import add, finish
-from vllm_dlm.engine.scheduler import FULL
+from vllm_dlm.integration.scheduler.scheduler import FULL
 
 
 class Canvases(Watching):
@@ -27,7 +27,7 @@ def given(count: int, drafts: int, new: int = 24, **more):
     rng = random.Random(count)
     for _ in range(count):
         extra = {
-            "dlm_algorithm": "freedave", "dlm_drafts": drafts, "dlm_reuse": "fast_dllm/dual", "dlm_block_length": 8,
+            "dlm_decoding": "freedave", "dlm_drafts": drafts, "dlm_reuse": "fast_dllm/dual", "dlm_block_length": 8,
         }  # fmt: skip
         params = SamplingParams(
             temperature=0, max_tokens=rng.randint(1, new), ignore_eos=True, detokenize=False, extra_args=extra | more
@@ -96,7 +96,7 @@ def test_preemption(engines):
 def test_what_drafts_take_is_refused_by_name(engines):
     llm = engines("llada-tiny", **SCARCE)
     params = SamplingParams(
-        max_tokens=100, extra_args={"dlm_algorithm": "freedave", "dlm_drafts": 64, "dlm_reuse": "fast_dllm/dual"}
+        max_tokens=100, extra_args={"dlm_decoding": "freedave", "dlm_drafts": 64, "dlm_reuse": "fast_dllm/dual"}
     )
     with pytest.raises(ValueError, match="dlm_drafts: 64 cannot be honoured, a canvas of 101 tokens takes 7 blocks"):
         tokens(llm, [({"prompt_token_ids": [7]}, params)])

@@ -67,7 +67,7 @@ def test_a_step_in_which_nothing_is_filled(engines, reuse, seed):
     llm = engines("dream-tiny")
     params = SamplingParams(
         temperature=0, max_tokens=16, ignore_eos=True, seed=seed, detokenize=False,
-        extra_args={"dlm_algorithm": "origin", "dlm_reuse": reuse, "dlm_block_length": 8},
+        extra_args={"dlm_decoding": "origin", "dlm_reuse": reuse, "dlm_block_length": 8},
     )  # fmt: skip
     (output,) = llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)
     (given,) = output.outputs
@@ -128,7 +128,7 @@ def test_a_request_that_cannot_be_packed_fails_alone(llm, monkeypatch, order, ra
             raise IndexError("no such row")
         return numbers(self)
 
-    monkeypatch.setattr("vllm_dlm.engine.runner.get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr("vllm_dlm.integration.worker.runner.get_tensor_model_parallel_world_size", lambda: ranks)
     monkeypatch.setattr(Packing, "numbers", property(broken))
     given = outputs(llm, [requests[i] for i in order])
     for index, output in zip(order, given, strict=True):
@@ -179,7 +179,7 @@ def test_a_request_that_waits_can_fail(llm):
 def test_a_request_its_replica_cannot_hold_does_not_wait_for_ever(engines, monkeypatch, order):
     """The front-end of unequal replicas knows their average only, and lets it through."""
     tight = engines("llada-tiny", block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
-    monkeypatch.setattr("vllm_dlm.integration.requests.replica_blocks", lambda processor: None)
+    monkeypatch.setattr("vllm_dlm.request.served_model.ServedModel.replica_blocks", None)
     requests = [ask(240, dlm_reuse="dllm_cache", dlm_cfg_scale=1.0), ask(12)]
     alone = tokens(tight, requests[1:])
     given = outputs(tight, [requests[i] for i in order])
@@ -196,7 +196,7 @@ def test_a_block_that_never_ends_is_given_up(llm):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cls, "choose", lambda self, proposal, turn, rng: np.zeros(0, np.int64))
         patch.setattr(cls, "threshold", 0.5)  # steps are not scheduled, the last one fills nothing either
-        given = outputs(llm, [ask(8, dlm_algorithm="topk_margin", dlm_threshold=0.5), ask(8)])
+        given = outputs(llm, [ask(8, dlm_decoding="topk_margin", dlm_threshold=0.5), ask(8)])
     assert [output.finish_reason for output in given] == ["error", "length"]
     assert "block 0 is not finished after" in given[0].stop_reason and "topk_margin" in given[0].stop_reason
 
@@ -229,7 +229,7 @@ def test_logits_that_are_no_numbers_name_where_they_come_from(llm, place, reuse)
     (model,) = llm.collective_rpc(lambda worker: worker.model_runner.model)
     for algorithm in ("low_confidence", "entropy"):
         with poisoned(PLACES[place](model).data):
-            (output,) = outputs(llm, [ask(dlm_reuse=reuse, dlm_algorithm=algorithm)])
+            (output,) = outputs(llm, [ask(dlm_reuse=reuse, dlm_decoding=algorithm)])
         assert output.finish_reason == "error" and not output.token_ids
         assert output.stop_reason.endswith(place)
 

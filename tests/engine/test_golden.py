@@ -34,7 +34,7 @@ OPTION = {  # the reference functions' parameter names
     "steps": "dlm_steps",
     "block_length": "dlm_block_length",
     "eps": "dlm_eps",
-    "alg": "dlm_algorithm",
+    "alg": "dlm_decoding",
     "threshold": "dlm_threshold",
     "cfg_scale": "dlm_cfg_scale",
     "logits_eos_inf": "dlm_suppress_eos",
@@ -46,8 +46,8 @@ def requests_of(name: str, run: dict):
     """(prompt, parameters, expected response) of every row of a run."""
     params, tensors = run["params"], golden_tensors(name)
     options = {OPTION[key]: value for key, value in params.items() if key in OPTION and value is not None}
-    if options.get("dlm_algorithm") == "confidence_threshold":
-        options["dlm_algorithm"] = "maskgit_plus"  # Fast-dLLM ranks by probability under a threshold
+    if options.get("dlm_decoding") == "confidence_threshold":
+        options["dlm_decoding"] = "maskgit_plus"  # Fast-dLLM ranks by probability under a threshold
     if "factor" in name:
         options["dlm_factor"] = 1.0
     length = params.get("gen_length", params.get("max_new_tokens"))

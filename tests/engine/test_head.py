@@ -46,7 +46,7 @@ def test_chunks_change_nothing(weight, temperature, algorithm):
     hidden = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(1))
     results = []
     for max_logits in (1 << 30, 7 * VOCABULARY):
-        requests = [request(60, 0, temperature, dlm_algorithm=algorithm), request(40, 60, dlm_algorithm=algorithm)]
+        requests = [request(60, 0, temperature, dlm_decoding=algorithm), request(40, 60, dlm_decoding=algorithm)]
         largest = run(weight, hidden, requests, max_logits)
         assert largest <= max_logits
         results.append(requests)
@@ -84,7 +84,7 @@ def test_the_mask_is_never_proposed(weight, algorithm, temperature):
     """A model that finds the mask most likely still fills the position, with the next token."""
     hidden = weight[0].expand(4, WIDTH) * 9  # the mask's own row: its logit is the largest by far
     assert ((hidden @ weight.T).argmax(-1) == 0).all()
-    asked = request(4, 0, temperature, dlm_algorithm=algorithm)
+    asked = request(4, 0, temperature, dlm_decoding=algorithm)
     run(weight, hidden, [asked], 1 << 30)
     assert (asked.proposal.token != 0).all() and np.isfinite(asked.proposal.prob).all()
 

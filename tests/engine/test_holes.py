@@ -15,7 +15,7 @@ from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
 from vllm_dlm.engine import filling
 from vllm_dlm.engine.allowed import rule_out_others, table
 from vllm_dlm.engine.holes import Holes
-from vllm_dlm.template import Hole, Part, TemplateBounds, TemplateError, parse
+from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 TEXTS = [
     None, None, "a", "b", "ab", "red", "re", "d", "green", "gr", "een", '"', "\\", "\\n", '\\"', "\n", "\\u00e9", "\\u",

@@ -53,7 +53,7 @@ def test_as_by_hand(engines, checkpoint, behind):
     llm, rng = engines(checkpoint), random.Random(behind)
     mask = llm.model_config.hf_config.mask_token_id
     prompt, suffix = ([rng.randrange(390) for _ in range(count)] for count in (9, behind))
-    asked = request(prompt, suffix, 12, dlm_algorithm="low_confidence", dlm_block_length=6)
+    asked = request(prompt, suffix, 12, dlm_decoding="low_confidence", dlm_block_length=6)
     canvas = prompt + [mask] * 12 + suffix
     want = most_probable_first(llm, canvas, (len(prompt), len(prompt) + 12), 6)
     assert tokens(llm, [asked]) == [tuple(want)]
@@ -72,7 +72,7 @@ def mixed(selection: str):
     decodings, extents = sorted(methods("decoding")), sorted(methods("extent"))
     for index in range(max(len(decodings), 2 * len(POLICIES))):
         extra = {
-            "dlm_algorithm": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
             "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
             "dlm_extent": extents[index // 2 % len(extents)],
         }  # fmt: skip

@@ -55,7 +55,7 @@ def mixed(count: int, seed: int = 1):
     names = sorted(name for name, method in methods("decoding").items() if not method.revokes)
     for index in range(count):
         name, width = names[index % len(names)], rng.choice([4, 4, 8, 32, 32, 5, 64])
-        extra = {"dlm_algorithm": name, "dlm_block_length": width}
+        extra = {"dlm_decoding": name, "dlm_block_length": width}
         if methods("decoding")[name].random_order:
             extra["dlm_threshold"] = "none"
         if index % 9 == 4:

@@ -86,7 +86,7 @@ def assert_fast_run(llm, golden_runs, name: str) -> None:
     else:
         options["dlm_steps"] = params["steps"]
     if name.startswith("dream"):
-        options["dlm_algorithm"] = "maskgit_plus"
+        options["dlm_decoding"] = "maskgit_plus"
     prompt, final = tensors["prompt"][0], tensors["final"][0]
     sampling = SamplingParams(
         temperature=0, max_tokens=len(final) - len(prompt), ignore_eos=True, detokenize=False, extra_args=options

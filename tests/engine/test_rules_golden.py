@@ -34,7 +34,7 @@ def answered(engines, run: dict, prompt: torch.Tensor, algorithm: str, **fields)
     params = SamplingParams(
         temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False,
         extra_args={
-            "dlm_algorithm": algorithm, "dlm_block_length": run["block"],
+            "dlm_decoding": algorithm, "dlm_block_length": run["block"],
             **{f"dlm_{key}": "none" if value is None else value for key, value in fields.items()},
         },
     )  # fmt: skip
@@ -163,7 +163,7 @@ def test_suffix_window(engines, name):
         extra |= {"dlm_threshold": run["threshold"], "dlm_threshold_decay": run["alpha"]}
     if run["family"] == "dream":
         # what Dream's code takes where nobody says otherwise
-        extra |= {"dlm_algorithm": "maskgit_plus", "dlm_top_k": 50}
+        extra |= {"dlm_decoding": "maskgit_plus", "dlm_top_k": 50}
     params = SamplingParams(
         temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
         stop_token_ids=[run["eos_id"]] if run["eos_exit"] else None,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.engine.simulated import CONFIDENCE, Case, Run
 from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
-from vllm_dlm.given import NO_LAYOUT, Layout
+from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
 
@@ -28,7 +28,7 @@ DECODINGS = sorted(methods("decoding"))
 
 @st.composite
 def fields_of(draw, name: str, block_length: int | None) -> dict:
-    extra = {"dlm_algorithm": name, "dlm_block_length": "none" if block_length is None else block_length}
+    extra = {"dlm_decoding": name, "dlm_block_length": "none" if block_length is None else block_length}
     for field, values in FIELDS.items():
         if hasattr(methods("decoding")[name], field) and draw(st.booleans()):
             extra[f"dlm_{field}"] = draw(values)

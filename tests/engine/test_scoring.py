@@ -66,7 +66,7 @@ def test_what_a_model_writes_is_scored_as_it_was_written(engines, checkpoint):
     """From the left, one token a step: the log-probabilities of generation, all of them of the best token."""
     llm, (contexts, _) = engines(checkpoint), pairs(6, seed=2)
     mask_id = runner_of(llm).model_config.hf_config.mask_token_id
-    extra = {"dlm_algorithm": "sequential", "dlm_threshold": "none"}
+    extra = {"dlm_decoding": "sequential", "dlm_threshold": "none"}
     if FAMILIES[runner_of(llm).model_config.architecture].attention == "full":
         extra["dlm_block_length"] = "none"
     params = SamplingParams(
@@ -266,5 +266,5 @@ def test_nothing_in_dlm_score_reaches_the_engine_unchecked(engines, checkpoint, 
 
 def test_a_score_is_no_method_of_generation():
     server = server_options(None, "low_confidence")
-    with pytest.raises(OptionError, match=r"^dlm_algorithm: 'score' is unknown"):
-        request_options(server, {"dlm_algorithm": "score"})
+    with pytest.raises(OptionError, match=r"^dlm_decoding: 'score' is unknown"):
+        request_options(server, {"dlm_decoding": "score"})

@@ -20,7 +20,7 @@ from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.wino import AT_FIRST, Wino
 
 #: with which random models fill several tokens at once and take some back
-EAGER = {"dlm_algorithm": "wino", "dlm_tau1": 0.02, "dlm_tau2": 0.4, "dlm_block_length": 12}
+EAGER = {"dlm_decoding": "wino", "dlm_tau1": 0.02, "dlm_tau2": 0.4, "dlm_block_length": 12}
 
 
 def request(rng: random.Random, extra: dict, length: int = 24, **fields):
@@ -58,11 +58,11 @@ def test_every_policy_extent_and_selection_in_one_batch(engines, checkpoint):
     for index, (reuse, selection) in enumerate(product(POLICIES, ["none", "unique"])):
         extra = {"dlm_reuse": reuse, "dlm_selection": selection}
         extra |= [{}, {"dlm_cfg_scale": 0.5}, {"dlm_window": 2}][index % 3]
-        extra |= {"dlm_algorithm": "low_confidence", "dlm_tau1": None, "dlm_tau2": None} if index % 5 == 4 else {}
+        extra |= {"dlm_decoding": "low_confidence", "dlm_tau1": None, "dlm_tau2": None} if index % 5 == 4 else {}
         sampled = {"temperature": 0.7, "seed": index} if index % 4 == 3 else {}
         given.append(request(rng, {key: value for key, value in extra.items() if value is not None}, **sampled))
     for _, params in given:  # of another decoding, which has no such fields
-        if params.extra_args["dlm_algorithm"] != "wino":
+        if params.extra_args["dlm_decoding"] != "wino":
             for name in ("dlm_tau1", "dlm_tau2"):
                 params.extra_args.pop(name, None)
     with Commits(llm) as commits:
@@ -154,7 +154,7 @@ def test_what_is_filled_and_what_is_taken_back():
 
 
 def test_shadows_wait_for_nothing_on_a_gpu(monkeypatch):
-    given = states(4, {"dlm_algorithm": "wino", "dlm_reuse": "fast_dllm"})
+    given = states(4, {"dlm_decoding": "wino", "dlm_reuse": "fast_dllm"})
     with pretended(monkeypatch):
         watched = Step(given).run()
     launched = watched.of_layer(1)

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from tests.engine.pretended_gpu import GPU, Step, pretended, states
 from tests.engine.running import Recorder, runner_of
 from vllm_dlm.engine.layer import GroupLayer
-from vllm_dlm.engine.warm_up import STEPS
+from vllm_dlm.integration.worker.warm_up import STEPS
 from vllm_dlm.methods import methods
 
 #: launches of a layer between refreshes
@@ -72,7 +72,9 @@ def test_a_policy_that_cannot_run_is_told_at_the_start(engines, monkeypatch):
         yield
 
     told = []
-    monkeypatch.setattr("vllm_dlm.engine.warm_up.logger.warning", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(
+        "vllm_dlm.integration.worker.warm_up.logger.warning", lambda text, *args: told.append(text % args)
+    )
     monkeypatch.setattr(methods("reuse")["dyllm"], "layer", broken)
     runner_of(engines("llada-tiny")).warm_up()
     (line,) = told

@@ -66,7 +66,7 @@ def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
     llm, given = engines(checkpoint, additional_config=config), []
     extents = sorted(methods("extent"))
     for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), POLICIES)):
-        extra = {"dlm_algorithm": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 2 else 32}
+        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 2 else 32}
         extra["dlm_extent"] = extents[index % len(extents)]
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
@@ -84,7 +84,7 @@ def mixed(selection: str):
     decodings = sorted(methods("decoding"))
     for index in range(max(len(decodings), len(POLICIES)) + 4):
         extra = {
-            "dlm_algorithm": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
             "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
         }  # fmt: skip
         prompt = {"prompt_token_ids": [rng.randrange(6, 390) for _ in range(rng.randint(40, 70))]}
@@ -115,7 +115,7 @@ def test_as_by_hand(engines):
     tokenizer, mask = llm.get_tokenizer(), llm.model_config.hf_config.mask_token_id
     prompt, parts = [7, 8, 9, 30, 41], [tokenizer.encode(text, add_special_tokens=False) for text in ("ab", " c", "d")]
     canvas = [*prompt, *parts[0], *[mask] * 5, *parts[1], *[mask] * 3, *parts[2]]
-    extra = {"dlm_algorithm": "low_confidence", "dlm_block_length": 32}
+    extra = {"dlm_decoding": "low_confidence", "dlm_block_length": 32}
     given = [{"prompt_token_ids": prompt}], [params("ab[[5]] c[[3]]d", extra=extra)]
     (output,) = llm.generate(*given, use_tqdm=False)
     *got, end = output.outputs[0].token_ids

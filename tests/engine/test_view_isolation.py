@@ -19,7 +19,7 @@ SELECTION = sorted(name for name, selection in methods("selection").items() if s
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_fault_inside_an_engine(engines, monkeypatch, logged, name, at):
-    if at > 1 and name.endswith(("Trace.begins", "Seeing._attach", "Trajectories.take")):
+    if at > 1 and name.endswith(("Trace.begins", "StepRecorder._attach", "Trajectories.take")):
         at = 1  # called rarely
     llm = engines("llada-tiny", additional_config={"dlm": {"selection": small("selection", SELECTION)}})
     given = list(combinations(SELECTION))[::9]

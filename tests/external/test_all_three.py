@@ -54,17 +54,17 @@ def test_the_policy_lives_on_few_rows_and_skips_ffns(engines):
 def test_a_field_of_the_decoding_reaches_each_row(engines):
     """Two requests of one batch, one of which reads its confidences at a high temperature."""
     llm = engines("llada-tiny")
-    sharp, flat = (asked(dlm_algorithm="calibrated", dlm_calibration=value, dlm_threshold=0.9) for value in (0.05, 5.0))
+    sharp, flat = (asked(dlm_decoding="calibrated", dlm_calibration=value, dlm_threshold=0.9) for value in (0.05, 5.0))
     with Recorder(llm) as recorder:
         both = tokens(llm, [sharp, flat])
     steps = sorted(len(found) for found in recorder.steps.values())
     assert steps[0] < 24 == steps[1]  # a threshold that flat confidences never reach fills one position a step
     assert both == [tokens(llm, [request])[0] for request in (sharp, flat)]
-    plain = asked(dlm_algorithm="low_confidence")
-    assert tokens(llm, [asked(dlm_algorithm="calibrated")]) == tokens(llm, [plain])
+    plain = asked(dlm_decoding="low_confidence")
+    assert tokens(llm, [asked(dlm_decoding="calibrated")]) == tokens(llm, [plain])
 
 
 def test_wrong_fields_are_refused_by_name(engines):
     with pytest.raises(ValueError, match=r"dlm_calibration: -1\.0 is not valid, it must be greater than 0"):
-        tokens(engines("llada-tiny"), [asked(dlm_algorithm="calibrated", dlm_calibration=-1.0)])
+        tokens(engines("llada-tiny"), [asked(dlm_decoding="calibrated", dlm_calibration=-1.0)])
     assert "quest" in methods("selection")

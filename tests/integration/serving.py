@@ -12,7 +12,7 @@ import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_dlm.demo import client
+from vllm_dlm import client
 from vllm_dlm.demo import server as demo
 
 CHECKPOINT = demo.CHECKPOINT

@@ -11,11 +11,12 @@ from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.conftest import GOLDEN
+from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.config import DiffusionConfig
 from vllm_dlm.families.dream import FAMILY as DREAM
 from vllm_dlm.families.family import Family, imported
-from vllm_dlm.integration.registration import is_diffusion_lm, register_models
+from vllm_dlm.integration.registration import register_models
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.models.rope import RotaryTable
 from vllm_dlm.models.transformer import DiffusionLayer

@@ -32,7 +32,7 @@ def test_chat_is_greedy_without_sampling_parameters(llm):
 def test_options_ride_in_extra_args(llm):
     params = [
         greedy(extra_args={"dlm_block_length": 4}),
-        greedy(extra_args={"dlm_algorithm": "entropy", "dlm_steps": 16}),
+        greedy(extra_args={"dlm_decoding": "entropy", "dlm_steps": 16}),
         greedy(extra_args={"dlm_threshold": 0.9, "dlm_reuse": "none", "dlm_selection": "none"}),
     ]
     outputs = llm.generate([chat_text(COPY)] * 3, params, use_tqdm=False)
@@ -43,7 +43,7 @@ WRONG = {
     "dlm_stepz": {"extra_args": {"dlm_stepz": 4}},
     "dlm_steps": {"extra_args": {"dlm_steps": 0}},
     "dlm_block_length": {"extra_args": {"dlm_block_length": "8"}},
-    "dlm_algorithm": {"extra_args": {"dlm_algorithm": "nope"}},
+    "dlm_decoding": {"extra_args": {"dlm_decoding": "nope"}},
     "dlm_reuse": {"extra_args": {"dlm_reuse": "nope"}},
     "dlm_selection": {"extra_args": {"dlm_selection": None}},
     "dlm_threshold": {"extra_args": {"dlm_threshold": float("nan")}},

@@ -1,5 +1,6 @@
 """vLLM is changed in one place, once, and not at all where it is not the vLLM that was read."""
 
+import ast
 import importlib
 import json
 import os
@@ -13,9 +14,12 @@ import pytest
 from tests.integration.serving import WITHOUT_A_WORKER, vllm_environment
 from tests.page_sparse.models import write
 from vllm_dlm.integration import install
-from vllm_dlm.integration.patches import PATCHES, Patch, WhenImported, mismatch, owner_of, wrap
+from vllm_dlm.integration.patches import PATCHES, WRITES
+from vllm_dlm.integration.patching import Patch, WhenImported, mismatch, owner_of, wrap
 
 ROOT = Path(__file__).resolve().parents[2]
+#: set on objects that are not vLLM's: the configuration of transformers
+OF_OTHERS = {"eot_token_id"}
 
 
 class Theirs:
@@ -85,6 +89,32 @@ def test_installing_again_changes_nothing():
     install()
     assert [getattr(owner_of(row), row.name) for row in PATCHES] == before
     assert [finder for finder in sys.meta_path if isinstance(finder, WhenImported)] == finders
+
+
+# -- attributes that are set -----------------------------------------------------------------
+
+
+def written_attributes(path: Path) -> set[str]:
+    """Attributes of other objects than `self` that a file sets, and names of modules whose entries it sets"""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in (part for each in targets for part in getattr(each, "elts", [each])):
+            if isinstance(target, ast.Attribute) and not (
+                isinstance(target.value, ast.Name) and target.value.id == "self"
+            ):
+                found.add(target.attr)
+            elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id.isupper():
+                found.add(target.value.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add":
+            found |= {node.func.value.attr} if isinstance(node.func.value, ast.Attribute) else set()
+    return {name for name in found if not name.startswith("dlm_")}
+
+
+@pytest.mark.parametrize("file", sorted({row.file for row in WRITES}))
+def test_every_attribute_that_is_set_has_a_row(file):
+    listed = {name for row in WRITES if row.file == file for name in row.names}
+    assert written_attributes(ROOT / "vllm_dlm" / file) - OF_OTHERS == listed
 
 
 # -- a vLLM that is not the one that was read ------------------------------------------------

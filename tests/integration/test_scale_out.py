@@ -50,7 +50,7 @@ def mixed() -> list[dict]:
         asked = {"prompt": prompts[index // 2 % 4], "temperature": 0}
         if index % 2:
             asked = {"prompt": "The", "temperature": 1.5, "ignore_eos": True}
-            extra |= {"dlm_algorithm": "random", "dlm_suppress_eos": 1}
+            extra |= {"dlm_decoding": "random", "dlm_suppress_eos": 1}
         yield asked | {"max_tokens": 24, "seed": index, "return_token_ids": True} | options(**extra)
 
 

@@ -15,10 +15,10 @@ import pytest
 from vllm.logprobs import Logprob
 
 from tests.integration.serving import CHECKPOINT
-from vllm_dlm.integration.requests import server_options_of
+from vllm_dlm.configuration import server_options_of
 from vllm_dlm.limits import Limits
+from vllm_dlm.scored import SCORE
 from vllm_dlm.scoring import body, route, scores
-from vllm_dlm.scoring.scored import SCORE
 
 LONGEST = 4096  # the model's length in tokens
 WORD = "Copy: a b c d "

@@ -22,15 +22,17 @@ COMPLETIONS = {
     "fewer steps than blocks": (options(dlm_steps=1), "dlm_steps"),
     "steps without end": (options(dlm_steps=10**9), "dlm_steps"),
     "empty blocks": (options(dlm_block_length=0), "dlm_block_length"),
-    "unknown algorithm": (options(dlm_algorithm="nope"), "dlm_algorithm"),
-    "a number for an algorithm": (options(dlm_algorithm=3), "dlm_algorithm"),
-    "a list of algorithms": (options(dlm_algorithm=["random"]), "dlm_algorithm"),
+    "unknown algorithm": (options(dlm_decoding="nope"), "dlm_decoding"),
+    "a number for an algorithm": (options(dlm_decoding=3), "dlm_decoding"),
+    "an old name": (options(dlm_algorithm="nope"), "dlm_algorithm"),
+    "an old name and another value": (options(dlm_algorithm="random", dlm_decoding="entropy"), "dlm_decoding"),
+    "a list of algorithms": (options(dlm_decoding=["random"]), "dlm_decoding"),
     "unknown reuse": (options(dlm_reuse="nope"), "dlm_reuse"),
     "unknown selection": (options(dlm_selection="nope"), "dlm_selection"),
     "negative threshold": (options(dlm_threshold=-1), "dlm_threshold"),
     "threshold above certainty": (options(dlm_threshold=1.01), "dlm_threshold"),
     "Dream's option": (options(dlm_top_p=0.9), "dlm_top_p"),
-    "top_p of zero": (options(dlm_algorithm="entropy", dlm_top_p=0), "dlm_top_p"),
+    "top_p of zero": (options(dlm_decoding="entropy", dlm_top_p=0), "dlm_top_p"),
     "half an infill": (options(dlm_infill=0.5), "dlm_infill"),
     "an option without its prefix": (options(threshold=0.9), "write dlm_threshold"),
     "infill without its prefix": (options(infill=1), "write dlm_infill"),
@@ -43,15 +45,15 @@ COMPLETIONS = {
     "KV transfer": ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
     "longest canvas": ({"max_tokens": 401}, "max_tokens: 401 cannot be honoured, the longest canvas of this server"),
     "threshold in words": (options(dlm_threshold="NaN"), "dlm_threshold"),
-    "threshold for a random order": (options(dlm_algorithm="random", dlm_threshold=0.5), "dlm_threshold"),
+    "threshold for a random order": (options(dlm_decoding="random", dlm_threshold=0.5), "dlm_threshold"),
     "factor of zero": (options(dlm_factor=0), "dlm_factor"),
     "threshold and factor": (options(dlm_threshold=0.9, dlm_factor=1.0), "dlm_factor"),
     "negative guidance": (options(dlm_cfg_scale=-1), "dlm_cfg_scale"),
     "guidance beyond numbers": (options(dlm_cfg_scale=1e308), "dlm_cfg_scale"),
     "another algorithm's option": (options(dlm_eps=0.1), "dlm_eps"),
-    "eps of two": (options(dlm_algorithm="entropy", dlm_eps=2), "dlm_eps"),
+    "eps of two": (options(dlm_decoding="entropy", dlm_eps=2), "dlm_eps"),
     "ranking where there is none": (
-        options(dlm_algorithm="origin", dlm_algorithm_temperature=1),
+        options(dlm_decoding="origin", dlm_algorithm_temperature=1),
         "dlm_algorithm_temperature",
     ),
     "a boolean of two": (options(dlm_suppress_eos=2), "dlm_suppress_eos"),
@@ -181,7 +183,7 @@ def sampled(**fields) -> dict:
     return {"temperature": 1, "seed": 7} | fields
 
 
-ENTROPY = options(dlm_algorithm="entropy")
+ENTROPY = options(dlm_decoding="entropy")
 
 #: id -> (a request, another that must be answered alike, how many tokens its prompt comes to), None: never mind
 UNUSUAL = {
@@ -194,7 +196,7 @@ UNUSUAL = {
     "top_k of one": (sampled(top_k=1), {"temperature": 0}, None),
     "tiny top_p of Dream's": (
         sampled(top_p=1e-9) | ENTROPY,
-        {"temperature": 0} | options(dlm_algorithm="entropy", dlm_top_p=1e-9),
+        {"temperature": 0} | options(dlm_decoding="entropy", dlm_top_p=1e-9),
         None,
     ),
     "huge block": (options(dlm_block_length=2**40), options(dlm_block_length=16), None),
@@ -204,7 +206,7 @@ UNUSUAL = {
         None,
     ),
     "more steps than tokens in random order": (
-        sampled(**options(dlm_algorithm="origin", dlm_steps=512)),
+        sampled(**options(dlm_decoding="origin", dlm_steps=512)),
         None,
         None,
     ),

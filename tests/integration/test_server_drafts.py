@@ -9,7 +9,7 @@ from tests.integration.serving import COPIED, COPY, chat, chat_text, options
 @pytest.mark.parametrize("share", [0.2, 0.8, 1])
 def test_a_draft_is_mended(ask, complete, share):
     """One letter is wrong, and the model knows it."""
-    extra = options(dlm_draft=" k b q e", dlm_remask=share) | {"max_tokens": 8}
+    extra = options(dlm_start=" k b q e", dlm_remask=share) | {"max_tokens": 8}
     assert ask(COPY, 8, extra).choices[0].message.content == COPIED
     assert complete(chat_text(COPY), 8, extra).choices[0].text == COPIED
     pieces = list(ask(COPY, 8, extra, stream=True))
@@ -18,18 +18,18 @@ def test_a_draft_is_mended(ask, complete, share):
 
 
 def test_a_draft_that_nobody_doubts(ask):
-    extra = options(dlm_draft=" k b q e", dlm_remask=0)
+    extra = options(dlm_start=" k b q e", dlm_remask=0)
     answer = ask(COPY, 4, extra | {"ignore_eos": True})
     assert answer.choices[0].message.content == " k b q e" and answer.usage.completion_tokens == 4
 
 
 REFUSED = {
-    "too long": (options(dlm_draft=" a" * 20), "max_tokens: 16 cannot be honoured, the draft has 20 tokens"),
-    "no share": (options(dlm_draft="a", dlm_remask=-1), "dlm_remask: -1.0 is not valid, it must be between 0 and 1"),
-    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid without a draft"),
-    "no token": (options(dlm_draft=[512]), "dlm_draft: 512 cannot be honoured, token ids are those from 0 to 511"),
-    "a window": (options(dlm_draft="a", dlm_window=3), "dlm_extent: a draft is read as a whole"),
-    "in the body": ({"dlm_draft": "a"}, 'write it into "vllm_xargs"'),
+    "too long": (options(dlm_start=" a" * 20), "max_tokens: 16 cannot be honoured, the starting text has 20 tokens"),
+    "no share": (options(dlm_start="a", dlm_remask=-1), "dlm_remask: -1.0 is not valid, it must be between 0 and 1"),
+    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid without a starting text"),
+    "no token": (options(dlm_start=[512]), "dlm_start: 512 cannot be honoured, token ids are those from 0 to 511"),
+    "a window": (options(dlm_start="a", dlm_window=3), "dlm_extent: a starting text is read as a whole"),
+    "in the body": ({"dlm_start": "a"}, 'write it into "vllm_xargs"'),
 }
 
 

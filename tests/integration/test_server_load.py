@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.integration.serving import BLOCK, CHECKPOINT, COPIED, COPY, chat_text, needle, vllm_environment
-from vllm_dlm.demo.client import connect
+from vllm_dlm.client import connect
 from vllm_dlm.demo.server import vllm_command
 
 

@@ -87,7 +87,7 @@ def test_booleans_may_be_0_and_1(complete, true):
 
 @pytest.mark.parametrize("algorithm", sorted(methods("decoding")))
 def test_every_decoding_algorithm_can_be_asked_for(ask, algorithm):
-    answer = ask(COPY, 8, extra=options(dlm_algorithm=algorithm), seed=3)
+    answer = ask(COPY, 8, extra=options(dlm_decoding=algorithm), seed=3)
     assert answer.choices[0].message.content == COPIED
 
 
@@ -108,7 +108,7 @@ def denoised(complete, counted):
 def test_no_two_algorithms_denoise_alike(denoised):
     # With one token a step, little credit may leave the order as it is.
     more = {"credit": {"dlm_alpha": 10.0}}
-    seen = {name: denoised(dlm_algorithm=name, **more.get(name, {})) for name in methods("decoding")}
+    seen = {name: denoised(dlm_decoding=name, **more.get(name, {})) for name in methods("decoding")}
     # freedave promises the texts of one token a step, and without a cache takes its steps, too
     assert seen.pop("freedave") == seen["low_confidence"]
     # and a share of each block is that of the canvas where there is one block
@@ -121,10 +121,10 @@ CHANGED = {
     "threshold": ({}, {"dlm_threshold": 0.05}),
     "factor": ({}, {"dlm_factor": 4.0}),
     "guidance": ({}, {"dlm_cfg_scale": 2.0}),
-    "eps": ({"dlm_algorithm": "entropy", "dlm_steps": 6}, {"dlm_eps": 0.5}),
-    "algorithm_temperature": ({"dlm_algorithm": "entropy"}, {"dlm_algorithm_temperature": 5.0}),
-    "top_p": ({"dlm_algorithm": "entropy"}, {"dlm_top_p": 0.2}),
-    "top_k": ({"dlm_algorithm": "entropy"}, {"dlm_top_k": 2}),
+    "eps": ({"dlm_decoding": "entropy", "dlm_steps": 6}, {"dlm_eps": 0.5}),
+    "algorithm_temperature": ({"dlm_decoding": "entropy"}, {"dlm_algorithm_temperature": 5.0}),
+    "top_p": ({"dlm_decoding": "entropy"}, {"dlm_top_p": 0.2}),
+    "top_k": ({"dlm_decoding": "entropy"}, {"dlm_top_k": 2}),
     "end tokens last": ({"dlm_suppress_eos": 0}, {"dlm_confidence_eos_eot_inf": 1}),
 }
 
@@ -226,8 +226,8 @@ def test_requests_of_different_kinds_share_a_batch(ask, counted):
     scheduled = [
         options(dlm_steps=8),
         options(dlm_block_length=4),
-        options(dlm_algorithm="entropy", dlm_eps=0.01),
-        options(dlm_algorithm="topk_margin", dlm_block_length=16),
+        options(dlm_decoding="entropy", dlm_eps=0.01),
+        options(dlm_decoding="topk_margin", dlm_block_length=16),
         *[options(dlm_reuse=name) for name in methods("reuse")],
         {},
     ]
@@ -235,7 +235,7 @@ def test_requests_of_different_kinds_share_a_batch(ask, counted):
     adaptive = [
         options(dlm_threshold=0.9),
         options(dlm_factor=1.0),
-        options(dlm_algorithm="maskgit_plus", dlm_threshold=0.9),
+        options(dlm_decoding="maskgit_plus", dlm_threshold=0.9),
     ]
 
     def answers(kinds: list[dict], at_once: int) -> None:

@@ -10,13 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.request import Request
 
+from tests.engine.running import core_of
 from vllm_dlm import automaton
-from vllm_dlm.integration import bodies, given, requests
-from vllm_dlm.integration.vocabulary import Vocabulary
+from vllm_dlm.integration import bodies, requests
+from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
 from vllm_dlm.limits import Limits
+from vllm_dlm.request import parsing, texts
+from vllm_dlm.request.canvas_request import CANVAS_REQUEST
+from vllm_dlm.request.served_model import served_model
+from vllm_dlm.request.template import TemplateBounds, TemplateError, parse
+from vllm_dlm.request.vocabulary import Vocabulary, vocabulary_of
 from vllm_dlm.shown import shown
-from vllm_dlm.template import TemplateBounds, TemplateError, parse
 
 DREAM = "dream-tiny"
 HUGE = 10 << 20
@@ -56,9 +62,13 @@ def process(llm, sampling, prompt=PROMPT):
     return llm.llm_engine.input_processor.process_inputs("r", prompt, sampling, llm.supported_tasks)
 
 
+def vocabulary(processor) -> Vocabulary:
+    return vocabulary_of(served_model(processor))
+
+
 def kept(processor) -> tuple[int, int]:
-    vocabulary = Vocabulary.of(processor)
-    return len(vocabulary.layouts), len(vocabulary.alternatives)
+    own = vocabulary(processor)
+    return len(own.layouts), len(own.alternatives)
 
 
 # -- bounds before anything reads a text ---------------------------------------------------------
@@ -68,17 +78,17 @@ LONG = {
     "a template of holes": ("dlm_template", "[[3]]" * (HUGE // 5), "limits.template_characters"),
     "one too many": ("dlm_template", "[[3]]" + "y" * ((1 << 16) - 4), "65537 characters, and the limit is 65536"),
     "a suffix": ("dlm_suffix", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
-    "a draft": ("dlm_draft", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
+    "a draft": ("dlm_start", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
     "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model reads 256"),
-    "ids of a draft": ("dlm_draft", [7] * 257, "it has 257 token ids, and the model reads 256"),
-    "no ids at all": ("dlm_draft", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
+    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model reads 256"),
+    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value", "says"), LONG.values(), ids=LONG)
 def test_long_texts_are_refused_unread(llm, encoded, monkeypatch, field, value, says):
-    monkeypatch.setattr(given, "parse", lambda *_: pytest.fail("parsed"))
-    monkeypatch.setattr(requests, "request_options", lambda *_: pytest.fail("validated"))
+    monkeypatch.setattr(texts, "parse", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr(parsing, "request_options", lambda *_: pytest.fail("validated"))
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         process(llm, SamplingParams(max_tokens=8, extra_args={field: value}))
     assert str(error.value).startswith(f"{field}: ") and len(str(error.value)) < 500
@@ -101,14 +111,9 @@ def test_holes_and_automata_are_bounded(template, says):
 
 
 def test_the_same_alternatives_are_one_automaton(processor):
-    made = given.template_layout(
-        '[[3:one of "a"|"b"]] [[4:one of "a"|"b"]] [[2:number]]', options(processor), processor
-    )
+    model = served_model(processor)
+    made = texts.template_layout('[[3:one of "a"|"b"]] [[4:one of "a"|"b"]] [[2:number]]', model.options, model)
     assert len(made.layout.automata) == 2 and [of for _, _, of in made.layout.holes] == [0, 0, 1]
-
-
-def options(processor):
-    return requests.server_options_of(processor)
 
 
 def lines_run(template: str) -> int:
@@ -152,7 +157,7 @@ def test_values_are_shortened_before_they_are_rendered():
 
 def test_a_template_that_is_too_long_is_refused_before_the_rest_is_encoded(llm, processor, encoded, monkeypatch):
     monkeypatch.setattr(automaton, "one_of", lambda *_: pytest.fail("an automaton is built"))
-    assert Vocabulary.of(processor).texts and not encoded.clear()
+    assert vocabulary(processor).texts and not encoded.clear()
     for template in ("y0 [[200]] x [[200]] y" * 20, '[[3:one of "ab"]] x' * 100, "[[3]]" + " y0 yes" * 9000):
         before = kept(processor)
         with pytest.raises(ValueError, match=r"dlm_template.*tokens or more with its end, and the model reads 256"):
@@ -179,10 +184,10 @@ def test_a_refused_template_leaves_nothing(llm, processor, sampling, prompt, say
 
 
 def test_accepted_templates_are_kept_up_to_a_bound(llm, processor, encoded):
-    vocabulary = Vocabulary.of(processor)
-    for index in range(vocabulary.layouts.bound + 5):
+    own = vocabulary(processor)
+    for index in range(own.layouts.bound + 5):
         process(llm, params(f'x{index} [[9:one of "x{index}"]]'))
-    assert kept(processor) == (vocabulary.layouts.bound, vocabulary.alternatives.bound)
+    assert kept(processor) == (own.layouts.bound, own.alternatives.bound)
     encoded.clear()
     process(llm, params(f'x{index} [[9:one of "x{index}"]]'))
     assert not encoded
@@ -202,7 +207,7 @@ def handled(llm, sampling, **body):
     async def check(self, request):
         return None
 
-    def generate(self, prompt, sampling_params, *args, **kwargs):
+    def generate(self, prompt, sampling_params, request_id, *args, **kwargs):
         async def iterated():
             yield process(llm, copy.deepcopy(sampling_params), prompt)
 
@@ -210,7 +215,7 @@ def handled(llm, sampling, **body):
 
     async def handle():
         await bodies.check_model(check)(serving, SimpleNamespace(**body))
-        generator = requests.generate(generate)(engine, dict(PROMPT), sampling)
+        generator = requests.generate(generate)(engine, dict(PROMPT), sampling, "r")
         return await asyncio.create_task(anext(generator))
 
     return asyncio.run(handle())
@@ -219,33 +224,55 @@ def handled(llm, sampling, **body):
 TEXTS = {
     "a template": ({"dlm_template": 'one [[5]] two [[9:one of "qx"]]'}, ["one ", " two ", "qx"]),
     "a suffix": ({"dlm_suffix": " and so on"}, [" and so on"]),
-    "a draft and a suffix": ({"dlm_draft": "drafted", "dlm_suffix": " so"}, [" so", "drafted"]),
+    "a draft and a suffix": ({"dlm_start": "drafted", "dlm_suffix": " so"}, [" so", "drafted"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("route", ["vllm_xargs", "sampling_params"])
-@pytest.mark.parametrize(("extra", "texts"), TEXTS.values(), ids=TEXTS)
-def test_texts_of_a_server_are_encoded_once_and_in_a_thread(llm, processor, encoded, extra, texts, route):
-    assert Vocabulary.of(processor).texts and not encoded.clear()
-    Vocabulary.of(processor).layouts.clear()
-    Vocabulary.of(processor).alternatives.clear()
+@pytest.mark.parametrize(("extra", "wanted"), TEXTS.values(), ids=TEXTS)
+def test_texts_of_a_server_are_encoded_once_and_in_a_thread(llm, processor, encoded, extra, wanted, route):
+    assert vocabulary(processor).texts and not encoded.clear()
+    vocabulary(processor).layouts.clear()
+    vocabulary(processor).alternatives.clear()
     sampling = SamplingParams(temperature=0, max_tokens=40, extra_args=dict(extra))
     body = {"vllm_xargs": dict(extra)} if route == "vllm_xargs" else {"sampling_params": sampling}
     request = handled(llm, sampling, **body)
-    assert [text for text, _ in encoded] == texts
+    assert [text for text, _ in encoded] == wanted
     assert threading.get_ident() not in {thread for _, thread in encoded}
     # the engine gets what it gets without a server, in plain data
     alone = process(llm, sampling)
     assert request.prompt_token_ids == alone.prompt_token_ids
     assert request.sampling_params.extra_args == alone.sampling_params.extra_args
     assert all(type(value) in (str, dict) for value in request.sampling_params.extra_args.values())
-    assert given.ENCODED not in sampling.extra_args
+    assert CANVAS_REQUEST not in sampling.extra_args
 
 
 def test_a_refused_text_is_refused_by_the_route(llm, encoded):
     for extra in ({"dlm_template": "abc"}, {"dlm_suffix": "y" * HUGE}, {"dlm_template": "<|endoftext|>[[3]]"}):
         with pytest.raises(ValueError, match=next(iter(extra))):
             handled(llm, params(**extra), vllm_xargs=extra)
+
+
+@pytest.mark.parametrize("extra", [{}, {"dlm_steps": 4}, {"dlm_suffix": " so"}], ids=["nothing", "an option", "a text"])
+def test_a_request_of_a_server_is_parsed_and_checked_once(llm, monkeypatch, extra):
+    calls = []
+    for module, name in ((parsing, "request_options"), (requests, "check")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name), calls))
+    request = handled(llm, params(**extra), vllm_xargs=dict(extra))
+    assert calls == ["request_options", "check"]
+    scheduler = core_of(llm).scheduler
+    canvases = OpenCanvases(scheduler.vllm_config)
+    canvas = canvases.open(Request.from_engine_core_request(request, None), scheduler.dlm_options)
+    assert len(canvas) == len(request.prompt_token_ids) + 8
+    assert calls == ["request_options", "check"]
+
+
+def noting(function, calls: list[str]):
+    def noted(*args, **kwargs):
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def test_texts_are_encoded_once_by_llm(llm, encoded):

@@ -7,8 +7,8 @@ import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
 from tests.page_sparse.conftest import SPARSE
+from vllm_dlm.integration.worker.selecting_worker import PageSelectionMixin
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.page_sparse.selecting_worker import Selecting
 from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 from vllm_dlm.plugins.selection.unique import Unique
 
@@ -96,7 +96,7 @@ def test_summaries_of_copied_blocks():
 
 
 def test_what_is_read_before_the_first_request_is_not_counted():
-    class Warmed(Selecting, Worker):
+    class Warmed(PageSelectionMixin, Worker):
         pass
 
     worker = Warmed()

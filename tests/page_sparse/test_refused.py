@@ -12,8 +12,8 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
+from vllm_dlm.configuration import selection_of
 from vllm_dlm.integration import registration
-from vllm_dlm.integration.autoregressive import selection_of
 from vllm_dlm.page_sparse import layer_backends
 from vllm_dlm.plugins.selection.unique import Unique
 

@@ -144,7 +144,7 @@ class TestOptions:
 
     def test_a_request_changes_only_what_it_names(self):
         server = server_options({"decoding": {"name": "low_confidence", "block_length": 8}}, "entropy")
-        changed = request_options(server, {"dlm_steps": 4, "dlm_algorithm": "random", "other": 1}).decoding
+        changed = request_options(server, {"dlm_steps": 4, "dlm_decoding": "random", "other": 1}).decoding
         assert (changed.name, changed.block_length, changed.steps) == ("random", 8, 4)
 
     @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ class TestOptions:
         [
             ({"dlm_threshold": "none"}, {"threshold": None, "factor": None, "name": "low_confidence"}),
             ({"dlm_threshold": "none", "dlm_factor": 1}, {"threshold": None, "factor": 1.0}),
-            ({"dlm_algorithm": "random", "dlm_threshold": "none"}, {"threshold": None, "name": "random"}),
+            ({"dlm_decoding": "random", "dlm_threshold": "none"}, {"threshold": None, "name": "random"}),
             ({"dlm_steps": "none", "dlm_block_length": "none"}, {"steps": None, "block_length": None}),
         ],
     )
@@ -193,7 +193,7 @@ class TestOptions:
         ("given", "message"),
         [
             ({"dlm_factor": 1.0}, 'dlm_factor: 1.0 .*unset when threshold is set; .*dlm_threshold: "none" unsets it'),
-            ({"dlm_algorithm": "random"}, "dlm_algorithm: 'random' does not go .*dlm_threshold: \"none\" unsets it"),
+            ({"dlm_decoding": "random"}, "dlm_decoding: 'random' does not go .*dlm_threshold: \"none\" unsets it"),
             ({"dlm_suppress_eos": "none"}, "dlm_suppress_eos: 'none' is not valid, it must be bool"),
             ({"dlm_threshold": "off"}, "dlm_threshold: 'off' is not valid, it must be float or \"none\""),
             ({"dlm_infill": 2}, "dlm_infill: 2 is not valid, it must be bool"),
@@ -208,7 +208,7 @@ class TestOptions:
         "key",
         [
             pytest.param("dlm_" + "x" * 10**6, id="long name"),
-            *("dlm_steps", "dlm_algorithm", "dlm_reuse", "dlm_selection", "dlm_infill"),
+            *("dlm_steps", "dlm_decoding", "dlm_reuse", "dlm_selection", "dlm_infill"),
         ],
     )
     @pytest.mark.parametrize("value", ["y" * 10**6, ["y" * 10**6], 10**4000], ids=["text", "list", "number"])

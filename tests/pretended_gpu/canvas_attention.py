@@ -27,7 +27,7 @@ def run() -> None:
     from tests.pretended_gpu.operators import FLASH_CALLS
     from tests.pretended_gpu.worker import on_cpu
     from vllm_dlm.engine import flash_attention
-    from vllm_dlm.engine.worker import DiffusionGPUWorker
+    from vllm_dlm.integration.worker.worker import DiffusionGPUWorker
 
     on_cpu(DiffusionGPUWorker)
     LIBRARY.impl("flash_attention", flash_attention._launch, "CPU")

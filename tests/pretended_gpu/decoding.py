@@ -19,7 +19,7 @@ ROUNDED = 0.03
 def run() -> None:
     vllm_dlm.register()
     from tests.pretended_gpu.worker import on_cpu, without_streams
-    from vllm_dlm.page_sparse.selecting_worker import SelectingGPUWorker
+    from vllm_dlm.integration.worker.selecting_worker import SelectingGPUWorker
 
     on_cpu(SelectingGPUWorker)
     without_streams()
@@ -34,7 +34,7 @@ def serve(folder: Path) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     from tests.pretended_gpu.operators import FLASH_CALLS
-    from vllm_dlm.page_sparse.selecting_worker import SelectingGPUWorker
+    from vllm_dlm.integration.worker.selecting_worker import SelectingGPUWorker
 
     checkpoint = models.write("llama", folder)
     llm = LLM(

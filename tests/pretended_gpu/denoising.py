@@ -18,8 +18,8 @@ def run() -> None:
 
     from tests.conftest import start_engine
     from tests.pretended_gpu.worker import on_cpu
-    from vllm_dlm.engine.runner import DenoisingRunner
-    from vllm_dlm.engine.worker import DiffusionGPUWorker
+    from vllm_dlm.integration.worker.runner import DenoisingRunner
+    from vllm_dlm.integration.worker.worker import DiffusionGPUWorker
 
     assert current_platform.is_cuda() and current_platform.get_device_capability() == (9, 0)
     on_cpu(DiffusionGPUWorker)

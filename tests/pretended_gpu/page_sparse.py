@@ -57,8 +57,8 @@ def made_layers(config):
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_dlm.integration.patches import patch_worker
+    from vllm_dlm.integration.worker.selecting_worker import SelectingGPUWorker  # noqa: F401 - imports on CUDA
     from vllm_dlm.page_sparse import cuda, layer_backends
-    from vllm_dlm.page_sparse.selecting_worker import SelectingGPUWorker  # noqa: F401 - imports on CUDA
 
     layer_backends.install()
     patch_worker()
@@ -106,10 +106,10 @@ class Runner:
         (group,) = [group for groups in self.attn_groups for group in groups if LAYERS[1] in group.layer_names]
         self.builder = group.get_metadata_builder(0)
         self.counts = self.builder.counts = PageCounts()
-        from vllm_dlm.page_sparse.selecting_worker import Selecting
+        from vllm_dlm.integration.worker.selecting_worker import PageSelectionMixin
 
         worker = SimpleNamespace(model_runner=self)
-        self.builder.prompt_lens = lambda common: Selecting._prompt_lens(worker, common)
+        self.builder.prompt_lens = lambda common: PageSelectionMixin._prompt_lens(worker, common)
 
     def prepare(self, batch, mode, capture=False):
         """vLLM's own step from a batch to the metadata of its layers"""

@@ -184,7 +184,7 @@ def test_masked_diffusion_training_resumes(tmp_path):
 def test_a_server_that_names_the_selection_takes_its_fields_from_the_checkpoint():
     from transformers import PretrainedConfig
 
-    from vllm_dlm.integration.registration import resolved_options
+    from vllm_dlm.configuration import resolved_options
 
     def options(given, trained=True):
         hf_config = PretrainedConfig(**({"unique": tiny().config.unique} if trained else {}))

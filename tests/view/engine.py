@@ -19,9 +19,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from vllm_dlm.envelope import Envelope, envelope_output
 from vllm_dlm.integration import view
 from vllm_dlm.options import request_options, server_options
-from vllm_dlm.view.frames import FILLED, FRAME, Frame, Guesses
+from vllm_dlm.view.frames import Frame, Guesses
 
 TOKENS = 4
 
@@ -86,15 +87,12 @@ class Engine:
         for name, state in self.output_processor.request_states.items():
             step = self.steps[name] = self.steps.get(name, 0) + 1
             outputs += [
-                EngineCoreOutput(name, [], kv_transfer_params={FRAME: message})
-                for message in messages(state.prompt_token_ids, step)
+                envelope_output(name, Envelope(view=message)) for message in messages(state.prompt_token_ids, step)
             ]
             if step == TOKENS:
-                end = {FILLED: list(range(1, TOKENS + 1))}
-                tokens = wanted(state.prompt_token_ids)
-                outputs.append(
-                    EngineCoreOutput(name, tokens, finish_reason=FinishReason.LENGTH, kv_transfer_params=end)
-                )
+                tokens, steps = wanted(state.prompt_token_ids), list(range(1, TOKENS + 1))
+                outputs.append(envelope_output(name, Envelope(filled=steps)))
+                outputs.append(EngineCoreOutput(name, tokens, finish_reason=FinishReason.LENGTH))
         self.process(self.output_processor, outputs)
 
     async def run(self) -> None:
@@ -126,7 +124,6 @@ class Completions:
     def __init__(self, engine: Engine):
         self.engine, self.models = engine, SimpleNamespace(model_name=lambda: "fake")
         self.model_config = engine.model_config
-        self.generate = view.generate(Engine.generate)
         self.create = view.create_completion(Completions.answer)
 
     async def answer(self, request, raw_request=None):
@@ -134,7 +131,8 @@ class Completions:
         params = SamplingParams(
             n=request.n, max_tokens=TOKENS, detokenize=False, output_kind=kind, extra_args=request.vllm_xargs
         )
-        outputs = self.generate(self.engine, request.prompt, params, f"cmpl-{request.id}-0")
+        name, asked = f"cmpl-{request.id}-0", request_options(self.engine.options, request.vllm_xargs)
+        outputs = view.observe(self.engine, self.engine.generate(request.prompt, params, name), params, name, asked)
         if request.stream:
             return self.lines(outputs)
         (output,) = [output async for output in outputs]
@@ -156,13 +154,10 @@ def completion(prompt: list[int], n: int = 1, stream: bool = True, id: str = "sa
 @pytest.fixture
 def completions(monkeypatch):
     """completions(limits) -> those of an engine whose requests need no checks"""
-    monkeypatch.setattr(view.requests, "generate", lambda generate: generate)
     monkeypatch.setattr(view, "is_diffusion_lm", lambda config: True)
 
     def make(limits: dict | None = None, seed: int = 0) -> Completions:
-        engine = Engine(limits, seed)
-        monkeypatch.setattr(view, "options_of", lambda params, _: request_options(engine.options, params.extra_args))
-        return Completions(engine)
+        return Completions(Engine(limits, seed))
 
     return make
 

@@ -3,7 +3,7 @@
 CANVAS = 40
 A, B = "#policies fieldset:nth-child(1)", "#policies fieldset:nth-child(2)"
 RUNS = ("#runs article:nth-child(1)", "#runs article:nth-child(2)")
-POLICIES = ({"dlm_algorithm": "wino"}, {"dlm_reuse": "fast_dllm", "dlm_selection": "unique", "dlm_threshold": 0.9})
+POLICIES = ({"dlm_decoding": "wino"}, {"dlm_reuse": "fast_dllm", "dlm_selection": "unique", "dlm_threshold": 0.9})
 REFUSED = "Failed to load resource: the server responded with a status of "
 
 

@@ -18,7 +18,7 @@ def begin(canvas: int, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "request": "chatcmpl-1", "model": "mock", "prompt_tokens": PROMPT, "canvas": canvas, "block_length": BLOCK,
         "reuse": options.get("dlm_reuse", "none"), "selection": options.get("dlm_selection", "none"),
-        "decoding": options.get("dlm_algorithm", "low_confidence"), "extent": "full", "layers": LAYERS,
+        "decoding": options.get("dlm_decoding", "low_confidence"), "extent": "full", "layers": LAYERS,
         "page_size": 16 if "dlm_selection" in options else None,
         "prompt": [[f" p{position}"] for position in range(PROMPT)],
         "given": [[2, 13, " truly"]],
@@ -46,7 +46,7 @@ def frames(canvas: int, options: dict[str, Any], seed: int = 1) -> list[dict[str
         frame: dict[str, Any] = {"step": step, "steps": 1, "ms": 20.0 / per_step**0.5, "requests": 1, "block": first}
         frame["set"] = [[i, 100 + i, text[i], round(rng.uniform(0.6, 0.999), 3), step] for i in chosen]
         masked = [i for i in masked if i not in chosen]
-        if options.get("dlm_algorithm") == "wino" and step == 4:
+        if options.get("dlm_decoding") == "wino" and step == 4:
             frame["unset"] = [[again, step]]
             masked = sorted([*masked, again])
         if step == 5:

@@ -88,10 +88,10 @@ def test_every_way_into_the_view_is_an_entry_point():
     plain = {
         # what ends the view after a fault
         "Trace.fail", "Canvas.fail", "Canvas.stop", "Canvas.end", "ObservedRequest.log", "ObservedRequest.fail",
-        "Channel.fail", "Seeing.fail",
+        "Channel.fail", "StepRecorder.fail",
         # what hands out the result of an entry point, or an error
-        "Trajectories.deliver", "Channel.news", "Channel.with_trajectories", "Seeing.attach", "Seeing.take",
-        "Seeing.best",
+        "Trajectories.deliver", "Channel.news", "Channel.with_trajectories", "StepRecorder.attach", "StepRecorder.take",
+        "StepRecorder.best",
         # what counts, or is called by routes alone
         "Channel.open", "Canvas.listed",
         # what entry points call

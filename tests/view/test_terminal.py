@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tests.view import synthetic
-from vllm_dlm.demo.client import Progress
+from vllm_dlm.client import Progress
 from vllm_dlm.demo.questions import questions
 from vllm_dlm.demo.screen import Screen as DemoScreen
 from vllm_dlm.shown import printable

@@ -9,7 +9,7 @@ import time
 
 from rich.console import Console
 
-from vllm_dlm.demo import client
+from vllm_dlm import client
 from vllm_dlm.demo.questions import Question, questions
 from vllm_dlm.demo.screen import Screen
 from vllm_dlm.demo.server import DEMO, MODEL, Server, ServerError, end_when_told
@@ -114,8 +114,10 @@ def stay(console: Console, server: Server) -> None:
         f"\nServing at {server.url} until Ctrl-C. Watch canvases fill at {server.url}/dlm, or try\n\n"
         f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(request))}\n",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     while True:
         server.check()
         time.sleep(0.5)

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dlm.demo.client import Progress
+from vllm_dlm.client import Progress
 from vllm_dlm.demo.questions import Question
 from vllm_dlm.shown import printable
 
@@ -32,8 +32,11 @@ class Screen:
             question, progress = self.questions[index], self.progress[index]
             self.console.print(
                 f"{question.title}: {question.summary} -> {written(progress)} [{verdict(question, progress)}]",
-                markup=False, highlight=False, emoji=False, soft_wrap=True,
-            )  # fmt: skip
+                markup=False,
+                highlight=False,
+                emoji=False,
+                soft_wrap=True,
+            )
 
     def table(self) -> Table:
         table = Table(expand=True, show_lines=True)

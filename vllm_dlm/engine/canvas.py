@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_dlm.given import NO_LAYOUT, Layout
+from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 

@@ -32,7 +32,7 @@ class Observer:
     def step_begins(self, states: Sequence[Denoising]) -> None: ...
 
     def step_packed(self, prepared: "Prepared") -> None:
-        """What the forwards of the step are about to get; of what is launched, `Packed.layers` may be set."""
+        """What the forwards of the step are about to get; `Packed.observer` may be set where layers are launched."""
 
     def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
         """hidden [R, E]: rows behind the last layer; the requests say which are theirs."""

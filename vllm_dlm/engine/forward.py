@@ -38,7 +38,7 @@ def denoise_live(model, packed: Packed, blocks: KVBlocks, counts: Counts) -> tor
 def through_layers(model, packed: Packed, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> list[Behind]:
     """-> what the flow of each group returns behind the last layer"""
     layers = model.model.layers
-    step = (packed.layers or LayerStep)(packed, model.model.rope.table, layers, blocks, counts)
+    step = LayerStep(packed, model.model.rope.table, layers, blocks, counts)
     x_TE = model.embed_input_ids(packed.ids)
     if watch is not None:
         watch("the embedding", x_TE)

@@ -3,9 +3,8 @@
 packing.py makes them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +13,9 @@ from vllm_dlm.engine.selecting import Selecting
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.plugins.reuse.base import Reuse
 from vllm_dlm.plugins.reuse.flow import Columns, Picked, Rows
+
+if TYPE_CHECKING:
+    from vllm_dlm.engine.layer import LayerObserver
 
 
 class Unknown(RuntimeError):
@@ -90,4 +92,4 @@ class Packed:
     slots: Slots  # [T] of each row's key and value; canvases without blocks have none
     nowhere: torch.Tensor  # [] a block that is none
     groups: list[Group]
-    layers: Callable[..., Any] | None = None  # what drives them in the place of LayerStep, for those who look on
+    observer: "LayerObserver | None" = None

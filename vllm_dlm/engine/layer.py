@@ -7,7 +7,7 @@ product, whoever they come from.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -42,12 +42,26 @@ PARTS: dict[type, str] = {Value: "v", QueryKeyValue: "qkv", KeyValue: "kv", Quer
 COUNTED = {"q": "query", "k": "key", "v": "value"}
 
 
+class LayerObserver(Protocol):
+    """Follows the layers of one forward. Groups are known by their number in `Packed.groups`."""
+
+    def asked(self, asks: dict[int, Ask]) -> None:
+        """The flows of these groups wait for these results, all of one type."""
+
+    def attention_counts(self, group: int, counts: Counts) -> Counts:
+        """-> where the next attention of the group counts, instead of in `counts`"""
+
+    def attended(self, group: int, layer: int, counts: Counts) -> None:
+        """The group has attended and counted that in `counts`."""
+
+
 class LayerStep:
     """The layers of one forward, one after the other."""
 
     def __init__(self, packed: Packed, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
         self.packed, self.layers, self.blocks, self.counts = packed, layers, blocks, counts
         self.table = table  # [positions, D] of the rotary embedding
+        self.observer = packed.observer
         self.parts = [GroupLayer(packed, blocks, group) for group in packed.groups]
 
     def run(self, index: int, normed: Normed) -> list[Behind]:
@@ -94,6 +108,8 @@ class LayerStep:
     # -- answers ---------------------------------------------------------------------------
 
     def _answers(self, kind: type, asks: dict[int, Any]) -> Sequence:
+        if self.observer is not None:
+            self.observer.asked(asks)
         groups = [self.parts[number].group for number in asks]
         if kind in PARTS:
             return self._heads(PARTS[kind], list(asks.values()), groups)
@@ -102,7 +118,7 @@ class LayerStep:
         if kind is FeedForward:
             return self._feed_forward(list(asks.values()))
         self._place(kind)
-        return [self._attended(group, ask) for group, ask in zip(groups, asks.values(), strict=True)]
+        return [self._attended(number, ask) for number, ask in asks.items()]
 
     def _heads(self, names: str, asks: list[Heads], groups: list[Group]) -> list:
         """`names`: of q, k and v, in this order"""
@@ -169,8 +185,17 @@ class LayerStep:
         self.counts.projected("feed_forward", len(joined))
         return list(zip(xs, split(product(self.layer.feed_forward, joined), passed), strict=True))
 
-    def _attended(self, group: Group, ask: Ask) -> torch.Tensor:
-        attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, self.counts)
+    def _attended(self, number: int, ask: Ask) -> torch.Tensor:
+        if self.observer is None:
+            return self._attention(number, ask, self.counts)
+        counts = self.observer.attention_counts(number, self.counts)
+        context = self._attention(number, ask, counts)
+        self.observer.attended(number, self.index, counts)
+        return context
+
+    def _attention(self, number: int, ask: Ask, counts: Counts) -> torch.Tensor:
+        group = self.parts[number].group
+        attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, counts)
         if isinstance(ask, AttendMoved):
             return attention.moved(ask.q, ask.rows, ask.changed, ask.moved)
         assert isinstance(ask, Attend)

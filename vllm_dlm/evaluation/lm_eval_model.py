@@ -18,12 +18,25 @@ class ServedDLM(LM):
     option; for scoring `method`, `mc_num`, `mc_batch_size`, `steps`, `cfg_scale` and `seed`."""
 
     def __init__(
-        self, base_url: str, model: str | None = None, num_concurrent: int = 16, timeout: float = 3600,
-        max_gen_toks: int = 256, bos: str = "", add_special_tokens: bool = True,
-        method: str | None = None, mc_num: int | None = None, mc_batch_size: int | None = None,
-        steps: int | None = None, cfg_scale: float | None = None, seed: int | None = None,
-        batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **options: Any,
-    ):  # fmt: skip
+        self,
+        base_url: str,
+        model: str | None = None,
+        num_concurrent: int = 16,
+        timeout: float = 3600,
+        max_gen_toks: int = 256,
+        bos: str = "",
+        add_special_tokens: bool = True,
+        method: str | None = None,
+        mc_num: int | None = None,
+        mc_batch_size: int | None = None,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+        **options: Any,
+    ):
         """lm_eval always passes batch_size, max_batch_size and device, which are ignored: the server decides them."""
         super().__init__()
         if unread := [name for name in options if not name.startswith("dlm_")]:
@@ -32,9 +45,13 @@ class ServedDLM(LM):
         self.max_gen_toks, self.bos, self.options = max_gen_toks, bos, options
         self.add_special_tokens = add_special_tokens
         how = {
-            "method": method, "mc_num": mc_num, "batch_size": mc_batch_size, "steps": steps, "cfg_scale": cfg_scale,
+            "method": method,
+            "mc_num": mc_num,
+            "batch_size": mc_batch_size,
+            "steps": steps,
+            "cfg_scale": cfg_scale,
             "seed": seed,
-        }  # fmt: skip
+        }
         self.how = {name: value for name, value in how.items() if value is not None}
 
     def _each(self, kind: str, requests: list, one: Callable, quiet: bool) -> list:

@@ -63,7 +63,9 @@ class Served:
     def rendered(self, messages: list[dict], generate: bool) -> str:
         """Renders a chat with the server's chat template"""
         ids = self.tokens(
-            messages=messages, add_generation_prompt=generate, continue_final_message=not generate,
+            messages=messages,
+            add_generation_prompt=generate,
+            continue_final_message=not generate,
             add_special_tokens=False,
-        )  # fmt: skip
+        )
         return self.post("/detokenize", tokens=ids)["prompt"]

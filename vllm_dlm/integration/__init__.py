@@ -21,7 +21,8 @@ def install() -> None:
 
 def _install() -> str | None:
     """Everything or nothing; what is not as expected."""
-    from vllm_dlm.integration.patches import PATCHES, apply_patches, mismatch
+    from vllm_dlm.integration.patches import PATCHES, apply_patches
+    from vllm_dlm.integration.patching import mismatch
     from vllm_dlm.integration.registration import register_models
 
     for patch in PATCHES:

@@ -1,22 +1,23 @@
-"""When an autoregressive model decodes with a selection, and what is refused then.
+"""Decides when an autoregressive model decodes with a selection, and what is not supported then.
 
-Without a selection named by the server nothing of a model of vLLM's changes.
-With one, the configuration is checked in the front-end and the worker is
-chosen; the rest is in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
+If the server names no selection, vLLM serves the model unchanged. If it names
+one, the front-end checks the configuration and chooses the worker; the rest is
+in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
 (`try_verify_and_update_config`, the one hook that sees every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
 
-from vllm_dlm.integration.registration import asked_options, blamed, is_diffusion_lm, warn_of_unused_fields
-from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.envelope import Envelope, with_envelope
+from vllm_dlm.integration.registration import blamed, warn_of_unused_fields
+from vllm_dlm.options import OptionError
+from vllm_dlm.page_sparse.page_counts import COUNTS, PageCounts
 
 WORKERS = {
-    "cpu": "vllm_dlm.page_sparse.selecting_worker.SelectingCPUWorker",
-    "cuda": "vllm_dlm.page_sparse.selecting_worker.SelectingGPUWorker",
+    "cpu": "vllm_dlm.integration.worker.selecting_worker.SelectingCPUWorker",
+    "cuda": "vllm_dlm.integration.worker.selecting_worker.SelectingGPUWorker",
 }
-#: attribute of a ModelRunnerOutput, and key of the scheduler statistics that reach the front-end
-COUNTS = "dlm_page_counts"
-#: drafts that need no attention of their own
+#: methods of speculative decoding that need no attention of their own
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -35,41 +36,14 @@ def update_from_output(update):
         if counts := getattr(model_runner_output, COUNTS, None):
             for output in outputs.values():
                 if output.scheduler_stats is not None:
-                    # Free, since KV transfer is refused; see metrics.py for the other end.
-                    output.scheduler_stats.kv_connector_stats = {COUNTS: counts}
+                    output.scheduler_stats = with_envelope(output.scheduler_stats, Envelope(pages=PageCounts(**counts)))
         return outputs
 
     return update_with_counts
 
 
-def selection_of(vllm_config):
-    """The selection an autoregressive model decodes with; None: it is vLLM's alone."""
-    if vllm_config.model_config is None or is_diffusion_lm(vllm_config.model_config):
-        return None
-    given = asked_options(vllm_config)
-    if given is None:
-        return None
-    selection = checked_options(given).selection
-    return selection if selection.autoregressive else None
-
-
-def checked_options(given):
-    options = server_options(given, "low_confidence")  # whose decoding is not looked at
-    for part in ("decoding", "reuse", "extent", "canvas"):
-        if part in given:
-            raise OptionError(
-                part, f"dlm.{part}: only masked-diffusion language models have it; autoregressive ones take selection"
-            )
-    if not options.selection.autoregressive and options.selection.name != "none":
-        raise OptionError(
-            "dlm.selection.name",
-            f"dlm.selection.name: {options.selection.name!r} does not decode autoregressive models",
-        )
-    return options
-
-
 def configure(vllm_config) -> None:
-    """Sees every configuration of a model that is not ours, perhaps more than once."""
+    """Is called for every configuration of a model that is not ours, perhaps more than once."""
     try:
         selection = selection_of(vllm_config)
         if selection is None:
@@ -79,7 +53,7 @@ def configure(vllm_config) -> None:
         fit_blocks_to_pages(vllm_config.cache_config, selection)
     except OptionError as error:
         raise ValueError(blamed(vllm_config, error)) from None
-    refuse_beside_selection(vllm_config)
+    refuse_with_selection(vllm_config)
 
     from vllm.platforms import current_platform
 
@@ -128,11 +102,11 @@ def fit_blocks_to_pages(cache_config, selection) -> None:
                 f"give a multiple of {size} as block_size, or a page_size that divides it",
             )
     elif not current_platform.is_cpu():
-        # as if it had been asked for, so that no backend's preference replaces it
+        # marked as chosen by the user, so that no backend's preference replaces it
         cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
 
 
-def refuse_beside_selection(vllm_config) -> None:
+def refuse_with_selection(vllm_config) -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
     refused = {

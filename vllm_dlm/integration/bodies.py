@@ -1,18 +1,16 @@
-"""Request bodies as only the routes of a server see them: options outside `vllm_xargs` are refused, and so is what a
-stream could no longer be refused for once it has begun. The texts of a request are encoded in a thread.
+"""Request bodies as only the routes of a server see them: options outside `vllm_xargs` are refused, and so are requests
+that a stream could no longer refuse once it has begun. The texts of a request are tokenised in a thread.
 
-Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which
-every route asks first), serve/engine/protocol.py (`OpenAIBaseModel` keeps
-fields it does not know and says nothing), openai/responses/serving.py
-(`_generate_with_builtin_tools` is a generator, so its request is looked at
-when the response is under way), scale_out/token_in_token_out/serving.py (its requests carry SamplingParams).
+Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which every route asks first),
+serve/engine/protocol.py (`OpenAIBaseModel` keeps unknown fields without a word), openai/responses/serving.py
+(`_generate_with_builtin_tools` is a generator, so its request would be checked when the response is under way),
+scale_out/token_in_token_out/serving.py (its requests carry SamplingParams).
 """
 
-from vllm_dlm.given import GIVEN_KEYS
-from vllm_dlm.integration.given import Unbounded, encode
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ONLY_DIFFUSION, check_early, options_from, takes_options
+from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.integration.requests import carrying, check_early, parse_in_thread, takes_options
+from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
+from vllm_dlm.request.parsing import UnboundedTemplate, has_texts
 
 
 def check_model(check):
@@ -22,25 +20,27 @@ def check_model(check):
         mark_template(request, self.model_config)
         error = await check(self, request)
         if error is None and is_diffusion_lm(self.model_config) and hasattr(self, "engine_client"):
-            await encode_texts(request, self.engine_client.input_processor)
+            written = written_options(request)
+            if has_texts(written):
+                await parse_in_thread(written, self.engine_client.input_processor)
         return error
 
     return check_model_and_fields
 
 
-async def encode_texts(request, processor) -> None:
-    """In a thread. Otherwise they would be encoded on the event loop, where the request is processed."""
-    given = getattr(request, "vllm_xargs", None)
-    if given is None and (params := getattr(request, "sampling_params", None)) is not None:
-        given = params.extra_args
-    if given and not GIVEN_KEYS.keys().isdisjoint(given):
-        await encode(options_from(given, processor), processor)
+def written_options(request) -> dict:
+    """Of a body, or of SamplingParams in it"""
+    written = getattr(request, "vllm_xargs", None)
+    if written is None and (params := getattr(request, "sampling_params", None)) is not None:
+        written = params.extra_args
+    return written or {}
 
 
 def generate_with_builtin_tools(generate):
     def generate_if_possible(self, *args, engine_input, sampling_params, **kwargs):
-        check_early(engine_input, sampling_params, self.engine_client.input_processor)
-        return generate(self, *args, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
+        checked = check_early(engine_input, sampling_params, self.engine_client.input_processor)
+        params = carrying(sampling_params, checked)
+        return generate(self, *args, engine_input=engine_input, sampling_params=params, **kwargs)
 
     return generate_if_possible
 
@@ -56,20 +56,20 @@ def refuse_misplaced(request, model_config) -> None:
 
 
 def take_suffix(request, model_config) -> None:
-    """vLLM knows suffixes as prompts of models that write from left to right. Here one lies behind the canvas."""
+    """Turns OpenAI's field into an option. For vLLM a suffix is part of the prompt, here it comes after the canvas."""
     if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
         return
-    given = request.vllm_xargs or {}
-    if "dlm_suffix" in given:
-        refuse("dlm_suffix", given["dlm_suffix"], "suffix says the same, give one of them")
-    request.suffix, request.vllm_xargs = None, {**given, "dlm_suffix": suffix}
+    written = request.vllm_xargs or {}
+    if "dlm_suffix" in written:
+        refuse("dlm_suffix", written["dlm_suffix"], "suffix says the same, give one of them")
+    request.suffix, request.vllm_xargs = None, {**written, "dlm_suffix": suffix}
 
 
 def mark_template(request, model_config) -> None:
-    """It says how long the answer is, so what vLLM fills in for a `max_tokens` that nobody gave is no bound to it."""
-    given = getattr(request, "vllm_xargs", None) or {}
+    """A template determines the length of the answer, so the `max_tokens` that vLLM fills in does not bound it."""
+    written = getattr(request, "vllm_xargs", None) or {}
     bounds = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     if any(getattr(request, field, None) is not None for field in bounds) or not is_diffusion_lm(model_config):
         return
-    if isinstance(template := given.get("dlm_template"), str):
-        request.vllm_xargs = {**given, "dlm_template": Unbounded(template)}
+    if isinstance(template := written.get("dlm_template"), str):
+        request.vllm_xargs = {**written, "dlm_template": UnboundedTemplate(template)}

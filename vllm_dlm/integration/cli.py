@@ -7,8 +7,8 @@ builds its parser. Read in vLLM 0.32 and 0.33: engine/arg_utils.py.
 import argparse
 import json
 
+from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.integration.registration import is_diffusion_lm
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.shown import shown
 
@@ -42,10 +42,10 @@ def add_cli_args(add):
 def from_cli_args(make):
     def from_with_dlm(cls, args):
         engine_args = make(cls, args)
-        if (given := getattr(args, "dlm_config", None)) is not None:
+        if (written := getattr(args, "dlm_config", None)) is not None:
             if "dlm" in (engine_args.additional_config or {}):
                 raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
-            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": given}
+            engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": written}
         if getattr(args, "dlm_view", False):
             if (getattr(args, "api_server_count", None) or 1) > 1:
                 raise ValueError(
@@ -76,7 +76,7 @@ SWITCHED_OFF = {
 
 
 def refuse_switched_on(engine_args, model_config) -> None:
-    # vLLM writes its defaults into the same object, which may be asked for a configuration again.
+    # vLLM writes its defaults into the same object, from which a configuration may be made again.
     asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
     for name, why in SWITCHED_OFF.items():
         if name == "enable_prefix_caching" and FAMILIES[model_config.architecture].attention == "block_causal":
@@ -86,18 +86,18 @@ def refuse_switched_on(engine_args, model_config) -> None:
 
 
 def dlm_config(text: str) -> dict:
-    """Wrong in every family is wrong already here, where argparse ends with one line; what only one family
-    has is checked once the model is known."""
-    given = json_object(text)
+    """Rejects what is invalid for every family, since argparse ends with one line. The rest is checked when the model
+    is known."""
+    written = json_object(text)
     errors = []
     for family in FAMILIES.values():
         try:
-            server_options(given, family.decoding, family.presets)
+            server_options(written, family.decoding, family.presets)
         except OptionError as error:
             errors.append(error)
     if len(errors) == len(FAMILIES):
         raise argparse.ArgumentTypeError(str(errors[0]))
-    return given
+    return written
 
 
 def json_object(text: str) -> dict:

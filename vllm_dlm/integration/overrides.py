@@ -9,12 +9,12 @@ _FLASH = "vllm.v1.attention.backends.flash_attn"
 
 #: (a class here, the class of vLLM's that it inherits from or stands in for)
 BUILT_ON = (
-    ("vllm_dlm.engine.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
-    ("vllm_dlm.engine.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
-    ("vllm_dlm.engine.worker:DiffusionCPUWorker", "vllm.v1.worker.cpu_worker:CPUWorker"),
-    ("vllm_dlm.engine.runner:DenoisingRunner", "vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
-    ("vllm_dlm.page_sparse.selecting_worker:Selecting", "vllm.v1.worker.gpu_worker:Worker"),
-    ("vllm_dlm.page_sparse.selecting_worker:Selecting", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    ("vllm_dlm.integration.scheduler.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
+    ("vllm_dlm.integration.worker.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.integration.worker.worker:DiffusionCPUWorker", "vllm.v1.worker.cpu_worker:CPUWorker"),
+    ("vllm_dlm.integration.worker.runner:DenoisingRunner", "vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
+    ("vllm_dlm.integration.worker.selecting_worker:PageSelectionMixin", "vllm.v1.worker.gpu_worker:Worker"),
+    ("vllm_dlm.integration.worker.selecting_worker:PageSelectionMixin", "vllm.v1.worker.cpu_worker:CPUWorker"),
     (f"{_SELECTING_CPU}:SelectingCPUBackend", "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend"),
     (f"{_SELECTING_CPU}:SelectingCPUBuilder", "vllm.v1.attention.backend:AttentionMetadataBuilder"),
     (f"{_SELECTING_CPU}:SelectingCPUImpl", "vllm.v1.attention.backend:AttentionImpl"),
@@ -32,9 +32,10 @@ BUILT_ON = (
     ("vllm_dlm.models.transformer:MaskedDiffusionLM", "vllm.model_executor.models.interfaces:SupportsQuant"),
     ("vllm_dlm.scoring.route:ServingScores", "vllm.entrypoints.serve.engine.serving:BaseServing"),
     ("vllm_dlm.integration.routes:Routes", "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"),
-    ("vllm_dlm.metrics:DiffusionProm", "vllm.v1.spec_decode.metrics:SpecDecodingProm"),
-    ("vllm_dlm.metrics:PagesProm", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm"),
-    ("vllm_dlm.metrics:PagesLogging", "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging"),
+    ("vllm_dlm.metrics:EnvelopeStatLogger", "vllm.v1.metrics.loggers:AggregateStatLoggerBase"),
+    ("vllm_dlm.envelope:EnvelopeOutput", "vllm.v1.engine:EngineCoreOutput"),
+    ("vllm_dlm.envelope:EnvelopeOutputs", "vllm.v1.engine:EngineCoreOutputs"),
+    ("vllm_dlm.envelope:EnvelopeStats", "vllm.v1.metrics.stats:SchedulerStats"),
 )
 
 #: class -> what is asked of objects of it
@@ -69,11 +70,15 @@ ASKED = {
     ),
     "vllm.renderers.base:BaseRenderer": ("tokenize_prompt", "tokenize_prompt_async", "default_cmpl_tok_params"),
     "vllm.renderers.params:TokenizeParams": ("with_kwargs",),
-    "vllm.v1.metrics.loggers:LoggingStatLogger": ("spec_decoding_logging", "kv_connector_logging"),
     "vllm.v1.metrics.loggers:PrometheusStatLogger": (
-        "spec_decoding_prom", "kv_connector_prom", "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls",
+        "per_engine_labelvalues", "_spec_decoding_cls", "_counter_cls", "_gauge_cls",
     ),
-    "vllm.v1.metrics.stats:SchedulerStats": ("spec_decoding_stats", "kv_connector_stats"),
+    "vllm.v1.metrics.loggers:PerEngineStatLoggerAdapter": ("per_engine_stat_loggers",),
+    "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers", "engine_indexes", "record", "log"),
+    "vllm.v1.spec_decode.metrics:SpecDecodingProm": ("observe",),
+    "vllm.v1.spec_decode.metrics:SpecDecodingLogging": ("observe", "log"),
+    "vllm.v1.engine.core_client:MPClient": ("decoder",),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.request:Request": (
         "num_computed_tokens", "is_prefill_chunk", "num_tokens", "num_output_tokens", "num_prompt_tokens",
         "num_preemptions", "prefill_stats", "record_event", "take_events", "get_finished_reason", "client_index",

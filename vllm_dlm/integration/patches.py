@@ -1,41 +1,17 @@
-"""Every place where vLLM itself is changed: one row each. Only gate.py, when the plugin is disabled, replaces another
-attribute of vLLM's. What is overridden in subclasses is in overrides.py.
+"""Every place where vLLM itself is changed, in two tables: functions that are wrapped (`PATCHES`) and attributes of its
+objects that are set (`WRITES`). Only gate.py, when the plugin is disabled, replaces another function of vLLM's. What is
+overridden in subclasses is in overrides.py.
 
-A wrapper is given vLLM's function and returns what stands in its place. The signatures are those it was written
-against; `python -m tools.vllm_signatures` reads them from another vLLM.
+`python -m tools.vllm_signatures` reads signatures and attributes from another vLLM. tests/integration/test_patches.py
+compares the tables with the code.
 """
 
-import functools
-import importlib
-import importlib.util
-import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from pathlib import Path
-from typing import Any, Literal
 
-import vllm
-
-from vllm_dlm import metrics
+from vllm_dlm import envelope, metrics
 from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, routes, shutdown, view
-from vllm_dlm.integration.signatures import in_source, of_function
-
-
-@dataclass(frozen=True)
-class Patch:
-    owner: str  # "module:Class", or "module"
-    name: str
-    wrapper: Callable[[Callable], Callable]
-    why: str
-    signatures: tuple[str, ...]  # any of them is right; see signatures.py
-    #: when: as the process starts; once a server imports the owner; in a worker that asks for it
-    at: Literal["start", "import", "worker"] = "start"
-
-    @property
-    def module(self) -> str:
-        return self.owner.partition(":")[0]
+from vllm_dlm.integration.patching import Patch, WhenImported, Write, wrap
 
 
 def attention_init(init: Callable) -> Callable:
@@ -59,7 +35,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs", "_set_default_chunked_prefill_and_prefix_caching_args", cli.set_defaults,
-        "What a user switched on can be told from vLLM's defaults only before those are filled in.",
+        "Flags that a user set can be told from vLLM's defaults only before vLLM fills those in.",
         ("(self, model_config)",),
     ),
     Patch(
@@ -69,44 +45,44 @@ PATCHES = (
     ),
     Patch(
         "vllm.config.model:ModelConfig", "get_diff_sampling_param", canvas.get_diff_sampling_param,
-        "The length of a response nobody named would be all that the model's length leaves.",
+        "A request without a length would get all that the model's length leaves.",
         ("(self)",),
     ),
     # -- requests ------------------------------------------------------------------------------
     Patch(
         "vllm.renderers.base:BaseRenderer", "_tokenize_prompt", prompts.tokenize_prompt,
-        "Mask tokens that a client typed are text, those among ids are holes; later nobody knows which was which.",
+        "Mask tokens that a client typed are text, those among ids are filled. Later they cannot be told apart.",
         ("(self, prompt, params)",),
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor", "process_inputs", requests.process_inputs,
-        "Sees every request of `LLM` and of the servers: an error further on would end the engine for everybody.",
+        "Sees every request of `LLM` and of the servers. An error later would end the engine for all clients.",
         ("(self, request_id, prompt, params, supported_tasks, arrival_time=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, resumable=, session_id=, kv_hints=)",),
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor", "resolve_watermarking", requests.resolve_watermarking,
-        "Beam search never sends its parameters to the engine; both of its front-ends show them here.",
+        "Beam search never sends its parameters to the engine, but both of its front-ends pass them to this.",
         ("(self, params)",),
     ),
     Patch(
-        "vllm.v1.engine.async_llm:AsyncLLM", "generate", view.generate,
-        "A stream's headers are sent before its request is processed; here it can still be answered with 400. And "
-        "whoever follows a request is told when it begins and ends.",
+        "vllm.v1.engine.async_llm:AsyncLLM", "generate", requests.generate,
+        "A stream's headers are sent before its request is processed; here it can still be answered with 400. The live "
+        "view follows the outputs of observed requests.",
         ("async (self, prompt, sampling_params, request_id, *, prompt_text=, lora_request=, tokenization_kwargs=, "
          "trace_headers=, priority=, data_parallel_rank=, session_id=, kv_hints=, reasoning_ended=, "
          "reasoning_parser_kwargs=)",),
     ),
     Patch(
         "vllm.entrypoints.serve.engine.serving:BaseServing", "_check_model", bodies.check_model,
-        "Every route asks it first: `dlm_*` beside `vllm_xargs` would be dropped without a word.",
+        "Every route calls it first. vLLM would drop `dlm_*` fields next to `vllm_xargs` silently.",
         ("async (self, request)",),
         at="import",
     ),
     Patch(
         "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses", "_generate_with_builtin_tools",
         bodies.generate_with_builtin_tools,
-        "A generator: its request would be looked at when the response is under way.",
+        "A generator: its request would be checked when the response has begun.",
         ("async (self, request_id, engine_input, sampling_params, context, tok_params=, lora_request=, priority=, "
          "trace_headers=, session_id=, reasoning_parser_kwargs=)",
          "async (self, request_id, engine_input, sampling_params, context, tok_params=, lora_request=, priority=, "
@@ -116,7 +92,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM", "shutdown", shutdown.shutdown,
-        "Within a long step the engine cannot report its requests as aborted, and the server waits for them.",
+        "During a long step the engine cannot report its requests as aborted, and the server waits for them.",
         ("(self, timeout=)",),
     ),
     # -- frames --------------------------------------------------------------------------------
@@ -127,7 +103,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs", view.process_outputs,
-        "Messages about steps come among the engine's outputs, and are no outputs to vLLM.",
+        "Messages of the live view arrive among the engine's outputs and are taken out before vLLM processes those.",
         ("(self, engine_core_outputs, engine_core_timestamp=, iteration_stats=, weight_version=)",),
     ),
     Patch(
@@ -157,14 +133,15 @@ PATCHES = (
         ("(self, scheduler_output, model_runner_output)",),
     ),
     Patch(
-        "vllm.v1.metrics.loggers:LoggingStatLogger", "__init__", metrics.logging_init,
-        "Whether its line speaks of diffusion is decided by `canvas_length`, which these models do not have.",
-        ("(self, vllm_config, engine_index=)",),
+        "vllm.v1.engine.core_client:MPClient", "__init__", envelope.client_init,
+        "The front-end decodes the envelope, which vLLM's messages have no field for.",
+        ("(self, asyncio_mode, vllm_config, executor_class, log_stats, client_addresses=, renderer=)",),
     ),
     Patch(
-        "vllm.v1.metrics.loggers:PrometheusStatLogger", "__init__", metrics.prometheus_init,
-        "As above, of the counters.",
-        ("(self, vllm_config, engine_indexes=)",),
+        "vllm.v1.metrics.loggers:StatLoggerManager", "__init__", metrics.stat_loggers,
+        "One more stat logger for the counters of the envelope. vLLM's would have to be named on the command line.",
+        ("(self, vllm_config, engine_idxs=, custom_stat_loggers=, enable_default_loggers=, aggregate_engine_logging=, "
+         "client_count=)",),
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention", "__init__", attention_init,
@@ -178,36 +155,86 @@ PATCHES = (
 )  # fmt: skip
 
 
-#: attribute of what stands in the place of vLLM's functions
-INSTALLED = "_dlm"
-
-
-def wrap(patch: Patch) -> None:
-    """Puts the wrapper in place, unless it is there."""
-    owner, original = _found(patch)
-    kind = type(original) if isinstance(original, (staticmethod, classmethod)) else None
-    function = original.__func__ if kind else original
-    if getattr(function, INSTALLED, False):
-        return
-    wrapped = functools.wraps(function)(patch.wrapper(function))
-    vars(wrapped)[INSTALLED] = True
-    setattr(owner, patch.name, kind(wrapped) if kind else wrapped)
-
-
-def mismatch(patch: Patch) -> str | None:
-    """What is not as the wrapper expects it. Of an owner that no server has imported, by its source."""
-    place, signature, why = f"{patch.owner}.{patch.name}", None, ""
-    if patch.at == "start" or patch.module in sys.modules:
-        try:
-            _, found = _found(patch)
-            signature = of_function(getattr(found, "__func__", found))
-        except (ImportError, AttributeError) as error:
-            why = f" ({error})"
-    else:
-        signature = in_source(Path(vllm.__path__[0]), patch.owner, patch.name)
-    if signature is None:
-        return f"{place} is not there{why}"
-    return None if signature in patch.signatures else f"{place} is {signature}"
+#: where each was read: 0.32 and 0.33
+WRITES = (
+    # -- models and configuration --------------------------------------------------------------
+    Write(
+        "vllm.model_executor.models.config", ("MODELS_CONFIG_MAP",), "integration/registration.py",
+        "vLLM calls the hook of an architecture to complete a configuration.",
+    ),
+    Write(
+        "vllm.transformers_utils.config", ("_CONFIG_REGISTRY",), "integration/registration.py",
+        "How the config.json of a model type is read.",
+    ),
+    Write(
+        "vllm.transformers_utils.model_arch_config_convertor", ("MODEL_ARCH_CONFIG_CONVERTORS",),
+        "integration/registration.py", "A config.json is checked when vLLM converts it.",
+    ),
+    Write(
+        "vllm.config.scheduler:SchedulerConfig",
+        ("scheduler_cls", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens"),
+        "integration/registration.py", "Our scheduler, and what it does not support.",
+    ),
+    Write(
+        "vllm.config.parallel:ParallelConfig", ("worker_cls",), "integration/registration.py",
+        "Our worker.",
+    ),
+    Write(
+        "vllm.config.cache:CacheConfig", ("block_size", "user_specified_block_size", "enable_prefix_caching"),
+        "integration/registration.py", "Units of a selection fill blocks; prefixes are shared where keys are final.",
+    ),
+    Write(
+        "vllm.config.compilation:CompilationConfig", ("mode", "cudagraph_mode"), "integration/registration.py",
+        "Steps are captured by engine/captured.py.",
+    ),
+    Write(
+        "vllm.config.model:ModelConfig", ("max_model_len",), "integration/registration.py",
+        "The length for which a family was trained is the default.",
+    ),
+    Write(
+        "vllm.config.parallel:ParallelConfig", ("worker_cls",), "integration/autoregressive.py",
+        "The worker with summaries of pages.",
+    ),
+    Write(
+        "vllm.config.cache:CacheConfig", ("block_size", "user_specified_block_size"), "integration/autoregressive.py",
+        "Pages are parts of blocks.",
+    ),
+    Write(
+        "vllm.engine.arg_utils:EngineArgs", ("additional_config",), "integration/cli.py",
+        "Our flags become objects of additional_config.",
+    ),
+    # -- requests ------------------------------------------------------------------------------
+    Write(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest", ("suffix", "vllm_xargs"),
+        "integration/bodies.py", "A suffix and a template's mark become options of the request.",
+    ),
+    Write(
+        "vllm.v1.engine:EngineCoreRequest", ("prompt_token_ids", "cache_salt"), "integration/requests.py",
+        "The prompt as the model reads it, and what its keys depend on in addition to it.",
+    ),
+    Write(
+        "vllm.sampling_params:SamplingParams",
+        ("max_tokens", "extra_args", "stop_token_ids", "_all_stop_token_ids", "top_k", "seed"),
+        "integration/requests.py", "The canvas, the end of a turn, and numbers that numpy can hold.",
+    ),
+    # -- engine --------------------------------------------------------------------------------
+    Write(
+        "vllm.v1.request:Request", ("num_computed_tokens", "is_prefill_chunk", "status"),
+        "integration/scheduler/scheduler.py", "As vLLM's own scheduler sets them.",
+    ),
+    Write(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager", ("max_model_len",), "integration/scheduler/canvas_memory.py",
+        "A canvas may take more blocks than its tokens fill.",
+    ),
+    Write(
+        "vllm.v1.worker.cpu_worker", ("CPUModelRunner",), "integration/worker/worker.py",
+        "The CPU worker builds its runner inline; while it does, it finds ours.",
+    ),
+    Write(
+        "vllm.v1.engine:EngineCoreOutputs", ("scheduler_stats",), "integration/autoregressive.py",
+        "Page counts of a step, in an envelope.",
+    ),
+)  # fmt: skip
 
 
 def apply_patches() -> None:
@@ -226,36 +253,3 @@ def patch_worker() -> None:
     for patch in PATCHES:
         if patch.at == "worker":
             wrap(patch)
-
-
-class WhenImported(MetaPathFinder):
-    """Importing what only servers need takes long in every other process: such owners are patched once they came."""
-
-    def __init__(self, late: dict[str, list[Patch]]):
-        self.late = late
-
-    def find_spec(self, name: str, path=None, target=None):
-        if (patches := self.late.pop(name, None)) is None:
-            return None
-        spec = importlib.util.find_spec(name)  # by the other finders, since the name is no longer here
-        loader: Any = spec and spec.loader
-        execute = loader.exec_module
-
-        def execute_and_patch(module):
-            execute(module)
-            for patch in patches:
-                wrap(patch)
-
-        loader.exec_module = execute_and_patch
-        return spec
-
-
-def owner_of(patch: Patch) -> Any:
-    _, _, cls = patch.owner.partition(":")
-    module = importlib.import_module(patch.module)
-    return getattr(module, cls) if cls else module
-
-
-def _found(patch: Patch) -> tuple[Any, Any]:
-    owner = owner_of(patch)
-    return owner, inspect.getattr_static(owner, patch.name)

@@ -6,53 +6,29 @@ transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
 """
 
 import re
-from dataclasses import fields
 
 from vllm.logger import init_logger
 
 from vllm_dlm import __version__
 from vllm_dlm.block_causal import CHUNK
+from vllm_dlm.configuration import LEFT, TRAINED, resolved_options, trained_fields, written_object
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.integration.gate import warn_once
-from vllm_dlm.options import OptionError, server_options
+from vllm_dlm.options import OptionError
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: key of config.json, see training/settings.py, and name of the selection
-TRAINED = "unique"
-
-WORKERS = {"cpu": "vllm_dlm.engine.worker.DiffusionCPUWorker", "cuda": "vllm_dlm.engine.worker.DiffusionGPUWorker"}
-
-
-#: architectures of FAMILIES that vLLM or another plugin serves
-LEFT: set[str] = set()
-
-
-def is_diffusion_lm(model_config) -> bool:
-    """Whether this plugin serves the model."""
-    return model_config is not None and model_config.architecture in FAMILIES and model_config.architecture not in LEFT
-
-
-def given_options(vllm_config):
-    """The server's "dlm" object as it was given."""
-    return (vllm_config.additional_config or {}).get("dlm")
-
-
-def asked_options(vllm_config):
-    """The server's "dlm" object. If it names the selection `unique`, the fields of the checkpoint's config.json are
-    the defaults of that selection. Without it a checkpoint changes nothing."""
-    given = given_options(vllm_config)
-    selection = given.get("selection") if isinstance(given, dict) else None
-    if not isinstance(selection, dict) or selection.get("name") != TRAINED:
-        return given
-    return given | {"selection": trained_fields(vllm_config.model_config.hf_config) | selection}
+WORKERS = {
+    "cpu": "vllm_dlm.integration.worker.worker.DiffusionCPUWorker",
+    "cuda": "vllm_dlm.integration.worker.worker.DiffusionGPUWorker",
+}
 
 
 def blamed(vllm_config, error: OptionError) -> str:
-    """The line of a wrong option, with the place where it was written."""
+    """The message about an invalid option, with the place where it is set"""
     if field := re.match(r"dlm\.selection\.(\w+)", str(error)):
-        named = (given_options(vllm_config) or {}).get("selection") or {}
+        named = (written_object(vllm_config) or {}).get("selection") or {}
         if field[1] not in named and field[1] in trained_fields(vllm_config.model_config.hf_config):
             return f"config.json: {TRAINED}: {str(error).removeprefix('dlm.selection.')}"
     return f"--dlm-config: {error}"
@@ -60,31 +36,13 @@ def blamed(vllm_config, error: OptionError) -> str:
 
 def warn_of_unused_fields(vllm_config) -> None:
     """One line at start if the checkpoint was trained with a selection and the server names none."""
-    if "selection" in (given_options(vllm_config) or {}):
+    if "selection" in (written_object(vllm_config) or {}):
         return
     if trained_fields(vllm_config.model_config.hf_config):
         logger.warning_once(
             "config.json: unique: the checkpoint was trained with this selection and is served without it; "
             """--dlm-config '{"selection": {"name": "unique"}}' turns it on with these fields"""
         )
-
-
-def resolved_options(vllm_config):
-    """The server's options of a model this plugin serves."""
-    family = FAMILIES[vllm_config.model_config.architecture]
-    block_length = getattr(vllm_config.model_config.hf_config, "block_size", None)
-    return server_options(asked_options(vllm_config), family.decoding, family.presets, family.attention, block_length)
-
-
-def trained_fields(config) -> dict:
-    """The fields of the selection that `vllm_dlm.training` left in a checkpoint's config.json."""
-    given = getattr(config.get_text_config(), TRAINED, None)
-    if not isinstance(given, dict):
-        return {}
-    from vllm_dlm.plugins.selection.unique import Unique
-
-    known = {field.name for field in fields(Unique)}  # the rest is about training
-    return {name: value for name, value in given.items() if name in known}
 
 
 def register_models() -> None:
@@ -96,7 +54,7 @@ def register_models() -> None:
 
     from vllm_dlm.families.config import CheckedConvertor
 
-    # Whatever cannot be imported ends this before anything is registered.
+    # An import error comes before anything is registered.
     configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
     taken = taken_model_types()
     for model_type in sorted(taken):
@@ -106,7 +64,7 @@ def register_models() -> None:
         )
     LEFT.update(architecture for architecture, family in FAMILIES.items() if family.model_type in taken)
     configs = {architecture: config for architecture, config in configs.items() if architecture not in LEFT}
-    # Of families with one model_type any will do: it makes the right one from a config.json that names it.
+    # Families with one model_type may share any of their classes: it picks the right one by the config.json.
     for config in {config.model_type: config for config in reversed(configs.values())}.values():
         _CONFIG_REGISTRY[config.model_type] = config
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
@@ -121,7 +79,7 @@ def register_models() -> None:
 
 
 def taken_model_types() -> set[str]:
-    """Model types of FAMILIES whose config.json or architecture something else than this package has registered."""
+    """Model types of FAMILIES whose config.json or architecture is registered by something other than this package"""
     from transformers import CONFIG_MAPPING
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -147,7 +105,7 @@ class DiffusionConfigHook:
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:
-        """config.json has been checked by then: `CheckedConvertor`."""
+        """A no-op: `CheckedConvertor` has checked config.json before."""
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
@@ -162,8 +120,10 @@ class DiffusionConfigHook:
         if model.original_max_model_len is None and (family.context or model.max_model_len) < model.max_model_len:
             logger.info_once(
                 "max_model_len: %d, as %s was trained; its config.json allows %d, which --max-model-len can ask for",
-                family.context, model.architecture, model.max_model_len,
-            )  # fmt: skip
+                family.context,
+                model.architecture,
+                model.max_model_len,
+            )
             model.max_model_len = family.context
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
@@ -180,8 +140,8 @@ class DiffusionConfigHook:
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = WORKERS[device]
         if scheduler.scheduler_cls is None:
-            scheduler.scheduler_cls = "vllm_dlm.engine.scheduler.DenoisingScheduler"
-        # How much of a prompt is read in a step the plan of its canvas says, and the next step needs this one's tokens.
+            scheduler.scheduler_cls = "vllm_dlm.integration.scheduler.scheduler.DenoisingScheduler"
+        # The plan of a canvas decides how much of a prompt a step reads, and each step needs the tokens of the last.
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False
         if not shares_prefixes(vllm_config, options):
@@ -193,14 +153,14 @@ class DiffusionConfigHook:
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
             model.hf_config.eot_token_id = find_token(model, family.end_of_turn)
-        # The references decode greedily unless told otherwise; vLLM would sample at temperature 1.
+        # The published code decodes greedily by default; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
         model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows  # see canvas.py
 
 
 def shares_prefixes(vllm_config, options) -> bool:
-    """A block of the KV cache can be told by the text up to its end if no canvas block reaches beyond that."""
+    """Whether the text up to the end of a KV block determines its content: no canvas block may extend beyond it."""
     if options.attention == "full":
         return False  # see cli.py
     size, width = vllm_config.cache_config.block_size, options.decoding.block_length
@@ -214,8 +174,8 @@ def shares_prefixes(vllm_config, options) -> bool:
 
 
 def set_block_size(cache_config, selection) -> None:
-    """What a selection reads or leaves out together must lie in one block; 128 holds the units of all of them, and
-    is the CPU's default."""
+    """A unit of a selection must lie within one KV block. Blocks of 128, the default on CPUs, hold the units of all
+    selections."""
     if not cache_config.user_specified_block_size:
         cache_config.block_size, cache_config.user_specified_block_size = 128, True
     elif selection.sparse and cache_config.block_size % selection.unit:

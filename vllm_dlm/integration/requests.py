@@ -1,96 +1,90 @@
-"""Refuses, in the front-end, what a denoising step cannot honour, naming the field.
+"""Makes a `CanvasRequest` of each request to a diffusion model, once, and hands it to the engine.
 
-An error in the scheduler or a worker would end the engine for everybody, so
-nothing may reach them unchecked. Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py
-(`process_inputs` sees every request of `LLM` and of the servers) and
-v1/engine/async_llm.py. What only a server's routes see is in bodies.py.
+Parsing and checking are in vllm_dlm/request. Here is where vLLM lets a plugin see a request:
+
+- `process_inputs` sees every request of `LLM` and of the servers, and its result goes to the engine.
+- `AsyncLLM.generate` comes before it on a server. A request must be refused there: by the time of `process_inputs` the
+  headers of a stream are sent. The request that it makes travels to `process_inputs` in `extra_args`.
+- A server's routes come first (bodies.py), where texts are tokenised in a thread. The result is found again through a
+  context variable.
+
+Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py, v1/engine/async_llm.py.
 """
 
-from bisect import bisect_right
+import asyncio
+import copy
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.given import NO_LAYOUT, Layout
-from vllm_dlm.integration.canvas import default_length
-from vllm_dlm.integration.given import (
-    EncodedTexts,
-    layout_of,
-    refuse_draft,
-    refuse_long,
-    refuse_stops,
-    refuse_template,
-    texts_of,
-    unmarked,
-    with_texts,
-)
-from vllm_dlm.integration.prompts import is_text, prompt_ids
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
-from vllm_dlm.options import OptionError, Options, request_keys, request_options
-from vllm_dlm.scoring.scored import SCORE, Scored
-from vllm_dlm.shown import shown
+from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.integration import view
+from vllm_dlm.refusal import ONLY_DIFFUSION, refusals, refuse
+from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
+from vllm_dlm.request.checks import check, check_stops
+from vllm_dlm.request.parsing import READ_BY_VLLM, ParsedRequest, parse
+from vllm_dlm.request.prompts import is_text
+from vllm_dlm.request.served_model import ServedModel, served_model
 
-#: SamplingParams fields that change logits or order of generation in ways the denoising step does not implement
-NEUTRAL = {
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_p": 0.0,
-    "min_tokens": 0,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
-    "structured_outputs": None,
-    "prompt_logprobs": None,
-    "prompt_logprob_token_ids": None,
-    "logprob_token_ids": None,
-    "thinking_token_budget": None,
-    "trace_decode_token_ids": None,
-}
 
-#: what a client of the OpenAI API may have written instead
-ALSO_SET_BY = {
-    "structured_outputs": "response_format and tool_choice",
-    "prompt_logprobs": "echo together with logprobs",
-}
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A CanvasRequest on its way from `generate` to `process_inputs`, and what it was made of."""
 
-ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
-#: in `extra_args`, and harmless to a canvas
-READ_BY_VLLM = ("kv_cache_report_mode",)
-FRAMES_NEED = "frames come with a streamed chat or completion of a server"
-WATCH_NEEDS = "requests can be watched on a server that was started with --dlm-view"
+    request: CanvasRequest
+    parsed: ParsedRequest
+    prompt: list[int]
+    max_tokens: int | None
 
-#: the observed request of a server that gets vLLM's internal id next, see integration/view.py. It is in a list, which
-#: is emptied then, because contexts live on.
-ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
+    def __deepcopy__(self, memo) -> "CheckedRequest":
+        return self  # vLLM copies the parameters of a request
+
+    def is_of(self, prompt: Any, max_tokens: int | None) -> bool:
+        """Parameters may be used again, with another prompt or length."""
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        return self.prompt is ids and self.max_tokens == max_tokens
+
+
+#: of the request that a route of the server handles
+_HANDLED: ContextVar[ParsedRequest | None] = ContextVar("parsed_request", default=None)
+
+
+# -- wrappers of vLLM's functions --------------------------------------------------------------
 
 
 def process_inputs(process):
     def process_with_dlm(self, request_id, prompt, params, *args, **kwargs):
-        no_max_tokens = getattr(params, "max_tokens", None) is None  # vLLM sets it, maybe in place
-        if is_diffusion_lm(self.model_config) and isinstance(params, SamplingParams):
-            refuse_stops(params)
+        if not is_diffusion_lm(self.model_config):
+            request = process(self, request_id, prompt, params, *args, **kwargs)
+            refuse_options(request.sampling_params, self.model_config)
+            return request
+        max_tokens = getattr(params, "max_tokens", None)  # vLLM may set it in place
+        checked = carried(params, prompt, max_tokens)
+        if checked is None and isinstance(params, SamplingParams):
+            with refusals():
+                check_stops(params)
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        if is_diffusion_lm(self.model_config):
-            prepare(request, is_text(prompt), no_max_tokens, self)
-        else:
-            refuse_request(request.sampling_params, self.model_config)
+        refuse_kind(request)
+        if checked is None:
+            checked = checked_request(params, max_tokens, request.prompt_token_ids, is_text(prompt), self)
+        refuse_unobserved(checked)
+        hand_over(checked, request, served_model(self))
         return request
 
     return process_with_dlm
 
 
 def generate(generate_theirs):
-    def generate_with_dlm(self, prompt, sampling_params, *args, **kwargs):
-        texts = texts_of(sampling_params)
-        check_early(prompt, sampling_params, self.input_processor, texts)
-        return generate_theirs(self, prompt, with_texts(sampling_params, texts), *args, **kwargs)
+    def generate_with_dlm(self, prompt, sampling_params, request_id, *args, **kwargs):
+        checked = check_early(prompt, sampling_params, self.input_processor)
+        outputs = generate_theirs(self, prompt, carrying(sampling_params, checked), request_id, *args, **kwargs)
+        if checked is None:
+            return outputs
+        return view.observe(self, outputs, sampling_params, request_id, checked.request.options)
 
     return generate_with_dlm
 
@@ -104,56 +98,105 @@ def resolve_watermarking(resolve):
     return resolve_with_dlm
 
 
-def check_early(prompt, params, processor, texts: EncodedTexts | None = None) -> None:
-    """What can be said of a rendered prompt before the engine takes it."""
+# -- making a request --------------------------------------------------------------------------
+
+
+def check_early(prompt: Any, params: Any, processor: Any) -> CheckedRequest | None:
+    """Checks a rendered prompt before the engine takes it. None: the model is autoregressive, or the prompt is not
+    rendered yet and `process_inputs` checks it."""
     if not is_diffusion_lm(processor.model_config):
-        refuse_request(params, processor.model_config)
-    elif isinstance(prompt, dict) and (ids := prompt.get("prompt_token_ids")) is not None:
-        refuse_stops(params)
-        options = options_of(params, processor)
-        layout, behind = layout_of(options, processor, texts_of(params) if texts is None else texts)
-        check(params, options, len(own_ids(ids, is_text(prompt), options, processor) + behind), processor, layout)
+        refuse_options(params, processor.model_config)
+        return None
+    if not isinstance(prompt, dict) or (ids := prompt.get("prompt_token_ids")) is None:
+        return None
+    if (checked := carried(params, prompt, params.max_tokens)) is not None:
+        return checked
+    with refusals():
+        check_stops(params)
+    return checked_request(params, params.max_tokens, ids, is_text(prompt), processor)
 
 
-def prepare(request, text: bool, no_max_tokens: bool, processor) -> None:
-    """Checks a request and gives it what vLLM does not know: masks that are text, a canvas, the end of a turn."""
-    params = request.sampling_params
-    if params is None:
+def checked_request(params: Any, max_tokens: int | None, ids: list[int], text: bool, processor: Any) -> CheckedRequest:
+    written = options_in(params)
+    with refusals(written):
+        parsed = _HANDLED.get()
+        if parsed is None or parsed.written != written:
+            parsed = parse(written, served_model(processor))
+        return CheckedRequest(
+            check(parsed, params, max_tokens, ids, text, served_model(processor)), parsed, ids, max_tokens
+        )
+
+
+async def parse_in_thread(written: Mapping[str, Any], processor: Any) -> None:
+    """Parses and tokenises in vLLM's threads for tokenising, for the rest of this HTTP request's handler."""
+    model = served_model(processor)
+    with refusals(written):
+        loop = asyncio.get_running_loop()
+        _HANDLED.set(await loop.run_in_executor(model.tokenizer_threads, parse, written, model))
+
+
+def options_in(params: Any) -> dict[str, Any]:
+    """`extra_args` as the client wrote them"""
+    extra_args = getattr(params, "extra_args", None) or {}
+    return {name: value for name, value in extra_args.items() if not isinstance(value, CheckedRequest)}
+
+
+def carried(params: Any, prompt: Any, max_tokens: int | None) -> CheckedRequest | None:
+    found = (getattr(params, "extra_args", None) or {}).get(CANVAS_REQUEST)
+    return found if isinstance(found, CheckedRequest) and found.is_of(prompt, max_tokens) else None
+
+
+def carrying(params: Any, checked: CheckedRequest | None) -> Any:
+    """The parameters with the request, since `process_inputs` may run in another context"""
+    if checked is None:
+        return params
+    params = copy.copy(params)
+    params.extra_args = {**(params.extra_args or {}), CANVAS_REQUEST: checked}
+    return params
+
+
+# -- to the engine -----------------------------------------------------------------------------
+
+
+def refuse_kind(request: Any) -> None:
+    if request.sampling_params is None:
         refuse("pooling_params", None, "masked-diffusion language models only generate")
     if request.prompt_embeds is not None:
         refuse("prompt_embeds", None, "the canvas needs token ids")
     if request.resumable:
         refuse("resumable", True, "the canvas cannot grow")
-    options = options_of(params, processor)
-    if options.observed and not ADDED.get():
-        field, why = ("dlm_frames", FRAMES_NEED) if options.frames else ("dlm_watch", WATCH_NEEDS)
-        refuse(field, 1, why)
-    texts = texts_of(params)
-    layout, behind = layout_of(options, processor, texts)
-    request.prompt_token_ids = own_ids(request.prompt_token_ids, text, options, processor) + behind
-    params.extra_args = layout.added_to(params.extra_args)
-    if no_max_tokens:
-        params.max_tokens = layout.length or open_length(options, len(request.prompt_token_ids), processor)
-    check(params, options, len(request.prompt_token_ids), processor, layout)
-    params.extra_args = unmarked(params.extra_args)
-    if options.attention != "full":
-        usual = server_options_of(processor).decoding.block_length
-        request.cache_salt = salt(request.cache_salt, options.decoding.block_length, usual)
 
-    config = processor.model_config
-    if layout.holes:  # its end is one token, at which vLLM stops whether it is the tokenizer's or not
-        params.max_tokens, params.stop_token_ids = layout.length, [layout.ends[0]]
-        params._all_stop_token_ids.add(layout.ends[0])
+
+def refuse_unobserved(checked: CheckedRequest) -> None:
+    """Frames need a stream of a server, and watching needs the live view."""
+    options = checked.request.options
+    if options.observed and not view.ADDED.get():
+        field, why = ("dlm_frames", view.FRAMES_NEED) if options.frames else ("dlm_watch", view.WATCH_NEEDS)
+        refuse(field, 1, why)
+
+
+def hand_over(checked: CheckedRequest, request: Any, model: ServedModel) -> None:
+    """Writes a checked request into vLLM's, which goes to the engine."""
+    params, own = request.sampling_params, checked.request
+    request.prompt_token_ids, params.max_tokens = own.prompt_ids, own.max_tokens
+    kept = {name: value for name, value in checked.parsed.written.items() if name in READ_BY_VLLM}
+    params.extra_args = {**kept, CANVAS_REQUEST: own.to_wire()}
+    if own.options.attention != "full":
+        usual = model.options.decoding.block_length
+        request.cache_salt = salt(request.cache_salt, own.options.decoding.block_length, usual)
+    if own.layout.holes:  # vLLM stops at the template's end, whether the tokenizer has it or not
+        params.stop_token_ids = [own.layout.ends[0]]
+        params._all_stop_token_ids.add(own.layout.ends[0])
     else:
-        add_end_of_turn(params, config.hf_config)
+        add_end_of_turn(params, model.hf_config)
     # numpy counts in 64 bits and wants seeds that are not negative; vLLM adds an index to them when n > 1.
-    params.top_k = min(params.top_k, config.get_vocab_size())
+    params.top_k = min(params.top_k, model.vocabulary_size)
     if params.seed is not None:
         params.seed %= 1 << 63
-    texts.accepted()
+    checked.parsed.texts.keep()
 
 
-def add_end_of_turn(params, hf_config) -> None:
+def add_end_of_turn(params: Any, hf_config: Any) -> None:
     eot = getattr(hf_config, "eot_token_id", None)
     if eot is not None and not params.ignore_eos and eot not in (params.stop_token_ids or []):
         params.stop_token_ids = [*(params.stop_token_ids or []), eot]
@@ -161,157 +204,23 @@ def add_end_of_turn(params, hf_config) -> None:
 
 
 def salt(given: str | None, width: int, usual: int) -> str | None:
-    """Of the hashes under which the prefix cache knows a request's blocks: keys depend on how wide canvas blocks are.
-    No two pairs of `given` and `width` have the same, and where
-    there is nothing to tell the hashes are vLLM's plain ones."""
+    """Salt of the hashes under which the prefix cache knows a request's blocks, because keys depend on the width of
+    canvas blocks. Different pairs of `given` and `width` have different salts. With the usual width and none given,
+    the hashes are vLLM's plain ones."""
     if given is None:
         return None if width == usual else str(width)
     return f"{width} {given}"
 
 
-def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int]:
-    """The prompt as the model gets it"""
-    ids = prompt_ids(ids, text, options.infill, processor)
-    mask_id, scored = processor.model_config.hf_config.mask_token_id, isinstance(options.decoding, Scored)
-    if (scored or options.attention != "full") and mask_id in ids:
-        if scored:
-            refuse("prompt", shown(ids), "what is scored has a context without masks")
-        field, value = ("dlm_infill", True) if options.infill else ("prompt", f"the mask, token {mask_id},")
-        refuse(field, value, "this model reads a prompt block by block and cannot fill masks in it")
-    return ids
+# -- autoregressive models ---------------------------------------------------------------------
 
 
-def open_length(options: Options, prompt: int, processor) -> int:
-    """Of a request that names none: where its canvas grows, as much as the model and the KV cache have room for."""
-    if not options.extent.grows or options.given.suffix:  # what comes behind says where the canvas ends
-        return default_length(processor)
-    length = options.canvas.length(max(processor.model_config.max_model_len - prompt, 1))
-    if (pool := replica_blocks(processor)) is None:
-        return length
-    shape = BlockShape.of(processor.vllm_config)
-    there = (pool - 1) * shape.block_size
-    fitting = bisect_right(range(1, length + 1), there, key=lambda n: shape.tokens(options, prompt, prompt + n))
-    return max(fitting, 1)
-
-
-def options_of(params, processor) -> Options:
-    return options_from(params.extra_args or {}, processor)
-
-
-def options_from(given: Mapping[str, Any], processor) -> Options:
-    """The options of a request, all of them meant for this plugin."""
-    server = server_options_of(processor)
-    for field, value in given.items():
-        if not field.startswith("dlm_") and field not in READ_BY_VLLM and not isinstance(value, EncodedTexts):
-            meant = f"dlm_{field}" in request_keys(server.decoding)
-            unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
-            refuse(field, value, f"write dlm_{field}" if meant else unread)
-    refuse_long(given, server, processor)
-    try:
-        return request_options(server, given)
-    except OptionError as error:
-        refuse(error.field, given.get(error.field), str(error), whole=True)
-
-
-def check(params, options: Options, prompt: int, processor, layout: Layout = NO_LAYOUT) -> None:
-    """Refuses what cannot be honoured for a prompt of that many tokens."""
-    for field, neutral in NEUTRAL.items():
-        value = getattr(params, field, neutral)
-        if value != neutral and value not in ([], {}):
-            also = f" (also set by {ALSO_SET_BY[field]})" if field in ALSO_SET_BY else ""
-            refuse(field, value, f"not supported with masked-diffusion language models{also}")
-
-    model = processor.model_config
-    longest = options.canvas.max
-    asked = open_length(options, prompt, processor) if params.max_tokens is None else params.max_tokens
-    if layout.holes:
-        refuse_template(params, options, layout, prompt, processor)
-        asked = len(layout.start)
-    if longest is not None and asked > longest:
-        refuse("max_tokens", asked, f"the longest canvas of this server has {longest} tokens")
-    length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
-    if isinstance(options.decoding, Scored):
-        mask_id, given = model.hf_config.mask_token_id, params.extra_args[SCORE]
-        if why := options.decoding.misfit(prompt, asked, prompt + length, model.get_vocab_size(), mask_id):
-            refuse(SCORE, given, why)
-    if length < 1:
-        if options.given.suffix:
-            why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
-            refuse("dlm_suffix", options.given.suffix, f"{why} (it is also what suffix sets)")
-        refuse("max_tokens", params.max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
-    if options.given.draft:
-        refuse_draft(options, layout, asked, length)
-    blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
-    if layout.holes:
-        blocks = len(options.decoding.blocks(sum(each for _, each, _ in layout.holes)))
-    if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
-        refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
-    if steps is not None and steps > model.max_model_len:
-        # Whoever lays out the schedule takes time and memory for every step of it.
-        refuse("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
-    check_memory(params, options, prompt, length, processor)
-
-
-def check_memory(params, options: Options, prompt: int, length: int, processor) -> None:
-    """Refuses what the KV cache could never hold, blaming what takes the room."""
-    cache, shape = processor.cache_config, BlockShape.of(processor.vllm_config)
-    unit = options.selection.unit if options.selection.sparse else 1
-    if cache.block_size % unit:
-        size = f"block_size is {cache.block_size}"
-        refuse("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and {size}")
-    if (pool := replica_blocks(processor)) is None:
-        return
-
-    def needed(options: Options) -> int:
-        return shape.tokens(options, prompt, prompt + length) // cache.block_size
-
-    total, there = needed(options), pool - 1
-    if total <= there:
-        return
-    plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
-    alone, takes = needed(plain), f"a canvas of {prompt + length} tokens takes"
-    if alone > there:
-        refuse("max_tokens", params.max_tokens, f"{takes} {alone} blocks of the KV cache, and there are {there}")
-    decoding, reuse, selection = options.decoding, options.reuse, options.selection
-    #: field -> (its value, the request without it)
-    parts = {
-        "dlm_cfg_scale": (decoding.cfg_scale, replace(options, decoding=replace(decoding, cfg_scale=0.0))),
-        "dlm_drafts": (decoding.canvases, replace(options, decoding=decoding.alone())),
-        "dlm_reuse": (reuse.name, replace(options, reuse=plain.reuse)),
-        "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
-    }
-    saved = {field: total - needed(other) for field, (_, other) in parts.items()}
-    field = max(saved, key=lambda name: saved[name])
-    named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
-    blocks = f"{alone} blocks of the KV cache, {total} with {named}, and there are {there}"
-    refuse(field, parts[field][0], f"{takes} {blocks}")
-
-
-def replica_blocks(processor) -> int | None:
-    """Blocks of one replica: the front-end is told the sum over all engines it sends requests to, and a canvas
-    lies in one. Read in vLLM 0.32: v1/engine/core_client.py (`_apply_ready_response`, `engine_ranks_managed`)."""
-    total, parallel = processor.cache_config.num_gpu_blocks, processor.vllm_config.parallel_config
-    if parallel.data_parallel_rank_local is not None:
-        replicas = 1  # a process of `LLM` for each replica
-    elif parallel.local_engines_only:
-        replicas = parallel.data_parallel_size_local
-    else:
-        replicas = parallel.data_parallel_size
-    return None if total is None else total // replicas
-
-
-def server_options_of(processor):
-    if not hasattr(processor, "dlm_options"):
-        processor.dlm_options = resolved_options(processor.vllm_config)
-    return processor.dlm_options
-
-
-def takes_options(model_config) -> bool:
+def takes_options(model_config: Any) -> bool:
     """Whether this plugin reads `dlm_*` options of requests. If not, vLLM treats them as it treats any other name."""
     return is_diffusion_lm(model_config) or getattr(model_config, "dlm_selects", False)  # see autoregressive.py
 
 
-def refuse_request(params, model_config) -> None:
+def refuse_options(params: Any, model_config: Any) -> None:
     """Rejects `dlm_*` options of a request to an autoregressive model that decodes with a selection."""
     if not takes_options(model_config):
         return

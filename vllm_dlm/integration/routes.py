@@ -1,7 +1,7 @@
-"""Routes of this plugin: the score's on a server of a diffusion model, those of the view with `--dlm-view`.
+"""Routes of this plugin: scores on a server of a diffusion model, and the live view with `--dlm-view`.
 
-vLLM attaches the routes of plugins before it hands out the engine, which says what is served. So the score's are added
-afterwards, still before the server listens. Read in vLLM 0.32: plugins/endpoint_plugins/interface.py,
+vLLM attaches the routes of plugins before the engine exists, which determines the model. So the route of scores is
+added afterwards, still before the server listens. Read in vLLM 0.32: plugins/endpoint_plugins/interface.py,
 entrypoints/launchers/{app.py,api_server/entry.py}.
 """
 
@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm
 
 #: Seconds for which a thread keeps the GIL while others wait. The event loop lets go of it with every system call and
 #: then waits this long for the threads that encode texts and templates. With Python's 5 ms, 50 requests whose templates
@@ -26,7 +26,7 @@ def load_endpoint_plugins(load):
 
 
 class Routes:
-    """An `EndpointPlugin` of vLLM's. It imports what a server needs that has one of the routes."""
+    """An `EndpointPlugin` of vLLM's, which imports the modules of a route only on servers that have it."""
 
     name = "vllm_dlm"
     required_tasks = ("generate",)

@@ -1,9 +1,9 @@
 """SIGTERM ends a server at once, whatever it was computing.
 
-vLLM's API server ends its engine, which within a long step has no time to
-report its requests as aborted, and then waits without limit for the streams
-of those requests. Whether they hear of it is a race between two callbacks of
-the event loop, which autoregressive models lose, too. Here they are told.
+vLLM's API server ends its engine, which cannot report its requests as aborted
+during a long step, and then waits without limit for the streams of those
+requests. Whether they end is a race between two callbacks of the event loop,
+which autoregressive models lose, too. Here the requests are failed explicitly.
 Read in vLLM 0.32 and 0.33: entrypoints/launchers/launcher.py (`handle_shutdown`),
 v1/engine/async_llm.py (`shutdown`, `output_handler`, `generate`),
 v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
@@ -11,7 +11,7 @@ v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
 
 from http import HTTPStatus
 
-from vllm_dlm.integration.registration import is_diffusion_lm
+from vllm_dlm.configuration import is_diffusion_lm
 
 
 def shutdown(end):
@@ -19,14 +19,14 @@ def shutdown(end):
         if not timeout:
             fail_open_requests(self)
         end(self, timeout)
-        fail_open_requests(self)  # what `--shutdown-timeout` was too short for, or came in meanwhile
+        fail_open_requests(self)  # those for which `--shutdown-timeout` was too short, or that came in meanwhile
 
     return shutdown_with_dlm
 
 
 def fail_open_requests(engine) -> None:
-    """503, which tells balancers and clients to ask another server. Called in a thread beside the event loop
-    that the requests wait in, and of engines that never came up."""
+    """Fails them with 503, which tells load balancers and clients to use another server. Runs in another thread than
+    the event loop of the requests, and also for engines that never started."""
     handler = getattr(engine, "output_handler", None)
     if handler is None or handler.get_loop().is_closed() or not is_diffusion_lm(engine.model_config):
         return

@@ -1,4 +1,5 @@
-"""From engine to clients: frames are taken out of the engine's outputs, and streams and responses carry them.
+"""From engine to clients: messages about steps are taken out of the engine's outputs, and streams and responses carry
+frames and trajectories.
 
 Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Faults of the view are caught
 where serving enters it (view/isolation.py). Read in vLLM 0.32 and 0.33: v1/engine/output_processor.py
@@ -8,26 +9,30 @@ v1/engine/async_llm.py (`generate`), and entrypoints/openai/{completion,chat_com
 """
 
 from contextlib import aclosing
+from contextvars import ContextVar
 from weakref import finalize
 
 import msgspec
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_dlm.integration import requests
-from vllm_dlm.integration.refusal import refuse
-from vllm_dlm.integration.registration import is_diffusion_lm
-from vllm_dlm.integration.requests import ADDED, FRAMES_NEED, WATCH_NEEDS, options_of
+from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.envelope import Envelope, envelope_in
 from vllm_dlm.options import Options
-from vllm_dlm.view.frames import FILLED, FRAME
+from vllm_dlm.refusal import refuse
 from vllm_dlm.view.hub import HUB
 from vllm_dlm.view.isolation import Isolated, error_message, isolated
 from vllm_dlm.view.observed import ObservedRequest
 from vllm_dlm.view.streams import CHANNEL, Channel, with_frames
 
-#: in a request's options: the engine reports its steps
+FRAMES_NEED = "frames come with a streamed chat or completion of a server"
+WATCH_NEEDS = "requests can be watched on a server that was started with --dlm-view"
+#: options of a request whose steps the engine reports
 OBSERVED = {"dlm_frames", "dlm_watch", "dlm_trajectory"}
 #: in additional_config, as `--dlm-view` leaves it
 VIEW = "dlm_view"
+#: the observed request that gets vLLM's internal id next. It is in a list, which is emptied then, because contexts live
+#: on.
+ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
 
 
 def observed(extra_args) -> bool:
@@ -38,7 +43,7 @@ def observed(extra_args) -> bool:
 
 
 class Trajectories(Isolated):
-    """The steps that filled the tokens of a request of `LLM`. It lives as long as vLLM's state of the request."""
+    """Records which steps filled the tokens of a request of `LLM`, for as long as vLLM keeps the request's state."""
 
     def __init__(self, name: str, prompt: list[int]):
         self.name, self.prompt = name, prompt
@@ -50,16 +55,14 @@ class Trajectories(Isolated):
 
     @isolated
     def take(self, index: int, message: bytes, tokenizer) -> None:
-        """There are no frames without a server: the engine's view of the request failed, and it logged why."""
+        """Without a server there are no frames, so the message says why the engine's view of the request failed."""
         self.fault = msgspec.msgpack.decode(message)["error"]
 
     @isolated
-    def fill(self, index: int, steps: list[int] | str) -> None:
-        """`steps` that filled the next tokens of a choice, or why they are not known"""
-        if isinstance(steps, str):
-            self.fault = steps
-        else:
-            self.filled.setdefault(index, []).extend(steps)
+    def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
+        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        self.fault = fault
+        self.filled.setdefault(index, []).extend(steps)
 
     @isolated
     def found(self, completion) -> dict:
@@ -73,24 +76,14 @@ class Trajectories(Isolated):
 
 def process_outputs(process):
     def process_without_messages(self, engine_core_outputs, *args, **kwargs):
-        if not any(output.kv_transfer_params for output in engine_core_outputs):
+        if not any(map(envelope_in, engine_core_outputs)):
             return process(self, engine_core_outputs, *args, **kwargs)
         theirs, offline = [], dict[int, Trajectories]()
         for output in engine_core_outputs:
-            params, state = output.kv_transfer_params or {}, self.request_states.get(output.request_id)
-            if FRAME not in params:
+            if (envelope := envelope_in(output)) is None:
                 theirs.append(output)
-            if state is None or not (FRAME in params or FILLED in params):
-                continue
-            receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
-            if state.queue is None and (FILLED in params or receiver is None):
-                receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
-            if FILLED in params:
-                output.kv_transfer_params = None
-            if receiver is not None and FRAME in params:
-                receiver.take(state.request_index, params[FRAME], self.tokenizer)
-            elif receiver is not None:
-                receiver.fill(state.request_index, params[FILLED])
+            elif (state := self.request_states.get(output.request_id)) is not None:
+                deliver(envelope, state, offline, self.tokenizer)
         done = process(self, theirs, *args, **kwargs)
         for output in done.request_outputs if offline else ():  # of `LLM`; those of servers have gone to `generate`
             # The list is the request's own. Its external id may be another request's too.
@@ -101,8 +94,21 @@ def process_outputs(process):
     return process_without_messages
 
 
+def deliver(envelope: Envelope, state, offline: dict[int, Trajectories], tokenizer) -> None:
+    """Gives a message about a request to what follows it. `offline`: followers of requests of `LLM`"""
+    receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
+    if state.queue is None and (envelope.view is None or receiver is None):
+        receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
+    if receiver is None:
+        return
+    if envelope.view is not None:
+        receiver.take(state.request_index, envelope.view, tokenizer)
+    else:
+        receiver.fill(state.request_index, envelope.filled or [], envelope.fault)
+
+
 def keeper(state):
-    """What lives as long as all choices of a request."""
+    """The object that lives as long as all choices of a request"""
     return state.parent_req or state
 
 
@@ -117,8 +123,7 @@ def trajectories_of(state) -> Trajectories:
 def assign_request_id(assign):
     def assign_and_bind(request):
         assign(request)
-        params = request.sampling_params
-        if params is not None and observed(params.extra_args) and (added := ADDED.get()):
+        if added := ADDED.get():
             added.pop().bind(request.request_id, request.prompt_token_ids)
 
     return assign_and_bind
@@ -131,26 +136,19 @@ def refuse_unseen(options: Options, processor, channel: Channel | None) -> None:
         refuse("dlm_watch", 1, WATCH_NEEDS)
 
 
-def generate(generate_theirs):
-    checked = requests.generate(generate_theirs)
-
-    def generate_observed(self, prompt, sampling_params, request_id, *args, **kwargs):
-        theirs = checked(self, prompt, sampling_params, request_id, *args, **kwargs)
-        if not observed(sampling_params.extra_args) or not is_diffusion_lm(self.model_config):
-            return theirs
-        options, channel = options_of(sampling_params, self.input_processor), CHANNEL.get()
-        refuse_unseen(options, self.input_processor, channel)
-        if not (options.observed or options.trajectory):
-            return theirs
-        served = self.model_config.served_model_name
-        model = served if isinstance(served, str) else served[0]
-        request = ObservedRequest(request_id, model, sampling_params.n, options, channel)
-        HUB.admit(request, options.limits, running(self.output_processor))
-        outputs = followed(theirs, request, sampling_params.output_kind == RequestOutputKind.DELTA)
-        finalize(outputs, HUB.remove, [request]).atexit = False  # also if nobody iterates it
+def observe(engine, outputs, params, request_id: str, options: Options):
+    """A checked request's outputs. If it is observed, the hub has it while they are read."""
+    if not (options.observed or options.trajectory):
         return outputs
-
-    return generate_observed
+    channel = CHANNEL.get()
+    refuse_unseen(options, engine.input_processor, channel)
+    served = engine.model_config.served_model_name
+    model = served if isinstance(served, str) else served[0]
+    request = ObservedRequest(request_id, model, params.n, options, channel)
+    HUB.admit(request, options.limits, running(engine.output_processor))
+    followed_outputs = followed(outputs, request, params.output_kind == RequestOutputKind.DELTA)
+    finalize(followed_outputs, HUB.remove, [request]).atexit = False  # also if nothing iterates it
+    return followed_outputs
 
 
 def running(processor):
@@ -158,7 +156,7 @@ def running(processor):
 
 
 async def followed(theirs, request: ObservedRequest, deltas: bool):
-    """vLLM's outputs of a request; meanwhile it is in the hub."""
+    """Passes vLLM's outputs of a request on; meanwhile the request is in the hub."""
     try:
         async with aclosing(theirs):
             token = ADDED.set([request])

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
-from vllm_dlm.integration.autoregressive import selection_of
+from vllm_dlm.configuration import selection_of
 from vllm_dlm.kernels.top_pages import physical_pages
 from vllm_dlm.page_sparse.cpu_pages import Batch, PackedPages, packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts

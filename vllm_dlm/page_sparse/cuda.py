@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_dlm.integration.autoregressive import selection_of
+from vllm_dlm.configuration import selection_of
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 from vllm_dlm.page_sparse.page_counts import PageCounts
 from vllm_dlm.page_sparse.partition import Partition, partition, prompt_lengths

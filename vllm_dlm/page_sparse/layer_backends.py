@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_dlm.integration.autoregressive import selection_of
+from vllm_dlm.configuration import selection_of
 
 BACKENDS = {
     "DLM_SELECTING_CPU": "vllm_dlm.page_sparse.cpu.SelectingCPUBackend",

@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass, fields
 
+#: attribute of a ModelRunnerOutput with the counts of its step
+COUNTS = "dlm_page_counts"
+
 
 @dataclass
 class PageCounts:

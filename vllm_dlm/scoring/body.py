@@ -12,8 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.limits import Limits
+from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.scores import How
 
 #: bytes of JSON for each of `limits.score_characters`: the longest escape has 12, a token id with white space 16

@@ -24,8 +24,9 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.exceptions import GenerationError
 from vllm.inputs import tokens_input
 
-from vllm_dlm.integration.requests import refuse, server_options_of
+from vllm_dlm.configuration import server_options_of
 from vllm_dlm.option_types import OptionError
+from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.body import parse_body, read_body
 from vllm_dlm.scoring.pairs import PairInputs
 from vllm_dlm.scoring.scores import How, Job, Method, Pair, PairScore, jobs, resolved

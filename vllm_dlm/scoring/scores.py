@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm import SamplingParams
 
 from vllm_dlm.option_types import OptionError
+from vllm_dlm.scored import SCORE
 from vllm_dlm.scoring.monte_carlo import draws
-from vllm_dlm.scoring.scored import SCORE
 
 #: fields that one method alone reads
 OF_METHOD = {"mc_num": "monte_carlo", "batch_size": "monte_carlo", "seed": "monte_carlo", "steps": "blocks"}

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-#: keys of an engine output's kv_transfer_params: a frame, in an output of its own, and the steps of its tokens
-FRAME, FILLED = "vllm_dlm_frame", "vllm_dlm_filled"
 #: seconds between two frames of a request, at least
 INTERVAL = 0.03
 #: entries that are written to JSON at once: the event loop runs in between
@@ -129,10 +127,12 @@ class Frame:
         arrays |= {f"turns{row}": at for row, at in enumerate(turns)}
         arrays |= {f"values{row}": self.shares[row][at] for row, at in enumerate(turns)}
         arrays |= {f"guesses.{name}": value for name, value in vars(self.guesses).items()}
-        return msgspec.msgpack.encode({
-            "numbers": (self.step, self.requests, self.block, self.shares.shape[1]),
-            "arrays": {name: (value.dtype.str, value.shape, value.tobytes()) for name, value in arrays.items()},
-        })  # fmt: skip
+        return msgspec.msgpack.encode(
+            {
+                "numbers": (self.step, self.requests, self.block, self.shares.shape[1]),
+                "arrays": {name: (value.dtype.str, value.shape, value.tobytes()) for name, value in arrays.items()},
+            }
+        )
 
     @classmethod
     def unpack(cls, data: bytes) -> "Frame":
@@ -195,10 +195,19 @@ class History:
         at = np.flatnonzero(self.changed > moment.number)
         at = at[moment.filled[at] | self.filled[at]]
         return Frame(
-            self.last.step, self.last.requests, self.last.block,
-            at, moment.filled[at], self.filled[at], self.token[at], self.p[at], self.changed_in[at],
-            self.sums - moment.sums, self.shares - moment.shares, self.last.guesses,
-        )  # fmt: skip
+            self.last.step,
+            self.last.requests,
+            self.last.block,
+            at,
+            moment.filled[at],
+            self.filled[at],
+            self.token[at],
+            self.p[at],
+            self.changed_in[at],
+            self.sums - moment.sums,
+            self.shares - moment.shares,
+            self.last.guesses,
+        )
 
 
 # -- JSON ----------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from http import HTTPStatus
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.limits import Limits
+from vllm_dlm.refusal import refuse
 from vllm_dlm.view.frames import INTERVAL
 from vllm_dlm.view.observed import Canvas, Cursor, ObservedRequest
 
@@ -50,7 +50,7 @@ class Follower:
         return self.unread_since is not None and time.monotonic() - self.unread_since > PATIENCE
 
     def follow(self, canvas: Canvas) -> None:
-        """What was so far comes in one frame."""
+        """All that happened before comes in one frame."""
         self.cursors[canvas] = Cursor()
         if canvas.final is None:
             canvas.followers.append(self)

@@ -45,7 +45,7 @@ def isolated(method: Method) -> Method:
     """A method of an Isolated that serving calls: it never raises, and returns None after a fault."""
 
     def handle(self: Isolated, error: Exception) -> None:
-        if poisons(error):  # no step can follow on this device, whoever caused it
+        if poisons(error):  # no step can follow on this device, whatever caused it
             raise error
         self.fail(error)
 

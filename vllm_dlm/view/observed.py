@@ -132,14 +132,16 @@ class Canvas(Isolated):
             self.followers = []
 
     def end(self, reason: str | None, tokens: int) -> None:
-        self._finish({
-            "end": {
-                "steps": self.history.last.step if self.begin and self.history.last else 0,
-                "seconds": round(time.monotonic() - self.started, 3),
-                "tokens": tokens,
-                "finish_reason": reason,
+        self._finish(
+            {
+                "end": {
+                    "steps": self.history.last.step if self.begin and self.history.last else 0,
+                    "seconds": round(time.monotonic() - self.started, 3),
+                    "tokens": tokens,
+                    "finish_reason": reason,
+                }
             }
-        })  # fmt: skip
+        )
 
     def trajectory(self, tokens: int) -> dict:
         return {"trajectory": self.filled[:tokens]} if self.fault is None else error_message(self.fault)
@@ -242,12 +244,12 @@ class ObservedRequest(Isolated):
         self.canvases[index].take(message, tokenizer)
 
     @isolated
-    def fill(self, index: int, steps: list[int] | str) -> None:
-        """`steps` that filled the next tokens of a choice, or why they are not known"""
-        if isinstance(steps, str):
-            self.canvases[index].stop(steps)
-        else:
+    def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
+        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        if fault is None:
             self.canvases[index].filled += steps
+        else:
+            self.canvases[index].stop(fault)
 
     @isolated
     def note(self, output, deltas: bool) -> None:

@@ -1,7 +1,7 @@
 // The form: what people may choose of a policy, and what of it a request says.
 
 const KINDS = [
-  { kind: "decoding", name: "Decoding", key: "dlm_algorithm" },
+  { kind: "decoding", name: "Decoding", key: "dlm_decoding" },
   { kind: "reuse", name: "Reuse", key: "dlm_reuse" },
   { kind: "selection", name: "Selection", key: "dlm_selection" },
   { kind: "extent", name: "Extent", key: "dlm_extent" },
@@ -92,7 +92,7 @@ class PolicyFields {
 /** A name for a policy that tells it from another one. */
 function policyName(asked, begin) {
   const parts = [];
-  if (asked.dlm_algorithm) parts.push(asked.dlm_algorithm);
+  if (asked.dlm_decoding) parts.push(asked.dlm_decoding);
   const reuse = asked.dlm_reuse ?? begin?.reuse;
   const selection = asked.dlm_selection ?? begin?.selection;
   if (reuse && reuse !== "none") parts.push(reuse);
@@ -105,7 +105,7 @@ function policyName(asked, begin) {
 /** The rest of it in small letters. */
 function policyFacts(asked, begin) {
   const facts = [];
-  if (begin?.decoding && begin.decoding !== asked.dlm_algorithm) facts.push(begin.decoding);
+  if (begin?.decoding && begin.decoding !== asked.dlm_decoding) facts.push(begin.decoding);
   if (begin?.block_length) facts.push(`blocks of ${begin.block_length}`);
   if (begin?.extent && begin.extent !== "full") facts.push(begin.extent);
   if (begin?.page_size > 1) facts.push(`pages of ${begin.page_size}`);

@@ -1,4 +1,4 @@
-"""The page as one file: `page.html` with the style sheet and the scripts beside it written into it.
+"""The page as one file: `page.html` with the style sheet and the scripts written into it.
 
 Nothing is fetched from anywhere, so an exported page is complete, too. Its Content-Security-Policy names this one
 script by its hash: whatever a model writes, nothing else on the page can run. An exported file has the policy in its

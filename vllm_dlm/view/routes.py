@@ -17,7 +17,7 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
+from vllm_dlm.configuration import is_diffusion_lm, resolved_options
 from vllm_dlm.shown import shown
 from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers
 from vllm_dlm.view.isolation import error_message

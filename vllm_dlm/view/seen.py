@@ -1,8 +1,7 @@
-"""What a worker notes of the steps of observed requests."""
+"""What a worker records of the steps of observed requests"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,15 +9,12 @@ import torch
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.group import Group
 from vllm_dlm.engine.readers import Reader
-from vllm_dlm.plugins.reuse.flow import Rows
-
-if TYPE_CHECKING:
-    from vllm_dlm.view.steps import Seeing
+from vllm_dlm.plugins.reuse.flow import Ask, Attend, AttendMoved, FeedForward, Rows
 
 
 @dataclass
-class SeenStep:
-    """Of one request. Rows are those of its canvas."""
+class StepRecord:
+    """One step of one request. Rows are those of its canvas."""
 
     ms: float = 0.0
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [C] proposed where the commit read
@@ -33,40 +29,57 @@ class SeenStep:
     fault: str | None = None  # why nothing more is known of this request
 
 
-class ByCanvas(Counts):
-    """Of a group, and of each of its canvases."""
+#: arguments: the counts, then of each canvas of a group the number of queries, of keys read, and of keys there are
+KeyCounter = Callable[["CanvasCounts", list[int], list[int], list[int]], None]
 
-    def __init__(self, seeing: "Seeing", canvases: int):
+
+class CanvasCounts(Counts):
+    """Counts of a group's attention, in sum and for each of its canvases."""
+
+    def __init__(self, canvases: int, count_keys: KeyCounter):
         super().__init__()
-        self.seeing = seeing
+        self.count_keys = count_keys
         self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
 
     def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
         super().attended(q_lens, kv_lens, read, dense)
         if read:
-            self.seeing.count_keys(self, q_lens, kv_lens, dense or kv_lens)
+            self.count_keys(self, q_lens, kv_lens, dense or kv_lens)
 
     def add_to(self, counts: Counts) -> None:
         for name in ("pairs", "keys_read", "keys_dense", "keys_scored", "summaries"):
             setattr(counts, name, getattr(counts, name) + getattr(self, name))
 
 
-class SeenGroup:
-    """What its layers have done to the rows of a group; T rows, C canvases."""
+class GroupRecord:
+    """What the layers did to the rows of a group: T rows, C canvases"""
 
     def __init__(self, group: Group, readers: Sequence[Reader]):
         canvases = len(group.kv_lens)
         self.group, self.readers = group, readers
+        self.queried: Rows | None = None  # rows that attended last
         self.everywhere = 0  # layers that recomputed every row
         self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
         self.through = np.zeros(canvases, np.int64)  # rows through the feed-forward
         self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
-        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is nobody
-        self.unseen = 0  # layers that looked at everything
+        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is padding
+        self.unseen = 0  # layers without a selection
         self.noted = -1  # the layer whose choice is counted
         self.copies: list[torch.Tensor | None] = [None, None]
 
-    def fed(self, rows: Rows) -> None:
+    def asked(self, ask: Ask) -> None:
+        if isinstance(ask, (Attend, AttendMoved)):
+            self.queried = ask.rows
+        elif isinstance(ask, FeedForward):
+            self._count_fed(self._fed(ask))
+
+    def _fed(self, ask: FeedForward) -> Rows:
+        """Rows that pass the feed-forward: those that are picked, else the ones that attended, or all"""
+        if ask.picked is not None:
+            return ask.picked.rows
+        return self.group.all if self.queried is None or len(self.queried) != len(ask.x) else self.queried
+
+    def _count_fed(self, rows: Rows) -> None:
         self.through += np.array(rows.counts)
         if rows.index is None and rows.mask is None:
             self.everywhere += 1
@@ -80,7 +93,7 @@ class SeenGroup:
             ones = torch.ones_like(rows.index) if rows.mask is None else rows.mask
             self.recomputed.index_add_(0, rows.index, ones.to(torch.int32))
 
-    def attended(self, layer: int, counts: ByCanvas) -> None:
+    def attended(self, layer: int, counts: CanvasCounts) -> None:
         self.read, self.there = self.read + counts.read, self.there + counts.there
         selecting = self.group.selecting
         if selecting is None or self.noted == layer:
@@ -98,10 +111,10 @@ class SeenGroup:
         self.unseen -= 1
 
     def bring(self) -> None:
-        """The notes are on their way to the host; whoever waits for the head has them."""
+        """Starts the copies to the host. They are complete when the output of the head is."""
         self.copies = [on_the_way(own) for own in (self.recomputed, self.shown)]
 
-    def tell(self, steps: dict[str, SeenStep], layers: int) -> None:
+    def tell(self, steps: dict[str, StepRecord], layers: int) -> None:
         recomputed, shown = self.copies
         rows = np.zeros(len(self.group.columns.forced)) if recomputed is None else recomputed.numpy()
         start = 0
@@ -120,7 +133,7 @@ class SeenGroup:
             add(seen, reader, layers, counted, (rows[span] + self.everywhere) / layers, pages)
 
 
-def add(seen: SeenStep, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
+def add(seen: StepRecord, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
     """One stream more; `shares` [its live rows]"""
     stream = reader.stream
     through, read, there = map(int, counted)

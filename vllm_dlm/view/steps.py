@@ -1,18 +1,16 @@
-"""What a worker sees of the steps of observed requests, beyond what it commits: an observer of the denoiser.
+"""What a worker records of the steps of observed requests, beyond what it commits: an observer of the denoiser.
 
-It is attached while there are such requests. In a forward that has a canvas of one, its layers are driven by
-`SeenLayers`, which notes on the device which rows went through the feed-forward and which keys a selection showed; the
-notes come back with what the head reads. A step that is replayed runs as it was captured: of it the host tells the
-rows it knows, and of a policy with a budget the mean share of the others.
+It is attached while there are such requests. A forward with an observed canvas gets a `ForwardObserver`, which follows
+its layers and records on the device which rows went through the feed-forward and which keys a selection showed. The
+records reach the host with what the head reads. A replayed CUDA graph runs as it was captured, so its record is made on
+the host: the rows that the plan fixes, and for a policy with a budget the mean share of the others.
 
 A fault ends the view of the observed requests of its step. The step itself goes on (see isolation.py).
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,64 +18,44 @@ import torch
 from vllm_dlm.engine.captured import Filled
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
-from vllm_dlm.engine.group import Group
 from vllm_dlm.engine.head import HeadRequest, most_probable
-from vllm_dlm.engine.layer import LayerStep
 from vllm_dlm.engine.readers import Reader
 from vllm_dlm.engine.request import Denoising
-from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Rows
+from vllm_dlm.plugins.reuse.flow import Ask
 from vllm_dlm.view.isolation import Isolated, isolated
-from vllm_dlm.view.seen import ByCanvas, SeenGroup, SeenStep, add
+from vllm_dlm.view.seen import CanvasCounts, GroupRecord, StepRecord, add
 
 #: of a guess so many tokens are told, the one that is proposed among them or not
 BEST = 4
 
 
-class SeenLayers(LayerStep):
-    """Layers that report to `seeing` what they do to the groups of observed canvases."""
+class ForwardObserver:
+    """Reports to `seeing` what the layers of a forward do to the groups of observed canvases. A LayerObserver"""
 
-    def __init__(self, seeing: "Seeing", seen: dict[int, SeenGroup], *args):
-        super().__init__(*args)
+    def __init__(self, seeing: "StepRecorder", seen: dict[int, GroupRecord]):
         self.seeing, self.seen = seeing, seen  # by the group's number
-        self.queried: dict[int, Rows] = {}
 
-    def _answers(self, kind: type, asks: dict[int, Any]) -> Sequence:
-        self.seeing.asked(self, asks)
-        return super()._answers(kind, asks)
+    def asked(self, asks: dict[int, Ask]) -> None:
+        self.seeing.asked(self.seen, asks)
 
-    def _attended(self, group: Group, ask) -> torch.Tensor:
-        own = self.seeing.counts_of(self, group)
-        if own is None:
-            return super()._attended(group, ask)
-        counts, self.counts = self.counts, own
-        try:
-            context = super()._attended(group, ask)
-            own.add_to(counts)
-        finally:
-            self.counts = counts
-        self.seeing.attended(self, group, own)
-        return context
+    def attention_counts(self, group: int, counts: Counts) -> Counts:
+        self.total = counts
+        return self.seeing.counts_of(self.seen.get(group)) or counts
 
-    def group_of(self, group: Group) -> SeenGroup | None:
-        numbers = (number for number, part in enumerate(self.parts) if part.group is group)
-        return self.seen.get(next(numbers))
-
-    def rows_of(self, number: int, ask: FeedForward) -> Rows:
-        """Rows that pass the feed-forward: those that are picked, else the ones that were attended to, or all"""
-        rows = self.queried.get(number)
-        if ask.picked is not None:
-            return ask.picked.rows
-        return self.parts[number].all if rows is None or len(rows) != len(ask.x) else rows
+    def attended(self, group: int, layer: int, counts: Counts) -> None:
+        if isinstance(counts, CanvasCounts):
+            counts.add_to(self.total)
+            self.seeing.attended(self.seen[group], layer, counts)
 
 
-class Seeing(Observer, Isolated):
+class StepRecorder(Observer, Isolated):
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.attached = denoiser, False
         self.layers = len(denoiser.model.model.layers)
         self.observed: set[str] = set()  # of the runner
         self.current: list[str] = []  # requests of this step
-        self.steps: dict[str, SeenStep] = {}
-        self.groups: list[SeenGroup] = []
+        self.steps: dict[str, StepRecord] = {}
+        self.groups: list[GroupRecord] = []
         self.replayed: tuple[Filled, list[Reader]] | None = None
 
     @property
@@ -96,7 +74,7 @@ class Seeing(Observer, Isolated):
             self.attached = wanted
             (self.denoiser.observers.append if wanted else self.denoiser.observers.remove)(self)
 
-    def take(self) -> dict[str, SeenStep]:
+    def take(self) -> dict[str, StepRecord]:
         """Called after a step -> what was seen of each observed request"""
         taken, self.steps, self.fault = self.steps, {}, None
         self.groups, self.replayed, self.denoiser.head.best = [], None, None
@@ -104,7 +82,7 @@ class Seeing(Observer, Isolated):
 
     def fail(self, error: Exception) -> None:
         """Ends the view of the observed requests of this step. `take` restores what a step expects."""
-        self.steps = {name: SeenStep() for name in self.current if name in self.observed}
+        self.steps = {name: StepRecord() for name in self.current if name in self.observed}
         super().fail(error)
         for seen in self.steps.values():
             seen.fault = self.fault
@@ -115,7 +93,7 @@ class Seeing(Observer, Isolated):
     @isolated
     def step_begins(self, states: Sequence[Denoising]) -> None:
         self.steps = {
-            state.req_id: SeenStep(rows=np.zeros(state.canvas.rows))
+            state.req_id: StepRecord(rows=np.zeros(state.canvas.rows))
             for state in states
             if state.req_id in self.observed
         }
@@ -130,9 +108,9 @@ class Seeing(Observer, Isolated):
             for number, group in enumerate(packed.groups):
                 own = list(islice(readers, len(group.kv_lens)))
                 if any(reader.request.state.req_id in self.steps for reader in own):
-                    seen[number] = SeenGroup(group, own)
+                    seen[number] = GroupRecord(group, own)
             if seen:
-                packed.layers = partial(SeenLayers, self, seen)
+                packed.observer = ForwardObserver(self, seen)
                 self.groups += seen.values()
         if prepared.filled is not None:
             self.replayed = prepared.filled, prepared.replayed
@@ -140,28 +118,25 @@ class Seeing(Observer, Isolated):
     # -- in a layer ------------------------------------------------------------------------
 
     @isolated
-    def asked(self, layers: SeenLayers, asks: dict[int, Any]) -> None:
+    def asked(self, seen: dict[int, GroupRecord], asks: dict[int, Ask]) -> None:
         for number, ask in asks.items():
-            if number in layers.seen and isinstance(ask, (Attend, AttendMoved)):
-                layers.queried[number] = ask.rows
-            elif number in layers.seen and isinstance(ask, FeedForward):
-                layers.seen[number].fed(layers.rows_of(number, ask))
+            if number in seen:
+                seen[number].asked(ask)
 
     @isolated
-    def counts_of(self, layers: SeenLayers, group: Group) -> ByCanvas | None:
-        return None if layers.group_of(group) is None else ByCanvas(self, len(group.kv_lens))
+    def counts_of(self, group: GroupRecord | None) -> CanvasCounts | None:
+        return None if group is None else CanvasCounts(len(group.group.kv_lens), self.count_keys)
 
     @isolated
-    def count_keys(self, counts: ByCanvas, q_lens: list[int], kv_lens: list[int], dense: list[int]) -> None:
+    def count_keys(self, counts: CanvasCounts, q_lens: list[int], kv_lens: list[int], dense: list[int]) -> None:
         for canvas, (queries, keys, there) in enumerate(zip(q_lens, kv_lens, dense, strict=True)):
             if queries:
                 counts.read[canvas] += keys
                 counts.there[canvas] += there
 
     @isolated
-    def attended(self, layers: SeenLayers, group: Group, counts: ByCanvas) -> None:
-        if (seen := layers.group_of(group)) is not None:
-            seen.attended(layers.index, counts)
+    def attended(self, group: GroupRecord, layer: int, counts: CanvasCounts) -> None:
+        group.attended(layer, counts)
 
     # -- after the layers ------------------------------------------------------------------
 
@@ -197,7 +172,7 @@ class Seeing(Observer, Isolated):
 
     def _tell_replayed(self, filled: Filled, readers: list[Reader]) -> None:
         (group,) = filled.packed.groups
-        counts = ByCanvas(self, filled.own)
+        counts = CanvasCounts(filled.own, self.count_keys)
         filled.step.recorded.repeat(filled.bucket, filled.packed, filled.own, counts)
         fed = [number for phase, number, _ in filled.step.recorded.events if phase == "feed_forward"]
         everywhere = sum(number == filled.bucket.rows for number in fed)

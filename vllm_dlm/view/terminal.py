@@ -9,7 +9,7 @@ import httpx
 import openai
 from rich.console import Console
 
-from vllm_dlm.demo.client import RequestError, connect, message
+from vllm_dlm.client import RequestError, connect, message
 from vllm_dlm.shown import printable
 from vllm_dlm.view.screen import Screen
 
@@ -28,9 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         follow(
-            Console(highlight=False), args.url.rstrip("/"), args.prompt, args.max_tokens, dict(args.set),
-            args.model, args.temperature, args.api_key,
-        )  # fmt: skip
+            Console(highlight=False),
+            args.url.rstrip("/"),
+            args.prompt,
+            args.max_tokens,
+            dict(args.set),
+            args.model,
+            args.temperature,
+            args.api_key,
+        )
     except RequestError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1
@@ -50,9 +56,15 @@ def option(text: str) -> tuple[str, str | float]:
 
 
 def follow(
-    console: Console, url: str, prompt: str, max_tokens: int, options: dict, model: str | None = None,
-    temperature: float = 0.0, key: str = "none",
-) -> Screen:  # fmt: skip
+    console: Console,
+    url: str,
+    prompt: str,
+    max_tokens: int,
+    options: dict,
+    model: str | None = None,
+    temperature: float = 0.0,
+    key: str = "none",
+) -> Screen:
     """A chat -> the screen as it was at the end"""
     screen, text = Screen(console), ""
     try:
@@ -60,9 +72,11 @@ def follow(
             stream = client.chat.completions.create(
                 model=model or client.models.list().data[0].id,
                 messages=[{"role": "user", "content": prompt}],
-                max_tokens=max_tokens, temperature=temperature, stream=True,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                stream=True,
                 extra_body={"vllm_xargs": options | {"dlm_frames": 1}},
-            )  # fmt: skip
+            )
             for chunk in stream:
                 for choice in chunk.choices:
                     text += choice.delta.content or ""

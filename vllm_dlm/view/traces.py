@@ -1,11 +1,10 @@
 """What the scheduler reports of observed requests: frames of their canvases, and which step filled each token.
 
-Both travel in `kv_transfer_params` of vLLM's EngineCoreOutput, a dictionary that these models have no other use for:
-frames in outputs of their own, which integration/view.py takes out before vLLM sees them, and the steps of delivered
-tokens with the tokens. Frames carry token ids; the front-end adds their text.
+Both travel in envelopes (envelope.py), in outputs of their own that come before vLLM's outputs of the same step. Frames
+carry token ids; the front-end adds their text.
 
-Changes are found by comparing the canvas with its state after the previous step. It does not matter who changed it: a
-decoding that fills, revokes or edits, a draft, or a preemption.
+Changes are found by comparing the canvas with its state after the previous step. So it makes no difference what changed
+it: a decoding that fills, revokes or edits, a speculative canvas, or a preemption.
 """
 
 import math
@@ -18,9 +17,10 @@ import numpy as np
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.view.frames import FILLED, FRAME, INTERVAL, Frame, Guesses, History
+from vllm_dlm.envelope import Envelope, EnvelopeOutput, envelope_output
+from vllm_dlm.view.frames import INTERVAL, Frame, Guesses, History
 from vllm_dlm.view.isolation import Isolated, isolated
-from vllm_dlm.view.seen import SeenStep
+from vllm_dlm.view.seen import StepRecord
 
 
 class Trace(Isolated):
@@ -73,18 +73,18 @@ class Trace(Isolated):
     # -- a step ----------------------------------------------------------------------------
 
     @isolated
-    def stepped(self, canvas: Canvas, commit: Commit, seen: SeenStep | None, requests: int) -> None:
+    def stepped(self, canvas: Canvas, commit: Commit, seen: StepRecord | None, requests: int) -> None:
         """The canvas has applied the commit."""
         if seen is not None and seen.fault is not None:  # logged by the worker
             self.fault, self.error_is_due = seen.fault, True
             return
         changed = np.flatnonzero(canvas.tokens != self.tokens)
         if self.options.observed:
-            self.history.add(self._frame(canvas, changed, commit, seen or SeenStep(), requests))
+            self.history.add(self._frame(canvas, changed, commit, seen or StepRecord(), requests))
         self.tokens[changed] = now = canvas.tokens[changed]
         self.steps[changed] = np.where(now == self.mask_id, 0, canvas.step)
 
-    def _frame(self, canvas: Canvas, changed: np.ndarray, commit: Commit, seen: SeenStep, requests: int) -> Frame:
+    def _frame(self, canvas: Canvas, changed: np.ndarray, commit: Commit, seen: StepRecord, requests: int) -> Frame:
         dense = canvas.streams * len(seen.rows) * self.layers
         now = canvas.tokens[changed]
         return Frame(
@@ -95,13 +95,13 @@ class Trace(Isolated):
             self._shares(canvas, seen), self._guesses(canvas, commit, seen),
         )  # fmt: skip
 
-    def _guesses(self, canvas: Canvas, commit: Commit, seen: SeenStep) -> Guesses:
+    def _guesses(self, canvas: Canvas, commit: Commit, seen: StepRecord) -> Guesses:
         known = len(seen.tokens) == len(commit.read)
         left = np.flatnonzero((canvas.tokens[commit.read] == self.mask_id) & known)
         best = None if seen.best is None else seen.best[:, :, left]
         return Guesses.build(commit.read[left], seen.tokens[left] if known else left, commit.confidence[left], best)
 
-    def _shares(self, canvas: Canvas, seen: SeenStep) -> np.ndarray:
+    def _shares(self, canvas: Canvas, seen: StepRecord) -> np.ndarray:
         """[2, N] of layers that recomputed a row, and that read a key"""
         shares, rows = np.zeros((2, len(canvas))), len(seen.rows)
         if rows:
@@ -120,24 +120,25 @@ class Trace(Isolated):
         """Adds what is due to a step's outputs. Frames come first: a request may end with its output."""
         own = self.own(outputs)
         tokens, finished = sum(len(one.new_token_ids) for one in own), any(one.finished for one in own)
-        frames = self._due(finished or (tokens > 0 and self.stop)) if self.options.observed else []
+        found = self._due(finished or (tokens > 0 and self.stop)) if self.options.observed else []
         if self.options.trajectory:
-            for one in own:
-                one.kv_transfer_params = {FILLED: self._deliver(len(one.new_token_ids))}
-        add_first(outputs, self, frames)
+            found += [Envelope(filled=self._deliver(len(one.new_token_ids))) for one in own]
+        add_first(outputs, self, found)
 
     def own(self, outputs: dict[int, EngineCoreOutputs]) -> list[EngineCoreOutput]:
+        """vLLM's outputs of the request"""
         client = outputs.get(self.client_index)
-        return [one for one in client.outputs if one.request_id == self.request_id] if client else []
+        theirs = [one for one in client.outputs if not isinstance(one, EnvelopeOutput)] if client else []
+        return [one for one in theirs if one.request_id == self.request_id]
 
-    def _due(self, at_once: bool) -> list[bytes]:
+    def _due(self, at_once: bool) -> list[Envelope]:
         now = time.monotonic()
         if self.history.count == self.told.number or (now - self.sent < INTERVAL and not at_once):
             return []
         frame = self.history.since(self.told).pack()
         found = [{"frame": frame}] if self.begin is None else [{"begin": self.begin}, {"frame": frame}]
         self.sent, self.begin, self.told = now, None, self.history.now()
-        return [msgspec.msgpack.encode(message) for message in found]
+        return [Envelope(view=msgspec.msgpack.encode(message)) for message in found]
 
     def _deliver(self, tokens: int) -> list[int]:
         """The steps of the tokens that come next"""
@@ -146,11 +147,10 @@ class Trace(Isolated):
         return self.steps[start : start + tokens].tolist()
 
 
-def add_first(outputs: dict[int, EngineCoreOutputs], trace: Trace, messages: list[bytes]) -> None:
-    if messages:
+def add_first(outputs: dict[int, EngineCoreOutputs], trace: Trace, envelopes: list[Envelope]) -> None:
+    if envelopes:
         client = outputs.setdefault(trace.client_index, EngineCoreOutputs())
-        own = [EngineCoreOutput(trace.request_id, [], kv_transfer_params={FRAME: each}) for each in messages]
-        client.outputs = own + client.outputs
+        client.outputs = [envelope_output(trace.request_id, each) for each in envelopes] + client.outputs
 
 
 def report(traces: Iterable[Trace], outputs: dict[int, EngineCoreOutputs]) -> None:
@@ -158,8 +158,8 @@ def report(traces: Iterable[Trace], outputs: dict[int, EngineCoreOutputs]) -> No
         trace.report(outputs)
         if trace.fault is None:
             continue
-        for one in trace.own(outputs):  # in the place of the steps of its tokens
-            one.kv_transfer_params = {FILLED: trace.fault}
+        found = [Envelope(fault=trace.fault) for _ in trace.own(outputs)]  # instead of the steps of its tokens
         if trace.error_is_due:
             trace.error_is_due = False
-            add_first(outputs, trace, [msgspec.msgpack.encode({"error": trace.fault})])
+            found.insert(0, Envelope(view=msgspec.msgpack.encode({"error": trace.fault})))
+        add_first(outputs, trace, found)

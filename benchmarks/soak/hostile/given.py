@@ -16,7 +16,7 @@ from benchmarks.soak.hostile.rows import (
     Target,
     posted,
 )
-from vllm_dlm.template import MOST_ALTERNATIVES, MOST_CHARACTERS
+from vllm_dlm.request.template import MOST_ALTERNATIVES, MOST_CHARACTERS
 
 WIDE = 9  # tokens of a hole that has room for a letter and a number
 
@@ -148,9 +148,9 @@ def texts(target: Target) -> Iterator[Row]:
     behind = target.max_model_len - PROMPT - 1  # tokens of a suffix that leave one position for the canvas
     for key, longest, more in (
         ("dlm_suffix", behind, {"max_tokens": 1}),
-        ("dlm_draft", target.room, {"max_tokens": target.room}),
+        ("dlm_start", target.room, {"max_tokens": target.room}),
     ):
-        others = {"dlm_remask": 0.02} if key == "dlm_draft" else {}
+        others = {"dlm_remask": 0.02} if key == "dlm_start" else {}
 
         def row(name: str, value, expected=REFUSED, key=key, others=others, more=more, **fields) -> Row:
             return Row("given", f"{key}, {name}", given(value, key, others, **more), expected, **fields)
@@ -185,7 +185,7 @@ def remasked(decoding: str, share: float):
 
     def make(target: Target, number: int) -> Message:
         draft = [5 + number % 100] * 40
-        extra = {"dlm_draft": draft, "dlm_remask": share, "dlm_algorithm": decoding}
+        extra = {"dlm_start": draft, "dlm_remask": share, "dlm_decoding": decoding}
         return posted(COMPLETIONS, target.body(number, extra=extra, max_tokens=48))
 
     return make

@@ -22,7 +22,7 @@ def known_requests() -> Iterator[Asked]:
             more = {"max_tokens": 256, "ignore_eos": True, "vllm_xargs": {"dlm_reuse": name, "dlm_steps": 32}}
             yield Asked("/v1/chat/completions", served.chat(question.prompt) | more)
     for number, name in enumerate(sorted(methods("decoding"))):
-        extra = {"dlm_algorithm": name, "dlm_threshold": "none"}
+        extra = {"dlm_decoding": name, "dlm_threshold": "none"}
         if name == "token_editing":
             extra["dlm_threshold"] = 0.7
         # Some decodings draw positions in greedy requests, too.

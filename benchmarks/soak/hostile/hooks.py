@@ -45,7 +45,7 @@ def environment(folder: Path, root: Path) -> dict[str, str]:
 def install() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
-    from vllm_dlm.engine.scheduler import DenoisingScheduler
+    from vllm_dlm.integration.scheduler.scheduler import DenoisingScheduler
 
     folder = Path(os.environ[FOLDER])
     threading.Thread(target=settle_when_told, args=(folder,), daemon=True).start()

@@ -76,10 +76,10 @@ def range_of(server: Options, decoding: str, cls: type, field: str, large: int) 
     hint = _number_of(typing.get_type_hints(cls)[field])
     key = f"dlm_{field}"
     if hint is bool:
-        return Range(1, 2, "yes" * (large // 3), {"dlm_algorithm": decoding})
+        return Range(1, 2, "yes" * (large // 3), {"dlm_decoding": decoding})
     if hint not in (int, float):
-        return Range(getattr(cls, field), "x", "x" * large, {"dlm_algorithm": decoding})
-    found = [_searched(server, key, hint, {"dlm_algorithm": decoding, **others}) for others in COMPANIONS]
+        return Range(getattr(cls, field), "x", "x" * large, {"dlm_decoding": decoding})
+    found = [_searched(server, key, hint, {"dlm_decoding": decoding, **others}) for others in COMPANIONS]
     legal = [each for each in found if each is not None]
     if not legal:
         raise ValueError(f"{key}: no legal value was found; give it a companion")
@@ -171,7 +171,7 @@ def varied() -> Iterator[Row]:
     algorithms = sorted(methods("decoding"))
 
     def algorithm(target: Target, number: int):
-        extra = {"dlm_algorithm": algorithms[number % len(algorithms)], "dlm_threshold": "none"}
+        extra = {"dlm_decoding": algorithms[number % len(algorithms)], "dlm_threshold": "none"}
         return completion(extra=extra, max_tokens=64)(target, number)
 
     yield Row("policies", "every decoding", algorithm, ANSWERED, clients=len(algorithms), long=True)

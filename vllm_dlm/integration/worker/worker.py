@@ -12,12 +12,12 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_dlm.engine.runner import DenoisingRunner
+from vllm_dlm.integration.worker.runner import DenoisingRunner
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: vLLM's kernels of experts leave the precision of float32 products to Triton, which cuts operands down to ten bits:
-#: a model in float32 would choose other tokens than the references.
+#: vLLM's kernels for experts leave the precision of float32 products to Triton, which rounds operands to ten bits of
+#: mantissa: a model in float32 would choose other tokens than the published code.
 FLOAT32 = "TRITON_F32_DEFAULT", "ieee"
 
 
@@ -46,13 +46,13 @@ class DiffusionGPUWorker(Worker):
         return CompilationTimes(language_model=time.perf_counter() - begin, encoder=0.0)
 
 
-#: oneDNN keeps its matrix products by shape, 1,024 of them unless told otherwise. Packed batches have ever other
-#: numbers of rows, which on a CPU adds up to gigabytes; these are some hundred megabytes, and no step is slower.
+#: oneDNN caches its matrix products by shape, 1,024 of them by default. The number of rows of packed batches varies
+#: without limit, which adds up to gigabytes on a CPU. 128 take a few hundred megabytes, and no step is slower.
 ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
 
 
 if current_platform.is_cpu():
-    # Not elsewhere: on CUDA this module replaces events and streams by ones of the host.
+    # On CUDA this import would replace torch's events and streams with stubs.
     from vllm.v1.worker import cpu_worker
 
     class DiffusionCPUWorker(cpu_worker.CPUWorker):
@@ -62,7 +62,7 @@ if current_platform.is_cpu():
             self.use_v2_model_runner = False
 
         def init_device(self) -> None:
-            # The CPU worker builds its runner inline; for the length of this call it finds ours.
+            # The CPU worker builds its runner inline; during this call it finds ours. See WRITES in patches.py.
             theirs, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, DenoisingRunner
             try:
                 super().init_device()

@@ -1,35 +1,27 @@
-"""The texts of tokens, and the automata of holes made of them."""
+"""The texts of a vocabulary's tokens, and the automata of a template's holes that are built from them."""
 
 from functools import cached_property
 
 from vllm_dlm import automaton
 from vllm_dlm.automaton import TokenTexts
+from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.given import Layout
+from vllm_dlm.request.served_model import ServedModel
+from vllm_dlm.request.template import Hole, TemplateError
 from vllm_dlm.shown import shown
-from vllm_dlm.template import Hole, TemplateError
 
 #: the alternatives of a hole -> their automaton as it travels, and how few tokens each of them has
 KnownAlternatives = tuple[dict, tuple[int | None, ...]]
 
 
 class Vocabulary:
-    """Of a tokenizer and a model with `size` tokens; `ends`: those that end a hole, see `end_tokens`"""
+    """Texts of a tokenizer's tokens for a model with `size` tokens. `ends`: tokens that end a hole"""
 
     def __init__(self, tokenizer, size: int, mask_id: int, ends: list[int]):
         self.tokenizer, self.size, self.mask_id, self.ends = tokenizer, size, mask_id, ends
-        #: of accepted templates
+        #: of accepted templates, by their text
         self.layouts: ClientCache[str, Layout] = ClientCache("layouts")
         self.alternatives: ClientCache[tuple[str, ...], KnownAlternatives] = ClientCache("alternatives")
-
-    @classmethod
-    def of(cls, processor) -> "Vocabulary":
-        if not hasattr(processor, "dlm_vocabulary"):
-            model = processor.model_config
-            mask_id = model.hf_config.mask_token_id
-            tokenizer, size = processor.get_tokenizer(), model.get_vocab_size()
-            processor.dlm_vocabulary = cls(tokenizer, size, mask_id, end_tokens(processor))
-        return processor.dlm_vocabulary
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -88,15 +80,15 @@ class HoleAutomata:
 
     def __init__(self, vocabulary: Vocabulary, holes: list[Hole]):
         self.vocabulary = vocabulary
-        self.plain, self.of = list[dict](), list[int]()  # and which of them is a hole's
+        self.plain, self.numbers = list[dict](), list[int]()  # automata, and the number of each hole's automaton
         self.alternatives: dict[tuple[str, ...], KnownAlternatives] = {}
-        numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+        known: dict[tuple[str, tuple[str, ...]], int] = {}
         for hole in holes:
             made = self._made(hole)
-            number = numbers.setdefault((hole.kind, hole.alternatives), len(numbers))
+            number = known.setdefault((hole.kind, hole.alternatives), len(known))
             if number == len(self.plain):
                 self.plain.append(made)
-            self.of.append(number)
+            self.numbers.append(number)
 
     def _made(self, hole: Hole) -> dict:
         if hole.kind != "one of":
@@ -122,11 +114,10 @@ class HoleAutomata:
             self.vocabulary.alternatives.put(key, known)
 
 
-def end_tokens(processor) -> list[int]:
-    """The end of a sequence, of a turn, and what else the checkpoint says ends an answer; vLLM's own first."""
-    config = processor.model_config.hf_config
-    listed = processor.generation_config_fields.get("eos_token_id") or []
-    own = getattr(processor.get_tokenizer(), "eos_token_id", None)
-    listed = [listed] if isinstance(listed, int) else listed
-    found = [own, config.eos_token_id, getattr(config, "eot_token_id", None), *listed]
-    return list(dict.fromkeys(token for token in found if token is not None))
+def vocabulary_of(model: ServedModel) -> Vocabulary:
+    """One for each input processor"""
+    processor = model.processor
+    if not hasattr(processor, "dlm_vocabulary"):
+        tokenizer, size = processor.get_tokenizer(), model.vocabulary_size
+        processor.dlm_vocabulary = Vocabulary(tokenizer, size, model.mask_id, model.end_tokens())
+    return processor.dlm_vocabulary

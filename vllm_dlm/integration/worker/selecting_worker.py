@@ -14,17 +14,17 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_dlm.integration.autoregressive import COUNTS, selection_of
+from vllm_dlm.configuration import selection_of
 from vllm_dlm.integration.patches import patch_worker
 from vllm_dlm.page_sparse import layer_backends
-from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.page_sparse.page_counts import COUNTS, PageCounts
 from vllm_dlm.page_sparse.summaries import SummaryPool, kv_share
 
 logger = init_logger("vllm." + __name__)
 
 
-class Selecting(WorkerBase):
-    """Mixin for vLLM's workers."""
+class PageSelectionMixin(WorkerBase):
+    """Adds summaries of pages to a worker of vLLM's."""
 
     def load_model(self, *args, **kwargs) -> None:
         layer_backends.install()
@@ -105,7 +105,7 @@ class Selecting(WorkerBase):
         return asdict(total)
 
 
-class SelectingGPUWorker(Selecting, Worker):
+class SelectingGPUWorker(PageSelectionMixin, Worker):
     pass
 
 
@@ -113,5 +113,5 @@ class SelectingGPUWorker(Selecting, Worker):
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class SelectingCPUWorker(Selecting, CPUWorker):
+    class SelectingCPUWorker(PageSelectionMixin, CPUWorker):
         pass

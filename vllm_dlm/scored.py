@@ -1,4 +1,4 @@
-"""A decoding that fills in tokens it was given, so that their log-probabilities come back: one forward of a score.
+"""A decoding that fills in known tokens to get their log-probabilities: one forward of a score.
 
 Requests get it from `dlm_score`, an object that says where the continuation
 begins, what it is, and which of it is masked. `vllm_xargs` cannot carry
@@ -16,16 +16,17 @@ from vllm_dlm.option_types import OptionError, typed
 from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Memory, Proposal, Random, Turn, at_token, check
 from vllm_dlm.shown import short, shown
 
-#: of a request's options
+#: the option of a request
 SCORE = "dlm_score"
-#: what may stand beside it
+#: other options that a request for a score may have -> fields of the decoding
 BESIDE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
-#: what stands in it
+#: its parts
 PARTS = ("start", "answer", "masked")
 
 
 class Answer(Memory):
-    """What each position is going to hold. Behind the continuation, where a block of the model's goes on, anything."""
+    """The token of each position. Positions after the continuation, in the rest of a canvas block, may hold
+    anything."""
 
     def __init__(self, start: int, answer: tuple[int, ...]):
         self.start, self.answer = start, np.array(answer)
@@ -36,7 +37,7 @@ class Answer(Memory):
 
 @dataclass(frozen=True)
 class Scored(Decoding):
-    """Not among the methods that a request may name."""
+    """A request cannot name it."""
 
     name: ClassVar[str] = "score"
     steps_of_blocks: ClassVar[bool] = True
@@ -55,7 +56,7 @@ class Scored(Decoding):
             check(bool(fit), "masked", self.masked, f"ascending numbers below {len(self.answer)}, at least one")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], block_length: int | None) -> "Scored":
+    def from_request(cls, given: Mapping[str, Any], block_length: int | None) -> "Scored":
         """From a request's `dlm_*` options; `block_length`: of a model that knows blocks"""
         values: dict[str, Any] = {"steps": 1, "block_length": block_length}
         for key, value in given.items():
@@ -115,7 +116,8 @@ class Scored(Decoding):
         return Proposal(token_R, prob_R, prob_R)
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
-        """An even share of what is left, from the left. What lies behind the continuation comes with its end."""
+        """An even share of the positions that remain, from the left. Positions after the continuation come with its
+        end."""
         left = int((turn.positions < self.end).sum())
         share = -(-left // max((self.steps or 1) - turn.step, 1))
         return np.arange(share if share < left else len(turn.positions))

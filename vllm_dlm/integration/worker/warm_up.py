@@ -38,7 +38,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
     """`most`: requests that a step may have"""
     decodings: dict[str, Any] = methods("decoding")
     revoking = [name for name in sorted(decodings) if decodings[name].revokes]
-    named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_algorithm", name) for name in revoking]
+    named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_decoding", name) for name in revoking]
     for key, name in named:
         try:
             options = request_options(server, {key: name})

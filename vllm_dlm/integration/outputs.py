@@ -14,7 +14,7 @@ from vllm_dlm.client_cache import ENGINE, CacheUsage, usage
 from vllm_dlm.engine.canvas import Canvas, Commit
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.view.seen import SeenStep
+from vllm_dlm.view.seen import StepRecord
 
 
 @dataclass
@@ -26,10 +26,10 @@ class CanvasData(NewRequestData):
 
 @dataclass
 class DenoisingSchedule(SchedulerOutput):
-    """vLLM's schedule of a step, and how busy the server is."""
+    """vLLM's schedule of a step plus the fields it lacks"""
 
-    pressure: float = 0.0  # of all requests, the share that waits
-    canvases: dict[str, int] = field(default_factory=dict)  # of requests that may guess at their next steps
+    pressure: float = 0.0  # share of all requests that wait
+    canvases: dict[str, int] = field(default_factory=dict)  # number of canvases of each request that speculates
 
 
 @dataclass
@@ -39,15 +39,18 @@ class DenoisingOutput(ModelRunnerOutput):
     commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
     failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
-    seen: dict[str, SeenStep] = field(default_factory=dict)  # of those that are observed
+    seen: dict[str, StepRecord] = field(default_factory=dict)  # of those that are observed
     caches: dict[str, CacheUsage] = field(default_factory=dict)  # of this worker
 
 
 def make_output(
-    outputs: dict[str, tuple[list[int], list]], commits: dict[str, Commit], counts: Counts, failed: Failures,
-    seen: dict[str, SeenStep],
-) -> DenoisingOutput:  # fmt: skip
-    """`outputs`: what each request hands out, see Denoising.take_output"""
+    outputs: dict[str, tuple[list[int], list]],
+    commits: dict[str, Commit],
+    counts: Counts,
+    failed: Failures,
+    seen: dict[str, StepRecord],
+) -> DenoisingOutput:
+    """`outputs`: tokens and log-probabilities that each request hands out, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),
         req_id_to_index={req_id: index for index, req_id in enumerate(outputs)},
@@ -62,7 +65,8 @@ def make_output(
 
 
 def logprobs_lists(outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
-    """vLLM's rectangular log-probabilities of all tokens handed out in this step; rows nobody asked for are blank."""
+    """vLLM's rectangular log-probabilities of all tokens handed out in this step. Rows of requests that want none are
+    blank."""
     width = 1 + max((len(own.token_ids) - 1 for _, records in outputs for own in records if own), default=-1)
     if width == 0:
         return None

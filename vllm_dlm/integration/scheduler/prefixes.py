@@ -1,14 +1,14 @@
-"""Keys and values that requests share: vLLM's prefix cache, for models whose finished blocks never change.
+"""vLLM's prefix cache for models whose finished blocks never change.
 
-vLLM gives a block of the KV cache its hash when the block is handed out, since
-the same step fills it. A canvas is filled later, and what is still masked in
-it is not final. So a block gets its hash here, once a step has come back after
-which all of its positions are written for good (`Canvas.written`): of a prompt
-step by step as it is read, of an answer when the step after a canvas block has
-read that once more. Both are the same function of the tokens before them.
+vLLM hashes a KV block when it allocates the block, since the same step fills
+it. A canvas is filled later, and masked positions are not final. So a block is
+hashed here, after the step that wrote all of its positions for good
+(`Canvas.written`): for a prompt as it is read step by step, for an answer when
+the step after a canvas block has read that block again. Both are the same
+function of the tokens before them.
 
-Keys also depend on the width of canvas blocks, of which vLLM's hashes know
-nothing: the front-end puts it into the salt (integration/requests.py). Read in vLLM 0.32 and 0.33:
+Keys also depend on the width of canvas blocks, which vLLM's hashes do not
+include: the front-end adds it to the salt (integration/requests.py). Read in vLLM 0.32 and 0.33:
 v1/core/kv_cache_manager.py, v1/core/kv_cache_utils.py.
 """
 
@@ -19,21 +19,23 @@ from vllm_dlm.engine.canvas import Canvas
 
 
 class Prefixes:
+    """Finds and keeps the cached prefixes of canvases."""
+
     def __init__(self, manager: KVCacheManager, block_size: int):
         self.manager, self.block_size = manager, block_size
 
     def shares(self, canvas: Canvas) -> bool:
-        """Whether the hash of each block of the KV cache says all there is to know of it: the text up to its end. Where
-        canvas blocks reach beyond that, keys depend on what stands there; a guidance twin has another text; summaries
-        of a selection lie between the keys; and what was filled into a prompt's masks is in no hash."""
+        """Whether the text up to the end of a KV block, which is what vLLM hashes, determines its content. Not if
+        canvas blocks extend beyond the KV block, if a guidance stream has another text, if summaries of a selection lie
+        between the keys, or if masks of the prompt were filled."""
         masks = canvas.mask_id in canvas.tokens[: canvas.prompt_len]
         alone = canvas.streams == 1 and not canvas.options.selection.sparse
-        # vLLM caches no prefixes of other models, whose canvas blocks may have no width
+        # caching is off for other models, whose canvas blocks may have no width
         shareable = self.manager.enable_caching and alone and not masks
         return shareable and self.block_size % canvas.options.decoding.block_length == 0
 
     def find(self, request: Request, canvas: Canvas) -> KVCacheBlocks:
-        """The blocks that are there for the canvas's first positions. It begins behind them."""
+        """The cached blocks of the canvas's first positions. The canvas begins after them."""
         found, written = self.manager.empty_kv_cache_blocks, 0
         if self.shares(canvas) and self.manager.prefix_cache_lookup_enabled(request):
             final = canvas.options.reuse.final(canvas.progress)
@@ -48,10 +50,10 @@ class Prefixes:
             self.manager.record_prefix_cache_stats(request, canvas.written)
 
     def keep(self, request: Request, canvas: Canvas) -> None:
-        """More positions of the canvas are final."""
+        """Hashes the blocks that are final by now."""
         if self.shares(canvas):
             self.manager.cache_blocks(request, canvas.written)
 
     def forget(self, request_id: str) -> None:
-        """Something went wrong with a request: nobody shall find its blocks."""
+        """The request failed, so its blocks must not be found."""
         self.manager.evict_blocks({block for group in self.manager.get_block_ids(request_id) for block in group})

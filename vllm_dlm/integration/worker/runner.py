@@ -1,7 +1,7 @@
-"""The denoising runner: what a vLLM worker calls in the place of vLLM's own model runner.
+"""The denoising runner, which a vLLM worker calls instead of vLLM's own model runner.
 
 It keeps the requests and turns scheduled steps into outputs; the step itself
-is denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
+is in engine/denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
 methods a worker calls, forward_context.py, v1/worker/workspace.py.
 """
 
@@ -24,6 +24,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.configuration import resolved_options
 from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
@@ -34,20 +35,19 @@ from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.flash_attention import installed
 from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.engine.head import Head, HeadRequest, max_logits
-from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.integration.registration import resolved_options
+from vllm_dlm.integration.outputs import CanvasData, make_output
+from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
-from vllm_dlm.view.steps import Seeing
+from vllm_dlm.view.steps import StepRecorder
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
 
 class DenoisingRunner:
-    # what workers ask of a runner and diffusion models do not have
+    # attributes that workers read and that diffusion models do not use
     lora_config = None
     is_pooling_model = False
 
@@ -58,7 +58,7 @@ class DenoisingRunner:
         self.max_model_len = self.model_config.max_model_len
         self.requests: dict[str, Denoising] = {}
         self.tables: dict[str, np.ndarray] = {}  # block ids of each request, as vLLM handed them out
-        self.observed: set[str] = set()  # requests that somebody looks at
+        self.observed: set[str] = set()  # requests whose steps are reported
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
 
@@ -79,10 +79,10 @@ class DenoisingRunner:
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
         self.denoiser = Denoiser(self.model, head, shape, self.max_rows, self.device, self.forwards)
-        self.seeing = Seeing(self.denoiser)
+        self.seeing = StepRecorder(self.denoiser)
 
     def forwards(self) -> AbstractContextManager:
-        """Around forwards: vLLM's experts look for each other in its context."""
+        """Context of forwards: vLLM's experts find each other in it."""
         alone = not has_experts(self.model_config.hf_config)
         return nullcontext() if alone else set_forward_context(None, self.vllm_config)
 
@@ -93,7 +93,7 @@ class DenoisingRunner:
             num_kv_heads=config.num_key_value_heads // get_tensor_model_parallel_world_size(),
             head_size=config.head_dim,
             dtype=self.model_config.dtype,
-            # a prompt's keys depend on what comes behind it: vLLM caches no prefixes
+            # a prompt's keys depend on what comes after it: vLLM caches no prefixes
             non_causal=FAMILIES[self.model_config.architecture].attention == "full",
         )
         return {f"model.layers.{i}.self_attn": spec for i in range(config.num_hidden_layers)}
@@ -112,7 +112,7 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def profile_run(self, **_) -> None:
-        """The largest step there can be: every row of the budget, and a full piece of logits being sampled."""
+        """Runs the largest possible step: all rows of the budget, and a full piece of logits being sampled."""
         parts = np.array_split(np.arange(self.max_rows), -(-self.max_rows // self.max_model_len))
         # every row as a head row: then no row is dropped in the last layer
         streams = [plain_stream(np.zeros(len(part), np.int64), np.arange(len(part))) for part in parts]
@@ -128,8 +128,8 @@ class DenoisingRunner:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured: attention that reads lengths on the device is FlashAttention's, and ranks would
-        have to capture together."""
+        """Whether steps are captured as CUDA graphs. Only FlashAttention reads lengths on the device, and several ranks
+        would have to capture together."""
         model = self.model_config
         half = model.dtype in (torch.float16, torch.bfloat16)
         alone = get_tensor_model_parallel_world_size() == 1
@@ -143,7 +143,7 @@ class DenoisingRunner:
         )
 
     def captured_memory(self) -> int:
-        """Bytes that the KV cache leaves free for captured steps"""
+        """Bytes that are kept free of the KV cache for captured steps"""
         return self.captured_costs.room(self.max_model_len) if self.captures else 0
 
     @torch.inference_mode()
@@ -154,9 +154,15 @@ class DenoisingRunner:
             costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
                 lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
-                CudaGraphs(self.device), denoiser.shape, self.device, longest, self.max_rows, costs.room(longest),
-                costs, device_works,
-            )  # fmt: skip
+                CudaGraphs(self.device),
+                denoiser.shape,
+                self.device,
+                longest,
+                self.max_rows,
+                costs.room(longest),
+                costs,
+                device_works,
+            )
         most = self.vllm_config.scheduler_config.max_num_seqs
         warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
         if self.captures and is_workspace_manager_initialized():
@@ -253,5 +259,5 @@ class DenoisingRunner:
 
 
 def own_seed(request_id: str, server_seed: int) -> int:
-    """Of a request without one: its (random) name makes it, so that all tensor-parallel ranks agree."""
+    """Seed of a request without one, derived from its random id so that all tensor-parallel ranks agree"""
     return (zlib.crc32(request_id.encode()) + server_seed) % (1 << 63)

@@ -1,0 +1,76 @@
+"""The envelope: what vLLM's own messages from an engine to its front-end have no field for.
+
+Outputs of a request and statistics of a step get one more field, `dlm`, which holds an `Envelope`. Both are subclasses
+of vLLM's types, so nothing of vLLM's is used for another purpose:
+
+- `EnvelopeOutput` is an output of its own, next to vLLM's outputs of the same request. It carries what the live view
+  reports. The front-end takes it out before vLLM processes the outputs (integration/view.py).
+- `EnvelopeStats` takes the place of a step's SchedulerStats and carries counters. vLLM hands it to the stat loggers
+  with the index of its engine, so counters of replicas stay apart until they are exported (metrics.py).
+
+Encoding needs no change, because msgspec encodes what an object is. Decoding does: vLLM's decoder would drop the field,
+so a front-end that serves our models gets a decoder of `EnvelopeOutputs`. vLLM's coordinator of data parallelism keeps
+its decoder, since structs are encoded as arrays with the new field at the end, which it skips. Without another process
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`) the objects are passed as they are.
+
+Read in vLLM 0.32 and 0.33: v1/engine/__init__.py, v1/serial_utils.py, v1/engine/core_client.py (`MPClient`),
+v1/engine/coordinator.py, v1/metrics/stats.py.
+"""
+
+from dataclasses import dataclass, fields
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from vllm_dlm.configuration import is_diffusion_lm, selection_of
+from vllm_dlm.page_sparse.page_counts import PageCounts
+from vllm_dlm.step_counts import StepCounts
+
+
+class Envelope(msgspec.Struct, omit_defaults=True):
+    """One of its fields is set."""
+
+    steps: StepCounts | None = None  # statistics: denoising since the last report
+    pages: PageCounts | None = None  # statistics: page-sparse attention of one step
+    view: bytes | None = None  # output: a message of the live view, see view/traces.py
+    filled: list[int] | None = None  # output: the steps that filled the tokens which come next
+    fault: str | None = None  # output: why these are not known
+
+
+class EnvelopeOutput(EngineCoreOutput):
+    dlm: Envelope | None = None
+
+
+@dataclass
+class EnvelopeStats(SchedulerStats):
+    dlm: Envelope | None = None
+
+
+class EnvelopeOutputs(EngineCoreOutputs):
+    """What a front-end decodes"""
+
+    outputs: list[EnvelopeOutput] = []
+    scheduler_stats: EnvelopeStats | None = None
+
+
+def envelope_output(request_id: str, envelope: Envelope) -> EnvelopeOutput:
+    return EnvelopeOutput(request_id, [], dlm=envelope)
+
+
+def with_envelope(stats: SchedulerStats, envelope: Envelope) -> EnvelopeStats:
+    return EnvelopeStats(**{each.name: getattr(stats, each.name) for each in fields(SchedulerStats)}, dlm=envelope)
+
+
+def envelope_in(carrier: EngineCoreOutput | SchedulerStats | None) -> Envelope | None:
+    return getattr(carrier, "dlm", None)
+
+
+def client_init(init):
+    def init_with_dlm(self, asyncio_mode, vllm_config, *args, **kwargs):
+        init(self, asyncio_mode, vllm_config, *args, **kwargs)
+        if is_diffusion_lm(vllm_config.model_config) or selection_of(vllm_config) is not None:
+            self.decoder = MsgpackDecoder(EnvelopeOutputs)
+
+    return init_with_dlm

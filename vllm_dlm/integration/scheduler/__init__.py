@@ -1,0 +1,1 @@
+"""The scheduler of denoising steps and its managers."""
