@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.given import GIVEN_KEYS, NOTHING_GIVEN, Given
 from vllm_dlm.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, typed
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecoding, without_speculation
 from vllm_dlm.scoring.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
@@ -74,8 +74,14 @@ class Options:
 
     @property
     def caches(self) -> bool:
-        """Keys and values are written to pages: later steps read them, or in this one a selection or shadows do."""
-        return self.reuse.caches or self.selection.sparse or self.decoding.revokes
+        """Keys and values are written to KV blocks: later steps read them, or in this one a selection or shadows do."""
+        shadows, kept = isinstance(self.decoding, RevokingDecoding), self.attention != "full"
+        return self.reuse.caches or self.selection.sparse or shadows or kept
+
+    @property
+    def grows(self) -> bool:
+        """A canvas starts small and grows, so its length is an upper bound and may be omitted."""
+        return self.extent.grows or self.attention != "full"
 
     @property
     def observed(self) -> bool:
@@ -84,10 +90,10 @@ class Options:
 
     @property
     def canvases(self) -> int:
-        """Of a request in one step at most, see Decoding.canvases: drafts share all but their canvas block, and there
-        are none with guidance or a selection."""
+        """Most canvases of a request in one step, see engine/speculation.py. Speculative ones share all but their
+        canvas block, and there are none with guidance or a selection."""
         alone = self.reuse.block_alone and not self.selection.sparse and not self.decoding.cfg_scale
-        return self.decoding.canvases if alone else 1
+        return self.decoding.drafts if alone and isinstance(self.decoding, SpeculativeDecoding) else 1
 
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
         """Positions of a request's canvas, including its prompt. It ends at the model's length at the latest. With
@@ -147,13 +153,13 @@ def _suited(options: Options, prefix: str) -> Options:
     decoding = options.decoding
     if decoding.block_length is None:
         raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
-    if decoding.revokes:
-        raise OptionError("dlm_algorithm", f"dlm_algorithm: {decoding.name!r} {whole}")
+    if isinstance(decoding, RevokingDecoding):
+        raise OptionError("dlm_algorithm", f"dlm_algorithm: {options.decoding.name!r} {whole}")
     if field := options.given.any:
         behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
         value = shown(getattr(options.given, field))
         raise OptionError(f"dlm_{field}", f"dlm_{field}: {value} cannot be honoured, {behind}")
-    return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
+    return options
 
 
 def _upon_preset(given: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
     if given:
         chosen["decoding"] = _requested_decoding(server.decoding, given)
     if "given" in chosen and chosen["given"].template:
-        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()  # drafts know of no template
+        chosen["decoding"] = without_speculation(chosen.get("decoding", server.decoding))
     return _suited(replace(server, **chosen), "dlm_")
 
 

@@ -43,12 +43,15 @@ class Proposal:
     token: torch.Tensor  # [R] int64
     score: torch.Tensor  # [R] float32: what the algorithm ranks by
     prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
-    noted: torch.Tensor | None = None  # [Decoding.noted, R] float64: for the decoding's `Memory`
+    noted: torch.Tensor | None = None  # [Memory.noted, R] float64: for the decoding's `Memory`
 
 
 class Memory:
-    """What a decoding remembers, on the host, of the masks of one canvas block. It begins anew with each block, also
-    with one that begins again after a preemption."""
+    """What a decoding remembers, on the host, of the masks of one canvas block. A block starts with a new one, also
+    when it starts again after a preemption."""
+
+    #: number of values per row that `propose` notes for the next steps
+    noted: ClassVar[int] = 0
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """What `propose` is told of each position, where these tokens stand: [C, …], of any width, filled up with -1
@@ -56,7 +59,7 @@ class Memory:
         return {}
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        """What `propose` noted of them: [Decoding.noted, C]"""
+        """What `propose` noted of them: [Memory.noted, C]"""
 
 
 #: makes the generator of a step, which takes longer than what most decodings do on the host
@@ -72,7 +75,7 @@ class Turn(NamedTuple):
     positions: np.ndarray  # [C] of the candidates in the canvas, ascending
     masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
     pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
-    standing: np.ndarray | None = None  # [C] bool: candidates that hold a token, see Decoding.edits
+    held: np.ndarray | None = None  # [C] bool: candidates that hold a token, see EditingDecoding
     tokens: np.ndarray | None = None  # [C] that the candidates hold
 
     @property
@@ -87,15 +90,8 @@ class Decoding:
     name: ClassVar[str | None] = None
     #: what ranks the positions cannot be compared with a probability threshold
     random_order: ClassVar[bool] = False
-    #: how many numbers of each row `propose` notes for the next step's; with `memory`
-    noted: ClassVar[int] = 0
-    #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
-    #: shadow of the canvas block beside the canvas, see engine/shadow.py
-    revokes: ClassVar[bool] = False
     #: fields whose published values make the method: a server that has them unset has not said otherwise
     own: ClassVar[tuple[str, ...]] = ()
-    #: a token that was filled may become another one until its block is settled: all of the block are candidates
-    edits: ClassVar[bool] = False
     #: `steps` are those of each block, not of the canvas
     steps_of_blocks: ClassVar[bool] = False
     #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
@@ -134,16 +130,6 @@ class Decoding:
                 check(value is None, name, value, f"unset: {self.name} fills positions in random order")
 
     # -- schedule, on the host -------------------------------------------------------------
-
-    @property
-    def canvases(self) -> int:
-        """Of a request in one step, at most: its own, and guesses at what it will be in the next ones. Where those
-        come true, steps are saved."""
-        return 1
-
-    def alone(self) -> "Decoding":
-        """The same with a canvas of its own and no more"""
-        return self
 
     @property
     def parallel(self) -> bool:
@@ -199,21 +185,6 @@ class Decoding:
         if self.parallel:
             return self._choose_parallel(proposal.prob, turn)
         return best(self.rank(proposal.score, rng), turn.quota)
-
-    def settled(self, masks: int, chosen: np.ndarray, turn: Turn, memory: Memory | None) -> bool:
-        """Of a decoding that edits, behind a step that has chosen these and left so many masks: no token changes any
-        more."""
-        raise NotImplementedError
-
-    def judges(self, memory: Memory | None) -> bool:
-        """Of a decoding that revokes: this step may, so that tokens that stand in the block are to be read."""
-        return self.revokes
-
-    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None, unjudged: bool = False) -> np.ndarray:
-        """Indices of tokens that become masks again, in a step that has filled `filled` others. `noted`
-        [Decoding.noted, S]: what `propose` noted at the shadow of each token of the block. `unjudged`: the tokens are
-        those of a starting text, and no step has judged them yet. This step does, whatever it fills."""
-        raise NotImplementedError
 
     def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
         return score

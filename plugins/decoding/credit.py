@@ -28,7 +28,6 @@ TIE = np.float32(1e-5)
 @dataclass(frozen=True)
 class Credit(LowConfidence):
     name: ClassVar[str] = "credit"
-    noted: ClassVar[int] = 2  # the token that earns credit, and how much
 
     alpha: float = 0.7
     gamma: float = 0.2
@@ -65,6 +64,8 @@ class Credit(LowConfidence):
 
 class Credits(Memory):
     """Of the positions of a block: position -> token -> credit."""
+
+    noted: ClassVar[int] = 2  # the token that earns credit, and how much
 
     def __init__(self, beta: np.float32):
         self.beta = beta

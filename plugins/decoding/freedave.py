@@ -13,17 +13,18 @@ recomputes the block alone (`fast_dllm` with its dual cache) and temperature 0;
 elsewhere, and where a busy server has no rows left for them, there are none.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, best, check
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+from vllm_dlm.plugins.decoding.roles import SpeculativeDecoding
 
 
 @dataclass(frozen=True)
-class FreeDave(LowConfidence):
+class FreeDave(SpeculativeDecoding, LowConfidence):
     name: ClassVar[str] = "freedave"
     presets: ClassVar[dict[str, dict]] = {"llada": {"drafts": 4}, "dream": {"drafts": 8}}
 
@@ -33,13 +34,6 @@ class FreeDave(LowConfidence):
         super().__post_init__()
         check(1 <= self.drafts <= 64, "drafts", self.drafts, "between 1 and 64")
         check(self.steps is None, "steps", self.steps, "unset: freedave fills one token per step, or by a threshold")
-
-    @property
-    def canvases(self) -> int:
-        return self.drafts
-
-    def alone(self) -> "FreeDave":
-        return replace(self, drafts=1)
 
     @property
     def parallel(self) -> bool:

@@ -139,13 +139,15 @@ class Step:
 
     def run(self) -> WatchedLayers:
         denoiser = self.denoiser
-        readers = [reader for state in self.states for reader in denoiser.readers.of(state, self.tables[state.req_id])]
-        prepared = denoiser._prepared(readers)
+        streams = [
+            stream for state in self.states for stream in state.streams(denoiser.caches, self.tables[state.req_id])
+        ]
+        prepared = denoiser._prepared(streams)
         with WatchedLayers() as watched, layers_noted(watched):
             hidden = denoiser._hidden(prepared, Counts())
             watched.layers.append(len(watched.launched))
-            for alike in prepared.alike:
-                denoiser.head._proposed(hidden, alike)
+            for batch in prepared.head:
+                denoiser.head._proposed(hidden, batch)
         return watched
 
 

@@ -8,8 +8,10 @@ from vllm import SamplingParams
 
 from tests.engine.running import Counted, Watching, core_of, free_blocks, poison, tokens
 from tests.engine.test_selection import KEEP_ALL, SELECTIONS
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.block_causal import BlockCausalAttention
+from vllm_dlm.engine.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 
@@ -21,7 +23,7 @@ def engine(engines, checkpoint, selection, **settings):
 def mixed(count: int, seed: int = 4):
     """Every decoding of such models, guided ones and some without a selection; answers long enough to be left out."""
     rng = random.Random(seed)
-    names = sorted(name for name, method in methods("decoding").items() if not method.revokes)
+    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, RevokingDecoding))
     for index in range(count):
         name = names[index % len(names)]
         extra = {"dlm_algorithm": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}
@@ -73,7 +75,7 @@ def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_little_memory_and_long_prompts(engines, monkeypatch, checkpoint):
     """Requests give up their blocks, summaries among them, and prompts are read in several steps."""
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 32)
     given, selection = list(mixed(14, 9)), SELECTIONS["unique"]
     wanted = tokens(engine(engines, checkpoint, selection), given)
     llm = engine(engines, checkpoint, selection, block_size=16, num_gpu_blocks_override=40)
@@ -99,7 +101,7 @@ class Summaries(Watching):
         self.written, self.selects = states[0].canvas.written, states[0].canvas.block_step > 0
 
     def step_ended(self, requests, counts):
-        view: View | None = self.state.views[0]
+        view: SelectedKeys | None = self.state.feature(BlockCausalAttention).keys.get(False)
         if view is None or not self.selects:
             return
         assert view.prompt_len == self.written

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.block_causal import BlockCausal
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.client_cache import CLIENT_CACHES
 from vllm_dlm.engine import captured as module
+from vllm_dlm.engine.block_causal import BlockCausal
 from vllm_dlm.engine.buckets import Costs, bucket_of, keeps, layer_key
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.captured import CapturedSteps

@@ -17,6 +17,7 @@ from vllm_dlm.automaton import built
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine import runner as runner_module
 from vllm_dlm.engine.buckets import Costs
+from vllm_dlm.engine.caches import Blocks, StreamCaches
 from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.engine.captured import TABLES, CapturedSteps
 from vllm_dlm.engine.counts import Counts
@@ -24,12 +25,11 @@ from vllm_dlm.engine.cuda_graphs import repeated
 from vllm_dlm.engine.denoiser import Denoiser
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.head import Head
-from vllm_dlm.engine.holes import Holes
-from vllm_dlm.engine.packing import Stream
-from vllm_dlm.engine.readers import Readers
 from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.selected_keys import ChoicePool
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
+from vllm_dlm.given import Layout
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
@@ -63,11 +63,11 @@ def test_arrays_larger_than_the_memory_arrive():
 def templated(number: int) -> Denoising:
     """Between refreshes; every position of its block may hold one token, another one in each request."""
     options = request_options(server_options(None, "low_confidence"), {"dlm_reuse": "fast_dllm"})
-    canvas = Canvas(options, MASK, 0, [7] * PROMPT, PROMPT + BLOCK)
-    state = Denoising(f"r{number}", canvas, Sampling(0.0, 1.0, 0, seed=number, stop_ids=frozenset()))
     moves = (([token_at(number, index)], ((index, index + 1),)) for index in range(BLOCK))
     chain = built(BLOCK + 1, [0], [BLOCK], moves, VOCABULARY, [EOS])
-    state.holes = Holes([(PROMPT, BLOCK, chain)], canvas.tokens, MASK, EOS)
+    layout = Layout(start=[MASK] * BLOCK, holes=[(0, BLOCK, 0)], automata=[chain.plain()], ends=[EOS])
+    canvas = Canvas(options, MASK, 0, [7] * PROMPT, PROMPT + BLOCK, layout)
+    state = Denoising(f"r{number}", canvas, Sampling(0.0, 1.0, 0, seed=number, stop_ids=frozenset()))
     canvas.apply(Commit(canvas.candidates(), np.full(BLOCK, 0.5, np.float32), NOTHING, NOTHING))
     assert not canvas.plan.refresh
     return state
@@ -90,7 +90,7 @@ def test_the_tokens_that_templates_allow_need_not_fit_beside_captured_tables():
     )  # fmt: skip
     states = [templated(number) for number in range(16)]
     tables = {state.req_id: np.arange(1, 9) for state in states}
-    captured.capture_all(denoiser.readers.of(states[0], tables["r0"])[0].stream)
+    captured.capture_all(states[0].streams(denoiser.caches, tables["r0"])[0])
     replayed, failed = captured.fill, Failures()
     captured.fill = lambda streams: replayed(streams) or pytest.fail("the step is launched")
     assert len(states) * BLOCK * VOCABULARY // 8 > TABLES
@@ -116,7 +116,7 @@ def without_collection():
 
 def test_choices_are_freed_with_the_requests_that_made_them(engines):
     llm = engine(engines, "llada-tiny", SMALL | {"select_every": 3})
-    pools = runner_of(llm).denoiser.readers.choices
+    pools = runner_of(llm).denoiser.caches.pools
     seen = []
 
     class Pools(Watching):
@@ -148,19 +148,19 @@ def test_a_pool_starts_small_again():
 
 def test_an_evicted_pool_is_not_mixed_with_its_successor():
     """Views of one group read the pool of the first one: canvases with different pools are not of one kind."""
-    readers = Readers(BlockShape(32, 2, 16, RowShape(32, WIDTH)))
+    caches = StreamCaches(BlockShape(32, 2, 16, RowShape(32, WIDTH)))
     selection = Unique(page_size=16, budget_tokens=64, min_context=0, select_every=3)
 
     def stream() -> Stream:
         table, tokens = np.arange(1, 9), np.zeros(231, np.int64)
-        view = View(selection, 200, 231, 32, table, table, False, readers._pool(selection))
-        return Stream(FastDLLM(), StepPlan.dense(span(200, 231)), tokens, NOTHING, NOTHING, (200, 231), view=view)
+        keys = caches.selected_keys(selection, 200, 231, Blocks(table, NOTHING, table, NOTHING))
+        return Stream(FastDLLM(), StepPlan.dense(span(200, 231)), tokens, NOTHING, NOTHING, (200, 231), selected=keys)
 
     first, second = stream(), stream()
     assert first.kind == second.kind
-    for number in range(readers.choices.bound):
-        readers._pool(Unique(budget_tokens=1024 + number))
-    assert len(readers.choices) == readers.choices.bound
+    for number in range(caches.pools.bound):
+        caches.pool(Unique(budget_tokens=1024 + number))
+    assert len(caches.pools) == caches.pools.bound
     assert stream().kind != first.kind
 
 

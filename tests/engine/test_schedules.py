@@ -11,6 +11,7 @@ from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 
 #: The same examples in every run, so that a run cannot fail by chance
 FIXED = settings(derandomize=True, deadline=None, max_examples=25, database=None)
@@ -89,7 +90,7 @@ def full_cases(draw, name: str) -> Case:
             extra["dlm_window"] = draw(st.integers(0, 10))
     options = options_of(server, extra)
     if kind == "template":
-        options = replace(options, decoding=options.decoding.alone())
+        options = replace(options, decoding=without_speculation(options.decoding))
     # at the model's length, or below it
     most = len(prompt) + max(1, max_tokens - draw(st.integers(0, 2)) * (kind == "plain"))
     case = Case(
@@ -152,7 +153,9 @@ def test_full_attention(name):
     holds()
 
 
-@pytest.mark.parametrize("name", [name for name in DECODINGS if not methods("decoding")[name].revokes])
+@pytest.mark.parametrize(
+    "name", [name for name in DECODINGS if not issubclass(methods("decoding")[name], RevokingDecoding)]
+)
 def test_block_causal(name):
     @FIXED
     @given(case=block_causal_cases(name), data=st.data())

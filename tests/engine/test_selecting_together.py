@@ -13,7 +13,7 @@ from tests.engine import pretended_gpu
 from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.engine.selecting import selecting
 from vllm_dlm.kernels.page_scores import torch as scores
 from vllm_dlm.kernels.sparse_attention import torch as attention
@@ -82,7 +82,7 @@ class Canvases:
         self.cache = KVBlocks([torch.full((len(order), KV_HEADS, BLOCK, 2 * DIM), torch.nan)])
         pool = ChoicePool()
         self.views = [
-            View(selection, n, n + RESPONSE, BLOCK, kv.numpy(), own.numpy(), False, pool)
+            SelectedKeys(selection, n, n + RESPONSE, BLOCK, kv.numpy(), own.numpy(), False, pool)
             for n, kv, own in zip(prompt_lens, tables[::2], tables[1::2], strict=True)
         ]
         keys = []

@@ -12,7 +12,7 @@ from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, View
+from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.engine.selecting import Selecting, selecting
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
@@ -89,7 +89,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     pages = KVBlocks([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
     tables = order[:blocks].numpy(), order[blocks : 2 * blocks].numpy()
-    view = View(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
+    view = SelectedKeys(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
     slots = Slots(order[position // block_size], position % block_size)
     pages.write_keys(0, slots, kv[..., :dim])
@@ -99,12 +99,12 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     return view, pages, kv, q
 
 
-def refresh(view: View, pages, kv) -> None:
+def refresh(view: SelectedKeys, pages, kv) -> None:
     whole = selecting([view], [view.length], [view.prompt_len], True, torch.from_numpy)
     whole.refresh(0, pages, kv[..., : kv.shape[2] // 2], Counts())
 
 
-def step(view: View, queries: int) -> Selecting:
+def step(view: SelectedKeys, queries: int) -> Selecting:
     """The view as a group of its own, of which so many rows of the response live."""
     view.step_begins()
     return selecting([view], [queries], [0], False, torch.from_numpy)

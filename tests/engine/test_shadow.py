@@ -14,7 +14,9 @@ from tests.engine.matrix import assert_tokens_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
-from vllm_dlm.engine.packing import Stream, split
+from vllm_dlm.engine.packing import split
+from vllm_dlm.engine.revision import Revocation
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.wino import AT_FIRST, Wino
@@ -47,7 +49,7 @@ class Commits(Watching):
 
     def step_ended(self, requests, counts):
         self.forwards += len(requests)
-        self.shadows += sum(request.shadow is not None for request in requests)
+        self.shadows += sum(len(request.added_by(Revocation.name)) for request in requests)
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", "llada-tiny-gqa", "dream-tiny"])
@@ -94,7 +96,7 @@ def test_a_step_that_is_split_has_shadows_behind_their_canvases(engines, monkeyp
     parts = []
 
     def one_by_one(streams: list[Stream], max_rows: int):
-        parts.append([stream.hole is not None for stream in streams])
+        parts.append([stream.hidden_row is not None for stream in streams])
         return split(streams, 1)
 
     monkeypatch.setattr("vllm_dlm.engine.denoiser.split", one_by_one)

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from vllm_dlm.engine.packing import Stream
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.plugins.reuse.base import Reuse
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
@@ -72,7 +72,7 @@ def layer_key(reuse: Reuse) -> Hashable:
 def bucket_of(streams: list[Stream]) -> Bucket | None:
     """The smallest bucket that holds the streams; None: they are never captured."""
     first = streams[0]
-    if first.view is not None or first.hole is not None or not (first.whole or first.cached):
+    if first.selected is not None or first.hidden_row is not None or not (first.whole or first.cached):
         return None
     if any(alike(stream) != alike(first) for stream in streams):
         return None

@@ -24,12 +24,13 @@ from vllm.logger import init_logger
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.client_cache import ClientCache
 from vllm_dlm.engine.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
-from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.commit import NOTHING
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.cuda_graphs import Capture, Graph, PoolLost
 from vllm_dlm.engine.failures import describe
 from vllm_dlm.engine.group import Packed, Unknown
-from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Stream, pack
+from vllm_dlm.engine.packing import NULL_BLOCK, Limits, pack
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 

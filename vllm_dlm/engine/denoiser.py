@@ -10,18 +10,19 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine.caches import StreamCaches
 from vllm_dlm.engine.captured import CapturedSteps, Filled
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.forward import Watch, denoise
 from vllm_dlm.engine.group import Packed
-from vllm_dlm.engine.head import Alike, Head, HeadRequest
-from vllm_dlm.engine.packing import Stream, among, pack, split
-from vllm_dlm.engine.readers import Reader, Readers
+from vllm_dlm.engine.head import Head, HeadBatch
+from vllm_dlm.engine.packing import pack, split
 from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.stream import Reading, Stream, among, plain_stream
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
+
+__all__ = ["NO_DRAFTS", "Denoiser", "Observer", "Prepared", "plain_stream"]
 
 NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
 
@@ -34,29 +35,29 @@ class Observer:
     def step_packed(self, prepared: "Prepared") -> None:
         """What the forwards of the step are about to get; of what is launched, `Packed.layers` may be set."""
 
-    def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
-        """hidden [R, E]: rows behind the last layer; the requests say which are theirs."""
+    def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
+        """hidden [R, E]: rows after the last layer; each reading has the indices of its own."""
 
-    def step_ended(self, requests: Sequence[HeadRequest], counts: Counts) -> None: ...
+    def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None: ...
 
 
 class Prepared(NamedTuple):
     """What a step has on the device, once it is sent."""
 
-    packed: list[Packed]  # a forward each
-    launched: list[Reader]  # of whose canvases, in their order
-    filled: Filled | None  # and a captured step
-    replayed: list[Reader]  # of whose canvases that is
-    replayed_heads: int  # rows that the head needs of that
-    alike: list[Alike]
+    packed: list[Packed]  # one per forward that is launched
+    launched: list[Stream]  # their streams, in the order of rows
+    filled: Filled | None  # a captured step
+    replayed: list[Stream]  # its streams
+    replayed_heads: int  # rows of them that the head needs
+    head: list[HeadBatch]
     uploads: list[Upload]
-    copied: torch.Tensor | None  # [2, n], see Reader
+    copied: torch.Tensor | None  # [2, n], see Stream.copies
 
 
 class Denoiser:
     def __init__(
         self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device,
-        forwards: Callable[[], AbstractContextManager] = nullcontext,  # what is entered around them
+        forwards: Callable[[], AbstractContextManager] = nullcontext,  # entered around forwards
     ):  # fmt: skip
         self.forwards = forwards
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
@@ -64,52 +65,52 @@ class Denoiser:
         self.upload = Upload(device)
         self.captured: CapturedSteps | None = None
         self.masks: bool | None = None  # see Group; None: what is best on the device
-        self.readers = Readers(shape)
+        self.caches = StreamCaches(shape)
         self.observers: list[Observer] = []
 
     def step(
         self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
         canvases: Mapping[str, int] = NO_DRAFTS,
-    ) -> list[HeadRequest]:  # fmt: skip
-        """One forward of all requests -> what is proposed for those that have not failed. `tables`: their blocks;
-        `canvases`: how many those of a request may be, if more than one"""
+    ) -> list[Reading]:  # fmt: skip
+        """One forward of all requests -> what was read at the canvas of each that has not failed. `tables`: KV blocks
+        of each request; `canvases`: most streams of requests that may speculate in this step"""
         for observer in self.observers:
             observer.step_begins(states)
-        readers: list[Reader] = []
+        streams: list[Stream] = []
+        readings: list[Reading] = []
         for state in states:
             with failed.of(state.req_id):
-                readers += self.readers.of(state, tables[state.req_id], canvases.get(state.req_id, 1))
-        requests = [reader.request for reader in readers if reader.own and not reader.guides]
-        if readers:
-            with failed.of(*(request.state.req_id for request in requests), in_forward=True), self.forwards():
-                if (prepared := self._prepare_packable(readers, failed)) is not None:
-                    readers = [reader for reader in readers if reader.name not in failed]
-                    requests = [request for request in requests if request.state.req_id not in failed]
-                    self._propose(prepared, readers, requests, counts, failed)
-        requests = [request for request in requests if request.state.req_id not in failed]
+                made = state.streams(self.caches, tables[state.req_id], canvases.get(state.req_id, 1))
+                streams += made
+                readings.append(next(stream.reading for stream in made if stream.reading is not None))
+        if streams:
+            names = [reading.state.req_id for reading in readings]
+            with failed.of(*names, in_forward=True), self.forwards():
+                if (prepared := self._prepare_packable(streams, failed)) is not None:
+                    readings = [reading for reading in readings if reading.state.req_id not in failed]
+                    self._propose(prepared, readings, counts, failed)
+        readings = [reading for reading in readings if reading.state.req_id not in failed]
         for observer in self.observers:
-            observer.step_ended(requests, counts)
-        return requests
+            observer.step_ended(readings, counts)
+        return readings
 
-    def _prepare_packable(self, readers: list[Reader], failed: Failures) -> Prepared | None:
-        """Packs the step, without the requests that cannot be packed, which fail. None: no request is left."""
-        while readers:
+    def _prepare_packable(self, streams: list[Stream], failed: Failures) -> Prepared | None:
+        """Packs the step without the requests that cannot be packed, which fail. None: no request is left."""
+        while streams:
             together, alone = Failures(failed.ranks), Failures(failed.ranks)
-            names = list(dict.fromkeys(reader.name for reader in readers))
+            names = list(dict.fromkeys(stream.request for stream in streams))
             with together.of(*names):
-                return self._prepared(readers)
+                return self._prepared(streams)
             for name in names:
-                self.upload.begin()  # without what the last attempt has left
+                self.upload.begin()  # drops what the last attempt has left
                 with alone.of(name):
-                    self._prepared([reader for reader in readers if reader.name == name])
+                    self._prepared([stream for stream in streams if stream.request == name])
             self.upload.begin()
             failed.update(alone or together)
-            readers = [reader for reader in readers if reader.name not in failed]
+            streams = [stream for stream in streams if stream.request not in failed]
         return None
 
-    def _propose(
-        self, prepared: Prepared, readers: list[Reader], requests: list[HeadRequest], counts: Counts, failed: Failures
-    ) -> None:
+    def _propose(self, prepared: Prepared, readings: list[Reading], counts: Counts, failed: Failures) -> None:
         for observer in self.observers:
             observer.step_packed(prepared)
         for upload in prepared.uploads:
@@ -118,58 +119,62 @@ class Denoiser:
             self.blocks.copy(*prepared.copied.unbind(0))
         hidden = self._hidden(prepared, counts)
         for observer in self.observers:
-            observer.head_read(hidden, requests)
-        self.head.read(hidden, prepared.alike)
-        for request in requests:
-            for one in request.all:
-                if not one.finite:
-                    own = [reader.stream for reader in readers if reader.request is one]
-                    failed[request.state.req_id] = self._not_finite(own, one, hidden)
-                    self._clear(request.state)
+            observer.head_read(hidden, readings)
+        self.head.read(hidden, prepared.head)
+        for own in readings:
+            for reading in own.all:
+                if not reading.finite:
+                    streams = [stream for stream in prepared.launched + prepared.replayed if stream.reading is reading]
+                    failed[own.state.req_id] = self._not_finite(streams, reading, hidden)
+                    self._clear(own.state)
                     break
 
-    def _prepared(self, readers: list[Reader]) -> Prepared:
-        """Packs the canvases, and assigns hidden states to requests."""
-        # Canvases of one kind are adjacent: they share a group of rows.
-        kinds: dict[tuple, list[Reader]] = {}
+    def _prepared(self, streams: list[Stream]) -> Prepared:
+        """Packs the streams, and assigns hidden states to their readings."""
+        # Streams of one kind are adjacent: they share a group of rows.
+        kinds: dict[tuple, list[Stream]] = {}
         # Shadows come after all canvases: if the step is split, their canvases have been computed by then.
         # Whole canvases come first: one may be the first block of a request, which its later blocks read.
-        for reader in sorted(readers, key=lambda reader: (reader.stream.hole is not None, not reader.stream.whole)):
-            kinds.setdefault(reader.stream.kind, []).append(reader)
-        filled, replayed = None, list[Reader]()
+        for stream in sorted(streams, key=lambda stream: (stream.hidden_row is not None, not stream.whole)):
+            kinds.setdefault(stream.kind, []).append(stream)
+        filled, replayed = None, list[Stream]()
         if self.captured is not None:
             # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
-            for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].stream.whole):
-                if filled := self.captured.fill([reader.stream for reader in alike]):
+            for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].whole):
+                if filled := self.captured.fill(alike):
                     replayed = kinds.pop(kind)
                     break
-        launched = [reader for alike in kinds.values() for reader in alike]
-        packed = self._packed([reader.stream for reader in launched]) if launched else []
+        launched = [stream for alike in kinds.values() for stream in alike]
+        packed = self._packed(launched) if launched else []
         start = 0
-        for reader in launched:
-            self._assign(reader, np.arange(start, start := start + len(reader.stream.head_positions)))
+        for stream in launched:
+            self._assign(stream, np.arange(start, start := start + len(stream.head_positions)))
         # a captured step returns all live rows
-        for reader in replayed:
-            self._assign(reader, start + among(reader.stream.plan.live, reader.stream.head_positions))
-            start += reader.stream.num_rows
+        for stream in replayed:
+            self._assign(stream, start + among(stream.plan.live, stream.head_positions))
+            start += stream.num_rows
         # The head's arrays may be larger than the staging memory of a captured step, which cannot grow.
         uploads = [self.upload, filled.upload] if filled else [self.upload]
-        requests = [reader.request for reader in readers if not reader.guides]
-        heads = sum(len(reader.stream.head_positions) for reader in replayed)
-        copies = [reader.copies for reader in readers if reader.copies is not None]
+        read = [stream.reading for stream in streams if stream.reading is not None and not stream.guides]
+        copies = [stream.copies for stream in streams if stream.copies is not None]
         copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
+        heads = sum(len(stream.head_positions) for stream in replayed)
         return Prepared(
-            packed, launched, filled, replayed, heads, self.head.prepare(requests, self.upload), uploads, copied
+            packed, launched, filled, replayed, heads, self.head.prepare(read, self.upload), uploads, copied
         )
 
     @staticmethod
-    def _assign(reader: Reader, rows: np.ndarray) -> None:
+    def _assign(stream: Stream, rows: np.ndarray) -> None:
         """`rows` [R]: the hidden states of the stream's head positions"""
-        stream, request = reader.stream, reader.request
+        if (reading := stream.reading) is None:
+            return
         # several positions may be read at one row
-        read = request.state.canvas.progress.rows_reading(request.positions)
+        read = reading.state.canvas.progress.rows_reading(reading.positions)
         rows = rows[np.searchsorted(stream.head_positions, read)]
-        request.guide_rows, request.rows = (rows, request.rows) if reader.guides else (request.guide_rows, rows)
+        if stream.guides:
+            reading.guide_rows = rows
+        else:
+            reading.rows = rows
 
     def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
         def replayed() -> list[torch.Tensor]:
@@ -179,20 +184,19 @@ class Denoiser:
             return [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
 
         counts.head_rows += prepared.replayed_heads
-        # Shadows read what their canvases have in their blocks, and whole canvases, among them a first block, are read
-        # by those behind it.
-        shadows = any(group.hole is not None for part in prepared.packed for group in part.groups)
-        if shadows or any(reader.stream.whole for reader in prepared.replayed):
+        # Shadows read the keys that their canvases write. Whole canvases may be first blocks, which later ones read.
+        shadows = any(group.hidden_row is not None for part in prepared.packed for group in part.groups)
+        if shadows or any(stream.whole for stream in prepared.replayed):
             last = replayed()
             hidden = launched() + last
         else:
             hidden = launched() + replayed()
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
-    def _not_finite(self, streams: list[Stream], request: HeadRequest, hidden: torch.Tensor) -> str:
-        """Where the numbers of a request stopped being finite: its step once more, watched. (It ends now, so it
+    def _not_finite(self, streams: list[Stream], reading: Reading, hidden: torch.Tensor) -> str:
+        """Where the numbers of a request stopped being finite: its step again, watched. (The request ends now, so it
         does not matter what that writes to its caches.)"""
-        rows = np.concatenate([request.rows, request.guide_rows if len(streams) > 1 else request.rows[:0]])
+        rows = np.concatenate([reading.rows, reading.guide_rows if len(streams) > 1 else reading.rows[:0]])
         places = []
         if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
             self.forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
@@ -218,9 +222,3 @@ class Denoiser:
 
     def _packed(self, streams: list[Stream]) -> list[Packed]:
         return [pack(part, self.upload, self.shape, self.masks) for part in split(streams, self.max_rows)]
-
-
-def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
-    """A canvas as the exact model sees it, without caches."""
-    plan = StepPlan.dense(span(0, len(tokens)))
-    return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))

@@ -58,7 +58,7 @@ class Group:
     #: how many rows of each canvas a plan with a budget recomputes, and where these begin, [C + 1] int32
     leading: tuple[list[int], torch.Tensor]
     masks: bool  # rows that only the device knows ride along with the others
-    hole: int | None  # of shadows, see Stream
+    hidden_row: int | None  # of shadows, see Stream
     max_q: int  # no canvas has more rows
     max_kv: int  # nor more positions
     places: torch.Tensor | None = None  # [C, longest canvas] int32: the live row of each position, once somebody asks

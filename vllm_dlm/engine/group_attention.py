@@ -19,8 +19,8 @@ class GroupAttention:
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Queries [n, H, D] over this step's keys and values of every row of their canvas -> [n, H * D]"""
         group = self.group
-        if group.hole is not None:
-            return self._beside(q, rows, k, v, group.hole)
+        if group.hidden_row is not None:
+            return self._of_shadow(q, rows, k, v, group.hidden_row)
         if group.selecting is not None:  # every row's keys are new: the prompts are described again
             group.selecting.refresh(self.layer, self.blocks, k, self.counts)
         if group.filtered and self.selects:
@@ -28,12 +28,12 @@ class GroupAttention:
         self.counts.attended(rows.counts, group.kv_lens, read=False)
         return CanvasAttention(group, self.scale).over_new(q, rows, k, v)
 
-    def _beside(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor, hole: int) -> torch.Tensor:
+    def _of_shadow(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor, hidden: int) -> torch.Tensor:
         """Shadow rows over what their canvas has in its blocks by now, and over each other"""
         group = self.group
         self.counts.attended(rows.counts, group.kv_lens, read=True)
         context = shadow_attention(
-            q, starts(rows, q), rows.of(group.row_places) + hole, k, v, starts(group.all, q),
+            q, starts(rows, q), rows.of(group.row_places) + hidden, k, v, starts(group.all, q),
             self.blocks.layers[self.layer], group.table, group.kv_ends[1, :-1], self.scale, group.max_q,
         )  # fmt: skip
         return context.flatten(1)

@@ -1,8 +1,8 @@
 """The output head: logits for the rows that need them, a bounded piece at a time, reduced at once.
 
-Rows that are decoded alike (same algorithm, greedy or not, guided or not) are
-taken together whoever they belong to. Never more than `max_logits` logits
-exist; that buffer is part of the memory profile.
+Readings of one kind (same algorithm, greedy or not, guided or not) are decoded
+together, across requests. There are never more than `max_logits` logits at
+once; that buffer is part of the memory profile.
 """
 
 from collections import defaultdict
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_dlm.engine import allowed, noise
-from vllm_dlm.engine.canvas import NOTHING
+from vllm_dlm.engine import noise
 from vllm_dlm.engine.noise import row_keys, signed
-from vllm_dlm.engine.request import Denoising, Logprobs
+from vllm_dlm.engine.stream import Logprobs, Reading
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, at_token
 
@@ -30,39 +29,6 @@ def max_logits(device: torch.device) -> int:
     return 1 << 23 if device.type == "cpu" else 1 << 27
 
 
-NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
-
-
-@dataclass
-class HeadRequest:
-    """Candidate rows of one request."""
-
-    state: Denoising
-    positions: np.ndarray  # [C] canvas positions to decode
-    rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] rows of the hidden states that predict them
-    guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows in the guidance stream
-    proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.run
-    logprobs: list[Logprobs] | None = None
-    best: np.ndarray | None = None  # [n, C] see Head.best
-    drafts: list["HeadRequest"] = field(default_factory=list)  # of the same step, see Decoding.canvases
-    shadow: "HeadRequest | None" = None  # of the tokens that stand in the block, see Decoding.revokes
-
-    @property
-    def all(self) -> list["HeadRequest"]:
-        return [self, *self.drafts, *([self.shadow] if self.shadow else [])]
-
-    @property
-    def finite(self) -> bool:
-        """A row of logits with a NaN or an infinity in it makes no probability."""
-        return bool(np.isfinite(self.proposal.prob).all())
-
-    @property
-    def kind(self):
-        sampling, decoding = self.state.sampling, self.state.options.decoding
-        guided, constrained, unread = decoding.cfg_scale > 0, self.state.holes is not None, self.state.canvas.unread
-        return type(decoding), sampling.greedy, sampling.filtered, guided, sampling.num_logprobs, constrained, unread
-
-
 class Head:
     def __init__(self, compute_logits, config, max_logits: int):
         self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
@@ -71,81 +37,84 @@ class Head:
         #: logits [R, V] -> [n, R] float64: what the live view reads of them
         self.best: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def run(self, hidden_TD: torch.Tensor, requests: list[HeadRequest]) -> None:
-        """Sets `proposal` (and `logprobs`) of every request."""
+    def run(self, hidden_TD: torch.Tensor, readings: list[Reading]) -> None:
+        """Sets `proposal` (and `logprobs`) of every reading."""
         upload = Upload(hidden_TD.device)
-        alike = self.prepare(requests, upload)
+        batches = self.prepare(readings, upload)
         upload.send()
-        self.read(hidden_TD, alike)
+        self.read(hidden_TD, batches)
 
-    def prepare(self, requests: list[HeadRequest], upload: Upload) -> list["Alike"]:
-        """What `read` needs on the device; before the forward, which then need not wait for it."""
+    def prepare(self, readings: list[Reading], upload: Upload) -> list["HeadBatch"]:
+        """What `read` needs on the device. It is made before the forward, which then need not wait for it."""
         kinds = defaultdict(list)
-        for request in requests:
-            if len(request.rows):  # else no masked position is read in this step
-                kinds[request.kind].append(request)
-        return [Alike.of(requests, self.vocab_size, upload) for requests in kinds.values()]
+        for reading in readings:
+            if len(reading.rows):  # else no position is read in this step
+                kinds[reading.kind].append(reading)
+        return [HeadBatch.gather(alike, self.vocab_size, upload) for alike in kinds.values()]
 
-    def read(self, hidden_TD: torch.Tensor, kinds: list["Alike"]) -> None:
-        parts = [self._proposed(hidden_TD, alike) for alike in kinds]
+    def read(self, hidden_TD: torch.Tensor, batches: list["HeadBatch"]) -> None:
+        parts = [self._proposed(hidden_TD, batch) for batch in batches]
         if not parts:
             return
         # One transfer for all; float64 holds every token id exactly.
         most = max(map(len, parts))
-        filled_up = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
-        found = torch.cat(filled_up, 1).cpu().numpy()  # [3 + noted, R]
+        padded = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
+        found = torch.cat(padded, 1).cpu().numpy()  # [3 + noted, R]
         token, score, prob, noted = found[0].astype(np.int64), found[1], found[2], found[3:]
         start = 0
-        for alike in kinds:
+        for batch in batches:
             first = start
-            for request in alike.requests:
-                own = slice(start, start := start + len(request.rows))
-                numbers = request.state.options.decoding.noted
-                request.proposal = Proposal(
-                    token[own], score[own], prob[own], noted[:numbers, own] if numbers else None
-                )
+            for reading in batch.readings:
+                own = slice(start, start := start + len(reading.rows))
+                count = reading.state.noted
+                reading.proposal = Proposal(token[own], score[own], prob[own], noted[:count, own] if count else None)
                 if self.best is not None:
-                    request.best = noted[numbers : numbers + alike.best_rows, own]
-                if alike.logprobs is not None:
-                    request.logprobs = alike.logprobs[own.start - first : own.stop - first]
+                    reading.best = noted[count : count + batch.best_rows, own]
+                if batch.logprobs is not None:
+                    reading.logprobs = batch.logprobs[own.start - first : own.stop - first]
 
-    def _proposed(self, hidden_TD: torch.Tensor, alike: "Alike") -> torch.Tensor:
+    def _proposed(self, hidden_TD: torch.Tensor, batch: "HeadBatch") -> torch.Tensor:
         """-> [3 + noted, R] float64: token, score and probability of each row, and what the decoding notes of it"""
-        decoding, _, _, guided, num_logprobs, _, _ = alike.requests[0].kind
+        state = batch.readings[0].state
+        decoding, num_logprobs = state.options.decoding, state.sampling.num_logprobs
         parts = []
-        for start in range(0, len(alike.rows), self.max_rows):
+        for start in range(0, len(batch.rows), self.max_rows):
             piece = slice(start, start + self.max_rows)
-            logits_RV = self.compute_logits(hidden_TD[alike.rows[piece]]).float()
-            if guided:
-                guide_RV = self.compute_logits(hidden_TD[alike.guide_rows[piece]]).float()
-                scale_R1 = alike.options["cfg_scale"][piece, None] + 1
-                logits_RV = guide_RV + scale_R1 * (logits_RV - guide_RV)
+            logits_RV = self._logits(hidden_TD, batch, piece)
             raw_RV = logits_RV.log_softmax(-1) if num_logprobs is not None else None
-            if alike.allowed is not None:
-                rows, which = alike.allowed
-                allowed.rule_out_others(logits_RV, rows, which[piece])
-            if alike.standing is not None:
-                proposal = judged(logits_RV, alike.standing[piece], decoding.noted)
+            if batch.allowed is not None:
+                batch.allowed.rule_out(logits_RV, piece)
+            if batch.judged is not None:
+                proposal = judged(logits_RV, batch.judged[piece], state.noted)
             else:
-                proposal = decoding.propose(logits_RV, self._logit_rows(alike, piece))
+                proposal = decoding.propose(logits_RV, self._logit_rows(batch, piece))
             part = torch.stack([proposal.token.double(), proposal.score.double(), proposal.prob.double()])
             if proposal.noted is not None:
                 part = torch.cat([part, proposal.noted])
             if self.best is not None:
                 best = self.best(logits_RV)
-                alike.best_rows, part = len(best), torch.cat([part, best])
+                batch.best_rows, part = len(best), torch.cat([part, best])
             parts.append(part)
             if num_logprobs is not None:
-                alike.logprobs = (alike.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
+                batch.logprobs = (batch.logprobs or []) + _logprobs(raw_RV, proposal.token, num_logprobs)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _logit_rows(self, alike: "Alike", piece: slice) -> LogitRows:
-        keys_R, sampling = alike.keys[piece], alike.requests[0].state.sampling
+    def _logits(self, hidden_TD: torch.Tensor, batch: "HeadBatch", piece: slice) -> torch.Tensor:
+        """[R, V] float32, of guided rows combined with those of the unconditional stream"""
+        logits_RV = self.compute_logits(hidden_TD[batch.rows[piece]]).float()
+        if not len(batch.guide_rows):
+            return logits_RV
+        guide_RV = self.compute_logits(hidden_TD[batch.guide_rows[piece]]).float()
+        scale_R1 = batch.options["cfg_scale"][piece, None] + 1
+        return guide_RV + scale_R1 * (logits_RV - guide_RV)
+
+    def _logit_rows(self, batch: "HeadBatch", piece: slice) -> LogitRows:
+        keys_R, sampling = batch.keys[piece], batch.readings[0].state.sampling
         return LogitRows(
-            temperature=alike.temperature[piece],
-            top_p=alike.top_p[piece],
-            top_k=alike.top_k[piece],
-            options={field: column[piece] for field, column in alike.options.items()},
+            temperature=batch.temperature[piece],
+            top_p=batch.top_p[piece],
+            top_k=batch.top_k[piece],
+            options={field: column[piece] for field, column in batch.options.items()},
             eos_id=self.config.eos_token_id,
             eot_id=self.config.eot_token_id,
             mask_id=self.config.mask_token_id,
@@ -153,74 +122,74 @@ class Head:
             filtered=sampling.filtered,
             exponential=lambda: noise.exponential(keys_R, self.vocab_size),
             uniform=lambda: noise.uniform(keys_R),
-            memory={name: column[piece] for name, column in alike.memory.items()},
+            memory={name: column[piece] for name, column in batch.memory.items()},
         )
 
 
 @dataclass
-class Alike:
-    """Candidate rows of requests that are decoded alike, R rows, and their parameters."""
+class HeadBatch:
+    """Readings of one kind, which are decoded together: R rows and their parameters on the device."""
 
-    requests: list[HeadRequest]
+    readings: list[Reading]
     rows: torch.Tensor  # [R] of the hidden states
-    guide_rows: torch.Tensor  # [R] of guided ones
+    guide_rows: torch.Tensor  # [R] the same rows of unconditional streams; [0] without guidance
     temperature: torch.Tensor  # [R]
     top_p: torch.Tensor  # [R]
     top_k: torch.Tensor  # [R]
     options: dict[str, torch.Tensor]  # [R] each
     keys: torch.Tensor  # [R] of their noise
     memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] of the decoding's, see Memory
-    allowed: tuple[torch.Tensor, torch.Tensor] | None = None  # of templates: rows of bits, [S, W], and whose: [R]
-    standing: torch.Tensor | None = None  # [R] tokens of drafts that are read
+    allowed: Any = None  # see Constraint
+    judged: torch.Tensor | None = None  # [R] tokens that are measured
     logprobs: list[Logprobs] | None = None
     best_rows: int = 0  # that the live view added
 
     @classmethod
-    def of(cls, requests: list[HeadRequest], vocab_size: int, upload: Upload) -> "Alike":
-        counts = [len(request.rows) for request in requests]
-        states = [request.state for request in requests]
+    def gather(cls, readings: list[Reading], vocab_size: int, upload: Upload) -> "HeadBatch":
+        first, states = readings[0], [reading.state for reading in readings]
         decoding: Any = type(states[0].options.decoding)
+        counts = [len(reading.rows) for reading in readings]
         numbers, flags = numeric_fields(decoding)
         real = [
             (s.sampling.temperature, s.sampling.top_p, *(getattr(s.options.decoding, name) for name in numbers))
             for s in states
         ]
-        whole = [(s.sampling.top_k or vocab_size, signed(s.sampling.seed), s.canvas.block, s.canvas.block_step)
-                 for s in states]  # fmt: skip
+        whole = [
+            (s.sampling.top_k or vocab_size, signed(s.sampling.seed), s.canvas.block, s.canvas.block_step)
+            for s in states
+        ]
         true = [tuple(getattr(s.options.decoding, name) for name in flags) for s in states]
-        temperature, top_p, *options = upload(of_rows(real, np.float32, counts))  # None becomes NaN
-        top_k, seeds, blocks, steps = of_rows(whole, np.int64, counts)
-        positions = np.concatenate([request.positions for request in requests])
-        parts = [np.concatenate([r.rows for r in requests]), top_k, row_keys(seeds, blocks, steps, positions)]
-        if any(len(r.guide_rows) for r in requests):
-            parts.append(np.concatenate([r.guide_rows for r in requests]))
+        temperature, top_p, *options = upload(per_row(real, np.float32, counts))  # None becomes NaN
+        top_k, seeds, blocks, steps = per_row(whole, np.int64, counts)
+        positions = np.concatenate([reading.positions for reading in readings])
+        parts = [np.concatenate([r.rows for r in readings]), top_k, row_keys(seeds, blocks, steps, positions)]
+        if len(first.guide_rows):
+            parts.append(np.concatenate([r.guide_rows for r in readings]))
         rows, top_k_R, keys, *guide = upload(np.stack(parts))
-        columns = dict(zip(flags, upload(of_rows(true, np.bool_, counts)), strict=True)) if flags else {}
+        columns = dict(zip(flags, upload(per_row(true, np.bool_, counts)), strict=True)) if flags else {}
         columns |= dict(zip(numbers, options, strict=True))
-        guide_rows, memory = guide[0] if guide else rows[:0], remembered(requests, upload)
-        bits = None
-        if states[0].holes is not None:
-            one, other = allowed.table([(r.state.holes, r.positions) for r in requests], vocab_size)
-            bits = upload(one), upload(other)
-        standing = None
-        if states[0].canvas.unread:
-            standing = upload(np.concatenate([r.state.canvas.tokens[r.positions] for r in requests]))
-        return cls(requests, rows, guide_rows, temperature, top_p, top_k_R, columns, keys, memory, bits, standing)
+        made = cls(
+            readings, rows, guide[0] if guide else rows[:0], temperature, top_p, top_k_R, columns, keys,
+            remembered(readings, upload),
+        )  # fmt: skip
+        if first.constraint is not None:
+            made.allowed = first.constraint.gather(readings, vocab_size, upload)
+        if first.judged:
+            made.judged = upload(np.concatenate([reading.tokens for reading in readings]))
+        return made
 
 
 def judged(logits_RV: torch.Tensor, token_R: torch.Tensor, noted: int) -> Proposal:
-    """How probable tokens that stand are. The decoding notes nothing of them."""
+    """The probability of given tokens. The decoding notes nothing of them."""
     prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
     nothing = torch.zeros(noted, len(token_R), dtype=torch.float64, device=prob_R.device) if noted else None
     return Proposal(token_R, prob_R, prob_R, nothing)
 
 
-def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.Tensor]:
-    """Columns of their memories, one below the other, as wide as the widest"""
+def remembered(readings: list[Reading], upload: Upload) -> dict[str, torch.Tensor]:
+    """Columns of the decoding's memories, concatenated and as wide as the widest"""
     own = [
-        request.state.memory.columns(request.positions, request.state.canvas.tokens[request.positions])
-        for request in requests
-        if request.state.memory
+        reading.state.memory.columns(reading.positions, reading.tokens) for reading in readings if reading.state.memory
     ]
     found = {}
     for name in own[0] if own else ():
@@ -235,8 +204,8 @@ def remembered(requests: list[HeadRequest], upload: Upload) -> dict[str, torch.T
     return found
 
 
-def of_rows(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:
-    """A tuple of each request, repeated for its rows: [values of a tuple, R]"""
+def per_row(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:
+    """One tuple per reading, repeated for its rows -> [values of a tuple, R]"""
     return np.ascontiguousarray(np.repeat(np.array(values, dtype).T, counts, axis=1))
 
 

@@ -7,7 +7,6 @@ group of consecutive rows. Everything a forward must know is made here, on the
 host, and goes to the device in one transfer.
 """
 
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -18,15 +17,13 @@ import torch
 from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.group import Group, Packed, UnknownRows
-from vllm_dlm.engine.selected_keys import View
 from vllm_dlm.engine.selecting import Selecting, selecting
+from vllm_dlm.engine.stream import Stream, among
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.plugins.reuse.base import Reuse, StepPlan
 from vllm_dlm.plugins.reuse.flow import Columns, Rows
 
 #: vLLM's null block, which no request owns: pads the tables of canvases that have fewer blocks than others
 NULL_BLOCK = 0
-NO_BLOCKS = np.zeros(0, dtype=np.int64)
 #: On a GPU so many rows take hardly longer than a few, and waiting until the host knows how many a policy found
 #: takes as long as a layer: up to here all are computed and the ones that were not meant are left as they are.
 MASKED_ROWS = 512
@@ -38,64 +35,6 @@ class Limits(NamedTuple):
     max_q: int  # rows of a canvas
     max_kv: int  # its positions
     blocks: int  # width of the tables
-
-
-@dataclass
-class Stream:
-    """One canvas in one step: a request, or its guidance twin."""
-
-    reuse: Reuse
-    plan: StepPlan
-    token_ids: np.ndarray  # [N] of all rows of the canvas
-    head_positions: np.ndarray  # positions whose hidden state the head needs, ascending, all live
-    changed: np.ndarray  # positions whose token changed since the last forward
-    response: tuple[int, int]  # positions from which the response is read
-    feature_rows: int = 0  # the last so many positions keep features
-    kv_table: np.ndarray | None = None  # block ids, in order
-    feature_table: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
-    view: View | None = None  # what a selection lets the response see; None: everything
-    filtered: bool = False  # even where every row is recomputed
-    chooses: bool = False  # the view changes in this step
-    last: int | None = None  # the position that the last row stands for; None: its own
-    positions: np.ndarray | None = None  # that all of them stand for, by those; None: their own
-    #: of a shadow, see shadow.py: so far behind its own position is the one that a row does not see; None: it is none
-    hole: int | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.plan.whole(len(self.token_ids))
-
-    @property
-    def cached(self) -> bool:
-        return self.kv_table is not None
-
-    @property
-    def kind(self) -> tuple:
-        # Of one policy some canvases may have blocks and others none: `none` has them under a selection only.
-        # Views of a group share one pool of choices, and so one selection.
-        return self.reuse, self.cached, self.whole, self.filtered, self.view and self.view.pool, self.hole
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.plan.live)
-
-    @cached_property
-    def forced(self) -> np.ndarray:
-        """Places of rows that are recomputed anyway: by the plan, and those of new tokens unless the policy has it
-        otherwise"""
-        plan = self.plan
-        if len(plan.forced) == len(plan.live):
-            return np.arange(len(plan.live))
-        forced = among(plan.live, plan.forced)
-        if not self.reuse.force_changed or not len(self.changed):
-            return forced
-        return np.union1d(forced, among(plan.live, self.changed))
-
-    @property
-    def leading(self) -> int:
-        """How many rows a plan with a budget recomputes: those of new tokens count against it."""
-        plan = self.plan
-        return min(max(len(self.forced), len(plan.forced) + (plan.budget or 0)), len(plan.live))
 
 
 def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
@@ -171,7 +110,7 @@ class Packing:
             own = slice(start, start + stream.num_rows)
             live = stream.plan.live
             table[0, own] = stream.token_ids[live]
-            written = stream.kv_table if stream.hole is None else None
+            written = stream.kv_table if stream.hidden_row is None else None
             table[4, own] = -1 if written is None else written[live // self.block_size]
             if stream.last is not None and len(live) and live[-1] == len(stream.token_ids) - 1:
                 table[2, own.stop - 1] = stream.last
@@ -243,7 +182,7 @@ class Packing:
             head=rows[4],
             leading=(leading, leading_starts),
             masks=masks,
-            hole=streams[0].hole,
+            hidden_row=streams[0].hidden_row,
             max_q=limits.max_q if limits else max(self.sizes),
             max_kv=limits.max_kv if limits else max(kv_lens),
         )
@@ -264,7 +203,7 @@ class Packing:
 
     def _selecting(self, rows: list[Rows], masks: np.ndarray, upload: Upload) -> Selecting | None:
         """`masks` [n, T]: which rows each set has"""
-        views = [s.view for s in self.streams if s.view]
+        views = [s.selected for s in self.streams if s.selected]
         if not views:
             return None
         of_prompts = self._counts(masks & ~self.response).tolist()
@@ -283,15 +222,3 @@ class Packing:
             return upload(table), []
         once = {id(blocks): upload(blocks) for blocks in own}  # parts of a canvas have one table
         return upload(table), [once[id(blocks)] for blocks in own]
-
-
-def among(live: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Places in `live` of those of the positions that are there; both ascend."""
-    if not len(positions) or not len(live):
-        return NO_BLOCKS
-    first, last = live[0], live[-1]
-    positions = positions[(positions >= first) & (positions <= last)]
-    if last - first + 1 == len(live):
-        return positions - first
-    place = np.searchsorted(live, positions)
-    return place[live[place] == positions]

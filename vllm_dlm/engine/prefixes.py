@@ -15,6 +15,7 @@ v1/core/kv_cache_manager.py, v1/core/kv_cache_utils.py.
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
+from vllm_dlm.engine import block_causal
 from vllm_dlm.engine.canvas import Canvas
 
 
@@ -36,7 +37,7 @@ class Prefixes:
         """The blocks that are there for the canvas's first positions. It begins behind them."""
         found, written = self.manager.empty_kv_cache_blocks, 0
         if self.shares(canvas) and self.manager.prefix_cache_lookup_enabled(request):
-            final = canvas.options.reuse.final(canvas.progress)
+            final = block_causal.final(canvas)
             blocks, written, _ = self.manager.coordinator.find_longest_cache_hit(request.block_hashes, final)
             found = self.manager.create_kv_cache_blocks(blocks)
         canvas.begin_behind(written)

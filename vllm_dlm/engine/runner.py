@@ -29,13 +29,14 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
-from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, plain_stream
+from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.flash_attention import installed
 from vllm_dlm.engine.forward import denoise_live
-from vllm_dlm.engine.head import Head, HeadRequest, max_logits
+from vllm_dlm.engine.head import Head, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
-from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.stream import Reading, Sampling, plain_stream
 from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.registration import resolved_options
@@ -122,7 +123,7 @@ class DenoisingRunner:
         count = min(len(hidden), self.denoiser.head.max_rows)
         canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, 2 * self.max_rows))
         part = np.arange(count)
-        self.denoiser.head.run(hidden, [HeadRequest(Denoising("profile", canvas, sampling), part, part, part)])
+        self.denoiser.head.run(hidden, [Reading(Denoising("profile", canvas, sampling), part, part, part)])
 
     warming_up_model = profile_run
 
@@ -194,13 +195,11 @@ class DenoisingRunner:
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
         canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
-        for request in self.denoiser.step(states, self.tables, counts, failed, canvases):
-            state = request.state
+        for reading in self.denoiser.step(states, self.tables, counts, failed, canvases):
+            state = reading.state
             with failed.of(state.req_id):
                 out = state.canvas.emitted
-                commit = state.commit(
-                    request.positions, request.proposal, request.logprobs, pressure, request.drafts, request.shadow
-                )
+                commit = state.commit(reading, pressure)
                 outputs[state.req_id] = state.take_output()
                 commits[state.req_id] = replace(commit, left=state.canvas.emitted - out)
         return make_output(outputs, commits, counts, failed, self.seeing.take())

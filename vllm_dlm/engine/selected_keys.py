@@ -68,7 +68,7 @@ class ChoicePool:
 
 
 @dataclass(eq=False)
-class View:
+class SelectedKeys:
     selection: Selection
     prompt_len: int
     length: int  # rows of the canvas

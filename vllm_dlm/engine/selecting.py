@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.engine.selected_keys import SelectedKeys
 from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Held, Selection, Summaries
@@ -27,7 +27,7 @@ Upload = Callable[[np.ndarray], torch.Tensor]
 class Choosers:
     """The canvases that choose in this step; B of the group's."""
 
-    views: list[View]
+    views: list[SelectedKeys]
     most: int  # rows of a response at most
     bounds: torch.Tensor  # [2, B] live rows where each response starts and ends
     tables: torch.Tensor  # [B, blocks]
@@ -68,7 +68,7 @@ class Shown:
 class Selecting:
     """Of the C canvases of a group."""
 
-    views: list[View]
+    views: list[SelectedKeys]
     prompt_rows: list[int]  # live rows of each canvas before its response
     bounds: torch.Tensor  # [2, C] live rows where each response starts and ends
     tables: torch.Tensor  # [C, blocks], any block beyond a canvas
@@ -244,7 +244,9 @@ class Selecting:
         counts.attended(own, [view.visible for view in self.views], read=True, dense=[v.length for v in self.views])
 
 
-def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], whole: bool, upload: Upload) -> Selecting:
+def selecting(
+    views: list[SelectedKeys], live: Sequence[int], prompts: Sequence[int], whole: bool, upload: Upload
+) -> Selecting:
     """`live` rows of each canvas in this step, of which the first `prompts` lie before its response. `whole`: every
     row of every canvas is recomputed, so that nothing holds that was chosen"""
     prompts = list(prompts)
@@ -283,7 +285,7 @@ def selecting(views: list[View], live: Sequence[int], prompts: Sequence[int], wh
     )
 
 
-def described(views: list[View], live: Sequence[int], upload: Upload) -> Refreshed:
+def described(views: list[SelectedKeys], live: Sequence[int], upload: Upload) -> Refreshed:
     lens = [view.selection.chosen_from(view.prompt_len) for view in views]
     starts = np.cumsum([0, *live[:-1]])
     rows: slice | torch.Tensor = slice(0, lens[0])  # one canvas: nothing has to be gathered
@@ -292,7 +294,7 @@ def described(views: list[View], live: Sequence[int], upload: Upload) -> Refresh
     return Refreshed(rows, lens, slots_of([(view.summary_table, view.summaries) for view in views], views, upload))
 
 
-def final(views: list[View], upload: Upload) -> Final | None:
+def final(views: list[SelectedKeys], upload: Upload) -> Final | None:
     new = [view for view in views if not view.described]
     for view in new:
         view.described = True
@@ -303,7 +305,7 @@ def final(views: list[View], upload: Upload) -> Final | None:
     return Final(keys, lens, slots_of([(view.summary_table, view.summaries) for view in new], new, upload))
 
 
-def slots_of(parts: list[tuple[np.ndarray, int]], views: list[View], upload: Upload) -> Slots:
+def slots_of(parts: list[tuple[np.ndarray, int]], views: list[SelectedKeys], upload: Upload) -> Slots:
     """The first so many of each table of blocks"""
     size = views[0].block_size
     places = [(table, np.arange(count)) for table, count in parts]

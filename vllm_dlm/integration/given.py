@@ -233,7 +233,7 @@ def refuse_template(params, options: Options, layout: Layout, prompt: int, proce
 
 def refuse_draft(options: Options, layout: Layout, asked: int, length: int) -> None:
     """`asked`: max_tokens; `length`: of the canvas"""
-    if options.extent.grows:
+    if options.grows:
         why = "dlm_extent: a draft is read as a whole, and beyond the window nothing is; ask for full"
         refuse("dlm_draft", options.given.draft, why)
     if len(layout.start) > length:

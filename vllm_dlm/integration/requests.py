@@ -33,6 +33,7 @@ from vllm_dlm.integration.prompts import is_text, prompt_ids
 from vllm_dlm.integration.refusal import refuse
 from vllm_dlm.integration.registration import is_diffusion_lm, resolved_options
 from vllm_dlm.options import OptionError, Options, request_keys, request_options
+from vllm_dlm.plugins.decoding.roles import without_speculation
 from vllm_dlm.scoring.scored import SCORE, Scored
 from vllm_dlm.shown import shown
 
@@ -183,7 +184,7 @@ def own_ids(ids: list[int], text: bool, options: Options, processor) -> list[int
 
 def open_length(options: Options, prompt: int, processor) -> int:
     """Of a request that names none: where its canvas grows, as much as the model and the KV cache have room for."""
-    if not options.extent.grows or options.given.suffix:  # what comes behind says where the canvas ends
+    if not options.grows or options.given.suffix:  # what comes behind says where the canvas ends
         return default_length(processor)
     length = options.canvas.length(max(processor.model_config.max_model_len - prompt, 1))
     if (pool := replica_blocks(processor)) is None:
@@ -276,7 +277,7 @@ def check_memory(params, options: Options, prompt: int, length: int, processor) 
     #: field -> (its value, the request without it)
     parts = {
         "dlm_cfg_scale": (decoding.cfg_scale, replace(options, decoding=replace(decoding, cfg_scale=0.0))),
-        "dlm_drafts": (decoding.canvases, replace(options, decoding=decoding.alone())),
+        "dlm_drafts": (getattr(decoding, "drafts", 1), replace(options, decoding=without_speculation(decoding))),
         "dlm_reuse": (reuse.name, replace(options, reuse=plain.reuse)),
         "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
     }

@@ -9,7 +9,7 @@ import torch
 
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.group import Group
-from vllm_dlm.engine.readers import Reader
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.plugins.reuse.flow import Rows
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class ByCanvas(Counts):
 class SeenGroup:
     """What its layers have done to the rows of a group; T rows, C canvases."""
 
-    def __init__(self, group: Group, readers: Sequence[Reader]):
+    def __init__(self, group: Group, streams: Sequence[Stream]):
         canvases = len(group.kv_lens)
-        self.group, self.readers = group, readers
+        self.group, self.streams = group, streams
         self.everywhere = 0  # layers that recomputed every row
         self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
         self.through = np.zeros(canvases, np.int64)  # rows through the feed-forward
@@ -105,10 +105,9 @@ class SeenGroup:
         recomputed, shown = self.copies
         rows = np.zeros(len(self.group.columns.forced)) if recomputed is None else recomputed.numpy()
         start = 0
-        for canvas, reader in enumerate(self.readers):
-            stream = reader.stream
+        for canvas, stream in enumerate(self.streams):
             span, start = slice(start, start + stream.num_rows), start + stream.num_rows
-            if (seen := steps.get(reader.request.state.req_id)) is None:
+            if (seen := steps.get(stream.request)) is None:
                 continue
             pages = None
             if shown is not None:
@@ -117,18 +116,17 @@ class SeenGroup:
                 own = shown.numpy()[canvas, 1 : 1 - (-view.length // view.selection.unit)]
                 pages = (own + everything) / (layers * self.heads), view.selection.unit
             counted = self.through[canvas], self.read[canvas], self.there[canvas]
-            add(seen, reader, layers, counted, (rows[span] + self.everywhere) / layers, pages)
+            add(seen, stream, layers, counted, (rows[span] + self.everywhere) / layers, pages)
 
 
-def add(seen: SeenStep, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
+def add(seen: SeenStep, stream: Stream, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
     """One stream more; `shares` [its live rows]"""
-    stream = reader.stream
     through, read, there = map(int, counted)
     seen.live += stream.num_rows * layers
     seen.recomputed += through
     seen.keys_read += read
     seen.keys_there += there
-    if reader.guides or stream.hole is not None:
+    if stream.guides or stream.hidden_row is not None:
         return
     live = stream.plan.live
     seen.rows[live] = np.maximum(seen.rows[live], shares)

@@ -21,10 +21,10 @@ from vllm_dlm.engine.captured import Filled
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
 from vllm_dlm.engine.group import Group
-from vllm_dlm.engine.head import HeadRequest, most_probable
+from vllm_dlm.engine.head import most_probable
 from vllm_dlm.engine.layer import LayerStep
-from vllm_dlm.engine.readers import Reader
 from vllm_dlm.engine.request import Denoising
+from vllm_dlm.engine.stream import Reading, Stream
 from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Rows
 from vllm_dlm.view.isolation import Isolated, isolated
 from vllm_dlm.view.seen import ByCanvas, SeenGroup, SeenStep, add
@@ -78,7 +78,7 @@ class Seeing(Observer, Isolated):
         self.current: list[str] = []  # requests of this step
         self.steps: dict[str, SeenStep] = {}
         self.groups: list[SeenGroup] = []
-        self.replayed: tuple[Filled, list[Reader]] | None = None
+        self.replayed: tuple[Filled, list[Stream]] | None = None
 
     @property
     def subject(self) -> str:
@@ -124,12 +124,12 @@ class Seeing(Observer, Isolated):
 
     @isolated
     def step_packed(self, prepared: Prepared) -> None:
-        readers = iter(prepared.launched)
+        streams = iter(prepared.launched)
         for packed in prepared.packed:
             seen = {}
             for number, group in enumerate(packed.groups):
-                own = list(islice(readers, len(group.kv_lens)))
-                if any(reader.request.state.req_id in self.steps for reader in own):
+                own = list(islice(streams, len(group.kv_lens)))
+                if any(stream.request in self.steps for stream in own):
                     seen[number] = SeenGroup(group, own)
             if seen:
                 packed.layers = partial(SeenLayers, self, seen)
@@ -166,7 +166,7 @@ class Seeing(Observer, Isolated):
     # -- after the layers ------------------------------------------------------------------
 
     @isolated
-    def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
+    def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
         for group in self.groups:
             group.bring()
 
@@ -180,7 +180,7 @@ class Seeing(Observer, Isolated):
         return most_probable(logits_RV, BEST)
 
     @isolated
-    def step_ended(self, requests: Sequence[HeadRequest], counts: Counts) -> None:
+    def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None:
         self.denoiser.head.best = None
         if self.denoiser.device.type == "cuda" and self.groups:
             torch.cuda.current_stream().synchronize()  # over, unless the head had nothing to read
@@ -189,22 +189,21 @@ class Seeing(Observer, Isolated):
         if self.replayed is not None:
             self._tell_replayed(*self.replayed)
         self.groups, self.replayed = [], None
-        for request in requests:
-            if (seen := self.steps.get(request.state.req_id)) is not None:
-                seen.tokens = request.proposal.token
-                seen.best = None if request.best is None else request.best.reshape(2, BEST, -1)
+        for reading in readings:
+            if (seen := self.steps.get(reading.state.req_id)) is not None:
+                seen.tokens = reading.proposal.token
+                seen.best = None if reading.best is None else reading.best.reshape(2, BEST, -1)
                 seen.ms = 1000 * (perf_counter() - self.begin)
 
-    def _tell_replayed(self, filled: Filled, readers: list[Reader]) -> None:
+    def _tell_replayed(self, filled: Filled, streams: list[Stream]) -> None:
         (group,) = filled.packed.groups
         counts = ByCanvas(self, filled.own)
         filled.step.recorded.repeat(filled.bucket, filled.packed, filled.own, counts)
         fed = [number for phase, number, _ in filled.step.recorded.events if phase == "feed_forward"]
         everywhere = sum(number == filled.bucket.rows for number in fed)
         others = len(fed) - everywhere
-        for canvas, reader in enumerate(readers):
-            stream = reader.stream
-            if (seen := self.steps.get(reader.request.state.req_id)) is None:
+        for canvas, stream in enumerate(streams):
+            if (seen := self.steps.get(stream.request)) is None:
                 continue
             leading, forced = group.leading[0][canvas], stream.forced
             left = stream.num_rows - len(forced)
@@ -212,4 +211,4 @@ class Seeing(Observer, Isolated):
             shares[forced] = 1.0
             through = everywhere * stream.num_rows + others * leading
             counted = through, counts.read[canvas], counts.there[canvas]
-            add(seen, reader, self.layers, counted, (everywhere + others * shares) / self.layers)
+            add(seen, stream, self.layers, counted, (everywhere + others * shares) / self.layers)
