@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
+from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, PromptUnits, Selection
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -35,11 +35,8 @@ class Tokens(Selection):
     def applies(self, prompt_len: int, length: int) -> bool:
         return True
 
-    def summary_rows(self, prompt_len: int) -> int:
-        return 0
-
-    def units_kept(self, prompt_len: int) -> int:
-        return max(1, round(self.share * prompt_len))
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        return PromptUnits(prompt_len, 0, max(1, round(self.share * prompt_len)))
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return keys[:0], keys[:0]
@@ -48,8 +45,11 @@ class Tokens(Selection):
         lens = cached_prompts(asked).prompt_lens
         chosen = []
         for own, prompt_len in zip(canvases(asked), lens, strict=True):
-            best = self.score(own).topk(self.units_kept(prompt_len), -1)[1].sort(-1)[0].to(torch.int32)  # [Hkv, K]
-            chosen.append(torch.nn.functional.pad(best, (0, max(map(self.units_kept, lens)) - best.shape[1]), value=-1))
+            best = (
+                self.score(own).topk(self.prompt_units(prompt_len).kept, -1)[1].sort(-1)[0].to(torch.int32)
+            )  # [Hkv, K]
+            most = max(self.prompt_units(length).kept for length in lens)
+            chosen.append(torch.nn.functional.pad(best, (0, most - best.shape[1]), value=-1))
         return Choice(torch.stack(chosen), sum(lens))
 
     def score(self, asked: Asked) -> torch.Tensor:

@@ -237,7 +237,8 @@ def _requested_decoding(current: Any, given: Mapping[str, Any]) -> Any:
             raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
     kept = {field: getattr(current, field) for field in _shared(cls, current) if field not in values}
     if cls is not type(current):
-        kept = {field: value for field, value in kept.items() if value is not None or field not in cls.own}
+        required = {field.name for field in fields(cls) if "required" in field.metadata}
+        kept = {field: value for field, value in kept.items() if value is not None or field not in required}
     try:
         return cls(**(kept | values))
     except ValueError as error:

@@ -48,7 +48,7 @@ def planned(given: dict) -> tuple[np.ndarray, list[tuple[int, int]]]:
     for step in range(RESPONSE):
         states[step, canvas.plan.live] = CARRIED
         states[step, canvas.plan.forced] = RECOMPUTED
-        if options.reuse.force_changed:
+        if canvas.plan.force_changed:
             states[step, canvas.changed] = np.where(states[step, canvas.changed] == ABSENT, ABSENT, RECOMPUTED)
         read = canvas.candidates()
         canvas.apply(Commit(read, np.ones(len(read)), np.array([0]), np.array([1])))

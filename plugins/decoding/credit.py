@@ -56,9 +56,9 @@ class Credit(LowConfidence):
         noted = torch.stack([best_R.double(), earned_R.double()])
         return replace(super().propose(logits_RV, rows), noted=noted)
 
-    def _choose_parallel(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
+    def probable(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
         if self.threshold is None:
-            return super()._choose_parallel(prob, turn)
+            return super().probable(prob, turn)
         return np.flatnonzero(prob >= min(prob.max() - TIE, np.float32(self.limit(turn))))
 
 

@@ -35,9 +35,5 @@ class FreeDave(SpeculativeDecoding, LowConfidence):
         check(1 <= self.drafts <= 64, "drafts", self.drafts, "between 1 and 64")
         check(self.steps is None, "steps", self.steps, "unset: freedave fills one token per step, or by a threshold")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
-        return self.or_at_least_as_probable(best(proposal.prob, 1), proposal.prob, turn)
+        return self.or_probable(best(proposal.prob, 1), proposal.prob, turn)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_dlm.plugins.decoding.base import Memory, Proposal, Random, Turn, best, check
+from vllm_dlm.plugins.decoding.base import Memory, Proposal, Random, Turn, best, check, required
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.roles import EditingDecoding
 
@@ -26,9 +26,7 @@ class TokenEditing(EditingDecoding, LowConfidence):
         "quality": {"threshold": 0.7, "editing_threshold": 0.5},
         "speed": {"threshold": 0.5, "editing_threshold": 0.0},
     }
-    own: ClassVar[tuple[str, ...]] = ("threshold",)
-
-    threshold: float | None = 0.7
+    threshold: float | None = required(0.7)
     editing_threshold: float = 0.5
     max_post_steps: int = 16
 
@@ -39,10 +37,6 @@ class TokenEditing(EditingDecoding, LowConfidence):
         check(0 <= post <= 1000, "max_post_steps", post, "between 0 and 1000")
         check(self.steps is None, "steps", self.steps, "unset: tokens are filled by threshold")
         check(self.factor is None, "factor", self.factor, "unset: tokens are filled by threshold")
-
-    @property
-    def parallel(self) -> bool:
-        return True
 
     def memory(self) -> "Posts":
         return Posts()

@@ -47,10 +47,6 @@ class Wino(RevokingDecoding, LowConfidence):
         check(0 <= self.tau2 <= 1, "tau2", self.tau2, "between 0 and 1")
         check(self.steps is None, "steps", self.steps, "unset: wino fills by tau1")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def memory(self) -> "Accepted":
         return Accepted()
 
@@ -68,7 +64,7 @@ class Wino(RevokingDecoding, LowConfidence):
         trusted = int((proposal.prob > self.tau1).sum())
         most = min(max(int(SHARE * masks), FEWEST), MOST)
         chosen = best(proposal.prob, max(1, min(trusted, most)))
-        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+        return self.or_probable(chosen, proposal.prob, turn)
 
     def most_steps(self, masks: int, scheduled: int) -> int:
         # Tokens of a starting text are judged in the first two steps, which may have nothing to fill.

@@ -82,17 +82,13 @@ class DLLMCache(Reuse):
         # With Dream, the head reads the prompt row before the response, so this row is always recomputed.
         forced = span(0 if prompt_due else response[0], at.prompt_len)
         budget = int(self.transfer_ratio * (at.length - at.prompt_len))
-        return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due)
+        return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due, force_changed=not self.parity)
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length - prompt_len
 
     def feature_width(self, row: RowShape) -> int:
         return row.hidden
-
-    @property
-    def force_changed(self) -> bool:
-        return not self.parity
 
     @property
     def layer_key(self) -> Hashable:

@@ -60,7 +60,7 @@ class DyLLM(Reuse):
         whole = interval and (step % interval == 0 or step <= OFFICIAL_INTERVAL)
         live = everything if whole else span(*at.response)
         forced = span(at.response[0], at.prompt_len)  # Dream's row before the response
-        return StepPlan(live, forced, None, len(live), refresh=bool(whole))
+        return StepPlan(live, forced, None, len(live), refresh=bool(whole), force_changed=not self.parity)
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length if self._interval else length - prompt_len
@@ -73,10 +73,6 @@ class DyLLM(Reuse):
         if self.whole_interval is None:
             return OFFICIAL_INTERVAL if self.parity else 4 * OFFICIAL_INTERVAL
         return self.whole_interval
-
-    @property
-    def force_changed(self) -> bool:
-        return not self.parity
 
     @property
     def layer_key(self) -> Hashable:

@@ -9,7 +9,7 @@ value slot; in page-sparse decoding next to vLLM's KV cache, by physical page.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class CachedPrompts:
     table: torch.Tensor  # [B, N] blocks of each canvas
     prompt_lens: list[int]
     lengths: list[int]  # prompt and response
-    numbers: torch.Tensor  # [M, B] int32: `Selection.numbers` of each prompt
+    numbers: torch.Tensor  # [M, B] int32: `PromptUnits.numbers` of each prompt
     scale: float
     voters: torch.Tensor  # [Tq] bool: queries whose token is to be decided
     held: Held | None = None  # storage for choices of several steps; `choose` may store there instead of returning
@@ -116,6 +116,16 @@ class Asked:
         return self.q[row], votes
 
 
+class PromptUnits(NamedTuple):
+    """What a selection chooses from the prompt of a canvas."""
+
+    candidates: int  # first tokens of the prompt that may be left out, a multiple of `Selection.unit`
+    summaries: int  # number of summaries
+    kept: int  # number of units that are chosen
+    numbers: tuple[int, ...] = ()  # integers that `choose` needs on the device (CachedPrompts.numbers)
+    memo: int = 0  # integers per head that a choice keeps for the next one (Held.memo)
+
+
 @dataclass(frozen=True)
 class Selection:
     name: ClassVar[str | None] = None
@@ -142,7 +152,7 @@ class Selection:
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summarizes the keys of prompts: concatenated keys [N, Hkv, D], the first `lens[i]` tokens of prompt i (see
-        `chosen_from`) -> [R, Hkv, W1], [R, Hkv, W2]"""
+        `PromptUnits.candidates`) -> [R, Hkv, W1], [R, Hkv, W2]"""
         raise NotImplementedError
 
     def choose(self, asked: Asked) -> Choice:
@@ -155,25 +165,9 @@ class Selection:
         """Whether anything of a canvas with these lengths would be left out."""
         raise NotImplementedError
 
-    def chosen_from(self, prompt_len: int) -> int:
-        """Number of first prompt tokens that may be left out, a multiple of `unit`."""
-        return prompt_len // self.unit * self.unit
-
-    def summary_rows(self, prompt_len: int) -> int:
-        """Number of summaries of a prompt."""
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        """What is chosen from a prompt of this length."""
         raise NotImplementedError
-
-    def units_kept(self, prompt_len: int) -> int:
-        """Number of units of a prompt that are chosen."""
-        raise NotImplementedError
-
-    def numbers(self, prompt_len: int) -> list[int]:
-        """Integers per prompt that `choose` needs on the device (CachedPrompts.numbers)."""
-        return []
-
-    def memo(self, prompt_len: int) -> int:
-        """Number of integers per head that a choice keeps for the next one (`Held.memo`)."""
-        return 0
 
     def keeps(self, steps: int) -> bool:
         """Whether a choice that has served `steps` steps is used again. A refresh of the prompt ends it anyway."""

@@ -17,7 +17,7 @@ import torch
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Asked, Choice, PromptUnits, Selection, Summaries
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class PageSelection(Selection):
         batch, _, count = scores.shape
         if asked.prompts is None:  # the last page is being filled and always read, so it is not chosen
             return Choice(top_pages(scores, min(self.kept_pages - 1, count)), batch * count)
-        most = max(map(self.units_kept, asked.prompts.prompt_lens))
-        scored, held = sum(map(self.summary_rows, asked.prompts.prompt_lens)), asked.prompts.held
+        pages, held = [length // self.page_size for length in asked.prompts.prompt_lens], asked.prompts.held
+        most, scored = min(self.kept_pages, max(pages)), sum(pages)
         if held is None:
             return Choice(top_pages(scores, most), scored)
         store_top_pages(held.units, held.rows, scores, most)
@@ -115,14 +115,10 @@ class PageSelection(Selection):
     def applies(self, prompt_len: int, length: int) -> bool:
         return length >= self.min_context and prompt_len // self.page_size > self.kept_pages
 
-    def summary_rows(self, prompt_len: int) -> int:
-        return prompt_len // self.page_size
-
-    def units_kept(self, prompt_len: int) -> int:
-        return min(self.kept_pages, self.summary_rows(prompt_len))
-
-    def numbers(self, prompt_len: int) -> list[int]:
-        return [-(-prompt_len // self.page_size) - self.recent_pages]
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        pages = prompt_len // self.page_size
+        first_recent = -(-prompt_len // self.page_size) - self.recent_pages
+        return PromptUnits(pages * self.page_size, pages, min(self.kept_pages, pages), (first_recent,))
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.describe(keys.unflatten(0, (-1, self.page_size)).transpose(1, 2))

@@ -75,9 +75,8 @@ class CheckedDenoising(Denoising):
     def _turn(self, positions: np.ndarray) -> Turn:
         turn = super()._turn(positions)
         counted = positions[self.canvas.tokens[positions] == MASK]
-        if not self.options.decoding.schedules_prompt_masks:
-            counted = counted[counted >= self.canvas.prompt_len]
-        assert min(len(counted), 1) <= turn.quota <= len(positions), (turn.quota, self.quotas, self.filled)
+        counted = self.options.decoding.scheduled(counted, self.canvas.prompt_len)
+        assert min(counted, 1) <= turn.quota <= len(positions), (turn.quota, self.quotas, self.filled)
         return turn
 
 

@@ -19,7 +19,7 @@ from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 RUNS = json.loads((GOLDEN / "block/runs.json").read_text())
 SDAR, LLADA2 = "sdar-tiny", "llada2-tiny"
@@ -98,7 +98,7 @@ def mixed(count: int, most: int = 40):
         extra = {"dlm_algorithm": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
         if index % 5 == 2:
             extra["dlm_cfg_scale"] = 0.7
-        if methods("decoding")[extra["dlm_algorithm"]].random_order:
+        if issubclass(methods("decoding")[extra["dlm_algorithm"]], RandomOrder):
             extra["dlm_threshold"] = "none"  # which servers may have
         elif index % 4 == 1:
             extra["dlm_threshold"] = 0.05

@@ -11,7 +11,7 @@ from tests.engine.test_selection import KEEP_ALL, SELECTIONS
 from vllm_dlm.engine.block_causal import BlockCausalAttention
 from vllm_dlm.engine.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 
@@ -27,7 +27,7 @@ def mixed(count: int, seed: int = 4):
     for index in range(count):
         name = names[index % len(names)]
         extra = {"dlm_algorithm": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}
-        if methods("decoding")[name].random_order:
+        if issubclass(methods("decoding")[name], RandomOrder):
             extra["dlm_threshold"] = "none"
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.7
@@ -110,10 +110,10 @@ class Summaries(Watching):
         for layer, cache in enumerate(self.denoiser.blocks.layers):
             if selection.sees_all(layer):
                 continue
-            dim, count = cache.shape[3] // 2, selection.chosen_from(view.prompt_len)
+            dim, count = cache.shape[3] // 2, view.units.candidates
             rows = cache[view.kv_table.tolist()].transpose(1, 2).flatten(0, 1)  # [N, Hkv, 2 * D]
             first, second = selection.summarise(rows[:count, :, :dim], [count])
-            kept = cache[view.summary_table.tolist()].transpose(1, 2).flatten(0, 1)[: view.summaries]
+            kept = cache[view.summary_table.tolist()].transpose(1, 2).flatten(0, 1)[: view.units.summaries]
             torch.testing.assert_close(kept[..., : first.shape[2]], first, rtol=0, atol=0)
             torch.testing.assert_close(kept[..., dim : dim + second.shape[2]], second, rtol=0, atol=0)
         self.seen.append((view.prompt_len, view.length))

@@ -10,7 +10,7 @@ from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, r
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.requests import salt
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 SIZE = 32  # of vLLM's blocks
@@ -57,7 +57,7 @@ def mixed(count: int, seed: int = 1):
     for index in range(count):
         name, width = names[index % len(names)], rng.choice([4, 4, 8, 32, 32, 5, 64])
         extra = {"dlm_algorithm": name, "dlm_block_length": width}
-        if methods("decoding")[name].random_order:
+        if issubclass(methods("decoding")[name], RandomOrder):
             extra["dlm_threshold"] = "none"
         if index % 9 == 4:
             extra["dlm_cfg_scale"] = 0.7

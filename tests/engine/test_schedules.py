@@ -11,6 +11,7 @@ from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
+from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 
 #: The same examples in every run, so that a run cannot fail by chance
@@ -47,7 +48,7 @@ def options_of(server: Options, extra: dict) -> Options:
 @st.composite
 def with_steps(draw, options: Options, blocks: int, masks: int) -> Options:
     """Some number of steps that a request may ask for: smaller than a block, or more than there are masks"""
-    least = 1 if options.decoding.steps_of_blocks else blocks
+    least = 1 if isinstance(options.decoding, LowConfidenceStatic) else blocks
     steps = draw(st.none() | st.integers(least, least + 2 * masks))
     try:
         return replace(options, decoding=replace(options.decoding, steps=steps))

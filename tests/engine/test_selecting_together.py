@@ -76,7 +76,7 @@ class Canvases:
         g = torch.Generator().manual_seed(0)
         lengths = [n + RESPONSE for n in prompt_lens]
         blocks = [-(-n // BLOCK) for n in lengths]
-        summaries = [-(-selection.summary_rows(n) // BLOCK) for n in prompt_lens]
+        summaries = [-(-selection.prompt_units(n).summaries // BLOCK) for n in prompt_lens]
         order = torch.randperm(sum(blocks) + sum(summaries), generator=g)
         tables = order.split([size for pair in zip(blocks, summaries, strict=True) for size in pair])
         self.cache = KVBlocks([torch.full((len(order), KV_HEADS, BLOCK, 2 * DIM), torch.nan)])

@@ -24,13 +24,13 @@ def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, s
     for own, place in zip(keys, torch.arange(sum(blocks)).split(blocks), strict=True):
         position = torch.arange(len(own))
         cache.transpose(1, 2)[place[position // BLOCK], position % BLOCK] = torch.cat([own, own], -1)
-        free = selection.chosen_from(prompt_lens[len(parts)])
+        free = selection.prompt_units(prompt_lens[len(parts)]).candidates
         parts.append(selection.summarise(own[:free], [free]))
     described = [len(first) for first, _ in parts]
     starts = torch.tensor([0, *map(len, qs)]).cumsum(0)
     prompts = CachedPrompts(
         cache, pad(torch.arange(sum(blocks)).split(blocks)), prompt_lens, lengths,
-        torch.tensor([selection.numbers(n) for n in prompt_lens], dtype=torch.int32).T.contiguous(),
+        torch.tensor([selection.prompt_units(n).numbers for n in prompt_lens], dtype=torch.int32).T.contiguous(),
         qs[0].shape[2] ** -0.5 if scale is None else scale, torch.cat(voters),
     )  # fmt: skip
     summaries = Summaries(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))

@@ -50,9 +50,9 @@ class BlockShape:
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary takes the slot of one key and value
         if options.attention == "full":
-            summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
+            summaries = selection.prompt_units(prompt_len).summaries if selection.applies(prompt_len, length) else 0
         else:  # finished positions are summarized, too, and their number grows
-            summaries = selection.summary_rows(rows) if selection.sparse else 0
+            summaries = selection.prompt_units(rows).summaries if selection.sparse else 0
         others = options.canvases - 1
         speculative = others * self.speculative_blocks(options, prompt_len, length) if others else 0
         return kv_blocks, features, -(-summaries // self.block_size), speculative

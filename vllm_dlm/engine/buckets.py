@@ -1,7 +1,7 @@
 """Sizes of captured steps: which bucket of rows and canvases holds a step, and what it costs."""
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_dlm.engine.stream import Stream
 from vllm_dlm.plugins.reuse.base import Reuse
@@ -66,7 +66,8 @@ class Costs(NamedTuple):
 def layer_key(reuse: Reuse) -> Hashable:
     """Policies with equal keys launch the same layers. A subclass may read fields that its base does not, so a key
     counts only where the policy's own class defines it; otherwise all fields are the key."""
-    return reuse.layer_key if "layer_key" in vars(type(reuse)) else reuse
+    policy: Any = reuse
+    return policy.layer_key if "layer_key" in vars(type(policy)) else policy
 
 
 def bucket_of(streams: list[Stream]) -> Bucket | None:

@@ -33,8 +33,8 @@ class Canvas:
         self.prompt_len, self.suffix = len(prompt), layout.suffix
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = layout.context(prompt)
-        if (given := options.decoding.given(length - self.prompt_len, mask_id)) is not None:
-            self.tokens[self.prompt_len :] = given
+        if (start := options.decoding.starting_tokens(length - self.prompt_len, mask_id)) is not None:
+            self.tokens[self.prompt_len :] = start
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response

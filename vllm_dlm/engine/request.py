@@ -86,10 +86,7 @@ class Denoising:
 
     def _scheduled_masks(self) -> int:
         """Masks that the schedule of the current block counts"""
-        canvas, candidates = self.canvas, self.canvas.candidates()
-        if self.options.decoding.schedules_prompt_masks:
-            return len(candidates)
-        return int((candidates >= canvas.prompt_len).sum())
+        return self.options.decoding.scheduled(self.canvas.candidates(), self.canvas.prompt_len)
 
     def _adjust_schedule(self) -> None:
         """Splits the remaining steps again if more positions are filled than the schedule planned by now, for example
@@ -151,9 +148,9 @@ class Denoising:
     def read(self, made: list[Stream], positions: np.ndarray, judged: bool = False) -> list[Stream]:
         """The canvas's own stream, read at those of the positions whose rows are live."""
         (stream,) = made
-        at, reuse = self.canvas.progress, self.options.reuse
-        if not judged:
-            positions = reuse.candidates(positions, at)
+        at = self.canvas.progress
+        if not judged and (due := self.options.reuse.due(positions, at)) is not None:
+            positions = due
         positions = positions[contained(stream.plan.live, at.rows_reading(positions))]
         stream.reading, stream.head_positions = Reading(self, positions, judged=judged), self.head_rows(positions)
         return [stream]
@@ -215,13 +212,8 @@ class Denoising:
         turn = self._turn(positions)
         rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, canvas.block_step))
         chosen = decoding.choose(proposal, turn, rng)
-        if turn.last and not decoding.parallel:
-            # With masks in the prompt LLaDA's reference can run out of quota and return masks inside the
-            # response; here the last step of a block fills what is left of it.
-            inside = np.flatnonzero(positions >= canvas.prompt_len)
-            chosen = np.union1d(chosen, inside)
-        if len(due := self.options.reuse.due(positions, canvas.progress)):
-            chosen = np.union1d(chosen, np.flatnonzero(np.isin(positions, due)))
+        if self.options.reuse.due(positions, canvas.progress) is not None:
+            return np.arange(len(positions))
         return np.sort(chosen)
 
     def _turn(self, positions: np.ndarray) -> Turn:
@@ -231,7 +223,7 @@ class Denoising:
         tokens = canvas.tokens[positions]
         return Turn(
             step, len(self.quotas), min(quota, len(positions)), positions, masked, self.pressure,
-            tokens != canvas.mask_id, tokens,
+            tokens != canvas.mask_id, tokens, canvas.prompt_len,
         )  # fmt: skip
 
     def _masked(self) -> float:

@@ -53,9 +53,9 @@ class Revocation(Feature):
     @staticmethod
     def _readable(state: "Denoising") -> np.ndarray:
         """Tokens that may be revoked in this step: those that a later step of the block can fill again"""
-        at, plan, reuse = state.canvas.progress, state.canvas.plan, state.options.reuse
-        positions = reuse.candidates(revocable(state.canvas), at)
-        positions = np.setdiff1d(positions, reuse.due(positions, at))
+        at, plan, positions = state.canvas.progress, state.canvas.plan, revocable(state.canvas)
+        if state.options.reuse.due(positions, at) is not None:
+            return NOTHING
         return positions[contained(plan.live, at.rows_reading(positions))]
 
     def absorb(self, state: "Denoising", commit: Commit, reading: Reading) -> Commit:

@@ -124,7 +124,7 @@ class Selecting:
         if self.refreshed is None or self.sees_all(layer):
             return
         self._describe(layer, blocks, keys[self.refreshed.rows], self.refreshed.lens, self.refreshed.slots)
-        counts.summaries += sum(view.summaries for view in self.views)
+        counts.summaries += sum(view.units.summaries for view in self.views)
 
     def describe_final(self, layer: int, blocks: KVBlocks, counts: Counts) -> None:
         """What the steps before have left in the cache and none will change."""
@@ -177,7 +177,7 @@ class Selecting:
                     return Shown(choice.units, None)
                 asked.prompts.held.put(choice.units)
         units, _ = self.views[0].pool.of(layer, blocks.layers[layer].shape[1], q.device)
-        return Shown(units[..., : max(view.kept for view in self.views)], self.slots)
+        return Shown(units[..., : max(view.units.kept for view in self.views)], self.slots)
 
     def asked(
         self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float
@@ -260,15 +260,14 @@ def selecting(
     if chooses:
         own = [views[i] for i in chooses]
         part = len(own) < len(views)
-        selection = views[0].selection
         made = Choosers(
             own,
             max(responses[i] for i in chooses),
             upload(np.ascontiguousarray(bounds[:, chooses])) if part else shared["bounds"],
             upload(stacked([tables[i] for i in chooses])) if part else shared["tables"],
             upload(stacked([view.summary_table for view in own])),
-            upload(np.array([view.summaries for view in own], np.int32)),
-            upload(np.array([selection.numbers(view.prompt_len) for view in own], np.int32).T.copy()),
+            upload(np.array([view.units.summaries for view in own], np.int32)),
+            upload(np.array([view.units.numbers for view in own], np.int32).T.copy()),
             upload(np.array([view.slot for view in own], np.int64)),
             upload(np.array([view.known and not whole for view in own])),
         )
@@ -286,12 +285,14 @@ def selecting(
 
 
 def described(views: list[SelectedKeys], live: Sequence[int], upload: Upload) -> Refreshed:
-    lens = [view.selection.chosen_from(view.prompt_len) for view in views]
+    lens = [view.units.candidates for view in views]
     starts = np.cumsum([0, *live[:-1]])
     rows: slice | torch.Tensor = slice(0, lens[0])  # one canvas: nothing has to be gathered
     if len(views) > 1:
         rows = upload(np.concatenate([start + np.arange(n) for start, n in zip(starts, lens, strict=True)]))
-    return Refreshed(rows, lens, slots_of([(view.summary_table, view.summaries) for view in views], views, upload))
+    return Refreshed(
+        rows, lens, slots_of([(view.summary_table, view.units.summaries) for view in views], views, upload)
+    )
 
 
 def final(views: list[SelectedKeys], upload: Upload) -> Final | None:
@@ -300,9 +301,9 @@ def final(views: list[SelectedKeys], upload: Upload) -> Final | None:
         view.described = True
     if not new:
         return None
-    lens = [view.selection.chosen_from(view.prompt_len) for view in new]
+    lens = [view.units.candidates for view in new]
     keys = slots_of([(view.kv_table, n) for view, n in zip(new, lens, strict=True)], new, upload)
-    return Final(keys, lens, slots_of([(view.summary_table, view.summaries) for view in new], new, upload))
+    return Final(keys, lens, slots_of([(view.summary_table, view.units.summaries) for view in new], new, upload))
 
 
 def slots_of(parts: list[tuple[np.ndarray, int]], views: list[SelectedKeys], upload: Upload) -> Slots:

@@ -164,7 +164,7 @@ class Stream:
         if len(plan.forced) == len(plan.live):
             return np.arange(len(plan.live))
         forced = among(plan.live, plan.forced)
-        if not self.reuse.force_changed or not len(self.changed):
+        if not plan.force_changed or not len(self.changed):
             return forced
         return np.union1d(forced, among(plan.live, self.changed))
 

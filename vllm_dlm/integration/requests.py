@@ -245,7 +245,7 @@ def check(params, options: Options, prompt: int, processor, layout: Layout = NO_
     blocks, steps = len(options.blocks(prompt, prompt + length)), options.decoding.steps
     if layout.holes:
         blocks = len(options.decoding.blocks(sum(each for _, each, _ in layout.holes)))
-    if steps is not None and steps < blocks and not options.decoding.steps_of_blocks:
+    if steps is not None and not options.decoding.block_steps(blocks - 1, blocks, 1):
         refuse("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps is not None and steps > model.max_model_len:
         # Whoever lays out the schedule takes time and memory for every step of it.
