@@ -59,7 +59,7 @@ BOXES = {
         "token, score, probability",
     ),
     "attention": Box(
-        4.9, 0.3, 4.9, 1.5, GREEN, "engine/group_attention.py, selected_keys.py",
+        4.9, 0.3, 4.9, 1.5, GREEN, "engine/attention.py, selected_keys.py",
         "each canvas over all its keys,\n"
         "or over those a selection chose",
     ),

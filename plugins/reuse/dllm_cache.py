@@ -105,11 +105,11 @@ class DLLMCache(Reuse):
             before = at.cached_values(at.all)
             v = yield Value(at.h, at.all)
             rows = at.least_similar(at.similarity(v, before))
-            x, h = at.of(rows)
+            x, h = at.inputs(rows)
             q, _ = yield QueryKey(h, rows)
         else:
             rows = at.all if at.index == 0 else at.forced
-            x, h = at.of(rows)
+            x, h = at.inputs(rows)
             q, _, _ = yield QueryKeyValue(h, rows)
         context = yield Attend(q, rows)
         output = yield Output(context)

@@ -100,13 +100,13 @@ class DyLLM(Reuse):
         q, _, v = yield from heads(at, rows, changed.rows)
         old, ffn = at.features(rows).split([q.shape[1] * q.shape[2], at.x.shape[1]], 1)
         context = old + (yield AttendMoved(q, rows, changed.rows, v - before))
-        context = exact.set(context, (yield Attend(exact.of(q), exact.rows)))
+        context = exact.set(context, (yield Attend(exact.gather(q), exact.rows)))
 
-        salient_T = rows.set(salient_T, at.similarity(context, old) < rows.of(limit_T))
+        salient_T = rows.set(salient_T, at.similarity(context, old) < rows.gather(limit_T))
         columns.carried["salient"] = salient_T
         salient = at.where(salient_T, rows)
         output = yield Output(context)
-        x, new = yield FeedForward(rows.of(at.x), output, salient)
+        x, new = yield FeedForward(rows.gather(at.x), output, salient)
         ffn = salient.set(ffn, new)
         at.keep(rows, kept(context, output, ffn))
         return rows, x, ffn

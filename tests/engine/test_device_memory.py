@@ -91,8 +91,8 @@ def test_the_tokens_that_templates_allow_need_not_fit_beside_captured_tables():
     states = [templated(number) for number in range(16)]
     tables = {state.req_id: np.arange(1, 9) for state in states}
     captured.capture_all(states[0].streams(denoiser.caches, tables["r0"])[0])
-    replayed, failed = captured.fill, Failures()
-    captured.fill = lambda streams: replayed(streams) or pytest.fail("the step is launched")
+    replayed, failed = captured.pad, Failures()
+    captured.pad = lambda streams: replayed(streams) or pytest.fail("the step is launched")
     assert len(states) * BLOCK * VOCABULARY // 8 > TABLES
     requests = denoiser.step(states, tables, Counts(), failed)
     assert not failed and len(requests) == len(states)
@@ -135,14 +135,14 @@ def test_choices_are_freed_with_the_requests_that_made_them(engines):
 def test_a_pool_starts_small_again():
     pool = ChoicePool()
     slots = [pool.slot(4, 0) for _ in range(5)]
-    pool.of(0, 2, torch.device("cpu"))
+    pool.tensors(0, 2, torch.device("cpu"))
     for slot in slots[1:]:
         pool.release(slot)
     assert len(pool.layers[0]) >= 6, "one is in use"
     pool.release(slots[0])
     assert not pool.layers
     assert pool.slot(2, 1) == 1
-    units, memo = pool.of(0, 2, torch.device("cpu"))
+    units, memo = pool.tensors(0, 2, torch.device("cpu"))
     assert units.shape == (2, 2, 2) and memo.shape == (2, 2, 1)
 
 

@@ -14,7 +14,8 @@ from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.engine.canvas import NOTHING
 from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.packing import Stream, pack
+from vllm_dlm.engine.packing import pack
+from vllm_dlm.engine.stream import Stream
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
@@ -197,7 +198,7 @@ def test_counted_work_is_the_predicted_work(engines):
     for reuse in (Dense(), FastDLLM(), DLLMCache(prompt_interval=7, response_interval=3)):
         llm = engine(engines, "llada-tiny", {"name": reuse.name, **vars(reuse)})
         with Predicted(llm) as seen:
-            shape = seen.shape = ModelShape.of(llm.llm_engine.model_config.hf_config)
+            shape = seen.shape = ModelShape.from_config(llm.llm_engine.model_config.hf_config)
             tokens(llm, list(requests(1)))
         assert len(seen.steps) == 24
         for counted, predicted in seen.steps:

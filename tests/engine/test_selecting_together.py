@@ -14,7 +14,7 @@ from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
-from vllm_dlm.engine.selecting import selecting
+from vllm_dlm.engine.selection_packing import group_selection
 from vllm_dlm.kernels.page_scores import torch as scores
 from vllm_dlm.kernels.sparse_attention import torch as attention
 from vllm_dlm.kernels.top_pages import torch as top
@@ -95,7 +95,7 @@ class Canvases:
             self.cache.write_keys(0, slots, kv[..., :DIM])
             self.cache.write_values(0, slots, kv[..., DIM:])
             keys.append(kv[..., :DIM])
-        whole = selecting(self.views, lengths, prompt_lens, True, torch.from_numpy)
+        whole = group_selection(self.views, lengths, prompt_lens, True, torch.from_numpy)
         whole.refresh(0, self.cache, torch.cat(keys), Counts())
 
     def step(self, number: int):
@@ -106,7 +106,7 @@ class Canvases:
         q = torch.cat([torch.randn(LIVE, 2 * KV_HEADS, DIM, generator=own) for own in g])
         # who votes differs; of every second canvas nobody does, so that all do
         voters = torch.cat([torch.rand(LIVE, generator=own) < (own.initial_seed() % 2) / 2 for own in g])
-        group = selecting(self.views, [LIVE] * len(g), [0] * len(g), False, torch.from_numpy)
+        group = group_selection(self.views, [LIVE] * len(g), [0] * len(g), False, torch.from_numpy)
         rows = Rows(None, [LIVE] * len(g))
         return group, (0, self.cache, q, rows, voters, 0.3, Counts())
 
@@ -121,16 +121,16 @@ def test_each_canvas_sees_what_it_sees_alone(name):
     chose = []
     for number in range(4):
         group, asked = together.step(number)
-        units, out = group.units(group.shown(*asked)), group.attend(*asked)
+        units, out = group.units(group.visible(*asked)), group.attend(*asked)
         for i, canvas in enumerate(alone):
             own, wants = canvas.step(number)
-            want = own.units(own.shown(*wants))[0]
+            want = own.units(own.visible(*wants))[0]
             got = units[i][units[i] >= 0].view(KV_HEADS, -1)
             assert torch.equal(got, want) and torch.equal(got, got.sort(-1)[0])
             part = slice(LIVE * i, LIVE * (i + 1))
             torch.testing.assert_close(out[part], own.attend(*wants), atol=1e-6, rtol=1e-5)
         chose.append(units)
-        assert group.views[0].visible < group.views[0].length
+        assert group.keys[0].visible < group.keys[0].length
     assert not torch.equal(chose[0], chose[3]) or "held" in name
 
 
@@ -168,7 +168,7 @@ def launches(selection, prompts, monkeypatch, step=3, delta=False):
     canvases = Canvases(selection, prompts)
     for number in range(step):
         group, asked = canvases.step(number)
-        group.shown(*asked)
+        group.visible(*asked)
     group, asked = canvases.step(step)
     places = torch.full((len(prompts), max(prompts) + RESPONSE), -1, dtype=torch.int32)
     places[:2, 100:220:30] = torch.arange(8, dtype=torch.int32).view(2, 4)

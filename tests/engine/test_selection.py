@@ -13,7 +13,8 @@ from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
-from vllm_dlm.engine.selecting import Selecting, selecting
+from vllm_dlm.engine.selection import GroupSelection
+from vllm_dlm.engine.selection_packing import group_selection
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
 from vllm_dlm.methods import methods
@@ -100,14 +101,14 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
 
 
 def refresh(view: SelectedKeys, pages, kv) -> None:
-    whole = selecting([view], [view.length], [view.prompt_len], True, torch.from_numpy)
+    whole = group_selection([view], [view.length], [view.prompt_len], True, torch.from_numpy)
     whole.refresh(0, pages, kv[..., : kv.shape[2] // 2], Counts())
 
 
-def step(view: SelectedKeys, queries: int) -> Selecting:
+def step(view: SelectedKeys, queries: int) -> GroupSelection:
     """The view as a group of its own, of which so many rows of the response live."""
     view.step_begins()
-    return selecting([view], [queries], [0], False, torch.from_numpy)
+    return group_selection([view], [queries], [0], False, torch.from_numpy)
 
 
 def arguments(pages, q):
@@ -128,7 +129,7 @@ def test_view_is_a_mask(std_kind, reduce):
     counts = Counts()
     group = step(view, 3)
     got = group.attend(*arguments(pages, q), counts)
-    (units,) = group.units(group.shown(*arguments(pages, q), counts))
+    (units,) = group.units(group.visible(*arguments(pages, q), counts))
 
     runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
     mean, variance = runs.mean(1), runs.var(1, correction=0)
@@ -158,7 +159,7 @@ def test_moved_values_add_what_a_mask_lets_through():
     group, places = step(view, 3), torch.full((1, 231), -1, dtype=torch.int32)
     places[0, changed] = torch.arange(5, dtype=torch.int32)
     got = group.delta(*arguments(pages, q), Counts(), moved, places)
-    mask = seen_keys(group.units(group.shown(*arguments(pages, q), Counts()))[0], 231, 16).repeat_interleave(2, 0)[
+    mask = seen_keys(group.units(group.visible(*arguments(pages, q), Counts()))[0], 231, 16).repeat_interleave(2, 0)[
         :, None
     ]
     assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
@@ -173,13 +174,13 @@ def test_choices_last_as_long_as_they_should():
     chose, shown = [], []
     for number in range(6):
         group, counts = step(view, 3), Counts()
-        shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), counts)))
+        shown.append(group.units(group.visible(*arguments(pages, q * (-1) ** number), counts)))
         chose.append(view.chooses)
         assert chose[-1] == (counts.keys_scored > 0)
     assert chose == [True, False] * 3
     assert torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[4])
     group = step(view, 3)
-    assert not torch.equal(shown[0], group.units(group.shown(*arguments(pages, -q), Counts())))
+    assert not torch.equal(shown[0], group.units(group.visible(*arguments(pages, -q), Counts())))
     assert not view.step_begins()
     refresh(view, pages, kv)
     assert view.step_begins() and not view.known
@@ -202,7 +203,7 @@ def test_choices_that_are_returned_last_as_long():
         view, pages, _, q = view_of(cls(**fields))
         for number in range(4):
             group = step(view, 3)
-            shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), Counts())))
+            shown.append(group.units(group.visible(*arguments(pages, q * (-1) ** number), Counts())))
     assert all(torch.equal(one, other) for one, other in zip(shown[:4], shown[4:], strict=True))
     assert torch.equal(shown[0], shown[2]) and not torch.equal(shown[0], shown[3])
 

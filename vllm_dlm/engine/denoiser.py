@@ -10,21 +10,26 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.batch import Batch
 from vllm_dlm.engine.caches import StreamCaches
-from vllm_dlm.engine.captured import CapturedSteps, Filled
+from vllm_dlm.engine.captured import CapturedSteps, PaddedStep
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.forward import Watch, denoise
-from vllm_dlm.engine.group import Packed
 from vllm_dlm.engine.head import Head, HeadBatch
+from vllm_dlm.engine.layer import LayerStep, concatenated
 from vllm_dlm.engine.packing import pack, split
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.stream import Reading, Stream, among, plain_stream
 from vllm_dlm.engine.upload import Upload
+from vllm_dlm.models.transformer import Normed
+from vllm_dlm.plugins.reuse.flow import Behind
 
-__all__ = ["NO_DRAFTS", "Denoiser", "Observer", "Prepared", "plain_stream"]
+__all__ = ["NO_DRAFTS", "Denoiser", "Observer", "Prepared", "denoise", "denoise_live", "plain_stream"]
 
 NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
+
+#: sees the rows that leave each part of the model, by its name
+Watch = Callable[[str, torch.Tensor], None]
 
 
 class Observer:
@@ -33,7 +38,7 @@ class Observer:
     def step_begins(self, states: Sequence[Denoising]) -> None: ...
 
     def step_packed(self, prepared: "Prepared") -> None:
-        """What the forwards of the step are about to get; of what is launched, `Packed.layers` may be set."""
+        """The batches of the step, before its forwards. `Batch.layers` may be set in those that are launched."""
 
     def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
         """hidden [R, E]: rows after the last layer; each reading has the indices of its own."""
@@ -44,9 +49,9 @@ class Observer:
 class Prepared(NamedTuple):
     """What a step has on the device, once it is sent."""
 
-    packed: list[Packed]  # one per forward that is launched
+    batches: list[Batch]  # one per forward that is launched
     launched: list[Stream]  # their streams, in the order of rows
-    filled: Filled | None  # a captured step
+    padded: PaddedStep | None  # a captured step that is replayed
     replayed: list[Stream]  # its streams
     replayed_heads: int  # rows of them that the head needs
     head: list[HeadBatch]
@@ -79,13 +84,13 @@ class Denoiser:
         streams: list[Stream] = []
         readings: list[Reading] = []
         for state in states:
-            with failed.of(state.req_id):
+            with failed.catch(state.req_id):
                 made = state.streams(self.caches, tables[state.req_id], canvases.get(state.req_id, 1))
                 streams += made
                 readings.append(next(stream.reading for stream in made if stream.reading is not None))
         if streams:
             names = [reading.state.req_id for reading in readings]
-            with failed.of(*names, in_forward=True), self.forwards():
+            with failed.catch(*names, in_forward=True), self.forwards():
                 if (prepared := self._prepare_packable(streams, failed)) is not None:
                     readings = [reading for reading in readings if reading.state.req_id not in failed]
                     self._propose(prepared, readings, counts, failed)
@@ -99,11 +104,11 @@ class Denoiser:
         while streams:
             together, alone = Failures(failed.ranks), Failures(failed.ranks)
             names = list(dict.fromkeys(stream.request for stream in streams))
-            with together.of(*names):
+            with together.catch(*names):
                 return self._prepared(streams)
             for name in names:
                 self.upload.begin()  # drops what the last attempt has left
-                with alone.of(name):
+                with alone.catch(name):
                     self._prepared([stream for stream in streams if stream.request == name])
             self.upload.begin()
             failed.update(alone or together)
@@ -137,15 +142,15 @@ class Denoiser:
         # Whole canvases come first: one may be the first block of a request, which its later blocks read.
         for stream in sorted(streams, key=lambda stream: (stream.hidden_row is not None, not stream.whole)):
             kinds.setdefault(stream.kind, []).append(stream)
-        filled, replayed = None, list[Stream]()
+        padded, replayed = None, list[Stream]()
         if self.captured is not None:
             # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
             for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].whole):
-                if filled := self.captured.fill(alike):
+                if padded := self.captured.pad(alike):
                     replayed = kinds.pop(kind)
                     break
         launched = [stream for alike in kinds.values() for stream in alike]
-        packed = self._packed(launched) if launched else []
+        batches = self._batches(launched) if launched else []
         start = 0
         for stream in launched:
             self._assign(stream, np.arange(start, start := start + len(stream.head_positions)))
@@ -154,13 +159,13 @@ class Denoiser:
             self._assign(stream, start + among(stream.plan.live, stream.head_positions))
             start += stream.num_rows
         # The head's arrays may be larger than the staging memory of a captured step, which cannot grow.
-        uploads = [self.upload, filled.upload] if filled else [self.upload]
+        uploads = [self.upload, padded.upload] if padded else [self.upload]
         read = [stream.reading for stream in streams if stream.reading is not None and not stream.guides]
         copies = [stream.copies for stream in streams if stream.copies is not None]
         copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
         heads = sum(len(stream.head_positions) for stream in replayed)
         return Prepared(
-            packed, launched, filled, replayed, heads, self.head.prepare(read, self.upload), uploads, copied
+            batches, launched, padded, replayed, heads, self.head.prepare(read, self.upload), uploads, copied
         )
 
     @staticmethod
@@ -178,14 +183,14 @@ class Denoiser:
 
     def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
         def replayed() -> list[torch.Tensor]:
-            return [] if prepared.filled is None else [prepared.filled.run(counts)]
+            return [] if prepared.padded is None else [prepared.padded.replay(counts)]
 
         def launched() -> list[torch.Tensor]:
-            return [denoise(self.model, part, self.blocks, counts) for part in prepared.packed]
+            return [denoise(self.model, batch, self.blocks, counts) for batch in prepared.batches]
 
         counts.head_rows += prepared.replayed_heads
         # Shadows read the keys that their canvases write. Whole canvases may be first blocks, which later ones read.
-        shadows = any(group.hidden_row is not None for part in prepared.packed for group in part.groups)
+        shadows = any(group.hidden_row is not None for batch in prepared.batches for group in batch.groups)
         if shadows or any(stream.whole for stream in prepared.replayed):
             last = replayed()
             hidden = launched() + last
@@ -214,11 +219,52 @@ class Denoiser:
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
         """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
-        packed = self._packed(streams)
+        batches = self._batches(streams)
         self.upload.send()
         with self.forwards():
-            hidden = [denoise(self.model, part, self.blocks, counts, watch) for part in packed]
+            hidden = [denoise(self.model, batch, self.blocks, counts, watch) for batch in batches]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
-    def _packed(self, streams: list[Stream]) -> list[Packed]:
+    def _batches(self, streams: list[Stream]) -> list[Batch]:
         return [pack(part, self.upload, self.shape, self.masks) for part in split(streams, self.max_rows)]
+
+
+# -- the model over one batch --------------------------------------------------------------------
+
+
+def denoise(model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+    """-> hidden states before the final norm of the rows that the head needs, stream after stream: [R, E]"""
+    _, ends = through_layers(model, batch, blocks, counts, watch)
+    # The last layer may have computed some rows only, so the head's rows are looked up among them.
+    heads = []
+    for (rows, x, ffn), group in zip(ends, batch.groups, strict=True):
+        place = rows.places(group.head)
+        heads.append(x[place] + ffn[place])
+    counts.head_rows += sum(map(len, heads))
+    return concatenated(heads)
+
+
+def denoise_live(model, batch: Batch, blocks: KVBlocks, counts: Counts) -> torch.Tensor:
+    """The same of every live row: [T, E]"""
+    step, ends = through_layers(model, batch, blocks, counts)
+    return step.joined([x for _, x, _ in ends]) + step.joined([ffn for _, _, ffn in ends])
+
+
+def through_layers(
+    model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None
+) -> tuple[LayerStep, list[Behind]]:
+    """-> the driver, and what the flow of each group returns after the last layer"""
+    layers = model.model.layers
+    step = (batch.layers or LayerStep)(batch, model.model.rope.table, layers, blocks, counts)
+    x_TE = model.embed_input_ids(batch.ids)
+    if watch is not None:
+        watch("the embedding", x_TE)
+    normed: Normed = layers[0].input_layernorm(x_TE), x_TE
+    for index in range(len(layers)):
+        ends = step.run(index, normed)
+        residual, added = step.joined([x for _, x, _ in ends]), step.joined([ffn for _, _, ffn in ends])
+        if watch is not None:
+            watch(f"layer {index}", residual + added)
+        if index + 1 < len(layers):
+            normed = layers[index + 1].add_and_norm_input(residual, added)
+    return step, ends

@@ -35,7 +35,7 @@ class Failures(dict[str, str]):
         self.ranks = ranks
 
     @contextmanager
-    def of(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
+    def catch(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
         """An exception of this block is the failure of these requests."""
         try:
             yield

@@ -24,15 +24,14 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.engine.attention import installed
 from vllm_dlm.engine.buckets import Costs
 from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
-from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser
+from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, denoise_live
 from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.flash_attention import installed
-from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.engine.head import Head, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
 from vllm_dlm.engine.request import Denoising
@@ -154,7 +153,7 @@ class DenoisingRunner:
         if self.captures:
             costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
-                lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
+                lambda batch, counts: denoise_live(self.model, batch, denoiser.blocks, counts),
                 CudaGraphs(self.device), denoiser.shape, self.device, longest, self.max_rows, costs.room(longest),
                 costs, device_works,
             )  # fmt: skip
@@ -180,7 +179,7 @@ class DenoisingRunner:
             self.observed.discard(request_id)
         counts, failed = Counts(), Failures(get_tensor_model_parallel_world_size())
         for data in scheduler_output.scheduled_new_reqs:
-            with failed.of(data.req_id):
+            with failed.catch(data.req_id):
                 self.requests[data.req_id] = self._start(data)
                 self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
         cached = scheduler_output.scheduled_cached_reqs
@@ -197,7 +196,7 @@ class DenoisingRunner:
         canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
         for reading in self.denoiser.step(states, self.tables, counts, failed, canvases):
             state = reading.state
-            with failed.of(state.req_id):
+            with failed.catch(state.req_id):
                 out = state.canvas.emitted
                 commit = state.commit(reading, pressure)
                 outputs[state.req_id] = state.take_output()

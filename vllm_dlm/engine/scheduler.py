@@ -48,7 +48,7 @@ class DenoisingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.dlm_options = resolved_options(self.vllm_config)
         self.shape = BlockShape.of(self.vllm_config)
-        self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
+        self.model_shape = ModelShape.from_config(self.vllm_config.model_config.hf_config)
         self.canvases: dict[str, Canvas] = {}
         self.overtaken: Counter[str] = Counter()  # how often a waiting request was passed
         self.refreshed: Counter[str] = Counter()  # how many of a running request's steps were refreshes
@@ -109,7 +109,7 @@ class DenoisingScheduler(Scheduler):
 
     def _planned(self, request: Request) -> Canvas | None:
         """Its canvas, the next step planned; None: its policy raised an error, and it fails."""
-        with self.failed.of(request.request_id):
+        with self.failed.catch(request.request_id):
             canvas = self._canvas(request)
             canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
             return canvas
@@ -226,7 +226,7 @@ class DenoisingScheduler(Scheduler):
         for request in islice(self.waiting, 1 + OVERTAKES):
             if (priority := self._priority(request)) > (first := priority if first is None else first):
                 break
-            with self.failed.of(request.request_id):
+            with self.failed.catch(request.request_id):
                 canvas = self._canvas(request)
                 self._check_size(canvas)
                 shared = self.prefixes.find(request, canvas)

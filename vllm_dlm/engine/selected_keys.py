@@ -56,7 +56,7 @@ class ChoicePool:
         shape = (self._slots, kv_heads, self._units + self._memo)
         return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-    def of(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """[slots, Hkv, units] and [slots, Hkv, memo], read and written in place"""
         kept = self.layers.get(layer)
         if kept is None or len(kept) < self._slots:

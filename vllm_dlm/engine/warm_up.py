@@ -53,7 +53,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
                 break
     if denoiser.captured is not None:
         failed = Failures(get_tensor_model_parallel_world_size())
-        with failed.of("steady"), denoiser.forwards():
+        with failed.catch("steady"), denoiser.forwards():
             if (stream := steady_stream(denoiser, server, config, max_model_len)) is not None:
                 denoiser.captured.capture_all(stream)
         for why in failed.values():

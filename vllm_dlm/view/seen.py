@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_dlm.engine.batch import Group
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.group import Group
 from vllm_dlm.engine.stream import Stream
 from vllm_dlm.plugins.reuse.flow import Rows
 
@@ -82,15 +82,15 @@ class SeenGroup:
 
     def attended(self, layer: int, counts: ByCanvas) -> None:
         self.read, self.there = self.read + counts.read, self.there + counts.there
-        selecting = self.group.selecting
-        if selecting is None or self.noted == layer:
+        selection = self.group.selection
+        if selection is None or self.noted == layer:
             return
-        if (shown := selecting.shown_in(layer)) is None:
+        if (visible := selection.visible_in(layer)) is None:
             return
         self.noted = layer
-        units = selecting.units(shown).long() + 1  # [C, Hkv, K]
+        units = selection.units(visible).long() + 1  # [C, Hkv, K]
         if self.shown is None:
-            most = max(-(-view.length // view.selection.unit) for view in selecting.views)
+            most = max(-(-view.length // view.selection.unit) for view in selection.keys)
             self.shown = torch.zeros(len(units), 1 + most, dtype=torch.int32, device=units.device)
             self.heads = units.shape[1]
         flat = units.flatten(1)
@@ -111,7 +111,7 @@ class SeenGroup:
                 continue
             pages = None
             if shown is not None:
-                view = self.group.selecting.views[canvas]  # type: ignore[union-attr]
+                view = self.group.selection.keys[canvas]  # type: ignore[union-attr]
                 everything = (layers + self.unseen) * self.heads
                 own = shown.numpy()[canvas, 1 : 1 - (-view.length // view.selection.unit)]
                 pages = (own + everything) / (layers * self.heads), view.selection.unit

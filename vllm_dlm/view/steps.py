@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dlm.engine.captured import Filled
+from vllm_dlm.engine.batch import Group
+from vllm_dlm.engine.captured import PaddedStep
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
-from vllm_dlm.engine.group import Group
 from vllm_dlm.engine.head import most_probable
 from vllm_dlm.engine.layer import LayerStep
 from vllm_dlm.engine.request import Denoising
@@ -78,7 +78,7 @@ class Seeing(Observer, Isolated):
         self.current: list[str] = []  # requests of this step
         self.steps: dict[str, SeenStep] = {}
         self.groups: list[SeenGroup] = []
-        self.replayed: tuple[Filled, list[Stream]] | None = None
+        self.replayed: tuple[PaddedStep, list[Stream]] | None = None
 
     @property
     def subject(self) -> str:
@@ -125,17 +125,17 @@ class Seeing(Observer, Isolated):
     @isolated
     def step_packed(self, prepared: Prepared) -> None:
         streams = iter(prepared.launched)
-        for packed in prepared.packed:
+        for batch in prepared.batches:
             seen = {}
-            for number, group in enumerate(packed.groups):
+            for number, group in enumerate(batch.groups):
                 own = list(islice(streams, len(group.kv_lens)))
                 if any(stream.request in self.steps for stream in own):
                     seen[number] = SeenGroup(group, own)
             if seen:
-                packed.layers = partial(SeenLayers, self, seen)
+                batch.layers = partial(SeenLayers, self, seen)
                 self.groups += seen.values()
-        if prepared.filled is not None:
-            self.replayed = prepared.filled, prepared.replayed
+        if prepared.padded is not None:
+            self.replayed = prepared.padded, prepared.replayed
 
     # -- in a layer ------------------------------------------------------------------------
 
@@ -195,17 +195,17 @@ class Seeing(Observer, Isolated):
                 seen.best = None if reading.best is None else reading.best.reshape(2, BEST, -1)
                 seen.ms = 1000 * (perf_counter() - self.begin)
 
-    def _tell_replayed(self, filled: Filled, streams: list[Stream]) -> None:
-        (group,) = filled.packed.groups
-        counts = ByCanvas(self, filled.own)
-        filled.step.recorded.repeat(filled.bucket, filled.packed, filled.own, counts)
-        fed = [number for phase, number, _ in filled.step.recorded.events if phase == "feed_forward"]
-        everywhere = sum(number == filled.bucket.rows for number in fed)
+    def _tell_replayed(self, padded: PaddedStep, streams: list[Stream]) -> None:
+        (group,) = padded.batch.groups
+        counts, recorded = ByCanvas(self, padded.streams), padded.step.counts
+        recorded.repeat(padded.batch, padded.streams, counts)
+        fed = [event.rows for event in recorded.events if event.phase == "feed_forward"]
+        everywhere = fed.count("all")
         others = len(fed) - everywhere
         for canvas, stream in enumerate(streams):
             if (seen := self.steps.get(stream.request)) is None:
                 continue
-            leading, forced = group.leading[0][canvas], stream.forced
+            leading, forced = group.leading_counts[canvas], stream.forced
             left = stream.num_rows - len(forced)
             shares = np.full(stream.num_rows, (leading - len(forced)) / left if left else 0.0)
             shares[forced] = 1.0
