@@ -177,11 +177,11 @@ class SelectionEngine(Engine):
         read, prompt = 0, 0
         shown = GroupSelection.visible
 
-        def weighed(group, layer, blocks, q, rows, voters, scale, counts):
+        def weighed(group, queries):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
-            found = shown(group, layer, blocks, q, rows, voters, scale, counts)
-            asked = canvases(group.asked(layer, blocks, q, rows, voters, scale))
+            found = shown(group, queries)
+            asked = canvases(group.asked(queries))
             for view, own_units, own_asked in zip(group.keys, group.units(found), asked, strict=True):
                 weight = attention_mass(own_asked)[:, : view.prompt_len].double()
                 unit = torch.arange(view.prompt_len) // view.selection.unit

@@ -28,9 +28,9 @@ BOXES = {
         "blocks of the KV cache",
     ),
     "runner": Box(
-        0.2, 5.5, 3.9, 1.5, BLUE, "engine/runner.py, denoiser.py",
+        0.2, 5.5, 3.9, 1.5, BLUE, "engine/denoiser.py",
         "the same canvas, the same plan:\n"
-        "one stream each, two with guidance",
+        "its streams, and those of features",
     ),
     "request": Box(
         10.6, 5.5, 3.3, 1.5, BLUE, "engine/request.py",
@@ -59,7 +59,7 @@ BOXES = {
         "token, score, probability",
     ),
     "attention": Box(
-        4.9, 0.3, 4.9, 1.5, GREEN, "engine/attention.py, selected_keys.py",
+        4.9, 0.3, 4.9, 1.5, GREEN, "engine/attention.py, selection.py",
         "each canvas over all its keys,\n"
         "or over those a selection chose",
     ),

@@ -75,7 +75,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class PickedRows:
     """The m of n rows for which a mask is true."""
 
     rows: Rows
@@ -163,7 +163,7 @@ class FeedForward:
 
     x: torch.Tensor  # [n, E] the residual stream, not normalized
     output: torch.Tensor | None = None  # [n, E] projected attention output, which is added to x
-    picked: Picked | None = None
+    picked: PickedRows | None = None
 
 
 Ask = Heads | AttendMoved | Attend | Output | FeedForward
@@ -207,7 +207,7 @@ class Layer(Protocol):
     def inputs(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """These rows of `x` and `h`"""
 
-    def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
+    def where(self, mask_T: torch.Tensor, rows: Rows) -> PickedRows:
         """The rows among `rows` for which the mask, given for all live rows, is true."""
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:

@@ -38,7 +38,7 @@ class Summaries:
 
 
 @dataclass
-class Held:
+class StoredChoices:
     """Storage of one layer for choices that canvases use for more than one step: int32, rows padded with -1."""
 
     units: torch.Tensor  # [slots, Hkv, units]
@@ -54,7 +54,7 @@ class Held:
 
 @dataclass
 class Choice:
-    units: torch.Tensor | None  # [B, Hkv, K] int32, ascending, padded with -1; None: stored in `Held`
+    units: torch.Tensor | None  # [B, Hkv, K] int32, ascending, padded with -1; None: stored in `StoredChoices`
     scored: int  # upper bound on the summaries and keys that were compared with the queries
 
 
@@ -69,7 +69,7 @@ class CachedPrompts:
     numbers: torch.Tensor  # [M, B] int32: `PromptUnits.numbers` of each prompt
     scale: float
     voters: torch.Tensor  # [Tq] bool: queries whose token is to be decided
-    held: Held | None = None  # storage for choices of several steps; `choose` may store there instead of returning
+    held: StoredChoices | None = None  # for choices of several steps; `choose` may store there instead of returning
 
     def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Keys [B, Hkv, n, size, D] of runs [B, Hkv, n] of `size` positions, which do not cross blocks. Keys of run -1
@@ -84,7 +84,7 @@ class CachedPrompts:
 
 
 @dataclass
-class Asked:
+class ChoiceQuery:
     """Input of `choose` in one layer for B choosers: canvases, whose queries share one choice, or generated positions,
     with one query each."""
 
@@ -123,7 +123,7 @@ class PromptUnits(NamedTuple):
     summaries: int  # number of summaries
     kept: int  # number of units that are chosen
     numbers: tuple[int, ...] = ()  # integers that `choose` needs on the device (CachedPrompts.numbers)
-    memo: int = 0  # integers per head that a choice keeps for the next one (Held.memo)
+    memo: int = 0  # integers per head that a choice keeps for the next one (StoredChoices.memo)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Selection:
         `PromptUnits.candidates`) -> [R, Hkv, W1], [R, Hkv, W2]"""
         raise NotImplementedError
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         """Units to read. For a canvas, units not fully inside the prompt are always read and not chosen here."""
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ import torch
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, PromptUnits, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Choice, ChoiceQuery, PromptUnits, Selection, Summaries
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PageSelection(Selection):
         """Number of pages read per query and key head if any are left out."""
         return self.budget_tokens // self.page_size
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         scores = self.scores(asked)
         batch, _, count = scores.shape
         if asked.prompts is None:  # the last page is being filled and always read, so it is not chosen
@@ -82,7 +82,7 @@ class PageSelection(Selection):
         store_top_pages(held.units, held.rows, scores, most)
         return Choice(None, scored)
 
-    def scores(self, asked: Asked) -> torch.Tensor:
+    def scores(self, asked: ChoiceQuery) -> torch.Tensor:
         """Scores [B, Hkv, N] float32: FORCED for pages that are always read, -inf beyond a chooser's pages. A method
         with its own kernel overrides this method."""
         first, second = asked.summaries.by_head(asked.table)
@@ -99,7 +99,7 @@ class PageSelection(Selection):
         score = score.masked_fill_(forced[:, None] | second[..., 0].isinf(), FORCED)
         return score.masked_fill_((page >= asked.counts[:, None])[:, None], -torch.inf)
 
-    def forced_from(self, asked: Asked) -> torch.Tensor:
+    def forced_from(self, asked: ChoiceQuery) -> torch.Tensor:
         """[B] the first of each chooser's recent pages. For a canvas, these are the last pages of the prompt."""
         if asked.prompts is not None:
             return asked.prompts.numbers[0]

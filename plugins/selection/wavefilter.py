@@ -31,7 +31,7 @@ from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, PromptUnits, Selection
+from vllm_dlm.plugins.selection.base import CachedPrompts, Choice, ChoiceQuery, PromptUnits, Selection
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class WaveFilter(Selection):
         mean, variance = mean_and_variance(keys.unflatten(0, (-1, 2**self.levels)).transpose(1, 2))
         return mean, variance.sqrt() if self.detail_lambda else mean[..., :0]
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         prompts = asked.prompts
         if prompts is None:
             raise NotImplementedError(f"{self.name} only chooses among the keys of cached prompts")
@@ -208,7 +208,7 @@ class WaveFilter(Selection):
 
     # -- one scale -------------------------------------------------------------------------
 
-    def _coarsest(self, asked: Asked, prompts: CachedPrompts) -> torch.Tensor:
+    def _coarsest(self, asked: ChoiceQuery, prompts: CachedPrompts) -> torch.Tensor:
         """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
@@ -217,7 +217,9 @@ class WaveFilter(Selection):
             self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
         ))  # fmt: skip
 
-    def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
+    def _halves(
+        self, asked: ChoiceQuery, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor
+    ):
         """Votes for the halves of the runs kept at the scale above, and their indices as runs of 2^scale tokens,
         [B, Hkv, n] each"""
         above, _, _, _, sinks, forced_from = numbers.unbind()

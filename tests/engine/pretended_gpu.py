@@ -226,6 +226,6 @@ def states(count: int, extra: dict, prompts=(300, 200, 170, 260), length: int = 
 @contextmanager
 def pretended(monkeypatch):
     monkeypatch.setattr("vllm_dlm.engine.attention.installed", lambda: True)
-    monkeypatch.setattr("vllm_dlm.engine.layer.get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr("vllm_dlm.models.transformer.get_tensor_model_parallel_world_size", lambda: 1)
     with FakeTensorMode(), Indexed():
         yield

@@ -14,6 +14,7 @@ from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
+from vllm_dlm.engine.selection import ResponseQueries
 from vllm_dlm.engine.selection_packing import group_selection
 from vllm_dlm.kernels.page_scores import torch as scores
 from vllm_dlm.kernels.sparse_attention import torch as attention
@@ -108,7 +109,7 @@ class Canvases:
         voters = torch.cat([torch.rand(LIVE, generator=own) < (own.initial_seed() % 2) / 2 for own in g])
         group = group_selection(self.views, [LIVE] * len(g), [0] * len(g), False, torch.from_numpy)
         rows = Rows(None, [LIVE] * len(g))
-        return group, (0, self.cache, q, rows, voters, 0.3, Counts())
+        return group, ResponseQueries(0, self.cache, q, rows, voters, 0.3, Counts())
 
 
 PROMPTS = [203, 296, 331, 250]
@@ -121,14 +122,14 @@ def test_each_canvas_sees_what_it_sees_alone(name):
     chose = []
     for number in range(4):
         group, asked = together.step(number)
-        units, out = group.units(group.visible(*asked)), group.attend(*asked)
+        units, out = group.units(group.visible(asked)), group.attend(asked)
         for i, canvas in enumerate(alone):
             own, wants = canvas.step(number)
-            want = own.units(own.visible(*wants))[0]
+            want = own.units(own.visible(wants))[0]
             got = units[i][units[i] >= 0].view(KV_HEADS, -1)
             assert torch.equal(got, want) and torch.equal(got, got.sort(-1)[0])
             part = slice(LIVE * i, LIVE * (i + 1))
-            torch.testing.assert_close(out[part], own.attend(*wants), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(out[part], own.attend(wants), atol=1e-6, rtol=1e-5)
         chose.append(units)
         assert group.keys[0].visible < group.keys[0].length
     assert not torch.equal(chose[0], chose[3]) or "held" in name
@@ -168,16 +169,16 @@ def launches(selection, prompts, monkeypatch, step=3, delta=False):
     canvases = Canvases(selection, prompts)
     for number in range(step):
         group, asked = canvases.step(number)
-        group.visible(*asked)
+        group.visible(asked)
     group, asked = canvases.step(step)
     places = torch.full((len(prompts), max(prompts) + RESPONSE), -1, dtype=torch.int32)
     places[:2, 100:220:30] = torch.arange(8, dtype=torch.int32).view(2, 4)
     moved = torch.randn(8, KV_HEADS, DIM), places
     with monkeypatch.context() as patch, Launches(patch) as watch:
         if delta:
-            group.delta(*asked, *moved)
+            group.delta(asked, *moved)
         else:
-            group.attend(*asked)
+            group.attend(asked)
     return watch.found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.plugins.asking import canvas_asks
 from vllm_dlm.options import OptionError, server_options
-from vllm_dlm.plugins.selection.base import Held
+from vllm_dlm.plugins.selection.base import StoredChoices
 from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 
@@ -94,7 +94,7 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     selection = WaveFilter(reselect="drift:0.9", min_prompt=0)
     given, _ = asked(selection=selection)
     first, memo = selection.choose(given), selection.prompt_units(given.prompts.prompt_lens[0]).memo
-    held = Held(
+    held = StoredChoices(
         torch.full((3, *first.units.shape[1:]), -1, dtype=torch.int32),
         torch.full((3, first.units.shape[1], memo), -1, dtype=torch.int32),
         torch.tensor([2]), torch.tensor([False]),

@@ -12,6 +12,7 @@ import torch
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.engine.batch import Group
 from vllm_dlm.engine.counts import Counts
+from vllm_dlm.engine.selection import ResponseQueries
 from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
@@ -206,9 +207,7 @@ class GroupAttention:
             out = over.delta_over_pages(q, rows, pages, changed, moved).view_as(q)
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
-        return selection.delta(
-            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, moved, over.places(changed), out
-        ).flatten(1)
+        return selection.delta(self._queries(q, rows), moved, over.places(changed), out).flatten(1)
 
     def _over_selected(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of the response attend to selected keys, rows of the prompt to all keys. If prompt rows are live, all
@@ -218,6 +217,7 @@ class GroupAttention:
         if any(read := selection.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
             out = CanvasAttention(group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer]).view_as(q)
-        return selection.attend(
-            self.layer, self.blocks, q, rows, group.voters, self.scale, self.counts, out
-        ).flatten(1)  # fmt: skip
+        return selection.attend(self._queries(q, rows), out).flatten(1)
+
+    def _queries(self, q: torch.Tensor, rows: Rows) -> ResponseQueries:
+        return ResponseQueries(self.layer, self.blocks, q, rows, self.group.voters, self.scale, self.counts)

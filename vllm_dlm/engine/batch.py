@@ -14,7 +14,7 @@ from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.engine.selection import GroupSelection
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.plugins.reuse.base import Reuse
-from vllm_dlm.plugins.reuse.flow import Columns, Picked, Rows
+from vllm_dlm.plugins.reuse.flow import Columns, PickedRows, Rows
 
 
 class Limits(NamedTuple):
@@ -116,14 +116,14 @@ class Group:
         self.columns.carried.clear()
         self.places = None
 
-    def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
+    def where(self, mask_T: torch.Tensor, rows: Rows) -> PickedRows:
         mask = rows.gather(mask_T)
         if self.masks:
-            return Picked(Rows(rows.index, rows.counts, rows.starts, mask), None)
+            return PickedRows(Rows(rows.index, rows.counts, rows.starts, mask), None)
         place = mask.nonzero()[:, 0]
         index = place if rows.index is None else rows.index[place]
         counts = torch.bincount(self.stream[index], minlength=len(self.kv_lens)).tolist()
-        return Picked(Rows(index, counts), place)
+        return PickedRows(Rows(index, counts), place)
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:
         counts, starts = self.leading_counts, self.leading_starts

@@ -71,7 +71,7 @@ class BlockCausal(Reuse):
 
 
 @dataclass(frozen=True)
-class Committed(Extent):
+class CommittedExtent(Extent):
     """Positions after the current block have no row, and no memory."""
 
     name: ClassVar[str] = "full"
@@ -85,7 +85,7 @@ def fitted(options: Options) -> Options:
     """The options of a canvas: those of a block-causal model get the policies of this module."""
     if options.attention == "full":
         return options
-    return replace(options, reuse=BlockCausal(options.decoding.block_length), extent=Committed())
+    return replace(options, reuse=BlockCausal(options.decoding.block_length), extent=CommittedExtent())
 
 
 def final(canvas: "Canvas") -> int:

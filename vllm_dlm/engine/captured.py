@@ -13,13 +13,13 @@ policy's flow are part of the bucket.
 - A step that cannot be captured is refused, and launched from then on.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.client_cache import ClientCache
@@ -34,7 +34,7 @@ from vllm_dlm.engine.stream import Stream
 from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
 #: A step is captured after this many launches of its bucket: what comes once is not worth it.
 LAUNCHES = 1

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from vllm_dlm.engine.packing import pack, split
 from vllm_dlm.engine.request import Denoising
 from vllm_dlm.engine.stream import Reading, Stream, among, plain_stream
 from vllm_dlm.engine.upload import Upload
-from vllm_dlm.models.transformer import Normed
 from vllm_dlm.plugins.reuse.flow import Behind
 
-__all__ = ["NO_DRAFTS", "Denoiser", "Observer", "Prepared", "denoise", "denoise_live", "plain_stream"]
+if TYPE_CHECKING:
+    from vllm_dlm.models.transformer import Normed
 
-NO_DRAFTS: Mapping[str, int] = MappingProxyType({})
+__all__ = ["NO_SPECULATION", "Denoiser", "Observer", "PreparedStep", "denoise", "denoise_live", "plain_stream"]
+
+NO_SPECULATION: Mapping[str, int] = MappingProxyType({})
 
 #: sees the rows that leave each part of the model, by its name
 Watch = Callable[[str, torch.Tensor], None]
@@ -37,7 +39,7 @@ class Observer:
 
     def step_begins(self, states: Sequence[Denoising]) -> None: ...
 
-    def step_packed(self, prepared: "Prepared") -> None:
+    def step_packed(self, prepared: "PreparedStep") -> None:
         """The batches of the step, before its forwards. `Batch.layers` may be set in those that are launched."""
 
     def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
@@ -46,7 +48,7 @@ class Observer:
     def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None: ...
 
 
-class Prepared(NamedTuple):
+class PreparedStep(NamedTuple):
     """What a step has on the device, once it is sent."""
 
     batches: list[Batch]  # one per forward that is launched
@@ -75,7 +77,7 @@ class Denoiser:
 
     def step(
         self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
-        canvases: Mapping[str, int] = NO_DRAFTS,
+        canvases: Mapping[str, int] = NO_SPECULATION,
     ) -> list[Reading]:  # fmt: skip
         """One forward of all requests -> what was read at the canvas of each that has not failed. `tables`: KV blocks
         of each request; `canvases`: most streams of requests that may speculate in this step"""
@@ -99,7 +101,7 @@ class Denoiser:
             observer.step_ended(readings, counts)
         return readings
 
-    def _prepare_packable(self, streams: list[Stream], failed: Failures) -> Prepared | None:
+    def _prepare_packable(self, streams: list[Stream], failed: Failures) -> PreparedStep | None:
         """Packs the step without the requests that cannot be packed, which fail. None: no request is left."""
         while streams:
             together, alone = Failures(failed.ranks), Failures(failed.ranks)
@@ -115,7 +117,7 @@ class Denoiser:
             streams = [stream for stream in streams if stream.request not in failed]
         return None
 
-    def _propose(self, prepared: Prepared, readings: list[Reading], counts: Counts, failed: Failures) -> None:
+    def _propose(self, prepared: PreparedStep, readings: list[Reading], counts: Counts, failed: Failures) -> None:
         for observer in self.observers:
             observer.step_packed(prepared)
         for upload in prepared.uploads:
@@ -134,7 +136,7 @@ class Denoiser:
                     self._clear(own.state)
                     break
 
-    def _prepared(self, streams: list[Stream]) -> Prepared:
+    def _prepared(self, streams: list[Stream]) -> PreparedStep:
         """Packs the streams, and assigns hidden states to their readings."""
         # Streams of one kind are adjacent: they share a group of rows.
         kinds: dict[tuple, list[Stream]] = {}
@@ -164,7 +166,7 @@ class Denoiser:
         copies = [stream.copies for stream in streams if stream.copies is not None]
         copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
         heads = sum(len(stream.head_positions) for stream in replayed)
-        return Prepared(
+        return PreparedStep(
             batches, launched, padded, replayed, heads, self.head.prepare(read, self.upload), uploads, copied
         )
 
@@ -181,7 +183,7 @@ class Denoiser:
         else:
             reading.rows = rows
 
-    def _hidden(self, prepared: Prepared, counts: Counts) -> torch.Tensor:
+    def _hidden(self, prepared: PreparedStep, counts: Counts) -> torch.Tensor:
         def replayed() -> list[torch.Tensor]:
             return [] if prepared.padded is None else [prepared.padded.replay(counts)]
 

@@ -1,10 +1,10 @@
-"""The holes of a template while they are filled, in whatever order and however many positions at once.
+"""The holes of a template while they are filled, in any order and any number of positions at once.
 
-Two sets of states are kept for each position: those to which the tokens before it may lead, and those from which the
-hole can be filled to its end. A token may be at a position if it leads from one of the first to one of the second
-after it; then the hole can still be filled. Tokens that a step proposes for several positions are taken one after the
-other, the most probable first, and one that those before it have ruled out is left a mask: so a hole is valid however
-it is decoded.
+Two sets of automaton states are kept for each position: the states that the tokens before it can reach, and the states
+from which the rest of the hole can be completed. A token may be at a position if it leads from a reachable state to one
+from which the hole can be completed. Tokens that a step proposes for several positions are accepted one after the
+other, the most probable first. A token that the accepted ones rule out stays a mask. So a hole is valid in whatever
+order it is decoded.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,20 +14,20 @@ import numpy as np
 
 from vllm_dlm.automaton import MASKED, Automaton
 
-#: class of nothing: neither a token nor a mask
+#: a class that neither a token nor a mask has
 NO_CLASS = -3
 
 
-class Wanted(NamedTuple):
-    """A token proposed for a masked position of a hole"""
+class HoleProposal(NamedTuple):
+    """A token that a step proposes for a position of a hole"""
 
-    at: int  # which position of the hole
-    of: int  # its class
-    proposal: int  # which one of the step's
+    place: int  # position within the hole
+    token_class: int
+    number: int  # among the proposals of the step
 
 
 class Hole:
-    """`length` positions of the canvas from `start` on; `classes`: of the tokens that they have"""
+    """`length` positions of the canvas from `start` on; `classes`: of their tokens, None: masks"""
 
     def __init__(self, start: int, length: int, automaton: Automaton, classes: Sequence[int] | None = None):
         self.start, self.length, self.automaton = start, length, automaton
@@ -38,11 +38,11 @@ class Hole:
         self._read_back(length - 1, 0)
 
     def _read(self, first: int, last: int) -> None:
-        """Classes have changed between two positions. States change up to where they are again what they were."""
+        """Updates reachable states after classes from `first` to `last` have changed, until they stay the same."""
         states, same, after = self.reachable[first], (0, NO_CLASS), 0
         for index in range(first, self.length):
-            if same != (states, of := self.classes[index]):  # runs of masks come to a state that stays
-                same, after = (states, of), self.automaton.after(states, of)
+            if same != (states, each := self.classes[index]):  # in runs of masks, states become constant
+                same, after = (states, each), self.automaton.after(states, each)
             if index >= last and after == self.reachable[index + 1]:
                 return
             self.reachable[index + 1] = states = after
@@ -50,16 +50,16 @@ class Hole:
     def _read_back(self, last: int, first: int) -> None:
         states, same, before = self.completable[last + 1], (0, NO_CLASS), 0
         for index in range(last, -1, -1):
-            if same != (states, of := self.classes[index]):
-                same, before = (states, of), self.automaton.before(states, of)
+            if same != (states, each := self.classes[index]):
+                same, before = (states, each), self.automaton.before(states, each)
             if index <= first and before == self.completable[index]:
                 return
             self.completable[index] = states = before
 
     def put(self, classes: dict[int, int]) -> None:
-        """`classes`: of positions, MASKED where a token becomes a mask again"""
-        for index, of in classes.items():
-            self.classes[index] = of
+        """`classes`: by position, MASKED where a token becomes a mask again"""
+        for index, each in classes.items():
+            self.classes[index] = each
         if classes:
             first, last = min(classes), max(classes)
             self._read(first, last)
@@ -69,40 +69,40 @@ class Hole:
         """The states before and after a position"""
         return self.reachable[index], self.completable[index + 1]
 
-    def fits(self, index: int, of: int) -> bool:
-        """A token of that class may be there, next to the tokens of other positions."""
-        return bool(self.automaton.after(self.reachable[index], of) & self.completable[index + 1])
+    def fits(self, index: int, token_class: int) -> bool:
+        """Whether a token of this class may be at a position, given the tokens at other positions"""
+        return bool(self.automaton.after(self.reachable[index], token_class) & self.completable[index + 1])
 
-    def accepted(self, wanted: list[Wanted]) -> list[Wanted]:
-        """Puts those that go with each other and with what is there, as if they came one by one. The more tokens there
-        are, the fewer are allowed: tokens that do not fit now never will, and those that all fit together would have
-        one by one. Where they do not, the first half of them comes before the second."""
-        return self._accepted([each for each in wanted if self.fits(each.at, each.of)])
+    def accepted(self, proposals: list[HoleProposal]) -> list[HoleProposal]:
+        """Puts the proposals that fit together and to the tokens of the hole, as if they came one by one. Each token
+        reduces what is allowed: proposals that do not fit now never will, and proposals that all fit together would
+        also be accepted one by one. Otherwise the first half of them is accepted before the second."""
+        return self._accepted([each for each in proposals if self.fits(each.place, each.token_class)])
 
-    def _accepted(self, fitting: list[Wanted]) -> list[Wanted]:
+    def _accepted(self, fitting: list[HoleProposal]) -> list[HoleProposal]:
         if len(fitting) > 1 and not self._fit_together(fitting):
             half = len(fitting) // 2
             return self._accepted(fitting[:half]) + self.accepted(fitting[half:])
-        self.put({each.at: each.of for each in fitting})
+        self.put({each.place: each.token_class for each in fitting})
         return fitting
 
-    def _fit_together(self, wanted: list[Wanted]) -> bool:
-        classes = {each.at: each.of for each in wanted}
-        at = min(classes)
-        states = self.reachable[at]
+    def _fit_together(self, proposals: list[HoleProposal]) -> bool:
+        classes = {each.place: each.token_class for each in proposals}
+        place = min(classes)
+        states = self.reachable[place]
         for index in sorted(classes):
-            while at < index:
-                if states == self.reachable[at]:  # nothing changes before the next token
-                    states, at = self.reachable[index], index
+            while place < index:
+                if states == self.reachable[place]:  # nothing changes before the next token
+                    states, place = self.reachable[index], index
                 else:
-                    states, at = self.automaton.after(states, self.classes[at]), at + 1
-            states, at = self.automaton.after(states, classes[index]), index + 1
-            if not states & self.completable[at]:
+                    states, place = self.automaton.after(states, self.classes[place]), place + 1
+            states, place = self.automaton.after(states, classes[index]), index + 1
+            if not states & self.completable[place]:
                 return False
         return True
 
     def over(self) -> list[int]:
-        """Masks at which nothing but an end may be. From the first of them on, every way to fill the hole has ended."""
+        """Masks that only an end may fill. From the first of them on, every way to fill the hole has ended."""
         low, high = 0, self.length
         while low < high:
             middle = (low + high) // 2
@@ -114,72 +114,71 @@ class Hole:
 
 
 class Holes:
-    """Of one canvas, from what it has."""
+    """The holes of one canvas."""
 
     def __init__(self, holes: Sequence[tuple[int, int, Automaton]], tokens: np.ndarray, mask_id: int, end_token: int):
-        """`holes`: where each starts, its length, what it may hold; `end_token`: what fills the rest of one that has
-        ended"""
+        """`holes`: start, length and automaton of each; `end_token`: fills the rest of a hole that has ended"""
         self.holes, self.end_token = list[Hole](), end_token
-        self.at: dict[int, tuple[Hole, int]] = {}
+        self.places: dict[int, tuple[Hole, int]] = {}  # position of the canvas -> hole and index in it
         for start, length, automaton in holes:
             own = tokens[start : start + length]
             classes = np.where(own == mask_id, MASKED, automaton.classes_of(own))
             hole = Hole(start, length, automaton, classes.tolist())
             self.holes.append(hole)
-            self.at.update((start + index, (hole, index)) for index in range(length))
+            self.places.update((start + index, (hole, index)) for index in range(length))
 
     def put(self, positions: Iterable[int], token: int | None) -> None:
         """None: a mask"""
         changed: dict[Hole, list[int]] = {}
         for position in positions:
-            hole, index = self.at[position]
+            hole, index = self.places[position]
             changed.setdefault(hole, []).append(index)
         for hole, indices in changed.items():
-            of = MASKED if token is None else int(hole.automaton.classes_of(np.array([token]))[0])
-            hole.put(dict.fromkeys(indices, of))
+            own = MASKED if token is None else int(hole.automaton.classes_of(np.array([token]))[0])
+            hole.put(dict.fromkeys(indices, own))
 
     def accepted(self, positions: np.ndarray, tokens: np.ndarray, order: Iterable[int]) -> np.ndarray:
-        """Puts those of the tokens that go with what is there, in this order of theirs -> which, ascending"""
-        taken, wanted = list[int](), dict[Hole, list[Wanted]]()
+        """Puts the tokens that fit, in this order -> their indices, ascending"""
+        taken, proposals = list[int](), dict[Hole, list[HoleProposal]]()
         for each in order:
-            if (position := int(positions[each])) not in self.at:  # a hole of the prompt
+            if (position := int(positions[each])) not in self.places:  # a hole of the prompt
                 taken.append(each)
                 continue
-            hole, index = self.at[position]
-            wanted.setdefault(hole, []).append(Wanted(index, NO_CLASS, each))
-        for hole, of_hole in wanted.items():
-            classes = hole.automaton.classes_of(tokens[[each.proposal for each in of_hole]]).tolist()
-            of_hole = [each._replace(of=of) for each, of in zip(of_hole, classes, strict=True)]
-            taken += [each.proposal for each in _one_by_one(hole, of_hole)]
+            hole, index = self.places[position]
+            proposals.setdefault(hole, []).append(HoleProposal(index, NO_CLASS, each))
+        for hole, own in proposals.items():
+            classes = hole.automaton.classes_of(tokens[[each.number for each in own]]).tolist()
+            own = [each._replace(token_class=known) for each, known in zip(own, classes, strict=True)]
+            taken += [each.number for each in _one_by_one(hole, own)]
         return np.sort(np.array(taken, np.int64))
 
     def over(self) -> np.ndarray:
-        """Puts ends where nothing else may be -> positions, ascending"""
+        """Puts ends at masks that only an end may fill -> their positions, ascending"""
         found = [hole.start + index for hole in self.holes for index in hole.over()]
         self.put(found, self.end_token)
         return np.array(sorted(found), np.int64)
 
     def between(self, position: int) -> tuple[Automaton, tuple[int, int]] | None:
-        """Which states of which automaton are before and after it; None: it is in no hole of the template, so anything
-        may be there"""
-        if position not in self.at:
+        """The automaton of a position and the states before and after it; None: it is in no hole of the template, so
+        any token may be there"""
+        if position not in self.places:
             return None
-        hole, index = self.at[position]
+        hole, index = self.places[position]
         return hole.automaton, hole.between(index)
 
     def ended(self, position: int) -> bool:
-        """An end is there, which is no part of the text."""
-        if position not in self.at:
+        """Whether a position holds the end of a hole, which is no part of the text"""
+        if position not in self.places:
             return False
-        hole, index = self.at[position]
+        hole, index = self.places[position]
         return hole.classes[index] == hole.automaton.end_class
 
 
-def _one_by_one(hole: Hole, wanted: list[Wanted]) -> list[Wanted]:
-    """Masks are filled together. A token that becomes another one frees others, so it is looked at by itself."""
-    taken, masks = list[Wanted](), list[Wanted]()
-    for each in wanted:
-        if hole.classes[each.at] == MASKED:
+def _one_by_one(hole: Hole, proposals: list[HoleProposal]) -> list[HoleProposal]:
+    """Masks are filled together. Replacing a token may allow other tokens, so each replacement is accepted alone."""
+    taken, masks = list[HoleProposal](), list[HoleProposal]()
+    for each in proposals:
+        if hole.classes[each.place] == MASKED:
             masks.append(each)
             continue
         taken += hole.accepted(masks)

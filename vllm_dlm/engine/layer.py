@@ -6,18 +6,15 @@ asks of one type are joined into one product, across policies.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.engine.attention import GroupAttention
 from vllm_dlm.engine.batch import Batch, Group
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.kernels.rotary_write import rotary_write
-from vllm_dlm.kernels.row_cosine import row_cosine, row_products
-from vllm_dlm.models.transformer import Normed
 from vllm_dlm.plugins.reuse.flow import (
     ORDER,
     Ask,
@@ -36,12 +33,15 @@ from vllm_dlm.plugins.reuse.flow import (
     Value,
 )
 
+if TYPE_CHECKING:
+    from vllm_dlm.models.transformer import Normed
+
 #: which projections an ask is for, and what a step counts of them
 PARTS: dict[type, str] = {Value: "v", QueryKeyValue: "qkv", KeyValue: "kv", QueryKey: "qk", Query: "q", Key: "k"}
 COUNTED = {"q": "query", "k": "key", "v": "value"}
 
 
-class Divided(NamedTuple):
+class DividedRows(NamedTuple):
     """A tensor of rows, and the parts of it that flows hold"""
 
     whole: torch.Tensor
@@ -64,19 +64,19 @@ class LayerStep:
         self.batch, self.layers, self.blocks, self.counts = batch, layers, blocks, counts
         self.table = table  # [positions, D] of the rotary embedding
         self.parts = [GroupLayer(batch, blocks, group) for group in batch.groups]
-        self.divided: list[Divided] = []  # in this layer
+        self.divided: list[DividedRows] = []  # in this layer
 
-    def run(self, index: int, normed: Normed) -> list[Behind]:
+    def run(self, index: int, normed: "Normed") -> list[Behind]:
         """-> what each group's flow returns, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
         self.divided.clear()
         for part in self.parts:
-            part.enter(self.index, self.last, normed)
+            part.enter(self.layer, self.index, self.last, normed)
         if len(self.parts) > 1:
             h, x = normed
             self.divided += [
-                Divided(h, [part.h for part in self.parts]),
-                Divided(x, [part.x for part in self.parts]),
+                DividedRows(h, [part.h for part in self.parts]),
+                DividedRows(x, [part.x for part in self.parts]),
             ]
         flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # what each flow waits for
@@ -112,7 +112,7 @@ class LayerStep:
         if len(like) == 1:
             return (whole,)
         parts = whole.split([len(part) for part in like])
-        self.divided.append(Divided(whole, parts))
+        self.divided.append(DividedRows(whole, parts))
         return parts
 
     def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> Behind:
@@ -239,8 +239,8 @@ class GroupLayer:
         self.where, self.least_similar = group.where, group.least_similar
         self._slots = batch.slots[group.span] if group.cached else None
 
-    def enter(self, index: int, last: bool, normed: Normed) -> None:
-        self.index, self.last, span = index, last, self.group.span
+    def enter(self, layer: Any, index: int, last: bool, normed: "Normed") -> None:
+        self._layer, self.index, self.last, span = layer, index, last, self.group.span
         if isinstance(normed, torch.Tensor):
             self._normed = normed[:, span]
             self.h, self.x = self._normed.unbind(0)
@@ -255,11 +255,7 @@ class GroupLayer:
         return x, h
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        new, old = new.flatten(1), old.flatten(1)
-        if get_tensor_model_parallel_world_size() == 1:
-            return row_cosine(new, old)
-        product, a, b = tensor_model_parallel_all_reduce(row_products(new, old))
-        return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
+        return self._layer.similarity(new.flatten(1), old.flatten(1))
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
         assert self._slots is not None, "asked of canvases with blocks"

@@ -30,7 +30,7 @@ from vllm_dlm.engine.canvas import Canvas
 from vllm_dlm.engine.captured import CapturedSteps
 from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
-from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, denoise_live
+from vllm_dlm.engine.denoiser import NO_SPECULATION, Denoiser, denoise_live
 from vllm_dlm.engine.failures import Failures
 from vllm_dlm.engine.head import Head, max_logits
 from vllm_dlm.engine.outputs import CanvasData, make_output
@@ -193,7 +193,7 @@ class DenoisingRunner:
         self.seeing.attach(self.observed, scheduled)
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
-        canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
+        canvases = getattr(scheduler_output, "canvases", NO_SPECULATION)
         for reading in self.denoiser.step(states, self.tables, counts, failed, canvases):
             state = reading.state
             with failed.catch(state.req_id):

@@ -6,6 +6,7 @@ among the live rows, which only the device may know.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from vllm_dlm.engine.counts import Counts
 from vllm_dlm.engine.selected_keys import SelectedKeys
 from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Held, Selection, Summaries
+from vllm_dlm.plugins.selection.base import CachedPrompts, ChoiceQuery, Selection, StoredChoices, Summaries
 
 
 @dataclass
@@ -57,6 +58,23 @@ class VisibleUnits:
 
     units: torch.Tensor  # [C or slots of the pool, Hkv, K] int32, padded with -1
     rows: torch.Tensor | None  # [C] row of each stream; None: its number
+
+
+class ResponseQueries(NamedTuple):
+    """Queries of a group in one layer, and what they attend to."""
+
+    layer: int
+    blocks: KVBlocks
+    q: torch.Tensor  # [n, H, D]
+    rows: Rows  # [n]
+    voters: torch.Tensor  # [T] bool, of all live rows: a token is read there
+    scale: float
+    counts: Counts
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """[blocks, Hkv, block_size, 2 * D], keys before values"""
+        return self.blocks.layers[self.layer]
 
 
 @dataclass
@@ -126,13 +144,10 @@ class GroupSelection:
 
     # -- choosing --------------------------------------------------------------------------
 
-    def visible(
-        self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
-        counts: Counts,
-    ) -> VisibleUnits:  # fmt: skip
-        """What the responses read of the prompts; `voters` [T] of all live rows"""
-        if self._visible is None or self._visible[0] != layer:
-            self._visible = layer, self._chosen(layer, blocks, q, rows, voters, scale, counts)
+    def visible(self, queries: ResponseQueries) -> VisibleUnits:
+        """What the responses read of the prompts"""
+        if self._visible is None or self._visible[0] != queries.layer:
+            self._visible = queries.layer, self._chosen(queries)
         return self._visible[1]
 
     def visible_in(self, layer: int) -> VisibleUnits | None:
@@ -147,81 +162,78 @@ class GroupSelection:
     def tail(self) -> int:
         return max(own.tail for own in self.keys)
 
-    def _chosen(self, layer, blocks, q, rows, voters, scale, counts) -> VisibleUnits:
+    def _chosen(self, queries: ResponseQueries) -> VisibleUnits:
         if self.choosers is not None:
-            asked = self.asked(layer, blocks, q, rows, voters, scale)
+            asked = self.asked(queries)
             choice = self.selection.choose(asked)
-            counts.keys_scored += choice.scored
+            queries.counts.keys_scored += choice.scored
             if choice.units is not None:
                 if asked.prompts is None or asked.prompts.held is None:
                     return VisibleUnits(choice.units, None)
                 asked.prompts.held.put(choice.units)
-        units, _ = self.keys[0].pool.tensors(layer, blocks.layers[layer].shape[1], q.device)
+        units, _ = self.keys[0].pool.tensors(queries.layer, queries.cache.shape[1], queries.q.device)
         return VisibleUnits(units[..., : max(own.units.kept for own in self.keys)], self.slots)
 
-    def asked(
-        self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float
-    ) -> Asked:
+    def asked(self, queries: ResponseQueries) -> ChoiceQuery:
         """What the selection chooses by"""
-        choosers, cache, dim = self.choosers, blocks.layers[layer], q.shape[2]
+        choosers, cache, rows, dim = self.choosers, queries.cache, queries.rows, queries.q.shape[2]
         assert choosers is not None
         for own, count in zip(self.keys, rows.counts, strict=True):
             if own.chooses and not count:
                 own.refreshed()
         (first, _), (second, _) = self.selection.vectors(dim, cache.dtype)
         prompts = CachedPrompts(
-            cache, choosers.tables, [own.prompt_len for own in choosers.keys], [own.length for own in choosers.keys],
-            choosers.numbers, scale, rows.once("voters", lambda index: voters[index], voters),
-            self._held(layer, cache, choosers),
-        )  # fmt: skip
+            cache,
+            choosers.tables,
+            prompt_lens=[own.prompt_len for own in choosers.keys],
+            lengths=[own.length for own in choosers.keys],
+            numbers=choosers.numbers,
+            scale=queries.scale,
+            voters=rows.once("voters", lambda index: queries.voters[index], queries.voters),
+            held=self._held(queries.layer, cache, choosers),
+        )
         if choosers.bounds is self.bounds:
             starts, ends = self._spans(rows)
         else:
             found = rows.once("choosers", lambda index: torch.searchsorted(index, choosers.bounds), choosers.bounds)
             starts, ends = found.unbind()
-        return Asked(
-            q, starts, ends, min(choosers.most, max(rows.counts)),
-            Summaries(cache[..., :first], cache[..., dim : dim + second]), choosers.summaries, choosers.described,
-            prompts,
-        )  # fmt: skip
+        summaries = Summaries(cache[..., :first], cache[..., dim : dim + second])
+        most = min(choosers.most, max(rows.counts))
+        return ChoiceQuery(queries.q, starts, ends, most, summaries, choosers.summaries, choosers.described, prompts)
 
-    def _held(self, layer: int, cache: torch.Tensor, choosers: Choosers) -> Held | None:
+    def _held(self, layer: int, cache: torch.Tensor, choosers: Choosers) -> StoredChoices | None:
         if not self.keys[0].remembers:
             return None
         units, memo = self.keys[0].pool.tensors(layer, cache.shape[1], cache.device)
-        return Held(units, memo, choosers.slots, choosers.known)
+        return StoredChoices(units, memo, choosers.slots, choosers.known)
 
     # -- attention -------------------------------------------------------------------------
 
-    def attend(
-        self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
-        counts: Counts, out: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Queries [n, H, D] of responses over visible keys -> [n, H, D]; rows of prompts keep their values in `out`"""
-        visible = self.visible(layer, blocks, q, rows, voters, scale, counts)
-        self._count(rows, counts)
-        starts, ends = self._spans(rows)
-        unit, cache = self.selection.unit, blocks.layers[layer]
+    def attend(self, queries: ResponseQueries, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Contexts over visible keys, [n, H, D]; rows of prompts keep their values in `out`"""
+        visible, unit = self.visible(queries), self.selection.unit
+        self._count(queries)
+        starts, ends = self._spans(queries.rows)
         return sparse_attention(
-            q, starts, cache, self.tables, visible.units, self.lengths, unit, scale, False, ends,
-            cache.shape[2] // unit, out, visible.rows, self.free, self.tail,
+            queries.q, starts, queries.cache, self.tables, visible.units, self.lengths, unit, queries.scale, False,
+            ends, queries.cache.shape[2] // unit, out, visible.rows, self.free, self.tail,
         )  # fmt: skip
 
     def delta(
-        self, layer: int, blocks: KVBlocks, q: torch.Tensor, rows: Rows, voters: torch.Tensor, scale: float,
-        counts: Counts, moved: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, queries: ResponseQueries, moved: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What `moved` values [S, Hkv, D] add to contexts over visible keys; `places` [C, longest stream]: index of the
         moved value of a position, -1: none"""
-        visible = self.visible(layer, blocks, q, rows, voters, scale, counts)
-        self._count(rows, counts)
-        starts, ends = self._spans(rows)
-        unit, cache = self.selection.unit, blocks.layers[layer]
+        visible, unit = self.visible(queries), self.selection.unit
+        self._count(queries)
+        starts, ends = self._spans(queries.rows)
         return sparse_delta(
-            q, starts, ends, cache, self.tables, visible.units, self.lengths, unit, scale, moved, places,
-            cache.shape[2] // unit, out, visible.rows, self.free, self.tail,
+            queries.q, starts, ends, queries.cache, self.tables, visible.units, self.lengths, unit, queries.scale,
+            moved, places, queries.cache.shape[2] // unit, out, visible.rows, self.free, self.tail,
         )  # fmt: skip
 
-    def _count(self, rows: Rows, counts: Counts) -> None:
+    def _count(self, queries: ResponseQueries) -> None:
+        rows = queries.rows
         own = [count - prompt for count, prompt in zip(rows.counts, self.prompts_of(rows), strict=True)]
-        counts.attended(own, [k.visible for k in self.keys], read=True, dense=[k.length for k in self.keys])
+        visible, lengths = [keys.visible for keys in self.keys], [keys.length for keys in self.keys]
+        queries.counts.attended(own, visible, read=True, dense=lengths)

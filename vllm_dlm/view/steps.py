@@ -20,7 +20,7 @@ import torch
 from vllm_dlm.engine.batch import Group
 from vllm_dlm.engine.captured import PaddedStep
 from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
+from vllm_dlm.engine.denoiser import Denoiser, Observer, PreparedStep
 from vllm_dlm.engine.head import most_probable
 from vllm_dlm.engine.layer import LayerStep
 from vllm_dlm.engine.request import Denoising
@@ -123,7 +123,7 @@ class Seeing(Observer, Isolated):
         self.denoiser.head.best = self.best if self.steps else None
 
     @isolated
-    def step_packed(self, prepared: Prepared) -> None:
+    def step_packed(self, prepared: PreparedStep) -> None:
         streams = iter(prepared.launched)
         for batch in prepared.batches:
             seen = {}
