@@ -171,7 +171,7 @@ class SelectionEngine(Engine):
 
     def grade(self, rule, samples, progress) -> dict:
         from benchmarks.baselines import attention_mass, canvases
-        from vllm_dlm.engine.selection import GroupSelection
+        from vllm_dlm.step.selection import GroupSelection
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0

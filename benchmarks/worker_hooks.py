@@ -17,8 +17,8 @@ SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
 def install(worker) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
-    from vllm_dlm.engine import denoiser
-    from vllm_dlm.engine.attention import CanvasAttention
+    from vllm_dlm.step import denoiser
+    from vllm_dlm.step.attention import CanvasAttention
 
     runner = worker.model_runner
     worker.dlm_awaited, worker.dlm_delivered, worker.dlm_taken = (0, 0), Counter(), {}
@@ -100,7 +100,7 @@ def install(worker) -> None:
     counted("over_pages", lambda seen, *_: 4 * seen)
     counted("delta_over_pages", lambda seen, rows, _, changed, __: 2 * seen + 2 * pairs(rows.counts, changed.counts))
 
-    from vllm_dlm.engine import selection
+    from vllm_dlm.step import selection
 
     attend_chosen = selection.sparse_attention
 

@@ -90,7 +90,7 @@ class Options:
 
     @property
     def canvases(self) -> int:
-        """Most canvases of a request in one step, see engine/speculation.py. Speculative ones share all but their
+        """Most canvases of a request in one step, see canvas/speculation.py. Speculative ones share all but their
         canvas block, and there are none with guidance or a selection."""
         alone = self.reuse.block_alone and not self.selection.sparse and not self.decoding.cfg_scale
         return self.decoding.drafts if alone and isinstance(self.decoding, SpeculativeDecoding) else 1

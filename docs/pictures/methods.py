@@ -39,7 +39,7 @@ def reuse(figure) -> None:
 
 def planned(given: dict) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """-> what each step does with each row [steps, N], and (step, position) of what it fills"""
-    from vllm_dlm.engine.canvas import Canvas, Commit
+    from vllm_dlm.canvas.canvas import Canvas, Commit
     from vllm_dlm.options import server_options
 
     options = server_options({"decoding": {"block_length": BLOCK}, "reuse": given}, "low_confidence")

@@ -6,7 +6,7 @@ with the tokens that were proposed for them last. If the step fills into D_0 wha
 D_i has filled, then the logits of D_i are those of the next step, and so on.
 Without a threshold, each step fills one token and the answer is exactly that of
 one token per step. With one (FreeDave++), speculation adds to what the threshold
-fills. The dataflow is in engine/speculation.py.
+fills. The dataflow is in canvas/speculation.py.
 
 Keys and values outside the canvas block are shared, so a policy that recomputes
 the block alone is needed (`fast_dllm` with its dual cache), and temperature 0.

@@ -12,7 +12,7 @@ from vllm_dlm.plugins.decoding.base import Memory, check
 
 
 class SpeculativeDecoding:
-    """Reads canvases of its next steps in the same forward, see engine/speculation.py."""
+    """Reads canvases of its next steps in the same forward, see canvas/speculation.py."""
 
     drafts: int  # canvases of a request in one step, its own among them
 
@@ -23,7 +23,7 @@ def without_speculation(decoding: Any) -> Any:
 
 
 class RevokingDecoding:
-    """May turn tokens of the current canvas block into masks again, see engine/revision.py."""
+    """May turn tokens of the current canvas block into masks again, see canvas/revision.py."""
 
     def judges(self, memory: Memory | None) -> bool:
         """Whether this step may revoke tokens, so that the shadow of the block is read"""
@@ -37,7 +37,7 @@ class RevokingDecoding:
 
 
 class EditingDecoding:
-    """May replace tokens of the current canvas block, see engine/revision.py. Candidates include them."""
+    """May replace tokens of the current canvas block, see canvas/revision.py. Candidates include them."""
 
     def settled(self, masks: int, held: np.ndarray, changed: int, memory: Memory | None) -> bool:
         """Whether no token changes any more, after a step that has left `masks` masks and changed `changed` positions.

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2507.18578. Every mask of the block whose best token is
 more probable than tau1 is filled, up to a share of the masks. What stood there
 before is judged in the same forward, at a row that sees everything but the
-token itself (engine/revision.py): where that gives the token less than tau2, it
+token itself (canvas/revision.py): where that gives the token less than tau2, it
 becomes a mask again. Fewer are taken back than the forward before has filled,
 so a block needs at most as many forwards as it has masks. Tokens of a starting
 text are judged by the first forward of their block, as if the one before had

@@ -32,7 +32,7 @@ class Progress:
     # [N] float32: probability of the best token in the last step that read the position; NaN if none has
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled or masked again, ascending
-    written: int = 0  # length of the prefix whose keys and values are cached for good, see engine/block_causal.py
+    written: int = 0  # length of the prefix whose keys and values are cached for good, see canvas/block_causal.py
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
@@ -107,7 +107,7 @@ class Reuse:
     """By default, every row is recomputed in every layer of every step: the exact model.
 
     A class may define a property `layer_key`: all that its `layer` depends on. Policies with equal keys share CUDA
-    graphs. Subclasses do not inherit it; without one, all fields are the key (engine/buckets.py)."""
+    graphs. Subclasses do not inherit it; without one, all fields are the key (step/buckets.py)."""
 
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"

@@ -6,7 +6,7 @@ from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
 from tests.engine.running import Counted, tokens
-from vllm_dlm.engine.selected_keys import SelectedKeys
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 
 
 def requests(count=24, longest=120):

@@ -12,12 +12,12 @@ import numpy as np
 
 from tests.engine.test_holes import EOS, MASK, SIZE
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine import block_causal
-from vllm_dlm.engine.caches import StreamCaches
-from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
-from vllm_dlm.engine.infill import Template
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Logprobs, Reading, Sampling
+from vllm_dlm.canvas import block_causal
+from vllm_dlm.canvas.caches import StreamCaches
+from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.infill import Template
+from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn

@@ -139,7 +139,7 @@ def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     llm, given = engines(SDAR), list(mixed(30, 12))
     with Rows(llm) as whole:
         wanted = tokens(llm, given)
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", chunk)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     poison(llm)
     with Rows(llm) as parts:
         assert tokens(llm, given) == wanted

@@ -8,8 +8,8 @@ from vllm import SamplingParams
 
 from tests.engine.running import Counted, Watching, core_of, free_blocks, poison, tokens
 from tests.engine.test_selection import KEEP_ALL, SELECTIONS
-from vllm_dlm.engine.block_causal import BlockCausalAttention
-from vllm_dlm.engine.selected_keys import SelectedKeys
+from vllm_dlm.canvas.block_causal import BlockCausalAttention
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
@@ -75,7 +75,7 @@ def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_little_memory_and_long_prompts(engines, monkeypatch, checkpoint):
     """Requests give up their blocks, summaries among them, and prompts are read in several steps."""
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     given, selection = list(mixed(14, 9)), SELECTIONS["unique"]
     wanted = tokens(engine(engines, checkpoint, selection), given)
     llm = engine(engines, checkpoint, selection, block_size=16, num_gpu_blocks_override=40)

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.block_causal import BlockCausal
+from vllm_dlm.canvas.canvas import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.client_cache import CLIENT_CACHES
-from vllm_dlm.engine import captured as module
-from vllm_dlm.engine.block_causal import BlockCausal
-from vllm_dlm.engine.buckets import Costs, bucket_of, keeps, layer_key
-from vllm_dlm.engine.canvas import NOTHING
-from vllm_dlm.engine.captured import CapturedSteps
-from vllm_dlm.engine.cuda_graphs import PoolLost, repeated
-from vllm_dlm.engine.stream import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Reuse, RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.step import captured as module
+from vllm_dlm.step.buckets import Costs, bucket_of, keeps, layer_key
+from vllm_dlm.step.captured import CapturedSteps
+from vllm_dlm.step.cuda_graphs import PoolLost, repeated
 
 LONGEST, WIDTH = 512, 8
 COSTS = Costs(layers=1, hidden=WIDTH, inner=WIDTH, itemsize=4)

@@ -9,9 +9,10 @@ import torch
 
 from tests.engine.matrix import small
 from tests.engine.running import runner_of
-from vllm_dlm.engine import attention, warm_up
-from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
+from vllm_dlm.engine import warm_up
 from vllm_dlm.methods import methods
+from vllm_dlm.step import attention
+from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
 
 pytest.importorskip("triton")
 from tests.kernels.caught import catch_launches, compiled

@@ -15,25 +15,25 @@ from tests.engine.test_failures import PLACES, ask, outputs, poisoned
 from tests.engine.test_selection import SMALL
 from vllm_dlm.automaton import built
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.caches import Blocks, StreamCaches
+from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising, Sampling
+from vllm_dlm.canvas.selected_keys import ChoicePool
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.engine import runner as runner_module
-from vllm_dlm.engine.buckets import Costs
-from vllm_dlm.engine.caches import Blocks, StreamCaches
-from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
-from vllm_dlm.engine.captured import TABLES, CapturedSteps
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import repeated
-from vllm_dlm.engine.denoiser import Denoiser
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head
-from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.selected_keys import ChoicePool
-from vllm_dlm.engine.stream import Stream
-from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
 from vllm_dlm.given import Layout
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.step.buckets import Costs
+from vllm_dlm.step.captured import TABLES, CapturedSteps
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import repeated
+from vllm_dlm.step.denoiser import Denoiser
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head
+from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
 
 VOCABULARY, WIDTH, PROMPT, BLOCK = 152_000, 8, 20, 32
 EOS, MASK = 1, 0

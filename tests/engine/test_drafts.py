@@ -8,8 +8,8 @@ from vllm import SamplingParams
 from tests.engine.running import Watching, core_of, runner_of, tokens
 from tests.engine.test_extent import SCARCE
 from tests.engine.test_lifecycle import add, finish
+from vllm_dlm.canvas.speculation import Speculation
 from vllm_dlm.engine.scheduler import FULL
-from vllm_dlm.engine.speculation import Speculation
 
 
 class Canvases(Watching):

@@ -7,10 +7,10 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import free_blocks, tokens
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.packing import GroupPacking
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.flow import FeedForward
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.packing import GroupPacking
 
 PROMPT = {"prompt_token_ids": [390, 7, 8, 9, 10]}
 

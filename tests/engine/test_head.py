@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.engine import noise
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.head import Head
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Reading, Sampling
+from vllm_dlm.canvas import noise
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Sampling
 from vllm_dlm.options import request_options, server_options
+from vllm_dlm.step.head import Head
 
 VOCABULARY, WIDTH = 4096, 32
 SERVER = server_options(None, "low_confidence")

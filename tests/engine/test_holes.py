@@ -12,8 +12,8 @@ import torch
 from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
 from vllm_dlm import automaton
 from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
-from vllm_dlm.engine.holes import Holes
-from vllm_dlm.engine.infill import AUTOMATA, allowed_tokens, automaton_from_plain, rule_out_others
+from vllm_dlm.canvas.holes import Holes
+from vllm_dlm.canvas.infill import AUTOMATA, allowed_tokens, automaton_from_plain, rule_out_others
 from vllm_dlm.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 TEXTS = [

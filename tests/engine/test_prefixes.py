@@ -143,7 +143,7 @@ def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
     given = list(mixed(48, 2))
     wanted = tokens(without(engines, checkpoint), given)
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", chunk)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     llm = caching(engines, checkpoint)
     first, found = outputs(llm, given)
     assert first == wanted and found[0] == 0
@@ -210,7 +210,7 @@ def cached(llm, ids, width):
 @pytest.mark.parametrize("steps", range(1, 7))
 def test_a_prompt_that_was_not_read_to_its_end(engines, monkeypatch, checkpoint, steps):
     """Its client leaves: what has been read is found, and no more."""
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 24)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 24)
     llm, request = caching(engines, checkpoint), ask(some(120, 5), 12, dlm_block_length=4)
     engine = llm.llm_engine
     name = engine.add_request("left", *request)
@@ -224,7 +224,7 @@ def test_a_prompt_that_was_not_read_to_its_end(engines, monkeypatch, checkpoint,
 
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_reset_forgets_all(engines, monkeypatch, step):
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     given = [ask(some(120, 6) + some(index, index), 12, dlm_block_length=4) for index in range(0, 12, 3)]
     wanted = tokens(without(engines, CHECKPOINTS[0]), given)
     llm, got = caching(engines, CHECKPOINTS[0]), {}
@@ -247,7 +247,7 @@ def test_a_reset_forgets_all(engines, monkeypatch, step):
 
 def test_what_goes_wrong_is_not_found(engines, monkeypatch):
     """A request that fails takes what it wrote with it."""
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     llm, request = caching(engines, CHECKPOINTS[0]), ask(some(100, 9), 12)
     wanted = tokens(without(engines, CHECKPOINTS[0]), [request])
     decoding = type(core_of(llm).scheduler.dlm_options.decoding)
@@ -273,7 +273,7 @@ class Breaking(Watching):
 
 
 def test_what_became_nan_is_not_found(engines, monkeypatch):
-    monkeypatch.setattr("vllm_dlm.engine.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     llm, request = caching(engines, CHECKPOINTS[0]), ask(some(100, 9), 12)
     with Breaking(llm):
         (failed,) = llm.generate(*request, use_tqdm=False)

@@ -12,16 +12,16 @@ from benchmarks.costs import predict
 from tests.engine.batches import CHECKPOINTS, POLICIES
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import NOTHING
-from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.packing import pack
-from vllm_dlm.engine.stream import Stream
-from vllm_dlm.engine.upload import Upload
+from vllm_dlm.canvas.canvas import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.packing import pack
+from vllm_dlm.step.upload import Upload
 
 EXACT = {
     "dllm_cache (1, 1)": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1},

@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from tests.engine import pretended_gpu
 from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
-from vllm_dlm.engine.selection import ResponseQueries
-from vllm_dlm.engine.selection_packing import group_selection
+from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.kernels.page_scores import torch as scores
 from vllm_dlm.kernels.sparse_attention import torch as attention
 from vllm_dlm.kernels.top_pages import torch as top
 from vllm_dlm.methods import methods
 from vllm_dlm.options import server_options
 from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.selection import ResponseQueries
+from vllm_dlm.step.selection_packing import group_selection
 
 KV_HEADS, DIM, BLOCK = 2, 16, 32
 #: response and live rows of each canvas

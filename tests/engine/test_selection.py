@@ -11,10 +11,7 @@ from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
-from vllm_dlm.engine.selection import GroupSelection, ResponseQueries
-from vllm_dlm.engine.selection_packing import group_selection
+from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
 from vllm_dlm.methods import methods
@@ -22,6 +19,9 @@ from vllm_dlm.options import request_options
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import Selection
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.selection import GroupSelection, ResponseQueries
+from vllm_dlm.step.selection_packing import group_selection
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
 WAVES = {"name": "wavefilter", "min_prompt": 64}

@@ -6,10 +6,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from tests.engine.pretended_gpu import GPU, Step, pretended, states
 from tests.engine.running import Recorder, runner_of
-from vllm_dlm.engine.layer import GroupLayer
 from vllm_dlm.engine.warm_up import STEPS
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.step.layer import GroupLayer
 
 #: launches of a layer between refreshes
 MOST = {"none": 12, "fast_dllm": 12, "dllm_cache": 18, "dyllm": 22}

@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.devices import fake_gpu, on_gpu
 from tests.kernels.watched import Watched
-from vllm_dlm.engine.head import numeric_fields
 from vllm_dlm.kernels.head_statistics import dispatch
 from vllm_dlm.kernels.head_statistics import torch as plain
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.base import LogitRows
 from vllm_dlm.plugins.decoding.entropy import Entropy
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+from vllm_dlm.step.head import numeric_fields
 
 NAMES = sorted(methods("decoding"))
 ROWS, V, MASK, EOS, EOT = 6, 300, 17, 5, 9

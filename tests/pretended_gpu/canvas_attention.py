@@ -26,8 +26,8 @@ def run() -> None:
     from tests.engine.worker_calls import states_of
     from tests.pretended_gpu.operators import FLASH_CALLS
     from tests.pretended_gpu.worker import on_cpu
-    from vllm_dlm.engine import attention
     from vllm_dlm.engine.worker import DiffusionGPUWorker
+    from vllm_dlm.step import attention
 
     on_cpu(DiffusionGPUWorker)
     LIBRARY.impl("flash_attention", attention._launch, "CPU")

@@ -1,1 +1,1 @@
-"""The denoising engine: scheduler, worker, runner and what a step is made of."""
+"""The denoising engine as vLLM runs it: scheduler, worker and runner."""

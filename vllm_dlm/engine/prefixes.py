@@ -15,8 +15,8 @@ v1/core/kv_cache_manager.py, v1/core/kv_cache_utils.py.
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
-from vllm_dlm.engine import block_causal
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.canvas import block_causal
+from vllm_dlm.canvas.canvas import Canvas
 
 
 class Prefixes:

@@ -24,23 +24,23 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.attention import installed
-from vllm_dlm.engine.buckets import Costs
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.captured import CapturedSteps
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
-from vllm_dlm.engine.denoiser import NO_SPECULATION, Denoiser, denoise_live
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head, max_logits
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
 from vllm_dlm.engine.outputs import CanvasData, make_output
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Reading, Sampling, plain_stream
 from vllm_dlm.engine.warm_up import warm_up
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
+from vllm_dlm.step.attention import installed
+from vllm_dlm.step.buckets import Costs
+from vllm_dlm.step.captured import CapturedSteps
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import CudaGraphs, device_works
+from vllm_dlm.step.denoiser import NO_SPECULATION, Denoiser, denoise_live
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head, max_logits
 from vllm_dlm.view.steps import Seeing
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only

@@ -20,15 +20,15 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutp
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.failures import Failures
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.engine.outputs import CanvasData, DenoisingSchedule
 from vllm_dlm.engine.prefixes import Prefixes
 from vllm_dlm.given import Layout
 from vllm_dlm.integration.registration import resolved_options
 from vllm_dlm.metrics import StepCounts
 from vllm_dlm.options import request_options
+from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.failures import Failures
 from vllm_dlm.view.traces import Trace, report
 
 logger = init_logger(f"vllm.{__name__}")

@@ -14,17 +14,17 @@ import numpy as np
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
-from vllm_dlm.engine.buckets import bucket_of
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Sampling, Stream
+from vllm_dlm.canvas.canvas import Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Sampling, Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.option_types import OptionError
 from vllm_dlm.options import METHOD_KEYS, Options, request_options
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.step.buckets import bucket_of
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Denoiser
+from vllm_dlm.step.failures import Failures
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from vllm.logger import init_logger
 
 from vllm_dlm import __version__
-from vllm_dlm.engine.block_causal import CHUNK
+from vllm_dlm.canvas.block_causal import CHUNK
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.integration.gate import warn_once

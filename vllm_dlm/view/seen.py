@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_dlm.engine.batch import Group
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.stream import Stream
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.step.batch import Group
+from vllm_dlm.step.counts import Counts
 
 if TYPE_CHECKING:
     from vllm_dlm.view.steps import Seeing

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dlm.engine.batch import Group
-from vllm_dlm.engine.captured import PaddedStep
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser, Observer, PreparedStep
-from vllm_dlm.engine.head import most_probable
-from vllm_dlm.engine.layer import LayerStep
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Reading, Stream
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Stream
 from vllm_dlm.plugins.reuse.flow import Attend, AttendMoved, FeedForward, Rows
+from vllm_dlm.step.batch import Group
+from vllm_dlm.step.captured import PaddedStep
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Denoiser, Observer, PreparedStep
+from vllm_dlm.step.head import most_probable
+from vllm_dlm.step.layer import LayerStep
 from vllm_dlm.view.isolation import Isolated, isolated
 from vllm_dlm.view.seen import ByCanvas, SeenGroup, SeenStep, add
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from vllm_dlm.engine.canvas import Canvas, Commit
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.view.frames import FILLED, FRAME, INTERVAL, Frame, Guesses, History
 from vllm_dlm.view.isolation import Isolated, isolated
 from vllm_dlm.view.seen import SeenStep

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from vllm_dlm.engine.stream import Stream
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.plugins.reuse.base import Reuse
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)

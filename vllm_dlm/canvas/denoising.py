@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dlm.engine.block_causal import BlockCausalAttention
-from vllm_dlm.engine.caches import Blocks, StreamCaches
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.commit import NOTHING, Commit
-from vllm_dlm.engine.feature import Feature, Output, Room
-from vllm_dlm.engine.guidance import Guidance
-from vllm_dlm.engine.infill import StartingText, Template
-from vllm_dlm.engine.revision import Editing, Revocation
-from vllm_dlm.engine.selected_keys import SelectedKeys
-from vllm_dlm.engine.speculation import Speculation
-from vllm_dlm.engine.stream import Logprobs, Reading, Sampling, Stream, contained
+from vllm_dlm.canvas.block_causal import BlockCausalAttention
+from vllm_dlm.canvas.caches import Blocks, StreamCaches
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.canvas.commit import NOTHING, Commit
+from vllm_dlm.canvas.feature import Feature, Output, Room
+from vllm_dlm.canvas.guidance import Guidance
+from vllm_dlm.canvas.infill import StartingText, Template
+from vllm_dlm.canvas.revision import Editing, Revocation
+from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.canvas.speculation import Speculation
+from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling, Stream, contained
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
 

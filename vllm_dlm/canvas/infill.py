@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from vllm_dlm.automaton import Automaton
+from vllm_dlm.canvas.commit import NOTHING, Commit
+from vllm_dlm.canvas.feature import Feature, Output, Room
+from vllm_dlm.canvas.holes import Holes
+from vllm_dlm.canvas.stream import Logprobs, Reading, Stream
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.engine.commit import NOTHING, Commit
-from vllm_dlm.engine.feature import Feature, Output, Room
-from vllm_dlm.engine.holes import Holes
-from vllm_dlm.engine.stream import Logprobs, Reading, Stream
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import best
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 #: automata of this worker, by content: requests with equal holes share one
 AUTOMATA: ClientCache[str, Automaton] = ClientCache("automata")

@@ -13,11 +13,11 @@ import torch
 
 from vllm_dlm.cache.blocks import Slots
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.batch import Batch, Group, Limits, RowFlags, RowNumbers, Starts, UncapturedRows
-from vllm_dlm.engine.selection_packing import group_selection
-from vllm_dlm.engine.stream import Stream, among
-from vllm_dlm.engine.upload import Upload
+from vllm_dlm.canvas.stream import Stream, among
 from vllm_dlm.plugins.reuse.flow import Columns, Rows
+from vllm_dlm.step.batch import Batch, Group, Limits, RowFlags, RowNumbers, Starts, UncapturedRows
+from vllm_dlm.step.selection_packing import group_selection
+from vllm_dlm.step.upload import Upload
 
 #: vLLM's null block, which no request owns: pads the tables of streams that have fewer blocks than others
 NULL_BLOCK = 0

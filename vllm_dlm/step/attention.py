@@ -10,14 +10,14 @@ import functools
 import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
-from vllm_dlm.engine.batch import Group
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selection import ResponseQueries
 from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
 from vllm_dlm.kernels.paged_attention import gather, paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
 from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.step.batch import Group
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.selection import ResponseQueries
 
 _LIBRARY = torch.library.Library("vllm_dlm", "FRAGMENT")
 _LIBRARY.define(

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from vllm_dlm.engine.commit import NOTHING
-from vllm_dlm.engine.feature import Feature, Room
-from vllm_dlm.engine.selected_keys import SelectedKeys
-from vllm_dlm.engine.stream import Reading, Stream
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.feature import Feature, Room
+from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.canvas.stream import Reading, Stream
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 #: most rows of a prompt that are read in one step, rounded down to whole blocks
 CHUNK = 1024

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import SelectedKeys
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import CachedPrompts, ChoiceQuery, Selection, StoredChoices, Summaries
+from vllm_dlm.step.counts import Counts
 
 
 @dataclass

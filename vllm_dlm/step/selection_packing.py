@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from vllm_dlm.cache.blocks import Slots
-from vllm_dlm.engine.selected_keys import SelectedKeys
-from vllm_dlm.engine.selection import Choosers, FinalKeys, GroupSelection, NewKeys
+from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.step.selection import Choosers, FinalKeys, GroupSelection, NewKeys
 
 Upload = Callable[[np.ndarray], torch.Tensor]
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vllm_dlm.engine.commit import NOTHING
-from vllm_dlm.engine.selected_keys import SelectedKeys
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.plugins.decoding.base import Proposal
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.denoising import Denoising
 
 
 @dataclass(frozen=True)

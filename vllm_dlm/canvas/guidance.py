@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_dlm.engine.feature import Feature, Room
-from vllm_dlm.engine.stream import Stream
+from vllm_dlm.canvas.feature import Feature, Room
+from vllm_dlm.canvas.stream import Stream
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 
 class Guidance(Feature):

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.engine.batch import Batch, Limits, UncapturedRowsError
-from vllm_dlm.engine.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
-from vllm_dlm.engine.commit import NOTHING
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import Capture, Graph, PoolLost
-from vllm_dlm.engine.failures import describe
-from vllm_dlm.engine.packing import NULL_BLOCK, pack
-from vllm_dlm.engine.stream import Stream
-from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
+from vllm_dlm.step.batch import Batch, Limits, UncapturedRowsError
+from vllm_dlm.step.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import Capture, Graph, PoolLost
+from vllm_dlm.step.failures import describe
+from vllm_dlm.step.packing import NULL_BLOCK, pack
+from vllm_dlm.step.upload import Upload
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.attention import GroupAttention
-from vllm_dlm.engine.batch import Batch, Group
-from vllm_dlm.engine.counts import Counts
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.plugins.reuse.flow import (
     ORDER,
@@ -32,6 +29,9 @@ from vllm_dlm.plugins.reuse.flow import (
     Rows,
     Value,
 )
+from vllm_dlm.step.attention import GroupAttention
+from vllm_dlm.step.batch import Batch, Group
+from vllm_dlm.step.counts import Counts
 
 if TYPE_CHECKING:
     from vllm_dlm.models.transformer import Normed

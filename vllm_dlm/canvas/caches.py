@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.engine.commit import NOTHING
-from vllm_dlm.engine.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.plugins.selection.base import Selection
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.denoising import Denoising
 
 
 class Blocks(NamedTuple):

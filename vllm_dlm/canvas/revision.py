@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_dlm.engine.commit import NOTHING, Commit
-from vllm_dlm.engine.feature import Feature, Room
-from vllm_dlm.engine.stream import Reading, Stream, contained
+from vllm_dlm.canvas.commit import NOTHING, Commit
+from vllm_dlm.canvas.feature import Feature, Room
+from vllm_dlm.canvas.stream import Reading, Stream, contained
 from vllm_dlm.plugins.decoding.roles import EditingDecoding, RevokingDecoding
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 
 class Revocation(Feature):

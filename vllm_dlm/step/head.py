@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_dlm.engine import noise
-from vllm_dlm.engine.noise import row_keys, signed
-from vllm_dlm.engine.stream import Logprobs, Reading
-from vllm_dlm.engine.upload import Upload
+from vllm_dlm.canvas import noise
+from vllm_dlm.canvas.noise import row_keys, signed
+from vllm_dlm.canvas.stream import Logprobs, Reading
 from vllm_dlm.plugins.decoding.base import LogitRows, Proposal, at_token
+from vllm_dlm.step.upload import Upload
 
 
 def max_logits(device: torch.device) -> int:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_dlm.engine.commit import Commit
-from vllm_dlm.engine.feature import Feature, Room
-from vllm_dlm.engine.stream import Reading, Stream
+from vllm_dlm.canvas.commit import Commit
+from vllm_dlm.canvas.feature import Feature, Room
+from vllm_dlm.canvas.stream import Reading, Stream
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 #: a mask and the token that was proposed for it
 Guess = tuple[int, int]

@@ -6,13 +6,13 @@ and turns what was read there into a commit. Features keep no reference to their
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_dlm.engine.caches import StreamCaches
-from vllm_dlm.engine.commit import Commit
-from vllm_dlm.engine.stream import Reading, Stream
+from vllm_dlm.canvas.caches import StreamCaches
+from vllm_dlm.canvas.commit import Commit
+from vllm_dlm.canvas.stream import Reading, Stream
 
 if TYPE_CHECKING:
-    from vllm_dlm.engine.canvas import Canvas
-    from vllm_dlm.engine.request import Denoising
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
 
 #: tokens, and what was recorded of each
 Output = tuple[list[int], list[Any]]

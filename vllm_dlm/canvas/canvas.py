@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_dlm.engine import block_causal, infill, revision
-from vllm_dlm.engine.commit import NOTHING, Commit
+from vllm_dlm.canvas import block_causal, infill, revision
+from vllm_dlm.canvas.commit import NOTHING, Commit
 from vllm_dlm.given import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan

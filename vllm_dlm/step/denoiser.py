@@ -10,18 +10,18 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.batch import Batch
-from vllm_dlm.engine.caches import StreamCaches
-from vllm_dlm.engine.captured import CapturedSteps, PaddedStep
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head, HeadBatch
-from vllm_dlm.engine.layer import LayerStep, concatenated
-from vllm_dlm.engine.packing import pack, split
-from vllm_dlm.engine.request import Denoising
-from vllm_dlm.engine.stream import Reading, Stream, among, plain_stream
-from vllm_dlm.engine.upload import Upload
+from vllm_dlm.canvas.caches import StreamCaches
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Stream, among, plain_stream
 from vllm_dlm.plugins.reuse.flow import Behind
+from vllm_dlm.step.batch import Batch
+from vllm_dlm.step.captured import CapturedSteps, PaddedStep
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head, HeadBatch
+from vllm_dlm.step.layer import LayerStep, concatenated
+from vllm_dlm.step.packing import pack, split
+from vllm_dlm.step.upload import Upload
 
 if TYPE_CHECKING:
     from vllm_dlm.models.transformer import Normed

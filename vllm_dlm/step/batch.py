@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_dlm.cache.blocks import Slots
-from vllm_dlm.engine.selection import GroupSelection
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.plugins.reuse.base import Reuse
 from vllm_dlm.plugins.reuse.flow import Columns, PickedRows, Rows
+from vllm_dlm.step.selection import GroupSelection
 
 
 class Limits(NamedTuple):
