@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
+from vllm_dlm.plugins.selection.base import CachedPrompts, Choice, ChoiceQuery, PromptUnits, Selection
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -35,35 +35,35 @@ class Tokens(Selection):
     def applies(self, prompt_len: int, length: int) -> bool:
         return True
 
-    def summary_rows(self, prompt_len: int) -> int:
-        return 0
-
-    def units_kept(self, prompt_len: int) -> int:
-        return max(1, round(self.share * prompt_len))
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        return PromptUnits(prompt_len, 0, max(1, round(self.share * prompt_len)))
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return keys[:0], keys[:0]
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         lens = cached_prompts(asked).prompt_lens
         chosen = []
         for own, prompt_len in zip(canvases(asked), lens, strict=True):
-            best = self.score(own).topk(self.units_kept(prompt_len), -1)[1].sort(-1)[0].to(torch.int32)  # [Hkv, K]
-            chosen.append(torch.nn.functional.pad(best, (0, max(map(self.units_kept, lens)) - best.shape[1]), value=-1))
+            best = (
+                self.score(own).topk(self.prompt_units(prompt_len).kept, -1)[1].sort(-1)[0].to(torch.int32)
+            )  # [Hkv, K]
+            most = max(self.prompt_units(length).kept for length in lens)
+            chosen.append(torch.nn.functional.pad(best, (0, most - best.shape[1]), value=-1))
         return Choice(torch.stack(chosen), sum(lens))
 
-    def score(self, asked: Asked) -> torch.Tensor:
+    def score(self, asked: ChoiceQuery) -> torch.Tensor:
         """Of one canvas -> [Hkv, prompt]"""
         raise NotImplementedError
 
 
-def cached_prompts(asked: Asked) -> CachedPrompts:
+def cached_prompts(asked: ChoiceQuery) -> CachedPrompts:
     if asked.prompts is None:
         raise NotImplementedError("these rules choose among the keys of a cached prompt alone")
     return asked.prompts
 
 
-def canvases(asked: Asked) -> list[Asked]:
+def canvases(asked: ChoiceQuery) -> list[ChoiceQuery]:
     """Each asker by itself."""
     parts = []
     for i, (start, end) in enumerate(zip(asked.starts.tolist(), asked.ends.tolist(), strict=True)):
@@ -73,7 +73,7 @@ def canvases(asked: Asked) -> list[Asked]:
             lengths=[prompts.lengths[i]], numbers=prompts.numbers[:, i : i + 1], voters=prompts.voters[start:end],
         )  # fmt: skip
         parts.append(
-            Asked(
+            ChoiceQuery(
                 asked.q[start:end], asked.starts[:1] * 0, asked.ends[i : i + 1] - start, end - start, asked.summaries,
                 asked.table[i : i + 1], asked.counts[i : i + 1], own,
             )
@@ -81,13 +81,13 @@ def canvases(asked: Asked) -> list[Asked]:
     return parts
 
 
-def keys_of(asked: Asked, length: int) -> torch.Tensor:
+def keys_of(asked: ChoiceQuery, length: int) -> torch.Tensor:
     """[Hkv, length, D]"""
     prompts = cached_prompts(asked)
     return prompts.keys(torch.arange(length).expand(1, prompts.cache.shape[1], -1), 1)[0, :, :, 0]
 
 
-def attention_mass(asked: Asked) -> torch.Tensor:
+def attention_mass(asked: ChoiceQuery) -> torch.Tensor:
     """What a canvas's voters' queries attend to in truth, summed over them and the heads of a key head:
     [Hkv, length]"""
     prompts = cached_prompts(asked)
@@ -103,14 +103,14 @@ class Oracle(Tokens):
 
     name: ClassVar[str] = "oracle"
 
-    def score(self, asked: Asked) -> torch.Tensor:
+    def score(self, asked: ChoiceQuery) -> torch.Tensor:
         return attention_mass(asked)[:, : cached_prompts(asked).prompt_lens[0]]
 
 
 class Random(Tokens):
     name: ClassVar[str] = "random"
 
-    def score(self, asked: Asked) -> torch.Tensor:
+    def score(self, asked: ChoiceQuery) -> torch.Tensor:
         return torch.rand(asked.summaries.first.shape[1], cached_prompts(asked).prompt_lens[0])
 
 
@@ -120,7 +120,7 @@ class SparseDLLM(Tokens):
 
     name: ClassVar[str] = "sparse-dllm"
 
-    def score(self, asked: Asked) -> torch.Tensor:
+    def score(self, asked: ChoiceQuery) -> torch.Tensor:
         keys = keys_of(asked, cached_prompts(asked).prompt_lens[0])
         mean = asked.q.unflatten(1, (len(keys), -1)).mean((0, 2))  # [Hkv, D]
         score = torch.einsum("hd,hnd->hn", mean, keys).mean(0)

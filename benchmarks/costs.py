@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from vllm_dlm.engine.counts import Counts, ModelShape
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.step.counts import Counts, ModelShape
 
 SHAPES = {
     "LLaDA-8B": ModelShape(32, 4096, 32, 32, 128, 12288, 126464),

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_device import Profile, mark, milliseconds
 from benchmarks.gpu_shapes import Shape
-from vllm_dlm.engine.counts import Counts
+from vllm_dlm.step.counts import Counts
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Run:
 
 
 class Marks:
-    """An observer of steps (engine/denoiser.py, which needs vLLM): where they begin, where the last layer's rows are
+    """An observer of steps (step/denoiser.py, which needs vLLM): where they begin, where the last layer's rows are
     there, and where tokens are."""
 
     def __init__(self):

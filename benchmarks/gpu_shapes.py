@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_dlm.engine.counts import Counts, ModelShape
+from vllm_dlm.step.counts import Counts, ModelShape
 
 ELEMENT = 2  # bytes of a weight, a key or a value: bfloat16
 

@@ -105,9 +105,9 @@ def head_statistics(here):
 
 def flash_attention(here):
     """Of keys side by side and of keys in pages; nothing where it does not run."""
-    from vllm_dlm.engine.flash_attention import flash_attention, has_flash
     from vllm_dlm.kernels.paged_attention.naive import paged_attention
     from vllm_dlm.kernels.varlen_attention.naive import varlen_attention
+    from vllm_dlm.step.attention import flash_attention, has_flash
 
     for dtype in (torch.float16, torch.bfloat16):
         if not has_flash(torch.empty(1, dtype=dtype, device=here)):

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from benchmarks import drawing, quality_rules, quality_walks, report
 from benchmarks.load import Load
 from benchmarks.workload import Policy
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Observer, plain_stream
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Observer, plain_stream
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "vllm_dlm" / "demo" / "checkpoint"
 CANVAS, BLOCK = 32, 8

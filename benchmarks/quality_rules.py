@@ -12,8 +12,8 @@ from itertools import product
 import numpy as np
 
 from benchmarks import drawing, report
-from vllm_dlm.engine.denoiser import Observer
 from vllm_dlm.methods import methods
+from vllm_dlm.step.denoiser import Observer
 
 BLOCK, THRESHOLD = 8, 0.9
 CANVASES = (32, 128, 512)

@@ -171,18 +171,18 @@ class SelectionEngine(Engine):
 
     def grade(self, rule, samples, progress) -> dict:
         from benchmarks.baselines import attention_mass, canvases
-        from vllm_dlm.engine.selecting import Selecting
+        from vllm_dlm.step.selection import GroupSelection
 
         kept, oracle, total = torch.zeros(3, dtype=torch.float64)
         read, prompt = 0, 0
-        shown = Selecting.shown
+        shown = GroupSelection.visible
 
-        def weighed(group, layer, blocks, q, rows, voters, scale, counts):
+        def weighed(group, queries):
             """What would have been attended to, beside what is."""
             nonlocal kept, oracle, total, read, prompt
-            found = shown(group, layer, blocks, q, rows, voters, scale, counts)
-            asked = canvases(group.asked(layer, blocks, q, rows, voters, scale))
-            for view, own_units, own_asked in zip(group.views, group.units(found), asked, strict=True):
+            found = shown(group, queries)
+            asked = canvases(group.asked(queries))
+            for view, own_units, own_asked in zip(group.keys, group.units(found), asked, strict=True):
                 weight = attention_mass(own_asked)[:, : view.prompt_len].double()
                 unit = torch.arange(view.prompt_len) // view.selection.unit
                 seen = torch.stack([torch.isin(unit, own) for own in own_units])
@@ -193,11 +193,11 @@ class SelectionEngine(Engine):
                 read, prompt = read + int(seen.sum()), prompt + seen.numel()
             return found
 
-        Selecting.shown = weighed
+        GroupSelection.visible = weighed
         try:
             right = self.exact_match_of(rule, samples, progress)
         finally:
-            Selecting.shown = shown
+            GroupSelection.visible = shown
         if not prompt:
             return {"exact_match": right, "kept": 1.0}
         return {

@@ -17,8 +17,8 @@ SELECTED = ("keys_read", "keys_dense", "keys_scored", "summaries")
 def install(worker) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
-    from vllm_dlm.engine import denoiser
-    from vllm_dlm.engine.canvas_attention import CanvasAttention
+    from vllm_dlm.step import denoiser
+    from vllm_dlm.step.attention import CanvasAttention
 
     runner = worker.model_runner
     worker.dlm_awaited, worker.dlm_delivered, worker.dlm_taken = (0, 0), Counter(), {}
@@ -100,16 +100,16 @@ def install(worker) -> None:
     counted("over_pages", lambda seen, *_: 4 * seen)
     counted("delta_over_pages", lambda seen, rows, _, changed, __: 2 * seen + 2 * pairs(rows.counts, changed.counts))
 
-    from vllm_dlm.engine import selecting
+    from vllm_dlm.step import selection
 
-    attend_chosen = selecting.sparse_attention
+    attend_chosen = selection.sparse_attention
 
     def over_chosen(q, starts, pages, table, chosen, kv_lens, unit, scale, causal, ends, *args):
         keys = ((chosen[:, 0] >= 0).sum(-1) * unit).minimum(kv_lens)
         counts["flops"] += 4 * int((keys * (ends - starts)).sum()) * q[0].numel()
         return attend_chosen(q, starts, pages, table, chosen, kv_lens, unit, scale, causal, ends, *args)
 
-    selecting.sparse_attention = over_chosen
+    selection.sparse_attention = over_chosen
 
 
 def delivered(worker, output) -> bool:

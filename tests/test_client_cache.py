@@ -33,10 +33,10 @@ NOT_KEYED_BY_CLIENTS = {
     "view/page.py:page": "nothing",
     "view/page.py:script": "nothing",
     "view/page.py:policy": "nothing",
-    "engine/flash_attention.py:installed": "nothing",
+    "step/attention.py:installed": "nothing",
     "kernels/triton_utils.py:processors": "devices of the machine",
-    "engine/flash_attention.py:_version": "nothing",
-    "engine/head.py:numeric_fields": "the registered decodings",
+    "step/attention.py:_version": "nothing",
+    "step/head.py:numeric_fields": "the registered decodings",
 }
 
 

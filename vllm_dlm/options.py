@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from vllm_dlm.block_causal import BlockCausal, Committed
 from vllm_dlm.canvas_texts import NO_TEXTS, TEXT_KEYS, CanvasTexts
 from vllm_dlm.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.method_options import (
@@ -25,6 +24,7 @@ from vllm_dlm.method_options import (
 )
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.option_types import OptionError, may_be_unset, reject, typed
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecoding, without_speculation
 from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
@@ -89,7 +89,13 @@ class Options:
     def caches(self) -> bool:
         """Whether keys and values are written to KV blocks: later steps read them, or a selection or shadows do in this
         step."""
-        return self.reuse.caches or self.selection.sparse or self.decoding.revokes
+        shadows, kept = isinstance(self.decoding, RevokingDecoding), self.attention != "full"
+        return self.reuse.caches or self.selection.sparse or shadows or kept
+
+    @property
+    def grows(self) -> bool:
+        """A canvas starts small and grows, so its length is an upper bound and may be omitted."""
+        return self.extent.grows or self.attention != "full"
 
     @property
     def observed(self) -> bool:
@@ -98,10 +104,10 @@ class Options:
 
     @property
     def canvases(self) -> int:
-        """Most canvases of a request in one step, see Decoding.canvases. Speculative ones share all but their canvas
-        block, and there are none with guidance or a selection."""
+        """Most canvases of a request in one step, see canvas/speculation.py. Speculative ones share all but their
+        canvas block, and there are none with guidance or a selection."""
         alone = self.reuse.block_alone and not self.selection.sparse and not self.decoding.cfg_scale
-        return self.decoding.canvases if alone else 1
+        return self.decoding.drafts if alone and isinstance(self.decoding, SpeculativeDecoding) else 1
 
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
         """Positions of a request's canvas, including its prompt. It ends at the model's length at the latest. With
@@ -164,12 +170,12 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
     decoding = options.decoding
     if decoding.block_length is None:
         raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
-    if decoding.revokes:
-        raise OptionError("dlm_decoding", f"dlm_decoding: {decoding.name!r} {whole}")
+    if isinstance(decoding, RevokingDecoding):
+        raise OptionError("dlm_decoding", f"dlm_decoding: {options.decoding.name!r} {whole}")
     if field := options.texts.any:
         behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
         reject(f"dlm_{field}", getattr(options.texts, field), behind)
-    return replace(options, reuse=BlockCausal(decoding.block_length), extent=Committed())
+    return options
 
 
 def _upon_preset(written: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[str, Any]:
@@ -211,8 +217,8 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
         chosen["extent"] = _with_window(chosen.get("extent", server.extent), written.pop(WINDOW), "extent" in chosen)
     if written:
         chosen["decoding"] = _requested_decoding(server.decoding, written)
-    if "texts" in chosen and chosen["texts"].template:  # speculative canvases do not know templates
-        chosen["decoding"] = chosen.get("decoding", server.decoding).alone()
+    if "texts" in chosen and chosen["texts"].template:
+        chosen["decoding"] = without_speculation(chosen.get("decoding", server.decoding))
     return suited(replace(server, **chosen))
 
 
@@ -264,7 +270,8 @@ def _requested_decoding(current: Any, written: Mapping[str, Any]) -> Any:
             raise OptionError(key, f"{short(key)}: {cls.name!r} decoding has no such option, valid are {valid}")
     kept = {field: getattr(current, field) for field in shared_fields(cls, current) if field not in values}
     if cls is not type(current):
-        kept = {field: value for field, value in kept.items() if value is not None or field not in cls.own}
+        required = {field.name for field in fields(cls) if "required" in field.metadata}
+        kept = {field: value for field, value in kept.items() if value is not None or field not in required}
     try:
         return cls(**(kept | values))
     except ValueError as error:

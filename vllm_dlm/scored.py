@@ -40,7 +40,6 @@ class Scored(Decoding):
     """A request cannot name it."""
 
     name: ClassVar[str] = "score"
-    steps_of_blocks: ClassVar[bool] = True
 
     start: int = 1  # tokens of the context
     answer: tuple[int, ...] = ()  # the continuation
@@ -80,10 +79,6 @@ class Scored(Decoding):
     def end(self) -> int:
         return self.start + len(self.answer)
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def misfit(self, prompt: int, max_tokens: int, length: int, vocabulary: int, mask_id: int) -> str | None:
         """Why a request of this prompt cannot be scored: `length` is that of its canvas."""
         if (prompt, max_tokens) != (self.start, len(self.answer)):
@@ -96,7 +91,7 @@ class Scored(Decoding):
 
     # -- its canvas and its steps ----------------------------------------------------------
 
-    def given(self, length: int, mask_id: int) -> np.ndarray:
+    def starting_tokens(self, length: int, mask_id: int) -> np.ndarray:
         tokens = np.full(length, mask_id, dtype=np.int64)
         if self.masked is not None:
             tokens[: len(self.answer)] = self.answer

@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.soak.fork import in_a_fork
 from benchmarks.soak.process import CHECKPOINTS
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 
 MODELS = ("sdar-tiny", "llada2-tiny")
 MAX_MODEL_LEN = 1000
@@ -45,7 +46,8 @@ def serve(llm, requests: int, seed: int) -> Ends:
 
     rng, found = random.Random(f"limit {seed}"), Ends()
     longest = llm.llm_engine.model_config.max_model_len
-    decodings = [name for name in sorted(methods("decoding")) if not methods("decoding")[name].revokes]
+    known = methods("decoding")
+    decodings = [name for name in sorted(known) if not issubclass(known[name], RevokingDecoding)]
     asked = []
     for number in range(requests):
         width = BLOCKS[number % len(BLOCKS)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import METHOD_KEYS, WINDOW, OptionError, request_options, server_options
+from vllm_dlm.plugins.decoding.roles import RandomOrder
 
 INTEGERS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
 FLOATS = (0.0, 1e-3, 0.05, 0.3, 0.5, 0.9, 0.995, 1.0, 1.5)
@@ -209,7 +210,7 @@ def draws(server, extra: dict) -> bool:
         decoding = request_options(server, extra).decoding
     except ValueError:  # it will be refused
         return True
-    return decoding.random_order or getattr(decoding, "algorithm_temperature", 0) > 0
+    return isinstance(decoding, RandomOrder) or getattr(decoding, "algorithm_temperature", 0) > 0
 
 
 def _options(rng: random.Random, server, length: int) -> dict:

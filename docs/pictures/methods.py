@@ -39,7 +39,7 @@ def reuse(figure) -> None:
 
 def planned(given: dict) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """-> what each step does with each row [steps, N], and (step, position) of what it fills"""
-    from vllm_dlm.engine.canvas import Canvas, Commit
+    from vllm_dlm.canvas.canvas import Canvas, Commit
     from vllm_dlm.options import server_options
 
     options = server_options({"decoding": {"block_length": BLOCK}, "reuse": given}, "low_confidence")
@@ -48,7 +48,7 @@ def planned(given: dict) -> tuple[np.ndarray, list[tuple[int, int]]]:
     for step in range(RESPONSE):
         states[step, canvas.plan.live] = CARRIED
         states[step, canvas.plan.forced] = RECOMPUTED
-        if options.reuse.force_changed:
+        if canvas.plan.force_changed:
             states[step, canvas.changed] = np.where(states[step, canvas.changed] == ABSENT, ABSENT, RECOMPUTED)
         read = canvas.candidates()
         canvas.apply(Commit(read, np.ones(len(read)), np.array([0]), np.array([1])))

@@ -28,38 +28,38 @@ BOXES = {
         "blocks of the KV cache",
     ),
     "runner": Box(
-        0.2, 5.5, 3.9, 1.5, BLUE, "runner.py, engine/denoiser.py",
+        0.2, 5.5, 3.9, 1.5, BLUE, "step/denoiser.py",
         "the same canvas, the same plan:\n"
-        "one stream each, two with guidance",
+        "its streams, and those of features",
     ),
     "request": Box(
-        10.6, 5.5, 3.3, 1.5, BLUE, "engine/request.py",
+        10.6, 5.5, 3.3, 1.5, BLUE, "canvas/denoising.py",
         "decoding.choose → Commit,\n"
         "a finished block is handed out",
     ),
     "packing": Box(
-        0.2, 3.1, 3.9, 1.5, ORANGE, "engine/packing.py",
+        0.2, 3.1, 3.9, 1.5, ORANGE, "step/packing.py",
         "live rows of all canvases, no padding,\n"
         "one group per policy and kind",
     ),
     "layer": Box(
-        4.9, 3.1, 4.9, 1.95, ORANGE, "engine/layer.py, in each layer",
+        4.9, 3.1, 4.9, 1.95, ORANGE, "step/layer.py, in each layer",
         "flows advance together, asks of one type\n"
         "are one product: Value · Query · Key,\n"
         "AttendMoved · Attend, Output · FeedForward",
     ),
     "captured": Box(
-        4.9, 5.3, 4.9, 1.3, ORANGE, "engine/captured.py, on a GPU",
+        4.9, 5.3, 4.9, 1.3, ORANGE, "step/captured.py, on a GPU",
         "small steps between refreshes: tables are\n"
         "written over, all launches replayed",
     ),
     "head": Box(
-        10.6, 3.1, 3.3, 1.5, ORANGE, "engine/head.py",
+        10.6, 3.1, 3.3, 1.5, ORANGE, "step/head.py",
         "logits of the rows read, in pieces →\n"
         "token, score, probability",
     ),
     "attention": Box(
-        4.9, 0.3, 4.9, 1.5, GREEN, "engine/group_attention.py, selected_keys.py",
+        4.9, 0.3, 4.9, 1.5, GREEN, "step/attention.py, selection.py",
         "each canvas over all its keys,\n"
         "or over those a selection chose",
     ),

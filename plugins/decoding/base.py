@@ -8,7 +8,7 @@ on the host, the positions to fill. Nothing larger than [rows] crosses over.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +43,15 @@ class Proposal:
     token: torch.Tensor  # [R] int64
     score: torch.Tensor  # [R] float32: what the algorithm ranks by
     prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
-    noted: torch.Tensor | None = None  # [Decoding.noted, R] float64: for the decoding's `Memory`
+    noted: torch.Tensor | None = None  # [Memory.noted, R] float64: for the decoding's `Memory`
 
 
 class Memory:
-    """What a decoding remembers, on the host, of the masks of one canvas block. It begins anew with each block, also
-    with one that begins again after a preemption."""
+    """What a decoding remembers, on the host, of the masks of one canvas block. A block starts with a new one, also
+    when it starts again after a preemption."""
+
+    #: number of values per row that `propose` notes for the next steps
+    noted: ClassVar[int] = 0
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """What `propose` is told of each position, where these tokens stand: [C, …], of any width, filled up with -1
@@ -56,15 +59,15 @@ class Memory:
         return {}
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        """What `propose` noted of them: [Decoding.noted, C]"""
+        """What `propose` noted of them: [Memory.noted, C]"""
 
 
-#: makes the generator of a step, which takes longer than what most decodings do on the host
+#: makes the generator of a step, which takes longer than most decodings do on the host
 Random = Callable[[], np.random.Generator]
 
 
 class Turn(NamedTuple):
-    """Where a block stands in its schedule."""
+    """One step in the schedule of a canvas block."""
 
     step: int  # counts the forwards of the block, from 0
     steps: int  # how many are scheduled
@@ -72,48 +75,73 @@ class Turn(NamedTuple):
     positions: np.ndarray  # [C] of the candidates in the canvas, ascending
     masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
     pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
-    standing: np.ndarray | None = None  # [C] bool: candidates that hold a token, see Decoding.edits
+    held: np.ndarray | None = None  # [C] bool: candidates that hold a token, see EditingDecoding
     tokens: np.ndarray | None = None  # [C] that the candidates hold
+    prompt_len: int | None = None  # candidates below are masks of the prompt
 
     @property
     def last(self) -> bool:
         return self.step >= self.steps - 1
 
+    @property
+    def in_response(self) -> np.ndarray:
+        """Indices of the candidates in the response"""
+        return np.flatnonzero(self.positions >= self.prompt_len) if self.prompt_len is not None else np.arange(0)
+
 
 @dataclass(frozen=True)
-class Decoding:
-    """Fields are the options a server or (as `dlm_<field>`) a request may set."""
-
-    name: ClassVar[str | None] = None
-    #: what ranks the positions cannot be compared with a probability threshold
-    random_order: ClassVar[bool] = False
-    #: how many numbers of each row `propose` notes for the next step's; with `memory`
-    noted: ClassVar[int] = 0
-    #: a token that was filled may become a mask again until its block is finished. A step that may lead to that has a
-    #: shadow of the canvas block beside the canvas, see engine/shadow.py
-    revokes: ClassVar[bool] = False
-    #: fields whose published values make the method: a server that has them unset has not said otherwise
-    own: ClassVar[tuple[str, ...]] = ()
-    #: a token that was filled may become another one until its block is settled: all of the block are candidates
-    edits: ClassVar[bool] = False
-    #: `steps` are those of each block, not of the canvas
-    steps_of_blocks: ClassVar[bool] = False
-    #: whether masks inside the prompt count for the schedule (Dream) or only compete for it (LLaDA)
-    schedules_prompt_masks: ClassVar[bool] = False
+class Schedule:
+    """Canvas blocks, and how many positions each step of a block fills."""
 
     steps: int | None = None  # denoising steps for the whole canvas; None: one token per step
     block_length: int | None = None  # None: the whole canvas is one block
-    threshold: float | None = None  # Fast-dLLM: fill everything at least this probable
-    threshold_decay: float = 0.0  # alpha of Streaming-dLLM: the threshold falls by so much of it as masks get fewer
-    threshold_floor: float | None = None  # how low the threshold may be while other requests wait; None: as it is
-    factor: float | None = None  # Fast-dLLM: n-th best is filled while (n+1)(1-p_n) < factor
-    cfg_scale: float = 0.0  # classifier-free guidance against the canvas with the prompt masked
-    suppress_eos: bool = False  # LLaDA's logits_eos_inf
 
     def __post_init__(self):
         for name in ("steps", "block_length"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "a whole number of at least 1")
+
+    def blocks(self, length: int) -> list[tuple[int, int]]:
+        """[start, end) of each canvas block of a response. The references require that the block length divides the
+        response; here the last block may be shorter."""
+        width = self.block_length or length
+        return [(start, min(start + width, length)) for start in range(0, length, width)]
+
+    def scheduled(self, candidates: np.ndarray, prompt_len: int) -> int:
+        """Number of masks that the schedule of a block counts. Masks in the prompt only compete for it (LLaDA)."""
+        return int((candidates >= prompt_len).sum())
+
+    def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
+        """Steps spent on one block: the request's steps are split evenly, and the first blocks get the remainder. 0 if
+        the request has too few steps."""
+        if self.steps is None:
+            return max(masks, 1)
+        return self.steps // num_blocks + (block < self.steps % num_blocks)
+
+    def quotas(self, masks: int, steps: int) -> list[int]:
+        """Number of positions that each step fills. LLaDA's schedule: an even split, the remainder first.
+
+        The reference runs forwards that fill nothing once the masks run out; they are left out."""
+        share, rest = divmod(masks, steps)
+        return [share + 1] * rest + [share] * (steps - rest if share else 0)
+
+    def most_steps(self, masks: int, scheduled: int) -> int:
+        """Most forwards of a block with `masks` masks: each step fills something once the scheduled ones are over, and
+        one may have had nothing to fill. A block that takes longer is an error."""
+        return masks + scheduled + 1
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Fast-dLLM's rules, which fill positions by their probability and not by a quota."""
+
+    threshold: float | None = None  # fill everything at least this probable
+    threshold_decay: float = 0.0  # alpha of Streaming-dLLM: share by which the threshold falls as masks get fewer
+    threshold_floor: float | None = None  # lowest threshold while other requests wait; None: the threshold
+    factor: float | None = None  # the n-th best is filled while (n+1)(1-p_n) < factor
+
+    def __post_init__(self):
+        super().__post_init__()  # type: ignore[misc]
         check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
         decay = self.threshold_decay
         check(0 <= decay <= 1, "threshold_decay", decay, "between 0 and 1")
@@ -124,115 +152,21 @@ class Decoding:
             within, "threshold_floor", floor, "unset without a threshold" if most is None else f"between 0 and {most}"
         )
         check(self.factor is None or self.factor > 0, "factor", self.factor, "greater than 0")
-        # far beyond any use, and guided logits stay finite
-        check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
-        if self.threshold is not None:
-            check(self.factor is None, "factor", self.factor, "unset when threshold is set")
-        for name in ("threshold", "factor"):
-            if self.random_order:
-                value = getattr(self, name)
-                check(value is None, name, value, f"unset: {self.name} fills positions in random order")
-
-    # -- schedule, on the host -------------------------------------------------------------
 
     @property
-    def canvases(self) -> int:
-        """Of a request in one step, at most: its own, and guesses at what it will be in the next ones. Where those
-        come true, steps are saved."""
-        return 1
-
-    def alone(self) -> "Decoding":
-        """The same with a canvas of its own and no more"""
-        return self
-
-    @property
-    def parallel(self) -> bool:
-        """The number of positions filled per step depends on the probabilities."""
+    def thresholded(self) -> bool:
         return self.threshold is not None or self.factor is not None
 
-    def blocks(self, length: int) -> list[tuple[int, int]]:
-        """[start, end) of each block of the response. The references demand that the block length divides
-        the response; here the last block may be shorter."""
-        width = self.block_length or length
-        return [(start, min(start + width, length)) for start in range(0, length, width)]
-
-    def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
-        """Steps spent on one block: the request's steps dealt evenly, the first blocks get the remainder."""
-        if self.steps is None:
-            return max(masks, 1)
-        return self.steps // num_blocks + (block < self.steps % num_blocks)
-
-    def quotas(self, masks: int, steps: int) -> list[int]:
-        """How many of `masks` positions each step fills. LLaDA's schedule: an even split, the remainder first.
-
-        The reference runs forwards that fill nothing once the masks run out; they are left away."""
-        share, rest = divmod(masks, steps)
-        return [share + 1] * rest + [share] * (steps - rest if share else 0)
-
-    def most_steps(self, masks: int, scheduled: int) -> int:
-        """Forwards that a block with so many masks takes at most: each step fills something once the scheduled ones
-        are over, and one may have had nothing to fill. A block that takes longer is given up."""
-        return masks + scheduled + 1
-
-    def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
-        """(top_p, top_k; 0: off) of a request whose vLLM parameters say these."""
-        return top_p, top_k
-
-    # -- the two halves of a step ----------------------------------------------------------
-
-    def given(self, length: int, mask_id: int) -> np.ndarray | None:
-        """[length] tokens that the response begins with, where that is not masks alone"""
-        return None
-
-    def memory(self) -> Memory | None:
-        """Of one canvas block"""
-        return None
-
-    @classmethod
-    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten. On a GPU nothing
-        may depend on how many rows are of some kind: shapes follow from those of the inputs."""
-        raise NotImplementedError
-
-    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
-        """Indices (into the candidates, ascending positions) to fill now."""
-        if self.parallel:
-            return self._choose_parallel(proposal.prob, turn)
-        return best(self.rank(proposal.score, rng), turn.quota)
-
-    def settled(self, masks: int, chosen: np.ndarray, turn: Turn, memory: Memory | None) -> bool:
-        """Of a decoding that edits, behind a step that has chosen these and left so many masks: no token changes any
-        more."""
-        raise NotImplementedError
-
-    def judges(self, memory: Memory | None) -> bool:
-        """Of a decoding that revokes: this step may, so that tokens that stand in the block are to be read."""
-        return self.revokes
-
-    def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None, unjudged: bool = False) -> np.ndarray:
-        """Indices of tokens that become masks again, in a step that has filled `filled` others. `noted`
-        [Decoding.noted, S]: what `propose` noted at the shadow of each token of the block. `unjudged`: the tokens are
-        those of a starting text, and no step has judged them yet. This step does, whatever it fills."""
-        raise NotImplementedError
-
-    def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
-        return score
-
-    def or_at_least_as_probable(self, chosen: np.ndarray, prob: np.ndarray, turn: Turn) -> np.ndarray:
-        """What a rule of its own has chosen, and what the threshold or the factor would, if there is one."""
-        if self.threshold is None and self.factor is None:
-            return chosen
-        return np.union1d(chosen, self._choose_parallel(prob, turn))
-
     def limit(self, turn: Turn) -> float:
-        """The threshold of a step: lower the more requests wait, and behind a block's first one the fewer masks are
-        left."""
+        """The threshold of a step: lower while requests wait, and after the first step of a block as masks get
+        fewer"""
         assert self.threshold is not None
         floor = self.threshold if self.threshold_floor is None else self.threshold_floor
         threshold = self.threshold - turn.pressure * (self.threshold - floor)
         return threshold * (1 - self.threshold_decay * (1 - turn.masked) * (turn.step > 0))
 
-    def _choose_parallel(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
+    def probable(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
+        """Indices of the positions that the threshold or the factor fills"""
         order = best(prob, len(prob))
         ranked = prob[order]
         if self.factor is None:
@@ -246,6 +180,55 @@ class Decoding:
         count = int(failed[0]) if len(failed) else len(ranked)
         # Its reference takes the last candidate even when that one alone failed.
         return order[: len(ranked) if count == len(ranked) - 1 else count]
+
+    def or_probable(self, chosen: np.ndarray, prob: np.ndarray, turn: Turn) -> np.ndarray:
+        """What another rule has chosen, and what the threshold or the factor fills if there is one"""
+        return np.union1d(chosen, self.probable(prob, turn)) if self.thresholded else chosen
+
+
+@dataclass(frozen=True)
+class Decoding(Threshold, Schedule):
+    """Fields are the options a server or (as `dlm_<field>`) a request may set. roles.py has base classes for decodings
+    that do more than fill masks."""
+
+    name: ClassVar[str | None] = None
+
+    cfg_scale: float = 0.0  # classifier-free guidance against the canvas with the prompt masked
+    suppress_eos: bool = False  # LLaDA's logits_eos_inf
+
+    def __post_init__(self):
+        super().__post_init__()
+        # far beyond any use, and guided logits stay finite
+        check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
+        if self.threshold is not None:
+            check(self.factor is None, "factor", self.factor, "unset when threshold is set")
+
+    def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
+        """(top_p, top_k; 0: off) of a request with these vLLM parameters"""
+        return top_p, top_k
+
+    def starting_tokens(self, length: int, mask_id: int) -> np.ndarray | None:
+        """[length] tokens of a new response; None: masks"""
+        return None
+
+    def memory(self) -> Memory | None:
+        """State that is kept between the steps of one canvas block"""
+        return None
+
+    @classmethod
+    def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
+        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten. On a GPU nothing
+        may depend on how many rows are of some kind: shapes follow from those of the inputs."""
+        raise NotImplementedError
+
+    def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        """Indices (into the candidates, ascending positions) to fill now"""
+        if self.thresholded:
+            return self.probable(proposal.prob, turn)
+        chosen = best(proposal.score, turn.quota)
+        # With masks in the prompt LLaDA's reference can run out of quota and return masks inside the response; here the
+        # last step of a block fills what is left of it.
+        return np.union1d(chosen, turn.in_response) if turn.last else chosen
 
 
 def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
@@ -282,6 +265,12 @@ def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
     drop_RV.select(1, 1).logical_and_(index_RV.select(1, 0) != rows.mask_id)
     sorted_RV.masked_fill_(drop_RV, torch.finfo(logits_RV.dtype).min)
     logits_RV.scatter_(1, index_RV, sorted_RV)
+
+
+def required(default: Any) -> Any:
+    """The default of an option that a method cannot do without: if a request chooses the method, the option keeps this
+    value although the server leaves it unset."""
+    return field(default=default, metadata={"required": True})
 
 
 def check(ok: bool, field: str, value, wanted: str) -> None:

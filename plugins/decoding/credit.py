@@ -28,7 +28,6 @@ TIE = np.float32(1e-5)
 @dataclass(frozen=True)
 class Credit(LowConfidence):
     name: ClassVar[str] = "credit"
-    noted: ClassVar[int] = 2  # the token that earns credit, and how much
 
     alpha: float = 0.7
     gamma: float = 0.2
@@ -57,14 +56,16 @@ class Credit(LowConfidence):
         noted = torch.stack([best_R.double(), earned_R.double()])
         return replace(super().propose(logits_RV, rows), noted=noted)
 
-    def _choose_parallel(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
+    def probable(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
         if self.threshold is None:
-            return super()._choose_parallel(prob, turn)
+            return super().probable(prob, turn)
         return np.flatnonzero(prob >= min(prob.max() - TIE, np.float32(self.limit(turn))))
 
 
 class Credits(Memory):
     """Of the positions of a block: position -> token -> credit."""
+
+    noted: ClassVar[int] = 2  # the token that earns credit, and how much
 
     def __init__(self, beta: np.float32):
         self.beta = beta

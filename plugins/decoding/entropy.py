@@ -4,7 +4,7 @@ https://arxiv.org/abs/2508.15487, generation_utils.py of HKUNLP/Dream. Also the
 base of Dream's other algorithms: they differ in the score only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +28,6 @@ from vllm_dlm.plugins.decoding.base import (
 @dataclass(frozen=True)
 class Entropy(Decoding):
     name: ClassVar[str] = "entropy"
-    schedules_prompt_masks: ClassVar[bool] = True
     #: which of head_statistics `score` is; None where a class has a score of its own
     statistic: ClassVar[str | None] = "entropy"
 
@@ -53,13 +52,16 @@ class Entropy(Decoding):
     def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
         return top_p if self.top_p is None else self.top_p, top_k if self.top_k is None else self.top_k
 
+    def scheduled(self, candidates: np.ndarray, prompt_len: int) -> int:
+        return len(candidates)  # masks in the prompt count, too
+
     def times(self, steps: int) -> torch.Tensor:
         return torch.linspace(1, self.eps, steps + 1)  # [steps + 1]
 
     def quotas(self, masks: int, steps: int) -> list[int]:
         # The linear schedule in float32 as the reference has it: with one step per token the first step
         # fills nothing and the last fills two. Steps that fill nothing need no forward.
-        if self.parallel:
+        if self.thresholded:
             return super().quotas(masks, steps)  # Fast-dLLM splits evenly when it tests a threshold
         times, quotas, left = self.times(steps).numpy(), list[int](), masks
         for share in 1 - times[1:-1] / times[:-2]:
@@ -95,13 +97,11 @@ class Entropy(Decoding):
     def score(prob_RV: torch.Tensor, prob_R: torch.Tensor) -> torch.Tensor:
         return (prob_RV * (prob_RV + 1e-10).log()).sum(-1)  # negative entropy
 
-    def rank(self, score: np.ndarray, rng: Random) -> np.ndarray:
-        if self.algorithm_temperature == 0:
-            return score
-        # Gumbel top-k draws without replacement from softmax(score / algorithm_temperature).
-        return score / self.algorithm_temperature + rng().gumbel(size=score.shape)
-
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
+        if self.algorithm_temperature and not self.thresholded:
+            # Gumbel top-k draws without replacement from softmax(score / algorithm_temperature).
+            drawn = proposal.score / self.algorithm_temperature + rng().gumbel(size=proposal.score.shape)
+            proposal = replace(proposal, score=drawn)
         chosen = super().choose(proposal, turn, rng)
         if self.threshold is not None and self.steps is not None:
             # Fast-dLLM's threshold for Dream keeps the step budget: no step gets ahead of the even split.

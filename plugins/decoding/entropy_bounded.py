@@ -28,10 +28,6 @@ class EntropyBounded(LowConfidence):
         super().__post_init__()
         check(self.eb_threshold >= 0, "eb_threshold", self.eb_threshold, "at least 0")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
         if logits_RV.is_cuda and not rows.sampled:
@@ -46,4 +42,4 @@ class EntropyBounded(LowConfidence):
         order = np.argsort(-proposal.score, kind="stable")
         total = np.cumsum(-proposal.score[order])
         chosen = np.sort(order[: max(1, int(np.searchsorted(total, self.eb_threshold)))])
-        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+        return self.or_probable(chosen, proposal.prob, turn)

@@ -28,10 +28,6 @@ class Hierarchy(LowConfidence):
         check(self.low is None or 0 <= self.low <= 1, "low", self.low, "between 0 and 1")
         check(self.high is None or 0 <= self.high <= 1, "high", self.high, "between 0 and 1")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         prob, position = proposal.prob, turn.positions
         starts = np.flatnonzero(np.diff(position, prepend=position[0] - 2) > 1)  # of runs
@@ -40,4 +36,4 @@ class Hierarchy(LowConfidence):
         if self.high is not None:
             filled |= prob > self.high
         filled[prob.argmax()] = True
-        return self.or_at_least_as_probable(np.flatnonzero(filled), prob, turn)
+        return self.or_probable(np.flatnonzero(filled), prob, turn)

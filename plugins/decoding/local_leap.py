@@ -30,18 +30,14 @@ class LocalLeap(LowConfidence):
         check(0 <= self.tau <= 1, "tau", self.tau, "between 0 and 1")
         check(self.radius >= 0, "radius", self.radius, "at least 0")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         prob, position = proposal.prob, turn.positions
         anchors = position[prob >= self.kappa]
         if not len(anchors):
-            return self.or_at_least_as_probable(best(prob, 1), prob, turn)
+            return self.or_probable(best(prob, 1), prob, turn)
         # of the anchors the nearest one before a position, and the nearest one behind it
         behind = np.searchsorted(anchors, position).clip(max=len(anchors) - 1)
         before = (behind - 1).clip(min=0)
         distance = np.minimum(abs(anchors[before] - position), abs(anchors[behind] - position))
         leaps = (distance <= self.radius) & (prob >= self.tau)
-        return self.or_at_least_as_probable(np.flatnonzero((prob >= self.kappa) | leaps), prob, turn)
+        return self.or_probable(np.flatnonzero((prob >= self.kappa) | leaps), prob, turn)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, best
+from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, best, required
 from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 
 
@@ -18,9 +18,7 @@ class LowConfidenceDynamic(LowConfidenceStatic):
     name: ClassVar[str] = "low_confidence_dynamic"
     presets: ClassVar[dict[str, dict]] = {"sdar": {"threshold": 0.9}, "llada2": {"threshold": 0.95}}
 
-    own: ClassVar[tuple[str, ...]] = ("threshold",)
-
-    threshold: float | None = 0.9
+    threshold: float | None = required(0.9)
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         share = self.share(turn)

@@ -17,11 +17,6 @@ from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 @dataclass(frozen=True)
 class LowConfidenceStatic(LowConfidence):
     name: ClassVar[str] = "low_confidence_static"
-    steps_of_blocks: ClassVar[bool] = True
-
-    @property
-    def parallel(self) -> bool:
-        return True
 
     def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
         return self.steps or max(masks, 1)
@@ -35,4 +30,4 @@ class LowConfidenceStatic(LowConfidence):
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         chosen = best(proposal.prob, max(self.share(turn), 1))
-        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+        return self.or_probable(chosen, proposal.prob, turn)

@@ -10,12 +10,12 @@ import numpy as np
 
 from vllm_dlm.plugins.decoding.base import Proposal, Random, Turn, check
 from vllm_dlm.plugins.decoding.maskgit_plus import MaskgitPlus
+from vllm_dlm.plugins.decoding.roles import RandomOrder
 
 
 @dataclass(frozen=True)
-class Origin(MaskgitPlus):
+class Origin(RandomOrder, MaskgitPlus):
     name: ClassVar[str] = "origin"
-    random_order: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,12 +10,12 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import LogitRows
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+from vllm_dlm.plugins.decoding.roles import RandomOrder
 
 
 @dataclass(frozen=True)
-class Random(LowConfidence):
+class Random(RandomOrder, LowConfidence):
     name: ClassVar[str] = "random"
-    random_order: ClassVar[bool] = True
 
     @staticmethod
     def score(prob_R: torch.Tensor, rows: LogitRows) -> torch.Tensor:

@@ -18,4 +18,4 @@ class Sequential(LowConfidenceStatic):
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         chosen = np.arange(min(max(self.share(turn), 1), len(proposal.prob)))
-        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+        return self.or_probable(chosen, proposal.prob, turn)

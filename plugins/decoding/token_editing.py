@@ -14,22 +14,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_dlm.plugins.decoding.base import Memory, Proposal, Random, Turn, best, check
+from vllm_dlm.plugins.decoding.base import Memory, Proposal, Random, Turn, best, check, required
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+from vllm_dlm.plugins.decoding.roles import EditingDecoding
 
 
 @dataclass(frozen=True)
-class TokenEditing(LowConfidence):
+class TokenEditing(EditingDecoding, LowConfidence):
     name: ClassVar[str] = "token_editing"
     presets: ClassVar[dict[str, dict]] = {
         "quality": {"threshold": 0.7, "editing_threshold": 0.5},
         "speed": {"threshold": 0.5, "editing_threshold": 0.0},
     }
-    edits: ClassVar[bool] = True
-
-    own: ClassVar[tuple[str, ...]] = ("threshold",)
-
-    threshold: float | None = 0.7
+    threshold: float | None = required(0.7)
     editing_threshold: float = 0.5
     max_post_steps: int = 16
 
@@ -41,10 +38,6 @@ class TokenEditing(LowConfidence):
         check(self.steps is None, "steps", self.steps, "unset: tokens are filled by threshold")
         check(self.factor is None, "factor", self.factor, "unset: tokens are filled by threshold")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def memory(self) -> "Posts":
         return Posts()
 
@@ -52,20 +45,20 @@ class TokenEditing(LowConfidence):
         return masks + self.max_post_steps + 2
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
-        assert turn.standing is not None and turn.tokens is not None
-        masked = np.flatnonzero(~turn.standing)
+        assert turn.held is not None and turn.tokens is not None
+        masked = np.flatnonzero(~turn.held)
         prob = proposal.prob[masked]
         limit = np.inf if self.threshold is None else self.limit(turn)
         sure = masked[prob > limit]
         filled = sure if len(sure) else masked[best(prob, 1)]
         other = (proposal.token != turn.tokens) & (proposal.prob > self.editing_threshold)
-        return np.union1d(filled, np.flatnonzero(turn.standing & other))
+        return np.union1d(filled, np.flatnonzero(turn.held & other))
 
-    def settled(self, masks: int, chosen: np.ndarray, turn: Turn, memory: Memory | None) -> bool:
-        assert isinstance(memory, Posts) and turn.standing is not None
+    def settled(self, masks: int, held: np.ndarray, changed: int, memory: Memory | None) -> bool:
+        assert isinstance(memory, Posts)
         if masks:
             return False
-        if turn.standing.all() and not len(chosen):
+        if held.all() and not changed:
             return True
         memory.made += 1  # the next step would be one more
         return memory.made > self.max_post_steps

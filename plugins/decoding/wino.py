@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2507.18578. Every mask of the block whose best token is
 more probable than tau1 is filled, up to a share of the masks. What stood there
 before is judged in the same forward, at a row that sees everything but the
-token itself (engine/shadow.py): where that gives the token less than tau2, it
+token itself (canvas/revision.py): where that gives the token less than tau2, it
 becomes a mask again. Fewer are taken back than the forward before has filled,
 so a block needs at most as many forwards as it has masks. Tokens of a starting
 text are judged by the first forward of their block, as if the one before had
@@ -19,6 +19,7 @@ import torch
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, at_token, best, check, rule_out
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 
 #: of a forward: this share of the masks is filled at most, but no fewer and no more than these
 SHARE, FEWEST, MOST = 0.7, 5, 20
@@ -27,7 +28,7 @@ AT_FIRST = 30
 
 
 @dataclass(frozen=True)
-class Wino(LowConfidence):
+class Wino(RevokingDecoding, LowConfidence):
     name: ClassVar[str] = "wino"
     presets: ClassVar[dict[str, dict]] = {
         "gsm8k": {"tau1": 0.6, "tau2": 0.9, "block_length": 128},
@@ -35,8 +36,6 @@ class Wino(LowConfidence):
         "humaneval": {"tau1": 0.7, "tau2": 0.9, "block_length": 128},
         "mbpp": {"tau1": 0.8, "tau2": 0.9, "block_length": 128},
     }
-    noted: ClassVar[int] = 1  # the probability of the token that stands at the position
-    revokes: ClassVar[bool] = True
 
     tau1: float = 0.6  # more probable ones are filled
     tau2: float = 0.9  # less probable ones are taken back
@@ -48,20 +47,16 @@ class Wino(LowConfidence):
         check(0 <= self.tau2 <= 1, "tau2", self.tau2, "between 0 and 1")
         check(self.steps is None, "steps", self.steps, "unset: wino fills by tau1")
 
-    @property
-    def parallel(self) -> bool:
-        return True
-
     def memory(self) -> "Accepted":
         return Accepted()
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        standing_R = rows.memory["standing"].squeeze(1)
+        held_R = rows.memory["held"].squeeze(1)
         rule_out(rows.eos_id, logits_RV, rows.options["suppress_eos"])
         on_gpu = logits_RV.is_cuda
         total_R = head_statistics(logits_RV, rows.mask_id).logsumexp if on_gpu else logits_RV.logsumexp(-1)
-        prob_R = (at_token(logits_RV, standing_R) - total_R).exp_()
+        prob_R = (at_token(logits_RV, held_R) - total_R).exp_()
         return replace(super().propose(logits_RV, rows), noted=prob_R.double().unsqueeze(0))
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
@@ -69,7 +64,7 @@ class Wino(LowConfidence):
         trusted = int((proposal.prob > self.tau1).sum())
         most = min(max(int(SHARE * masks), FEWEST), MOST)
         chosen = best(proposal.prob, max(1, min(trusted, most)))
-        return self.or_at_least_as_probable(chosen, proposal.prob, turn)
+        return self.or_probable(chosen, proposal.prob, turn)
 
     def most_steps(self, masks: int, scheduled: int) -> int:
         # Tokens of a starting text are judged in the first two steps, which may have nothing to fill.
@@ -90,8 +85,10 @@ class Wino(LowConfidence):
 
 
 class Accepted(Memory):
+    noted: ClassVar[int] = 1  # the probability of the token that the position holds
+
     def __init__(self):
         self.last = AT_FIRST  # how many positions the block's last forward has filled
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {"standing": tokens.reshape(-1, 1)}
+        return {"held": tokens.reshape(-1, 1)}

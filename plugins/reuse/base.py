@@ -6,7 +6,7 @@ communicating. It names the live rows. `layer` is the policy itself: one
 transformer layer written as a generator of requests to the engine, see flow.py.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -32,7 +32,7 @@ class Progress:
     # [N] float32: probability of the best token in the last step that read the position; NaN if none has
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled or masked again, ascending
-    written: int = 0  # length of the prefix whose keys and values are cached for good, see Reuse.written
+    written: int = 0  # length of the prefix whose keys and values are cached for good, see canvas/block_causal.py
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
@@ -82,9 +82,11 @@ class StepPlan:
     budget: int | None  # number of other rows that are recomputed; None: the flow decides
     rows: int  # rows recomputed, as the scheduler counts them
     refresh: bool  # an expensive step of a policy that also has inexpensive ones
+    force_changed: bool = True  # rows whose token just changed are recomputed in every layer, too
 
     @classmethod
     def dense(cls, live: np.ndarray, refresh: bool = False) -> "StepPlan":
+        """All live rows are recomputed in every layer."""
         return cls(live, live, 0, len(live), refresh)
 
     def whole(self, length: int) -> bool:
@@ -102,7 +104,10 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Reuse:
-    """By default, every row is recomputed in every layer of every step: the exact model."""
+    """By default, every row is recomputed in every layer of every step: the exact model.
+
+    A class may define a property `layer_key`: all that its `layer` depends on. Policies with equal keys share CUDA
+    graphs. Subclasses do not inherit it; without one, all fields are the key (step/buckets.py)."""
 
     name: ClassVar[str | None] = None
     #: field values published for a model and task, chosen as "name/preset"
@@ -122,11 +127,6 @@ class Reuse:
         return False
 
     @property
-    def layer_key(self) -> Hashable:
-        """All that `layer` depends on. Policies with equal keys share CUDA graphs. Subclasses do not inherit it."""
-        return self
-
-    @property
     def stagger(self) -> bool:
         """The scheduler spreads refreshes of different requests over steps. Results do not depend on it."""
         return False
@@ -136,23 +136,6 @@ class Reuse:
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(0, at.length))
 
-    def final(self, at: Progress) -> int:
-        """Length of the prefix whose keys and values can no longer change, written or not."""
-        return 0
-
-    def written(self, at: Progress) -> int:
-        """Length of the prefix whose keys and values are cached after this step and can no longer change."""
-        return 0
-
-    def reads(self, at: Progress) -> bool:
-        """Whether this step reads logits of the current block. Other steps do not count as steps of the block."""
-        return True
-
-    def sights(self, live: np.ndarray) -> list[tuple[np.ndarray, int]] | None:
-        """Live rows in parts, each with the end of the positions that its rows attend to. None: all rows attend to the
-        whole canvas."""
-        return None
-
     def feature_rows(self, prompt_len: int, length: int) -> int:
         """Number of rows, counted from the end of the canvas, that keep features in each layer."""
         return 0
@@ -161,19 +144,11 @@ class Reuse:
         """Number of features that each of those rows keeps per layer."""
         return 0
 
-    @property
-    def force_changed(self) -> bool:
-        """Rows whose token just changed are recomputed in every layer."""
-        return True
-
-    def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
-        """Masked positions that may be filled in this step. `positions`: those whose logits the live rows provide."""
-        return positions
-
-    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
-        """Candidates that no later step of the block can read. They are filled in this step, whatever the decoding
-        chooses."""
-        return positions[:0]
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
+        """The only candidates that this step reads, because no later step of the block can read them. They are all
+        filled, whatever the decoding chooses. None: the step reads all candidates and the decoding chooses.
+        `positions`: all candidates"""
+        return None
 
     # -- in a layer ------------------------------------------------------------------------
 

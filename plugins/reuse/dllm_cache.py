@@ -82,17 +82,13 @@ class DLLMCache(Reuse):
         # With Dream, the head reads the prompt row before the response, so this row is always recomputed.
         forced = span(0 if prompt_due else response[0], at.prompt_len)
         budget = int(self.transfer_ratio * (at.length - at.prompt_len))
-        return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due)
+        return StepPlan(live, forced, budget, len(forced) + budget, refresh=prompt_due, force_changed=not self.parity)
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length - prompt_len
 
     def feature_width(self, row: RowShape) -> int:
         return row.hidden
-
-    @property
-    def force_changed(self) -> bool:
-        return not self.parity
 
     @property
     def layer_key(self) -> Hashable:
@@ -109,11 +105,11 @@ class DLLMCache(Reuse):
             before = at.cached_values(at.all)
             v = yield Value(at.h, at.all)
             rows = at.least_similar(at.similarity(v, before))
-            x, h = at.of(rows)
+            x, h = at.inputs(rows)
             q, _ = yield QueryKey(h, rows)
         else:
             rows = at.all if at.index == 0 else at.forced
-            x, h = at.of(rows)
+            x, h = at.inputs(rows)
             q, _, _ = yield QueryKeyValue(h, rows)
         context = yield Attend(q, rows)
         output = yield Output(context)

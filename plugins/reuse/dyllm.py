@@ -60,7 +60,7 @@ class DyLLM(Reuse):
         whole = interval and (step % interval == 0 or step <= OFFICIAL_INTERVAL)
         live = everything if whole else span(*at.response)
         forced = span(at.response[0], at.prompt_len)  # Dream's row before the response
-        return StepPlan(live, forced, None, len(live), refresh=bool(whole))
+        return StepPlan(live, forced, None, len(live), refresh=bool(whole), force_changed=not self.parity)
 
     def feature_rows(self, prompt_len: int, length: int) -> int:
         return length if self._interval else length - prompt_len
@@ -73,10 +73,6 @@ class DyLLM(Reuse):
         if self.whole_interval is None:
             return OFFICIAL_INTERVAL if self.parity else 4 * OFFICIAL_INTERVAL
         return self.whole_interval
-
-    @property
-    def force_changed(self) -> bool:
-        return not self.parity
 
     @property
     def layer_key(self) -> Hashable:
@@ -104,13 +100,13 @@ class DyLLM(Reuse):
         q, _, v = yield from heads(at, rows, changed.rows)
         old, ffn = at.features(rows).split([q.shape[1] * q.shape[2], at.x.shape[1]], 1)
         context = old + (yield AttendMoved(q, rows, changed.rows, v - before))
-        context = exact.set(context, (yield Attend(exact.of(q), exact.rows)))
+        context = exact.set(context, (yield Attend(exact.gather(q), exact.rows)))
 
-        salient_T = rows.set(salient_T, at.similarity(context, old) < rows.of(limit_T))
+        salient_T = rows.set(salient_T, at.similarity(context, old) < rows.gather(limit_T))
         columns.carried["salient"] = salient_T
         salient = at.where(salient_T, rows)
         output = yield Output(context)
-        x, new = yield FeedForward(rows.of(at.x), output, salient)
+        x, new = yield FeedForward(rows.gather(at.x), output, salient)
         ffn = salient.set(ffn, new)
         at.keep(rows, kept(context, output, ffn))
         return rows, x, ffn

@@ -37,15 +37,12 @@ class FastDLLM(Reuse):
         start, end = at.block
         return StepPlan.dense(span(start, end if self.cache == "dual" else at.length))
 
-    def candidates(self, positions: np.ndarray, at: Progress) -> np.ndarray:
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
         if at.shift and at.block_step == 0:
             # Dream reads position p at row p - 1. The row of a block's first position is not live in later steps,
             # so the full forward fills this position, and only this one.
             return positions[positions == at.block[0]]
-        return positions
-
-    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray:
-        return positions if at.shift and at.block_step == 0 else positions[:0]
+        return None
 
     def layer(self, at: Layer) -> Flow:
         return dense(at) if at.whole else cached(at)

@@ -41,18 +41,30 @@ class Rows:
     starts: torch.Tensor | None = None
     #: [n] bool: rows that are selected. The others are computed but ignored; None: all are selected
     mask: torch.Tensor | None = None
+    #: for selections of keys: number of rows of each canvas before its response, None: only the device knows; and
+    #: tensors that follow from the index, by name, which several layers need
+    before: list[int] | None = None
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """These rows of a tensor of all live rows; not a copy if these are all live rows."""
         return tensor if self.index is None else tensor[self.index]
+
+    def once(self, name: str, make: Callable[[torch.Tensor], torch.Tensor], everything: torch.Tensor) -> torch.Tensor:
+        """`make(index)`, called once for all layers; `everything` if these are all live rows."""
+        if self.index is None:
+            return everything
+        if name not in self.found:
+            self.found[name] = make(self.index)
+        return self.found[name]
 
     def set(self, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """A tensor of all live rows with `values` in these rows; unselected rows keep their old values."""
         if self.mask is not None:
-            values = torch.where(over(self.mask, values), values, self.of(tensor))
+            values = torch.where(over(self.mask, values), values, self.gather(tensor))
         return values if self.index is None else tensor.index_copy(0, self.index, values)
 
     def places(self, some: "Rows") -> torch.Tensor | slice:
@@ -63,13 +75,13 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class PickedRows:
     """The m of n rows for which a mask is true."""
 
     rows: Rows
     place: torch.Tensor | None  # [m] indices within the n rows; None: all n rows are kept and `rows.mask` selects
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[n, …] -> [m, …]"""
         return tensor if self.place is None else tensor[self.place]
 
@@ -151,7 +163,7 @@ class FeedForward:
 
     x: torch.Tensor  # [n, E] the residual stream, not normalized
     output: torch.Tensor | None = None  # [n, E] projected attention output, which is added to x
-    picked: Picked | None = None
+    picked: PickedRows | None = None
 
 
 Ask = Heads | AttendMoved | Attend | Output | FeedForward
@@ -192,10 +204,10 @@ class Layer(Protocol):
     wanted: Rows  # in a whole step: rows that the head reads or whose features are kept
     all_keep: bool  # every live row keeps features
 
-    def of(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """These rows of `x` and `h`"""
 
-    def where(self, mask_T: torch.Tensor, rows: Rows) -> Picked:
+    def where(self, mask_T: torch.Tensor, rows: Rows) -> PickedRows:
         """The rows among `rows` for which the mask, given for all live rows, is true."""
 
     def least_similar(self, similarity_T: torch.Tensor) -> Rows:
@@ -225,9 +237,9 @@ Kept = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def heads(at: Layer, queried: Rows, renewed: Rows) -> Generator[Ask, Any, tuple[torch.Tensor, ...]]:
     """-> q of `queried`, k and v of `renewed`, in one product if both are the same rows"""
     if queried.index is renewed.index:
-        return (yield QueryKeyValue(renewed.of(at.h), renewed))
-    q = yield Query(queried.of(at.h), queried)
-    k, v = yield KeyValue(renewed.of(at.h), renewed)
+        return (yield QueryKeyValue(renewed.gather(at.h), renewed))
+    q = yield Query(queried.gather(at.h), queried)
+    k, v = yield KeyValue(renewed.gather(at.h), renewed)
     return q, k, v
 
 
@@ -238,7 +250,7 @@ def dense(at: Layer, kept: Kept | None = None) -> Flow:
     q, k, v = yield from heads(at, rows, at.all)
     context = yield Attend(q, rows, k, v)
     output = yield Output(context)
-    x, ffn = yield FeedForward(rows.of(at.x), output)
+    x, ffn = yield FeedForward(rows.gather(at.x), output)
     if kept is not None:
         at.keep(rows, kept(context, output, ffn))
     return rows, x, ffn

@@ -9,7 +9,7 @@ value slot; in page-sparse decoding next to vLLM's KV cache, by physical page.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Summaries:
 
 
 @dataclass
-class Held:
+class StoredChoices:
     """Storage of one layer for choices that canvases use for more than one step: int32, rows padded with -1."""
 
     units: torch.Tensor  # [slots, Hkv, units]
@@ -54,7 +54,7 @@ class Held:
 
 @dataclass
 class Choice:
-    units: torch.Tensor | None  # [B, Hkv, K] int32, ascending, padded with -1; None: stored in `Held`
+    units: torch.Tensor | None  # [B, Hkv, K] int32, ascending, padded with -1; None: stored in `StoredChoices`
     scored: int  # upper bound on the summaries and keys that were compared with the queries
 
 
@@ -66,10 +66,10 @@ class CachedPrompts:
     table: torch.Tensor  # [B, N] blocks of each canvas
     prompt_lens: list[int]
     lengths: list[int]  # prompt and response
-    numbers: torch.Tensor  # [M, B] int32: `Selection.numbers` of each prompt
+    numbers: torch.Tensor  # [M, B] int32: `PromptUnits.numbers` of each prompt
     scale: float
     voters: torch.Tensor  # [Tq] bool: queries whose token is to be decided
-    held: Held | None = None  # storage for choices of several steps; `choose` may store there instead of returning
+    held: StoredChoices | None = None  # for choices of several steps; `choose` may store there instead of returning
 
     def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Keys [B, Hkv, n, size, D] of runs [B, Hkv, n] of `size` positions, which do not cross blocks. Keys of run -1
@@ -84,7 +84,7 @@ class CachedPrompts:
 
 
 @dataclass
-class Asked:
+class ChoiceQuery:
     """Input of `choose` in one layer for B choosers: canvases, whose queries share one choice, or generated positions,
     with one query each."""
 
@@ -116,6 +116,16 @@ class Asked:
         return self.q[row], votes
 
 
+class PromptUnits(NamedTuple):
+    """What a selection chooses from the prompt of a canvas."""
+
+    candidates: int  # first tokens of the prompt that may be left out, a multiple of `Selection.unit`
+    summaries: int  # number of summaries
+    kept: int  # number of units that are chosen
+    numbers: tuple[int, ...] = ()  # integers that `choose` needs on the device (CachedPrompts.numbers)
+    memo: int = 0  # integers per head that a choice keeps for the next one (StoredChoices.memo)
+
+
 @dataclass(frozen=True)
 class Selection:
     name: ClassVar[str | None] = None
@@ -142,10 +152,10 @@ class Selection:
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summarizes the keys of prompts: concatenated keys [N, Hkv, D], the first `lens[i]` tokens of prompt i (see
-        `chosen_from`) -> [R, Hkv, W1], [R, Hkv, W2]"""
+        `PromptUnits.candidates`) -> [R, Hkv, W1], [R, Hkv, W2]"""
         raise NotImplementedError
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         """Units to read. For a canvas, units not fully inside the prompt are always read and not chosen here."""
         raise NotImplementedError
 
@@ -155,25 +165,9 @@ class Selection:
         """Whether anything of a canvas with these lengths would be left out."""
         raise NotImplementedError
 
-    def chosen_from(self, prompt_len: int) -> int:
-        """Number of first prompt tokens that may be left out, a multiple of `unit`."""
-        return prompt_len // self.unit * self.unit
-
-    def summary_rows(self, prompt_len: int) -> int:
-        """Number of summaries of a prompt."""
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        """What is chosen from a prompt of this length."""
         raise NotImplementedError
-
-    def units_kept(self, prompt_len: int) -> int:
-        """Number of units of a prompt that are chosen."""
-        raise NotImplementedError
-
-    def numbers(self, prompt_len: int) -> list[int]:
-        """Integers per prompt that `choose` needs on the device (CachedPrompts.numbers)."""
-        return []
-
-    def memo(self, prompt_len: int) -> int:
-        """Number of integers per head that a choice keeps for the next one (`Held.memo`)."""
-        return 0
 
     def keeps(self, steps: int) -> bool:
         """Whether a choice that has served `steps` steps is used again. A refresh of the prompt ends it anyway."""

@@ -17,7 +17,7 @@ import torch
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Choice, Selection, Summaries
+from vllm_dlm.plugins.selection.base import Choice, ChoiceQuery, PromptUnits, Selection, Summaries
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ class PageSelection(Selection):
         """Number of pages read per query and key head if any are left out."""
         return self.budget_tokens // self.page_size
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         scores = self.scores(asked)
         batch, _, count = scores.shape
         if asked.prompts is None:  # the last page is being filled and always read, so it is not chosen
             return Choice(top_pages(scores, min(self.kept_pages - 1, count)), batch * count)
-        most = max(map(self.units_kept, asked.prompts.prompt_lens))
-        scored, held = sum(map(self.summary_rows, asked.prompts.prompt_lens)), asked.prompts.held
+        pages, held = [length // self.page_size for length in asked.prompts.prompt_lens], asked.prompts.held
+        most, scored = min(self.kept_pages, max(pages)), sum(pages)
         if held is None:
             return Choice(top_pages(scores, most), scored)
         store_top_pages(held.units, held.rows, scores, most)
         return Choice(None, scored)
 
-    def scores(self, asked: Asked) -> torch.Tensor:
+    def scores(self, asked: ChoiceQuery) -> torch.Tensor:
         """Scores [B, Hkv, N] float32: FORCED for pages that are always read, -inf beyond a chooser's pages. A method
         with its own kernel overrides this method."""
         first, second = asked.summaries.by_head(asked.table)
@@ -99,7 +99,7 @@ class PageSelection(Selection):
         score = score.masked_fill_(forced[:, None] | second[..., 0].isinf(), FORCED)
         return score.masked_fill_((page >= asked.counts[:, None])[:, None], -torch.inf)
 
-    def forced_from(self, asked: Asked) -> torch.Tensor:
+    def forced_from(self, asked: ChoiceQuery) -> torch.Tensor:
         """[B] the first of each chooser's recent pages. For a canvas, these are the last pages of the prompt."""
         if asked.prompts is not None:
             return asked.prompts.numbers[0]
@@ -115,14 +115,10 @@ class PageSelection(Selection):
     def applies(self, prompt_len: int, length: int) -> bool:
         return length >= self.min_context and prompt_len // self.page_size > self.kept_pages
 
-    def summary_rows(self, prompt_len: int) -> int:
-        return prompt_len // self.page_size
-
-    def units_kept(self, prompt_len: int) -> int:
-        return min(self.kept_pages, self.summary_rows(prompt_len))
-
-    def numbers(self, prompt_len: int) -> list[int]:
-        return [-(-prompt_len // self.page_size) - self.recent_pages]
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        pages = prompt_len // self.page_size
+        first_recent = -(-prompt_len // self.page_size) - self.recent_pages
+        return PromptUnits(pages * self.page_size, pages, min(self.kept_pages, pages), (first_recent,))
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.describe(keys.unflatten(0, (-1, self.page_size)).transpose(1, 2))

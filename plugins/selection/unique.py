@@ -26,7 +26,7 @@ from vllm_dlm.kernels.haar_pyramid import (
 )
 from vllm_dlm.kernels.page_scores import Reduction, page_scores
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, Summaries
+from vllm_dlm.plugins.selection.base import ChoiceQuery, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -50,7 +50,7 @@ class Unique(PageSelection):
         mean, variance = mean_and_variance(keys)  # [n, Hkv, D]
         return mean, spread_of(variance, self.std_kind)
 
-    def scores(self, asked: Asked) -> torch.Tensor:
+    def scores(self, asked: ChoiceQuery) -> torch.Tensor:
         return page_scores(
             asked.q, asked.starts, self._statistics(asked.summaries), asked.table, asked.counts,
             self.forced_from(asked), self.sink_pages, self.lam, self.reduce, asked.ends, asked.voters(self.query_set),

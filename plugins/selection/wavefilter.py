@@ -31,7 +31,7 @@ from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Choice, Selection
+from vllm_dlm.plugins.selection.base import CachedPrompts, Choice, ChoiceQuery, PromptUnits, Selection
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class WaveFilter(Selection):
     def kept(self, runs: int) -> list[int]:
         """Number of runs kept at each scale. `runs`: number of runs at the coarsest scale."""
         if self.budget is not None:
-            share = self.budget if self.budget < 1 else min(1.0, self.budget / (runs * 2**self.levels))
+            share = self.budget if self.budget < 1 else min(1.0, self.budget / max(runs * 2**self.levels, 1))
             shares = [share ** (1 / self.stages)] * self.stages
         else:
             given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
@@ -157,32 +157,25 @@ class WaveFilter(Selection):
         kind, number = self._reselect
         return kind == "refresh" or (kind == "every" and steps % int(number) != 0)
 
-    def chosen_from(self, prompt_len: int) -> int:
-        return prompt_len // 2**self.levels * 2**self.levels
-
-    def summary_rows(self, prompt_len: int) -> int:
-        return prompt_len // 2**self.levels
-
     def vectors(self, dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
         return (dim, dtype), (dim if self.detail_lambda else 0, dtype)
 
-    def units_kept(self, prompt_len: int) -> int:
-        return self.kept(self.summary_rows(prompt_len))[-1]
+    def prompt_units(self, prompt_len: int) -> PromptUnits:
+        runs = prompt_len // 2**self.levels
+        kept = self.kept(runs)
+        # with one scale there is no descent that a kept choice would save
+        memo = kept[0] if self._reselect[0] == "drift" and self.stages > 1 else 0
+        return PromptUnits(runs * 2**self.levels, runs, kept[-1], self._numbers(prompt_len, runs, kept), memo)
 
-    def numbers(self, prompt_len: int) -> list[int]:
+    def _numbers(self, prompt_len: int, runs: int, kept: list[int]) -> tuple[int, ...]:
         """For each scale: number of runs kept, number of first runs always kept, and the first of the last runs always
         kept."""
-        runs, found = self.summary_rows(prompt_len), []
-        for scale, kept in zip(self.scales, self.kept(runs), strict=True):
+        found: list[int] = []
+        for scale, number in zip(self.scales, kept, strict=True):
             sink, tail = (-(-tokens // 2**scale) for tokens in self.pinned(prompt_len))
-            found += [kept, sink, runs - tail]  # runs always kept remain first and last at every scale
-            runs = 2 * kept
-        return found
-
-    def memo(self, prompt_len: int) -> int:
-        if self._reselect[0] != "drift" or self.stages == 1:  # with one scale there is no descent to save
-            return 0
-        return self.kept(self.summary_rows(prompt_len))[0]
+            found += [number, sink, runs - tail]  # runs always kept remain first and last at every scale
+            runs = 2 * number
+        return tuple(found)
 
     def summarise(self, keys: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.wavelet != "haar":  # bands are periodic, so each prompt is transformed separately
@@ -192,13 +185,14 @@ class WaveFilter(Selection):
         mean, variance = mean_and_variance(keys.unflatten(0, (-1, 2**self.levels)).transpose(1, 2))
         return mean, variance.sqrt() if self.detail_lambda else mean[..., :0]
 
-    def choose(self, asked: Asked) -> Choice:
+    def choose(self, asked: ChoiceQuery) -> Choice:
         prompts = asked.prompts
         if prompts is None:
             raise NotImplementedError(f"{self.name} only chooses among the keys of cached prompts")
-        kept = [self.kept(self.summary_rows(n)) for n in prompts.prompt_lens]
+        runs_of = [n // 2**self.levels for n in prompts.prompt_lens]
+        kept = [self.kept(runs) for runs in runs_of]
         most = [max(own) for own in zip(*kept, strict=True)]
-        scored = sum(map(self.summary_rows, prompts.prompt_lens)) + sum(2 * n for own in kept for n in own[:-1])
+        scored = sum(runs_of) + sum(2 * n for own in kept for n in own[:-1])
         held, scores, names = prompts.held, self._coarsest(asked, prompts), None
         for stage, scale in enumerate(self.scales[1:], 1):
             runs = top_pages(scores, most[stage - 1], prompts.numbers[3 * stage - 3], names)  # [B, Hkv, n]
@@ -214,7 +208,7 @@ class WaveFilter(Selection):
 
     # -- one scale -------------------------------------------------------------------------
 
-    def _coarsest(self, asked: Asked, prompts: CachedPrompts) -> torch.Tensor:
+    def _coarsest(self, asked: ChoiceQuery, prompts: CachedPrompts) -> torch.Tensor:
         """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
@@ -223,7 +217,9 @@ class WaveFilter(Selection):
             self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
         ))  # fmt: skip
 
-    def _halves(self, asked: Asked, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor):
+    def _halves(
+        self, asked: ChoiceQuery, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor
+    ):
         """Votes for the halves of the runs kept at the scale above, and their indices as runs of 2^scale tokens,
         [B, Hkv, n] each"""
         above, _, _, _, sinks, forced_from = numbers.unbind()

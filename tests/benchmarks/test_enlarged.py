@@ -9,7 +9,7 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.quality import CHECKPOINT
 from benchmarks.speed_rules import samples
 from tests.engine.running import Recorder, tokens
-from vllm_dlm.engine.counts import ModelShape
+from vllm_dlm.step.counts import ModelShape
 
 SHAPE = SHAPES["toy-demo"]
 

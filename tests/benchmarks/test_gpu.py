@@ -20,7 +20,7 @@ from benchmarks.gpu_engine import Run, Step
 from benchmarks.gpu_parts import TABLES, Cell, Event, Part, events, module_of, one_line, received
 from benchmarks.gpu_shapes import SHAPES, Peaks, Reading, decoding_bound, denoising_bound
 from tests.labels import assert_labels_apart
-from vllm_dlm.engine.counts import Counts
+from vllm_dlm.step.counts import Counts
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = Peaks(4.8e12, 989e12)

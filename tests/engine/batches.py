@@ -6,6 +6,7 @@ from vllm import SamplingParams
 
 from benchmarks.soak.requests import names
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RandomOrder
 
 CHECKPOINTS = ["llada-tiny", "llada-tiny-gqa", "dream-tiny"]
 
@@ -45,7 +46,7 @@ def mixed_requests(count: int = 32, seed: int = 0):
             del extra["dlm_steps"]
         if index % 5 == 0:
             extra["dlm_cfg_scale"] = 1.5
-        if index % 7 == 0 and not methods("decoding")[algorithm].random_order:
+        if index % 7 == 0 and not issubclass(methods("decoding")[algorithm], RandomOrder):
             extra["dlm_threshold"] = 0.05
         sampled = {"temperature": 0.8, "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 50])}
         params = SamplingParams(

@@ -1,4 +1,4 @@
-"""What engine/holes.py and automaton.py compute, said plainly: sets of states, from scratch for every question."""
+"""What canvas/holes.py and automaton.py compute, said plainly: sets of states, from scratch for every question."""
 
 import numpy as np
 

@@ -17,17 +17,17 @@ from torch.overrides import TorchFunctionMode
 from tests.kernels.watched import Watched
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser
-from vllm_dlm.engine.head import Head
-from vllm_dlm.engine.layer import LayerStep
-from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.upload import DTYPES
+from vllm_dlm.canvas.canvas import Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising, Sampling
 from vllm_dlm.models.feed_forward import GatedMLP
 from vllm_dlm.models.transformer import DiffusionLayer
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Denoiser
+from vllm_dlm.step.head import Head
+from vllm_dlm.step.layer import LayerStep
+from vllm_dlm.step.upload import DTYPES
 
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH, INNER, VOCABULARY, MASK = 4, 8, 2, 64, 512, 1024, 1000, 999
 BLOCK_SIZE, BLOCKS = 64, 256
@@ -95,7 +95,7 @@ def model() -> SimpleNamespace:
 
 
 class Upload:
-    """See vllm_dlm/engine/upload.py; nothing is sent."""
+    """See vllm_dlm/step/upload.py; nothing is sent."""
 
     device = GPU
 
@@ -139,13 +139,15 @@ class Step:
 
     def run(self) -> WatchedLayers:
         denoiser = self.denoiser
-        readers = [reader for state in self.states for reader in denoiser.readers.of(state, self.tables[state.req_id])]
-        prepared = denoiser._prepared(readers)
+        streams = [
+            stream for state in self.states for stream in state.streams(denoiser.caches, self.tables[state.req_id])
+        ]
+        prepared = denoiser._prepared(streams)
         with WatchedLayers() as watched, layers_noted(watched):
             hidden = denoiser._hidden(prepared, Counts())
             watched.layers.append(len(watched.launched))
-            for alike in prepared.alike:
-                denoiser.head._proposed(hidden, alike)
+            for batch in prepared.head:
+                denoiser.head._proposed(hidden, batch)
         return watched
 
 
@@ -223,7 +225,7 @@ def states(count: int, extra: dict, prompts=(300, 200, 170, 260), length: int = 
 
 @contextmanager
 def pretended(monkeypatch):
-    monkeypatch.setattr("vllm_dlm.engine.flash_attention.installed", lambda: True)
-    monkeypatch.setattr("vllm_dlm.engine.layer.get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr("vllm_dlm.step.attention.installed", lambda: True)
+    monkeypatch.setattr("vllm_dlm.models.transformer.get_tensor_model_parallel_world_size", lambda: 1)
     with FakeTensorMode(), Indexed():
         yield

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_dlm.engine.denoiser import Observer
+from vllm_dlm.step.denoiser import Observer
 
 
 def tokens(llm, requests) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
 from tests.engine.running import Counted, tokens
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 
 
 def requests(count=24, longest=120):
@@ -54,8 +54,8 @@ def assert_keeping_all_is_dense(engines, checkpoint, selection, method, monkeypa
     assert counted.total("keys_scored") == 0  # nothing to choose from, so nothing is chosen
     monkeypatch.setattr(method, "applies", lambda self, prompt_len, length: True)
     # all stays visible, so no cached context has to be made anew
-    begins = View.step_begins
-    monkeypatch.setattr(View, "step_begins", lambda self: begins(self) and False)
+    begins = SelectedKeys.step_begins
+    monkeypatch.setattr(SelectedKeys, "step_begins", lambda self: begins(self) and False)
     with Counted(llm) as counted:
         assert tokens(llm, given) == want
     assert counted.total("keys_scored") > 0

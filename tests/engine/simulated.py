@@ -12,13 +12,16 @@ import numpy as np
 
 from tests.engine.test_holes import EOS, MASK, SIZE
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas import block_causal
+from vllm_dlm.canvas.caches import StreamCaches
+from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.infill import Template
+from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling
 from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
-from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
-from vllm_dlm.engine.head import HeadRequest
-from vllm_dlm.engine.readers import Readers
-from vllm_dlm.engine.request import Denoising, Logprobs, Sampling
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.roles import EditingDecoding
 from vllm_dlm.plugins.reuse.base import RowShape
 
 SHAPE = BlockShape(16, 2, 8, RowShape(32, 32))
@@ -69,12 +72,11 @@ class Case:
 
 
 class CheckedDenoising(Denoising):
-    def _turn(self, positions: np.ndarray, pressure: float, tokens: np.ndarray) -> Turn:
-        turn = super()._turn(positions, pressure, tokens)
+    def _turn(self, positions: np.ndarray) -> Turn:
+        turn = super()._turn(positions)
         counted = positions[self.canvas.tokens[positions] == MASK]
-        if not self.options.decoding.schedules_prompt_masks:
-            counted = counted[counted >= self.canvas.prompt_len]
-        assert min(len(counted), 1) <= turn.quota <= len(positions), (turn.quota, self.quotas, self.filled)
+        counted = self.options.decoding.scheduled(counted, self.canvas.prompt_len)
+        assert min(counted, 1) <= turn.quota <= len(positions), (turn.quota, self.quotas, self.filled)
         return turn
 
 
@@ -96,7 +98,7 @@ class Run:
 
     def _start(self) -> None:
         self.state = CheckedDenoising("r", self.canvas.copy(), self.case.sampling)
-        self.readers = Readers(SHAPE)
+        self.caches = StreamCaches(SHAPE)
 
     def finish(self) -> "Run":
         while not self.case.finished(self.tokens):
@@ -110,17 +112,15 @@ class Run:
         state, canvas = self.state, self.state.canvas
         assert np.array_equal(canvas.plan.live, self.canvas.plan.live)
         blocks = SHAPE.tokens(self.case.options, canvas.prompt_len, len(canvas), canvas.rows) // SHAPE.block_size
-        readers = self.readers.of(state, np.arange(blocks), self.case.canvases)
-        (request,) = {id(one): one for one in (reader.request for reader in readers if reader.own)}.values()
-        for one in request.all:
-            (tokens, *_) = (reader.stream.token_ids for reader in readers if reader.request is one)
+        streams = state.streams(self.caches, np.arange(blocks), self.case.canvases)
+        (reading, *_) = (stream.reading for stream in streams if stream.reading is not None)
+        for one in reading.all:
+            (tokens, *_) = (stream.token_ids for stream in streams if stream.reading is one)
             self._propose(one, tokens)
-        empty = self._may_fill_nothing(request)
+        empty = self._may_fill_nothing(reading)
         settled, emitted, masks = state.settled, canvas.emitted, canvas.candidates()
-        commit = state.commit(
-            request.positions, request.proposal, request.logprobs, 0.0, request.drafts, request.shadow
-        )
-        assert np.isin(commit.positions, np.union1d(request.positions, NOTHING)).all() or self.case.layout.holes
+        commit = state.commit(reading)
+        assert np.isin(commit.positions, np.union1d(reading.positions, NOTHING)).all() or self.case.layout.holes
         tokens, records = state.take_output()
         self._apply(replace(commit, left=canvas.emitted - emitted))
         self.tokens += tokens
@@ -131,36 +131,36 @@ class Run:
         if not len(commit.filled) and not empty and settled:
             raise AssertionError(f"step {canvas.step} has filled none of {len(masks)} masks")
 
-    def _may_fill_nothing(self, request: HeadRequest) -> bool:
+    def _may_fill_nothing(self, reading: Reading) -> bool:
         """Whether the step has a purpose other than to fill masks"""
         canvas, options = self.state.canvas, self.case.options
-        if canvas.unread or not options.reuse.reads(canvas.progress):
+        if canvas.unread or not block_causal.reads(canvas):
             return True
-        masked = request.positions[canvas.tokens[request.positions] == MASK]
+        masked = reading.positions[canvas.tokens[reading.positions] == MASK]
         if options.decoding.name == "origin":
             return True  # tosses a coin for each position
         if len(masked):
             return False
-        if options.decoding.edits:
+        if isinstance(options.decoding, EditingDecoding):
             return True
         # The first step of a block under fast_dllm can fill one position of models that read at the row before.
         return canvas.shift == 1 and canvas.block_step == 0 and options.reuse.name == "fast_dllm"
 
-    def _propose(self, request: HeadRequest, tokens: np.ndarray) -> None:
-        canvas, case, holes = self.state.canvas, self.case, self.state.holes
+    def _propose(self, reading: Reading, tokens: np.ndarray) -> None:
+        canvas, case, template = self.state.canvas, self.case, self.state.feature(Template)
         rng = np.random.default_rng((zlib.crc32(tokens.tobytes()), case.seed, canvas.block))
         size = len(canvas)
         proposed = np.where(rng.random(size) < case.ends, EOS, rng.integers(MASK + 1, SIZE, size))
         prob = CONFIDENCE[case.confidence](rng, size, np.count_nonzero(tokens == MASK))
-        noted = rng.random((case.options.decoding.noted, size))
+        noted = rng.random((self.state.noted, size))
         if case.options.decoding.name == "credit":
             noted[0] = proposed
-        at, ends = request.positions, rng.random(size) < case.ends
+        at, ends = reading.positions, rng.random(size) < case.ends
         if canvas.unread:
             proposed = canvas.tokens
-        elif holes is not None:
+        elif template is not None:
             for position in at.tolist():
-                if (found := holes.between(position)) is not None:
+                if (found := template.holes.between(position)) is not None:
                     automaton, states = found
                     row = np.zeros((1, -(-SIZE // 32)), np.int32)
                     automaton.mark(row, [states])
@@ -168,11 +168,11 @@ class Run:
                     assert len(fitting)
                     can_end = EOS in fitting and ends[position]
                     proposed[position] = EOS if can_end else fitting[proposed[position] % len(fitting)]
-        request.proposal = Proposal(
+        reading.proposal = Proposal(
             proposed[at].astype(np.int64), -rng.random(size)[at], prob[at], noted[:, at] if len(noted) else None
         )
         if case.logprobs:
-            request.logprobs = [Logprobs(np.array([token]), np.array([-1.0]), 1) for token in proposed[at]]
+            reading.logprobs = [Logprobs(np.array([token]), np.array([-1.0]), 1) for token in proposed[at]]
 
     def _apply(self, commit: Commit) -> None:
         """In the scheduler, which must come to the worker's canvas"""

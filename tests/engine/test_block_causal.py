@@ -19,6 +19,7 @@ from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 RUNS = json.loads((GOLDEN / "block/runs.json").read_text())
 SDAR, LLADA2 = "sdar-tiny", "llada2-tiny"
@@ -86,7 +87,7 @@ def test_recorded_run_with_edits(engines, name):
 
 
 def allowed(name: str) -> bool:
-    return not methods("decoding")[name].revokes
+    return not issubclass(methods("decoding")[name], RevokingDecoding)
 
 
 def mixed(count: int, most: int = 40):
@@ -97,7 +98,7 @@ def mixed(count: int, most: int = 40):
         extra = {"dlm_decoding": names[index % len(names)], "dlm_block_length": rng.choice([4, 4, 8, 16, 5, 7])}
         if index % 5 == 2:
             extra["dlm_cfg_scale"] = 0.7
-        if methods("decoding")[extra["dlm_decoding"]].random_order:
+        if issubclass(methods("decoding")[extra["dlm_decoding"]], RandomOrder):
             extra["dlm_threshold"] = "none"  # which servers may have
         elif index % 4 == 1:
             extra["dlm_threshold"] = 0.05
@@ -138,7 +139,7 @@ def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     llm, given = engines(SDAR), list(mixed(30, 12))
     with Rows(llm) as whole:
         wanted = tokens(llm, given)
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", chunk)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     poison(llm)
     with Rows(llm) as parts:
         assert tokens(llm, given) == wanted

@@ -8,8 +8,10 @@ from vllm import SamplingParams
 
 from tests.engine.running import Counted, Watching, core_of, free_blocks, poison, tokens
 from tests.engine.test_selection import KEEP_ALL, SELECTIONS
-from vllm_dlm.engine.selected_keys import View
+from vllm_dlm.canvas.block_causal import BlockCausalAttention
+from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 
@@ -21,11 +23,11 @@ def engine(engines, checkpoint, selection, **settings):
 def mixed(count: int, seed: int = 4):
     """Every decoding of such models, guided ones and some without a selection; answers long enough to be left out."""
     rng = random.Random(seed)
-    names = sorted(name for name, method in methods("decoding").items() if not method.revokes)
+    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, RevokingDecoding))
     for index in range(count):
         name = names[index % len(names)]
         extra = {"dlm_decoding": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}
-        if methods("decoding")[name].random_order:
+        if issubclass(methods("decoding")[name], RandomOrder):
             extra["dlm_threshold"] = "none"
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.7
@@ -73,7 +75,7 @@ def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_little_memory_and_long_prompts(engines, monkeypatch, checkpoint):
     """Requests give up their blocks, summaries among them, and prompts are read in several steps."""
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     given, selection = list(mixed(14, 9)), SELECTIONS["unique"]
     wanted = tokens(engine(engines, checkpoint, selection), given)
     llm = engine(engines, checkpoint, selection, block_size=16, num_gpu_blocks_override=40)
@@ -99,7 +101,7 @@ class Summaries(Watching):
         self.written, self.selects = states[0].canvas.written, states[0].canvas.block_step > 0
 
     def step_ended(self, requests, counts):
-        view: View | None = self.state.views[0]
+        view: SelectedKeys | None = self.state.feature(BlockCausalAttention).keys.get(False)
         if view is None or not self.selects:
             return
         assert view.prompt_len == self.written
@@ -108,10 +110,10 @@ class Summaries(Watching):
         for layer, cache in enumerate(self.denoiser.blocks.layers):
             if selection.sees_all(layer):
                 continue
-            dim, count = cache.shape[3] // 2, selection.chosen_from(view.prompt_len)
+            dim, count = cache.shape[3] // 2, view.units.candidates
             rows = cache[view.kv_table.tolist()].transpose(1, 2).flatten(0, 1)  # [N, Hkv, 2 * D]
             first, second = selection.summarise(rows[:count, :, :dim], [count])
-            kept = cache[view.summary_table.tolist()].transpose(1, 2).flatten(0, 1)[: view.summaries]
+            kept = cache[view.summary_table.tolist()].transpose(1, 2).flatten(0, 1)[: view.units.summaries]
             torch.testing.assert_close(kept[..., : first.shape[2]], first, rtol=0, atol=0)
             torch.testing.assert_close(kept[..., dim : dim + second.shape[2]], second, rtol=0, atol=0)
         self.seen.append((view.prompt_len, view.length))

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.block_causal import BlockCausal
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.block_causal import BlockCausal
+from vllm_dlm.canvas.canvas import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.client_cache import CLIENT_CACHES
-from vllm_dlm.engine import captured as module
-from vllm_dlm.engine.buckets import Costs, bucket_of, keeps, layer_key
-from vllm_dlm.engine.canvas import NOTHING
-from vllm_dlm.engine.captured import CapturedSteps
-from vllm_dlm.engine.cuda_graphs import PoolLost, repeated
-from vllm_dlm.engine.packing import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Reuse, RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.step import captured as module
+from vllm_dlm.step.buckets import Costs, bucket_of, keeps, layer_key
+from vllm_dlm.step.captured import CapturedSteps
+from vllm_dlm.step.cuda_graphs import PoolLost, repeated
 
 LONGEST, WIDTH = 512, 8
 COSTS = Costs(layers=1, hidden=WIDTH, inner=WIDTH, itemsize=4)
@@ -59,7 +59,7 @@ def partial(reuse: Reuse, rows: int = 30, budget: int | None = 0, feature_rows: 
 
 def times(captured: CapturedSteps, stream: Stream, count: int) -> list[bool]:
     """-> whether each was replayed"""
-    return [captured.fill([stream]) is not None for _ in range(count)]
+    return [captured.pad([stream]) is not None for _ in range(count)]
 
 
 def test_a_step_is_captured_on_its_second_use():
@@ -180,7 +180,7 @@ def test_no_step_has_more_rows_than_workspaces():
     captured = _at_start(capturing(most_rows=512))
     assert max(bucket.rows for bucket in captured.steps) == 512
     assert times(captured, partial(FastDLLM(), rows=200), 1) == [True]
-    assert captured.fill([partial(FastDLLM(), rows=200)] * 4) is None
+    assert captured.pad([partial(FastDLLM(), rows=200)] * 4) is None
 
 
 ERRORS = [
@@ -241,7 +241,7 @@ def test_a_fault_of_the_device_is_raised():
     captured.capture = failing
     assert times(captured, partial(FastDLLM()), 1) == [False]
     with pytest.raises(torch.AcceleratorError):
-        captured.fill([partial(FastDLLM())])
+        captured.pad([partial(FastDLLM())])
 
 
 def test_the_first_canvas_does_not_decide_for_all():
@@ -251,10 +251,10 @@ def test_the_first_canvas_does_not_decide_for_all():
     captured.run = lambda packed, counts: seen.append(packed.groups[0].all_keep) or torch.zeros(len(packed.ids), WIDTH)
     some = [partial(DLLMCache(), budget=6, feature_rows=30), partial(DLLMCache(), budget=6, feature_rows=29)]
     assert keeps(some[0]) and not keeps(some[1])
-    assert captured.fill(some) is None and captured.fill(some) is not None
+    assert captured.pad(some) is None and captured.pad(some) is not None
     assert seen == [False, False]
     everything = [some[0], some[0]]
-    assert captured.fill(everything) is None and captured.fill(everything) is not None
+    assert captured.pad(everything) is None and captured.pad(everything) is not None
     assert seen[2:] == [True, True]
     mixed = [partial(DLLMCache(), budget=6), partial(DLLMCache(), budget=None)]
     assert bucket_of(mixed) is None, "with and without a budget"

@@ -17,15 +17,15 @@ from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from vllm_dlm.configuration import resolved_options
-from vllm_dlm.engine import canvas_attention
-from vllm_dlm.engine.buckets import ROWS, bucket_of, has_budget
-from vllm_dlm.engine.captured import CapturedSteps
-from vllm_dlm.engine.cuda_graphs import repeated
-from vllm_dlm.engine.forward import denoise_live
 from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options, server_options
+from vllm_dlm.step import attention
+from vllm_dlm.step.buckets import ROWS, bucket_of, has_budget
+from vllm_dlm.step.captured import CapturedSteps
+from vllm_dlm.step.cuda_graphs import repeated
+from vllm_dlm.step.denoiser import denoise_live
 
 REUSES = sorted(name for name, reuse in methods("reuse").items() if reuse.caches)
 
@@ -45,18 +45,18 @@ class Capturing(CapturedSteps):
         self.met = []
         self.partial_alone = False
 
-    def fill(self, streams):
+    def pad(self, streams):
         self.met.append(bucket_of(streams))
-        return None if self.partial_alone and streams[0].whole else super().fill(streams)
+        return None if self.partial_alone and streams[0].whole else super().pad(streams)
 
 
 @pytest.fixture
 def capturing(monkeypatch):
     """An engine whose steps are captured while the test runs, with attention that reads lengths and tables where a
     GPU's would: in the memory that stays."""
-    monkeypatch.setattr(canvas_attention, "by_tables", lambda q: True)
-    monkeypatch.setattr(canvas_attention, "has_flash", lambda q: True)
-    monkeypatch.setattr(canvas_attention, "flash_attention", over_tables)
+    monkeypatch.setattr(attention, "by_tables", lambda q: True)
+    monkeypatch.setattr(attention, "has_flash", lambda q: True)
+    monkeypatch.setattr(attention, "flash_attention", over_tables)
 
     def start(llm, room=None):
         captured = Capturing(llm, room)
@@ -67,7 +67,7 @@ def capturing(monkeypatch):
 
 
 def over_tables(q, k, v, q_starts, k_starts, kv_lens, table, max_q, max_kv, scale):
-    """See vllm_dlm/engine/flash_attention.py; rows behind the last start are not numbers."""
+    """See vllm_dlm/step/attention.py; rows behind the last start are not numbers."""
     out = torch.full_like(q, torch.nan)
     ends = q_starts.tolist()
     for canvas, (start, end) in enumerate(pairwise(ends)):

@@ -9,10 +9,10 @@ import torch
 
 from tests.engine.matrix import small
 from tests.engine.running import runner_of
-from vllm_dlm.engine import canvas_attention
-from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
 from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.methods import methods
+from vllm_dlm.step import attention
+from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
 
 pytest.importorskip("triton")
 from tests.kernels.caught import catch_launches, compiled
@@ -36,7 +36,7 @@ def pretending(monkeypatch):
         monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
         monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
-        monkeypatch.setattr(canvas_attention, "by_tables", lambda q: True)
+        monkeypatch.setattr(attention, "by_tables", lambda q: True)
         return catch_launches(monkeypatch)
 
     return start

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_dlm.engine.cuda_graphs import CudaGraphs, PoolLost
+from vllm_dlm.step.cuda_graphs import CudaGraphs, PoolLost
 
 
 class Cuda:

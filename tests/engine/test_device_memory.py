@@ -15,25 +15,25 @@ from tests.engine.test_failures import PLACES, ask, outputs, poisoned
 from tests.engine.test_selection import SMALL
 from vllm_dlm.automaton import built
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.buckets import Costs
-from vllm_dlm.engine.canvas import NOTHING, Canvas, Commit
-from vllm_dlm.engine.captured import TABLES, CapturedSteps
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import repeated
-from vllm_dlm.engine.denoiser import Denoiser
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.head import Head
-from vllm_dlm.engine.holes import Holes
-from vllm_dlm.engine.packing import Stream
-from vllm_dlm.engine.readers import Readers
-from vllm_dlm.engine.request import Denoising, Sampling
-from vllm_dlm.engine.selected_keys import ChoicePool, View
-from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
+from vllm_dlm.canvas.caches import Blocks, StreamCaches
+from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising, Sampling
+from vllm_dlm.canvas.selected_keys import ChoicePool
+from vllm_dlm.canvas.stream import Stream
+from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.integration.worker import runner as runner_module
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.plugins.reuse.base import RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.step.buckets import Costs
+from vllm_dlm.step.captured import TABLES, CapturedSteps
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import repeated
+from vllm_dlm.step.denoiser import Denoiser
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head
+from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
 
 VOCABULARY, WIDTH, PROMPT, BLOCK = 152_000, 8, 20, 32
 EOS, MASK = 1, 0
@@ -63,11 +63,11 @@ def test_arrays_larger_than_the_memory_arrive():
 def templated(number: int) -> Denoising:
     """Between refreshes; every position of its block may hold one token, another one in each request."""
     options = request_options(server_options(None, "low_confidence"), {"dlm_reuse": "fast_dllm"})
-    canvas = Canvas(options, MASK, 0, [7] * PROMPT, PROMPT + BLOCK)
-    state = Denoising(f"r{number}", canvas, Sampling(0.0, 1.0, 0, seed=number, stop_ids=frozenset()))
     moves = (([token_at(number, index)], ((index, index + 1),)) for index in range(BLOCK))
     chain = built(BLOCK + 1, [0], [BLOCK], moves, VOCABULARY, [EOS])
-    state.holes = Holes([(PROMPT, BLOCK, chain)], canvas.tokens, MASK, EOS)
+    layout = Layout(start=[MASK] * BLOCK, holes=[(0, BLOCK, 0)], automata=[chain.plain()], ends=[EOS])
+    canvas = Canvas(options, MASK, 0, [7] * PROMPT, PROMPT + BLOCK, layout)
+    state = Denoising(f"r{number}", canvas, Sampling(0.0, 1.0, 0, seed=number, stop_ids=frozenset()))
     canvas.apply(Commit(canvas.candidates(), np.full(BLOCK, 0.5, np.float32), NOTHING, NOTHING))
     assert not canvas.plan.refresh
     return state
@@ -90,9 +90,9 @@ def test_the_tokens_that_templates_allow_need_not_fit_beside_captured_tables():
     )  # fmt: skip
     states = [templated(number) for number in range(16)]
     tables = {state.req_id: np.arange(1, 9) for state in states}
-    captured.capture_all(denoiser.readers.of(states[0], tables["r0"])[0].stream)
-    replayed, failed = captured.fill, Failures()
-    captured.fill = lambda streams: replayed(streams) or pytest.fail("the step is launched")
+    captured.capture_all(states[0].streams(denoiser.caches, tables["r0"])[0])
+    replayed, failed = captured.pad, Failures()
+    captured.pad = lambda streams: replayed(streams) or pytest.fail("the step is launched")
     assert len(states) * BLOCK * VOCABULARY // 8 > TABLES
     requests = denoiser.step(states, tables, Counts(), failed)
     assert not failed and len(requests) == len(states)
@@ -116,7 +116,7 @@ def without_collection():
 
 def test_choices_are_freed_with_the_requests_that_made_them(engines):
     llm = engine(engines, "llada-tiny", SMALL | {"select_every": 3})
-    pools = runner_of(llm).denoiser.readers.choices
+    pools = runner_of(llm).denoiser.caches.pools
     seen = []
 
     class Pools(Watching):
@@ -135,32 +135,32 @@ def test_choices_are_freed_with_the_requests_that_made_them(engines):
 def test_a_pool_starts_small_again():
     pool = ChoicePool()
     slots = [pool.slot(4, 0) for _ in range(5)]
-    pool.of(0, 2, torch.device("cpu"))
+    pool.tensors(0, 2, torch.device("cpu"))
     for slot in slots[1:]:
         pool.release(slot)
     assert len(pool.layers[0]) >= 6, "one is in use"
     pool.release(slots[0])
     assert not pool.layers
     assert pool.slot(2, 1) == 1
-    units, memo = pool.of(0, 2, torch.device("cpu"))
+    units, memo = pool.tensors(0, 2, torch.device("cpu"))
     assert units.shape == (2, 2, 2) and memo.shape == (2, 2, 1)
 
 
 def test_an_evicted_pool_is_not_mixed_with_its_successor():
     """Views of one group read the pool of the first one: canvases with different pools are not of one kind."""
-    readers = Readers(BlockShape(32, 2, 16, RowShape(32, WIDTH)))
+    caches = StreamCaches(BlockShape(32, 2, 16, RowShape(32, WIDTH)))
     selection = Unique(page_size=16, budget_tokens=64, min_context=0, select_every=3)
 
     def stream() -> Stream:
         table, tokens = np.arange(1, 9), np.zeros(231, np.int64)
-        view = View(selection, 200, 231, 32, table, table, False, readers._pool(selection))
-        return Stream(FastDLLM(), StepPlan.dense(span(200, 231)), tokens, NOTHING, NOTHING, (200, 231), view=view)
+        keys = caches.selected_keys(selection, 200, 231, Blocks(table, NOTHING, table, NOTHING))
+        return Stream(FastDLLM(), StepPlan.dense(span(200, 231)), tokens, NOTHING, NOTHING, (200, 231), selected=keys)
 
     first, second = stream(), stream()
     assert first.kind == second.kind
-    for number in range(readers.choices.bound):
-        readers._pool(Unique(budget_tokens=1024 + number))
-    assert len(readers.choices) == readers.choices.bound
+    for number in range(caches.pools.bound):
+        caches.pool(Unique(budget_tokens=1024 + number))
+    assert len(caches.pools) == caches.pools.bound
     assert stream().kind != first.kind
 
 

@@ -8,6 +8,7 @@ from vllm import SamplingParams
 from tests.engine.running import Watching, core_of, runner_of, tokens
 from tests.engine.test_extent import SCARCE
 from tests.engine.test_lifecycle import add, finish
+from vllm_dlm.canvas.speculation import Speculation
 from vllm_dlm.integration.scheduler.scheduler import FULL
 
 
@@ -20,7 +21,7 @@ class Canvases(Watching):
 
     def step_ended(self, requests, counts):
         self.steps += len(requests)
-        self.drafts += sum(len(request.drafts) for request in requests)
+        self.drafts += sum(len(request.added_by(Speculation.name)) for request in requests)
 
 
 def given(count: int, drafts: int, new: int = 24, **more):

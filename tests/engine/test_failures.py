@@ -7,10 +7,10 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import free_blocks, tokens
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.packing import Packing
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.flow import FeedForward
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.packing import GroupPacking
 
 PROMPT = {"prompt_token_ids": [390, 7, 8, 9, 10]}
 
@@ -121,7 +121,7 @@ def test_a_request_that_cannot_be_packed_fails_alone(llm, monkeypatch, order, ra
     """Packing is done before the forward, so ranks of tensor parallelism agree on it and none is left waiting."""
     requests = [ask(dlm_reuse="fast_dllm"), ask(16), ask(20)]
     alone = [tokens(llm, [request])[0] for request in requests]
-    numbers = Packing.numbers.fget
+    numbers = GroupPacking.numbers
 
     def broken(self):
         if any(isinstance(stream.reuse, methods("reuse")["fast_dllm"]) for stream in self.streams):
@@ -129,7 +129,7 @@ def test_a_request_that_cannot_be_packed_fails_alone(llm, monkeypatch, order, ra
         return numbers(self)
 
     monkeypatch.setattr("vllm_dlm.integration.worker.runner.get_tensor_model_parallel_world_size", lambda: ranks)
-    monkeypatch.setattr(Packing, "numbers", property(broken))
+    monkeypatch.setattr(GroupPacking, "numbers", broken)
     given = outputs(llm, [requests[i] for i in order])
     for index, output in zip(order, given, strict=True):
         if index == 0:
@@ -251,21 +251,21 @@ def test_only_the_request_that_meets_them_fails(llm):
 def test_ranks_do_not_leave_each_other_waiting():
     """Errors that may be one rank's alone are raised. All other errors are the same on all ranks."""
     failed = Failures(ranks=2)
-    with pytest.raises(RuntimeError, match="broken"), failed.of("a", in_forward=True):
+    with pytest.raises(RuntimeError, match="broken"), failed.catch("a", in_forward=True):
         raise RuntimeError("broken")
     for error in (MemoryError("no memory"), torch.OutOfMemoryError("no memory")):
-        with pytest.raises(type(error)), failed.of("a"):
+        with pytest.raises(type(error)), failed.catch("a"):
             raise error
     assert not failed
-    with failed.of("a"):
+    with failed.catch("a"):
         raise RuntimeError("broken")
     assert failed.keys() == {"a"}
 
 
 def test_errors_of_the_accelerator_end_the_process():
     failed = Failures()
-    with pytest.raises(torch.AcceleratorError), failed.of("a"):
+    with pytest.raises(torch.AcceleratorError), failed.catch("a"):
         raise torch.AcceleratorError("an illegal memory access was encountered")
-    with failed.of("a"):
+    with failed.catch("a"):
         raise torch.OutOfMemoryError("of 80 GiB 12 MiB are free")
     assert failed["a"].startswith("OutOfMemoryError: of 80 GiB 12 MiB are free")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.engine import noise
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.head import Head, HeadRequest
-from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.canvas import noise
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Sampling
 from vllm_dlm.options import request_options, server_options
+from vllm_dlm.step.head import Head
 
 VOCABULARY, WIDTH = 4096, 32
 SERVER = server_options(None, "low_confidence")
@@ -21,10 +22,10 @@ def weight():
     return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def request(length: int, start: int, temperature: float = 0.0, **extra) -> HeadRequest:
+def request(length: int, start: int, temperature: float = 0.0, **extra) -> Reading:
     sampling = Sampling(temperature, 1.0, 0, seed=length, stop_ids=frozenset())
     state = Denoising("r", Canvas(request_options(SERVER, extra), 0, 0, [], length), sampling)
-    return HeadRequest(state, np.arange(length), np.arange(start, start + length))
+    return Reading(state, np.arange(length), np.arange(start, start + length))
 
 
 def run(weight, hidden, requests, max_logits):

@@ -12,9 +12,8 @@ import torch
 from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
 from vllm_dlm import automaton
 from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
-from vllm_dlm.engine import filling
-from vllm_dlm.engine.allowed import rule_out_others, table
-from vllm_dlm.engine.holes import Holes
+from vllm_dlm.canvas.holes import Holes
+from vllm_dlm.canvas.infill import AUTOMATA, allowed_tokens, automaton_from_plain, rule_out_others
 from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 TEXTS = [
@@ -46,7 +45,7 @@ KINDS = {
 
 def allowed(holes: Holes, position: int) -> list[int]:
     """Tokens, ascending, as the head gets them"""
-    rows, which = table([(holes, np.array([position]))], SIZE)
+    rows, which = allowed_tokens([(holes, np.array([position]))], SIZE)
     bits = np.unpackbits(rows[which[0]].view(np.uint8), count=SIZE, bitorder="little")
     return np.flatnonzero(bits).tolist()
 
@@ -170,7 +169,7 @@ def test_bits_on_the_way_to_the_head():
     made, _ = KINDS["number"]
     holes = Holes([(4, 3, made)], np.full(9, MASK), MASK, EOS)
     positions = np.array([4, 5, 2, 4])  # 2 is in no hole of the template
-    rows, which = table([(None, np.array([7])), (holes, positions)], SIZE)
+    rows, which = allowed_tokens([(None, np.array([7])), (holes, positions)], SIZE)
     assert rows.dtype == np.int32 and len(rows) == 3 and which.tolist() == [0, 1, 2, 0, 1]
     logits = torch.zeros(5, SIZE)
     rule_out_others(logits, torch.from_numpy(rows), torch.from_numpy(which))
@@ -215,7 +214,7 @@ def test_as_the_naive_twin(seed):
     holes, hole = Holes([(3, length, made)], np.full(length + 5, MASK), MASK, EOS), NaiveHole(length, twin)
     tokens_of = {of: np.flatnonzero(twin.classes == of).tolist() for of in twin.moves}
     for _ in range(12):
-        rows, which = table([(holes, np.arange(3, 3 + length))], SIZE)
+        rows, which = allowed_tokens([(holes, np.arange(3, 3 + length))], SIZE)
         bits = np.unpackbits(rows[which].view(np.uint8), axis=1, count=SIZE, bitorder="little")
         for index in range(length):
             assert (bits[index] == np.isin(twin.classes, list(hole.allowed(index)))).all()
@@ -309,7 +308,7 @@ def test_proposals_that_contradict_each_other(made, monkeypatch):
     rng, reads = random.Random(0), Reads(monkeypatch)
     for ends in (0, 1, LONG // 2):
         holes = Holes([(0, LONG, made)], np.full(LONG, MASK), MASK, EOS)
-        rows, which = table([(holes, np.arange(LONG))], SIZE)
+        rows, which = allowed_tokens([(holes, np.arange(LONG))], SIZE)
         bits = np.unpackbits(rows[which].view(np.uint8), axis=1, count=SIZE, bitorder="little")
         tokens = np.array([rng.choice(np.flatnonzero(each).tolist()) for each in bits])
         tokens[rng.sample(range(LONG), ends)] = EOS
@@ -320,12 +319,12 @@ def test_proposals_that_contradict_each_other(made, monkeypatch):
 
 def test_requests_with_equal_holes_share_one_automaton():
     made, _ = KINDS["one of"]
-    first, second = (filling.automaton_of(made.plain()) for _ in range(2))
-    assert first is second and filling.automaton_of(KINDS["string"][0].plain()) is not first
+    first, second = (automaton_from_plain(made.plain()) for _ in range(2))
+    assert first is second and automaton_from_plain(KINDS["string"][0].plain()) is not first
     assert first.tokens.nbytes + first.own.nbytes <= 16 * len(IDS)  # nothing as long as the vocabulary
-    for bound in range(filling.AUTOMATA.bound + 5):
-        filling.automaton_of(automaton.one_of(["a" * (bound + 1)], TOKENS, lambda text: [], [EOS]).automaton.plain())
-    assert len(filling.AUTOMATA) == filling.AUTOMATA.bound
+    for bound in range(AUTOMATA.bound + 5):
+        automaton_from_plain(automaton.one_of(["a" * (bound + 1)], TOKENS, lambda text: [], [EOS]).automaton.plain())
+    assert len(AUTOMATA) == AUTOMATA.bound
 
 
 BOUNDS = TemplateBounds(hole=100, holes=100, automata=100)

@@ -10,6 +10,7 @@ from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, r
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.requests import salt
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 SIZE = 32  # of vLLM's blocks
@@ -52,11 +53,11 @@ def mixed(count: int, seed: int = 1):
     """Every decoding of such models; prompts that begin alike, in groups, some of them the beginning of others, and
     widths that divide vLLM's blocks or do not."""
     rng, stems = random.Random(seed), [some(120, stem) for stem in range(3)]
-    names = sorted(name for name, method in methods("decoding").items() if not method.revokes)
+    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, RevokingDecoding))
     for index in range(count):
         name, width = names[index % len(names)], rng.choice([4, 4, 8, 32, 32, 5, 64])
         extra = {"dlm_decoding": name, "dlm_block_length": width}
-        if methods("decoding")[name].random_order:
+        if issubclass(methods("decoding")[name], RandomOrder):
             extra["dlm_threshold"] = "none"
         if index % 9 == 4:
             extra["dlm_cfg_scale"] = 0.7
@@ -142,7 +143,7 @@ def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
     given = list(mixed(48, 2))
     wanted = tokens(without(engines, checkpoint), given)
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", chunk)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     llm = caching(engines, checkpoint)
     first, found = outputs(llm, given)
     assert first == wanted and found[0] == 0
@@ -209,7 +210,7 @@ def cached(llm, ids, width):
 @pytest.mark.parametrize("steps", range(1, 7))
 def test_a_prompt_that_was_not_read_to_its_end(engines, monkeypatch, checkpoint, steps):
     """Its client leaves: what has been read is found, and no more."""
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 24)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 24)
     llm, request = caching(engines, checkpoint), ask(some(120, 5), 12, dlm_block_length=4)
     engine = llm.llm_engine
     name = engine.add_request("left", *request)
@@ -223,7 +224,7 @@ def test_a_prompt_that_was_not_read_to_its_end(engines, monkeypatch, checkpoint,
 
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_reset_forgets_all(engines, monkeypatch, step):
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     given = [ask(some(120, 6) + some(index, index), 12, dlm_block_length=4) for index in range(0, 12, 3)]
     wanted = tokens(without(engines, CHECKPOINTS[0]), given)
     llm, got = caching(engines, CHECKPOINTS[0]), {}
@@ -246,7 +247,7 @@ def test_a_reset_forgets_all(engines, monkeypatch, step):
 
 def test_what_goes_wrong_is_not_found(engines, monkeypatch):
     """A request that fails takes what it wrote with it."""
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     llm, request = caching(engines, CHECKPOINTS[0]), ask(some(100, 9), 12)
     wanted = tokens(without(engines, CHECKPOINTS[0]), [request])
     decoding = type(core_of(llm).scheduler.dlm_options.decoding)
@@ -272,7 +273,7 @@ class Breaking(Watching):
 
 
 def test_what_became_nan_is_not_found(engines, monkeypatch):
-    monkeypatch.setattr("vllm_dlm.block_causal.CHUNK", 32)
+    monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     llm, request = caching(engines, CHECKPOINTS[0]), ask(some(100, 9), 12)
     with Breaking(llm):
         (failed,) = llm.generate(*request, use_tqdm=False)

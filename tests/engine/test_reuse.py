@@ -12,15 +12,16 @@ from benchmarks.costs import predict
 from tests.engine.batches import CHECKPOINTS, POLICIES
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import NOTHING
-from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.packing import Stream, pack
-from vllm_dlm.engine.upload import Upload
+from vllm_dlm.canvas.canvas import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.packing import pack
+from vllm_dlm.step.upload import Upload
 
 EXACT = {
     "dllm_cache (1, 1)": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1},
@@ -197,7 +198,7 @@ def test_counted_work_is_the_predicted_work(engines):
     for reuse in (Dense(), FastDLLM(), DLLMCache(prompt_interval=7, response_interval=3)):
         llm = engine(engines, "llada-tiny", {"name": reuse.name, **vars(reuse)})
         with Predicted(llm) as seen:
-            shape = seen.shape = ModelShape.of(llm.llm_engine.model_config.hf_config)
+            shape = seen.shape = ModelShape.from_config(llm.llm_engine.model_config.hf_config)
             tokens(llm, list(requests(1)))
         assert len(seen.steps) == 24
         for counted, predicted in seen.steps:

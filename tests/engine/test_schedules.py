@@ -11,6 +11,8 @@ from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
 from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
+from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 
 #: The same examples in every run, so that a run cannot fail by chance
 FIXED = settings(derandomize=True, deadline=None, max_examples=25, database=None)
@@ -46,7 +48,7 @@ def options_of(server: Options, extra: dict) -> Options:
 @st.composite
 def with_steps(draw, options: Options, blocks: int, masks: int) -> Options:
     """Some number of steps that a request may ask for: smaller than a block, or more than there are masks"""
-    least = 1 if options.decoding.steps_of_blocks else blocks
+    least = 1 if isinstance(options.decoding, LowConfidenceStatic) else blocks
     steps = draw(st.none() | st.integers(least, least + 2 * masks))
     try:
         return replace(options, decoding=replace(options.decoding, steps=steps))
@@ -89,7 +91,7 @@ def full_cases(draw, name: str) -> Case:
             extra["dlm_window"] = draw(st.integers(0, 10))
     options = options_of(server, extra)
     if kind == "template":
-        options = replace(options, decoding=options.decoding.alone())
+        options = replace(options, decoding=without_speculation(options.decoding))
     # at the model's length, or below it
     most = len(prompt) + max(1, max_tokens - draw(st.integers(0, 2)) * (kind == "plain"))
     case = Case(
@@ -152,7 +154,9 @@ def test_full_attention(name):
     holds()
 
 
-@pytest.mark.parametrize("name", [name for name in DECODINGS if not methods("decoding")[name].revokes])
+@pytest.mark.parametrize(
+    "name", [name for name in DECODINGS if not issubclass(methods("decoding")[name], RevokingDecoding)]
+)
 def test_block_causal(name):
     @FIXED
     @given(case=block_causal_cases(name), data=st.data())

@@ -12,15 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from tests.engine import pretended_gpu
 from tests.engine.matrix import small
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, View
-from vllm_dlm.engine.selecting import selecting
+from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.kernels.page_scores import torch as scores
 from vllm_dlm.kernels.sparse_attention import torch as attention
 from vllm_dlm.kernels.top_pages import torch as top
 from vllm_dlm.methods import methods
 from vllm_dlm.options import server_options
 from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.selection import ResponseQueries
+from vllm_dlm.step.selection_packing import group_selection
 
 KV_HEADS, DIM, BLOCK = 2, 16, 32
 #: response and live rows of each canvas
@@ -76,13 +77,13 @@ class Canvases:
         g = torch.Generator().manual_seed(0)
         lengths = [n + RESPONSE for n in prompt_lens]
         blocks = [-(-n // BLOCK) for n in lengths]
-        summaries = [-(-selection.summary_rows(n) // BLOCK) for n in prompt_lens]
+        summaries = [-(-selection.prompt_units(n).summaries // BLOCK) for n in prompt_lens]
         order = torch.randperm(sum(blocks) + sum(summaries), generator=g)
         tables = order.split([size for pair in zip(blocks, summaries, strict=True) for size in pair])
         self.cache = KVBlocks([torch.full((len(order), KV_HEADS, BLOCK, 2 * DIM), torch.nan)])
         pool = ChoicePool()
         self.views = [
-            View(selection, n, n + RESPONSE, BLOCK, kv.numpy(), own.numpy(), False, pool)
+            SelectedKeys(selection, n, n + RESPONSE, BLOCK, kv.numpy(), own.numpy(), False, pool)
             for n, kv, own in zip(prompt_lens, tables[::2], tables[1::2], strict=True)
         ]
         keys = []
@@ -95,7 +96,7 @@ class Canvases:
             self.cache.write_keys(0, slots, kv[..., :DIM])
             self.cache.write_values(0, slots, kv[..., DIM:])
             keys.append(kv[..., :DIM])
-        whole = selecting(self.views, lengths, prompt_lens, True, torch.from_numpy)
+        whole = group_selection(self.views, lengths, prompt_lens, True, torch.from_numpy)
         whole.refresh(0, self.cache, torch.cat(keys), Counts())
 
     def step(self, number: int):
@@ -106,9 +107,9 @@ class Canvases:
         q = torch.cat([torch.randn(LIVE, 2 * KV_HEADS, DIM, generator=own) for own in g])
         # who votes differs; of every second canvas nobody does, so that all do
         voters = torch.cat([torch.rand(LIVE, generator=own) < (own.initial_seed() % 2) / 2 for own in g])
-        group = selecting(self.views, [LIVE] * len(g), [0] * len(g), False, torch.from_numpy)
+        group = group_selection(self.views, [LIVE] * len(g), [0] * len(g), False, torch.from_numpy)
         rows = Rows(None, [LIVE] * len(g))
-        return group, (0, self.cache, q, rows, voters, 0.3, Counts())
+        return group, ResponseQueries(0, self.cache, q, rows, voters, 0.3, Counts())
 
 
 PROMPTS = [203, 296, 331, 250]
@@ -121,16 +122,16 @@ def test_each_canvas_sees_what_it_sees_alone(name):
     chose = []
     for number in range(4):
         group, asked = together.step(number)
-        units, out = group.units(group.shown(*asked)), group.attend(*asked)
+        units, out = group.units(group.visible(asked)), group.attend(asked)
         for i, canvas in enumerate(alone):
             own, wants = canvas.step(number)
-            want = own.units(own.shown(*wants))[0]
+            want = own.units(own.visible(wants))[0]
             got = units[i][units[i] >= 0].view(KV_HEADS, -1)
             assert torch.equal(got, want) and torch.equal(got, got.sort(-1)[0])
             part = slice(LIVE * i, LIVE * (i + 1))
-            torch.testing.assert_close(out[part], own.attend(*wants), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(out[part], own.attend(wants), atol=1e-6, rtol=1e-5)
         chose.append(units)
-        assert group.views[0].visible < group.views[0].length
+        assert group.keys[0].visible < group.keys[0].length
     assert not torch.equal(chose[0], chose[3]) or "held" in name
 
 
@@ -168,16 +169,16 @@ def launches(selection, prompts, monkeypatch, step=3, delta=False):
     canvases = Canvases(selection, prompts)
     for number in range(step):
         group, asked = canvases.step(number)
-        group.shown(*asked)
+        group.visible(asked)
     group, asked = canvases.step(step)
     places = torch.full((len(prompts), max(prompts) + RESPONSE), -1, dtype=torch.int32)
     places[:2, 100:220:30] = torch.arange(8, dtype=torch.int32).view(2, 4)
     moved = torch.randn(8, KV_HEADS, DIM), places
     with monkeypatch.context() as patch, Launches(patch) as watch:
         if delta:
-            group.delta(*asked, *moved)
+            group.delta(asked, *moved)
         else:
-            group.attend(*asked)
+            group.attend(asked)
     return watch.found
 
 

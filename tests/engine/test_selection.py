@@ -11,9 +11,7 @@ from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.selected_keys import ChoicePool, View
-from vllm_dlm.engine.selecting import Selecting, selecting
+from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, naive
 from vllm_dlm.methods import methods
@@ -21,6 +19,9 @@ from vllm_dlm.options import request_options
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import Selection
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.selection import GroupSelection, ResponseQueries
+from vllm_dlm.step.selection_packing import group_selection
 
 SMALL = {"name": "unique", "page_size": 16, "budget_tokens": 64, "min_context": 0, "dense_layers": []}
 WAVES = {"name": "wavefilter", "min_prompt": 64}
@@ -89,7 +90,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     pages = KVBlocks([torch.full((len(order), kv_heads, block_size, 2 * dim), torch.nan)])
     kv = torch.randn(length, kv_heads, 2 * dim, generator=generator)
     tables = order[:blocks].numpy(), order[blocks : 2 * blocks].numpy()
-    view = View(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
+    view = SelectedKeys(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
     slots = Slots(order[position // block_size], position % block_size)
     pages.write_keys(0, slots, kv[..., :dim])
@@ -99,20 +100,20 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     return view, pages, kv, q
 
 
-def refresh(view: View, pages, kv) -> None:
-    whole = selecting([view], [view.length], [view.prompt_len], True, torch.from_numpy)
+def refresh(view: SelectedKeys, pages, kv) -> None:
+    whole = group_selection([view], [view.length], [view.prompt_len], True, torch.from_numpy)
     whole.refresh(0, pages, kv[..., : kv.shape[2] // 2], Counts())
 
 
-def step(view: View, queries: int) -> Selecting:
+def step(view: SelectedKeys, queries: int) -> GroupSelection:
     """The view as a group of its own, of which so many rows of the response live."""
     view.step_begins()
-    return selecting([view], [queries], [0], False, torch.from_numpy)
+    return group_selection([view], [queries], [0], False, torch.from_numpy)
 
 
-def arguments(pages, q):
+def arguments(pages, q, counts) -> ResponseQueries:
     """What a group is asked with where all rows vote."""
-    return 0, pages, q, Rows(None, [len(q)]), torch.ones(len(q), dtype=torch.bool), 0.2
+    return ResponseQueries(0, pages, q, Rows(None, [len(q)]), torch.ones(len(q), dtype=torch.bool), 0.2, counts)
 
 
 def seen_keys(units: torch.Tensor, length: int, unit: int) -> torch.Tensor:
@@ -127,8 +128,8 @@ def test_view_is_a_mask(std_kind, reduce):
     view, pages, kv, q = view_of(selection)
     counts = Counts()
     group = step(view, 3)
-    got = group.attend(*arguments(pages, q), counts)
-    (units,) = group.units(group.shown(*arguments(pages, q), counts))
+    got = group.attend(arguments(pages, q, counts))
+    (units,) = group.units(group.visible(arguments(pages, q, counts)))
 
     runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
     mean, variance = runs.mean(1), runs.var(1, correction=0)
@@ -157,8 +158,8 @@ def test_moved_values_add_what_a_mask_lets_through():
     moved = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
     group, places = step(view, 3), torch.full((1, 231), -1, dtype=torch.int32)
     places[0, changed] = torch.arange(5, dtype=torch.int32)
-    got = group.delta(*arguments(pages, q), Counts(), moved, places)
-    mask = seen_keys(group.units(group.shown(*arguments(pages, q), Counts()))[0], 231, 16).repeat_interleave(2, 0)[
+    got = group.delta(arguments(pages, q, Counts()), moved, places)
+    mask = seen_keys(group.units(group.visible(arguments(pages, q, Counts())))[0], 231, 16).repeat_interleave(2, 0)[
         :, None
     ]
     assert not mask[:, 0, changed].all() and mask[:, 0, changed].any()
@@ -173,13 +174,13 @@ def test_choices_last_as_long_as_they_should():
     chose, shown = [], []
     for number in range(6):
         group, counts = step(view, 3), Counts()
-        shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), counts)))
+        shown.append(group.units(group.visible(arguments(pages, q * (-1) ** number, counts))))
         chose.append(view.chooses)
         assert chose[-1] == (counts.keys_scored > 0)
     assert chose == [True, False] * 3
     assert torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[4])
     group = step(view, 3)
-    assert not torch.equal(shown[0], group.units(group.shown(*arguments(pages, -q), Counts())))
+    assert not torch.equal(shown[0], group.units(group.visible(arguments(pages, -q, Counts()))))
     assert not view.step_begins()
     refresh(view, pages, kv)
     assert view.step_begins() and not view.known
@@ -202,7 +203,7 @@ def test_choices_that_are_returned_last_as_long():
         view, pages, _, q = view_of(cls(**fields))
         for number in range(4):
             group = step(view, 3)
-            shown.append(group.units(group.shown(*arguments(pages, q * (-1) ** number), Counts())))
+            shown.append(group.units(group.visible(arguments(pages, q * (-1) ** number, Counts()))))
     assert all(torch.equal(one, other) for one, other in zip(shown[:4], shown[4:], strict=True))
     assert torch.equal(shown[0], shown[2]) and not torch.equal(shown[0], shown[3])
 

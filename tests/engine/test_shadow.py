@@ -14,10 +14,12 @@ from tests.engine.matrix import assert_tokens_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
-from vllm_dlm.engine.packing import Stream, split
+from vllm_dlm.canvas.revision import Revocation
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.wino import AT_FIRST, Wino
+from vllm_dlm.step.packing import split
 
 #: with which random models fill several tokens at once and take some back
 EAGER = {"dlm_decoding": "wino", "dlm_tau1": 0.02, "dlm_tau2": 0.4, "dlm_block_length": 12}
@@ -47,7 +49,7 @@ class Commits(Watching):
 
     def step_ended(self, requests, counts):
         self.forwards += len(requests)
-        self.shadows += sum(request.shadow is not None for request in requests)
+        self.shadows += sum(len(request.added_by(Revocation.name)) for request in requests)
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", "llada-tiny-gqa", "dream-tiny"])
@@ -94,10 +96,10 @@ def test_a_step_that_is_split_has_shadows_behind_their_canvases(engines, monkeyp
     parts = []
 
     def one_by_one(streams: list[Stream], max_rows: int):
-        parts.append([stream.hole is not None for stream in streams])
+        parts.append([stream.hidden_row is not None for stream in streams])
         return split(streams, 1)
 
-    monkeypatch.setattr("vllm_dlm.engine.denoiser.split", one_by_one)
+    monkeypatch.setattr("vllm_dlm.step.denoiser.split", one_by_one)
     for cache in runner_of(llm).kv_caches:
         cache.fill_(torch.nan)
     assert tokens(llm, given) == wanted

@@ -25,7 +25,7 @@ class Refreshes(Watching):
         del self.denoiser._propose
         super().__exit__(*error)
 
-    def propose(self, prepared, readers, requests, counts, failed):
+    def propose(self, prepared, requests, counts, failed):
         for request in requests:
             count = len(request.positions)
             request.proposal = Proposal(np.full(count, 5), np.full(count, 0.5), np.full(count, 0.5))

@@ -6,9 +6,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from tests.engine.pretended_gpu import GPU, Step, pretended, states
 from tests.engine.running import Recorder, runner_of
-from vllm_dlm.engine.layer import GroupLayer
 from vllm_dlm.integration.worker.warm_up import STEPS
 from vllm_dlm.methods import methods
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.step.layer import GroupLayer
 
 #: launches of a layer between refreshes
 MOST = {"none": 12, "fast_dllm": 12, "dllm_cache": 18, "dyllm": 22}
@@ -60,7 +61,7 @@ def test_every_policy_is_warmed_up(engines):
     with Recorder(llm) as seen:
         runner.warm_up()
     names = {name.split()[0] for name in seen.steps}
-    revoking = {name for name, decoding in methods("decoding").items() if decoding.revokes}
+    revoking = {name for name, decoding in methods("decoding").items() if issubclass(decoding, RevokingDecoding)}
     assert revoking and names == set(methods("reuse")) | revoking
     assert all(len(steps) >= STEPS for steps in seen.steps.values())
     assert all((cache[1:] == 7).all() for cache in runner.kv_caches)

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import plain_stream
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import plain_stream
 
 
 def logits_of(worker, canvases: list[list[int]]) -> list[torch.Tensor]:

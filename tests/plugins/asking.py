@@ -2,18 +2,18 @@
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, CachedPrompts, Selection, Summaries
+from vllm_dlm.plugins.selection.base import CachedPrompts, ChoiceQuery, Selection, Summaries
 
 #: positions per KV block
 BLOCK = 64
 
 
-def canvas_asks(selection: Selection, q, keys, prompt_len=None, length=None, voters=None, scale=None) -> Asked:
+def canvas_asks(selection: Selection, q, keys, prompt_len=None, length=None, voters=None, scale=None) -> ChoiceQuery:
     """Input for one canvas. q [L, H, D]; keys [N, Hkv, D] of the canvas or of its prompt, which are also the values"""
     return canvases_ask(selection, [q], [keys], [prompt_len], [length], [voters], scale)
 
 
-def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, scale=None) -> Asked:
+def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, scale=None) -> ChoiceQuery:
     """Input for several canvases. None means: prompt as long as the keys, canvas as long as prompt and queries, all
     queries vote"""
     prompt_lens = [len(own) if n is None else n for n, own in zip(prompt_lens, keys, strict=True)]
@@ -24,19 +24,19 @@ def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, s
     for own, place in zip(keys, torch.arange(sum(blocks)).split(blocks), strict=True):
         position = torch.arange(len(own))
         cache.transpose(1, 2)[place[position // BLOCK], position % BLOCK] = torch.cat([own, own], -1)
-        free = selection.chosen_from(prompt_lens[len(parts)])
+        free = selection.prompt_units(prompt_lens[len(parts)]).candidates
         parts.append(selection.summarise(own[:free], [free]))
     described = [len(first) for first, _ in parts]
     starts = torch.tensor([0, *map(len, qs)]).cumsum(0)
     prompts = CachedPrompts(
         cache, pad(torch.arange(sum(blocks)).split(blocks)), prompt_lens, lengths,
-        torch.tensor([selection.numbers(n) for n in prompt_lens], dtype=torch.int32).T.contiguous(),
+        torch.tensor([selection.prompt_units(n).numbers for n in prompt_lens], dtype=torch.int32).T.contiguous(),
         qs[0].shape[2] ** -0.5 if scale is None else scale, torch.cat(voters),
     )  # fmt: skip
     summaries = Summaries(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
     table = pad(torch.arange(sum(described)).split(described))
     most = max(map(len, qs))
-    return Asked(torch.cat(qs), starts[:-1], starts[1:], most, summaries, table, torch.tensor(described), prompts)
+    return ChoiceQuery(torch.cat(qs), starts[:-1], starts[1:], most, summaries, table, torch.tensor(described), prompts)
 
 
 def pad(tables):

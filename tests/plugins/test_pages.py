@@ -10,7 +10,7 @@ from tests.plugins.asking import canvas_asks
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST
 from vllm_dlm.page_sparse.queries import chosen_pages, make_queries
 from vllm_dlm.page_sparse.summaries import empty_summaries
-from vllm_dlm.plugins.selection.base import Asked
+from vllm_dlm.plugins.selection.base import ChoiceQuery
 from vllm_dlm.plugins.selection.pages import PageSelection
 from vllm_dlm.plugins.selection.unique import Unique
 
@@ -71,7 +71,7 @@ def test_first_last_and_undescribed_pages_are_read(selection):
     summaries.second[rows.page_table[2, 3]] = torch.inf
     summaries.first[rows.page_table[2, 1]] = torch.nan
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
-    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
+    asked = ChoiceQuery(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages)
     scores = selection.scores(asked)
     for own, forced, count in zip(scores, ([0, 3], [0, 4], [0, 3, 5]), (4, 5, 6), strict=True):
         assert (own == FORCED).nonzero()[:, 1].tolist() == 2 * forced

@@ -8,7 +8,7 @@ import torch
 
 from tests.plugins.asking import canvas_asks
 from vllm_dlm.options import OptionError, server_options
-from vllm_dlm.plugins.selection.base import Held
+from vllm_dlm.plugins.selection.base import StoredChoices
 from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 
@@ -69,7 +69,7 @@ def test_pinned_tokens_stay(extra):
     selection = WaveFilter(**{"proportions": (0.3, 0.3), "keep_sink": 4, "keep_tail": 5, "min_prompt": 0, **extra})
     given, _ = asked(1803, selection=selection)
     units = selection.choose(given).units[0]
-    free = selection.chosen_from(1803)
+    free = selection.prompt_units(1803).candidates
     for own in units:
         assert torch.equal(own, own.unique())  # ascending, no repeats
         positions = set((own[:, None] * selection.unit + torch.arange(selection.unit)).flatten().tolist())
@@ -93,10 +93,10 @@ def test_detail_bound_finds_the_needle_a_mean_hides():
 def test_drift_keeps_a_choice_that_still_overlaps():
     selection = WaveFilter(reselect="drift:0.9", min_prompt=0)
     given, _ = asked(selection=selection)
-    first = selection.choose(given)
-    held = Held(
+    first, memo = selection.choose(given), selection.prompt_units(given.prompts.prompt_lens[0]).memo
+    held = StoredChoices(
         torch.full((3, *first.units.shape[1:]), -1, dtype=torch.int32),
-        torch.full((3, first.units.shape[1], selection.memo(given.prompts.prompt_lens[0])), -1, dtype=torch.int32),
+        torch.full((3, first.units.shape[1], memo), -1, dtype=torch.int32),
         torch.tensor([2]), torch.tensor([False]),
     )  # fmt: skip
     given.prompts.held = held

@@ -26,11 +26,11 @@ def run() -> None:
     from tests.engine.worker_calls import states_of
     from tests.pretended_gpu.operators import FLASH_CALLS
     from tests.pretended_gpu.worker import on_cpu
-    from vllm_dlm.engine import flash_attention
     from vllm_dlm.integration.worker.worker import DiffusionGPUWorker
+    from vllm_dlm.step import attention
 
     on_cpu(DiffusionGPUWorker)
-    LIBRARY.impl("flash_attention", flash_attention._launch, "CPU")
+    LIBRARY.impl("flash_attention", attention._launch, "CPU")
     llm = start_engine("llada-tiny-gqa", dtype="bfloat16", max_num_batched_tokens=1024, max_num_seqs=4)
     golden = golden_tensors("llada-tiny-gqa.logits")
     canvases = [golden[f"c{i}.input_ids"][0].tolist() for i in range(4)]

@@ -41,8 +41,8 @@ class BlockShape:
         return self.elements // max(reuse.feature_width(self.row), 1)
 
     def blocks(self, options: Options, prompt_len: int, length: int, rows: int | None = None) -> tuple[int, ...]:
-        """-> number of blocks for (keys and values, features, summaries of a selection, drafts) of one canvas of
-        `length` positions, of which the first `rows` have a row (None: all)."""
+        """-> number of blocks for (keys and values, features, summaries of a selection, speculative canvases) of one
+        canvas of `length` positions, of which the first `rows` have a row (None: all)."""
         reuse, selection = options.reuse, options.selection
         rows = length if rows is None else rows
         featured = reuse.feature_rows(prompt_len, rows)
@@ -50,15 +50,15 @@ class BlockShape:
         features = -(-featured // self.features_per_block(reuse)) if featured else 0
         # a summary takes the slot of one key and value
         if options.attention == "full":
-            summaries = selection.summary_rows(prompt_len) if selection.applies(prompt_len, length) else 0
+            summaries = selection.prompt_units(prompt_len).summaries if selection.applies(prompt_len, length) else 0
         else:  # finished positions are summarized, too, and their number grows
-            summaries = selection.summary_rows(rows) if selection.sparse else 0
+            summaries = selection.prompt_units(rows).summaries if selection.sparse else 0
         others = options.canvases - 1
-        drafts = others * self.draft_blocks(options, prompt_len, length) if others else 0
-        return kv_blocks, features, -(-summaries // self.block_size), drafts
+        speculative = others * self.speculative_blocks(options, prompt_len, length) if others else 0
+        return kv_blocks, features, -(-summaries // self.block_size), speculative
 
-    def draft_blocks(self, options: Options, prompt_len: int, length: int) -> int:
-        """Number of KV blocks per draft: the most that a canvas block can overlap"""
+    def speculative_blocks(self, options: Options, prompt_len: int, length: int) -> int:
+        """Number of KV blocks per speculative canvas: the most that a canvas block can overlap"""
         start, end = options.decoding.blocks(length - prompt_len)[0]  # the first canvas block is the widest
         return -(-(end - start - 1) // self.block_size) + 1
 

@@ -10,10 +10,10 @@ import numpy as np
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.client_cache import ENGINE, CacheUsage, usage
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.failures import Failures
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.failures import Failures
 from vllm_dlm.view.seen import StepRecord
 
 

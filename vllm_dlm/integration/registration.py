@@ -10,7 +10,7 @@ import re
 from vllm.logger import init_logger
 
 from vllm_dlm import __version__
-from vllm_dlm.block_causal import CHUNK
+from vllm_dlm.canvas.block_causal import CHUNK
 from vllm_dlm.configuration import LEFT, TRAINED, resolved_options, trained_fields, written_object
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
@@ -156,7 +156,7 @@ class DiffusionConfigHook:
         # The published code decodes greedily by default; vLLM would sample at temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
-        model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows  # see canvas.py
+        model.dlm_canvas, model.dlm_grows = options.canvas, options.grows  # see canvas.py
 
 
 def shares_prefixes(vllm_config, options) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.rotary_write import rotate
+from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.models.checkpoint import Checkpoint
 from vllm_dlm.models.feed_forward import feed_forward
 from vllm_dlm.models.rope import RotaryTable
@@ -115,6 +116,14 @@ class DiffusionLayer(nn.Module):
     def feed_forward(self, h_TE: torch.Tensor) -> torch.Tensor:
         """FFN output of normalized rows."""
         return self.mlp(h_TE)
+
+    @staticmethod
+    def similarity(new_TD: torch.Tensor, old_TD: torch.Tensor) -> torch.Tensor:
+        """[T] cosine similarity of rows of which each tensor-parallel rank has its own heads"""
+        if get_tensor_model_parallel_world_size() == 1:
+            return row_cosine(new_TD, old_TD)
+        product, a, b = tensor_model_parallel_all_reduce(row_products(new_TD, old_TD))
+        return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
 
     def forward(self, x_TE: torch.Tensor, rope, attend: Attend) -> torch.Tensor:
         """Computes every row completely: the exact model."""

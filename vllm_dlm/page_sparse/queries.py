@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dlm.plugins.selection.base import Asked, Summaries
+from vllm_dlm.plugins.selection.base import ChoiceQuery, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -69,7 +69,7 @@ def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection
     """q [B, H, D] -> [B, Hkv, K] pages that each row chooses, ascending, padded with -1. Does not synchronize with the
     device."""
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
-    asked = Asked(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages, recent=rows.recent)
+    asked = ChoiceQuery(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages, recent=rows.recent)
     chosen = selection.choose(asked).units
     assert chosen is not None  # choices are never kept from one position to the next
     return chosen

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_dlm.option_types import reject
 from vllm_dlm.options import Options, request_options
+from vllm_dlm.plugins.decoding.roles import without_speculation
 from vllm_dlm.request.canvas_request import CanvasRequest
 from vllm_dlm.request.parsing import ParsedRequest
 from vllm_dlm.request.prompts import prompt_ids
@@ -90,7 +91,7 @@ def read_ids(ids: list[int], text: bool, options: Options, model: ServedModel) -
 def open_length(options: Options, prompt: int, model: ServedModel) -> int:
     """Response of a request without `max_tokens`. A canvas that grows may take all that the model's length and the KV
     cache have room for, unless a suffix fixes its end."""
-    if not options.extent.grows or options.texts.suffix:
+    if not options.grows or options.texts.suffix:
         return model.default_length
     length = options.canvas.length(max(model.max_model_len - prompt, 1))
     if (pool := model.replica_blocks) is None:
@@ -144,7 +145,7 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
 def check_start(parsed: ParsedRequest, asked: int, length: int) -> None:
     """`asked`: max_tokens; `length`: of the canvas without the prompt"""
     options, start = parsed.options, parsed.texts.layout.start
-    if options.extent.grows:
+    if options.grows:
         why = "dlm_extent: a starting text is read as a whole, which a window does not do; ask for full"
         reject("dlm_start", options.texts.start, why)
     if len(start) > length:
@@ -158,7 +159,7 @@ def check_steps(parsed: ParsedRequest, prompt: int, length: int, model: ServedMo
     blocks = len(options.blocks(prompt, prompt + length))
     if layout.holes:
         blocks = len(options.decoding.blocks(sum(size for _, size, _ in layout.holes)))
-    if steps < blocks and not options.decoding.steps_of_blocks:
+    if not options.decoding.block_steps(blocks - 1, blocks, 1):
         reject("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps > model.max_model_len:
         # a schedule takes time and memory for each of its steps
@@ -191,7 +192,7 @@ def reject_memory(options: Options, needed: Callable[[Options], int], max_tokens
     #: field -> (its value, the request without it)
     parts = {
         "dlm_cfg_scale": (decoding.cfg_scale, replace(options, decoding=replace(decoding, cfg_scale=0.0))),
-        "dlm_drafts": (decoding.canvases, replace(options, decoding=decoding.alone())),
+        "dlm_drafts": (getattr(decoding, "drafts", 1), replace(options, decoding=without_speculation(decoding))),
         "dlm_reuse": (reuse.name, replace(options, reuse=plain.reuse)),
         "dlm_selection": (selection.name, replace(options, selection=plain.selection)),
     }

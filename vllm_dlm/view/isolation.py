@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 
-from vllm_dlm.engine.failures import describe, poisons
+from vllm_dlm.step.failures import describe, poisons
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.group import Group
-from vllm_dlm.engine.readers import Reader
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.plugins.reuse.flow import Ask, Attend, AttendMoved, FeedForward, Rows
+from vllm_dlm.step.batch import Group
+from vllm_dlm.step.counts import Counts
 
 
 @dataclass
@@ -54,9 +54,9 @@ class CanvasCounts(Counts):
 class GroupRecord:
     """What the layers did to the rows of a group: T rows, C canvases"""
 
-    def __init__(self, group: Group, readers: Sequence[Reader]):
+    def __init__(self, group: Group, streams: Sequence[Stream]):
         canvases = len(group.kv_lens)
-        self.group, self.readers = group, readers
+        self.group, self.streams = group, streams
         self.queried: Rows | None = None  # rows that attended last
         self.everywhere = 0  # layers that recomputed every row
         self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
@@ -95,15 +95,15 @@ class GroupRecord:
 
     def attended(self, layer: int, counts: CanvasCounts) -> None:
         self.read, self.there = self.read + counts.read, self.there + counts.there
-        selecting = self.group.selecting
-        if selecting is None or self.noted == layer:
+        selection = self.group.selection
+        if selection is None or self.noted == layer:
             return
-        if (shown := selecting.shown_in(layer)) is None:
+        if (visible := selection.visible_in(layer)) is None:
             return
         self.noted = layer
-        units = selecting.units(shown).long() + 1  # [C, Hkv, K]
+        units = selection.units(visible).long() + 1  # [C, Hkv, K]
         if self.shown is None:
-            most = max(-(-view.length // view.selection.unit) for view in selecting.views)
+            most = max(-(-view.length // view.selection.unit) for view in selection.keys)
             self.shown = torch.zeros(len(units), 1 + most, dtype=torch.int32, device=units.device)
             self.heads = units.shape[1]
         flat = units.flatten(1)
@@ -118,30 +118,28 @@ class GroupRecord:
         recomputed, shown = self.copies
         rows = np.zeros(len(self.group.columns.forced)) if recomputed is None else recomputed.numpy()
         start = 0
-        for canvas, reader in enumerate(self.readers):
-            stream = reader.stream
+        for canvas, stream in enumerate(self.streams):
             span, start = slice(start, start + stream.num_rows), start + stream.num_rows
-            if (seen := steps.get(reader.request.state.req_id)) is None:
+            if (seen := steps.get(stream.request)) is None:
                 continue
             pages = None
             if shown is not None:
-                view = self.group.selecting.views[canvas]  # type: ignore[union-attr]
+                view = self.group.selection.keys[canvas]  # type: ignore[union-attr]
                 everything = (layers + self.unseen) * self.heads
                 own = shown.numpy()[canvas, 1 : 1 - (-view.length // view.selection.unit)]
                 pages = (own + everything) / (layers * self.heads), view.selection.unit
             counted = self.through[canvas], self.read[canvas], self.there[canvas]
-            add(seen, reader, layers, counted, (rows[span] + self.everywhere) / layers, pages)
+            add(seen, stream, layers, counted, (rows[span] + self.everywhere) / layers, pages)
 
 
-def add(seen: StepRecord, reader: Reader, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
+def add(seen: StepRecord, stream: Stream, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
     """One stream more; `shares` [its live rows]"""
-    stream = reader.stream
     through, read, there = map(int, counted)
     seen.live += stream.num_rows * layers
     seen.recomputed += through
     seen.keys_read += read
     seen.keys_there += there
-    if reader.guides or stream.hole is not None:
+    if stream.guides or stream.hidden_row is not None:
         return
     live = stream.plan.live
     seen.rows[live] = np.maximum(seen.rows[live], shares)

@@ -15,13 +15,13 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from vllm_dlm.engine.captured import Filled
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser, Observer, Prepared
-from vllm_dlm.engine.head import HeadRequest, most_probable
-from vllm_dlm.engine.readers import Reader
-from vllm_dlm.engine.request import Denoising
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Stream
 from vllm_dlm.plugins.reuse.flow import Ask
+from vllm_dlm.step.captured import PaddedStep
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Denoiser, Observer, PreparedStep
+from vllm_dlm.step.head import most_probable
 from vllm_dlm.view.isolation import Isolated, isolated
 from vllm_dlm.view.seen import CanvasCounts, GroupRecord, StepRecord, add
 
@@ -56,7 +56,7 @@ class StepRecorder(Observer, Isolated):
         self.current: list[str] = []  # requests of this step
         self.steps: dict[str, StepRecord] = {}
         self.groups: list[GroupRecord] = []
-        self.replayed: tuple[Filled, list[Reader]] | None = None
+        self.replayed: tuple[PaddedStep, list[Stream]] | None = None
 
     @property
     def subject(self) -> str:
@@ -101,19 +101,19 @@ class StepRecorder(Observer, Isolated):
         self.denoiser.head.best = self.best if self.steps else None
 
     @isolated
-    def step_packed(self, prepared: Prepared) -> None:
-        readers = iter(prepared.launched)
-        for packed in prepared.packed:
+    def step_packed(self, prepared: PreparedStep) -> None:
+        streams = iter(prepared.launched)
+        for batch in prepared.batches:
             seen = {}
-            for number, group in enumerate(packed.groups):
-                own = list(islice(readers, len(group.kv_lens)))
-                if any(reader.request.state.req_id in self.steps for reader in own):
+            for number, group in enumerate(batch.groups):
+                own = list(islice(streams, len(group.kv_lens)))
+                if any(stream.request in self.steps for stream in own):
                     seen[number] = GroupRecord(group, own)
             if seen:
-                packed.observer = ForwardObserver(self, seen)
+                batch.observer = ForwardObserver(self, seen)
                 self.groups += seen.values()
-        if prepared.filled is not None:
-            self.replayed = prepared.filled, prepared.replayed
+        if prepared.padded is not None:
+            self.replayed = prepared.padded, prepared.replayed
 
     # -- in a layer ------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class StepRecorder(Observer, Isolated):
     # -- after the layers ------------------------------------------------------------------
 
     @isolated
-    def head_read(self, hidden: torch.Tensor, requests: Sequence[HeadRequest]) -> None:
+    def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
         for group in self.groups:
             group.bring()
 
@@ -155,7 +155,7 @@ class StepRecorder(Observer, Isolated):
         return most_probable(logits_RV, BEST)
 
     @isolated
-    def step_ended(self, requests: Sequence[HeadRequest], counts: Counts) -> None:
+    def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None:
         self.denoiser.head.best = None
         if self.denoiser.device.type == "cuda" and self.groups:
             torch.cuda.current_stream().synchronize()  # over, unless the head had nothing to read
@@ -164,27 +164,26 @@ class StepRecorder(Observer, Isolated):
         if self.replayed is not None:
             self._tell_replayed(*self.replayed)
         self.groups, self.replayed = [], None
-        for request in requests:
-            if (seen := self.steps.get(request.state.req_id)) is not None:
-                seen.tokens = request.proposal.token
-                seen.best = None if request.best is None else request.best.reshape(2, BEST, -1)
+        for reading in readings:
+            if (seen := self.steps.get(reading.state.req_id)) is not None:
+                seen.tokens = reading.proposal.token
+                seen.best = None if reading.best is None else reading.best.reshape(2, BEST, -1)
                 seen.ms = 1000 * (perf_counter() - self.begin)
 
-    def _tell_replayed(self, filled: Filled, readers: list[Reader]) -> None:
-        (group,) = filled.packed.groups
-        counts = CanvasCounts(filled.own, self.count_keys)
-        filled.step.recorded.repeat(filled.bucket, filled.packed, filled.own, counts)
-        fed = [number for phase, number, _ in filled.step.recorded.events if phase == "feed_forward"]
-        everywhere = sum(number == filled.bucket.rows for number in fed)
+    def _tell_replayed(self, padded: PaddedStep, streams: list[Stream]) -> None:
+        (group,) = padded.batch.groups
+        counts, recorded = CanvasCounts(padded.streams, self.count_keys), padded.step.counts
+        recorded.repeat(padded.batch, padded.streams, counts)
+        fed = [event.rows for event in recorded.events if event.phase == "feed_forward"]
+        everywhere = fed.count("all")
         others = len(fed) - everywhere
-        for canvas, reader in enumerate(readers):
-            stream = reader.stream
-            if (seen := self.steps.get(reader.request.state.req_id)) is None:
+        for canvas, stream in enumerate(streams):
+            if (seen := self.steps.get(stream.request)) is None:
                 continue
-            leading, forced = group.leading[0][canvas], stream.forced
+            leading, forced = group.leading_counts[canvas], stream.forced
             left = stream.num_rows - len(forced)
             shares = np.full(stream.num_rows, (leading - len(forced)) / left if left else 0.0)
             shares[forced] = 1.0
             through = everywhere * stream.num_rows + others * leading
             counted = through, counts.read[canvas], counts.there[canvas]
-            add(seen, reader, self.layers, counted, (everywhere + others * shares) / self.layers)
+            add(seen, stream, self.layers, counted, (everywhere + others * shares) / self.layers)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from vllm_dlm.engine.canvas import Canvas, Commit
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.envelope import Envelope, EnvelopeOutput, envelope_output
 from vllm_dlm.view.frames import INTERVAL, Frame, Guesses, History
 from vllm_dlm.view.isolation import Isolated, isolated

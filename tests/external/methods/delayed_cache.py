@@ -50,6 +50,6 @@ class DelayedCache(Reuse):
             moved_T = at.similarity(x, seen) < self.threshold
             picked = at.where(at.columns.forced | at.columns.changed | moved_T, at.all)
         _, new = yield FeedForward(x, picked=picked)
-        seen, said = (x, new) if picked is None else (picked.set(seen, picked.of(x)), picked.set(said, new))
+        seen, said = (x, new) if picked is None else (picked.set(seen, picked.gather(x)), picked.set(said, new))
         at.keep(at.all, torch.cat([seen, said], 1))
         return at.all, x, said

@@ -4,7 +4,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
 from vllm_dlm.cache.budget import BlockShape
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.canvas.canvas import Canvas
 
 
 class CanvasMemory:

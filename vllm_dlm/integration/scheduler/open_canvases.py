@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from vllm.v1.request import Request
 
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import ModelShape
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.integration.outputs import CanvasData
 from vllm_dlm.options import Options
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
+from vllm_dlm.step.counts import ModelShape
 from vllm_dlm.view.seen import StepRecord
 from vllm_dlm.view.traces import Trace
 
@@ -19,7 +19,7 @@ class OpenCanvases(dict[str, Canvas]):
     def __init__(self, vllm_config):
         super().__init__()
         self.hf_config = vllm_config.model_config.hf_config
-        self.layers = ModelShape.of(self.hf_config).layers
+        self.layers = ModelShape.from_config(self.hf_config).layers
         self.traces: dict[str, Trace] = {}
 
     def open(self, request: Request, server: Options) -> Canvas:

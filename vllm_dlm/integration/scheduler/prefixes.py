@@ -15,7 +15,8 @@ v1/core/kv_cache_manager.py, v1/core/kv_cache_utils.py.
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.canvas import block_causal
+from vllm_dlm.canvas.canvas import Canvas
 
 
 class Prefixes:
@@ -38,7 +39,7 @@ class Prefixes:
         """The cached blocks of the canvas's first positions. The canvas begins after them."""
         found, written = self.manager.empty_kv_cache_blocks, 0
         if self.shares(canvas) and self.manager.prefix_cache_lookup_enabled(request):
-            final = canvas.options.reuse.final(canvas.progress)
+            final = block_causal.final(canvas)
             blocks, written, _ = self.manager.coordinator.find_longest_cache_hit(request.block_hashes, final)
             found = self.manager.create_kv_cache_blocks(blocks)
         canvas.begin_behind(written)

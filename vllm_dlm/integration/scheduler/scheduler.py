@@ -21,10 +21,8 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutp
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.configuration import resolved_options
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.counts import ModelShape
-from vllm_dlm.engine.failures import Failures
 from vllm_dlm.envelope import Envelope, with_envelope
 from vllm_dlm.integration.outputs import DenoisingSchedule
 from vllm_dlm.integration.scheduler.canvas_memory import CanvasMemory
@@ -33,6 +31,8 @@ from vllm_dlm.integration.scheduler.overtakes import OVERTAKES, Overtakes
 from vllm_dlm.integration.scheduler.prefixes import Prefixes
 from vllm_dlm.integration.scheduler.stagger import RefreshStagger
 from vllm_dlm.integration.scheduler.step_counting import count_delivery, count_step, count_work
+from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.failures import Failures
 from vllm_dlm.step_counts import StepCounts
 from vllm_dlm.view.traces import report
 
@@ -47,7 +47,7 @@ class DenoisingScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_shape = ModelShape.of(self.vllm_config.model_config.hf_config)
+        self.model_shape = ModelShape.from_config(self.vllm_config.model_config.hf_config)
         self.dlm_options = resolved_options(self.vllm_config)
         self.canvases = OpenCanvases(self.vllm_config)
         self.traces = self.canvases.traces
@@ -130,7 +130,7 @@ class DenoisingScheduler(Scheduler):
 
     def _planned(self, request: Request) -> Canvas | None:
         """Its canvas, with the next step planned; None: the plan raised an error, so the request fails."""
-        with self.failed.of(request.request_id):
+        with self.failed.catch(request.request_id):
             canvas = self.canvases.open(request, self.dlm_options)
             canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
             return canvas
@@ -210,7 +210,7 @@ class DenoisingScheduler(Scheduler):
         for request in islice(self.waiting, 1 + OVERTAKES):
             if (priority := self._priority(request)) > (first := priority if first is None else first):
                 break
-            with self.failed.of(request.request_id):
+            with self.failed.catch(request.request_id):
                 canvas = self.canvases.open(request, self.dlm_options)
                 self.memory.check_size(canvas)
                 shared = self.prefixes.find(request, canvas)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from vllm_dlm.engine.canvas import Canvas
+from vllm_dlm.canvas.canvas import Canvas
 
 #: share of its own steps that a request waits for refreshes of others, at most
 HELD_BACK = 0.1

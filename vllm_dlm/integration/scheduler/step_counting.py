@@ -1,8 +1,8 @@
 """Adds what a step did to the counters that an engine reports."""
 
+from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.client_cache import CacheUsage
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.counts import Counts, ModelShape
+from vllm_dlm.step.counts import Counts, ModelShape
 from vllm_dlm.step_counts import StepCounts
 
 

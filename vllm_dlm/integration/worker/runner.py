@@ -24,23 +24,23 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, lock_work
 
 from vllm_dlm.cache.blocks import KVBlocks, zeros
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
 from vllm_dlm.configuration import resolved_options
-from vllm_dlm.engine.buckets import Costs
-from vllm_dlm.engine.canvas import Canvas
-from vllm_dlm.engine.captured import CapturedSteps
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import CudaGraphs, device_works
-from vllm_dlm.engine.denoiser import NO_DRAFTS, Denoiser, plain_stream
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.flash_attention import installed
-from vllm_dlm.engine.forward import denoise_live
-from vllm_dlm.engine.head import Head, HeadRequest, max_logits
-from vllm_dlm.engine.request import Denoising, Sampling
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.options import request_options
+from vllm_dlm.step.attention import installed
+from vllm_dlm.step.buckets import Costs
+from vllm_dlm.step.captured import CapturedSteps
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import CudaGraphs, device_works
+from vllm_dlm.step.denoiser import NO_SPECULATION, Denoiser, denoise_live
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head, max_logits
 from vllm_dlm.view.steps import StepRecorder
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
@@ -122,7 +122,7 @@ class DenoisingRunner:
         count = min(len(hidden), self.denoiser.head.max_rows)
         canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, 2 * self.max_rows))
         part = np.arange(count)
-        self.denoiser.head.run(hidden, [HeadRequest(Denoising("profile", canvas, sampling), part, part, part)])
+        self.denoiser.head.run(hidden, [Reading(Denoising("profile", canvas, sampling), part, part, part)])
 
     warming_up_model = profile_run
 
@@ -153,7 +153,7 @@ class DenoisingRunner:
         if self.captures:
             costs, longest = self.captured_costs, self.max_model_len
             denoiser.captured = CapturedSteps(
-                lambda packed, counts: denoise_live(self.model, packed, denoiser.blocks, counts),
+                lambda batch, counts: denoise_live(self.model, batch, denoiser.blocks, counts),
                 CudaGraphs(self.device),
                 denoiser.shape,
                 self.device,
@@ -185,7 +185,7 @@ class DenoisingRunner:
             self.observed.discard(request_id)
         counts, failed = Counts(), Failures(get_tensor_model_parallel_world_size())
         for data in scheduler_output.scheduled_new_reqs:
-            with failed.of(data.req_id):
+            with failed.catch(data.req_id):
                 self.requests[data.req_id] = self._start(data)
                 self.tables[data.req_id] = np.array(data.block_ids[0], dtype=np.int64)
         cached = scheduler_output.scheduled_cached_reqs
@@ -199,14 +199,12 @@ class DenoisingRunner:
         self.seeing.attach(self.observed, scheduled)
         outputs, commits = {}, {}
         pressure = getattr(scheduler_output, "pressure", 0.0)
-        canvases = getattr(scheduler_output, "canvases", NO_DRAFTS)
-        for request in self.denoiser.step(states, self.tables, counts, failed, canvases):
-            state = request.state
-            with failed.of(state.req_id):
+        canvases = getattr(scheduler_output, "canvases", NO_SPECULATION)
+        for reading in self.denoiser.step(states, self.tables, counts, failed, canvases):
+            state = reading.state
+            with failed.catch(state.req_id):
                 out = state.canvas.emitted
-                commit = state.commit(
-                    request.positions, request.proposal, request.logprobs, pressure, request.drafts, request.shadow
-                )
+                commit = state.commit(reading, pressure)
                 outputs[state.req_id] = state.take_output()
                 commits[state.req_id] = replace(commit, left=state.canvas.emitted - out)
         return make_output(outputs, commits, counts, failed, self.seeing.take())

@@ -14,16 +14,17 @@ import numpy as np
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
-from vllm_dlm.engine.buckets import bucket_of
-from vllm_dlm.engine.canvas import Canvas, Commit
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.denoiser import Denoiser
-from vllm_dlm.engine.failures import Failures
-from vllm_dlm.engine.packing import Stream
-from vllm_dlm.engine.request import Denoising, Sampling
+from vllm_dlm.canvas.canvas import Canvas, Commit
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Sampling, Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.option_types import OptionError
 from vllm_dlm.options import METHOD_KEYS, Options, request_options
+from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.step.buckets import bucket_of
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.denoiser import Denoiser
+from vllm_dlm.step.failures import Failures
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,7 +38,7 @@ SCHEDULE = 256
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, most: int) -> None:
     """`most`: requests that a step may have"""
     decodings: dict[str, Any] = methods("decoding")
-    revoking = [name for name in sorted(decodings) if decodings[name].revokes]
+    revoking = [name for name in sorted(decodings) if issubclass(decodings[name], RevokingDecoding)]
     named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_decoding", name) for name in revoking]
     for key, name in named:
         try:
@@ -52,7 +53,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
                 break
     if denoiser.captured is not None:
         failed = Failures(get_tensor_model_parallel_world_size())
-        with failed.of("steady"), denoiser.forwards():
+        with failed.catch("steady"), denoiser.forwards():
             if (stream := steady_stream(denoiser, server, config, max_model_len)) is not None:
                 denoiser.captured.capture_all(stream)
         for why in failed.values():
@@ -66,10 +67,10 @@ def _run(denoiser: Denoiser, states: list[Denoising]) -> Failures:
     for _ in range(STEPS if len(states) > 1 else RESPONSE):
         if failed or not all(len(state.canvas.candidates()) for state in states):
             break
-        for request in denoiser.step(states, tables, Counts(), failed):
-            request.state.commit(request.positions, request.proposal, None, shadow=request.shadow)
-            request.state.memory = request.state.options.decoding.memory()  # an empty one lets the next step judge
-            request.state.take_output()
+        for reading in denoiser.step(states, tables, Counts(), failed):
+            reading.state.commit(reading)
+            reading.state.memory = reading.state.options.decoding.memory()  # an empty one lets the next step judge
+            reading.state.take_output()
     return failed
 
 
@@ -84,10 +85,10 @@ def steady_stream(denoiser: Denoiser, options: Options, config, max_model_len: i
     streams: dict[tuple, Stream] = {}
     seen: Counter[tuple] = Counter()
     while len(masked := canvas.candidates()):
-        for reader in denoiser.readers.of(state, table):
-            bucket = bucket_of([reader.stream])
-            if reader.own and bucket is not None and not bucket.whole:
-                streams.setdefault(bucket.flow, reader.stream)
+        for stream in state.streams(denoiser.caches, table):
+            bucket = bucket_of([stream])
+            if stream.reading is not None and bucket is not None and not bucket.whole:
+                streams.setdefault(bucket.flow, stream)
                 seen[bucket.flow] += 1
         canvas.apply(Commit(masked[:1], np.full(1, 0.5, np.float32), np.zeros(1, np.int64), token))
         if (finished := canvas.finished()) is not None:

@@ -1,9 +1,9 @@
 """Sizes of captured steps: which bucket of rows and canvases holds a step, and what it costs."""
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vllm_dlm.engine.packing import Stream
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.plugins.reuse.base import Reuse
 
 ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
@@ -66,13 +66,14 @@ class Costs(NamedTuple):
 def layer_key(reuse: Reuse) -> Hashable:
     """Policies with equal keys launch the same layers. A subclass may read fields that its base does not, so a key
     counts only where the policy's own class defines it; otherwise all fields are the key."""
-    return reuse.layer_key if "layer_key" in vars(type(reuse)) else reuse
+    policy: Any = reuse
+    return policy.layer_key if "layer_key" in vars(type(policy)) else policy
 
 
 def bucket_of(streams: list[Stream]) -> Bucket | None:
     """The smallest bucket that holds the streams; None: they are never captured."""
     first = streams[0]
-    if first.view is not None or first.hole is not None or not (first.whole or first.cached):
+    if first.selected is not None or first.hidden_row is not None or not (first.whole or first.cached):
         return None
     if any(alike(stream) != alike(first) for stream in streams):
         return None

@@ -14,14 +14,14 @@ of them. Two kinds of errors may be one rank's alone and are raised: those of a
 forward, in which the other ranks wait for this one, and a lack of memory.
 """
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm.logger import init_logger
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
 OUT_OF_MEMORY = MemoryError, torch.OutOfMemoryError
 
@@ -35,7 +35,7 @@ class Failures(dict[str, str]):
         self.ranks = ranks
 
     @contextmanager
-    def of(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
+    def catch(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
         """An exception of this block is the failure of these requests."""
         try:
             yield

@@ -1,24 +1,17 @@
 """Drives the flows of one transformer layer, over packed rows of several policies.
 
-A flow (see plugins/reuse/flow.py) asks for what it wants computed. The flows
-of a batch advance in lockstep, and asks of one type are joined into one
-product, whoever they come from.
+A flow (see plugins/reuse/flow.py) yields asks, each for one computation. The flows of a batch advance in lockstep, and
+asks of one type are joined into one product, across policies.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.group import Group, Packed
-from vllm_dlm.engine.group_attention import GroupAttention
 from vllm_dlm.kernels.rotary_write import rotary_write
-from vllm_dlm.kernels.row_cosine import row_cosine, row_products
-from vllm_dlm.models.transformer import Normed
 from vllm_dlm.plugins.reuse.flow import (
     ORDER,
     Ask,
@@ -36,6 +29,12 @@ from vllm_dlm.plugins.reuse.flow import (
     Rows,
     Value,
 )
+from vllm_dlm.step.attention import GroupAttention
+from vllm_dlm.step.batch import Batch, Group
+from vllm_dlm.step.counts import Counts
+
+if TYPE_CHECKING:
+    from vllm_dlm.models.transformer import Normed
 
 #: which projections an ask is for, and what a step counts of them
 PARTS: dict[type, str] = {Value: "v", QueryKeyValue: "qkv", KeyValue: "kv", QueryKey: "qk", Query: "q", Key: "k"}
@@ -43,7 +42,7 @@ COUNTED = {"q": "query", "k": "key", "v": "value"}
 
 
 class LayerObserver(Protocol):
-    """Follows the layers of one forward. Groups are known by their number in `Packed.groups`."""
+    """Follows the layers of one forward. Groups are known by their number in `Batch.groups`."""
 
     def asked(self, asks: dict[int, Ask]) -> None:
         """The flows of these groups wait for these results, all of one type."""
@@ -55,20 +54,44 @@ class LayerObserver(Protocol):
         """The group has attended and counted that in `counts`."""
 
 
+class DividedRows(NamedTuple):
+    """A tensor of rows, and the parts of it that flows hold"""
+
+    whole: torch.Tensor
+    parts: Sequence[torch.Tensor]
+
+    def rejoined(self, some: list[torch.Tensor]) -> torch.Tensor | None:
+        """These parts as one tensor without a copy; None: they are not neighbours in this one"""
+        first = next((index for index, part in enumerate(self.parts) if part is some[0]), len(self.parts))
+        same = self.parts[first : first + len(some)]
+        if len(same) < len(some) or any(a is not b for a, b in zip(same, some, strict=True)):
+            return None
+        start = sum(map(len, self.parts[:first]))
+        return self.whole[start : start + sum(map(len, some))]
+
+
 class LayerStep:
     """The layers of one forward, one after the other."""
 
-    def __init__(self, packed: Packed, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
-        self.packed, self.layers, self.blocks, self.counts = packed, layers, blocks, counts
+    def __init__(self, batch: Batch, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
+        self.batch, self.layers, self.blocks, self.counts = batch, layers, blocks, counts
         self.table = table  # [positions, D] of the rotary embedding
-        self.observer = packed.observer
-        self.parts = [GroupLayer(packed, blocks, group) for group in packed.groups]
+        self.observer = batch.observer
+        self.parts = [GroupLayer(batch, blocks, group) for group in batch.groups]
+        self.divided: list[DividedRows] = []  # in this layer
 
-    def run(self, index: int, normed: Normed) -> list[Behind]:
+    def run(self, index: int, normed: "Normed") -> list[Behind]:
         """-> what each group's flow returns, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
+        self.divided.clear()
         for part in self.parts:
-            part.enter(self.index, self.last, normed)
+            part.enter(self.layer, self.index, self.last, normed)
+        if len(self.parts) > 1:
+            h, x = normed
+            self.divided += [
+                DividedRows(h, [part.h for part in self.parts]),
+                DividedRows(x, [part.x for part in self.parts]),
+            ]
         flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # what each flow waits for
         done: dict[int, Behind] = {}
@@ -89,6 +112,22 @@ class LayerStep:
             for number, result in zip(together, self._answers(kind, together), strict=True):
                 advance(number, result)
         return [self._checked(part.group, *done[number]) for number, part in enumerate(self.parts)]
+
+    def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """One tensor of all rows, without a copy of parts that come back from flows as they were divided"""
+        if len(parts) == 1:
+            return parts[0]
+        for divided in self.divided:
+            if (whole := divided.rejoined(parts)) is not None:
+                return whole
+        return torch.cat(parts)
+
+    def _divide(self, whole: torch.Tensor, like: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if len(like) == 1:
+            return (whole,)
+        parts = whole.split([len(part) for part in like])
+        self.divided.append(DividedRows(whole, parts))
+        return parts
 
     def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> Behind:
         if not len(x) == len(ffn) == len(rows) or (not self.last and rows.index is not None):
@@ -122,7 +161,7 @@ class LayerStep:
 
     def _heads(self, names: str, asks: list[Heads], groups: list[Group]) -> list:
         """`names`: of q, k and v, in this order"""
-        inputs = together([ask.inputs for ask in asks])
+        inputs = self.joined([ask.inputs for ask in asks])
         sizes = [len(ask.inputs) for ask in asks]
         for name in names:
             self.counts.projected(COUNTED[name], len(inputs))
@@ -150,40 +189,40 @@ class LayerStep:
 
     def _whose(self, rows: list[Rows], groups: list[Group]) -> tuple[torch.Tensor, Slots, torch.Tensor | None]:
         """Positions and slots of live rows, and which of these are meant."""
-        packed, spans = self.packed, [group.span for group in groups]
+        batch, spans = self.batch, [group.span for group in groups]
         masked = any(own.mask is not None for own in rows)
         adjoin = all(a.stop == b.start for a, b in pairwise(spans))
         if not masked and (len(rows) == 1 or (adjoin and all(own.index is None for own in rows))):
             span = slice(spans[0].start, spans[-1].stop)
-            return packed.positions[span], packed.slots[span], rows[0].index
+            return batch.positions[span], batch.slots[span], rows[0].index
         positions, blocks, offsets = [], [], []
         for own, span in zip(rows, spans, strict=True):
-            slots = packed.slots[span]
-            block = own.of(slots.block)
-            positions.append(own.of(packed.positions[span]))
-            # Rows that ride along write nothing.
-            blocks.append(block if own.mask is None else torch.where(own.mask, block, packed.nowhere))
-            offsets.append(own.of(slots.offset))
-        return together(positions), Slots(together(blocks), together(offsets)), None
+            slots = batch.slots[span]
+            block = own.gather(slots.block)
+            positions.append(own.gather(batch.positions[span]))
+            # Unselected rows write nothing.
+            blocks.append(block if own.mask is None else torch.where(own.mask, block, batch.nowhere))
+            offsets.append(own.gather(slots.offset))
+        return concatenated(positions), Slots(concatenated(blocks), concatenated(offsets)), None
 
     def _outputs(self, contexts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        joined = together(contexts)
+        joined = concatenated(contexts)
         self.counts.projected("output", len(joined))
-        return split(product(self.layer.attention_output, joined), contexts)
+        return self._divide(product(self.layer.attention_output, joined), contexts)
 
     def _feed_forward(self, asks: list[FeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         residual, output = [ask.x for ask in asks], [ask.output for ask in asks]
         if all(part is None for part in output):
-            x = together(residual)
+            x = self.joined(residual)
             h = self.layer.post_attention_layernorm(x)
         else:
             added = [torch.zeros_like(ask.x) if ask.output is None else ask.output for ask in asks]
-            h, x = self.layer.add_and_norm(together(residual), together(added))
-        xs, hs = split(x, residual), split(h, residual)
-        passed = [h if ask.picked is None else ask.picked.of(h) for ask, h in zip(asks, hs, strict=True)]
-        joined = together(passed)
+            h, x = self.layer.add_and_norm(self.joined(residual), self.joined(added))
+        xs, hs = self._divide(x, residual), self._divide(h, residual)
+        passed = [h if ask.picked is None else ask.picked.gather(h) for ask, h in zip(asks, hs, strict=True)]
+        joined = self.joined(passed)
         self.counts.projected("feed_forward", len(joined))
-        return list(zip(xs, split(product(self.layer.feed_forward, joined), passed), strict=True))
+        return list(zip(xs, self._divide(product(self.layer.feed_forward, joined), passed), strict=True))
 
     def _attended(self, number: int, ask: Ask) -> torch.Tensor:
         if self.observer is None:
@@ -209,37 +248,24 @@ def product(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
     return function(rows) if len(rows) else function(rows.new_zeros(1, rows.shape[1]))[:0]
 
 
-def together(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all rows; without a copy where they are neighbours in memory already."""
-    if len(parts) == 1:
-        return parts[0]
-    first, rows = parts[0], sum(map(len, parts))
-    end, memory = first.storage_offset(), first.untyped_storage()._cdata
-    for part in parts:
-        if part.storage_offset() != end or part.untyped_storage()._cdata != memory or not part.is_contiguous():
-            return torch.cat(parts)
-        end += part.numel()
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def split(joined: torch.Tensor, like: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    return (joined,) if len(like) == 1 else joined.split([len(part) for part in like])
+def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class GroupLayer:
     """What a flow sees of one layer: see `Layer` in plugins/reuse/flow.py."""
 
-    def __init__(self, packed: Packed, blocks: KVBlocks, group: Group):
+    def __init__(self, batch: Batch, blocks: KVBlocks, group: Group):
         # No reference to the step: a cycle would keep its tensors and views until garbage is collected.
         self.blocks, self.group = blocks, group
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
         self.all_keep = group.all_keep
         self.where, self.least_similar = group.where, group.least_similar
-        self._slots = packed.slots[group.span] if group.cached else None
+        self._slots = batch.slots[group.span] if group.cached else None
 
-    def enter(self, index: int, last: bool, normed: Normed) -> None:
-        self.index, self.last, span = index, last, self.group.span
+    def enter(self, layer: Any, index: int, last: bool, normed: "Normed") -> None:
+        self._layer, self.index, self.last, span = layer, index, last, self.group.span
         if isinstance(normed, torch.Tensor):
             self._normed = normed[:, span]
             self.h, self.x = self._normed.unbind(0)
@@ -247,18 +273,14 @@ class GroupLayer:
             self._normed = None
             self.h, self.x = (part[span] for part in normed)
 
-    def of(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         if self._normed is None or rows.index is None:
-            return rows.of(self.x), rows.of(self.h)
+            return rows.gather(self.x), rows.gather(self.h)
         h, x = self._normed[:, rows.index].unbind(0)
         return x, h
 
     def similarity(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        new, old = new.flatten(1), old.flatten(1)
-        if get_tensor_model_parallel_world_size() == 1:
-            return row_cosine(new, old)
-        product, a, b = tensor_model_parallel_all_reduce(row_products(new, old))
-        return product / (a.sqrt().clamp_min(1e-8) * b.sqrt().clamp_min(1e-8))
+        return self._layer.similarity(new.flatten(1), old.flatten(1))
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
         assert self._slots is not None, "asked of canvases with blocks"

@@ -1,10 +1,10 @@
 """Steps replayed from CUDA graphs: a GPU runs them faster than the host can launch them.
 
-A step is captured for a bucket of rows and canvases, over memory that stays in
-place: its tables and its hidden states. A later step of that bucket is padded
-with dummy canvases, whose blocks are vLLM's null block. Its tables overwrite
-the captured ones, and the launches are replayed. Host decisions of a policy's
-flow are part of the bucket.
+A step is captured for a bucket of rows and streams, over memory with fixed
+addresses: its tables and its hidden states. A later step of that bucket is
+padded with dummy streams, whose blocks are vLLM's null block. Its tables
+overwrite the captured ones, and the launches are replayed. Host decisions of a
+policy's flow are part of the bucket.
 
 - Partial steps of the server's own policy are captured at start and never evicted.
 - Other steps, those that recompute whole canvases among them, are captured on their second use. The least recently
@@ -13,27 +13,28 @@ flow are part of the bucket.
 - A step that cannot be captured is refused, and launched from then on.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.engine.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
-from vllm_dlm.engine.canvas import NOTHING
-from vllm_dlm.engine.counts import Counts
-from vllm_dlm.engine.cuda_graphs import Capture, Graph, PoolLost
-from vllm_dlm.engine.failures import describe
-from vllm_dlm.engine.group import Packed, Unknown
-from vllm_dlm.engine.packing import NULL_BLOCK, Limits, Stream, pack
-from vllm_dlm.engine.upload import Upload
 from vllm_dlm.plugins.reuse.base import Reuse, StepPlan, span
+from vllm_dlm.step.batch import Batch, Limits, UncapturedRowsError
+from vllm_dlm.step.buckets import CANVASES, LEADING, ROWS, Bucket, Costs, bucket_of, leading_rows, shares, sizes
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.cuda_graphs import Capture, Graph, PoolLost
+from vllm_dlm.step.failures import describe
+from vllm_dlm.step.packing import NULL_BLOCK, pack
+from vllm_dlm.step.upload import Upload
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
 #: A step is captured after this many launches of its bucket: what comes once is not worth it.
 LAUNCHES = 1
@@ -43,58 +44,68 @@ LAUNCHES_AFTER_EVICTION = 16
 TABLES = 1 << 22
 
 
-@dataclass
-class Recorded(Counts):
-    """Counts of a captured step, each with the number of rows it goes by."""
+class CountEvent(NamedTuple):
+    """Counted work of a captured step, by the rows it is proportional to"""
 
-    events: list[tuple[str | None, int, bool]] = field(default_factory=list)
+    phase: str | None  # projection; None: attention
+    rows: Literal["all", "leading"]
+    read: bool = False  # attention reads keys from pages
+
+
+@dataclass
+class RecordedCounts(Counts):
+    """Counts of a step while it is captured, to be repeated for each replay."""
+
+    bucket: Bucket | None = None
+    events: list[CountEvent] = field(default_factory=list)
 
     def projected(self, phase: str, rows: int) -> None:
-        self.events.append((phase, rows, False))
+        self.events.append(CountEvent(phase, self._which(rows)))
 
     def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
-        self.events.append((None, sum(q_lens), read))
+        self.events.append(CountEvent(None, self._which(sum(q_lens)), read))
 
-    def repeat(self, bucket: Bucket, packed: Packed, own: int, counts: Counts) -> None:
-        """Counts another step of that bucket; its first `own` canvases are not dummies."""
-        (group,) = packed.groups
-        for phase, number, read in self.events:
-            lengths = (group.all.counts if number == bucket.rows else group.leading[0])[:own]
-            if phase is None:
-                counts.attended(lengths, group.kv_lens[:own], read=read)
+    def _which(self, rows: int) -> Literal["all", "leading"]:
+        assert self.bucket is not None and rows in (self.bucket.rows, self.bucket.leading), "rows of a captured step"
+        return "all" if rows == self.bucket.rows else "leading"
+
+    def repeat(self, batch: Batch, streams: int, counts: Counts) -> None:
+        """Counts a replay; the first `streams` of the batch are not dummies."""
+        (group,) = batch.groups
+        for event in self.events:
+            rows = (group.all.counts if event.rows == "all" else group.leading_counts)[:streams]
+            if event.phase is None:
+                counts.attended(rows, group.kv_lens[:streams], read=event.read)
             else:
-                counts.projected(phase, sum(lengths))
+                counts.projected(event.phase, sum(rows))
 
 
-class Step(NamedTuple):
-    """A captured step."""
-
+class CapturedStep(NamedTuple):
     bucket: Bucket
     graph: Graph
-    hidden: torch.Tensor  # [rows, E]
-    recorded: Recorded
+    hidden: torch.Tensor  # [rows, E], which each replay overwrites
+    counts: RecordedCounts
 
 
-class Filled(NamedTuple):
-    """A step that is about to be replayed."""
+class PaddedStep(NamedTuple):
+    """Streams of a step, padded to a captured step whose graph is replayed with their tables."""
 
-    bucket: Bucket
-    step: Step
-    packed: Packed  # of its own streams and of dummies
-    upload: Upload  # brings its tables
-    own: int  # streams that are not dummies
+    step: CapturedStep
+    batch: Batch  # of the streams and of dummies
+    upload: Upload  # sends the tables to where the graph reads them
+    streams: int  # number of streams that are not dummies
 
-    def run(self, counts: Counts) -> torch.Tensor:
+    def replay(self, counts: Counts) -> torch.Tensor:
         """-> [rows, E]"""
         self.step.graph.replay()
-        self.step.recorded.repeat(self.bucket, self.packed, self.own, counts)
+        self.step.counts.repeat(self.batch, self.streams, counts)
         return self.step.hidden
 
 
 class CapturedSteps:
     def __init__(
         self,
-        run: Callable[[Packed, Counts], torch.Tensor],  # all layers -> hidden states of all live rows [rows, E]
+        run: Callable[[Batch, Counts], torch.Tensor],  # all layers -> hidden states of all live rows [rows, E]
         capture: Capture,
         shape: BlockShape,
         device: torch.device,
@@ -108,35 +119,39 @@ class CapturedSteps:
         self.device, self.verify = device, verify
         self.longest, self.table_width, self.most_rows = longest, -(-longest // shape.block_size), most_rows
         self.sizes = frozenset(sizes(longest))
+        #: memory that graphs read their tables from; all captured steps share it
         self.upload = Upload(device, stays=TABLES + max(CANVASES) * self.table_width * np.dtype(np.int32).itemsize)
-        self.pinned: dict[Bucket, Step] = {}  # captured at start
-        self.served: ClientCache[Bucket, Step] = ClientCache("captured_steps", self._evicted)
+        self.pinned: dict[Bucket, CapturedStep] = {}  # captured at start
+        self.served: ClientCache[Bucket, CapturedStep] = ClientCache("captured_steps", self._evicted)
         #: launches before a bucket is captured
         self.waiting: ClientCache[Bucket, int] = ClientCache("seen_steps")
         #: what cannot be captured -> the fewest rows at which it failed, 0: it fails at any size
         self.refused: ClientCache[tuple, int] = ClientCache("refused_steps")
 
     @property
-    def steps(self) -> dict[Bucket, Step]:
+    def steps(self) -> dict[Bucket, CapturedStep]:
         return self.pinned | {step.bucket: step for step in self.served.values()}
 
-    def fill(self, streams: list[Stream]) -> Filled | None:
-        """Pads the streams to a captured step; None: they are to be launched."""
+    def pad(self, streams: list[Stream]) -> PaddedStep | None:
+        """The streams and dummies that fill a captured step; None: the step must be launched"""
+        if (step := self.can_replay(streams)) is None:
+            return None
+        return PaddedStep(step, self._batch(step.bucket, streams[0].reuse, streams), self.upload, len(streams))
+
+    def can_replay(self, streams: list[Stream]) -> CapturedStep | None:
+        """The captured step of these streams, which may be captured now"""
         bucket = bucket_of(streams)
         if bucket is None or not self._has_place(streams, bucket):
             return None
-        step = self._step(bucket, streams[0].reuse)
-        if step is None:
-            return None
-        return Filled(bucket, step, self._packed(bucket, streams[0].reuse, streams), self.upload, len(streams))
+        return self._step(bucket, streams[0].reuse)
 
     def _has_place(self, streams: list[Stream], bucket: Bucket) -> bool:
-        """The dummy canvases can hold the padding rows."""
+        """The dummy streams can hold the padding rows."""
         padding = bucket.rows - sum(stream.num_rows for stream in streams)
         each = self.longest if bucket.whole else self.longest - 1
         return padding <= (bucket.canvases - len(streams)) * each
 
-    def _step(self, bucket: Bucket, reuse: Reuse) -> Step | None:
+    def _step(self, bucket: Bucket, reuse: Reuse) -> CapturedStep | None:
         step = self.pinned.get(bucket) or self.served.get(bucket)
         if step is not None or not self._may_capture(bucket, reuse):
             return step
@@ -151,7 +166,7 @@ class CapturedSteps:
         return self.served.put(bucket, step)
 
     def capture_all(self, stream: Stream) -> None:
-        """Captures partial steps of all sizes for canvases like this one, and keeps them. The largest come first: their
+        """Captures partial steps of all sizes for streams like this one, and keeps them. The largest come first: their
         memory is reused by the others."""
         like = bucket_of([stream])
         if like is None or like.whole:
@@ -181,7 +196,7 @@ class CapturedSteps:
             self.served.evict()
         return True
 
-    def _evicted(self, step: Step) -> None:
+    def _evicted(self, step: CapturedStep) -> None:
         self.room += self.costs.step(step.bucket.rows)
         self.waiting.put(step.bucket, LAUNCHES_AFTER_EVICTION)
 
@@ -197,21 +212,21 @@ class CapturedSteps:
 
     # -- capturing -------------------------------------------------------------------------
 
-    def _captured(self, bucket: Bucket, reuse: Reuse) -> Step | None:
-        """Captures a step of dummy canvases; None: that failed, and the step is to be launched. Only a fault of the
-        device is raised."""
-        recorded = Recorded()
+    def _captured(self, bucket: Bucket, reuse: Reuse) -> CapturedStep | None:
+        """Captures a step of dummies; None: that failed, and the step is to be launched. Only a fault of the device is
+        raised."""
+        recorded = RecordedCounts(bucket=bucket)
         try:
-            packed = self._packed(bucket, reuse, [])
+            batch = self._batch(bucket, reuse, [])
             self.upload.send()
 
             def run(counts: Counts = recorded) -> torch.Tensor:
-                packed.groups[0].begin()
-                return self.run(packed, counts)
+                batch.groups[0].begin()
+                return self.run(batch, counts)
 
             run(Counts())  # compiles and allocates what is not part of the launches
             graph, hidden = self.capture(run)
-        except Unknown:
+        except UncapturedRowsError:
             self.refused.put(bucket.flow, 0)
             return None
         except torch.OutOfMemoryError as error:
@@ -225,24 +240,25 @@ class CapturedSteps:
             self._refuse(bucket, reuse, error)
             return None
         self.room -= self.costs.step(bucket.rows)
-        return Step(bucket, graph, hidden, Recorded(events=list(recorded.events)))
+        return CapturedStep(bucket, graph, hidden, RecordedCounts(bucket=bucket, events=list(recorded.events)))
 
-    def _packed(self, bucket: Bucket, reuse: Reuse, streams: list[Stream]) -> Packed:
-        """The streams, and dummy canvases that share the padding rows."""
+    def _batch(self, bucket: Bucket, reuse: Reuse, streams: list[Stream]) -> Batch:
+        """The streams, and dummies that share the padding rows. Arrays have the same sizes and order for all steps of a
+        bucket, and so the same places in the memory that its graph reads."""
         missing = bucket.canvases - len(streams)
         rows = bucket.rows - sum(stream.num_rows for stream in streams)
         leading = bucket.leading - (leading_rows(streams) if bucket.leading else 0)
         padding = zip(shares(rows, missing), shares(leading, missing), strict=True)
-        streams = streams + [self._dummy(bucket, reuse, *size) for size in padding]
+        streams = streams + [self._dummy_stream(bucket, reuse, *size) for size in padding]
         self.upload.begin()
         limits = Limits(bucket.rows, self.longest, self.table_width)
-        packed = pack(streams, self.upload, self.shape, masks=True, limits=limits)
-        (group,) = packed.groups
+        batch = pack(streams, self.upload, self.shape, masks=True, limits=limits)
+        (group,) = batch.groups
         assert group.all_keep == bucket.all_keep, "a captured step keeps features of all rows or of some"
-        return packed
+        return batch
 
-    def _dummy(self, bucket: Bucket, reuse: Reuse, rows: int, leading: int) -> Stream:
-        """A canvas in vLLM's null block, of the bucket's kind"""
+    def _dummy_stream(self, bucket: Bucket, reuse: Reuse, rows: int, leading: int) -> Stream:
+        """A stream of the bucket's kind whose blocks are vLLM's null block"""
         live = span(0, rows)
         budget = leading if bucket.leading else None
         plan = StepPlan(live, live if bucket.dense else live[:0], budget, rows, refresh=False)
@@ -257,5 +273,5 @@ class CapturedSteps:
 
 
 def policy_key(bucket: Bucket, reuse: Reuse) -> tuple:
-    """What fails together: canvases that a class of policies treats alike, whatever its fields are"""
+    """What fails together: streams that a class of policies treats alike, whatever its fields are"""
     return type(reuse), *bucket.kind[1:], bucket.dense, bucket.all_keep

@@ -7,11 +7,12 @@ that was preempted starts again from the scheduler's canvas.
 """
 
 import copy
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from vllm_dlm.canvas import block_causal, infill, revision
+from vllm_dlm.canvas.commit import NOTHING, Commit
 from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
@@ -19,54 +20,27 @@ from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 #: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
 LIVE_PER_ROW = 8
 
-NOTHING = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What one step did to a canvas."""
-
-    read: np.ndarray  # [C] masked positions whose logits were read, ascending
-    confidence: np.ndarray  # [C] probability of the token proposed for each
-    filled: np.ndarray  # [F] indices into `read`, ascending
-    tokens: np.ndarray  # [F]
-    revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens are masks again, ascending
-    left: int = 0  # so many positions were handed out with it
-    logprobs: list | None = None  # of a step that read a starting text: see Canvas.logprobs
-
-    @property
-    def positions(self) -> np.ndarray:
-        """[F] where tokens came in"""
-        return self.read[self.filled]
-
-    @property
-    def changed(self) -> np.ndarray:
-        """Positions that hold another token than before, ascending"""
-        return np.union1d(self.positions, self.revoked) if len(self.revoked) else self.positions
+__all__ = ["NOTHING", "Canvas", "Commit"]
 
 
 class Canvas:
     def __init__(
         self, options: Options, mask_id: int, shift: int, prompt: list[int], length: int, layout: Layout = NO_LAYOUT
     ):
-        self.options, self.mask_id, self.shift = options, mask_id, shift
-        self.prompt_len, self.suffix = len(prompt), layout.suffix  # the suffix is among the prompt, see `positions`
-        self.layout, prompt = layout, layout.context(prompt)
+        self.options = options = block_causal.fitted(options)
+        self.mask_id, self.shift, self.layout = mask_id, shift, layout
+        # Rows of a suffix come before those of the prompt and count as rows of the prompt, see infill.py.
+        self.prompt_len, self.suffix = len(prompt), layout.suffix
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
-        self.tokens[: self.prompt_len] = prompt
-        if (given := options.decoding.given(length - self.prompt_len, mask_id)) is not None:
-            self.tokens[self.prompt_len :] = given
+        self.tokens[: self.prompt_len] = layout.context(prompt)
+        if (start := options.decoding.starting_tokens(length - self.prompt_len, mask_id)) is not None:
+            self.tokens[self.prompt_len :] = start
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled, or made masks again
-        self.tokens[self.prompt_len : self.prompt_len + len(layout.start)] = layout.start
-        #: positions of a template that stand from the start
-        self.fixed = NOTHING
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
-        if layout.holes:
-            self.fixed = self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != mask_id)
-            self.blocks = blocks_of_masks(options, self.tokens[self.prompt_len :] == mask_id)
-        #: a draft stands that nobody has read: the next step does, and makes masks of what it doubts
-        self.unread = bool(layout.start) and not layout.holes
+        self.fixed = NOTHING  # positions of a template's text
+        self.unread = False  # the next step reads a starting text, and makes masks of tokens that it doubts
+        infill.lay_out(self)
         #: log-probabilities of a starting text, by position of the response, if the request wants some. They are kept
         #: for a request that is preempted, since later steps do not read tokens that stay.
         self.logprobs: list | None = None
@@ -98,7 +72,7 @@ class Canvas:
 
     @cached_property
     def rows(self) -> int:
-        """Positions that have a row while the current block is decoded: the first so many."""
+        """Number of positions that have a row while the current block is decoded, counted from the start"""
         return self.options.extent.rows(self.end, len(self))
 
     @property
@@ -108,12 +82,8 @@ class Canvas:
 
     @cached_property
     def positions(self) -> np.ndarray | None:
-        """[N] the positions that rows stand for, if some are not their own. What comes behind the canvas is given as
-        the prompt is and lives as it does, so its rows come first, before those of the prompt, and the model is told
-        where they stand. To all else (plans, caches, selections) they are the beginning of the prompt."""
-        if not self.suffix:
-            return None
-        return (np.arange(len(self)) - self.suffix) % len(self)
+        """[N] positions that the rows stand for; None: every row stands for its own"""
+        return infill.row_positions(self)
 
     @property
     def grown(self) -> bool:
@@ -157,21 +127,10 @@ class Canvas:
 
     @property
     def weight(self) -> int:
-        """What the step weighs: rows it recomputes; those it merely carries weigh less."""
-        shadow = self.block_width if len(self.standing) else 0
-        return self.streams * (max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1) + shadow)
-
-    @property
-    def standing(self) -> np.ndarray:
-        """Positions of the current block whose tokens may become masks again"""
-        if not self.options.decoding.revokes or self.unread:
-            return NOTHING
-        start, end = self.progress.block
-        standing = start + np.flatnonzero(self.tokens[start:end] != self.mask_id)
-        if not self.layout.holes:
-            return standing
-        standing = np.setdiff1d(standing, self.fixed)
-        return standing[~np.isin(self.tokens[standing], self.layout.ends)]  # where a hole has ended it stays so
+        """Rows of the next step as the scheduler counts them. Rows that are carried through layers and not recomputed
+        count less."""
+        rows = max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
+        return self.streams * (rows + revision.shadow_rows(self))
 
     def finished(self) -> tuple[int, int] | None:
         """[start, end) of what the current block has to hand out, if nothing in it is masked"""
@@ -185,27 +144,10 @@ class Canvas:
         prompt brought along take part (infilling), as they do in the references."""
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
-    def readable(self) -> np.ndarray:
-        """The candidates, and where tokens may become others, those of the current block. Or all of a draft."""
-        if self.unread:
-            return self.prompt_len + np.flatnonzero(self.tokens[self.prompt_len :] != self.mask_id)
-        masked = self.candidates()
-        if not self.options.decoding.edits:
-            return masked
-        start, end = self.blocks[self.block]
-        block = np.arange(self.prompt_len + start, self.prompt_len + end)
-        return np.union1d(masked, np.setdiff1d(block, self.fixed) if len(self.fixed) else block)
-
-    def unconditional(self) -> np.ndarray:
-        """Tokens of the guidance stream's rows: what was given is hidden, what was generated stays."""
-        tokens = self.tokens[: self.rows].copy()
-        tokens[: self.prompt_len] = self.mask_id
-        return tokens
-
     # -- the clock moves -------------------------------------------------------------------
 
     def begin_behind(self, written: int) -> None:
-        """So many positions have keys and values that stay, before a step has been made."""
+        """The first `written` positions have final keys and values before the first step."""
         self.written = written
         self._moved()
 
@@ -215,8 +157,8 @@ class Canvas:
 
     def apply(self, commit: Commit) -> None:
         """A step has been made."""
-        reuse, at = self.options.reuse, self.progress
-        self.written, reads = reuse.written(at), reuse.reads(at)
+        reads = block_causal.reads(self)
+        self.written = block_causal.written(self)
         self.tokens[commit.positions] = commit.tokens
         self.tokens[commit.revoked] = self.mask_id
         self.confidence[commit.read] = commit.confidence
@@ -242,11 +184,3 @@ class Canvas:
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
         self.written = 0
         self._moved()
-
-
-def blocks_of_masks(options: Options, masked: np.ndarray) -> list[tuple[int, int]]:
-    """[start, end) of blocks that have as many masks each as the decoding fills in one; `masked` [N]. What stands goes
-    with the masks before it."""
-    positions = np.flatnonzero(masked)
-    starts = [0, *(int(positions[start]) for start, _ in options.decoding.blocks(len(positions))[1:])]
-    return list(zip(starts, [*starts[1:], len(masked)], strict=True))

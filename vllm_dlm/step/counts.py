@@ -43,7 +43,7 @@ class ModelShape:
     vocabulary: int
 
     @classmethod
-    def of(cls, config) -> "ModelShape":
+    def from_config(cls, config) -> "ModelShape":
         return cls(
             config.num_hidden_layers,
             config.hidden_size,

@@ -56,7 +56,7 @@ class ChoicePool:
         shape = (self._slots, kv_heads, self._units + self._memo)
         return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-    def of(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self, layer: int, kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """[slots, Hkv, units] and [slots, Hkv, memo], read and written in place"""
         kept = self.layers.get(layer)
         if kept is None or len(kept) < self._slots:
@@ -68,7 +68,7 @@ class ChoicePool:
 
 
 @dataclass(eq=False)
-class View:
+class SelectedKeys:
     selection: Selection
     prompt_len: int
     length: int  # rows of the canvas
@@ -84,13 +84,11 @@ class View:
     described: bool = True  # what there may be chosen from has summaries, or a step that makes all keys anew makes them
 
     def __post_init__(self) -> None:
-        selection, unit = self.selection, self.selection.unit
-        self.free = selection.chosen_from(self.prompt_len) // unit  # units from here on are always visible
-        self.summaries = selection.summary_rows(self.prompt_len)
-        self.kept = selection.units_kept(self.prompt_len)
+        selection, self.units = self.selection, self.selection.prompt_units(self.prompt_len)
+        self.free = self.units.candidates // selection.unit  # units from here on are always visible
         #: choices are needed after the step that made them
-        self.remembers = self.frozen or selection.keeps(1) or selection.memo(self.prompt_len) > 0
-        self.slot = self.pool.slot(self.kept, selection.memo(self.prompt_len)) if self.remembers else 0
+        self.remembers = self.frozen or selection.keeps(1) or self.units.memo > 0
+        self.slot = self.pool.slot(self.units.kept, self.units.memo) if self.remembers else 0
         if self.slot:
             weakref.finalize(self, self.pool.release, self.slot)
 
@@ -102,7 +100,7 @@ class View:
     @property
     def visible(self) -> int:
         """Keys that a query sees."""
-        return min((self.kept + self.tail) * self.selection.unit, self.length)
+        return min((self.units.kept + self.tail) * self.selection.unit, self.length)
 
     def step_begins(self) -> bool:
         """-> whether this step chooses anew"""

@@ -1,0 +1,159 @@
+"""Models whose attention knows canvas blocks: a row attends to its own block and to all blocks before it.
+
+So what is finished never changes. Blocks start at multiples of their width from the first token on, prompt included. A
+block that ends at the model's length may be shorter. A step recomputes the block that is being filled, and once what
+has become final: the whole blocks of the prompt at the start, later the block that has just been finished. Each row
+attends to the end of its own block, so a step is one stream per block, as if the canvas ended there. That is the exact
+model. A long prompt is read in several steps, which fill nothing yet.
+
+With a selection, the current block attends to part of the final positions (`_keys`).
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from vllm_dlm.canvas.commit import NOTHING
+from vllm_dlm.canvas.feature import Feature, Room
+from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.canvas.stream import Reading, Stream
+from vllm_dlm.options import Options
+from vllm_dlm.plugins.extent.base import Extent
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
+from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+
+if TYPE_CHECKING:
+    from vllm_dlm.canvas.canvas import Canvas
+    from vllm_dlm.canvas.denoising import Denoising
+
+#: most rows of a prompt that are read in one step, rounded down to whole blocks
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class BlockCausal(Reuse):
+    """Which rows a step recomputes. It is the only reuse policy of these models and recomputes nothing twice."""
+
+    name: ClassVar[str] = "none"
+
+    width: int = 0  # of a block
+
+    @property
+    def layer_key(self) -> Hashable:
+        return BlockCausal
+
+    def final(self, at: Progress) -> int:
+        """Length of the prefix whose keys and values can no longer change, written or not"""
+        return at.block[0] // self.width * self.width
+
+    def written(self, at: Progress) -> int:
+        """Length of the prefix whose keys and values are cached after this step and can no longer change"""
+        return min(self.final(at), at.written + max(CHUNK // self.width, 1) * self.width)
+
+    def reads(self, at: Progress) -> bool:
+        """Whether this step reads logits of the current block. Other steps do not count as steps of the block."""
+        return self.written(at) == self.final(at)
+
+    def plan(self, at: Progress) -> StepPlan:
+        return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))
+
+    def parts(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Live rows of each block, and the end of the block: they attend to the positions before it"""
+        start, last = int(live[0]), int(live[-1]) + 1
+        ends = [*range(start + self.width, last, self.width), last]
+        return [(span(*each), each[1]) for each in pairwise([start, *ends])]
+
+    def layer(self, at: Layer) -> Flow:
+        return cached(at)
+
+
+@dataclass(frozen=True)
+class CommittedExtent(Extent):
+    """Positions after the current block have no row, and no memory."""
+
+    name: ClassVar[str] = "full"
+    grows: ClassVar[bool] = True
+
+    def rows(self, end: int, length: int) -> int:
+        return end
+
+
+def fitted(options: Options) -> Options:
+    """The options of a canvas: those of a block-causal model get the policies of this module."""
+    if options.attention == "full":
+        return options
+    return replace(options, reuse=BlockCausal(options.decoding.block_length), extent=CommittedExtent())
+
+
+def final(canvas: "Canvas") -> int:
+    """Length of the prefix whose keys and values can no longer change; 0 for other models"""
+    policy = canvas.options.reuse
+    return policy.final(canvas.progress) if isinstance(policy, BlockCausal) else 0
+
+
+def reads(canvas: "Canvas") -> bool:
+    """Whether the next step reads logits of the current block"""
+    policy = canvas.options.reuse
+    return not isinstance(policy, BlockCausal) or policy.reads(canvas.progress)
+
+
+def written(canvas: "Canvas") -> int:
+    """Length of the final prefix that is cached after the next step; 0 for other models"""
+    policy = canvas.options.reuse
+    return policy.written(canvas.progress) if isinstance(policy, BlockCausal) else 0
+
+
+class BlockCausalAttention(Feature):
+    name = "block_causal"
+
+    @classmethod
+    def applies(cls, canvas: "Canvas") -> bool:
+        return isinstance(canvas.options.reuse, BlockCausal)
+
+    def __init__(self, canvas: "Canvas"):
+        super().__init__(canvas)
+        self.keys: dict[bool, SelectedKeys] = {}  # of the conditional and of the unconditional stream
+
+    def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
+        """Splits each stream by blocks. Only the last part, the current block, is read."""
+        parts = state.options.reuse.parts(state.canvas.plan.live)
+        found: list[Stream] = []
+        reading = self._reading(state, made[0].reading)
+        heads = state.head_rows(reading.positions)
+        for stream in made:
+            for rows, end in parts:
+                part = replace(
+                    stream, plan=StepPlan.dense(rows), token_ids=stream.token_ids[:end], head_positions=NOTHING,
+                    changed=NOTHING, last=None, reading=None,
+                )  # fmt: skip
+                if end == parts[-1][1]:
+                    part.reading, part.head_positions = reading, heads
+                    # Other parts compute final positions: prompts, and blocks that become final.
+                    if len(heads) and (keys := self._keys(state, stream.guides, room)) is not None:
+                        part.selected, part.chooses = keys, keys.step_begins()
+                        part.response = int(rows[0]), end
+                found.append(part)
+        return found
+
+    @staticmethod
+    def _reading(state: "Denoising", reading: Reading | None) -> Reading:
+        at = state.canvas.progress
+        assert reading is not None
+        own = reading.positions >= max(at.block[0], at.prompt_len)
+        return Reading(state, reading.positions[own] if reads(state.canvas) else NOTHING)
+
+    def _keys(self, state: "Denoising", guides: bool, room: Room) -> SelectedKeys | None:
+        """What the current block attends to of the final positions. Its first step attends to all of them: after a
+        preemption, or with a prompt that is read in several steps, that step writes some."""
+        selection, at = state.options.selection, state.canvas.progress
+        if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
+            return None
+        keys = self.keys.get(guides)
+        if keys is None or keys.prompt_len != at.written:
+            own = state.blocks[int(guides)]
+            keys = room.caches.selected_keys(selection, at.written, at.length, own, described=False)
+            self.keys[guides] = keys
+        return keys

@@ -1,0 +1,272 @@
+"""One denoising step of every scheduled request, in one packed forward; the same Python on every device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.cache.blocks import KVBlocks
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.caches import StreamCaches
+from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.stream import Reading, Stream, among, plain_stream
+from vllm_dlm.plugins.reuse.flow import Behind
+from vllm_dlm.step.batch import Batch
+from vllm_dlm.step.captured import CapturedSteps, PaddedStep
+from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.failures import Failures
+from vllm_dlm.step.head import Head, HeadBatch
+from vllm_dlm.step.layer import LayerStep, concatenated
+from vllm_dlm.step.packing import pack, split
+from vllm_dlm.step.upload import Upload
+
+if TYPE_CHECKING:
+    from vllm_dlm.models.transformer import Normed
+
+__all__ = ["NO_SPECULATION", "Denoiser", "Observer", "PreparedStep", "denoise", "denoise_live", "plain_stream"]
+
+NO_SPECULATION: Mapping[str, int] = MappingProxyType({})
+
+#: sees the rows that leave each part of the model, by its name
+Watch = Callable[[str, torch.Tensor], None]
+
+
+class Observer:
+    """Looks at steps as they are made; tests and benchmarks derive from it, and view/steps.py."""
+
+    def step_begins(self, states: Sequence[Denoising]) -> None: ...
+
+    def step_packed(self, prepared: "PreparedStep") -> None:
+        """The batches of the step, before its forwards. `Batch.observer` may be set in those that are launched."""
+
+    def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
+        """hidden [R, E]: rows after the last layer; each reading has the indices of its own."""
+
+    def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None: ...
+
+
+class PreparedStep(NamedTuple):
+    """What a step has on the device, once it is sent."""
+
+    batches: list[Batch]  # one per forward that is launched
+    launched: list[Stream]  # their streams, in the order of rows
+    padded: PaddedStep | None  # a captured step that is replayed
+    replayed: list[Stream]  # its streams
+    replayed_heads: int  # rows of them that the head needs
+    head: list[HeadBatch]
+    uploads: list[Upload]
+    copied: torch.Tensor | None  # [2, n], see Stream.copies
+
+
+class Denoiser:
+    def __init__(
+        self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device,
+        forwards: Callable[[], AbstractContextManager] = nullcontext,  # entered around forwards
+    ):  # fmt: skip
+        self.forwards = forwards
+        self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
+        self.blocks = KVBlocks([])  # until vLLM says how many there are
+        self.upload = Upload(device)
+        self.captured: CapturedSteps | None = None
+        self.masks: bool | None = None  # see Group; None: what is best on the device
+        self.caches = StreamCaches(shape)
+        self.observers: list[Observer] = []
+
+    def step(
+        self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
+        canvases: Mapping[str, int] = NO_SPECULATION,
+    ) -> list[Reading]:  # fmt: skip
+        """One forward of all requests -> what was read at the canvas of each that has not failed. `tables`: KV blocks
+        of each request; `canvases`: most streams of requests that may speculate in this step"""
+        for observer in self.observers:
+            observer.step_begins(states)
+        streams: list[Stream] = []
+        readings: list[Reading] = []
+        for state in states:
+            with failed.catch(state.req_id):
+                made = state.streams(self.caches, tables[state.req_id], canvases.get(state.req_id, 1))
+                streams += made
+                readings.append(next(stream.reading for stream in made if stream.reading is not None))
+        if streams:
+            names = [reading.state.req_id for reading in readings]
+            with failed.catch(*names, in_forward=True), self.forwards():
+                if (prepared := self._prepare_packable(streams, failed)) is not None:
+                    readings = [reading for reading in readings if reading.state.req_id not in failed]
+                    self._propose(prepared, readings, counts, failed)
+        readings = [reading for reading in readings if reading.state.req_id not in failed]
+        for observer in self.observers:
+            observer.step_ended(readings, counts)
+        return readings
+
+    def _prepare_packable(self, streams: list[Stream], failed: Failures) -> PreparedStep | None:
+        """Packs the step without the requests that cannot be packed, which fail. None: no request is left."""
+        while streams:
+            together, alone = Failures(failed.ranks), Failures(failed.ranks)
+            names = list(dict.fromkeys(stream.request for stream in streams))
+            with together.catch(*names):
+                return self._prepared(streams)
+            for name in names:
+                self.upload.begin()  # drops what the last attempt has left
+                with alone.catch(name):
+                    self._prepared([stream for stream in streams if stream.request == name])
+            self.upload.begin()
+            failed.update(alone or together)
+            streams = [stream for stream in streams if stream.request not in failed]
+        return None
+
+    def _propose(self, prepared: PreparedStep, readings: list[Reading], counts: Counts, failed: Failures) -> None:
+        for observer in self.observers:
+            observer.step_packed(prepared)
+        for upload in prepared.uploads:
+            upload.send()
+        if prepared.copied is not None:
+            self.blocks.copy(*prepared.copied.unbind(0))
+        hidden = self._hidden(prepared, counts)
+        for observer in self.observers:
+            observer.head_read(hidden, readings)
+        self.head.read(hidden, prepared.head)
+        for own in readings:
+            for reading in own.all:
+                if not reading.finite:
+                    streams = [stream for stream in prepared.launched + prepared.replayed if stream.reading is reading]
+                    failed[own.state.req_id] = self._not_finite(streams, reading, hidden)
+                    self._clear(own.state)
+                    break
+
+    def _prepared(self, streams: list[Stream]) -> PreparedStep:
+        """Packs the streams, and assigns hidden states to their readings."""
+        # Streams of one kind are adjacent: they share a group of rows.
+        kinds: dict[tuple, list[Stream]] = {}
+        # Shadows come after all canvases: if the step is split, their canvases have been computed by then.
+        # Whole canvases come first: one may be the first block of a request, which its later blocks read.
+        for stream in sorted(streams, key=lambda stream: (stream.hidden_row is not None, not stream.whole)):
+            kinds.setdefault(stream.kind, []).append(stream)
+        padded, replayed = None, list[Stream]()
+        if self.captured is not None:
+            # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
+            for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].whole):
+                if padded := self.captured.pad(alike):
+                    replayed = kinds.pop(kind)
+                    break
+        launched = [stream for alike in kinds.values() for stream in alike]
+        batches = self._batches(launched) if launched else []
+        start = 0
+        for stream in launched:
+            self._assign(stream, np.arange(start, start := start + len(stream.head_positions)))
+        # a captured step returns all live rows
+        for stream in replayed:
+            self._assign(stream, start + among(stream.plan.live, stream.head_positions))
+            start += stream.num_rows
+        # The head's arrays may be larger than the staging memory of a captured step, which cannot grow.
+        uploads = [self.upload, padded.upload] if padded else [self.upload]
+        read = [stream.reading for stream in streams if stream.reading is not None and not stream.guides]
+        copies = [stream.copies for stream in streams if stream.copies is not None]
+        copied = self.upload(np.concatenate(copies, axis=1)) if copies else None
+        heads = sum(len(stream.head_positions) for stream in replayed)
+        return PreparedStep(
+            batches, launched, padded, replayed, heads, self.head.prepare(read, self.upload), uploads, copied
+        )
+
+    @staticmethod
+    def _assign(stream: Stream, rows: np.ndarray) -> None:
+        """`rows` [R]: the hidden states of the stream's head positions"""
+        if (reading := stream.reading) is None:
+            return
+        # several positions may be read at one row
+        read = reading.state.canvas.progress.rows_reading(reading.positions)
+        rows = rows[np.searchsorted(stream.head_positions, read)]
+        if stream.guides:
+            reading.guide_rows = rows
+        else:
+            reading.rows = rows
+
+    def _hidden(self, prepared: PreparedStep, counts: Counts) -> torch.Tensor:
+        def replayed() -> list[torch.Tensor]:
+            return [] if prepared.padded is None else [prepared.padded.replay(counts)]
+
+        def launched() -> list[torch.Tensor]:
+            return [denoise(self.model, batch, self.blocks, counts) for batch in prepared.batches]
+
+        counts.head_rows += prepared.replayed_heads
+        # Shadows read the keys that their canvases write. Whole canvases may be first blocks, which later ones read.
+        shadows = any(group.hidden_row is not None for batch in prepared.batches for group in batch.groups)
+        if shadows or any(stream.whole for stream in prepared.replayed):
+            last = replayed()
+            hidden = launched() + last
+        else:
+            hidden = launched() + replayed()
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+    def _not_finite(self, streams: list[Stream], reading: Reading, hidden: torch.Tensor) -> str:
+        """Where the numbers of a request stopped being finite: its step again, watched. (The request ends now, so it
+        does not matter what that writes to its caches.)"""
+        rows = np.concatenate([reading.rows, reading.guide_rows if len(streams) > 1 else reading.rows[:0]])
+        places = []
+        if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
+            self.forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
+            places.append("a layer")
+        return (
+            f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
+        )
+
+    def _clear(self, state: Denoising) -> None:
+        """Zeros the blocks of a request that failed: FlashAttention multiplies values after a sequence's end by 0, so
+        that a NaN there would reach the next owner of the block. Blocks of a shared prefix stay: others read them."""
+        if state.options.attention == "full" and state.blocks:
+            blocks = np.concatenate([part for own in state.blocks.values() for part in own])
+            self.blocks.clear(torch.from_numpy(blocks).to(self.device))
+
+    def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+        """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
+        batches = self._batches(streams)
+        self.upload.send()
+        with self.forwards():
+            hidden = [denoise(self.model, batch, self.blocks, counts, watch) for batch in batches]
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+    def _batches(self, streams: list[Stream]) -> list[Batch]:
+        return [pack(part, self.upload, self.shape, self.masks) for part in split(streams, self.max_rows)]
+
+
+# -- the model over one batch --------------------------------------------------------------------
+
+
+def denoise(model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
+    """-> hidden states before the final norm of the rows that the head needs, stream after stream: [R, E]"""
+    _, ends = through_layers(model, batch, blocks, counts, watch)
+    # The last layer may have computed some rows only, so the head's rows are looked up among them.
+    heads = []
+    for (rows, x, ffn), group in zip(ends, batch.groups, strict=True):
+        place = rows.places(group.head)
+        heads.append(x[place] + ffn[place])
+    counts.head_rows += sum(map(len, heads))
+    return concatenated(heads)
+
+
+def denoise_live(model, batch: Batch, blocks: KVBlocks, counts: Counts) -> torch.Tensor:
+    """The same of every live row: [T, E]"""
+    step, ends = through_layers(model, batch, blocks, counts)
+    return step.joined([x for _, x, _ in ends]) + step.joined([ffn for _, _, ffn in ends])
+
+
+def through_layers(
+    model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None
+) -> tuple[LayerStep, list[Behind]]:
+    """-> the driver, and what the flow of each group returns after the last layer"""
+    layers = model.model.layers
+    step = LayerStep(batch, model.model.rope.table, layers, blocks, counts)
+    x_TE = model.embed_input_ids(batch.ids)
+    if watch is not None:
+        watch("the embedding", x_TE)
+    normed: Normed = layers[0].input_layernorm(x_TE), x_TE
+    for index in range(len(layers)):
+        ends = step.run(index, normed)
+        residual, added = step.joined([x for _, x, _ in ends]), step.joined([ffn for _, _, ffn in ends])
+        if watch is not None:
+            watch(f"layer {index}", residual + added)
+        if index + 1 < len(layers):
+            normed = layers[index + 1].add_and_norm_input(residual, added)
+    return step, ends
