@@ -12,7 +12,6 @@ COMMANDS = {
     "costs": "multiply-adds of the policies on LLaDA-8B and Dream-7B, from the cost model",
     "selection": "retrieval and kept attention mass of the selections and of other rules, on the demo checkpoint",
     "prompts": "rows and time of prompts that models which know blocks read, found in the prefix cache or not",
-    "soak": "random requests for a long time, in process or at a server with hostile clients; everything is checked",
     "quality": "exact match and drift from the exact model of the reuse policies, on the demo checkpoint",
     "view": "what frames, trajectories and watched requests cost, and that nobody pays who does not look",
     "gpu": "all that can be told of a GPU: what is right, and what kernels, denoising, page-sparse decoding reach",

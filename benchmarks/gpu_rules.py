@@ -60,7 +60,7 @@ def started(engine: Engine) -> Running:
     from vllm import LLM
 
     from benchmarks.quality import CHECKPOINT
-    from benchmarks.soak.engines import runner_of
+    from tests.soak.engines import runner_of
 
     shape, length = SHAPES[engine.shape], engine.prompt + engine.new
     enlarged.register(CHECKPOINT, shape)

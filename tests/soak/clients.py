@@ -10,8 +10,8 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-from benchmarks.soak import bodies
-from benchmarks.soak.requests import Given
+from tests.soak import bodies
+from tests.soak.requests import Given
 
 PATIENCE = 300  # seconds for an answer: far beyond what any takes
 LARGEST_REFUSAL = 100_000  # bytes: nobody wants a wrong value back in megabytes

@@ -1,7 +1,7 @@
 """Polls /health from a process of its own, on a new connection each time, and notes how long each answer took.
 
 It also notes how late it woke from each pause: what the machine itself adds when its cores are taken. `python -m
-benchmarks.soak.hostile.health HOST PORT FILE`; it ends with its standard input.
+tests.soak.hostile.health HOST PORT FILE`; it ends with its standard input.
 """
 
 import select

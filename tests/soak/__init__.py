@@ -59,7 +59,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     if os.environ.get("OMP_NUM_THREADS") != "1":
         # OpenMP has read it when torch was loaded, and forks of a process that computes with threads hang.
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | ENVIRONMENT)
+        os.execve(sys.executable, [sys.executable, "-m", "tests.soak", *sys.argv[1:]], os.environ | ENVIRONMENT)
     os.environ.update(ENVIRONMENT)
     chosen = [(args.server, at_a_server), (args.hostile, hostile), (args.at_the_limit, at_the_limit)]
     sys.exit(next((function for given, function in chosen if given), in_process)(args))
@@ -67,7 +67,7 @@ def run(args) -> None:
 
 def in_process(args) -> int:
     os.environ.update(IN_PROCESS)
-    from benchmarks.soak import process, process_table
+    from tests.soak import process, process_table
 
     checkpoints = args.checkpoint or process.complete_checkpoints()
     done, failure = process.soak(args.requests or 10_000, args.seed, args.dtype, checkpoints, args.shift)
@@ -85,7 +85,7 @@ def in_process(args) -> int:
 @contextmanager
 def served_checkpoint(args) -> Iterator[str]:
     """The checkpoint that a server is started with; of `--small`, a temporary one made from it"""
-    from benchmarks.soak import served
+    from tests.soak import served
     from vllm_dlm.demo.server import CHECKPOINT, end_when_told
 
     end_when_told()
@@ -97,7 +97,7 @@ def served_checkpoint(args) -> Iterator[str]:
 
 
 def at_a_server(args) -> int:
-    from benchmarks.soak import served, server_table
+    from tests.soak import served, server_table
 
     with served_checkpoint(args) as checkpoint:
         work = served.soak(
@@ -119,8 +119,8 @@ def at_a_server(args) -> int:
 
 def hostile(args) -> int:
     from benchmarks.load import Load
-    from benchmarks.soak.hostile import run as hostile_run
-    from benchmarks.soak.hostile import table
+    from tests.soak.hostile import run as hostile_run
+    from tests.soak.hostile import table
 
     with served_checkpoint(args) as checkpoint:
         load = Load()
@@ -139,7 +139,7 @@ def hostile(args) -> int:
 
 def at_the_limit(args) -> int:
     os.environ.update(IN_PROCESS)
-    from benchmarks.soak import at_limit
+    from tests.soak import at_limit
 
     failed = False
     for name, ends in at_limit.run(args.requests or 500, args.seed, args.dtype).items():

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from benchmarks.soak.hostile.rows import ANSWERED, AT_ONCE, LEGAL, REFUSED, Row, Target, completion, with_options
-from benchmarks.soak.requests import names
+from tests.soak.hostile.rows import ANSWERED, AT_ONCE, LEGAL, REFUSED, Row, Target, completion, with_options
+from tests.soak.requests import names
 from vllm_dlm.methods import methods
 from vllm_dlm.option_types import LARGEST
 from vllm_dlm.options import METHOD_KEYS, REQUEST_FIELDS, WINDOW, OptionError, Options, request_options

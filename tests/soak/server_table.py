@@ -1,7 +1,7 @@
 """The table of a run at a server, and the picture of its memory."""
 
 from benchmarks import report
-from benchmarks.soak import memory, served
+from tests.soak import memory, served
 
 UNITS = {"rss_kib": "MiB", "threads": "threads", "descriptors": "descriptors"}
 

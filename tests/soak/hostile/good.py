@@ -4,8 +4,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from benchmarks.soak import served
-from benchmarks.soak.clients import Asked, Client
+from tests.soak import served
+from tests.soak.clients import Asked, Client
 from vllm_dlm.demo import server as demo
 from vllm_dlm.demo.questions import questions
 from vllm_dlm.methods import methods

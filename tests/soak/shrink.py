@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from benchmarks.soak.batch import Batch, Entry
+from tests.soak.batch import Batch, Entry
 
 
 def shrink(batch: Batch, fails: Callable[[Batch], bool], seconds: float = 60) -> Batch:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks.soak.batch import Batch, Entry, check
-from benchmarks.soak.engines import Pair, Server, core_of
-from benchmarks.soak.fork import Found, in_a_fork
-from benchmarks.soak.requests import Given, drawn_request, drawn_server
-from benchmarks.soak.shrink import shrink
+from tests.soak.batch import Batch, Entry, check
+from tests.soak.engines import Pair, Server, core_of
+from tests.soak.fork import Found, in_a_fork
+from tests.soak.requests import Given, drawn_request, drawn_server
+from tests.soak.shrink import shrink
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_options
 
@@ -57,8 +57,8 @@ class Failure:
 
     def python(self) -> str:
         return "\n".join([
-            "from benchmarks.soak.batch import Batch, Entry", "from benchmarks.soak.engines import Server",
-            "from benchmarks.soak.process import replay", "from benchmarks.soak.requests import Given",
+            "from tests.soak.batch import Batch, Entry", "from tests.soak.engines import Server",
+            "from tests.soak.process import replay", "from tests.soak.requests import Given",
             f"replay({self.server!r}, {self.batch!r})",
         ])  # fmt: skip
 

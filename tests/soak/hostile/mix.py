@@ -5,13 +5,13 @@ import json
 import random
 import time
 
-from benchmarks.soak import bodies
-from benchmarks.soak.clients import Asked, Client, Seen, over_http
-from benchmarks.soak.hostile import acts
-from benchmarks.soak.hostile.acts import Wire
-from benchmarks.soak.hostile.life import RowResult, judge
-from benchmarks.soak.hostile.rows import Target, table
-from benchmarks.soak.requests import Model, drawn_request
+from tests.soak import bodies
+from tests.soak.clients import Asked, Client, Seen, over_http
+from tests.soak.hostile import acts
+from tests.soak.hostile.acts import Wire
+from tests.soak.hostile.life import RowResult, judge
+from tests.soak.hostile.rows import Target, table
+from tests.soak.requests import Model, drawn_request
 
 LARGE = 1 << 20  # bytes of an absurd body: one in a few requests has one
 CLIENTS = 4  # concurrent requests of a row at most: other clients run at the same time

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.checkpoints import Shape, random_weights
-from benchmarks.soak import memory
-from benchmarks.soak.clients import Asked, Client, Seen, over_http
-from benchmarks.soak.requests import Model, drawn_request
+from tests.soak import memory
+from tests.soak.clients import Asked, Client, Seen, over_http
+from tests.soak.requests import Model, drawn_request
 from vllm_dlm.demo import server as demo
 from vllm_dlm.demo.questions import questions
 from vllm_dlm.methods import methods
@@ -103,7 +103,7 @@ def soak(
         server.wait(300)
         client, mix = client_of(server, checkpoint), MIX
         if hostile:
-            from benchmarks.soak.hostile.mix import MixedClient
+            from tests.soak.hostile.mix import MixedClient
 
             client, mix = MixedClient(client, seed), HOSTILE_MIX
         known = known_answers(client, random.Random(f"known {seed}"))

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import report
-from benchmarks.soak.hostile import run as hostile
-from benchmarks.soak.hostile.good import GOOD
-from benchmarks.soak.hostile.life import RowResult
+from tests.soak.hostile import run as hostile
+from tests.soak.hostile.good import GOOD
+from tests.soak.hostile.life import RowResult
 
 COLUMNS = [
     report.Column("kind", "kind"),

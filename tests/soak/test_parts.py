@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.soak import memory, process
-from benchmarks.soak.batch import Batch, Entry
-from benchmarks.soak.fork import Found, in_a_fork
-from benchmarks.soak.requests import Given, Model, drawn_request, drawn_server, names
-from benchmarks.soak.shrink import shrink
+from tests.soak import memory, process
+from tests.soak.batch import Batch, Entry
+from tests.soak.fork import Found, in_a_fork
+from tests.soak.requests import Given, Model, drawn_request, drawn_server, names
+from tests.soak.shrink import shrink
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import METHOD_KEYS, request_options, server_options
 

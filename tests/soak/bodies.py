@@ -3,7 +3,7 @@
 import json
 import random
 
-from benchmarks.soak.requests import drawn_name
+from tests.soak.requests import drawn_name
 
 MODEL = "demo"
 WRONG = ["x", -1, float("inf"), 1.5, [], {}, [[]], True, None, "NaN", 1 << 70, -(1 << 70), "", {"a": [1]}, ["a"]]

@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.soak.fork import in_a_fork
-from benchmarks.soak.process import CHECKPOINTS
+from tests.soak.fork import in_a_fork
+from tests.soak.process import CHECKPOINTS
 from vllm_dlm.methods import methods
 
 MODELS = ("sdar-tiny", "llada2-tiny")

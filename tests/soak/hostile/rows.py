@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.soak.bodies import JSON
+from tests.soak.bodies import JSON
 from vllm_dlm.options import Options, server_options
 
 #: statuses of a refusal
@@ -109,7 +109,7 @@ def with_options(extra: dict, **fields) -> Make:
 
 def table(target: Target) -> list[Row]:
     """All rows. Expensive kinds come last: a server that ends there was tested with the others."""
-    from benchmarks.soak.hostile import acts, fields, given, options, scores
+    from tests.soak.hostile import acts, fields, given, options, scores
 
     rows: list[Row] = []
     for make in (options.rows, fields.rows, given.rows, scores.rows, acts.rows):

@@ -6,7 +6,7 @@ from typing import Any
 
 import annotated_types
 
-from benchmarks.soak.hostile.rows import ANSWERED, LEGAL, REFUSED, SCORE, Message, Row, Target, posted
+from tests.soak.hostile.rows import ANSWERED, LEGAL, REFUSED, SCORE, Message, Row, Target, posted
 from vllm_dlm.scoring.scores import How
 
 #: a full-attention model reads these fields with this method

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 
-from benchmarks.soak.bodies import JSON
-from benchmarks.soak.hostile.rows import (
+from tests.soak.bodies import JSON
+from tests.soak.hostile.rows import (
     ANSWERED,
     AT_ONCE,
     CHAT,

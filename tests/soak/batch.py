@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks.soak.engines import Pair, core_of, runner_of
-from benchmarks.soak.fork import Found
-from benchmarks.soak.requests import Given, most_forwards
+from tests.soak.engines import Pair, core_of, runner_of
+from tests.soak.fork import Found
+from tests.soak.requests import Given, most_forwards
 from vllm_dlm.options import request_options
 
 

@@ -7,14 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.soak import memory, served
-from benchmarks.soak.clients import Asked, Client
-from benchmarks.soak.hostile import acts, fields, hooks
-from benchmarks.soak.hostile.acts import Outcome, Wire
-from benchmarks.soak.hostile.good import GoodClients
-from benchmarks.soak.hostile.health import Health
-from benchmarks.soak.hostile.hooks import Hooks, Span
-from benchmarks.soak.hostile.rows import AT_ONCE, Row, Target, completion, posted
+from tests.soak import memory, served
+from tests.soak.clients import Asked, Client
+from tests.soak.hostile import acts, fields, hooks
+from tests.soak.hostile.acts import Outcome, Wire
+from tests.soak.hostile.good import GoodClients
+from tests.soak.hostile.health import Health
+from tests.soak.hostile.hooks import Hooks, Span
+from tests.soak.hostile.rows import AT_ONCE, Row, Target, completion, posted
 from vllm_dlm.demo import server as demo
 
 ROOT = Path(__file__).resolve().parents[3]

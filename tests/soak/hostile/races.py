@@ -5,8 +5,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.soak.hostile.acts import Outcome, Wire
-from benchmarks.soak.hostile.rows import COMPLETIONS, Target, posted
+from tests.soak.hostile.acts import Outcome, Wire
+from tests.soak.hostile.rows import COMPLETIONS, Target, posted
 from vllm_dlm.view.frames import Replay
 
 SECONDS = 60  # for one answer

@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from benchmarks.soak import served
-from benchmarks.soak.clients import Asked
-from benchmarks.soak.hostile import races
-from benchmarks.soak.hostile.good import GoodClients, known_requests
-from benchmarks.soak.hostile.health import Probe
-from benchmarks.soak.hostile.hooks import Span
-from benchmarks.soak.hostile.life import BLOCKED, MAX_MODEL_LEN, Life, RowResult, Server
-from benchmarks.soak.hostile.rows import Row, Target, table
+from tests.soak import served
+from tests.soak.clients import Asked
+from tests.soak.hostile import races
+from tests.soak.hostile.good import GoodClients, known_requests
+from tests.soak.hostile.health import Probe
+from tests.soak.hostile.hooks import Span
+from tests.soak.hostile.life import BLOCKED, MAX_MODEL_LEN, Life, RowResult, Server
+from tests.soak.hostile.rows import Row, Target, table
 
 BASELINE = 15  # seconds with these clients alone
 

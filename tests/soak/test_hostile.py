@@ -8,15 +8,15 @@ from dataclasses import fields, replace
 
 import pytest
 
-from benchmarks.soak.hostile import acts, given, races, scores
-from benchmarks.soak.hostile import run as hostile
-from benchmarks.soak.hostile import table as hostile_table
-from benchmarks.soak.hostile.acts import ACTS, Outcome, Wire, message_of, outcome_of
-from benchmarks.soak.hostile.health import Health, Probe
-from benchmarks.soak.hostile.hooks import Hooks, Span
-from benchmarks.soak.hostile.life import RowResult, judge
-from benchmarks.soak.hostile.options import decoding_fields, range_of
-from benchmarks.soak.hostile.rows import LEGAL, REFUSED, Row, Target, completion, table
+from tests.soak.hostile import acts, given, races, scores
+from tests.soak.hostile import run as hostile
+from tests.soak.hostile import table as hostile_table
+from tests.soak.hostile.acts import ACTS, Outcome, Wire, message_of, outcome_of
+from tests.soak.hostile.health import Health, Probe
+from tests.soak.hostile.hooks import Hooks, Span
+from tests.soak.hostile.life import RowResult, judge
+from tests.soak.hostile.options import decoding_fields, range_of
+from tests.soak.hostile.rows import LEGAL, REFUSED, Row, Target, completion, table
 from vllm_dlm.limits import Limits
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_keys, request_options
@@ -203,7 +203,7 @@ def test_probes_that_overlap_count(tmp_path, monkeypatch):
 def test_hooks_are_read_while_they_are_written(tmp_path):
     hooks = Hooks(tmp_path)
     assert hooks.spans() == []
-    from benchmarks.soak.hostile.hooks import RECORD
+    from tests.soak.hostile.hooks import RECORD
 
     (tmp_path / "steps").write_bytes(RECORD.pack(1, 0.5, 0.4, 64) + RECORD.pack(2, 0.1, 0.1, -1)[:9])
     assert hooks.spans() == [Span(1, 0.5, 0.4, 64)]

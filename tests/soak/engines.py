@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.soak.requests import Model
+from tests.soak.requests import Model
 
 MAX_LEN = 256
 #: 39 usable blocks: a guided canvas of full length with features takes nearly all of them

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from benchmarks.soak.clients import status_of
-from benchmarks.soak.hostile.rows import (
+from tests.soak.clients import status_of
+from tests.soak.hostile.rows import (
     ANSWERED,
     AT_ONCE,
     COMPLETIONS,

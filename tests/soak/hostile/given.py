@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 
-from benchmarks.soak.hostile.rows import (
+from tests.soak.hostile.rows import (
     ANSWERED,
     AT_ONCE,
     COMPLETIONS,
