@@ -150,7 +150,7 @@ def settings(many: int, some: int) -> dict:
 
 
 def questions(count: int):
-    from benchmarks.demo import tasks
+    from examples.demo import tasks
 
     rng, filler = np.random.default_rng(31), tasks.Filler(7)
     kinds = [

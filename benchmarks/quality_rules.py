@@ -89,7 +89,7 @@ def place(row: dict) -> tuple:
 
 def questions(count: int):
     """In equal shares"""
-    from benchmarks.demo import tasks
+    from examples.demo import tasks
 
     rng, filler = np.random.default_rng(47), tasks.Filler(7)
     kinds = [

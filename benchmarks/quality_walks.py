@@ -1,5 +1,5 @@
 """Long answers of which every word needs the one before, under every decoding and every reuse: walks along shuffled
-arrows, as long as the canvas lets them be, on the checkpoint that knows nothing else (benchmarks/demo/walks.py).
+arrows, as long as the canvas lets them be, on the checkpoint that knows nothing else (examples/demo/walks.py).
 
 One token per step answers them. Whatever fills more at once must notice by itself
 which tokens are known already (the arrows) and which are not yet (the words).
@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import drawing, quality_rules, report
 from benchmarks.quality_rules import REUSES, SHOWN, Rule, marks, rules
 
-CHECKPOINT = Path(__file__).parent / "demo" / "walker"
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "demo" / "walker"
 BLOCK = 32
 #: canvas -> answers of a cell: with its length all of them take longer
 ANSWERS = {32: 40, 128: 10, 512: 4}
@@ -55,7 +55,7 @@ def place(row: dict) -> tuple:
 
 
 def questions(canvas: int, count: int):
-    from benchmarks.demo.tasks import walk, words_of
+    from examples.demo.tasks import walk, words_of
 
     rng = np.random.default_rng(canvas)
     return [walk(rng, words_of(canvas)) for _ in range(count)]

@@ -17,7 +17,7 @@ WRITERS = {
     "gpu-correctness": "benchmarks.gpu_correctness", "gpu-kernels": "benchmarks.gpu_kernels",
     "gpu-denoising": "benchmarks.gpu_denoising", "gpu-pages": "benchmarks.gpu_pages",
     "gpu-rules": "benchmarks.gpu_rules",
-    "recovery": "benchmarks.train.recovery", "training-memory": "benchmarks.train.memory",
+    "recovery": "examples.training.recovery", "training-memory": "examples.training.memory",
 }  # fmt: skip
 
 

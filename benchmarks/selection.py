@@ -155,7 +155,7 @@ def settings(table: str, args) -> dict:
 
 
 def questions(count: int, tokens: int, needles: int = 8, queried: int = 2):
-    from benchmarks.demo import tasks
+    from examples.demo import tasks
 
     rng, filler = np.random.default_rng(47), tasks.Filler(11)
     return [tasks.recall(rng, filler, tokens, needles=needles, queried=queried) for _ in range(count)]

@@ -106,7 +106,7 @@ def finished(rows: list[dict]) -> list[dict]:
 def samples(count: int, prompt: int = PROMPT):
     import numpy as np
 
-    from benchmarks.demo import tasks
+    from examples.demo import tasks
 
     rng, filler = np.random.default_rng(5), tasks.Filler(7)
     return [tasks.recall(rng, filler, prompt, needles=8, queried=2) for _ in range(count)]

@@ -1,11 +1,11 @@
-"""Next-token loss through a mask over pages, with transformers' Trainer as it is: `python -m benchmarks.train.causal`.
+"""Next-token loss through a mask over pages, with transformers' Trainer as it is: `python -m examples.training.causal`.
 
 The demo checkpoint's weights as a causal Llama: its lookup circuit works from
 the left too, so that minutes of training make an autoregressive model of it.
 Train with `--mask dense` first, then go on from there with the mask:
 
-    python -m benchmarks.train.causal --mask dense --output runs/train/causal-dense
-    python -m benchmarks.train.causal --mask soft --start-from runs/train/causal-dense/final
+    python -m examples.training.causal --mask dense --output runs/train/causal-dense
+    python -m examples.training.causal --mask soft --start-from runs/train/causal-dense/final
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM, Trainer
 
-from benchmarks.train.lessons import NextTokens
-from benchmarks.train.recipe import CHECKPOINT, Recipe
+from examples.training.lessons import NextTokens
+from examples.training.recipe import CHECKPOINT, Recipe
 from vllm_dlm.training import configure
 from vllm_dlm.training.llada import load_llada
 

@@ -1,13 +1,13 @@
-"""LLaDA's loss on the demo checkpoint, through a mask over pages: `python -m benchmarks.train.diffusion --mask soft`.
+"""LLaDA's loss on the demo checkpoint, through a mask over pages: `python -m examples.training.diffusion --mask soft`.
 
 Run the same command again to go on after an interruption. The result is a
 checkpoint in the hub's form in OUTPUT/final, which a server starts as it is:
 the page settings are in its config.
 """
 
-from benchmarks.demo import tokenizer as tok
-from benchmarks.train.lessons import HiddenAnswers
-from benchmarks.train.recipe import CHECKPOINT, Recipe
+from examples.demo import tokenizer as tok
+from examples.training.lessons import HiddenAnswers
+from examples.training.recipe import CHECKPOINT, Recipe
 from vllm_dlm.training import configure
 from vllm_dlm.training.diffusion import MaskedDiffusionCollator, MaskedDiffusionTrainer
 from vllm_dlm.training.llada import load_llada, save_llada

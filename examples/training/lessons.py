@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from benchmarks.demo.tasks import Filler, Sample, recall
+from examples.demo.tasks import Filler, Sample, recall
 
 #: shares to hide are drawn from here up: LLaDA's 1 / t explodes near 0
 LEAST_HIDDEN = 0.05

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m benchmarks.demo.train`. The one of long answers: `--course walks`.
+"""Train the demo checkpoint: `python -m examples.demo.train`. The one of long answers: `--course walks`.
 
 Stops and goes on: the state file holds weights, optimisers and step, and lessons depend on
 (seed, step) alone. Run the same command again to continue; `--fresh` starts over.
@@ -52,7 +52,7 @@ RECIPES = {
     "demo": Recipe(),
     "walks": Recipe(course="walks", steps=600, decay_steps=210, bfloat16=False),
 }
-OUTPUTS = {"demo": ROOT / "vllm_dlm/demo/checkpoint", "walks": ROOT / "benchmarks/demo/walker"}
+OUTPUTS = {"demo": ROOT / "vllm_dlm/demo/checkpoint", "walks": ROOT / "examples/demo/walker"}
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""Grade the demo checkpoint: `python -m benchmarks.demo.evaluate`.
+"""Grade the demo checkpoint: `python -m examples.demo.evaluate`.
 
 Every line of the table is exact match of the delivered answer over fresh prompts, whose names,
 codes and filler come from seeds that training never used. Finished lines are kept in the JSON

@@ -3,9 +3,9 @@
 import torch
 from transformers import DynamicCache
 
-from benchmarks.demo import tokenizer as tok
-from benchmarks.demo.decoding import answers
-from benchmarks.demo.tasks import Sample
+from examples.demo import tokenizer as tok
+from examples.demo.decoding import answers
+from examples.demo.tasks import Sample
 
 
 class Reader:

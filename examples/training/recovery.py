@@ -17,10 +17,10 @@ from tqdm import tqdm
 import vllm_dlm.training as sparse
 from benchmarks import drawing, report
 from benchmarks.load import Load
-from benchmarks.train import diffusion
-from benchmarks.train.decoding import Reader, exact_match
-from benchmarks.train.lessons import HiddenAnswers, Recall
-from benchmarks.train.recipe import CHECKPOINT, RUN, Recipe
+from examples.training import diffusion
+from examples.training.decoding import Reader, exact_match
+from examples.training.lessons import HiddenAnswers, Recall
+from examples.training.recipe import CHECKPOINT, RUN, Recipe
 from vllm_dlm.training.diffusion import MaskedDiffusionCollator
 from vllm_dlm.training.llada import load_llada
 

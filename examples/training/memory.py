@@ -99,7 +99,7 @@ def main() -> None:
         command = [
             sys.executable,
             "-m",
-            "benchmarks.train.memory",
+            "examples.training.memory",
             "--threads",
             str(options.threads),
             "--one",
