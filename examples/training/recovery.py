@@ -8,15 +8,15 @@ so that an interrupted run goes on; the results are benchmarks/results/recovery.
 """
 
 import json
-import math
 from dataclasses import asdict, replace
 
 import torch
 from tqdm import tqdm
 
 import vllm_dlm.training as sparse
-from benchmarks import drawing, report
-from benchmarks.load import Load
+from benchmarks.lib import plots, report
+from benchmarks.lib.load import Load
+from benchmarks.lib.workloads import wilson
 from examples.training import diffusion
 from examples.training.decoding import Reader, exact_match
 from examples.training.lessons import HiddenAnswers, Recall
@@ -140,18 +140,11 @@ def rows_of(done: dict, recipe: Recipe) -> list[dict]:
                 "reads": budget if reads == "sparse" else "everything",
                 "exact_match": exact[key],
             }
-            | {"interval": interval(row["right"], row["n"])}
+            | {"interval": wilson(row["right"], row["n"])}
             | {"recovered": (exact[key] - low) / (high - low) if reads == "sparse" and name != "untrained" else None}
             | {name: value for name, value in row.items() if name not in ("right", "n")}
         )
     return rows
-
-
-def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's"""
-    z, p = 1.96, right / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 def plot(figure, rows: list[dict]) -> None:
@@ -160,7 +153,7 @@ def plot(figure, rows: list[dict]) -> None:
     whole = [row for row in rows if row["reads"] == "everything"]
     for axes, own in ((left, [row for row in rows if row not in whole]), (right, whole)):
         names = ["untrained" if row["training"] == "none" else row["training"] for row in own]
-        drawing.dots(
+        plots.dots(
             axes, names, [row["exact_match"] for row in own], f"exact match, reading {own[0]['reads']}", "{:.1%}",
             spread=[row["interval"] for row in own],
         )  # fmt: skip

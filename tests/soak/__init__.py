@@ -118,7 +118,7 @@ def at_a_server(args) -> int:
 
 
 def hostile(args) -> int:
-    from benchmarks.load import Load
+    from benchmarks.lib.load import Load
     from tests.soak.hostile import run as hostile_run
     from tests.soak.hostile import table
 
@@ -151,7 +151,7 @@ def at_the_limit(args) -> int:
 
 
 def _write(made, folder: Path | None, plot=None) -> None:
-    from benchmarks import report
+    from benchmarks.lib import report
 
     made.print()
     for path in made.write(folder or report.RESULTS, plot):
@@ -159,8 +159,8 @@ def _write(made, folder: Path | None, plot=None) -> None:
 
 
 def _settings(args, checkpoints: list[str], baseline: str, counted: str, load=None) -> dict:
-    from benchmarks import report
-    from benchmarks.load import Load
+    from benchmarks.lib import report
+    from benchmarks.lib.load import Load
 
     return {
         "shapes": [Path(checkpoint).name for checkpoint in checkpoints], "dtype": args.dtype, "seed": args.seed,

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from benchmarks import report
+from benchmarks.lib import report
 from vllm_dlm.methods import methods
 
 COLUMNS = [

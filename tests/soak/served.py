@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from benchmarks.checkpoints import Shape, random_weights
+from benchmarks.lib.loops import random_weights
 from tests.soak import memory
 from tests.soak.clients import Asked, Client, Seen, over_http
 from tests.soak.requests import Model, drawn_request
@@ -84,12 +83,10 @@ class Work:
 def small(checkpoint: Path, folder: Path) -> Path:
     """A checkpoint with the same tokenizer and hardly anything to compute."""
     config = json.loads((checkpoint / "config.json").read_text())
-    shape = Shape("small", 64, 1, 2, 192, config["vocab_size"])
-    names = "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size"
-    sizes = shape.width, shape.layers, shape.heads, shape.heads, shape.feed_forward
+    config |= {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 192}
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    (folder / "config.json").write_text(json.dumps(config | dict(zip(names, sizes, strict=True))))
-    save_file(dict(random_weights(shape, torch.bfloat16, seed=0)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config, "bfloat16"), folder / "model.safetensors")
     return folder
 
 

@@ -1,6 +1,6 @@
 """The table of a run at a server, and the picture of its memory."""
 
-from benchmarks import report
+from benchmarks.lib import report
 from tests.soak import memory, served
 
 UNITS = {"rss_kib": "MiB", "threads": "threads", "descriptors": "descriptors"}

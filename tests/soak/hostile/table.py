@@ -1,11 +1,9 @@
 """The report of a run of the hostile table: a row each, and whether every bar was met."""
 
-import subprocess
 from collections import Counter
-from pathlib import Path
 from statistics import median
 
-from benchmarks import report
+from benchmarks.lib import report
 from tests.soak.hostile import run as hostile
 from tests.soak.hostile.good import GOOD
 from tests.soak.hostile.life import RowResult
@@ -50,7 +48,7 @@ def made(work: hostile.Work, settings: dict, name: str) -> report.Report:
     rows = [row_of(result) for result in work.results]
     bars = missed(work)
     settings = settings | {
-        "commit": commit(), "rows": len(rows), "requests": sum(r.answers.total() for r in work.results),
+        "rows": len(rows), "requests": sum(r.answers.total() for r in work.results),
         "seconds": round(work.seconds), "server": work.server_arguments, "good_clients": GOOD,
         "baseline_without_attack": work.baseline, "worst_health": worst_health(work), "steps": steps(work),
         "memory_mib": memory_of(work), "memory_mib_after_each_kind": work.memory_by_kind,
@@ -155,17 +153,6 @@ def health_bar(work: hostile.Work, like: str) -> float:
     """Milliseconds: the bar, or more where vLLM itself exceeds it with a body of that shape"""
     controls = [result.health_ms for result in work.results if result.row.control and like and result.row.like == like]
     return max([hostile.HEALTH_MS, *(hostile.ABOVE_CONTROL * each for each in controls)])
-
-
-def commit() -> str:
-    """Commit of the working tree, with a mark if there are changes"""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        name = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain"], text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{name} with changes" if changed else name
 
 
 def plot(figure, rows: list[dict]) -> None:
