@@ -82,6 +82,7 @@ class DenoisingEngine:
     def run(self, work: Work, profile: Profile | None = None) -> Run:
         engine, names = self.llm.llm_engine, []
         params = sampling(work.new, work.options, streamed=True, ignore_eos=True)
+        self.llm.reset_prefix_cache()  # block-causal models would find the prompts of the last run there
         begin = time.perf_counter()
         for ids in work.prompts:
             names.append(engine.add_request(str(next(self.names)), {"prompt_token_ids": ids}, params))
