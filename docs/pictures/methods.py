@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY
+from benchmarks.lib.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY
 from docs.pictures.cells import INK, bare, grid, legend, strip
 
 ABSENT, CARRIED, RECOMPUTED = range(3)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.drawing import BLUE, GREY, ORANGE
+from benchmarks.lib.plots import BLUE, GREY, ORANGE
 from docs.pictures.cells import INK, bare, grid, strip
 
 PROMPT, MASK, NEW, OLD = range(4)

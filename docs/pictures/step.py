@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE
+from benchmarks.lib.plots import BLUE, GREEN, GREY, ORANGE
 from docs.pictures.cells import INK, bare
 
 

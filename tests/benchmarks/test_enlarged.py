@@ -4,10 +4,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from benchmarks import enlarged
-from benchmarks.gpu_shapes import SHAPES
-from benchmarks.quality import CHECKPOINT
-from benchmarks.speed_rules import samples
+from benchmarks.lib import enlarged
+from benchmarks.lib.models import DEMO as CHECKPOINT
+from benchmarks.lib.models import SHAPES
+from benchmarks.lib.workloads import recall_questions
 from tests.engine.running import Recorder, tokens
 from vllm_dlm.step.counts import ModelShape
 
@@ -17,7 +17,7 @@ SHAPE = SHAPES["toy-demo"]
 @pytest.fixture(scope="module")
 def both(engines, tmp_path_factory):
     enlarged.register(CHECKPOINT, SHAPE)
-    folder = enlarged.folder_of(CHECKPOINT, SHAPE, tmp_path_factory.mktemp("enlarged"), 256)
+    folder = enlarged.folder_for(CHECKPOINT, SHAPE, tmp_path_factory.mktemp("enlarged"), 256)
     own = {"max_model_len": 256}
     return engines(str(CHECKPOINT), **own), engines(str(folder), load_format=enlarged.LOAD_FORMAT, **own)
 
@@ -27,7 +27,7 @@ def test_texts_and_logits_are_those_of_the_small_model(both, options):
     params = SamplingParams(
         temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, extra_args={"dlm_block_length": 8} | options
     )
-    asked = [({"prompt_token_ids": sample.prompt_ids}, params) for sample in samples(3, 150)]
+    asked = [({"prompt_token_ids": sample.prompt_ids}, params) for sample in recall_questions(3, 150, seed=5)]
     texts, steps = [], []
     for llm in both:
         with Recorder(llm) as recorder:
@@ -39,7 +39,7 @@ def test_texts_and_logits_are_those_of_the_small_model(both, options):
         torch.testing.assert_close(
             torch.from_numpy(large[:, : small.shape[1]]), torch.from_numpy(small), rtol=1e-3, atol=5e-3
         )
-        assert large[:, small.shape[1] :].max() < small.min() - 50  # tokens of nobody
+        assert large[:, small.shape[1] :].max() < small.min() - 50  # unused tokens
 
 
 def test_every_weight_of_the_large_model_is_there_and_most_are_not_zero():

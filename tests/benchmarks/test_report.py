@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from benchmarks import drawing, report
-from benchmarks.load import Load
-from benchmarks.report import Column, Report, machine, resumed, surroundings, versions
+from benchmarks.lib import plots, report
+from benchmarks.lib.load import Load
+from benchmarks.lib.report import Column, Report, machine, resumed, surroundings, versions
 
 SETTINGS = {"shapes": "width 64", "dtype": "bfloat16", "baseline": "the loop", "counted": "tokens delivered"}
 
@@ -15,7 +15,7 @@ def table(around: Load, **more) -> Report:
         title="A table",
         settings=SETTINGS | surroundings(2, around) | more,
         columns=[
-            Column("method", "method"), Column("speed", "t/s", "{:.1f}"), Column("ratio", "×"), Column("nobody's", "?"),
+            Column("method", "method"), Column("speed", "t/s", "{:.1f}"), Column("ratio", "×"), Column("unused", "?"),
         ],
         notes=["tokens/s counts delivered tokens"],
         rows=[{"method": "none", "speed": 1.25, "more": 3}, {"method": "loop", "speed": 1.0, "ratio": 2}],
@@ -23,11 +23,11 @@ def table(around: Load, **more) -> Report:
 
 
 def bars(figure, rows):
-    drawing.bars(figure.subplots(), {"all": {row["method"]: row["speed"] for row in rows}}, "tokens/s")
+    plots.bars(figure.subplots(), {"all": {row["method"]: row["speed"] for row in rows}}, "tokens/s")
 
 
 def test_report_is_complete_and_repeatable(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.load.load_average", lambda: 1.7)
+    monkeypatch.setattr("benchmarks.lib.load.load_average", lambda: 1.7)
     first, second = (table(Load(before=0.1)).write(tmp_path / name, bars) for name in "ab")
     assert [path.name for path in first] == ["table.json", "table.md", "table.png"]
     for one, other in zip(first, second, strict=True):
@@ -80,19 +80,27 @@ def test_a_busy_moment_costs_the_rows_it_met_and_no_others(tmp_path):
 
 
 def test_the_worst_load_of_several_sittings_is_stated():
-    earlier = {
-        "average_before": 0.2,
-        "average_at_end": 3.0,
-        "waited_s": 10,
-        "cores_used_by_others_at_most": 0.05,
-    }
-    found = surroundings(2, Load(before=0.1, others=[0.2]), earlier)["load"]
-    assert (found["average_before"], found["cores_used_by_others_at_most"], found["sittings"]) == (
-        0.2,
-        0.2,
-        2,
-    )
+    load = {"average_before": 0.2, "average_at_end": 3.0, "waited_s": 10, "cores_used_by_others_at_most": 0.05}
+    found = surroundings(2, Load(before=0.1, others=[0.2]), {"load": load})["load"]
+    assert (found["average_before"], found["cores_used_by_others_at_most"], found["sittings"]) == (0.2, 0.2, 2)
     assert ", in 2 sittings" in report.under_load(found)
+
+
+def test_every_table_names_the_commits_it_was_measured_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "commit", lambda: "abc")
+    around = Load(before=0.1)
+    assert "commit: abc" in table(around).markdown()
+    earlier = {"load": around.settings(), "commit": "abc"}
+    assert surroundings(2, around, earlier)["commit"] == "abc"
+    assert surroundings(2, around, earlier | {"commit": "old"})["commit"] == "old, abc"
+
+
+def test_the_commit_is_told_where_git_is_missing(tmp_path, monkeypatch):
+    assert report.commit() != "unknown"
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("DLM_BENCH_COMMIT", "named")
+    assert report.commit() == "named"
 
 
 def test_machine_and_versions_name_what_decides_speed():

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from benchmarks import drawing, figures, quoted, report
-from benchmarks.redraw import writer_of
+from benchmarks.lib import plots, quoted, report
+from benchmarks.lib.redraw import writer_of
 from tests.labels import assert_labels_apart
 
 NAMES = [path.stem for path in sorted(report.RESULTS.glob("*.json")) if path.stem != "demo"]  # another kind of table
 
 
 def read(name: str) -> tuple[report.Report, object]:
-    writer = writer_of(name)
-    return report.Report.read(report.RESULTS / f"{name}.json", writer.COLUMNS), getattr(writer, "plot", None)
+    columns, plot = writer_of(name)
+    return report.Report.read(report.RESULTS / f"{name}.json", columns), plot
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -23,25 +23,24 @@ def test_tables_are_those_of_their_json(name):
     assert (report.RESULTS / f"{name}.png").exists() == (plot is not None)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(writer_of(name), "plot")])
+@pytest.mark.parametrize("name", [name for name in NAMES if writer_of(name)[1]])
 def test_no_label_of_a_plot_lies_over_another_or_outside(name):
     from matplotlib import pyplot
 
     found, plot = read(name)
-    figure = drawing.picture(found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows))
+    figure = plots.picture(found.title, report.caption(found.settings), lambda figure: plot(figure, found.rows))
     assert_labels_apart(figure)
     pyplot.close(figure)
 
 
 def test_pages_quote_their_tables():
     for page, text in quoted.rewritten(report.RESULTS).items():
-        assert page.read_text() == text, f"{page.name}: `python -m benchmarks redraw` writes it anew"
+        assert page.read_text() == text, f"{page.name}: `python -m benchmarks redraw` writes it again"
 
 
-def test_no_table_of_speed_is_superseded():
-    measured = all(figures.complete(stage, report.RESULTS, busy=False) for stage in figures.STAGES)
-    speeds = {path.stem for path in report.RESULTS.glob("speed-*.json")}
-    assert not measured or speeds == {stage.table for stage in figures.STAGES if stage.table.startswith("speed")}
+def test_every_table_names_a_commit():
+    for name in NAMES:
+        assert read(name)[0].settings["commit"], name
 
 
 def test_nothing_names_a_machine():

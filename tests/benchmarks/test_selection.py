@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.baselines import Oracle, Quest, SparseDLLM, attention_mass
-from benchmarks.selection import SelectionEngine, page_rules, questions, token_rules
+from benchmarks.lib.workloads import recall_questions
+from benchmarks.suites.quality import start
+from benchmarks.suites.selection import grade, page_rules, token_rules
+from benchmarks.suites.selection_rules import Oracle, Quest, SparseDLLM, attention_mass
 from tests.plugins.asking import canvas_asks
 from vllm_dlm.kernels.page_scores import naive
 
@@ -59,21 +61,16 @@ def test_every_rule_keeps_what_its_budget_says(given):
 @pytest.fixture(scope="session")
 def engine():
     """Kept for the session: dropped, it would end torch.distributed for the engines of the other tests."""
-    return SelectionEngine(320)
+    return start(320)
 
 
 def test_grades_on_the_demo_checkpoint(engine):
-    samples = questions(6, 256)
-
-    class Silent:
-        def update(self, _): ...
-
-    torch.manual_seed(0)  # the random rule draws from torch's generator
-    dense = engine.grade(None, samples, Silent())
-    grades = {name: engine.grade(rule, samples, Silent()) for name, rule in token_rules(0.25).items()}
+    samples = recall_questions(6, 256, 47, 11)
+    dense = grade(engine, None, samples)
+    grades = {name: grade(engine, rule, samples) for name, rule in token_rules(0.25).items()}
     assert dense["exact_match"] >= 5 / 6 and "mass" not in dense
-    for name, grade in grades.items():
-        assert grade["of_oracle"] <= 1 + 1e-6 and grade["kept"] == pytest.approx(0.25, abs=0.02), name
+    for name, found in grades.items():
+        assert found["of_oracle"] <= 1 + 1e-6 and found["kept"] == pytest.approx(0.25, abs=0.02), name
     assert grades["oracle"]["of_oracle"] == pytest.approx(1, abs=1e-6)
     assert grades["wavefilter/paper"]["mass"] > 2 * grades["random"]["mass"]
     assert np.isclose(grades["random"]["mass"], 0.25, atol=0.1)

@@ -14,6 +14,6 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def filler():
-    from benchmarks.demo.tasks import Filler
+    from examples.demo.tasks import Filler
 
     return Filler(seed=77, sentences=1_000)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.demo.decoding import answers
-from benchmarks.demo.model import load_checkpoint
-from benchmarks.demo.tasks import SMALL_TASKS, recall, walk
-from benchmarks.demo.train import OUTPUTS
+from examples.demo.decoding import answers
+from examples.demo.model import load_checkpoint
+from examples.demo.tasks import SMALL_TASKS, recall, walk
+from examples.demo.train import OUTPUTS
 
 BLOCK_WEIGHTS = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"]
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -70,7 +70,7 @@ def test_the_walker_finds_every_word_by_the_one_before(words):
     assert sum(answer == sample.answer_ids for answer, sample in zip(found, samples, strict=True)) >= 7
 
 
-# `follow` is trained on and graded, but not solved (benchmarks/demo/README.md), and so not asked here.
+# `follow` is trained on and graded, but not solved (examples/demo/README.md), and so not asked here.
 @pytest.mark.parametrize("task", sorted(set(SMALL_TASKS) - {"follow"}))
 def test_it_solves_small_tasks(model, task):
     rng = np.random.default_rng(21)

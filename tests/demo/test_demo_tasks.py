@@ -6,8 +6,8 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from benchmarks.demo import tokenizer as tok
-from benchmarks.demo.tasks import DEPTHS, SMALL_TASKS, recall, recite, walk, words_of
+from examples.demo import tokenizer as tok
+from examples.demo.tasks import DEPTHS, SMALL_TASKS, recall, recite, walk, words_of
 
 
 def question_and_answer(sample):

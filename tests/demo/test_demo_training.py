@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.demo import tokenizer as tok
-from benchmarks.demo.decoding import answered, decode
-from benchmarks.demo.lessons import Lessons
-from benchmarks.demo.tasks import WALK_WORDS
-from benchmarks.demo.train import RECIPES, Recipe, Training
-from benchmarks.demo.walks import Walks
+from examples.demo import tokenizer as tok
+from examples.demo.decoding import answered, decode
+from examples.demo.lessons import Lessons
+from examples.demo.tasks import WALK_WORDS
+from examples.demo.train import RECIPES, Recipe, Training
+from examples.demo.walks import Walks
 
 WORD_IDS = [tok.encode(f" {word}")[0] for word in WALK_WORDS] + [tok.EOT, tok.encode(".")[0]]
 TINY = Recipe(steps=40, decay_steps=20, recall_tokens=200, small_tokens=150, warm_up=2)

@@ -4,7 +4,7 @@ import random
 
 from vllm import SamplingParams
 
-from benchmarks.soak.requests import names
+from tests.soak.requests import names
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RandomOrder
 

@@ -5,10 +5,10 @@ from itertools import product
 
 from vllm import SamplingParams
 
-from benchmarks.soak.requests import SMALL
 from tests.engine.batches import with_presets
 from tests.engine.running import core_of, free_blocks, poison, tokens
 from tests.engine.test_lifecycle import add, finish
+from tests.soak.requests import SMALL
 from vllm_dlm.methods import methods
 
 

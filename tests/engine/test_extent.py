@@ -5,7 +5,8 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from benchmarks.quality import CHECKPOINT, questions
+from benchmarks.lib.models import DEMO as CHECKPOINT
+from benchmarks.suites.quality import questions
 from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
 from tests.engine.test_lifecycle import add, finish
 from vllm_dlm.methods import methods

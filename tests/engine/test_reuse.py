@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from benchmarks.costs import predict
+from benchmarks.suites.costs import predict
 from tests.engine.batches import CHECKPOINTS, POLICIES
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from vllm_dlm.cache.budget import BlockShape

@@ -8,12 +8,12 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from benchmarks.soak.requests import SMALL
 from tests.engine.batches import POLICIES
 from tests.engine.matrix import assert_tokens_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
+from tests.soak.requests import SMALL
 from vllm_dlm.canvas.revision import Revocation
 from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods

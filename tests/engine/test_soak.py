@@ -1,6 +1,6 @@
 """Random batches over everything that is registered, under hardly any memory, with aborts and cache resets.
 
-The generator and what is checked after each batch are those of `python -m benchmarks soak`. It runs in a process of
+The generator and what is checked after each batch are those of `python -m tests.soak`. It runs in a process of
 its own with one thread: engines that die there harm no other test.
 """
 
@@ -20,7 +20,7 @@ ROOT = GOLDEN.parent.parent
 def soak(folder: Path, *arguments: str, seconds: float = 600) -> dict:
     ours = ("VLLM_LOGGING_LEVEL",)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=seconds,
+        [sys.executable, "-m", "tests.soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=seconds,
         capture_output=True, text=True, env={name: value for name, value in os.environ.items() if name not in ours},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -39,7 +39,7 @@ def test_soak(tmp_path):
 def test_requests_that_reach_the_models_length():
     """Of block-causal models, whose canvas ends at a multiple of the block; the length is none."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--at-the-limit", "--requests", "48"], cwd=ROOT, timeout=600,
+        [sys.executable, "-m", "tests.soak", "--at-the-limit", "--requests", "48"], cwd=ROOT, timeout=600,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -3,14 +3,13 @@
 import os
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.checkpoints import write_tokenizer
 from tests.integration.neutral import MODEL, REQUESTS, ask, resident
 from tests.integration.serving import serving
 from tests.page_sparse.models import SHAPE, write
+from tests.word_tokenizer import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = (
@@ -36,7 +35,7 @@ sys.meta_path.insert(0, Seen())
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder, vocabulary = write("llama", tmp_path_factory.mktemp("llama")), SHAPE["vocab_size"]
-    write_tokenizer(SimpleNamespace(vocabulary=vocabulary, eos_id=vocabulary - 2, mask_id=vocabulary - 1), folder)
+    write_tokenizer(vocabulary, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

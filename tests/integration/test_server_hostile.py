@@ -1,20 +1,20 @@
 """The table of hostile requests in small: status codes, and the answers of others in the meantime.
 
-`python -m benchmarks soak --hostile` sends the same rows at full size and measures what they cost.
+`python -m tests.soak --hostile` sends the same rows at full size and measures what they cost.
 """
 
 import time
 
 import pytest
 
-from benchmarks.soak.clients import Client
-from benchmarks.soak.hostile import acts, races
-from benchmarks.soak.hostile.acts import Wire
-from benchmarks.soak.hostile.good import GoodClients, known_requests
-from benchmarks.soak.hostile.life import RowResult, judge
-from benchmarks.soak.hostile.rows import Target, table
 from tests.integration.conftest import DLM_CONFIG
 from tests.integration.serving import KEY
+from tests.soak.clients import Client
+from tests.soak.hostile import acts, races
+from tests.soak.hostile.acts import Wire
+from tests.soak.hostile.good import GoodClients, known_requests
+from tests.soak.hostile.life import RowResult, judge
+from tests.soak.hostile.rows import Target, table
 from vllm_dlm.demo.server import HOST
 from vllm_dlm.options import server_options
 

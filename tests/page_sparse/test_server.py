@@ -1,15 +1,14 @@
 """`vllm serve --dlm-config` for an autoregressive model, in a separate process and with speculative decoding."""
 
 import json
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from benchmarks.checkpoints import write_tokenizer
 from tests.integration.serving import serving
 from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from tests.page_sparse.models import SHAPE
+from tests.word_tokenizer import write_tokenizer
 
 ASKED = prompts(300, 77, 180, seed=1)
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
@@ -18,7 +17,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, checkpoints):
     folder, vocabulary = checkpoints("qwen2"), SHAPE["vocab_size"]
-    write_tokenizer(SimpleNamespace(vocabulary=vocabulary, eos_id=vocabulary - 2, mask_id=vocabulary - 1), folder)
+    write_tokenizer(vocabulary, folder)
     arguments = (
         *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(1 << 24), "--served-model-name", "model"),

@@ -202,7 +202,7 @@ def test_a_server_that_names_the_selection_takes_its_fields_from_the_checkpoint(
 
 
 def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path):
-    from benchmarks.train.recipe import Recipe
+    from examples.training.recipe import Recipe
 
     recipe = Recipe(output=tmp_path, steps=7)
     recipe.claim()
