@@ -9,6 +9,7 @@ import torch
 
 from tests.engine.matrix import small
 from tests.engine.running import runner_of
+from tests.tiers import slow
 from vllm_dlm.engine import canvas_attention, warm_up
 from vllm_dlm.engine.upload import FIRST_CAPACITY, Upload
 from vllm_dlm.methods import methods
@@ -41,7 +42,7 @@ def pretending(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("selection", ["none", *SPARSE])
+@pytest.mark.parametrize("selection", [*SPARSE[:1], *slow("none", *SPARSE[1:])])
 def test_nothing_is_compiled_behind_the_start(engines, pretending, monkeypatch, selection):
     chosen = {} if selection == "none" else {"additional_config": {"dlm": {"selection": small("selection", selection)}}}
     llm = engines("llada-tiny", dtype="bfloat16", **chosen)

@@ -14,6 +14,7 @@ from tests.engine.matrix import assert_tokens_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
+from tests.tiers import slow
 from vllm_dlm.engine.packing import Stream, split
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
@@ -50,7 +51,7 @@ class Commits(Watching):
         self.shadows += sum(request.shadow is not None for request in requests)
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "llada-tiny-gqa", "dream-tiny"])
+@pytest.mark.parametrize("checkpoint", ["dream-tiny", *slow("llada-tiny", "llada-tiny-gqa")])
 def test_every_policy_extent_and_selection_in_one_batch(engines, checkpoint):
     """Guided and sampled ones, too; beside requests that take nothing back."""
     rng, llm = random.Random(3), engines(checkpoint, additional_config={"dlm": {"selection": dict(UNIQUE)}})
