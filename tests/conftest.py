@@ -7,8 +7,8 @@ multiprocess mode.
 
 import json
 import os
+import resource
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,79 +20,69 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.engines import GOLDEN, Engines, start_engine
+from tests.scheduling import pytest_collection_modifyitems, pytest_runtest_setup, pytest_xdist_make_scheduler
 
-
-def start_engine(checkpoint: str, **kwargs):
-    import torch
-    from vllm import LLM
-
-    settings = {
-        "dtype": "float32",
-        "max_model_len": 256,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 1 << 27,
-        "max_num_seqs": 64,
-        "disable_log_stats": True,
-    }
-    if torch.cuda.is_available():  # beside others: what vLLM asks to be free when it starts
-        settings["gpu_memory_utilization"] = 0.05
-    path = GOLDEN / "checkpoints" / checkpoint
-    settings["skip_tokenizer_init"] = not (path / "tokenizer_config.json").exists()
-    return LLM(str(path), **(settings | kwargs))
+__all__ = [
+    "GOLDEN",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_setup",
+    "pytest_xdist_make_scheduler",
+    "start_engine",
+]
 
 
 @pytest.fixture(scope="session")
 def engines():
     """engines(name, **settings) -> a running engine, kept for the session (dropping one would end
     torch.distributed for all)."""
-    started = {}
-
-    def get(checkpoint: str, **kwargs):
-        key = (checkpoint, json.dumps(kwargs, sort_keys=True))
-        if key not in started:
-            started[key] = start_engine(checkpoint, **kwargs)
-        return started[key]
-
-    yield get
-    KEPT.append(started)
+    ENGINES.append(Engines())
+    return ENGINES[-1]
 
 
-#: Taken down one by one, engines collect garbage for minutes; they end with the process instead.
-KEPT: list[dict] = []
-
-
-#: files that ask the server of tests/integration/conftest.py, which is started once
-SERVED = "tests/integration/test_server", "tests/integration/test_scale_out.py"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Of two processes one has all tests of a file, which share engines, and one all files that share the server."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class ByFileAndServer(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return SERVED[0] if nodeid.startswith(SERVED) else super()._split_scope(nodeid)
-
-    return ByFileAndServer(config, log)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config):
-    if KEPT:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(config.stash[EXIT_STATUS])
+#: Engines take minutes of garbage collection if they are shut down one by one. They end with the process instead.
+ENGINES: list[Engines] = []
+USED: list[str | None] = []  # a line of each test process
+EXIT_STATUS = pytest.StashKey[int]()
 
 
 def pytest_sessionfinish(session, exitstatus):
     session.config.stash[EXIT_STATUS] = int(exitstatus)
+    output = getattr(session.config, "workeroutput", None)  # of a process of pytest-xdist
+    if output is not None:
+        output["used"] = used()
+    elif not session.config.pluginmanager.hasplugin("dsession"):  # otherwise its processes run the tests
+        USED.append(used())
 
 
-EXIT_STATUS = pytest.StashKey[int]()
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    USED.append(getattr(node, "workeroutput", {}).get("used"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in filter(None, USED):
+        terminalreporter.write_line(line)
+
+
+def used() -> str:
+    """Engines that this process started, and its peak memory"""
+    seconds = [each for engines in ENGINES for each in engines.seconds.values()]
+    own, child = (
+        resource.getrusage(who).ru_maxrss / (1 << 20) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return (
+        f"{len(seconds)} engines started in {sum(seconds):.0f} s; peak memory of the process {own:.1f} GiB, "
+        f"of the largest one it started {child:.1f} GiB"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    if ENGINES:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,11 @@ def free_blocks(core) -> int:
     return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def all_blocks_are_free(llm) -> bool:
+    core = core_of(llm)
+    return free_blocks(core) == core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's own
+
+
 def poison(llm) -> None:
     """All memory is NaN and known for nothing: whoever reads what it did not write is found out."""
     assert core_of(llm).scheduler.reset_prefix_cache()

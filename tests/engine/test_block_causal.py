@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from tests.conftest import GOLDEN
 from tests.engine.matrix import assert_tokens_are_those_alone
 from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, runner_of, tokens
+from tests.tiers import slow
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
@@ -112,6 +113,7 @@ def mixed(count: int, most: int = 40):
         )
 
 
+@pytest.mark.slow  # test_matrix.py draws such requests, too
 @pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
 def test_tokens_are_those_alone(engines, checkpoint):
     given = list(mixed(30))
@@ -212,8 +214,7 @@ def test_blocks_lie_at_multiples_of_their_width():
     assert options.canvas_length(250, 100, 255) == 255  # the model's length is no multiple
 
 
-@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("checkpoint, guided", [(SDAR, True), *slow((SDAR, False), (LLADA2, False), (LLADA2, True))])
 def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
     """Prompts that leave one position or more, end inside a block or not: each request ends with "length", with all the
     tokens that there is room for, and with the tokens it gets alone."""

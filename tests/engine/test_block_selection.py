@@ -7,7 +7,8 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import Counted, Watching, core_of, free_blocks, poison, tokens
-from tests.engine.test_selection import KEEP_ALL, SELECTIONS
+from tests.engine.test_selection import KEEP_ALL, SELECTIONS, each_on_one, tiered
+from tests.tiers import in_turn, slow
 from vllm_dlm.canvas.block_causal import BlockCausalAttention
 from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
@@ -40,10 +41,10 @@ def mixed(count: int, seed: int = 4):
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.choice([3, 70, 97, 140]))]}, params
 
 
-@pytest.mark.parametrize("index, name", enumerate(SELECTIONS))
-def test_mixed_batches(engines, index, name):
+@pytest.mark.parametrize("checkpoint, name", tiered(each_on_one(CHECKPOINTS, SELECTIONS)))
+def test_mixed_batches(engines, checkpoint, name):
     """Together, the other way round and alone, where no memory holds anything but NaN; and something is left out."""
-    llm = engine(engines, CHECKPOINTS[index % 2], SELECTIONS[name])
+    llm = engine(engines, checkpoint, SELECTIONS[name])
     given = list(mixed(12))
     with Counted(llm) as counted:
         together = tokens(llm, given)
@@ -56,8 +57,7 @@ def test_mixed_batches(engines, index, name):
     assert free_blocks(core) == core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("name", KEEP_ALL)
+@pytest.mark.parametrize("checkpoint, name", in_turn(CHECKPOINTS, list(KEEP_ALL), most=1))
 def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
     """By the sparse path: everything is chosen."""
     given = list(mixed(12))
@@ -72,7 +72,7 @@ def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
     assert counted.total("keys_scored") > 0
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", ["sdar-tiny", *slow("llada2-tiny")])
 def test_little_memory_and_long_prompts(engines, monkeypatch, checkpoint):
     """Requests give up their blocks, summaries among them, and prompts are read in several steps."""
     monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)

@@ -16,6 +16,7 @@ from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
+from tests.tiers import first_of_each, in_turn
 from vllm_dlm.configuration import resolved_options
 from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
 from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
@@ -116,8 +117,7 @@ def test_replayed_steps_are_the_steps(engines, capturing, checkpoint, reuse):
         assert counted.total("pairs") == plain.total("pairs") and counted.total("keys_read") == plain.total("keys_read")
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
-@pytest.mark.parametrize("reuse", sorted(methods("reuse")))
+@pytest.mark.parametrize("checkpoint, reuse", in_turn(["llada-tiny", "dream-tiny"], sorted(methods("reuse"))))
 def test_whole_canvases_are_replayed_when_their_size_comes_again(engines, capturing, checkpoint, reuse):
     """Alone, side by side, and beside steps between refreshes"""
     llm = engines(checkpoint)
@@ -206,7 +206,12 @@ def bidirectional(checkpoint: str) -> bool:
     return not checkpoint.startswith(("sdar", "llada2"))
 
 
-@pytest.mark.parametrize("run", OFFICIAL)
+def path_of(run: dict) -> tuple:
+    """How a recorded run recomputes rows: method, share of them by similarity, and whether there are two canvases."""
+    return run["method"], run.get("rho"), "+" in run["file"]
+
+
+@pytest.mark.parametrize("run", first_of_each(path_of, ((case.id, *case.values) for case in OFFICIAL)))
 def test_official_outputs_when_replayed(engines, capturing, run):
     llm = official(engines, run)
     captured = capturing(llm)
@@ -214,7 +219,11 @@ def test_official_outputs_when_replayed(engines, capturing, run):
     assert any(bucket in captured.steps for bucket in captured.met)
 
 
-@pytest.mark.parametrize("name", FAST)
+def fast_path_of(name: str) -> tuple:
+    return name.partition(".")[0], FAST[name]["cache"]
+
+
+@pytest.mark.parametrize("name", first_of_each(fast_path_of, ((name, name) for name in FAST)))
 def test_fast_dllm_runs_when_replayed(engines, golden_runs, capturing, name):
     llm = fast(engines, golden_runs, name)
     captured = capturing(llm)

@@ -89,6 +89,7 @@ def mixed(selection: str):
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(20, 70))]}, params
 
 
+@pytest.mark.slow  # test_matrix.py draws such requests, too
 @pytest.mark.parametrize("selection", SPARSE)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_tokens_are_those_alone(engines, checkpoint, selection):

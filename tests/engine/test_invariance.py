@@ -11,6 +11,7 @@ from tests.conftest import GOLDEN
 from tests.engine.batches import mixed_requests
 from tests.engine.running import tokens
 from tests.engine.worker_calls import open_requests
+from tests.tiers import slow
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,12 @@ def together(engines):
     return Together()
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 class TestInvariance:
     def test_the_requests_differ(self, together, checkpoint):
         assert len(set(together[checkpoint])) == 32
 
+    @pytest.mark.slow  # test_matrix.py compares other requests with themselves alone
     def test_alone(self, engines, together, checkpoint):
         for index, request in enumerate(mixed_requests()):
             assert tokens(engines(checkpoint), [request]) == [together[checkpoint][index]], index
@@ -51,10 +53,8 @@ class TestInvariance:
         assert llm.collective_rpc(open_requests)[0] <= 2
 
 
-@pytest.mark.parametrize(
-    "checkpoint",
-    ["llada-tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dream-tiny", "lladamoe-tiny"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny", "lladamoe-tiny"])
 def test_two_ranks(together, checkpoint):
     """Tensor parallel, in processes of its own."""
     code = f"from tests.engine.test_invariance import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"

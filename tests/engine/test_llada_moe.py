@@ -66,6 +66,7 @@ def test_experts_of_each_row(llm):
         torch.testing.assert_close(mine.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["none", "unique"])
 def test_every_decoding_with_every_reuse(engines, selection):
     given = list(combinations(selection))

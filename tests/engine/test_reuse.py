@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from benchmarks.suites.costs import predict
 from tests.engine.batches import CHECKPOINTS, POLICIES
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
+from tests.tiers import slow
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import NOTHING
 from vllm_dlm.canvas.stream import Stream
@@ -108,7 +109,7 @@ def mixed(count: int = 24):
         yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 100))]}, params
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny-gqa", "dream-tiny"])
+@pytest.mark.parametrize("checkpoint", ["llada-tiny-gqa", *slow("dream-tiny")])
 def test_mixed_batch_invariance(engines, checkpoint):
     """24 requests over all policies, parameters and phases give the tokens they give alone; caches and features
     of freed requests leak into nobody (all memory is NaN before)."""

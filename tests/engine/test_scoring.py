@@ -14,6 +14,7 @@ from tests.engine.batches import mixed_requests
 from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from tests.engine.stated import stated
 from tests.engine.test_block_causal import mixed
+from tests.tiers import in_turn
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.limits import DEFAULT_LIMITS
 from vllm_dlm.options import OptionError, request_options, server_options
@@ -21,6 +22,7 @@ from vllm_dlm.scoring.monte_carlo import draws
 from vllm_dlm.scoring.scores import How, Pair, PairScore, jobs, resolved
 
 CHECKPOINTS = sorted(path.name for path in (GOLDEN / "checkpoints").iterdir())
+TIGHT = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 12}
 FULL, BLOCKWISE = ["llada-tiny", "dream-tiny"], "sdar-tiny"
 
 
@@ -84,8 +86,7 @@ def test_what_a_model_writes_is_scored_as_it_was_written(engines, checkpoint):
     assert not any(score.is_greedy for score in vllm_dlm.score(llm, contexts, wrong, method="blocks", steps=1000))
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 12}])
-@pytest.mark.parametrize("checkpoint", [*FULL, BLOCKWISE])
+@pytest.mark.parametrize("checkpoint, settings", in_turn([BLOCKWISE, *FULL], [{}, TIGHT]))
 def test_beside_requests_that_generate(engines, checkpoint, settings):
     """Both are what they are alone: the same tokens, and the same scores as far as float32 goes. With little memory
     and a small budget, too, where some of them wait."""

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
+from tests.tiers import slow
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
 from vllm_dlm.kernels.haar_pyramid import PageStatistics
@@ -46,17 +47,26 @@ KEEP_ALL = {
 }
 
 
-def each_on_one(names):
+def each_on_one(checkpoints, names):
     """test_matrix.py has the methods as such on two checkpoints each."""
-    return [(CHECKPOINTS[i % len(CHECKPOINTS)], name) for i, name in enumerate(names)]
+    return [(checkpoints[i % len(checkpoints)], name) for i, name in enumerate(names)]
 
 
-@pytest.mark.parametrize(("checkpoint", "selection"), each_on_one(SELECTIONS))
+def tiered(cases):
+    """Selections that keep choices for several steps are tried in `make test`, all of them in `make test-slow`."""
+    first = [case for case in cases if case[1] in ("unique, held", "db2, drift")]
+    return [*first, *slow(*(case for case in cases if case not in first))]
+
+
+@pytest.mark.parametrize(("checkpoint", "selection"), tiered(each_on_one(CHECKPOINTS, SELECTIONS)))
 def test_mixed_batch_invariance_and_real_sparsity(engines, checkpoint, selection):
     assert_batch_invariant(engine(engines, checkpoint, SELECTIONS[selection]))
 
 
-@pytest.mark.parametrize(("checkpoint", "selection"), each_on_one([*KEEP_ALL, "unique", "wavefilter, tokens"]))
+UNIQUE, *OTHERS = each_on_one(CHECKPOINTS, [*KEEP_ALL, "unique", "wavefilter, tokens"])
+
+
+@pytest.mark.parametrize(("checkpoint", "selection"), [UNIQUE, *slow(*OTHERS[:-1]), OTHERS[-1]])
 def test_keeping_everything_is_the_host_policy(engines, checkpoint, selection, monkeypatch):
     method = methods("selection")[KEEP_ALL[selection]["name"]]
     assert_keeping_all_is_dense(engines, checkpoint, KEEP_ALL[selection], method, monkeypatch)

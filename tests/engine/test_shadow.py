@@ -14,6 +14,7 @@ from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
 from tests.soak.requests import SMALL
+from tests.tiers import slow
 from vllm_dlm.canvas.revision import Revocation
 from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
@@ -52,7 +53,7 @@ class Commits(Watching):
         self.shadows += sum(len(request.added_by(Revocation.name)) for request in requests)
 
 
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "llada-tiny-gqa", "dream-tiny"])
+@pytest.mark.parametrize("checkpoint", ["dream-tiny", *slow("llada-tiny", "llada-tiny-gqa")])
 def test_every_policy_extent_and_selection_in_one_batch(engines, checkpoint):
     """Guided and sampled ones, too; beside requests that take nothing back."""
     rng, llm = random.Random(3), engines(checkpoint, additional_config={"dlm": {"selection": dict(UNIQUE)}})

@@ -13,6 +13,7 @@ from tests.engine.by_hand import most_probable_first
 from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
 from tests.engine.running import Watching
 from tests.integration.serving import CHECKPOINT, chat_text
+from tests.tiers import slow
 from vllm_dlm.methods import methods
 
 DEMO, DREAM = str(CHECKPOINT), "dream-tiny"
@@ -43,6 +44,7 @@ def texts(llm, given) -> list[str]:
     return [output.outputs[0].text for output in llm.generate(list(prompts), list(sampling), use_tqdm=False)]
 
 
+@pytest.mark.slow
 def test_two_hundred_objects(engines):
     """Whatever the demo's model writes, at any temperature, with a word it is sure of or none"""
     llm, rng = engines(DEMO, max_model_len=512), random.Random(0)
@@ -59,7 +61,7 @@ def test_two_hundred_objects(engines):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "selection"), [(DREAM, "none"), *((DEMO, selection) for selection in ["none", *SPARSE])]
+    ("checkpoint", "selection"), [(DREAM, "none"), *slow(*((DEMO, selection) for selection in ["none", *SPARSE]))]
 )
 def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
     config = {"dlm": {"selection": small("selection", selection)}}
@@ -95,6 +97,7 @@ def mixed(selection: str):
             yield prompt, SamplingParams(max_tokens=9, ignore_eos=True, extra_args=extra, **sampled)
 
 
+@pytest.mark.slow  # test_matrix.py draws such requests, too
 @pytest.mark.parametrize("selection", SPARSE)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_tokens_are_those_alone(engines, checkpoint, selection):

@@ -13,6 +13,7 @@ from tests.engine.test_block_causal import LLADA2, SDAR
 from tests.engine.test_block_causal import mixed as blocks_of_known_width
 from tests.engine.test_captured import REUSES, capturing, some  # noqa: F401
 from tests.engine.viewing import assert_told, finish, generate, start, telling
+from tests.tiers import in_turn
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
@@ -32,8 +33,7 @@ def engine(engines, checkpoint, selection):
     return engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
 
 
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint, selection", in_turn(CHECKPOINTS, SPARSE))
 def test_frames_lead_to_the_tokens_beside_those_nobody_looks_at(engines, checkpoint, selection):
     llm, given = engine(engines, checkpoint, selection), list(combinations(selection))
     wanted = tokens(llm, given)
@@ -57,8 +57,7 @@ def assert_nothing_is_kept(llm) -> None:
     assert runner.seeing not in runner.denoiser.observers and runner.denoiser.head.best is None
 
 
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint, selection", in_turn(CHECKPOINTS, SPARSE))
 def test_rows_and_keys_are_those_that_are_counted(engines, checkpoint, selection):
     llm = engine(engines, checkpoint, selection)
     # of a step that fails nothing is told, but it is counted

@@ -7,6 +7,7 @@ from vllm import SamplingParams
 from tests.engine.matrix import assert_exact, assert_tokens_are_those_alone, combinations, small
 from tests.engine.running import Counted, Recorder, tokens
 from tests.external.distribution import installed
+from tests.tiers import slow
 from vllm_dlm.methods import methods
 
 POINTS = {"a": "quest_pages:Quest", "b": "delayed_cache:DelayedCache", "c": "calibrated:Calibrated"}
@@ -19,13 +20,17 @@ def environment(tmp_path_factory):
         yield environment
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint):
+@pytest.mark.parametrize("wanted", [{"delayed_cache", "calibrated"}, *slow(set())], ids=["each", "all"])
+@pytest.mark.parametrize("checkpoint", ["dream-tiny", *slow("llada-tiny")])
+def test_tokens_are_those_alone(engines, checkpoint, wanted):
     llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", "quest")}})
-    given = list(combinations("quest"))
-    used = [set(params.extra_args.values()) for _, params in given]
-    assert {"quest", "delayed_cache", "calibrated"} <= set().union(*used)
+    given = [request for request in combinations("quest") if not wanted or wanted & names_in(request)]
+    assert {"quest", "delayed_cache", "calibrated"} <= set().union(*map(names_in, given))
     assert_tokens_are_those_alone(llm, given)
+
+
+def names_in(request) -> set:
+    return set(request[1].extra_args.values())
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

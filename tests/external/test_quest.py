@@ -143,6 +143,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_engine_in_processes_of_its_own_finds_it(decoder, checkpoints, environment, tmp_path):
     selection = QUEST | {"dense_layers": [0]}
     (tmp_path / "script.py").write_text(SCRIPT)

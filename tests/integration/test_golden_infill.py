@@ -21,6 +21,7 @@ def llada(golden_runs):
     return prompt, params, tuple(None if token == 392 else token for token in recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpoint", "recorded_by"), [("dream-tiny", dream), ("llada-tiny", llada)])
 def test_recorded_infill_over_http(tmp_path, golden_runs, checkpoint, recorded_by):
     settings = ("--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(16 << 20))

@@ -31,6 +31,8 @@ class Seen:
 sys.meta_path.insert(0, Seen())
 """
 
+pytestmark = pytest.mark.slow  # two starts of a server
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:

@@ -1,5 +1,5 @@
 """Compiles every Triton kernel ahead of time for the GPUs listed here, as its launcher would launch it, and checks that
-registers do not spill and that shared memory suffices.
+registers do not spill and that shared memory suffices. `make test` compiles for sm_90, `make test-slow` for the others.
 
 No GPU is needed: launches are intercepted, and their arguments determine what would be compiled.
 """
@@ -14,6 +14,7 @@ import torch
 
 from tests.kernels.devices import fake_gpu
 from tests.kernels.launches import CASES, RARER, Launching
+from tests.tiers import slow
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -22,18 +23,24 @@ from tests.kernels.caught import catch_launches, source  # noqa: E402
 
 # shared memory of one block, in bytes
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+TIERED_TARGETS = ["sm_90", *slow("sm_80", "gfx942")]
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
 
 
 @pytest.fixture
-def launches(monkeypatch, tmp_path):
+def launches(monkeypatch, triton_cache):
     """Launches that the tests below intercept."""
     caught = catch_launches(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton_cache))
     return caught
 
 
@@ -52,8 +59,8 @@ def resources(compiled, target):
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)])
+@pytest.mark.parametrize("target", TIERED_TARGETS)
+@pytest.mark.parametrize("case", [*CASES, *slow(*RARER)])
 def test_compiles_without_spills(case, target, launches, record_property):
     with fake_gpu(), Launching():
         (CASES | RARER)[case]()()

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_on_a_pretended_gpu():
     command = [sys.executable, "-m", "tests.pretended_gpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

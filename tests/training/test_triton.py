@@ -9,7 +9,17 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tests.kernels.test_triton_compile import TARGETS, launches, resources, source  # noqa: E402, F401
+from tests.kernels.test_triton_compile import (  # noqa: E402
+    TARGETS,
+    TIERED_TARGETS,
+    launches,
+    resources,
+    source,
+    triton_cache,
+)
+from tests.tiers import slow  # noqa: E402
+
+__all__ = ["launches", "triton_cache"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,11 +56,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "case", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "causal")]
-)
-def test_compiles_without_spills(case, target, launches):  # noqa: F811
+@pytest.mark.parametrize("target", TIERED_TARGETS)
+@pytest.mark.parametrize("case", ["causal", *slow(*(name for name in CASES if name != "causal"))])
+def test_compiles_without_spills(case, target, launches):
     launch(**CASES[case])
     gpu, memory = TARGETS[target]
     assert len(launches) == 3

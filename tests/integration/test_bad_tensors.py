@@ -1,223 +1,21 @@
-"""A checkpoint that is wrong in one thing is refused at the start in one line that names the thing.
-
-Configurations are refused by the front-end. Tensors are refused by the process that loads them: here the worker
-of the session's engine, which reads the wrong checkpoint beside its own model.
-"""
+"""Tensors that are missing or wrong are refused in one line by the process that loads them: here the worker of the
+session's engine, which reads the wrong checkpoint in addition to its own model."""
 
 import json
-import shutil
+from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.conftest import GOLDEN
-from tests.integration.refusals import line_of
-from tests.page_sparse.models import write
+from tests.integration.bad_checkpoints import ARCHITECTURE, DREAM, LLADA, LLADA2, MOE, SDAR, copied, refused_config
 from vllm_dlm.models import checkpoint
-
-LLADA, DREAM, MOE, SDAR, LLADA2 = "llada-tiny", "dream-tiny", "lladamoe-tiny", "sdar-tiny", "llada2-tiny"
-ARCHITECTURE = {
-    LLADA: "LLaDAModelLM", DREAM: "DreamModel", MOE: "LLaDAMoEModelLM", SDAR: "SDARForCausalLM",
-    LLADA2: "LLaDA2MoeModelLM",
-}  # fmt: skip
-#: fields that need not be there: what the files of a family leave to its tokenizer or code, or to another family
-UNSAID = {
-    MOE: ("mask_token_id", "architectures"),
-    LLADA2: ("mask_token_id", "eos_token_id", "architectures", "block_size"),
-}
-
-
-def copied(name: str, folder, config=None, tensors=None):
-    """The checkpoint with some fields changed (None: left out) and `tensors` applied to its weights."""
-    path = folder / name
-    shutil.copytree(GOLDEN / "checkpoints" / name, path)
-    if config is not None:
-        fields = json.loads((path / "config.json").read_text()) | config
-        (path / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
-    if tensors is not None:
-        weights = load_file(path / "model.safetensors")
-        tensors(weights)
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
-# -- config.json -----------------------------------------------------------------------------
-
-SIZES = {
-    LLADA: ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length"),
-    DREAM: (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "max_position_embeddings", "vocab_size",
-    ),
-    MOE: (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "expert_intermediate_size",
-        "num_experts", "num_experts_per_tok", "max_position_embeddings", "vocab_size",
-    ),
-    SDAR: (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "max_position_embeddings", "vocab_size", "block_size",
-    ),
-    LLADA2: (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group", "topk_group",
-        "max_position_embeddings", "vocab_size", "block_size",
-    ),
-}  # fmt: skip
-TOKENS = ("mask_token_id", "eos_token_id")
-NUMBERS = ("rope_theta", "rms_norm_eps")
-
-MISSING = [
-    (name, field, {field: None})
-    for name in SIZES
-    for field in (*SIZES[name], *NUMBERS, *TOKENS, "architectures")
-    if field not in UNSAID.get(name, ())
-] + [(LLADA, "vocab_size", {"vocab_size": None, "embedding_size": None})]
-
-WRONG = [
-    (name, field, {field: value})
-    for name in SIZES
-    for fields, values in (
-        (SIZES[name], (0, -1, "x", 1.5, True)),
-        (NUMBERS, (0, -1.0, "x", float("inf"))),
-        (TOKENS, ("2", -1, 512, 1.5, [3])),
-    )
-    for field in fields
-    for value in values
-] + [
-    (LLADA, "n_heads", {"n_heads": 3}),
-    (LLADA, "n_heads", {"n_heads": 128}),  # heads of one channel, which rotary embedding cannot pair
-    (LLADA, "n_kv_heads", {"n_kv_heads": 3}),
-    (LLADA, "n_kv_heads", {"n_kv_heads": 0}),
-    (LLADA, "embedding_size", {"embedding_size": "512"}),
-    (LLADA, "vocab_size", {"embedding_size": None, "vocab_size": -1}),
-    (LLADA, "eot_token_id", {"eot_token_id": 512}),
-    (LLADA, "weight_tying", {"weight_tying": "yes"}),
-    (LLADA, "dtype", {"torch_dtype": "nope"}),
-    (LLADA, "architectures", {"architectures": ["NobodysModelLM"]}),
-    (LLADA, "architectures", {"architectures": ["LlamaForCausalLM"]}),
-    (LLADA, "block_type", {"block_type": "sequential"}),
-    (LLADA, "unique", {"unique": 3}),
-    (DREAM, "num_key_value_heads", {"num_key_value_heads": 3}),
-    (DREAM, "tie_word_embeddings", {"tie_word_embeddings": "yes"}),
-    (DREAM, "head_dim", {"head_dim": 33}),
-    (LLADA, "head_dim", {"head_dim": -32}),
-    (DREAM, "rope_type", {"rope_scaling": "linear"}),
-    (DREAM, "hidden_act", {"hidden_act": "gelu"}),
-    (MOE, "num_experts_per_tok", {"num_experts_per_tok": 17}),
-    (MOE, "moe_layer_freq", {"moe_layer_freq": [0, 1, 1, 1]}),
-    (MOE, "moe_layer_freq", {"moe_layer_freq": 2}),
-    (MOE, "norm_topk_prob", {"norm_topk_prob": True}),
-    (MOE, "moe_router_score_function", {"moe_router_score_function": "sigmoid"}),
-    (MOE, "moe_router_enable_expert_bias", {"moe_router_enable_expert_bias": True}),
-    (MOE, "shared_expert_intermediate_size", {"shared_expert_intermediate_size": 64}),
-    (MOE, "router_num_group", {"router_num_group": 4}),
-    (MOE, "routed_scaling_factor", {"routed_scaling_factor": 2.5}),
-    (MOE, "qk_layernorm", {"qk_layernorm": False}),
-    (MOE, "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
-    (MOE, "rope_type", {"rope_scaling": "linear"}),
-    (SDAR, "use_regular_causal", {"use_regular_causal": True}),
-    (SDAR, "attention_bias", {"attention_bias": True}),
-    (SDAR, "use_sliding_window", {"use_sliding_window": True}),
-    (SDAR, "rope_type", {"rope_scaling": "linear"}),
-    (LLADA2, "n_group", {"n_group": 5}),
-    (LLADA2, "n_group", {"n_group": 16}),
-    (LLADA2, "topk_group", {"topk_group": 5}),
-    (LLADA2, "num_experts_per_tok", {"num_experts_per_tok": 9}),
-    (LLADA2, "first_k_dense_replace", {"first_k_dense_replace": -1}),
-    (LLADA2, "first_k_dense_replace", {"first_k_dense_replace": None}),
-    (LLADA2, "routed_scaling_factor", {"routed_scaling_factor": 0}),
-    (LLADA2, "partial_rotary_factor", {"partial_rotary_factor": 1.5}),
-    (LLADA2, "score_function", {"score_function": "softmax"}),
-    (LLADA2, "use_qk_norm", {"use_qk_norm": False}),
-    (LLADA2, "expert_capacity", {"expert_capacity": 48}),
-]  # fmt: skip
-
-
-def refused_config(path, **settings) -> str:
-    with pytest.raises(ValueError) as refused:
-        AsyncEngineArgs(str(path), max_model_len=128, **settings).create_engine_config()
-    return line_of(refused.value).removeprefix("  Value error, ")
-
-
-@pytest.mark.parametrize("name, field, config", MISSING + WRONG)
-def test_a_field_of_config_json(tmp_path, name, field, config):
-    line = refused_config(copied(name, tmp_path, config))
-    assert line.startswith(f"{ARCHITECTURE[name]}: ")
-    assert f" {field}" in line and "config.json" in line
-    value = config.get(field, config.get("rope_scaling", config.get("torch_dtype")))
-    assert f"{field}={value!r}" in line or (value is None and f"has no {field}" in line)
-
-
-def test_a_mask_that_no_file_names(tmp_path):
-    """It is that of the checkpoints there are, which is none of a smaller vocabulary."""
-    line = refused_config(copied(MOE, tmp_path, {"mask_token_id": None}))
-    assert line.startswith("LLaDAMoEModelLM: mask_token_id=156895 in config.json is not valid")
-
-
-@pytest.mark.parametrize("wrong", [{"budget_tokens": -1}, {"std_kind": "l3"}, {"page_size": "64"}])
-def test_a_selection_of_config_json(tmp_path, wrong):
-    (field,) = wrong
-    path = copied(LLADA, tmp_path, {"unique": wrong})
-    line = refused_config(path, additional_config={"dlm": {"selection": {"name": "unique"}}})
-    assert line.startswith(f"config.json: unique: {field}: {wrong[field]!r}") and "dlm" not in line
-    # without that selection they decide nothing
-    for dlm in ({}, {"selection": {"name": "none"}}):
-        AsyncEngineArgs(str(path), max_model_len=128, additional_config={"dlm": dlm}).create_engine_config()
-    named = {"selection": {"name": "unique"} | wrong}
-    line = refused_config(path, additional_config={"dlm": named})
-    assert line.startswith(f"--dlm-config: dlm.selection.{field}")
-
-
-@pytest.mark.parametrize("other", [{"reuse": {"name": "nope"}}, 3])
-def test_what_is_wrong_beside_a_selection_of_config_json(tmp_path, other):
-    line = refused_config(copied(LLADA, tmp_path, {"unique": {}}), additional_config={"dlm": other})
-    assert line.startswith("--dlm-config: dlm")
-
-
-def test_fields_that_may_be_left_out(tmp_path):
-    left_out = {"n_kv_heads": None, "vocab_size": None, "weight_tying": None, "use_cache": None, "pad_token_id": None}
-    config = AsyncEngineArgs(str(copied(LLADA, tmp_path, left_out)), max_model_len=128).create_engine_config()
-    hf = config.model_config.hf_config
-    assert (hf.num_key_value_heads, hf.vocab_size, hf.tie_word_embeddings) == (4, 512, False)
-    path = copied(DREAM, tmp_path, {"rope_scaling": None, "tie_word_embeddings": None})
-    hf = AsyncEngineArgs(str(path), max_model_len=128).create_engine_config().model_config.hf_config
-    assert hf.tie_word_embeddings is False
-
-
-def test_what_hf_overrides_mend(tmp_path):
-    path = copied(LLADA, tmp_path, {"mask_token_id": "2", "n_heads": None, "n_kv_heads": 2, "architectures": None})
-    mended = {"mask_token_id": 392, "n_heads": 4, "architectures": ["LLaDAModelLM"]}
-    config = AsyncEngineArgs(str(path), max_model_len=128, hf_overrides=mended).create_engine_config()
-    assert config.model_config.hf_config.num_attention_heads == 4
-
-
-def test_a_context_that_no_model_was_trained_on_is_not_the_default(tmp_path):
-    """Dream's config.json has Qwen2's, of which a step of one canvas alone would take ten gigabytes."""
-    path = copied(DREAM, tmp_path, {"max_position_embeddings": 131072})
-    for asked, served in ((None, 2048), (4096, 4096)):
-        config = AsyncEngineArgs(str(path), max_model_len=asked).create_engine_config()
-        assert config.model_config.max_model_len == served
-        assert served <= config.scheduler_config.max_num_batched_tokens < 131072
-
-
-@pytest.fixture(scope="module")
-def autoregressive(tmp_path_factory):
-    return write("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.mark.parametrize(
-    "part, dlm", [("decoding", {"decoding": {"name": "entropy"}}), ("reuse", {"reuse": {"name": "fast_dllm"}})]
-)
-def test_options_of_another_kind_of_model(autoregressive, part, dlm):
-    line = refused_config(autoregressive, additional_config={"dlm": dlm}, skip_tokenizer_init=True)
-    assert line.startswith(f"--dlm-config: dlm.{part}: ")
-
-
-# -- tensors ---------------------------------------------------------------------------------
 
 
 def names(name: str) -> list[str]:
@@ -230,13 +28,28 @@ def names(name: str) -> list[str]:
 TENSORS = [(name, tensor) for name in ARCHITECTURE for tensor in names(name)]
 
 
+CONFIGURED: dict[tuple, VllmConfig] = {}
+
+
+def configured(path: str, **settings) -> VllmConfig:
+    """vLLM's configuration of this checkpoint. Checkpoints that differ in other tensors alone share it."""
+    settings = {"max_model_len": 128, "dtype": "float32"} | settings
+    weights = Path(path, "model.safetensors")
+    with safe_open(weights, "pt") if weights.exists() else nullcontext() as file:
+        head = file is not None and "lm_head.weight" in file.keys()  # noqa: SIM118 - whether a head is tied depends on it
+    key = Path(path, "config.json").read_text(), head, *settings.items()
+    if key not in CONFIGURED:
+        CONFIGURED[key] = AsyncEngineArgs(path, **settings).create_engine_config()
+    CONFIGURED[key].model_config.model = path
+    CONFIGURED[key].compilation_config.static_forward_context.clear()  # the layers of the model before
+    return CONFIGURED[key]
+
+
 def load(worker, path: str, updates=(), **settings):
     """Loads a checkpoint as a worker does -> (error, warnings, the names it must have)."""
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model
 
-    arguments = {"max_model_len": 128, "dtype": "float32"} | settings
-    config = AsyncEngineArgs(path, **arguments).create_engine_config()
+    config = configured(path, **settings)
     with patch.object(checkpoint.logger, "warning") as warned, set_current_vllm_config(config):
         try:
             model = get_model(vllm_config=config)
