@@ -94,7 +94,8 @@ class EngineWithOptions:
         return getattr(self._llm, name)
 
     def _use(self) -> None:
-        from vllm_dlm.integration.registration import blamed, resolved_options, set_block_size
+        from vllm_dlm.configuration import resolved_options
+        from vllm_dlm.integration.registration import blamed, set_block_size
         from vllm_dlm.options import OptionError
 
         engine = self._llm.llm_engine

@@ -2,8 +2,8 @@
 
 import random
 
-from benchmarks.soak.requests import Given, Model, drawn_request
 from tests.engine.running import core_of
+from tests.soak.requests import Given, Model, drawn_request
 from vllm_dlm.options import request_options
 
 

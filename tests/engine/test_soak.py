@@ -51,6 +51,6 @@ def test_requests_that_reach_the_models_length():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_soak(tmp_path, dtype):
-    """As long as it fits into `make test-slow`; `python -m benchmarks soak --requests 3000` goes on for longer."""
+    """As long as it fits into `make test-slow`; `python -m tests.soak --requests 3000` goes on for longer."""
     total = soak(tmp_path, "--requests", "150", "--seed", "12", "--dtype", dtype, seconds=1800)["settings"]["in_all"]
     assert total["requests"] == 150 and total["compared"] >= 100
