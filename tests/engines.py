@@ -118,9 +118,9 @@ class EngineWithOptions:
         for other in (core.vllm_config, core.scheduler.vllm_config, runner.vllm_config):
             other.additional_config = config.additional_config
         processor.dlm_options = core.scheduler.dlm_options = options
-        # what depends on the options and is kept: see vllm_dlm/integration/canvas.py
-        model.dlm_canvas, model.dlm_grows = options.canvas, options.extent.grows
-        vars(processor).pop("dlm_default_length", None)
+        # what depends on the options and is kept: see vllm_dlm/request/served_model.py
+        model.dlm_canvas, model.dlm_grows = options.canvas, options.grows
+        vars(processor).pop("dlm_model", None)
         self._llm.default_sampling_params = None
         assert core.scheduler.reset_prefix_cache()
         self._engines.use(self._llm)

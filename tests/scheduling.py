@@ -11,6 +11,7 @@ SERVERS = {
     "tests/integration/test_server_view.py": "viewed",
     "tests/integration/test_server_page.py": "viewed",
     "tests/integration/test_server_selections.py": "viewed",
+    "tests/integration/test_server_followers.py": "viewed",
     "tests/integration/test_server": "server",
     "tests/integration/test_scale_out.py": "server",
 }

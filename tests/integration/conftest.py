@@ -9,6 +9,7 @@ from tests.view.browsing import browser, exported, visit
 __all__ = ["browser", "exported", "visit"]  # fixtures
 
 DLM_CONFIG = {"decoding": {"name": "low_confidence", "block_length": BLOCK}, "canvas": {"max": 400}}
+SELECTION = {"name": "unique", "min_context": 0, "page_size": 16, "budget_tokens": 256, "dense_layers": []}
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +27,12 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def viewed(tmp_path_factory):
-    """A server with the page and a key, whose engine is a process of its own."""
+    """A server with the page and a key, whose engine is a process of its own. Its own selection reads a part of long
+    prompts, and prompts may be long enough for `wavefilter`, too."""
     arguments = (
         *("--plugin", "vllm_dlm", "--dlm-view", "--api-key", KEY, "--max-model-len", "1024"),
         *("--kv-cache-memory-bytes", str(32 << 20)),
-        *("--dlm-config", json.dumps({"decoding": {"name": "low_confidence", "block_length": BLOCK}})),
+        *("--dlm-config", json.dumps(DLM_CONFIG | {"canvas": {}, "selection": SELECTION})),
     )
     log = tmp_path_factory.mktemp("viewed") / "log.txt"
     with serving(log, *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="1") as server:

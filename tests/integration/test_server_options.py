@@ -1,6 +1,5 @@
 """Per-request `dlm_*` options over HTTP: each does what it says, and unlike requests share a batch."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -8,19 +7,14 @@ import openai
 import pytest
 
 from tests.integration.serving import (
-    BLOCK,
-    CHECKPOINT,
     COPIED,
     COPY,
     NEEDLE_TOKENS,
-    chat,
     chat_text,
     needle,
     options,
-    serving,
 )
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
 EOS = 1  # of the bundled checkpoint, as is the padding behind an answer
 
@@ -161,61 +155,6 @@ def test_every_reuse_can_be_asked_for(ask, counted, reuse):
     answer, counts = counted(partial(ask, question, extra=options(dlm_reuse=reuse)))
     assert answer.choices[0].message.content == right
     assert (counts["rows_live"] < counts["rows_dense"]) == methods("reuse")[reuse].caches
-
-
-@pytest.fixture(scope="module")
-def choosing(tmp_path_factory):
-    """A server whose own selection leaves things out, and with room for prompts of which wavefilter does."""
-    dlm = {
-        "decoding": {"name": "low_confidence", "block_length": BLOCK},
-        "reuse": {"name": "fast_dllm"},
-        "selection": {
-            "name": "unique",
-            "min_context": 0,
-            "page_size": PAGE,
-            "budget_tokens": BUDGET,
-            "dense_layers": [],
-        },
-    }
-    arguments = (
-        *("--plugin", "vllm_dlm", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 << 20)),
-        *("--dlm-config", json.dumps(dlm)),
-    )
-    with serving(tmp_path_factory.mktemp("choosing") / "log.txt", *arguments) as server:
-        yield server
-
-
-PAGE, BUDGET = 16, 256
-SELECTIONS = [*sorted(methods("selection")), *(f"wavefilter/{preset}" for preset in WaveFilter.presets)]
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_every_selection_can_be_asked_for(choosing, selection):
-    """It finds the needle, and reads as much of the cache as it says."""
-    question, right = needle(repeats=15)
-
-    def ask():
-        return choosing.client.chat.completions.create(
-            model=choosing.model, messages=chat(question), max_tokens=16,
-            extra_body={"ignore_eos": True} | options(dlm_selection=selection),
-        )  # fmt: skip
-
-    answer, counts = choosing.counted(ask)
-    assert answer.choices[0].message.content.startswith(right)
-    prompt = answer.usage.prompt_tokens
-    assert prompt > 600
-    # of each layer and key head: what the block's rows read in the steps after its refresh
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    head_dim = config["d_model"] // config["n_heads"]
-    steps, key = 16 - 16 // BLOCK, config["n_layers"] * config["n_kv_heads"] * 2 * head_dim * 2
-    assert counts["kv_bytes_dense"] == steps * (prompt + 16) * key
-    if selection == "unique":
-        behind = -(-(prompt + 16) // PAGE) - prompt // PAGE  # pages that are not wholly the prompt's
-        assert counts["kv_bytes_read"] == steps * (BUDGET + behind * PAGE) * key
-    elif methods("selection")[selection.partition("/")[0]].sparse:
-        assert 0 < counts["kv_bytes_read"] < 0.6 * counts["kv_bytes_dense"]
-    else:
-        assert counts["kv_bytes_read"] == counts["kv_bytes_dense"]
 
 
 # -- together --------------------------------------------------------------------------------

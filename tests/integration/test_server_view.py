@@ -206,24 +206,6 @@ def test_a_terminal_follows(viewed, capsys):
     assert "reuse dllm_cache" in said and "of the rows recomputed" in said and screen.end["finish_reason"] == "stop"
 
 
-# -- where nobody looks on -----------------------------------------------------------------------
-
-
-def test_without_the_flag_there_is_nothing_to_see(server, ask):
-    assert get(server, "/dlm").status_code == get(server, "/dlm/requests").status_code == 404
-    with pytest.raises(openai.BadRequestError, match="--dlm-view"):
-        ask(COPY, extra=options(dlm_watch=1))
-
-
-def test_frames_want_a_stream(server, ask):
-    with pytest.raises(openai.BadRequestError, match="dlm_frames"):
-        ask(COPY, extra=options(dlm_frames=1))
-    with pytest.raises(openai.BadRequestError, match="dlm_frames"):
-        server.client.responses.create(
-            model=server.model, input=COPY, max_output_tokens=16, extra_body=options(dlm_frames=1)
-        )
-
-
 def test_many_front_ends_are_refused():
     from argparse import Namespace
 
