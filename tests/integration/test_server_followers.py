@@ -2,11 +2,11 @@
 
 import time
 
-from benchmarks.soak.hostile import acts, races
-from benchmarks.soak.hostile.acts import Wire
-from benchmarks.soak.hostile.life import RowResult, judge
-from benchmarks.soak.hostile.rows import Target, table
 from tests.integration.serving import KEY
+from tests.soak.hostile import acts, races
+from tests.soak.hostile.acts import Wire
+from tests.soak.hostile.life import RowResult, judge
+from tests.soak.hostile.rows import Target, table
 from vllm_dlm.demo.server import HOST
 
 
