@@ -46,13 +46,14 @@ def quotas(masks: int, steps: int) -> list[int]:
 
 
 def fill(tokens: torch.Tensor, guess: Guess, mask_id: int, steps: int) -> Iterator[None]:
-    """Fills the masks of a block [B] in place, the most confident ones first."""
-    for quota in quotas(int((tokens == mask_id).sum()), steps):
+    """Fills the masks of a block [B] in place, the most confident ones first. Quotas are those of the whole block,
+    of which the prompt may hold a part."""
+    for quota in quotas(len(tokens), steps):
         masked = tokens == mask_id
         if not masked.any():
             return
         best, confidence = guess(tokens)
-        chosen = confidence.masked_fill(~masked, -torch.inf).topk(quota).indices
+        chosen = confidence.masked_fill(~masked, -torch.inf).topk(min(quota, int(masked.sum()))).indices
         tokens[chosen] = best[chosen]
         yield
 
