@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.lib.device import mark, milliseconds
+from vllm_dlm.methods import methods
 from vllm_dlm.step.counts import Counts
 from vllm_dlm.step.denoiser import Observer, plain_stream
 
@@ -42,6 +43,19 @@ def rows_read(llm) -> int:
 def set_server_options(llm, options) -> None:
     """What new requests get that name nothing themselves."""
     llm.llm_engine.input_processor.dlm_options = core_of(llm).scheduler.dlm_options = options
+
+
+@contextmanager
+def registered(kind: str, method) -> Iterator[None]:
+    """A method of this benchmark: requests carry the names of their methods, and the engine looks them up."""
+    known = methods(kind)
+    added = method.name not in known
+    known.setdefault(method.name, type(method))
+    try:
+        yield
+    finally:
+        if added:
+            del known[method.name]
 
 
 @contextmanager

@@ -169,9 +169,11 @@ def grade(llm, rule, samples: list) -> dict:
     from vllm_dlm.options import server_options
 
     options = server_options({"reuse": {"name": "fast_dllm"}}, "low_confidence")
-    internals.set_server_options(llm, options if rule is None else replace(options, selection=rule))
+    options = options if rule is None else replace(options, selection=rule)
+    internals.set_server_options(llm, options)
     torch.manual_seed(0)  # the random rule draws from torch's generator
-    with internals.AttentionKept(canvases, attention_mass).measured() as kept:
+    measured = internals.AttentionKept(canvases, attention_mass).measured()
+    with internals.registered("selection", options.selection), measured as kept:
         right = exact_match(llm, samples)
     if not kept.prompt:
         return {"exact_match": right, "kept": 1.0}
