@@ -78,7 +78,7 @@ def test_a_step_in_which_nothing_is_filled(engines, reuse, seed):
 # -- errors ----------------------------------------------------------------------------------
 
 HOOKS = [
-    ("reuse", "plan"), ("reuse", "candidates"), ("reuse", "due"), ("reuse", "layer"), ("reuse", "feature_rows"),
+    ("reuse", "plan"), ("reuse", "due"), ("reuse", "layer"), ("reuse", "feature_rows"),
     ("decoding", "quotas"), ("decoding", "choose"), ("decoding", "propose"),
 ]  # fmt: skip
 
