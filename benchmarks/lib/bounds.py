@@ -24,7 +24,7 @@ def bound(bytes_read: float, flops: float, peaks: Peaks) -> Bound:
 
 
 def denoising_bound(shape: Shape, counts: Counts, peaks: Peaks) -> Bound:
-    """Of a step with these counts (`keys_read` is summed over layers)"""
+    """The bound of a step with these counts (`keys_read` is summed over layers)"""
     read = shape.weight_bytes() + shape.model.kv_bytes(counts.keys_read, ELEMENT)
     return bound(read, 2 * shape.model.macs(counts), peaks)
 

@@ -58,7 +58,7 @@ class Enlarged:
             if (small := self.tensors.get(name)) is not None:
                 self._place(name.rsplit(".", 2)[-2], tensor, small.to(device, torch.float32))
             elif name.endswith(("attn_out.weight", ".ff_out.weight")):
-                tensor.zero_()  # of a layer that the small model does not have
+                tensor.zero_()  # this layer is not in the small model
             return tensor
 
         top, own = "model.transformer", self.large

@@ -154,7 +154,7 @@ SHAPES = {
         Shape("sdar-8b", "sdar", ModelShape(36, 4096, 32, 8, 128, 12288, 151936), 32768, SDAR, 4),
         Shape("llama-3-8b", "llama", ModelShape(32, 4096, 32, 8, 128, 14336, 128256), LONG),
         Shape("qwen2.5-7b", "qwen2", ModelShape(28, 3584, 28, 4, 128, 18944, 152064), LONG),
-        # of a CPU's size
+        # small enough for a CPU
         Shape("llada-vocabulary", "llada", ModelShape(12, 384, 6, 6, 64, 1152, 126464), 6400),
         Shape("llada-proportions", "llada", ModelShape(12, 768, 12, 12, 64, 2304, 8960), 6400),
         # two layers of it, for prompts whose full forwards take as long as many small ones

@@ -21,14 +21,14 @@ class Tables:
             self.found = {name: table for name, table in self.found.items() if name not in TIMED} | idle
 
     def value(self, table: str, key: str, form: str, **where) -> str:
-        """Of the one row that fits"""
+        """The value of the only row that matches"""
         rows = self.found.get(table, {}).get("rows", [])
         fitting = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
         values = [row[key] for row in fitting if row.get(key) is not None]
         return form.format(values[0]) if len(values) == 1 else MISSING
 
     def range(self, table: str, key: str, form: str, **where) -> str:
-        """Of all rows that fit, from the least to the most"""
+        """The smallest and the largest value of all matching rows"""
         rows = self.found.get(table, {}).get("rows", [])
         values = [row[key] for row in rows if all(row.get(name) == value for name, value in where.items())]
         return " to ".join(dict.fromkeys(form.format(end) for end in (min(values), max(values)))) if values else MISSING

@@ -55,7 +55,7 @@ class Part:
     engine: Any = None
     rank: int | None = None  # `all` runs the parts of low rank first, and none without a rank
     vllm: bool = True  # False: it runs without vLLM
-    environment: tuple[tuple[str, str], ...] = ()  # of its process
+    environment: tuple[tuple[str, str], ...] = ()  # environment variables of its process
 
     @property
     def minutes(self) -> float:
@@ -99,7 +99,7 @@ def module_of(suite: str):
 
 
 def planned(name: str, options: argparse.Namespace) -> Plan:
-    """Of one suite, or of `all`: the parts with a rank, in its order"""
+    """The parts of one suite, or for `all` the ranked parts in order of rank"""
     if name != "all":
         module = module_of(name)
         return Plan(module.parts(options), module.tables(options))

@@ -67,7 +67,7 @@ WALKS_NOTES = [
 @dataclass(frozen=True)
 class Rule:
     label: str
-    options: dict  # of a request
+    options: dict  # request options
     fill: int = 1  # tokens per step
 
     def options_of(self, canvas: int) -> dict:
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def options(self) -> dict:
-        """Of a request"""
+        """Options of a request"""
         extent = {"dlm_extent": self.extent} | ({"dlm_window": WINDOW} if self.extent == "window" else {})
         return self.rule.options_of(self.canvas) | extent | {"dlm_reuse": self.reuse}
 

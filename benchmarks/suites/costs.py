@@ -101,7 +101,7 @@ def label(reuse: Reuse) -> str:
 
 
 def macs(case: Case, reuse: Reuse) -> int:
-    """Of a whole response at one token per step"""
+    """Multiply-accumulate operations of a whole response at one token per step"""
     length, total, shift = case.prompt + case.new, 0, int(case.model.startswith("Dream"))
     nothing = np.zeros(0, np.int64)  # these policies go by the step number
     state = {"mask_id": 0, "tokens": nothing, "confidence": nothing, "changed": nothing}

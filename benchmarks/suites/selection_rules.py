@@ -53,7 +53,7 @@ class Tokens(Selection):
         return Choice(torch.stack(chosen), sum(lens))
 
     def score(self, asked: ChoiceQuery) -> torch.Tensor:
-        """Of one canvas -> [Hkv, prompt]"""
+        """Scores of the prompt tokens of one canvas, [Hkv, prompt]"""
         raise NotImplementedError
 
 

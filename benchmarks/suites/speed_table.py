@@ -87,7 +87,7 @@ SETTINGS = {
 
 
 def summary(runs: list, shape: Shape, peaks: Peaks, length: float) -> dict:
-    """Of the repetitions of one cell. `length`: mean length of its canvases"""
+    """The row of one cell, from its repetitions. `length`: mean length of its canvases"""
     steps = [step for run in runs for step in run.steps]
     bounds = [denoising_bound(shape, step.counts, peaks) for step in steps]
     middle = sorted(range(len(steps)), key=lambda i: steps[i].ms)[len(steps) // 2]

@@ -57,21 +57,3 @@ def exact_match(reader: Reader, samples: list[Sample], canvas: int, refresh: str
         if progress is not None:
             progress.update(len(part))
     return right
-
-
-@torch.no_grad()
-def exact_next_tokens(model, samples: list[Sample], progress=None) -> list[bool]:
-    """Greedy decoding of a causal model, prompts of one length: is the whole answer the most probable at each step?
-    Given the right tokens so far the next one must win, so one forward over prompt and answer decides."""
-    right = []
-    for start in range(0, len(samples), 16):
-        part = samples[start : start + 16]
-        prompt = len(part[0].prompt_ids)
-        ids = torch.tensor([s.prompt_ids + s.answer_ids for s in part])
-        seen = (torch.arange(ids.shape[1]) < prompt).expand(len(part), -1)
-        given = {"prompt_mask": seen} if model.config._attn_implementation == "unique" else {}
-        logits = model.eval()(ids, **given).logits
-        right += (logits[:, prompt - 1 : -1].argmax(-1) == ids[:, prompt:]).all(1).tolist()
-        if progress is not None:
-            progress.update(len(part))
-    return right

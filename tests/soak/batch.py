@@ -6,9 +6,8 @@ batch does the same every time and its parts can be left out one by one.
 
 from dataclasses import asdict, dataclass, field
 
-import torch
-
-from tests.soak.engines import Pair, core_of, runner_of
+from tests.engine.running import core_of, free_blocks, poison, runner_of
+from tests.soak.engines import Pair
 from tests.soak.fork import Found
 from tests.soak.requests import Given, most_forwards
 from vllm_dlm.options import request_options
@@ -54,9 +53,7 @@ def check(pair: Pair, batch: Batch, known: dict[str, tuple]) -> Ran:
 
 def run(llm, batch: Batch, model) -> Ran:
     engine, scheduler, ran = llm.llm_engine, core_of(llm).scheduler, Ran()
-    scheduler.reset_prefix_cache()
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(torch.nan)  # whoever reads what it did not write is found out
+    poison(llm)
     last = max(entry.arrives for entry in batch.entries)
     limit = last + most_steps(batch, model, scheduler.dlm_options)
     step, names = 0, {}
@@ -129,7 +126,7 @@ def check_idle(llm) -> None:
     scheduler, runner, processor = core_of(llm).scheduler, runner_of(llm), llm.llm_engine.output_processor
     pool = scheduler.kv_cache_manager.block_pool
     left = {
-        "blocks in use": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is vLLM's own
+        "blocks in use": pool.num_gpu_blocks - 1 - free_blocks(core_of(llm)),  # one is vLLM's own
         "requests of the scheduler": len(scheduler.requests) + len(scheduler.running) + len(scheduler.waiting),
         "canvases": len(scheduler.canvases), "overtaken": len(scheduler.overtaken),
         "requests of the runner": len(runner.requests), "tables of the runner": len(runner.tables),

@@ -55,11 +55,3 @@ def start(server: Server, **settings):
         server.checkpoint, dtype=server.dtype, max_model_len=MAX_LEN, enforce_eager=True, disable_log_stats=True,
         kv_cache_memory_bytes=1 << 27, max_num_seqs=64, additional_config={"dlm": server.dlm}, **settings,
     )  # fmt: skip
-
-
-def core_of(llm):
-    return llm.llm_engine.engine_core.engine_core
-
-
-def runner_of(llm):
-    return core_of(llm).model_executor.driver_worker.worker.model_runner

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from tests.engine.running import core_of
 from tests.soak.batch import Batch, Entry, check
-from tests.soak.engines import Pair, Server, core_of
+from tests.soak.engines import Pair, Server
 from tests.soak.fork import Found, in_a_fork
 from tests.soak.requests import Given, drawn_request, drawn_server
 from tests.soak.shrink import shrink

@@ -185,7 +185,7 @@ WRITES = (
     ),
     Write(
         "vllm.config.compilation:CompilationConfig", ("mode", "cudagraph_mode"), "integration/registration.py",
-        "Steps are captured by engine/captured.py.",
+        "Steps are captured by step/captured.py.",
     ),
     Write(
         "vllm.config.model:ModelConfig", ("max_model_len",), "integration/registration.py",

@@ -1,7 +1,7 @@
 """The denoising runner, which a vLLM worker calls instead of vLLM's own model runner.
 
 It keeps the requests and turns scheduled steps into outputs; the step itself
-is in engine/denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
+is in step/denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
 methods a worker calls, forward_context.py, v1/worker/workspace.py.
 """
 
