@@ -2,11 +2,12 @@
 
 import ast
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from prometheus_client import REGISTRY, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -111,12 +112,17 @@ def test_usage_of_the_engine_travels_with_the_counters():
 
 
 def test_evictions_are_exported_as_differences():
-    labels = SimpleNamespace(per_engine_labelvalues={0: ["model", "0"]}, _gauge_cls=Gauge, _counter_cls=Counter)
+    registry = CollectorRegistry()  # the process has one for a server, and a test of its metrics may have filled it
+    labels = SimpleNamespace(
+        per_engine_labelvalues={0: ["model", "0"]},
+        _gauge_cls=partial(Gauge, registry=registry),
+        _counter_cls=partial(Counter, registry=registry),
+    )
     exported = CachesProm(labels)
     name = ENGINE_CACHES[0]
 
     def sample(metric: str) -> float:
-        return REGISTRY.get_sample_value(metric, {"model_name": "model", "engine": "0", "cache": name})
+        return registry.get_sample_value(metric, {"model_name": "model", "engine": "0", "cache": name})
 
     assert sample("vllm:diffusion_cache_evictions_total") == 0  # it is there from the start
     for reported, evictions in (({name: CacheUsage(5, 3)}, 3), ({}, 3), ({name: CacheUsage(2, 4)}, 4)):
