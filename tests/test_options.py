@@ -44,14 +44,25 @@ def test_values_as_they_are_sent(field, value, wanted):
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("flag", 2, "bool"), ("flag", "yes", "bool"), ("flag", None, "bool"),
-        ("count", True, "int"), ("count", "3", "int"), ("count", 2.5, "int"), ("count", float("nan"), "int"),
-        ("weight", True, "float"), ("weight", "0.5", "float"), ("weight", float("inf"), "float"),
-        ("word", 3, "str"), ("kind", "c", "'a' or 'b'"), ("kind", ["a"], "'a' or 'b'"),
-        ("limit", "off", 'int or "none"'), ("layers", 3, "a list of int"), ("layers", "01", "a list of int"),
+        ("flag", 2, "bool"),
+        ("flag", "yes", "bool"),
+        ("flag", None, "bool"),
+        ("count", True, "int"),
+        ("count", "3", "int"),
+        ("count", 2.5, "int"),
+        ("count", float("nan"), "int"),
+        ("weight", True, "float"),
+        ("weight", "0.5", "float"),
+        ("weight", float("inf"), "float"),
+        ("word", 3, "str"),
+        ("kind", "c", "'a' or 'b'"),
+        ("kind", ["a"], "'a' or 'b'"),
+        ("limit", "off", 'int or "none"'),
+        ("layers", 3, "a list of int"),
+        ("layers", "01", "a list of int"),
         ("shares", "all", "float or a list of float"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named_with_what_would_be_right(field, value, wanted):
     with pytest.raises(OptionError) as refused:
         typed(Method, field, value, f"dlm.part.{field}")
@@ -85,9 +96,10 @@ def test_a_wrong_layer_of_a_selection(name):
 
 
 @pytest.mark.parametrize(
-    "value", ["y" * 10**6, b"y" * 10**6, ["y" * 10**6], list(range(10**6)), 10**4000, [10**5000], {"y" * 10**6: 1}],
+    "value",
+    ["y" * 10**6, b"y" * 10**6, ["y" * 10**6], list(range(10**6)), 10**4000, [10**5000], {"y" * 10**6: 1}],
     ids=["text", "bytes", "text in a list", "list", "number", "number nobody writes out", "object"],
-)  # fmt: skip
+)
 def test_a_large_value_is_shown_in_a_line(value):
     assert 0 < len(shown(value)) <= 100
 

@@ -54,9 +54,12 @@ class Browser:
         # Chromium reads from file descriptor 3 and writes to 4. A shell redirects the pipes there.
         shell = f'exec "$@" 3<&{reads} 4>&{writes}'
         self.process = subprocess.Popen(
-            ["bash", "-c", shell, "browser", *command], pass_fds=(reads, writes),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["bash", "-c", shell, "browser", *command],
+            pass_fds=(reads, writes),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(reads)
         os.close(writes)
         return self

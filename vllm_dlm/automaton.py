@@ -150,11 +150,15 @@ class Automaton:
         others = np.zeros(self.size, np.bool_)
         others[self.tokens] = True
         plain = {
-            "states": self.states, "starts": list(self.starts), "ends": list(self.ends), "size": self.size,
-            "usual": self.usual, "edges": zlib.compress(self.edges.astype(np.int32).tobytes()),
+            "states": self.states,
+            "starts": list(self.starts),
+            "ends": list(self.ends),
+            "size": self.size,
+            "usual": self.usual,
+            "edges": zlib.compress(self.edges.astype(np.int32).tobytes()),
             "tokens": zlib.compress(np.packbits(others).tobytes()),
             "own": zlib.compress(self.own.astype(np.int32).tobytes()),
-        }  # fmt: skip
+        }
         return plain | {"key": blake2b(repr(plain).encode(), digest_size=16).hexdigest()}
 
     @classmethod
@@ -176,9 +180,13 @@ def _moves(start: np.ndarray, end: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def built(
-    states: int, starts: Iterable[int], ends: Iterable[int], pairs_of: Iterable[tuple[Sequence[int], Pairs]], size: int,
+    states: int,
+    starts: Iterable[int],
+    ends: Iterable[int],
+    pairs_of: Iterable[tuple[Sequence[int], Pairs]],
+    size: int,
     end_tokens: Iterable[int],
-) -> Automaton:  # fmt: skip
+) -> Automaton:
     """`pairs_of`: tokens, and the state transitions of each. Adds the state of a hole that has ended."""
     classes, edges = np.full(size, NEVER, np.int32), list[tuple[int, int, int]]()
     known: dict[Pairs, int] = {}
@@ -192,9 +200,14 @@ def built(
 
 
 def _with_end(
-    states: int, starts: Iterable[int], ends: Iterable[int], edges: list[tuple[int, int, int]], classes: np.ndarray,
-    end_class: int, end_tokens: Iterable[int],
-) -> Automaton:  # fmt: skip
+    states: int,
+    starts: Iterable[int],
+    ends: Iterable[int],
+    edges: list[tuple[int, int, int]],
+    classes: np.ndarray,
+    end_class: int,
+    end_tokens: Iterable[int],
+) -> Automaton:
     """`classes`: [V], to which the end's is added, as its state is"""
     classes[list(end_tokens)] = end_class
     ends = (*ends, states)

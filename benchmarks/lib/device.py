@@ -10,11 +10,22 @@ from benchmarks.lib.bounds import Peaks
 
 #: part of the device's name -> bytes/s and dense bfloat16 FLOP/s of its datasheet; the longest part that fits counts
 DATASHEETS = {
-    "B200": (8.0e12, 2250e12), "GH200": (4.0e12, 989e12), "H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12),
-    "H100 PCIe": (2.0e12, 756e12), "H100 NVL": (3.9e12, 835e12), "H20": (4.0e12, 148e12), "A100": (1.56e12, 312e12),
-    "A100-SXM4-80GB": (2.04e12, 312e12), "A100 80GB": (1.94e12, 312e12), "L40S": (0.864e12, 362e12),
-    "L4": (0.3e12, 121e12), "A10": (0.6e12, 125e12), "RTX 4090": (1.008e12, 165e12), "RTX 3090": (0.936e12, 71e12),
-}  # fmt: skip
+    "B200": (8.0e12, 2250e12),
+    "GH200": (4.0e12, 989e12),
+    "H200": (4.8e12, 989e12),
+    "H100": (3.35e12, 989e12),
+    "H100 PCIe": (2.0e12, 756e12),
+    "H100 NVL": (3.9e12, 835e12),
+    "H20": (4.0e12, 148e12),
+    "A100": (1.56e12, 312e12),
+    "A100-SXM4-80GB": (2.04e12, 312e12),
+    "A100 80GB": (1.94e12, 312e12),
+    "L40S": (0.864e12, 362e12),
+    "L4": (0.3e12, 121e12),
+    "A10": (0.6e12, 125e12),
+    "RTX 4090": (1.008e12, 165e12),
+    "RTX 3090": (0.936e12, 71e12),
+}
 
 #: beginnings of the names that CUDA's runtime and driver interfaces use in a profile
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel")

@@ -136,11 +136,24 @@ class Shape:
 
 #: of LLaDA2.0-mini, whose layers have 256 experts of 512
 EXPERTS = {
-    "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 128, "num_shared_experts": 1, "n_group": 8,
-    "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "score_function": "sigmoid",
-    "router_dtype": "fp32", "first_k_dense_replace": 1, "moe_router_enable_expert_bias": True, "use_qk_norm": True,
-    "use_bias": False, "use_qkv_bias": False, "partial_rotary_factor": 0.5, "rope_theta": 600000.0,
-}  # fmt: skip
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 128,
+    "num_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "score_function": "sigmoid",
+    "router_dtype": "fp32",
+    "first_k_dense_replace": 1,
+    "moe_router_enable_expert_bias": True,
+    "use_qk_norm": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 600000.0,
+}
 SDAR = {"block_size": 4, "attention_bias": False, "rope_theta": 1e6, "initializer_range": 0.05}
 FEW_EXPERTS = EXPERTS | {"num_experts": 16, "moe_intermediate_size": 32}
 LONG = 131072 + 256
@@ -183,7 +196,12 @@ def shape_of_checkpoint(folder: Path) -> Shape:
     config = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
     text, heads = config.hf_text_config, config.hf_text_config.num_attention_heads
     model = ModelShape(
-        text.num_hidden_layers, text.hidden_size, heads, getattr(text, "num_key_value_heads", heads),
-        config.get_head_size(), text.intermediate_size, text.vocab_size,
-    )  # fmt: skip
+        text.num_hidden_layers,
+        text.hidden_size,
+        heads,
+        getattr(text, "num_key_value_heads", heads),
+        config.get_head_size(),
+        text.intermediate_size,
+        text.vocab_size,
+    )
     return Shape(Path(folder).name, text.model_type, model, config.max_model_len)

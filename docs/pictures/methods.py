@@ -31,10 +31,15 @@ def reuse(figure) -> None:
         axes.text(PROMPT_LEN + RESPONSE / 2 - 0.5, len(states), "response", fontsize=8, ha="center", va="center")
         axes.set_ylim(len(states) + 0.5, -0.5)
     figure.axes[0].set_ylabel("steps, downwards", fontsize=8)
-    legend(figure, {
-        BLUE: "recomputed in every layer", SKY: "live: the layer's flow decides", "#dddddd": "comes from the cache",
-        ORANGE: "filled in this step",
-    })  # fmt: skip
+    legend(
+        figure,
+        {
+            BLUE: "recomputed in every layer",
+            SKY: "live: the layer's flow decides",
+            "#dddddd": "comes from the cache",
+            ORANGE: "filled in this step",
+        },
+    )
 
 
 def planned(given: dict) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -52,8 +52,10 @@ class Walks:
         weights = np.where(easy, EASY_WEIGHT, np.where(at < length, 1.0, PADDING_WEIGHT))[masked]
         taken = [torch.from_numpy(array) for array in (masked, response[masked])]
         return Batch(
-            name, length + padding,
-            torch.from_numpy(np.concatenate([prompts, np.where(masked, tok.MASK, response)], 1)), *taken,
+            name,
+            length + padding,
+            torch.from_numpy(np.concatenate([prompts, np.where(masked, tok.MASK, response)], 1)),
+            *taken,
             torch.from_numpy(weights / weights.sum() / 2).float(),
             torch.from_numpy((easy & (response != ARROW))[masked]),
-        )  # fmt: skip
+        )

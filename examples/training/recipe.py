@@ -67,11 +67,17 @@ class Recipe:
     @property
     def settings(self) -> sparse.PageSparsity:
         return sparse.PageSparsity(
-            budget_tokens=self.budget_tokens, page_size=self.page_size, sink_pages=self.sink_pages,
-            recent_pages=self.recent_pages, lam=self.lam, std_kind=self.std_kind, dense_layers=(),
-            temperature=self.start, hard=self.mask == "hard",
+            budget_tokens=self.budget_tokens,
+            page_size=self.page_size,
+            sink_pages=self.sink_pages,
+            recent_pages=self.recent_pages,
+            lam=self.lam,
+            std_kind=self.std_kind,
+            dense_layers=(),
+            temperature=self.start,
+            hard=self.mask == "hard",
             stop_threshold=not self.moving_threshold,
-        )  # fmt: skip
+        )
 
     @property
     def callbacks(self) -> list:
@@ -116,9 +122,22 @@ class Recipe:
 
     def arguments(self) -> TrainingArguments:
         return TrainingArguments(
-            str(self.output), max_steps=self.steps, per_device_train_batch_size=self.batch,
-            use_cpu=not torch.cuda.is_available(), learning_rate=self.learning_rate,
-            warmup_steps=self.warm_up, lr_scheduler_type="cosine", weight_decay=0.0,
-            max_grad_norm=1.0, adam_beta2=0.98, logging_steps=10, save_strategy="steps", save_steps=self.save_every,
-            save_total_limit=2, seed=self.seed, report_to=[], remove_unused_columns=False, dataloader_pin_memory=False,
-        )  # fmt: skip
+            str(self.output),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch,
+            use_cpu=not torch.cuda.is_available(),
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warm_up,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            adam_beta2=0.98,
+            logging_steps=10,
+            save_strategy="steps",
+            save_steps=self.save_every,
+            save_total_limit=2,
+            seed=self.seed,
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )

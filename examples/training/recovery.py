@@ -29,8 +29,10 @@ PROMPTS = 400
 #: share of the steps that the soft mask leaves to the hard one
 HARD_SHARE = 0.5
 TRAININGS = {
-    "soft-hard": f"soft mask, hard for the last {HARD_SHARE:.0%}", "hard": "hard mask", "dense": "dense",
-}  # fmt: skip
+    "soft-hard": f"soft mask, hard for the last {HARD_SHARE:.0%}",
+    "hard": "hard mask",
+    "dense": "dense",
+}
 
 COLUMNS = [
     report.Column("training", "training"),
@@ -43,10 +45,12 @@ COLUMNS = [
     report.Column("masked_weight_under_threshold", "through the soft mask", "{:.1%}"),
 ]
 STATED = {
-    "shapes": "demo checkpoint (vllm_dlm/demo/checkpoint), canvas of 16, blocks of 8", "dtype": "float32",
+    "shapes": "demo checkpoint (vllm_dlm/demo/checkpoint), canvas of 16, blocks of 8",
+    "dtype": "float32",
     "baseline": "the untrained checkpoint at the same budget, and dense training of the same length",
-    "counted": f"whole answers, of {PROMPTS} fresh prompts", "prompts": PROMPTS,
-}  # fmt: skip
+    "counted": f"whole answers, of {PROMPTS} fresh prompts",
+    "prompts": PROMPTS,
+}
 NOTES = [
     "Exact match of the whole answer, end token included, greedy, canvas of 16, blocks of 8, one token per step; the "
     "prompt's keys are recomputed at the start of each block, pages are chosen anew in every step.",
@@ -61,11 +65,14 @@ NOTES = [
 
 def main() -> None:
     recipe = Recipe.from_command_line(
-        __doc__.splitlines()[0], output=Recipe.output / "recovery", steps=400, learning_rate=1e-3,
+        __doc__.splitlines()[0],
+        output=Recipe.output / "recovery",
+        steps=400,
+        learning_rate=1e-3,
         # With a threshold that stands still in the backward pass every score is pushed up, to no effect but the drift:
         # the loss of the soft mask rises above that of the hard one. Differences of scores have no such way out.
         moving_threshold=True,
-    )  # fmt: skip
+    )
     folders = {"untrained": CHECKPOINT}
     for name in TRAININGS:
         own = replace(recipe, mask=name, output=recipe.output / name)
@@ -105,10 +112,13 @@ def grade(recipe: Recipe, folders: dict) -> report.Report:
             recipe.output.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps({"settings": settings, "rows": done}))
     return report.Report(
-        "recovery", "Accuracy at a small page budget, before and after training",
-        STATED | settings | report.surroundings(recipe.threads, Load(timed=False)), COLUMNS, NOTES,
+        "recovery",
+        "Accuracy at a small page budget, before and after training",
+        STATED | settings | report.surroundings(recipe.threads, Load(timed=False)),
+        COLUMNS,
+        NOTES,
         rows_of(done, recipe),
-    )  # fmt: skip
+    )
 
 
 def shares(model, recipe: Recipe, name: str, rows: int = 32) -> dict:
@@ -154,9 +164,13 @@ def plot(figure, rows: list[dict]) -> None:
     for axes, own in ((left, [row for row in rows if row not in whole]), (right, whole)):
         names = ["untrained" if row["training"] == "none" else row["training"] for row in own]
         plots.dots(
-            axes, names, [row["exact_match"] for row in own], f"exact match, reading {own[0]['reads']}", "{:.1%}",
+            axes,
+            names,
+            [row["exact_match"] for row in own],
+            f"exact match, reading {own[0]['reads']}",
+            "{:.1%}",
             spread=[row["interval"] for row in own],
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

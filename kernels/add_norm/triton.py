@@ -8,9 +8,7 @@ from vllm_dlm.kernels.triton_utils import padded
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_norm_kernel(
-    x, added, weight, out, eps, rows, width, stride_x, stride_added, WIDTH_PAD: tl.constexpr
-):  # fmt: skip
+def _add_norm_kernel(x, added, weight, out, eps, rows, width, stride_x, stride_added, WIDTH_PAD: tl.constexpr):
     """x and added [rows, width] -> out [2, rows, width]"""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH_PAD)
@@ -31,7 +29,16 @@ def add_norm(x, added, weight, eps):
     out = torch.empty(2, rows, width, dtype=x.dtype, device=x.device)
     if rows:
         _add_norm_kernel[(rows,)](
-            x, added, weight, out, eps, rows, width, x.stride(0), added.stride(0),
-            WIDTH_PAD=padded(width, 128), num_warps=8 if width > 2048 else 4,
-        )  # fmt: skip
+            x,
+            added,
+            weight,
+            out,
+            eps,
+            rows,
+            width,
+            x.stride(0),
+            added.stride(0),
+            WIDTH_PAD=padded(width, 128),
+            num_warps=8 if width > 2048 else 4,
+        )
     return out

@@ -38,9 +38,19 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["block", "offset", "index"])
 def _values_kernel(
-    cache, block, offset, out, index, heads, stride_block, stride_head, stride_slot,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-):  # fmt: skip
+    cache,
+    block,
+    offset,
+    out,
+    index,
+    heads,
+    stride_block,
+    stride_head,
+    stride_slot,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64)
     physical, slot, there = _placed(block, offset, index, i)
     head, channel = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM_PAD)
@@ -73,9 +83,18 @@ def _copy_rows(cache, block, offset, values, index, writes):
     tile = min(padded(width, 128), TILE)
     if count:
         _rows_kernel[count, triton.cdiv(width, tile)](
-            cache, block, offset, values, index, width, cache.stride(0), values.stride(0), WRITES=writes, TILE=tile,
+            cache,
+            block,
+            offset,
+            values,
+            index,
+            width,
+            cache.stride(0),
+            values.stride(0),
+            WRITES=writes,
+            TILE=tile,
             num_warps=4,
-        )  # fmt: skip
+        )
 
 
 def read_values(cache, block, offset, index):
@@ -86,7 +105,16 @@ def read_values(cache, block, offset, index):
     heads = min(padded(kv_heads), max(TILE // padded(dim), 1))
     if count:
         _values_kernel[count, triton.cdiv(kv_heads, heads)](
-            cache, block, offset, out, index, kv_heads, *cache.stride()[:3], HEADS=heads, DIM=dim,
-            DIM_PAD=padded(dim), num_warps=4,
-        )  # fmt: skip
+            cache,
+            block,
+            offset,
+            out,
+            index,
+            kv_heads,
+            *cache.stride()[:3],
+            HEADS=heads,
+            DIM=dim,
+            DIM_PAD=padded(dim),
+            num_warps=4,
+        )
     return out

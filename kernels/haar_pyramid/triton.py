@@ -21,9 +21,19 @@ def _page_keys(cache, page, stride_block, stride_head, stride_key, PER_BLOCK: tl
 
 @triton.jit
 def _node(
-    keys, stride_key, means, variances, root, FIRST: tl.constexpr, LEVEL: tl.constexpr, TOP: tl.constexpr,
-    WANTED: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-):  # fmt: skip
+    keys,
+    stride_key,
+    means,
+    variances,
+    root,
+    FIRST: tl.constexpr,
+    LEVEL: tl.constexpr,
+    TOP: tl.constexpr,
+    WANTED: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
     """-> mean and variance, [DIM_PAD] float32 each, of the 2^LEVEL keys from FIRST on. Nodes of the levels whose bit is
     set in WANTED are also stored. FIRST counts within node `root` of level TOP. A page's nodes are stored level by
     level, lowest first."""
@@ -36,9 +46,19 @@ def _node(
             keys, stride_key, means, variances, root, FIRST, LEVEL - 1, TOP, WANTED, PAGE, DIM, DIM_PAD
         )
         odd, within_odd = _node(
-            keys, stride_key, means, variances, root, FIRST + (1 << (LEVEL - 1)), LEVEL - 1, TOP, WANTED, PAGE, DIM,
+            keys,
+            stride_key,
+            means,
+            variances,
+            root,
+            FIRST + (1 << (LEVEL - 1)),
+            LEVEL - 1,
+            TOP,
+            WANTED,
+            PAGE,
+            DIM,
             DIM_PAD,
-        )  # fmt: skip
+        )
         mean = (even + odd) * 0.5
         # variance = mean variance of the children + square of half the distance between their means
         apart = (even - odd) * 0.5
@@ -55,10 +75,21 @@ def _node(
 
 @triton.jit(do_not_specialize_on_alignment=["page_ids"])
 def _pyramid_kernel(
-    cache, page_ids, means, variances, stride_block, stride_head, stride_key, nodes,
-    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    TOP: tl.constexpr, WANTED: tl.constexpr,
-):  # fmt: skip
+    cache,
+    page_ids,
+    means,
+    variances,
+    stride_block,
+    stride_head,
+    stride_key,
+    nodes,
+    PER_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TOP: tl.constexpr,
+    WANTED: tl.constexpr,
+):
     """means and variances [n, Hkv, nodes, DIM]"""
     i = tl.program_id(0).to(tl.int64)
     page = tl.load(page_ids + i).to(tl.int64)
@@ -74,7 +105,7 @@ def _pyramid_kernel(
 @triton.jit
 def _store_spread(
     spread, variance, STD_KIND: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
-):  # fmt: skip
+):
     """Stores a node's spread [WIDTH], computed from variance [DIM_PAD], which is zero beyond DIM"""
     channel = tl.arange(0, DIM_PAD)
     if STD_KIND == "vector":
@@ -92,10 +123,21 @@ def _store_spread(
 
 @triton.jit(do_not_specialize_on_alignment=["page_ids"])
 def _statistics_kernel(
-    cache, page_ids, means, spread, stride_block, stride_head, stride_key,
-    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    LEVEL: tl.constexpr, WIDTH: tl.constexpr, STD_KIND: tl.constexpr,
-):  # fmt: skip
+    cache,
+    page_ids,
+    means,
+    spread,
+    stride_block,
+    stride_head,
+    stride_key,
+    PER_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    LEVEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STD_KIND: tl.constexpr,
+):
     """Stores means [pages, Hkv, n, DIM] and spread [pages, Hkv, n, WIDTH] of the nodes at LEVEL"""
     page = tl.load(page_ids + tl.program_id(0)).to(tl.int64)
     if page < 0:
@@ -114,9 +156,12 @@ def _layout(cache, page_size, channels):
     """Cache layout arguments of both kernels. `channels`: channels per warp, chosen so that registers do not spill."""
     dim = cache.shape[3] // 2
     return {
-        "PER_BLOCK": cache.shape[2] // page_size, "PAGE": page_size, "DIM": dim, "DIM_PAD": padded(dim),
+        "PER_BLOCK": cache.shape[2] // page_size,
+        "PAGE": page_size,
+        "DIM": dim,
+        "DIM_PAD": padded(dim),
         "num_warps": max(padded(dim) // channels, 1),
-    }  # fmt: skip
+    }
 
 
 def haar_pyramid(cache, page_ids, page_size, levels):
@@ -128,9 +173,16 @@ def haar_pyramid(cache, page_ids, page_size, levels):
     variances = torch.empty_like(means)
     if count:
         _pyramid_kernel[count, kv_heads, sizes[-1]](
-            cache, page_ids, means, variances, *cache.stride()[:3], sum(sizes),
-            TOP=levels[-1], WANTED=sum(1 << level for level in levels), **_layout(cache, page_size, 128),
-        )  # fmt: skip
+            cache,
+            page_ids,
+            means,
+            variances,
+            *cache.stride()[:3],
+            sum(sizes),
+            TOP=levels[-1],
+            WANTED=sum(1 << level for level in levels),
+            **_layout(cache, page_size, 128),
+        )
     return means, variances
 
 
@@ -139,7 +191,13 @@ def store_statistics(cache, page_ids, mean, spread, page_size, std_kind):
     nodes, width = spread.shape[2:]
     if len(page_ids):
         _statistics_kernel[len(page_ids), cache.shape[1]](
-            cache, page_ids, mean, spread, *cache.stride()[:3],
-            LEVEL=(page_size // nodes).bit_length() - 1, WIDTH=width, STD_KIND=std_kind,
+            cache,
+            page_ids,
+            mean,
+            spread,
+            *cache.stride()[:3],
+            LEVEL=(page_size // nodes).bit_length() - 1,
+            WIDTH=width,
+            STD_KIND=std_kind,
             **_layout(cache, page_size, 64),
-        )  # fmt: skip
+        )

@@ -40,9 +40,20 @@ def _second(values, highest):
 
 @triton.jit(do_not_specialize_on_alignment=["suppress_eos", "unlikely_ends"])
 def _share_kernel(
-    logits, suppress_eos, unlikely_ends, parts, tokens, vocabulary, share, stride_row, mask_id, eos_id, eot_id,
-    TILE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    suppress_eos,
+    unlikely_ends,
+    parts,
+    tokens,
+    vocabulary,
+    share,
+    stride_row,
+    mask_id,
+    eos_id,
+    eot_id,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """Stores parts [R, 4, SPLITS] (highest logit, sum of exponentials, second-highest logit, logit of the best token)
     and tokens [R, SPLITS]"""
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -122,9 +133,21 @@ def head_statistics(logits, mask_id, eos_id, eot_id, suppress_eos, unlikely_ends
         parts = torch.empty(rows, 4, splits, dtype=torch.float32, device=device)
         tokens = torch.empty(rows, splits, dtype=torch.int32, device=device)
         _share_kernel[rows, splits](
-            logits, suppress_eos, unlikely_ends, parts, tokens, vocabulary, triton.cdiv(tiles, splits) * TILE,
-            logits.stride(0), mask_id, eos_id, eot_id, TILE=TILE, SPLITS=splits, num_warps=4,
-        )  # fmt: skip
+            logits,
+            suppress_eos,
+            unlikely_ends,
+            parts,
+            tokens,
+            vocabulary,
+            triton.cdiv(tiles, splits) * TILE,
+            logits.stride(0),
+            mask_id,
+            eos_id,
+            eot_id,
+            TILE=TILE,
+            SPLITS=splits,
+            num_warps=4,
+        )
         _row_kernel[rows,](
             logits, suppress_eos, unlikely_ends, parts, tokens, token, prob, margin, lse, sums, vocabulary,
             logits.stride(0), eos_id, eot_id, TILE=TILE, SPLITS=splits, ENTROPY=entropy, num_warps=8,

@@ -54,9 +54,17 @@ def _count_below(score, forced, resident, start, end, low, mid, high, TILE: tl.c
 
 @triton.jit(do_not_specialize=["canvases", "total"], do_not_specialize_on_alignment=["forced", "starts", "places"])
 def _lowest_kernel(
-    score, forced, starts, places, out, canvases, total, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
+    score,
+    forced,
+    starts,
+    places,
+    out,
+    canvases,
+    total,
+    TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     SLOTS: tl.constexpr,
-):  # fmt: skip
+):
     c = tl.program_id(0)
     if c == canvases:  # entries after the last canvas
         for first in range(tl.load(places + canvases).to(tl.int32), total, SLOTS):
@@ -101,7 +109,16 @@ def lowest_rows(score, forced, starts, places, total):
     tile = min(padded(len(score), 512), TILE)  # powers of two limit how many kernels are compiled
     if total:
         _lowest_kernel[len(starts),](
-            score, forced, starts, places, out, len(starts) - 1, total, TILE=tile, ONE_TILE=len(score) <= tile,
-            SLOTS=SLOTS, num_warps=4 if tile <= 1024 else 8,
-        )  # fmt: skip
+            score,
+            forced,
+            starts,
+            places,
+            out,
+            len(starts) - 1,
+            total,
+            TILE=tile,
+            ONE_TILE=len(score) <= tile,
+            SLOTS=SLOTS,
+            num_warps=4 if tile <= 1024 else 8,
+        )
     return out

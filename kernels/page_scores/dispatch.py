@@ -46,9 +46,22 @@ def page_scores(
         ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
         sinks, number = (sink_pages, 0) if isinstance(sink_pages, torch.Tensor) else (None, sink_pages)
         return _page_scores(
-            q, q_starts, ends, voters, statistics.mean, statistics.spread, page_table, num_pages, forced_from, sinks,
-            number, statistics.std_kind, lam, reduce, sharpness,
-        )  # fmt: skip
+            q,
+            q_starts,
+            ends,
+            voters,
+            statistics.mean,
+            statistics.spread,
+            page_table,
+            num_pages,
+            forced_from,
+            sinks,
+            number,
+            statistics.std_kind,
+            lam,
+            reduce,
+            sharpness,
+        )
     arguments = (q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
     return plain.page_scores(*arguments, q_ends, voters, sharpness)
 

@@ -23,9 +23,20 @@ def load_pages(
         there = run >= 0
         name = tl.where(there, 2 * run + position % 2, -1)
         means, spreads = _of_keys(
-            mean, table, name, there, h, stride_mean, stride_mean_head, stride_mean_node,
-            STD_KIND, NODES, SIZE, DIM, DIM_PAD,
-        )  # fmt: skip
+            mean,
+            table,
+            name,
+            there,
+            h,
+            stride_mean,
+            stride_mean_head,
+            stride_mean_node,
+            STD_KIND,
+            NODES,
+            SIZE,
+            DIM,
+            DIM_PAD,
+        )
         unknown = tl.zeros_like(position)
         if STD_KIND == "vector":
             infinite = tl.abs(spreads) == float("inf")
@@ -53,9 +64,20 @@ def load_pages(
 
 @triton.jit
 def _of_keys(
-    cache, table, name, there, h, stride_block, stride_head, stride_key,
-    STD_KIND: tl.constexpr, NODES: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-):  # fmt: skip
+    cache,
+    table,
+    name,
+    there,
+    h,
+    stride_block,
+    stride_head,
+    stride_key,
+    STD_KIND: tl.constexpr,
+    NODES: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
     """Mean and standard deviation [R, DIM_PAD] of the runs `name` [R] of SIZE keys each. NODES: keys per block."""
     channel = tl.arange(0, DIM_PAD)
     first = name * SIZE

@@ -11,9 +11,19 @@ FORCED, LOWEST = 1e30, -1e30
 
 
 def page_scores(
-    q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce, q_ends=None, voters=None,
+    q,
+    q_starts,
+    statistics,
+    page_table,
+    num_pages,
+    forced_from,
+    sink_pages,
+    lam,
+    reduce,
+    q_ends=None,
+    voters=None,
     sharpness=1.0,
-):  # fmt: skip
+):
     """See dispatch.py; -> [B, Hkv, N * n] float64"""
     nodes = statistics.mean.shape[2]
     batch, width = len(page_table), page_table.shape[1] * nodes
@@ -75,8 +85,17 @@ def half_scores(
             statistics = PageStatistics(mean, spread, size, "vector" if lam else "none")
             halves[b, h, : len(half)] = half
             scores[b, h, : len(half)] = page_scores(
-                q[:, h * group : (h + 1) * group], q_starts[b : b + 1], statistics, torch.arange(len(half))[None],
-                torch.tensor([len(half)]), forced_from[b : b + 1], sinks[b : b + 1], lam, reduce, q_ends[b : b + 1],
-                voters, sharpness,
-            )[0, 0]  # fmt: skip
+                q[:, h * group : (h + 1) * group],
+                q_starts[b : b + 1],
+                statistics,
+                torch.arange(len(half))[None],
+                torch.tensor([len(half)]),
+                forced_from[b : b + 1],
+                sinks[b : b + 1],
+                lam,
+                reduce,
+                q_ends[b : b + 1],
+                voters,
+                sharpness,
+            )[0, 0]
     return scores, halves

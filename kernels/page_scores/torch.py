@@ -12,9 +12,19 @@ from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST
 
 
 def page_scores(
-    q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce, q_ends=None, voters=None,
+    q,
+    q_starts,
+    statistics,
+    page_table,
+    num_pages,
+    forced_from,
+    sink_pages,
+    lam,
+    reduce,
+    q_ends=None,
+    voters=None,
     sharpness=1.0,
-):  # fmt: skip
+):
     """See dispatch.py"""
     batch, nodes = len(page_table), statistics.mean.shape[2]
     width, options = page_table.shape[1] * nodes, (lam, reduce, sharpness)

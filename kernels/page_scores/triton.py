@@ -47,9 +47,16 @@ def _votes(voters, number, first, row, rows, GROUP: tl.constexpr):
 
 @triton.jit
 def _logits(
-    rows, means, spreads, lam, sharpness, SHARP: tl.constexpr, STD_KIND: tl.constexpr, WIDTH: tl.constexpr,
+    rows,
+    means,
+    spreads,
+    lam,
+    sharpness,
+    SHARP: tl.constexpr,
+    STD_KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
     DIM: tl.constexpr,
-):  # fmt: skip
+):
     """rows [R, DIM_PAD], means [PAGES, DIM_PAD], spreads [PAGES, WIDTH_PAD] -> [R, PAGES] float32, see __init__.py"""
     scale: tl.constexpr = DIM**-0.5
     if SHARP:
@@ -199,17 +206,41 @@ def _chunks(tiles: int, programs: int, most: int, spread: int, device: torch.dev
 
 
 def page_scores(
-    q, q_starts, q_ends, voters, mean, spread, page_table, num_pages, forced_from, sinks, sink_pages, std_kind, lam,
-    reduce, sharpness,
-):  # fmt: skip
+    q,
+    q_starts,
+    q_ends,
+    voters,
+    mean,
+    spread,
+    page_table,
+    num_pages,
+    forced_from,
+    sinks,
+    sink_pages,
+    std_kind,
+    lam,
+    reduce,
+    sharpness,
+):
     """See dispatch.py"""
     shape = (len(page_table), mean.shape[1], page_table.shape[1] * mean.shape[2])
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     marks = num_pages, forced_from, sink_pages if sinks is None else sinks
     _launch(
-        q, (q_starts, q_ends), voters, (mean, spread), (page_table, None), marks, scores, None, lam, sharpness, reduce,
-        std_kind, 0,
-    )  # fmt: skip
+        q,
+        (q_starts, q_ends),
+        voters,
+        (mean, spread),
+        (page_table, None),
+        marks,
+        scores,
+        None,
+        lam,
+        sharpness,
+        reduce,
+        std_kind,
+        0,
+    )
     return scores
 
 
@@ -222,9 +253,20 @@ def half_scores(
     halves = torch.empty(scores.shape, dtype=torch.int32, device=q.device)
     keys = cache.narrow(3, 0, q.shape[2])
     _launch(
-        q, (q_starts, q_ends), voters, (keys, keys), (block_table, runs), (forced_from, forced_from, sinks), scores,
-        halves, lam, sharpness, reduce, "vector" if lam else "none", size,
-    )  # fmt: skip
+        q,
+        (q_starts, q_ends),
+        voters,
+        (keys, keys),
+        (block_table, runs),
+        (forced_from, forced_from, sinks),
+        scores,
+        halves,
+        lam,
+        sharpness,
+        reduce,
+        "vector" if lam else "none",
+        size,
+    )
     return scores, halves
 
 
@@ -241,20 +283,34 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
     voters = None if voters is None else voters.view(torch.int8)
     inputs = (q, *spans, voters, mean, spread, *tables, *marks)
     numbers = (
-        width, tiles, float(lam), float(sharpness), *q.stride()[:2], *mean.stride()[:3], *spread.stride()[:3],
-        tables[0].stride(0), heads,
-    )  # fmt: skip
+        width,
+        tiles,
+        float(lam),
+        float(sharpness),
+        *q.stride()[:2],
+        *mean.stride()[:3],
+        *spread.stride()[:3],
+        tables[0].stride(0),
+        heads,
+    )
     spread_width = dim if size else spread.shape[3]
     shape = {
-        "STD_KIND": std_kind, "NODES": mean.shape[2], "SIZE": size, "GROUP": heads // kv_heads, "DIM": dim,
-        "DIM_PAD": padded(dim, 16), "WIDTH": spread_width,
+        "STD_KIND": std_kind,
+        "NODES": mean.shape[2],
+        "SIZE": size,
+        "GROUP": heads // kv_heads,
+        "DIM": dim,
+        "DIM_PAD": padded(dim, 16),
+        "WIDTH": spread_width,
         "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
-        "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS), "PAGES": pages,
-        "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1, "SINKS": isinstance(marks[2], torch.Tensor),
+        "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS),
+        "PAGES": pages,
+        "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1,
+        "SINKS": isinstance(marks[2], torch.Tensor),
         "SHARP": sharpness != 1,
         # a program with one or two tiles has nothing to prefetch
         "num_stages": 2 if size else 3 if held else 1,
-    }  # fmt: skip
+    }
     grid = (batch, kv_heads, chunks)
     lse = None
     if reduce == "softmax_sum":

@@ -40,9 +40,17 @@ def _launch(new, old, cosine):
     out = torch.empty((count,) if cosine else (3, count), dtype=torch.float32, device=new.device)
     if count:
         _cosine_kernel[count,](
-            new, old, out, count, width, new.stride(0), old.stride(0), TILE=min(padded(width, 128), TILE),
-            COSINE=cosine, num_warps=4,
-        )  # fmt: skip
+            new,
+            old,
+            out,
+            count,
+            width,
+            new.stride(0),
+            old.stride(0),
+            TILE=min(padded(width, 128), TILE),
+            COSINE=cosine,
+            num_warps=4,
+        )
     return out
 
 

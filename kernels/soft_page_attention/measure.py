@@ -66,7 +66,11 @@ def measure(q: torch.Tensor, k: torch.Tensor, gate: Gate, scale: float, prompt_l
         seen = (position + 1) // gate.page_size if gate.causal else torch.full_like(position, keys // gate.page_size)
         each = 1 if not rows.together else len(rows)  # a shared choice counts once per query
         total += Binding(
-            rows=batch * heads * len(rows), pages=batch * kv_heads * int(seen.sum()), under=each * int(under.sum()),
-            gates=each * float(log_mask.exp()[under].sum()), weight=float(weight), leaked=float(leaked),
-        )  # fmt: skip
+            rows=batch * heads * len(rows),
+            pages=batch * kv_heads * int(seen.sum()),
+            under=each * int(under.sum()),
+            gates=each * float(log_mask.exp()[under].sum()),
+            weight=float(weight),
+            leaked=float(leaked),
+        )
     return total

@@ -81,10 +81,17 @@ def layout(kernel, q, gate, rows, group):
     tiles = (TILES if q.element_size() < 4 else TILES_FLOAT32)[kernel]
     block_r, block_n, warps = tiles[min(width for width in tiles if width >= dim)]
     return {
-        "GROUP": group, "DIM": dim, "DIM_PAD": padded(dim, 16), "PAGE": gate.page_size, "CAUSAL": gate.causal,
-        "TOGETHER": rows.together, "BLOCK_R": min(block_r, padded(count, 16)), "BLOCK_N": min(block_n, gate.page_size),
-        "num_warps": warps, "num_stages": 2 if kernel == "forward" and dim <= 128 else 1,
-    }  # fmt: skip
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_PAD": padded(dim, 16),
+        "PAGE": gate.page_size,
+        "CAUSAL": gate.causal,
+        "TOGETHER": rows.together,
+        "BLOCK_R": min(block_r, padded(count, 16)),
+        "BLOCK_N": min(block_n, gate.page_size),
+        "num_warps": warps,
+        "num_stages": 2 if kernel == "forward" and dim <= 128 else 1,
+    }
 
 
 def forward(q, k, v, log_mask, gate, scale, rows):
@@ -95,9 +102,22 @@ def forward(q, k, v, log_mask, gate, scale, rows):
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     chosen = layout("forward", q, gate, rows, group)
     _forward[triton.cdiv(count, chosen["BLOCK_R"]), batch * kv_heads](
-        q, k, v, log_mask, out, lse, *k.stride()[:3], *v.stride()[:3], kv_heads, count, k.shape[2], log_mask.shape[3],
-        rows.start, scale, **chosen,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        log_mask,
+        out,
+        lse,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        kv_heads,
+        count,
+        k.shape[2],
+        log_mask.shape[3],
+        rows.start,
+        scale,
+        **chosen,
+    )
     return from_rows(out, group), lse
 
 

@@ -4,9 +4,22 @@ import torch
 
 
 def sparse_attention(
-    q, q_starts, cache, page_table, chosen, kv_lens, page_size, scale, causal, q_ends=None, table_pages=1, out=None,
-    rows=None, tails=None, tail=0,
-):  # fmt: skip
+    q,
+    q_starts,
+    cache,
+    page_table,
+    chosen,
+    kv_lens,
+    page_size,
+    scale,
+    causal,
+    q_ends=None,
+    table_pages=1,
+    out=None,
+    rows=None,
+    tails=None,
+    tail=0,
+):
     """See dispatch.py"""
     chosen = listed(chosen, kv_lens, page_size, rows, tails, tail)
     out = torch.empty_like(q) if out is None else out

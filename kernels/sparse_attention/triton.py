@@ -55,9 +55,18 @@ def _named(chosen, width, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _key_offsets(
-    chosen, table, slot, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    chosen,
+    table,
+    slot,
+    named,
+    tail,
+    length,
+    stride_block,
+    stride_key,
+    PAGE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
     PER_ENTRY: tl.constexpr,
-):  # fmt: skip
+):
     """-> positions, cache offsets and validity of the keys `slot` [KEYS], counted over all pages that are read: first
     the `named` entries of `chosen`, then the pages from `tail` on"""
     entry = slot // PAGE
@@ -72,9 +81,19 @@ def _key_offsets(
 
 @triton.jit
 def _neighbour_offsets(
-    chosen, table, start, named, tail, length, stride_block, stride_key, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
-    PER_ENTRY: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    chosen,
+    table,
+    start,
+    named,
+    tail,
+    length,
+    stride_block,
+    stride_key,
+    PAGE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PER_ENTRY: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Like _key_offsets for KEYS consecutive slots from `start` on that lie in one page, which is looked up once."""
     entry = start // PAGE
     beyond = -1 if tail is None else entry + (tail - named)
@@ -178,8 +197,17 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["q_starts", "q_ends"])
 def _merge_kernel(
-    partial, lse, out, q_starts, q_ends, batch, heads, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-):  # fmt: skip
+    partial,
+    lse,
+    out,
+    q_starts,
+    q_ends,
+    batch,
+    heads,
+    SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
     """partial [rows, SPLITS, DIM], lse [rows, SPLITS] -> out [rows, DIM]"""
     row = tl.program_id(0).to(tl.int64)
     owners = tl.zeros([], tl.int32)
@@ -264,5 +292,14 @@ def sparse_attention_into(
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[queries * heads,](
-            partial, lse, out, q_starts, q_ends, batch, heads, SPLITS=splits, DIM=dim, DIM_PAD=padded(dim, 16),
-        )  # fmt: skip
+            partial,
+            lse,
+            out,
+            q_starts,
+            q_ends,
+            batch,
+            heads,
+            SPLITS=splits,
+            DIM=dim,
+            DIM_PAD=padded(dim, 16),
+        )

@@ -50,9 +50,21 @@ def _three_counts(keys, first, second, third):
 
 @triton.jit(do_not_specialize=["k", "room_for"], do_not_specialize_on_alignment=["kept", "rows"])
 def _top_kernel(
-    scores, kept, names, chosen, rows, width, k, room_for, heads, stride_row, stride_head,
-    TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    scores,
+    kept,
+    names,
+    chosen,
+    rows,
+    width,
+    k,
+    room_for,
+    heads,
+    stride_row,
+    stride_head,
+    TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """scores [B * heads, width] -> chosen [B, or the rows that `rows` selects, heads, room_for >= k]"""
     row = tl.program_id(0).to(tl.int64)
     scores += row * width
@@ -117,18 +129,41 @@ def store_top_pages(out, rows, scores, k, kept, names):
     room_for, tile = out.shape[2], min(padded(width, 128), TILE)
     if batch and room_for:
         _top_kernel[batch * heads,](
-            scores.contiguous(), kept, names, out, rows, width, k, room_for, heads, *out.stride()[:2],
-            TILE=tile, ONE_TILE=width <= tile, SLOTS=min(padded(room_for, 128), TILE),
+            scores.contiguous(),
+            kept,
+            names,
+            out,
+            rows,
+            width,
+            k,
+            room_for,
+            heads,
+            *out.stride()[:2],
+            TILE=tile,
+            ONE_TILE=width <= tile,
+            SLOTS=min(padded(room_for, 128), TILE),
             # a single warp needs no synchronization, which is faster while its registers hold the row
             num_warps=1 if tile <= 512 else 4 if tile < TILE else 8,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["number", "most"], do_not_specialize_on_alignment=["rows", "known"])
 def _overlap_kernel(
-    pages, before, rows, known, found, number, most, stride_b, stride_h, stride_before_b, stride_before_h,
-    K: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    pages,
+    before,
+    rows,
+    known,
+    found,
+    number,
+    most,
+    stride_b,
+    stride_h,
+    stride_before_b,
+    stride_before_h,
+    K: tl.constexpr,
+    STEPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Stores found [2, B, Hkv]: number of pages of a head that are in `before`, and number of pages. Pages are found by
     binary search."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -183,11 +218,31 @@ def unless_alike(pages, before, rows, known, share):
     strides, tile = (*pages.stride()[:2], *before.stride()[:2]), min(padded(k, 128), 1024)
     known = known.view(torch.int8)
     _overlap_kernel[batch, kv_heads](
-        pages, before, rows, known, found, batch * kv_heads, most, *strides,
-        K=k, STEPS=most.bit_length() + 1, TILE=tile,
-    )  # fmt: skip
+        pages,
+        before,
+        rows,
+        known,
+        found,
+        batch * kv_heads,
+        most,
+        *strides,
+        K=k,
+        STEPS=most.bit_length() + 1,
+        TILE=tile,
+    )
     _unless_kernel[batch, kv_heads](
-        pages, before, rows, known, found, left, batch * kv_heads, most, float(share), *strides,
-        K=k, TILE=tile, HEADS_PAD=padded(kv_heads),
-    )  # fmt: skip
+        pages,
+        before,
+        rows,
+        known,
+        found,
+        left,
+        batch * kv_heads,
+        most,
+        float(share),
+        *strides,
+        K=k,
+        TILE=tile,
+        HEADS_PAD=padded(kv_heads),
+    )
     return left

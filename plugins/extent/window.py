@@ -20,10 +20,14 @@ class Window(Extent):
     name: ClassVar[str] = "window"
     #: published for LLaDA-1.5, LLaDA-Instruct and Dream-Base at 512 tokens
     presets: ClassVar[dict[str, dict]] = {
-        "llada-humaneval": {"window": 96}, "llada-mbpp": {"window": 96}, "llada-gsm8k": {"window": 96},
-        "llada-math": {"window": 96}, "dream-mbpp": {"window": 192}, "dream-gsm8k": {"window": 32},
+        "llada-humaneval": {"window": 96},
+        "llada-mbpp": {"window": 96},
+        "llada-gsm8k": {"window": 96},
+        "llada-math": {"window": 96},
+        "dream-mbpp": {"window": 192},
+        "dream-gsm8k": {"window": 32},
         "dream-math": {"window": 32},
-    }  # fmt: skip
+    }
     grows: ClassVar[bool] = True
 
     window: int = 96  # W

@@ -168,8 +168,17 @@ class FeedForward:
 
 Ask = Heads | AttendMoved | Attend | Output | FeedForward
 ORDER: tuple[type, ...] = (
-    Value, QueryKeyValue, KeyValue, QueryKey, Query, Key, AttendMoved, Attend, Output, FeedForward,
-)  # fmt: skip
+    Value,
+    QueryKeyValue,
+    KeyValue,
+    QueryKey,
+    Query,
+    Key,
+    AttendMoved,
+    Attend,
+    Output,
+    FeedForward,
+)
 #: result of a flow: rows, and the two summands of the residual stream after the layer
 Behind = tuple[Rows, torch.Tensor, torch.Tensor]
 Flow = Generator[Ask, Any, Behind]

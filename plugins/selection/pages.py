@@ -42,9 +42,11 @@ class PageSelection(Selection):
         check(self.select_every >= 1, "select_every", self.select_every, "at least 1")
         least = (self.sink_pages + self.recent_pages + 1) * size
         check(
-            self.budget_tokens >= least, "budget_tokens", self.budget_tokens,
+            self.budget_tokens >= least,
+            "budget_tokens",
+            self.budget_tokens,
             f"at least {least}: the sink and recent pages and one to choose",
-        )  # fmt: skip
+        )
 
     # -- what a method implements ----------------------------------------------------------
 

@@ -52,9 +52,18 @@ class Unique(PageSelection):
 
     def scores(self, asked: ChoiceQuery) -> torch.Tensor:
         return page_scores(
-            asked.q, asked.starts, self._statistics(asked.summaries), asked.table, asked.counts,
-            self.forced_from(asked), self.sink_pages, self.lam, self.reduce, asked.ends, asked.voters(self.query_set),
-        )  # fmt: skip
+            asked.q,
+            asked.starts,
+            self._statistics(asked.summaries),
+            asked.table,
+            asked.counts,
+            self.forced_from(asked),
+            self.sink_pages,
+            self.lam,
+            self.reduce,
+            asked.ends,
+            asked.voters(self.query_set),
+        )
 
     def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
         store_statistics(cache, page_ids, self._statistics(summaries))

@@ -40,14 +40,25 @@ class WaveFilter(Selection):
     presets: ClassVar[dict[str, dict]] = {
         "paper": {},
         "serve": {
-            "proportions": (0.6, 0.6, 0.444), "token_stage": True, "detail_lambda": 0.5, "reselect": "drift:0.9",
-            "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
+            "proportions": (0.6, 0.6, 0.444),
+            "token_stage": True,
+            "detail_lambda": 0.5,
+            "reselect": "drift:0.9",
+            "query_set": "masked",
+            "keep_sink": 16,
+            "keep_tail": 64,
         },
         "serve-page": {
-            "levels": 4, "granularity": "page", "proportions": (0.16,), "detail_lambda": 0.5, "reselect": "step",
-            "query_set": "masked", "keep_sink": 16, "keep_tail": 64,
+            "levels": 4,
+            "granularity": "page",
+            "proportions": (0.16,),
+            "detail_lambda": 0.5,
+            "reselect": "step",
+            "query_set": "masked",
+            "keep_sink": 16,
+            "keep_tail": 64,
         },
-    }  # fmt: skip
+    }
 
     wavelet: str = "haar"  # psi: any orthogonal wavelet of PyWavelets
     levels: int = 2  # B
@@ -73,22 +84,30 @@ class WaveFilter(Selection):
         given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
         check(
             len(given) in (1, self.stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in given),
-            "proportions", self.proportions, f"one number in (0, 1], or {self.stages} of them: one for each scale",
-        )  # fmt: skip
+            "proportions",
+            self.proportions,
+            f"one number in (0, 1], or {self.stages} of them: one for each scale",
+        )
         check(self.budget is None or self.budget > 0, "budget", self.budget, "a share below 1 or a number of tokens")
         check(self.detail_lambda >= 0, "detail_lambda", self.detail_lambda, "at least 0")
         check(
-            not self.detail_lambda or self.wavelet == "haar", "detail_lambda", self.detail_lambda,
+            not self.detail_lambda or self.wavelet == "haar",
+            "detail_lambda",
+            self.detail_lambda,
             "0 with wavelets other than haar, whose details belong to no block",
-        )  # fmt: skip
+        )
         check(
-            not (self.token_stage and self.granularity == "page"), "token_stage", self.token_stage,
+            not (self.token_stage and self.granularity == "page"),
+            "token_stage",
+            self.token_stage,
             "off with granularity 'page'",
-        )  # fmt: skip
+        )
         check(
-            not (self.wavelet != "haar" and self.granularity == "page"), "granularity", self.granularity,
+            not (self.wavelet != "haar" and self.granularity == "page"),
+            "granularity",
+            self.granularity,
             "'token' with wavelets other than haar",
-        )  # fmt: skip
+        )
         check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
         check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
         check(
@@ -212,10 +231,22 @@ class WaveFilter(Selection):
         """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
-        return self._of_heads(page_scores(
-            asked.q, asked.starts, statistics, asked.table, asked.counts, forced_from, sinks, self.detail_lambda,
-            self.agg, asked.ends, asked.voters(self.query_set), self._sharpness(self.levels),
-        ))  # fmt: skip
+        return self._of_heads(
+            page_scores(
+                asked.q,
+                asked.starts,
+                statistics,
+                asked.table,
+                asked.counts,
+                forced_from,
+                sinks,
+                self.detail_lambda,
+                self.agg,
+                asked.ends,
+                asked.voters(self.query_set),
+                self._sharpness(self.levels),
+            )
+        )
 
     def _halves(
         self, asked: ChoiceQuery, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor
@@ -226,17 +257,37 @@ class WaveFilter(Selection):
         voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
             scores, halves = half_scores(
-                asked.q, asked.starts, asked.ends, prompts.cache, prompts.table, runs, 2**scale, forced_from, sinks,
-                self.detail_lambda, self.agg, voters, sharpness,
-            )  # fmt: skip
+                asked.q,
+                asked.starts,
+                asked.ends,
+                prompts.cache,
+                prompts.table,
+                runs,
+                2**scale,
+                forced_from,
+                sinks,
+                self.detail_lambda,
+                self.agg,
+                voters,
+                sharpness,
+            )
             return self._of_heads(scores), halves
         keys, counts = prompts.keys(runs, 2 ** (scale + 1)).flatten(2, 3), 2 * above
         band = self._band(keys, scale, None if len(runs) == 1 else counts << scale).to(keys.dtype)
         scores = page_scores(
-            asked.q, asked.starts, PageStatistics(band, band, 2**scale, "none"),
-            torch.arange(len(runs), device=runs.device)[:, None], counts * (runs[:, 0, 0] >= 0), forced_from, sinks,
-            0.0, self.agg, asked.ends, voters, sharpness,
-        )  # fmt: skip
+            asked.q,
+            asked.starts,
+            PageStatistics(band, band, 2**scale, "none"),
+            torch.arange(len(runs), device=runs.device)[:, None],
+            counts * (runs[:, 0, 0] >= 0),
+            forced_from,
+            sinks,
+            0.0,
+            self.agg,
+            asked.ends,
+            voters,
+            sharpness,
+        )
         halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype, device=runs.device)).flatten(2)
         return self._of_heads(scores), halves
 

@@ -57,8 +57,12 @@ def test_what_a_gpu_tells_first():
 
 def test_every_quoted_time_is_part_of_the_cpus_run():
     parts = planned("all").parts
-    cells = {(part.table, cell.work.policy, cell.work.prompt, cell.work.requests)
-             for part in parts if part.suite == "speed" for cell in part.cells}  # fmt: skip
+    cells = {
+        (part.table, cell.work.policy, cell.work.prompt, cell.work.requests)
+        for part in parts
+        if part.suite == "speed"
+        for cell in part.cells
+    }
     for prompt in (1024, 4096):
         for count in (1, 8):
             assert {("speed-reuse", policy, prompt, count) for policy in speed.REUSE} <= cells
@@ -73,8 +77,10 @@ def test_every_quoted_time_is_part_of_the_cpus_run():
 def test_only_takes_parts_or_cells():
     parts = runner.chosen(planned("all", "--device", "cuda").parts, ["recorded runs", "dual 1024 x1"])
     names = [cell.name for part in parts if part.table == "gpu-denoising" for cell in part.cells]
-    assert names == [f"{shape} fast_dllm/dual 1024 x1{how}" for shape, how in
-                     (("llada-8b", ""), ("llada-8b", " eager"), ("dream-7b", ""))]  # fmt: skip
+    assert names == [
+        f"{shape} fast_dllm/dual 1024 x1{how}"
+        for shape, how in (("llada-8b", ""), ("llada-8b", " eager"), ("dream-7b", ""))
+    ]
     assert len(next(part for part in parts if part.name == "recorded runs").cells) > 1
 
 

@@ -16,10 +16,15 @@ def write(folder, name: str, rows: list[dict], before: float = 0.1) -> None:
 
 def test_the_pages_quote_what_the_tables_say(tmp_path):
     cell = {"prompt": 1024, "requests": 1}
-    write(tmp_path, "speed-reuse", [
-        {"method": "fast_dllm/dual", "vs_none": 12.34} | cell, {"method": "dllm_cache", "vs_none": 9.87} | cell,
-        {"method": "dllm_cache", "vs_none": 5.0, "prompt": 4096, "requests": 8},
-    ])  # fmt: skip
+    write(
+        tmp_path,
+        "speed-reuse",
+        [
+            {"method": "fast_dllm/dual", "vs_none": 12.34} | cell,
+            {"method": "dllm_cache", "vs_none": 9.87} | cell,
+            {"method": "dllm_cache", "vs_none": 5.0, "prompt": 4096, "requests": 8},
+        ],
+    )
     text = quoted.table(tmp_path)
     (alone,) = [line for line in text.splitlines() if "1,024 prompt + 128 new tokens, 1 request:" in line]
     assert "| 12.3x, 9.9x, not measured |" in alone

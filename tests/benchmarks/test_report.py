@@ -15,11 +15,14 @@ def table(around: Load, **more) -> Report:
         title="A table",
         settings=SETTINGS | surroundings(2, around) | more,
         columns=[
-            Column("method", "method"), Column("speed", "t/s", "{:.1f}"), Column("ratio", "×"), Column("unused", "?"),
+            Column("method", "method"),
+            Column("speed", "t/s", "{:.1f}"),
+            Column("ratio", "×"),
+            Column("unused", "?"),
         ],
         notes=["tokens/s counts delivered tokens"],
         rows=[{"method": "none", "speed": 1.25, "more": 3}, {"method": "loop", "speed": 1.0, "ratio": 2}],
-    )  # fmt: skip
+    )
 
 
 def bars(figure, rows):

@@ -173,9 +173,15 @@ def test_only_speed_and_pages_take_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "name, bandwidth",
-    [("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA H100 PCIe", 2.0e12), ("NVIDIA H200", 4.8e12),
-     ("NVIDIA A100-SXM4-80GB", 2.04e12), ("NVIDIA L40S", 0.864e12), ("NVIDIA GH200 480GB", 4.0e12)],
-)  # fmt: skip
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35e12),
+        ("NVIDIA H100 PCIe", 2.0e12),
+        ("NVIDIA H200", 4.8e12),
+        ("NVIDIA A100-SXM4-80GB", 2.04e12),
+        ("NVIDIA L40S", 0.864e12),
+        ("NVIDIA GH200 480GB", 4.0e12),
+    ],
+)
 def test_datasheets_are_those_of_the_device(name, bandwidth):
     assert device.datasheet(name)[0] == bandwidth
     measured = {"read_bytes_per_s": 1.0, "copy_bytes_per_s": 2.0, "flops_per_s": 3.0}

@@ -52,8 +52,12 @@ def test_ratios_of_rows():
     found = {(r["method"], r["requests"]): r for r in speed_table.finished(given)}
     ratios = [(r["vs_loop"], r.get("vs_none"), r.get("vs_host"), r.get("vs_one")) for r in found.values()]
     assert ratios == [
-        (1, None, None, None), (4, 1, None, None), (4, 1, None, 1), (16, 4, None, None), (32, 8, 0.5, None),
-    ]  # fmt: skip
+        (1, None, None, None),
+        (4, 1, None, None),
+        (4, 1, None, 1),
+        (16, 4, None, None),
+        (32, 8, 0.5, None),
+    ]
     assert found["none", 1]["flops_vs_loop"] == 1 and "flops_vs_loop" not in found["none", 2]
 
 
@@ -88,10 +92,13 @@ def test_drafts_must_give_the_texts_of_one_token_a_step():
 
 def test_bars_are_told_from_their_rows():
     cell = {"shape": "llada-8b", "method": "fast_dllm/dual", "prompt": 1024, "ms_per_step": 5.0, "of_weights": 0.62}
-    both = speed_table.finished([
-        cell | {"requests": 32, "tokens_per_s": 1800.0}, cell | {"requests": 1, "tokens_per_s": 200.0},
-        {"failed": "none: no"},
-    ])  # fmt: skip
+    both = speed_table.finished(
+        [
+            cell | {"requests": 32, "tokens_per_s": 1800.0},
+            cell | {"requests": 1, "tokens_per_s": 200.0},
+            {"failed": "none: no"},
+        ]
+    )
     assert [row.get("requests") for row in both] == [1, 32, None]
     assert [told.rpartition(": ")[2] for told in speed_table.bars(both)] == ["62%.", "9.0 times."]
     cell = {"shape": "llama-3-8b", "context": 131072, "asked": 8, "requests": 3, "bound_ms": 1.0}
@@ -178,8 +185,16 @@ def exact_flops(shape, rows: int, steps: int, block: int = 32) -> int:
 
 def test_a_cell_of_each_table(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
-    only = ("kernel wavelet", "kernel sparse", "llada fast_dllm/dual", "toy-llada none 48 x1", "toy-llama dense 1024",
-            "toy-llama unique 1024", "one token a step x1", "4 drafts x1")  # fmt: skip
+    only = (
+        "kernel wavelet",
+        "kernel sparse",
+        "llada fast_dllm/dual",
+        "toy-llada none 48 x1",
+        "toy-llama dense 1024",
+        "toy-llama unique 1024",
+        "one token a step x1",
+        "4 drafts x1",
+    )
     words = [word for one in only for word in ("--only", one)]
     runner.run(options("all", "--device", "cuda", "--toy", "--in-process", "--results", str(tmp_path), *words))
     found = {name: rows(tmp_path, f"{name}-cpu") for name in GPU_TABLES if name != "gpu-kernels"}
@@ -206,9 +221,14 @@ def test_a_cell_of_each_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, words", [
-    ("all", ("--device", "cuda")), ("all", ()), *((name, ()) for name in suite.SUITES if name not in ("correctness",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("all", ("--device", "cuda")),
+        ("all", ()),
+        *((name, ()) for name in suite.SUITES if name not in ("correctness",)),
+    ],
+)
 def test_toy_runs(name, words, tmp_path, monkeypatch):
     """As a user runs them, each engine in its process"""
     monkeypatch.setenv("DLM_BENCH_CACHE", str(tmp_path / "cache"))

@@ -65,9 +65,12 @@ def test_vllm_starts_when_it_is_told_to_load_this_plugin_alone(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_TARGET_DEVICE"}
     done = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=environment | {"PYTHONPATH": path, "VLLM_PLUGINS": "vllm_dlm"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0.32")
 

@@ -34,9 +34,13 @@ def combinations(selection: str):
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
-            temperature=0.8 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            temperature=0.8 * (index % 3 == 0),
+            seed=index,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra,
-        )  # fmt: skip
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 90))]}, params
 
 

@@ -19,9 +19,13 @@ def requests(count=24, longest=120):
         if index % 5 == 3:
             extra["dlm_selection"] = "none"
         params = SamplingParams(
-            temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            temperature=0.5 * (index % 3 == 0),
+            seed=index,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra,
-        )  # fmt: skip
+        )
         yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(90, longest))]}, params
 
 

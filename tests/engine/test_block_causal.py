@@ -49,14 +49,20 @@ def test_recorded_run(engines, name):
     """Token for token, and step for step what the block was; no step is made to commit a block."""
     run, arrays = RUNS[name], recorded(name)
     extra = {
-        "dlm_decoding": "low_confidence_dynamic", "dlm_steps": run["steps"], "dlm_block_length": run["B"],
+        "dlm_decoding": "low_confidence_dynamic",
+        "dlm_steps": run["steps"],
+        "dlm_block_length": run["B"],
         "dlm_threshold": "none" if run["threshold"] > 1 else run["threshold"],
-    }  # fmt: skip
+    }
     ends = name.startswith("llada20")  # SDAR's loop was told of none
     params = SamplingParams(
-        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
+        temperature=0,
+        max_tokens=run["G"],
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
         stop_token_ids=[run["eos"]] if ends else None,
-    )  # fmt: skip
+    )
     llm = engines(run["ckpt"])
     with Blocks(llm) as blocks:
         (got,) = tokens(llm, [({"prompt_token_ids": arrays["prompt"].tolist()}, params)])
@@ -72,13 +78,20 @@ def test_recorded_run(engines, name):
 def test_recorded_run_with_edits(engines, name):
     run, arrays = RUNS[name], recorded(name)
     extra = {
-        "dlm_decoding": "token_editing", "dlm_block_length": run["B"], "dlm_threshold": run["threshold"],
-        "dlm_editing_threshold": run["editing_threshold"], "dlm_max_post_steps": run["max_post_steps"],
-    }  # fmt: skip
+        "dlm_decoding": "token_editing",
+        "dlm_block_length": run["B"],
+        "dlm_threshold": run["threshold"],
+        "dlm_editing_threshold": run["editing_threshold"],
+        "dlm_max_post_steps": run["max_post_steps"],
+    }
     params = SamplingParams(
-        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
+        temperature=0,
+        max_tokens=run["G"],
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
         stop_token_ids=[run["eos"]],
-    )  # fmt: skip
+    )
     llm = engines(run["ckpt"])
     with Blocks(llm) as blocks:
         (got,) = tokens(llm, [({"prompt_token_ids": arrays["prompt"].tolist()}, params)])
@@ -104,9 +117,13 @@ def mixed(count: int, most: int = 40):
         elif index % 4 == 1:
             extra["dlm_threshold"] = 0.05
         params = SamplingParams(
-            temperature=0.8 * (index % 3 == 0), seed=index, max_tokens=rng.randint(1, most), ignore_eos=True,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.8 * (index % 3 == 0),
+            seed=index,
+            max_tokens=rng.randint(1, most),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield (
             {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.choice([1, 3, 4, 16, rng.randint(1, 120)]))]},
             params,
@@ -225,9 +242,12 @@ def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
         extra = {"dlm_block_length": width} | ({"dlm_cfg_scale": 0.5} if guided else {})
         room = 101 - prompt
         params = SamplingParams(
-            temperature=0, max_tokens=[room, 1, max(room - 1, 1)][index % 3], ignore_eos=True, detokenize=False,
+            temperature=0,
+            max_tokens=[room, 1, max(room - 1, 1)][index % 3],
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra,
-        )  # fmt: skip
+        )
         given.append(({"prompt_token_ids": [7 + (index * token) % 300 for token in range(prompt)]}, params))
     prompts, params = zip(*given, strict=True)
     outputs = [output.outputs[0] for output in llm.generate(list(prompts), list(params), use_tqdm=False)]
@@ -241,11 +261,18 @@ def test_a_block_cut_by_the_model_s_length_is_one_of_that_width(engines, checkpo
     """Where the first block is wider than all there is, its width does not matter."""
     llm, extra = engines(checkpoint, max_model_len=101), {"dlm_threshold": "none"}
     given = [
-        ({"prompt_token_ids": list(range(20, 110))}, SamplingParams(
-            temperature=0, max_tokens=11, ignore_eos=True, detokenize=False,
-            extra_args=extra | {"dlm_block_length": width},
-        )) for width in (101, 128, 200)
-    ]  # fmt: skip
+        (
+            {"prompt_token_ids": list(range(20, 110))},
+            SamplingParams(
+                temperature=0,
+                max_tokens=11,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra | {"dlm_block_length": width},
+            ),
+        )
+        for width in (101, 128, 200)
+    ]
     whole, *cut = tokens(llm, given)
     assert len(whole) == 11 and cut == [whole, whole]
 
@@ -324,9 +351,15 @@ def with_experts(folder, normalised: bool):
                 weights[f"{prefix}.experts.{expert}.{part}_proj.weight"] = torch.randn(*shape, generator=g) * 0.12
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text()) | {
-        "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "num_experts": 8, "num_experts_per_tok": 3,
-        "moe_intermediate_size": 64, "norm_topk_prob": normalised, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    }  # fmt: skip
+        "architectures": ["SDARMoeForCausalLM"],
+        "model_type": "sdar_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": normalised,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return weights
 

@@ -35,9 +35,13 @@ def mixed(count: int, seed: int = 4):
         if index % 5 == 4:
             extra["dlm_selection"] = "none"
         params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0), seed=index, max_tokens=rng.choice([5, 30, 60]), ignore_eos=True,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.8 * (index % 4 == 0),
+            seed=index,
+            max_tokens=rng.choice([5, 30, 60]),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.choice([3, 70, 97, 140]))]}, params
 
 
@@ -65,8 +69,13 @@ def test_seeing_all_is_the_model(engines, monkeypatch, checkpoint, name):
         params.extra_args.pop("dlm_selection", None)
     want = tokens(engines(checkpoint), given)
     llm, method = engine(engines, checkpoint, KEEP_ALL[name]), methods("selection")[KEEP_ALL[name]["name"]]
-    monkeypatch.setattr(method, "applies", lambda self, prompt_len, length: prompt_len >= 2**self.levels
-                        if hasattr(self, "levels") else prompt_len >= self.page_size)  # fmt: skip
+    monkeypatch.setattr(
+        method,
+        "applies",
+        lambda self, prompt_len, length: (
+            prompt_len >= 2**self.levels if hasattr(self, "levels") else prompt_len >= self.page_size
+        ),
+    )
     with Counted(llm) as counted:
         assert tokens(llm, given) == want
     assert counted.total("keys_scored") > 0
@@ -142,9 +151,12 @@ def test_keys_of_what_is_finished_are_the_models_own(engines, checkpoint):
 
     def keys(of, selection, prompt, length):
         params = SamplingParams(
-            temperature=0, max_tokens=length, ignore_eos=True, detokenize=False,
+            temperature=0,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra | {"dlm_selection": selection},
-        )  # fmt: skip
+        )
         with Tables(of) as tables:
             (got,) = tokens(of, [({"prompt_token_ids": prompt}, params)])
         kept = torch.stack([cache[tables.kv].transpose(1, 2).flatten(0, 1) for cache in tables.denoiser.blocks.layers])

@@ -32,9 +32,16 @@ def capturing(room: int = 1 << 40, most_rows: int = 2048, **kwargs) -> CapturedS
     """Captured steps of a model without layers; its hidden states are zeros."""
     shape = BlockShape(16, 2, 16, RowShape(32, WIDTH))
     made = CapturedSteps(
-        lambda packed, counts: torch.zeros(len(packed.ids), WIDTH), repeated, shape, torch.device("cpu"), LONGEST,
-        most_rows, room, COSTS, **kwargs,
-    )  # fmt: skip
+        lambda packed, counts: torch.zeros(len(packed.ids), WIDTH),
+        repeated,
+        shape,
+        torch.device("cpu"),
+        LONGEST,
+        most_rows,
+        room,
+        COSTS,
+        **kwargs,
+    )
     made.captures = []
     capture = made.capture
 
@@ -52,9 +59,16 @@ def partial(reuse: Reuse, rows: int = 30, budget: int | None = 0, feature_rows: 
     live = span(prompt, length)
     plan = StepPlan(live, live if budget == 0 else live[:0], budget, rows, refresh=False)
     return Stream(
-        reuse, plan, np.zeros(length, np.int64), NOTHING, NOTHING, (prompt, length), feature_rows,
-        kv_table=np.arange(1 + length // 16), feature_table=np.arange(length),
-    )  # fmt: skip
+        reuse,
+        plan,
+        np.zeros(length, np.int64),
+        NOTHING,
+        NOTHING,
+        (prompt, length),
+        feature_rows,
+        kv_table=np.arange(1 + length // 16),
+        feature_table=np.arange(length),
+    )
 
 
 def times(captured: CapturedSteps, stream: Stream, count: int) -> list[bool]:

@@ -40,9 +40,14 @@ class Capturing(CapturedSteps):
         longest, costs = runner.max_model_len, runner.captured_costs
         super().__init__(
             lambda packed, counts: denoise_live(denoiser.model, packed, denoiser.blocks, counts),
-            repeated, denoiser.shape, denoiser.device, longest, runner.max_rows,
-            costs.room(longest) if room is None else room, costs,
-        )  # fmt: skip
+            repeated,
+            denoiser.shape,
+            denoiser.device,
+            longest,
+            runner.max_rows,
+            costs.room(longest) if room is None else room,
+            costs,
+        )
         self.met = []
         self.partial_alone = False
 
@@ -92,9 +97,13 @@ def some(reuse: str, count: int, guided: bool = False):
         if guided and index % 3 == 1:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
-            temperature=0.5 * (index % 4 == 3), seed=index, max_tokens=rng.randint(8, 40), ignore_eos=True,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.5 * (index % 4 == 3),
+            seed=index,
+            max_tokens=rng.randint(8, 40),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(1, 60))]}, params
 
 
@@ -185,12 +194,16 @@ def test_what_is_captured_at_start_does_not_depend_on_confidence(engines, captur
 @pytest.mark.parametrize(
     "reuse",
     [
-        {"name": "dllm_cache"}, {"name": "dllm_cache", "response_interval": 1},
-        {"name": "dllm_cache", "prompt_interval": 2}, {"name": "dyllm", "full_steps": 40},
-        {"name": "dyllm", "whole_interval": 2}, {"name": "fast_dllm/prefix"}, {"name": "none"},
+        {"name": "dllm_cache"},
+        {"name": "dllm_cache", "response_interval": 1},
+        {"name": "dllm_cache", "prompt_interval": 2},
+        {"name": "dyllm", "full_steps": 40},
+        {"name": "dyllm", "whole_interval": 2},
+        {"name": "fast_dllm/prefix"},
+        {"name": "none"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_most_common_partial_step(engines, checkpoint, reuse):
     runner = runner_of(engines(checkpoint))
     options = server_options({"reuse": reuse}, "low_confidence")
@@ -236,9 +249,12 @@ def test_every_boundary_is_crossed(engines, capturing):
     llm = engines("llada-tiny", max_num_batched_tokens=4096)
     longest = runner_of(llm).max_model_len
     params = SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=40,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40},
-    )  # fmt: skip
+    )
     given = [({"prompt_token_ids": [7 + index] * (3 + index)}, params) for index in range(33)]
     alone = [tokens(llm, [request])[0] for request in given]
     captured = capturing(llm)

@@ -85,9 +85,15 @@ def test_the_tokens_that_templates_allow_need_not_fit_beside_captured_tables():
     denoiser = Denoiser(None, head, shape, 4096, torch.device("cpu"))
     denoiser.upload = as_on_a_gpu()
     denoiser.captured = captured = CapturedSteps(
-        lambda packed, counts: torch.zeros(len(packed.ids), WIDTH), repeated, shape, torch.device("cpu"), 256, 4096,
-        costs.room(256), costs,
-    )  # fmt: skip
+        lambda packed, counts: torch.zeros(len(packed.ids), WIDTH),
+        repeated,
+        shape,
+        torch.device("cpu"),
+        256,
+        4096,
+        costs.room(256),
+        costs,
+    )
     states = [templated(number) for number in range(16)]
     tables = {state.req_id: np.arange(1, 9) for state in states}
     captured.capture_all(states[0].streams(denoiser.caches, tables["r0"])[0])

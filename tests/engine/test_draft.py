@@ -46,8 +46,11 @@ def test_as_by_hand(engines, checkpoint, behind):
 def test_nothing_doubted_and_everything(engines, checkpoint):
     llm, rng = engines(checkpoint), random.Random(2)
     prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
-    kept, anew, plain = (request(prompt, draft, 12, dlm_remask=0), request(prompt, draft, 12, dlm_remask=1),
-                         request(prompt, draft, 12))  # fmt: skip
+    kept, anew, plain = (
+        request(prompt, draft, 12, dlm_remask=0),
+        request(prompt, draft, 12, dlm_remask=1),
+        request(prompt, draft, 12),
+    )
     del plain[1].extra_args["dlm_start"]
     same, other, without = tokens(llm, [kept, anew, plain])
     assert same == tuple(draft) and other == without
@@ -67,9 +70,11 @@ def mixed(selection: str):
     decodings = sorted(methods("decoding"))
     for index in range(max(len(decodings), len(POLICIES)) + 4):
         extra = {
-            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
-        }  # fmt: skip
+            "dlm_decoding": decodings[index % len(decodings)],
+            "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_selection": "none" if index % 5 == 4 else selection,
+            "dlm_block_length": 6,
+        }
         length = rng.randint(4, 14)
         if index % 3:
             draft = [rng.randrange(390) for _ in range(rng.randint(1, length))]
@@ -79,9 +84,13 @@ def mixed(selection: str):
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0), seed=index, max_tokens=length, ignore_eos=True, detokenize=False,
+            temperature=0.8 * (index % 4 == 0),
+            seed=index,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra,
-        )  # fmt: skip
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 70))]}, params
 
 
@@ -151,7 +160,7 @@ REFUSED = {
     "too long": ({"dlm_start": [5] * 9}, "max_tokens: 8 cannot be honoured, the starting text has 9 tokens"),
     "a window": ({"dlm_start": [5], "dlm_window": 3}, "dlm_extent: a starting text is read as a whole"),
     "a template": ({"dlm_start": [5], "dlm_template": "[[3]]"}, "dlm_start: (5,) cannot be honoured, a template says"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("extra", "says"), REFUSED.values(), ids=REFUSED)

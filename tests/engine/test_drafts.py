@@ -28,8 +28,11 @@ def given(count: int, drafts: int, new: int = 24, **more):
     rng = random.Random(count)
     for _ in range(count):
         extra = {
-            "dlm_decoding": "freedave", "dlm_drafts": drafts, "dlm_reuse": "fast_dllm/dual", "dlm_block_length": 8,
-        }  # fmt: skip
+            "dlm_decoding": "freedave",
+            "dlm_drafts": drafts,
+            "dlm_reuse": "fast_dllm/dual",
+            "dlm_block_length": 8,
+        }
         params = SamplingParams(
             temperature=0, max_tokens=rng.randint(1, new), ignore_eos=True, detokenize=False, extra_args=extra | more
         )
@@ -66,14 +69,21 @@ def test_drafts_give_way_to_what_they_do_not_go_with(engines):
     llm = engines("llada-tiny")
     plain = next(given(1, 4))
     for fields, more in (
-        ({}, {"dlm_cfg_scale": 0.5}), ({"logprobs": 1}, {}), ({"temperature": 0.7, "seed": 1}, {}),
-        ({}, {"dlm_reuse": "fast_dllm/prefix"}), ({}, {"dlm_reuse": "dllm_cache"}), ({}, {"dlm_reuse": "none"}),
-    ):  # fmt: skip
+        ({}, {"dlm_cfg_scale": 0.5}),
+        ({"logprobs": 1}, {}),
+        ({"temperature": 0.7, "seed": 1}, {}),
+        ({}, {"dlm_reuse": "fast_dllm/prefix"}),
+        ({}, {"dlm_reuse": "dllm_cache"}),
+        ({}, {"dlm_reuse": "none"}),
+    ):
         prompt, params = plain
         params = SamplingParams(
-            max_tokens=16, ignore_eos=True, detokenize=False, extra_args=params.extra_args | more,
+            max_tokens=16,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=params.extra_args | more,
             **({"temperature": 0} | fields),
-        )  # fmt: skip
+        )
         with Canvases(llm) as seen:
             tokens(llm, [(prompt, params)])
         assert not seen.drafts and seen.steps == 16

@@ -24,9 +24,13 @@ def growing(count: int, new: int = 64, window: int = 4, **more):
         if index % 5 == 3:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
-            temperature=0.7 * (index % 3 == 1), seed=index, max_tokens=new, ignore_eos=True, detokenize=False,
+            temperature=0.7 * (index % 3 == 1),
+            seed=index,
+            max_tokens=new,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=extra,
-        )  # fmt: skip
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(1, 40))]}, params
 
 
@@ -110,9 +114,12 @@ def test_without_max_tokens_there_is_room_to_the_end(engines):
     llm = engines("llada-tiny")
     longest = runner_of(llm).max_model_len
     params = SamplingParams(
-        temperature=0, max_tokens=None, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=None,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_window": 0, "dlm_block_length": 64, "dlm_threshold": 0.0},
-    )  # fmt: skip
+    )
     (got,) = tokens(llm, [({"prompt_token_ids": [7] * 20}, params)])
     assert len(got) == longest - 20
 
@@ -137,17 +144,23 @@ def test_64_requests_run_where_8_canvases_of_4_096_fit(engines):
     block, length, canvases = 16, 4096, 8
     blocks = canvases * length // block
     llm = engines(
-        str(CHECKPOINT), max_model_len=length, block_size=block, num_gpu_blocks_override=blocks + 1, max_num_seqs=64,
+        str(CHECKPOINT),
+        max_model_len=length,
+        block_size=block,
+        num_gpu_blocks_override=blocks + 1,
+        max_num_seqs=64,
         max_num_batched_tokens=16384,
-    )  # fmt: skip
+    )
     prompts = [sample.prompt_ids for sample in questions(64)]
     params = [
         SamplingParams(
-            temperature=0, max_tokens=length - len(prompt), detokenize=False,
+            temperature=0,
+            max_tokens=length - len(prompt),
+            detokenize=False,
             extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 8, "dlm_window": 24, "dlm_threshold": 0.9},
         )
         for prompt in prompts
-    ]  # fmt: skip
+    ]
     with Most(llm) as most:
         got = tokens(llm, [({"prompt_token_ids": prompt}, own) for prompt, own in zip(prompts, params, strict=True)])
     assert most.requests == 64 and most.rows < 600 and max(map(len, got)) < 100

@@ -66,9 +66,13 @@ def test_a_step_in_which_nothing_is_filled(engines, reuse, seed):
     that position; and where a prompt's mask takes its place there is no candidate at all."""
     llm = engines("dream-tiny")
     params = SamplingParams(
-        temperature=0, max_tokens=16, ignore_eos=True, seed=seed, detokenize=False,
+        temperature=0,
+        max_tokens=16,
+        ignore_eos=True,
+        seed=seed,
+        detokenize=False,
         extra_args={"dlm_decoding": "origin", "dlm_reuse": reuse, "dlm_block_length": 8},
-    )  # fmt: skip
+    )
     (output,) = llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)
     (given,) = output.outputs
     assert given.finish_reason == "length" and len(given.token_ids) == 16
@@ -78,9 +82,14 @@ def test_a_step_in_which_nothing_is_filled(engines, reuse, seed):
 # -- errors ----------------------------------------------------------------------------------
 
 HOOKS = [
-    ("reuse", "plan"), ("reuse", "due"), ("reuse", "layer"), ("reuse", "feature_rows"),
-    ("decoding", "quotas"), ("decoding", "choose"), ("decoding", "propose"),
-]  # fmt: skip
+    ("reuse", "plan"),
+    ("reuse", "due"),
+    ("reuse", "layer"),
+    ("reuse", "feature_rows"),
+    ("decoding", "quotas"),
+    ("decoding", "choose"),
+    ("decoding", "propose"),
+]
 
 
 @pytest.mark.parametrize(("kind", "hook"), HOOKS, ids=[hook for _, hook in HOOKS])

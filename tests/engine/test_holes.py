@@ -330,15 +330,19 @@ def test_requests_with_equal_holes_share_one_automaton():
 BOUNDS = TemplateBounds(hole=100, holes=100, automata=100)
 
 PARSED = {
-    'a[[3]]b': [Part("a"), Hole(3), Part("b")],
-    '[[12:number]]': [Hole(12, "number")],
-    '{"a": [[[2:string]]], "b": [[[[1, 2]]]]}[[1]]':
-    [Part('{"a": ['), Hole(2, "string"), Part('], "b": [[1, 2]]]]}'), Hole(1)],
+    "a[[3]]b": [Part("a"), Hole(3), Part("b")],
+    "[[12:number]]": [Hole(12, "number")],
+    '{"a": [[[2:string]]], "b": [[[[1, 2]]]]}[[1]]': [
+        Part('{"a": ['),
+        Hole(2, "string"),
+        Part('], "b": [[1, 2]]]]}'),
+        Hole(1),
+    ],
     '[[4:one of "a" | "]]\\"b"|"a"]]': [Hole(4, "one of", ("a", ']]"b'))],
-    '[[2]][[3]]': [Hole(2), Hole(3)],
-    '[[[[[[2]]': [Part("[["), Hole(2)],
-    '[[[[[[[2]]': [Part("[[["), Hole(2)],
-}  # fmt: skip
+    "[[2]][[3]]": [Hole(2), Hole(3)],
+    "[[[[[[2]]": [Part("[["), Hole(2)],
+    "[[[[[[[2]]": [Part("[[["), Hole(2)],
+}
 
 
 @pytest.mark.parametrize("template", PARSED)

@@ -72,10 +72,12 @@ def mixed(selection: str):
     decodings, extents = sorted(methods("decoding")), sorted(methods("extent"))
     for index in range(max(len(decodings), 2 * len(POLICIES))):
         extra = {
-            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
+            "dlm_decoding": decodings[index % len(decodings)],
+            "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_selection": "none" if index % 5 == 4 else selection,
+            "dlm_block_length": 6,
             "dlm_extent": extents[index // 2 % len(extents)],
-        }  # fmt: skip
+        }
         if "window" in small("extent", extra["dlm_extent"]):
             extra["dlm_window"] = small("extent", extra["dlm_extent"])["window"]
         if index % 7 == 3:
@@ -83,9 +85,13 @@ def mixed(selection: str):
         if index % 3:
             extra["dlm_suffix"] = [rng.randrange(390) for _ in range(rng.randint(1, 40))]
         params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0), seed=index, max_tokens=rng.randint(4, 12), ignore_eos=True,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.8 * (index % 4 == 0),
+            seed=index,
+            max_tokens=rng.randint(4, 12),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(20, 70))]}, params
 
 

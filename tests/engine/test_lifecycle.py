@@ -51,9 +51,12 @@ def test_preemption_keeps_what_filled_the_masks_of_the_prompt(engines, core, alg
     """They are filled while the first block is; later ones read them, and vLLM hands back the prompt as it came."""
     llm, prompt = engines(CHECKPOINT), [5, 392, 7, 8, 392, 392, 9]
     params = SamplingParams(
-        temperature=0, max_tokens=24, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=24,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_decoding": algorithm, "dlm_block_length": 4},
-    )  # fmt: skip
+    )
     request = ({"prompt_token_ids": prompt}, params)
     (undisturbed,) = tokens(llm, [request])
     for steps_before in (9, 15):

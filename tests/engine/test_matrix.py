@@ -40,8 +40,10 @@ def test_tokens_are_those_alone_behind_masks_of_a_prompt(engines, checkpoint):
     """They compete with those of the first block, and partial steps of some policies have no rows for them."""
     llm = engines(checkpoint)
     mask = llm.model_config.hf_config.mask_token_id
-    given = [({"prompt_token_ids": [mask] * 5 + prompt["prompt_token_ids"][:9]}, params)
-             for prompt, params in combinations("none")]  # fmt: skip
+    given = [
+        ({"prompt_token_ids": [mask] * 5 + prompt["prompt_token_ids"][:9]}, params)
+        for prompt, params in combinations("none")
+    ]
     assert_tokens_are_those_alone(llm, given)
 
 

@@ -64,9 +64,13 @@ def mixed(count: int, seed: int = 1):
         stem = rng.choice(stems)[: rng.choice([120, 120, 97, 64, 30])]
         prompt = stem + some(rng.choice([0, 1, 20, 50]), index)
         params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0), seed=index, max_tokens=rng.randint(1, 40), ignore_eos=True,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.8 * (index % 4 == 0),
+            seed=index,
+            max_tokens=rng.randint(1, 40),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield {"prompt_token_ids": prompt}, params
 
 
@@ -162,8 +166,9 @@ def test_little_memory(engines, checkpoint):
     scheduler, resumed = core_of(llm).scheduler, []
     admitted = scheduler.prefixes.admitted
     scheduler.prefixes.admitted = lambda request, canvas: (
-        resumed.append((request.num_preemptions, canvas.written)), admitted(request, canvas)
-    )  # fmt: skip
+        resumed.append((request.num_preemptions, canvas.written)),
+        admitted(request, canvas),
+    )
     try:
         for _ in range(2):
             assert outputs(llm, given)[0] == wanted

@@ -28,11 +28,14 @@ EXACT = {
     "dllm_cache (1, 1)": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1},
     "dllm_cache (1, 1) parity": {"name": "dllm_cache", "prompt_interval": 1, "response_interval": 1, "parity": True},
     "dllm_cache Kp=1 rho=1": {
-        "name": "dllm_cache", "prompt_interval": 1, "response_interval": 1000, "transfer_ratio": 1.0,
+        "name": "dllm_cache",
+        "prompt_interval": 1,
+        "response_interval": 1000,
+        "transfer_ratio": 1.0,
     },
     "dyllm all full": {"name": "dyllm", "full_steps": 1000},
     "dyllm refreshed": {"name": "dyllm", "full_steps": 1, "refresh_interval": 1},
-}  # fmt: skip
+}
 
 
 def engine(engines, checkpoint, reuse, **settings):
@@ -43,9 +46,13 @@ def requests(count=6, **extra):
     rng = random.Random(5)
     for index in range(count):
         params = SamplingParams(
-            temperature=0.7 if index % 2 else 0, seed=index, max_tokens=24, ignore_eos=True, detokenize=False,
+            temperature=0.7 if index % 2 else 0,
+            seed=index,
+            max_tokens=24,
+            ignore_eos=True,
+            detokenize=False,
             extra_args={"dlm_block_length": (8, 24)[index % 2], **extra},
-        )  # fmt: skip
+        )
         yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 90))]}, params
 
 
@@ -86,9 +93,12 @@ def test_threshold_zero_fills_a_block_per_forward(engines):
     llm = engine(engines, "llada-tiny", {"name": "fast_dllm"})
     prompt = {"prompt_token_ids": [3, 4, 5]}
     params = SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=32,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_block_length": 8, "dlm_threshold": 0.0},
-    )  # fmt: skip
+    )
     _, steps = record(llm, (prompt, params))
     assert len(steps) == 4
 
@@ -103,9 +113,13 @@ def mixed(count: int = 24):
         if index % 6 == 2:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
-            temperature=0.5 * (index % 3 == 0), seed=index, max_tokens=length, ignore_eos=index % 2 == 0,
-            detokenize=False, extra_args=extra,
-        )  # fmt: skip
+            temperature=0.5 * (index % 3 == 0),
+            seed=index,
+            max_tokens=length,
+            ignore_eos=index % 2 == 0,
+            detokenize=False,
+            extra_args=extra,
+        )
         yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 100))]}, params
 
 
@@ -129,10 +143,16 @@ def test_resumed_requests_start_full_at_the_same_step(engines, name):
     """A cache reset in the middle: the next plan is a refresh, and the step count goes on from the block's start."""
     llm = engines("llada-tiny")
     core = core_of(llm)
-    prompt, params = {"prompt_token_ids": list(range(1, 60))}, SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False,
-        extra_args={"dlm_reuse": name, "dlm_block_length": 8},
-    )  # fmt: skip
+    prompt, params = (
+        {"prompt_token_ids": list(range(1, 60))},
+        SamplingParams(
+            temperature=0,
+            max_tokens=32,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"dlm_reuse": name, "dlm_block_length": 8},
+        ),
+    )
     request_id = llm.llm_engine.add_request("r", prompt, params)
     for _ in range(13):
         llm.llm_engine.step()

@@ -41,9 +41,12 @@ def assert_official_outputs(llm, run: dict) -> None:
     """Every token, and the logits of every step."""
     tensors = load_file(GOLDEN / "reuse" / run["file"])
     params = SamplingParams(
-        temperature=0, max_tokens=run["gen_len"], ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=run["gen_len"],
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_block_length": run["block"], "dlm_steps": run["steps"]},
-    )  # fmt: skip
+    )
     prefixes = prompts_of(tensors)
     prompts = [{"prompt_token_ids": tensors[f"{prefix}prompt_ids"].tolist()} for prefix in prefixes]
     with Recorder(llm) as recorder:

@@ -32,12 +32,16 @@ def answered(engines, run: dict, prompt: torch.Tensor, algorithm: str, **fields)
     reuse = {"name": "none"} if run["cache"] == "none" else {"name": "fast_dllm", "cache": run["cache"]}
     llm = engines(run["model"], additional_config={"dlm": {"reuse": reuse}})
     params = SamplingParams(
-        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=run["G"],
+        ignore_eos=True,
+        detokenize=False,
         extra_args={
-            "dlm_decoding": algorithm, "dlm_block_length": run["block"],
+            "dlm_decoding": algorithm,
+            "dlm_block_length": run["block"],
             **{f"dlm_{key}": "none" if value is None else value for key, value in fields.items()},
         },
-    )  # fmt: skip
+    )
     with Recorder(llm) as recorder:
         (got,) = tokens(llm, [({"prompt_token_ids": prompt.tolist()}, params)])
     (steps,) = recorder.steps.values()
@@ -111,10 +115,19 @@ def rows_of(rule, count: int, run: dict, memory: dict) -> LogitRows:
     flags = {key: torch.zeros(count, dtype=torch.bool) for key in ("suppress_eos", "confidence_eos_eot_inf")}
     off = torch.zeros(count)
     return LogitRows(
-        temperature=off, top_p=off + 1, top_k=off.long() + 512, options=numbers | flags, eos_id=run["eos_id"],
-        eot_id=None, mask_id=run["mask_id"], sampled=False, filtered=False, exponential=None, uniform=None,
+        temperature=off,
+        top_p=off + 1,
+        top_k=off.long() + 512,
+        options=numbers | flags,
+        eos_id=run["eos_id"],
+        eot_id=None,
+        mask_id=run["mask_id"],
+        sampled=False,
+        filtered=False,
+        exponential=None,
+        uniform=None,
         memory=memory,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", of("local_leap_variant"))
@@ -165,9 +178,13 @@ def test_suffix_window(engines, name):
         # what Dream's code takes where nobody says otherwise
         extra |= {"dlm_decoding": "maskgit_plus", "dlm_top_k": 50}
     params = SamplingParams(
-        temperature=0, max_tokens=run["G"], ignore_eos=True, detokenize=False, extra_args=extra,
+        temperature=0,
+        max_tokens=run["G"],
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
         stop_token_ids=[run["eos_id"]] if run["eos_exit"] else None,
-    )  # fmt: skip
+    )
     with Rows(llm) as rows:
         (got,) = tokens(llm, [({"prompt_token_ids": recorded["prompt"].tolist()}, params)])
     final = recorded["final"].tolist()

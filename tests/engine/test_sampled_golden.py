@@ -42,12 +42,18 @@ def rows(draws, mask_id, temperature=0.0, top_p=1.0, top_k=V):
     count = len(draws.candidates)
     full = lambda value, dtype: torch.full((count,), value, dtype=dtype)  # noqa: E731
     return LogitRows(
-        temperature=full(temperature, torch.float32), top_p=full(top_p, torch.float32), top_k=full(top_k, torch.int64),
+        temperature=full(temperature, torch.float32),
+        top_p=full(top_p, torch.float32),
+        top_k=full(top_k, torch.int64),
         options=dict.fromkeys(("suppress_eos", "confidence_eos_eot_inf"), full(False, torch.bool)),
-        eos_id=391, eot_id=395, mask_id=mask_id,
-        sampled=temperature > 0, filtered=top_p < 1 or top_k < V,
-        exponential=draws.exponential, uniform=draws.uniform,
-    )  # fmt: skip
+        eos_id=391,
+        eot_id=395,
+        mask_id=mask_id,
+        sampled=temperature > 0,
+        filtered=top_p < 1 or top_k < V,
+        exponential=draws.exponential,
+        uniform=draws.uniform,
+    )
 
 
 RUNS = {

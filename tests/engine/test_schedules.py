@@ -19,12 +19,24 @@ FIXED = settings(derandomize=True, deadline=None, max_examples=25, database=None
 SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 #: Fields of decodings, and values that change what a step fills. Others keep their defaults.
 FIELDS = {
-    "threshold": SHARES, "factor": st.sampled_from([0.1, 1.0, 3.0]), "kappa": SHARES, "tau": SHARES,
-    "radius": st.integers(0, 5), "low": SHARES, "high": SHARES, "tau1": SHARES, "tau2": SHARES,
-    "editing_threshold": SHARES, "max_post_steps": st.integers(0, 3), "eb_threshold": st.sampled_from([0.0, 0.5, 5.0]),
-    "drafts": st.integers(1, 5), "algorithm_temperature": st.sampled_from([0.0, 0.7]), "eps": st.just(0.2),
-    "threshold_decay": st.sampled_from([0.0, 0.5]), "beta": SHARES,
-}  # fmt: skip
+    "threshold": SHARES,
+    "factor": st.sampled_from([0.1, 1.0, 3.0]),
+    "kappa": SHARES,
+    "tau": SHARES,
+    "radius": st.integers(0, 5),
+    "low": SHARES,
+    "high": SHARES,
+    "tau1": SHARES,
+    "tau2": SHARES,
+    "editing_threshold": SHARES,
+    "max_post_steps": st.integers(0, 3),
+    "eb_threshold": st.sampled_from([0.0, 0.5, 5.0]),
+    "drafts": st.integers(1, 5),
+    "algorithm_temperature": st.sampled_from([0.0, 0.7]),
+    "eps": st.just(0.2),
+    "threshold_decay": st.sampled_from([0.0, 0.5]),
+    "beta": SHARES,
+}
 DECODINGS = sorted(methods("decoding"))
 
 
@@ -95,9 +107,15 @@ def full_cases(draw, name: str) -> Case:
     # at the model's length, or below it
     most = len(prompt) + max(1, max_tokens - draw(st.integers(0, 2)) * (kind == "plain"))
     case = Case(
-        options, tuple(prompt), max_tokens, most, layout, shift=draw(st.integers(0, 1)),
-        canvases=draw(st.integers(1, 5)), **draw(models()),
-    )  # fmt: skip
+        options,
+        tuple(prompt),
+        max_tokens,
+        most,
+        layout,
+        shift=draw(st.integers(0, 1)),
+        canvases=draw(st.integers(1, 5)),
+        **draw(models()),
+    )
     masks = case.canvas
     count = int((masks.tokens == MASK).sum())
     return replace(case, options=draw(with_steps(options, len(masks.blocks), count)))
@@ -120,9 +138,12 @@ def block_causal_cases(draw, name: str) -> Case:
 @st.composite
 def models(draw) -> dict:
     return {
-        "seed": draw(st.integers(0, 1000)), "confidence": draw(st.sampled_from(sorted(CONFIDENCE))),
-        "ends": draw(st.sampled_from([0.0, 0.05, 0.5])), "stops": draw(st.booleans()), "logprobs": draw(st.booleans()),
-    }  # fmt: skip
+        "seed": draw(st.integers(0, 1000)),
+        "confidence": draw(st.sampled_from(sorted(CONFIDENCE))),
+        "ends": draw(st.sampled_from([0.0, 0.05, 0.5])),
+        "stops": draw(st.booleans()),
+        "logprobs": draw(st.booleans()),
+    }
 
 
 def check(case: Case, data) -> None:
@@ -173,9 +194,11 @@ def test_holes_that_end_early_take_no_steps(name, seed):
     (string,) = [index for index, kind in enumerate(KINDS) if kind == "string"]
     start = [MASK] * 8 + [2] + [MASK] * 200 + [3]
     layout = Layout(
-        start=start, holes=[(0, 8, string), (9, 200, string)], ends=[EOS],
+        start=start,
+        holes=[(0, 8, string), (9, 200, string)],
+        ends=[EOS],
         automata=[automaton.plain() for automaton, _ in KINDS.values()],
-    )  # fmt: skip
+    )
     options = request_options(server_options(None, name), {"dlm_block_length": "none"})
     run = Run(Case(options, (5,), layout.length, 300, layout, seed=seed, ends=0.3)).finish()
     written = run.canvas.tokens[1:] != EOS

@@ -138,8 +138,9 @@ def test_a_policy_of_the_server_changes_no_score(engines):
     """Reuse, selections and extents are of generation: a score is the exact model's."""
     dlm = {
         "decoding": {"name": "low_confidence", "threshold": 0.9, "suppress_eos": True},
-        "reuse": {"name": "fast_dllm", "cache": "dual"}, "extent": {"name": "window", "window": 8},
-    }  # fmt: skip
+        "reuse": {"name": "fast_dllm", "cache": "dual"},
+        "extent": {"name": "window", "window": 8},
+    }
     contexts, answers = pairs(4, seed=7)
     plain, busy = engines("llada-tiny"), engines("llada-tiny", additional_config={"dlm": dlm})
     for how in ({"method": "blocks", "steps": 3}, {"mc_num": 16, "seed": 0}):
@@ -253,9 +254,10 @@ def test_nothing_in_dlm_score_reaches_the_engine_unchecked(engines, checkpoint, 
     if checkpoint == BLOCKWISE:  # its mask is another one
         extra = {
             key: {k: [509 if t == 392 else t for t in v] if k == "answer" else v for k, v in value.items()}
-            if isinstance(value, dict) else value
+            if isinstance(value, dict)
+            else value
             for key, value in extra.items()
-        }  # fmt: skip
+        }
         prompt = [509 if token == 392 else token for token in prompt]
     llm = engines(checkpoint)
     params = SamplingParams(max_tokens=max_tokens, detokenize=False, ignore_eos=True, extra_args=extra)

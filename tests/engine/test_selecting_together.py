@@ -28,10 +28,14 @@ KV_HEADS, DIM, BLOCK = 2, 16, 32
 RESPONSE, LIVE = 24, 9
 #: what Triton has kernels for: a launch each, whatever the CPU does instead
 KERNELS = [
-    (scores, "page_scores"), (scores, "half_scores"), (top, "top_pages"), (top, "store_top_pages"),
+    (scores, "page_scores"),
+    (scores, "half_scores"),
+    (top, "top_pages"),
+    (top, "store_top_pages"),
     (top, "unless_alike"),
-    (attention, "sparse_attention"), (attention, "sparse_delta"),
-]  # fmt: skip
+    (attention, "sparse_attention"),
+    (attention, "sparse_delta"),
+]
 #: operators that wait for the device, or whose results are as large as it says
 WAITING = {"nonzero", "_local_scalar_dense", "item", "masked_select", "bincount", "lift_fresh", "equal", "is_nonzero"}
 

@@ -144,13 +144,22 @@ def test_view_is_a_mask(std_kind, reduce):
     runs = kv[:192, :, :32].double().unflatten(0, (12, 16))  # whole pages of the prompt
     mean, variance = runs.mean(1), runs.var(1, correction=0)
     spread = {
-        "l2": lambda: variance.sum(-1, keepdim=True).sqrt(), "rms": lambda: variance.mean(-1, keepdim=True).sqrt(),
-        "vector": variance.sqrt, "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
-    }[std_kind]()  # fmt: skip
+        "l2": lambda: variance.sum(-1, keepdim=True).sqrt(),
+        "rms": lambda: variance.mean(-1, keepdim=True).sqrt(),
+        "vector": variance.sqrt,
+        "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
+    }[std_kind]()
     scores = naive.page_scores(
-        q, torch.tensor([0, 3]), PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),
-        torch.arange(12)[None], torch.tensor([12]), torch.tensor([13 - selection.recent_pages]), 1, 0.5, reduce,
-    )  # fmt: skip
+        q,
+        torch.tensor([0, 3]),
+        PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),
+        torch.arange(12)[None],
+        torch.tensor([12]),
+        torch.tensor([13 - selection.recent_pages]),
+        1,
+        0.5,
+        reduce,
+    )
     want_pages = scores[0].sort(descending=True, stable=True)[1][:, :6].sort()[0]
     assert torch.equal(units[:, :6].long(), want_pages)
 

@@ -20,9 +20,13 @@ ROOT = GOLDEN.parent.parent
 def soak(folder: Path, *arguments: str, seconds: float = 600) -> dict:
     ours = ("VLLM_LOGGING_LEVEL",)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--folder", str(folder), *arguments], cwd=ROOT, timeout=seconds,
-        capture_output=True, text=True, env={name: value for name, value in os.environ.items() if name not in ours},
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.soak", "--folder", str(folder), *arguments],
+        cwd=ROOT,
+        timeout=seconds,
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name not in ours},
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     (report,) = folder.glob("soak-*.json")
     return json.loads(report.read_text())
@@ -41,9 +45,12 @@ def test_soak(tmp_path):
 def test_requests_that_reach_the_models_length():
     """Of block-causal models, whose canvas ends at a multiple of the block; the length is none."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--at-the-limit", "--requests", "48"], cwd=ROOT, timeout=600,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.soak", "--at-the-limit", "--requests", "48"],
+        cwd=ROOT,
+        timeout=600,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert done.stdout.count("24 requests") == 2
 

@@ -36,9 +36,12 @@ class Refreshes(Watching):
 
 def equal(count: int, reuse: dict):
     params = SamplingParams(
-        temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=STEPS,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_reuse": reuse["name"], "dlm_block_length": 16},
-    )  # fmt: skip
+    )
     return [({"prompt_token_ids": [7, 8, 9]}, params)] * count
 
 

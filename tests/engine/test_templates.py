@@ -86,9 +86,11 @@ def mixed(selection: str):
     decodings = sorted(methods("decoding"))
     for index in range(max(len(decodings), len(POLICIES)) + 4):
         extra = {
-            "dlm_decoding": decodings[index % len(decodings)], "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection, "dlm_block_length": 6,
-        }  # fmt: skip
+            "dlm_decoding": decodings[index % len(decodings)],
+            "dlm_reuse": POLICIES[index % len(POLICIES)],
+            "dlm_selection": "none" if index % 5 == 4 else selection,
+            "dlm_block_length": 6,
+        }
         prompt = {"prompt_token_ids": [rng.randrange(6, 390) for _ in range(rng.randint(40, 70))]}
         sampled = {"temperature": 0.8 * (index % 4 == 0), "seed": index}
         if index % 3:
@@ -216,12 +218,13 @@ REFUSED = {
     "longer than anything": (params("[[257]]"), "a hole has 1 to 256 tokens"),
     "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 cannot be honoured, the template has 5 tokens"),
     "an alternative": (
-        params('[[1:one of "a"|"0123456789abcdef"]]'), "'0123456789abcdef' has",
+        params('[[1:one of "a"|"0123456789abcdef"]]'),
+        "'0123456789abcdef' has",
     ),
     "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True cannot be honoured"),
     "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' cannot be honoured"),
     "a special token": (params("<|endoftext|>[[3]]"), "has a token in it that is no text"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("sampling", "says"), REFUSED.values(), ids=REFUSED)

@@ -150,8 +150,10 @@ def test_an_engine_in_processes_of_its_own_finds_it(decoder, checkpoints, enviro
     paths = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, tmp_path / "script.py", json.dumps([str(checkpoints("llama")), selection, ASKED])],
-        env=environment | {"PYTHONPATH": paths, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment | {"PYTHONPATH": paths, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("tokens:")]
     assert json.loads(line.removeprefix("tokens:")) == tokens(decode(decoder("llama", selection), ASKED))

@@ -12,9 +12,12 @@ from tests.integration.refusals import line_of
 
 LLADA, DREAM, MOE, SDAR, LLADA2 = "llada-tiny", "dream-tiny", "lladamoe-tiny", "sdar-tiny", "llada2-tiny"
 ARCHITECTURE = {
-    LLADA: "LLaDAModelLM", DREAM: "DreamModel", MOE: "LLaDAMoEModelLM", SDAR: "SDARForCausalLM",
+    LLADA: "LLaDAModelLM",
+    DREAM: "DreamModel",
+    MOE: "LLaDAMoEModelLM",
+    SDAR: "SDARForCausalLM",
     LLADA2: "LLaDA2MoeModelLM",
-}  # fmt: skip
+}
 
 
 def copied(name: str, folder, config=None, tensors=None):

@@ -57,9 +57,13 @@ def main(autoregressive: str, lose: bool, generate: bool, another: bool) -> None
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     settings = {
-        "max_model_len": 128, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24, "dtype": "float32",
-        "skip_tokenizer_init": True, "disable_log_stats": True,
-    }  # fmt: skip
+        "max_model_len": 128,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 24,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
 
     def configured(model: str, **more) -> str | list[str]:
         """Why the model is refused, or the classes that serve it"""

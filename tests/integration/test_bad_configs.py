@@ -109,7 +109,7 @@ WRONG = [
     (LLADA2, "score_function", {"score_function": "softmax"}),
     (LLADA2, "use_qk_norm", {"use_qk_norm": False}),
     (LLADA2, "expert_capacity", {"expert_capacity": 48}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

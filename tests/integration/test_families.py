@@ -107,9 +107,14 @@ def made_layer(worker, family: Family) -> tuple[DiffusionLayer, dict[str, torch.
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     config = SimpleNamespace(
-        family=family, hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
-        intermediate_size=64, rms_norm_eps=EPS,
-    )  # fmt: skip
+        family=family,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        intermediate_size=64,
+        rms_norm_eps=EPS,
+    )
     with set_current_vllm_config(worker.vllm_config):
         layer = DiffusionLayer(config, worker.vllm_config, "layer").requires_grad_(False)
         for parameter in layer.parameters():

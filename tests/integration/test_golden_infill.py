@@ -28,9 +28,11 @@ def test_recorded_infill_over_http(tmp_path, golden_runs, checkpoint, recorded_b
     prompt, params, recorded = recorded_by(golden_runs)
     with serving(tmp_path / "log.txt", *settings, checkpoint=GOLDEN / "checkpoints" / checkpoint) as server:
         asked = {
-            "model": server.model, "prompt": prompt["prompt_token_ids"], "max_tokens": params.max_tokens,
+            "model": server.model,
+            "prompt": prompt["prompt_token_ids"],
+            "max_tokens": params.max_tokens,
             "temperature": 0,
-        }  # fmt: skip
+        }
         extra = {"ignore_eos": True, "return_token_ids": True, "vllm_xargs": params.extra_args}
         answer = server.client.completions.create(**asked, extra_body=extra)
         pieces = list(server.client.completions.create(**asked, extra_body=extra, stream=True))

@@ -149,8 +149,12 @@ def run(tmp_path, autoregressive: str, *arguments: str, at_start: str = "") -> t
     own = {"PYTHONPATH": path, "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.standing_aside", autoregressive, *arguments],
-        cwd=ROOT, env=vllm_environment() | WITHOUT_A_WORKER | own, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=vllm_environment() | WITHOUT_A_WORKER | own,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     lines = (done.stdout + done.stderr).splitlines()
     (line,) = [line for line in lines if line.startswith("answer: ")]

@@ -18,11 +18,16 @@ BLOCKS = 6  # of 128 tokens: a replica has five for its canvases, both together 
 SERVED = (
     *("--plugin", "vllm_dlm", "--served-model-name", "m", "--max-model-len", "512"),
     *("--kv-cache-memory-bytes", str(16 << 20)),  # unasked, each replica would take most of the memory
-    *("--dlm-config", json.dumps({
-        "decoding": {"name": "low_confidence", "block_length": BLOCK},
-        "selection": {"name": "wavefilter", "min_prompt": 64},
-    })),
-)  # fmt: skip
+    *(
+        "--dlm-config",
+        json.dumps(
+            {
+                "decoding": {"name": "low_confidence", "block_length": BLOCK},
+                "selection": {"name": "wavefilter", "min_prompt": 64},
+            }
+        ),
+    ),
+)
 REPLICAS = (*SERVED, "--data-parallel-size", "2", "--num-gpu-blocks-override", str(BLOCKS))
 ENVIRONMENT = {
     # With less to write between its two callbacks vLLM always loses the race that shutdown.py is about.

@@ -150,7 +150,7 @@ CONTEXT = (WORD * 1200)[:16_000]
         ("body", "score_characters", {"context": [5] * (1 << 22), "continuation": [6]}),
         ("body", "score_characters", {"context": "a" * (17 << 20), "continuation": [6]}),
     ],
-)  # fmt: skip
+)
 def test_what_exceeds_a_limit_is_not_encoded(served, field, limit, fields):
     served.refused(field, f"--dlm-config limits.{limit}", **fields)
     assert not served.tokenizer.lengths and not served.engine.started
@@ -187,10 +187,19 @@ async def raw(served, content: bytes, disconnected: asyncio.Event | None = None)
 
     headers = [(b"content-type", b"application/json")]
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": route.PATH,
-        "raw_path": route.PATH.encode(), "query_string": b"", "headers": headers, "root_path": "", "scheme": "http",
-        "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": route.PATH,
+        "raw_path": route.PATH.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "root_path": "",
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
     await served.app(scope, receive, send)
     return status
 
@@ -286,9 +295,13 @@ def test_the_event_loop_neither_encodes_nor_draws_nor_writes(served, monkeypatch
             yield item
 
     for owner, name in (
-        (scores, "draws"), (body, "from_json"), (body, "check_structure"), (route, "response_body"),
-        (route.PairInputs, "pairs"), (scores.Forward, "params"),
-    ):  # fmt: skip
+        (scores, "draws"),
+        (body, "from_json"),
+        (body, "check_structure"),
+        (route, "response_body"),
+        (route.PairInputs, "pairs"),
+        (scores.Forward, "params"),
+    ):
         recorded(owner, name)
     assert served.post(context=WORD, continuation=[" a b", " c"], mc_num=64).status_code == 200
     threads["encode"] = served.tokenizer.threads
@@ -388,10 +401,12 @@ def test_a_forward_that_fails_ends_the_others(served):
 def test_priority_reaches_the_engine_as_from_completions(served):
     fields = {"context": [5], "continuation": [[6], [7]], "method": "blocks"}
     for wanted, extra in (
-        (0, {}), (3, {"priority": 3}), (-2, {"priority": -2}),
+        (0, {}),
+        (3, {"priority": 3}),
+        (-2, {"priority": -2}),
         (9, {"priority": 3, "headers": {"X-Vllm-Priority": "9"}}),
         (3, {"priority": 3, "headers": {"X-Vllm-Priority": "soon"}}),
-    ):  # fmt: skip
+    ):
         served.engine.priorities.clear()
         assert served.post(**fields, **extra).status_code == 200
         assert served.engine.priorities == {wanted: 2}

@@ -51,12 +51,19 @@ def lm_eval(server, folder):
         given = ",".join(f"{name}={value}" for name, value in ({"base_url": server.url} | model_args).items())
         command = [sys.executable, "-c", COMMAND, "run", "--model", "vllm_dlm", "--model_args", given]
         environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "NO_PROXY": "*", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+            "NO_PROXY": "*",
+            "PYTHONPATH": str(ROOT),
+        }
         return subprocess.run(
-            [*command, *arguments, "--include_path", str(folder)], cwd=folder, env=environment, capture_output=True,
-            text=True, timeout=500,
-        )  # fmt: skip
+            [*command, *arguments, "--include_path", str(folder)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
 
     return run
 
@@ -65,8 +72,10 @@ def lm_eval(server, folder):
 def results(lm_eval, folder) -> dict:
     done = lm_eval(
         *("--tasks", "dlm_write,dlm_choose", "--apply_chat_template", "--log_samples", "--output_path", "out"),
-        **HOW, dlm_steps=8, dlm_block_length=8,
-    )  # fmt: skip
+        **HOW,
+        dlm_steps=8,
+        dlm_block_length=8,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = folder.glob("out/**/results_*.json")
     found = json.loads(path.read_text())["results"]
@@ -94,9 +103,12 @@ def test_choices(results, server):
         context = chat_text(row["question"])
         spaces = context[len(context.rstrip()) :]
         scores = served.post(
-            "/v1/dlm/score", context=context.rstrip(), add_special_tokens=False, **HOW,
+            "/v1/dlm/score",
+            context=context.rstrip(),
+            add_special_tokens=False,
+            **HOW,
             continuation=[f"{spaces}{choice}" for choice in row["choices"]],
-        )["data"]  # fmt: skip
+        )["data"]
         logprobs = [score["logprob"] for score in scores]
         assert [float(value) for ((value, _),) in sample["resps"]] == pytest.approx(logprobs, abs=1e-4)
         assert [greedy == "True" for ((_, greedy),) in sample["resps"]] == [score["is_greedy"] for score in scores]

@@ -19,9 +19,11 @@ def test_every_selection_can_be_asked_for(viewed, selection):
 
     def ask():
         return viewed.client.chat.completions.create(
-            model=viewed.model, messages=chat(question), max_tokens=16,
+            model=viewed.model,
+            messages=chat(question),
+            max_tokens=16,
             extra_body={"ignore_eos": True} | options(dlm_selection=selection, dlm_reuse="fast_dllm"),
-        )  # fmt: skip
+        )
 
     answer, counts = viewed.counted(ask)
     assert answer.choices[0].message.content.startswith(right)

@@ -58,7 +58,8 @@ REFUSED = {
     "too long": (options(dlm_template="[[512]]" * 2) | {"max_tokens": 400}, "it has 1025 tokens or more with its end"),
     "megabytes": (options(dlm_template="[[1]]" + "y" * (10 << 20)), "characters, and the limit is 65536"),
     "many alternatives": (
-        options(dlm_template="".join(f'[[3:one of "a{n}"]]' for n in range(100))), "limits.template_automata",
+        options(dlm_template="".join(f'[[3:one of "a{n}"]]' for n in range(100))),
+        "limits.template_automata",
     ),
     "a stop": (options(dlm_template="[[9]]") | {"stop": ["a"]}, "stop: ['a'] cannot be honoured"),
     "a stop token": (options(dlm_template="[[9]]") | {"stop_token_ids": [9]}, "stop_token_ids: [9] cannot be honoured"),
@@ -68,7 +69,7 @@ REFUSED = {
     "a suffix": (options(dlm_template="[[9]]", dlm_suffix="a"), "dlm_suffix: 'a' cannot be honoured"),
     "few steps": (options(dlm_template="[[9]]", dlm_steps=1), "dlm_steps"),
     "in the body": ({"dlm_template": "[[9]]"}, 'write it into "vllm_xargs"'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("body", "says"), REFUSED.values(), ids=REFUSED)

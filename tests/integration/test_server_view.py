@@ -152,9 +152,15 @@ def test_requests_that_share_an_id_see_their_own_frames(viewed):
 
     def ask(prompt: str, n: int, answers: dict) -> None:
         stream = create(
-            viewed, "completion", prompt=prompt, n=n, temperature=0.3, seed=5, extra_headers={"X-Request-Id": "one"},
+            viewed,
+            "completion",
+            prompt=prompt,
+            n=n,
+            temperature=0.3,
+            seed=5,
+            extra_headers={"X-Request-Id": "one"},
             extra_body=options(dlm_frames=1, dlm_watch=1, dlm_trajectory=1),
-        )  # fmt: skip
+        )
         answers[prompt] = read(stream)
 
     for turn in range(20):

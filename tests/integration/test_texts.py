@@ -82,7 +82,7 @@ LONG = {
     "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model reads 256"),
     "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model reads 256"),
     "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("field", "value", "says"), LONG.values(), ids=LONG)
@@ -98,9 +98,10 @@ def test_long_texts_are_refused_unread(llm, encoded, monkeypatch, field, value, 
 MANY = {
     "holes": ("[[1]]" * 9, "it has more than 8 holes (--dlm-config limits.template_holes)"),
     "alternatives": (
-        "".join(f'[[3:one of "a{n}"]]' for n in range(5)), "it has more than 4 distinct `one of` holes",
+        "".join(f'[[3:one of "a{n}"]]' for n in range(5)),
+        "it has more than 4 distinct `one of` holes",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("template", "says"), MANY.values(), ids=MANY)
@@ -172,7 +173,7 @@ REFUSED = {
     "a special token": (params('[[9:one of "qrstu"]] <|endoftext|>'), PROMPT, "has a token in it"),
     "another option": (params('[[9:one of "qrstuv"]]', dlm_suffix="a"), PROMPT, "dlm_suffix"),
     "its steps": (params('[[9:one of "qrstuvw"]]', dlm_steps=1, dlm_block_length=2), PROMPT, "dlm_steps"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("sampling", "prompt", "says"), REFUSED.values(), ids=REFUSED)
@@ -225,7 +226,7 @@ TEXTS = {
     "a template": ({"dlm_template": 'one [[5]] two [[9:one of "qx"]]'}, ["one ", " two ", "qx"]),
     "a suffix": ({"dlm_suffix": " and so on"}, [" and so on"]),
     "a draft and a suffix": ({"dlm_start": "drafted", "dlm_suffix": " so"}, [" so", "drafted"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("route", ["vllm_xargs", "sampling_params"])

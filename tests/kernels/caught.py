@@ -8,9 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.compiler import ASTSource
 
 TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64", torch.int8: "i8", torch.bool: "i1",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 

@@ -68,17 +68,40 @@ def scores_of_canvases(std_kind, reduce="softmax_sum"):
     pages, q = cache(), halves(4 * 32, 32, 128)
     described = PageStatistics(*pages.split(128, 3), 64, std_kind)
     return partial(
-        page_scores, q, ints(4), described, ints(4, 32), ints(4), ints(4), ints(4), 0.5, reduce, ints(4),
-        torch.empty(4 * 32, dtype=torch.bool), 2.0,
-    )  # fmt: skip
+        page_scores,
+        q,
+        ints(4),
+        described,
+        ints(4, 32),
+        ints(4),
+        ints(4),
+        ints(4),
+        0.5,
+        reduce,
+        ints(4),
+        torch.empty(4 * 32, dtype=torch.bool),
+        2.0,
+    )
 
 
 def scores_of_halves(size, lam, reduce="softmax_sum"):
     q = halves(4 * 32, 32, 128)
     return partial(
-        half_scores, q, ints(4), ints(4), cache(), ints(4, 256), ints(4, 8, 1640), size, ints(4), ints(4), lam, reduce,
-        torch.empty(4 * 32, dtype=torch.bool), 2.0,
-    )  # fmt: skip
+        half_scores,
+        q,
+        ints(4),
+        ints(4),
+        cache(),
+        ints(4, 256),
+        ints(4, 8, 1640),
+        size,
+        ints(4),
+        ints(4),
+        lam,
+        reduce,
+        torch.empty(4 * 32, dtype=torch.bool),
+        2.0,
+    )
 
 
 def attention_of_canvases(page_size, kept, moved=False, **shape):
@@ -130,18 +153,14 @@ def delta(rows, group=4, **shape):
     pages = cache(**shape)
     dim, dtype = pages.shape[3] // 2, pages.dtype
     q, moved = torch.empty(2 * rows, 8 * group, dim, dtype=dtype), torch.empty(128, 8, dim, dtype=dtype)
-    return partial(
-        delta_over_pages, q, ints(3), pages, ints(2, 32), ints(2), ints(2, 2048), moved, 0.1, rows, 2048
-    )  # fmt: skip
+    return partial(delta_over_pages, q, ints(3), pages, ints(2, 32), ints(2), ints(2, 2048), moved, 0.1, rows, 2048)
 
 
 def shadow(rows, group=4, **shape):
     pages = cache(**shape)
     dim, dtype = pages.shape[3] // 2, pages.dtype
     q, k, v = (torch.empty(2 * rows, heads, dim, dtype=dtype) for heads in (8 * group, 8, 8))
-    return partial(
-        shadow_attention, q, ints(3), longs(2 * rows), k, v, ints(3), pages, ints(2, 32), ints(2), 0.1, rows
-    )  # fmt: skip
+    return partial(shadow_attention, q, ints(3), longs(2 * rows), k, v, ints(3), pages, ints(2, 32), ints(2), 0.1, rows)
 
 
 #: kernel calls, with functions that build their inputs

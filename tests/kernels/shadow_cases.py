@@ -41,9 +41,7 @@ def inputs(q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_si
         ((1, 2), (1, 2), (1, 17), 2, 2, 64, torch.float32, 1e-5, 16),  # the only key of the canvas is hidden
     ],
 )
-def test_equals_its_definition(
-    on, q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, tolerance, block_size
-):  # fmt: skip
+def test_equals_its_definition(on, q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, tolerance, block_size):
     q, *rest = inputs(q_lens, shadow_lens, kv_lens, q_heads, kv_heads, dim, dtype, block_size)
     got = shadow_attention(on(q), *rest, max(q_lens))
     wanted = naive.shadow_attention(q, *rest)

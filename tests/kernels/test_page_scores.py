@@ -12,9 +12,16 @@ from vllm_dlm.kernels.top_pages import top_pages
 
 def arguments(batch, statistics, reduce, recent=1):
     return (
-        batch.q, batch.q_starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - recent, 1, 0.5,
+        batch.q,
+        batch.q_starts,
+        statistics,
+        batch.page_table,
+        batch.num_pages,
+        batch.num_pages - recent,
+        1,
+        0.5,
         reduce,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -13,17 +13,32 @@ from vllm_dlm.kernels.top_pages import top_pages
 def choose(batch, k):
     """Chooses the last pages, the first page, and the highest-scored other pages."""
     scores = page_scores(
-        batch.q, batch.q_starts, batch.statistics("l2"), batch.page_table, batch.num_pages,
-        batch.kv_lens // batch.page_size - 1, 1, 0.5, "max",
-    )  # fmt: skip
+        batch.q,
+        batch.q_starts,
+        batch.statistics("l2"),
+        batch.page_table,
+        batch.num_pages,
+        batch.kv_lens // batch.page_size - 1,
+        1,
+        0.5,
+        "max",
+    )
     return top_pages(scores, k)
 
 
 def arguments(batch, chosen, causal):
     scale = batch.q.shape[2] ** -0.5
     return (
-        batch.q, batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size, scale, causal,
-    )  # fmt: skip
+        batch.q,
+        batch.q_starts,
+        batch.pages,
+        batch.page_table,
+        chosen,
+        batch.kv_lens,
+        batch.page_size,
+        scale,
+        causal,
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

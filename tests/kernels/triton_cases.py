@@ -109,9 +109,16 @@ def beyond_means_nothing(batch):
 def compare_scores(batch, statistics, reduce, tolerance):
     beyond_means_nothing(batch)
     arguments = (
-        on_gpu(batch.q), batch.q_starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 1, 1, 0.5,
+        on_gpu(batch.q),
+        batch.q_starts,
+        statistics,
+        batch.page_table,
+        batch.num_pages,
+        batch.num_pages - 1,
+        1,
+        0.5,
         reduce,
-    )  # fmt: skip
+    )
     got = page_scores(*arguments)
     torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
     return got
@@ -167,8 +174,9 @@ def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from
     q = torch.randn(5, 6, 64, generator=g).to(torch.bfloat16)
     blocks = torch.nn.functional.pad(rows, (0, 0, 0, 3)).unflatten(1, (5, 8)).transpose(0, 1)  # [5, Hkv, 8, 2 * D]
     statistics, number = (
-        PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind), torch.tensor([37]),
-    )  # fmt: skip
+        PageStatistics(blocks[..., :64], blocks[..., 64 : 64 + width], 16, std_kind),
+        torch.tensor([37]),
+    )
     arguments = torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
     torch.testing.assert_close(page_scores(on_gpu(q), *arguments), page_scores(q, *arguments), atol=3e-2, rtol=3e-2)
 
@@ -193,9 +201,16 @@ def choose(batch, k):
 def compare_attention(batch, chosen, causal, tolerance=2e-5):
     beyond_means_nothing(batch)
     arguments = (
-        on_gpu(batch.q), batch.q_starts, batch.pages, batch.page_table, chosen, batch.kv_lens, batch.page_size,
-        batch.q.shape[2] ** -0.5, causal,
-    )  # fmt: skip
+        on_gpu(batch.q),
+        batch.q_starts,
+        batch.pages,
+        batch.page_table,
+        chosen,
+        batch.kv_lens,
+        batch.page_size,
+        batch.q.shape[2] ** -0.5,
+        causal,
+    )
     got = sparse_attention(*arguments)
     torch.testing.assert_close(got, naive_attention.sparse_attention(*arguments), atol=tolerance, rtol=tolerance)
     return got

@@ -44,9 +44,19 @@ def test_scores_of_some_queries(reduce, std_kind):
     statistics.std_kind = std_kind
     voters = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0], dtype=torch.bool)
     arguments = (
-        batch.q, starts, statistics, batch.page_table, batch.num_pages, batch.num_pages - 2,
-        torch.tensor([0, 3, 1]), 0.5, reduce, ends, voters, 2**0.5,
-    )  # fmt: skip
+        batch.q,
+        starts,
+        statistics,
+        batch.page_table,
+        batch.num_pages,
+        batch.num_pages - 2,
+        torch.tensor([0, 3, 1]),
+        0.5,
+        reduce,
+        ends,
+        voters,
+        2**0.5,
+    )
     want = naive_scores.page_scores(*arguments)
     for put in DEVICES:
         got = page_scores(put(batch.q), *arguments[1:])
@@ -65,9 +75,20 @@ def test_halves_of_runs(size, lam, reduce, monkeypatch):
     runs[2] = runs[2].sort(-1)[0]
     voters = torch.arange(len(batch.q)) % 2 == 0
     arguments = (
-        batch.q, starts, ends, batch.pages, blocks_of(batch, 2), runs, size, torch.tensor([9, 6, 8]),
-        torch.tensor([1, 0, 2]), lam, reduce, voters, 0.7,
-    )  # fmt: skip
+        batch.q,
+        starts,
+        ends,
+        batch.pages,
+        blocks_of(batch, 2),
+        runs,
+        size,
+        torch.tensor([9, 6, 8]),
+        torch.tensor([1, 0, 2]),
+        lam,
+        reduce,
+        voters,
+        0.7,
+    )
     want, names = naive_scores.half_scores(*arguments)
     for put in DEVICES:
         scores, halves = half_scores(put(batch.q), *arguments[1:])
@@ -184,9 +205,19 @@ def test_moved_values(processors, monkeypatch):
         own[:, :kept] = torch.rand(2, tail, generator=g).argsort(1)[:, :kept].sort(1)[0]
     rows = torch.tensor([2, 0, 1])
     arguments = (
-        batch.q, starts, ends, batch.pages, blocks_of(batch, 8), chosen[[1, 2, 0]], batch.kv_lens, 4, 0.3, moved,
-        places, 8,
-    )  # fmt: skip
+        batch.q,
+        starts,
+        ends,
+        batch.pages,
+        blocks_of(batch, 8),
+        chosen[[1, 2, 0]],
+        batch.kv_lens,
+        4,
+        0.3,
+        moved,
+        places,
+        8,
+    )
     own = torch.full_like(batch.q, 7.0)
     want = naive_attention.sparse_delta(*arguments, own.clone(), rows, tails, 13)
     assert (want[:5] == 0).all() and (want[5] == 7).all() and want[8:10].abs().sum() > 0

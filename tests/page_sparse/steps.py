@@ -30,11 +30,17 @@ class Batch:
             for p in range(keys - count, keys)
         ]
         self.common = CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor(self.lens, dtype=torch.int32),
-            num_reqs=len(step), num_actual_tokens=len(self.q), max_query_len=max(counts), max_seq_len=max(self.lens),
-            block_table_tensor=self.table, slot_mapping=torch.tensor(slots),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(self.lens, dtype=torch.int32),
+            num_reqs=len(step),
+            num_actual_tokens=len(self.q),
+            max_query_len=max(counts),
+            max_seq_len=max(self.lens),
+            block_table_tensor=self.table,
+            slot_mapping=torch.tensor(slots),
             seq_lens_cpu_upper_bound=torch.tensor(self.lens, dtype=torch.int32),
-        )  # fmt: skip
+        )
         #: pages that were full before the step, which earlier steps have summarized
         self.full_before = torch.cat(
             [

@@ -16,7 +16,7 @@ from tests.page_sparse.steps import (
     Batch,
     assert_sparse_where_choosing,
     dense,
-)  # fmt: skip
+)
 from vllm_dlm.page_sparse import cpu, cpu_pages
 from vllm_dlm.page_sparse.cpu_pages import packed_pages
 from vllm_dlm.page_sparse.page_counts import PageCounts

@@ -18,7 +18,7 @@ from tests.page_sparse.steps import (
     assert_sparse_where_choosing,
     causal_attention,
     dense,
-)  # fmt: skip
+)
 from vllm_dlm.page_sparse import cuda
 from vllm_dlm.page_sparse.summaries import empty_summaries
 from vllm_dlm.plugins.selection.unique import Unique
@@ -32,9 +32,14 @@ LONGEST = 10 * BLOCK
 def without_gpu(monkeypatch):
     def build(self, common_prefix_len, common, fast_build=False):
         return flash_attn.FlashAttentionMetadata(
-            common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len,
-            common.seq_lens, common.block_table_tensor, common.slot_mapping,
-        )  # fmt: skip
+            common.num_actual_tokens,
+            common.max_query_len,
+            common.query_start_loc,
+            common.max_seq_len,
+            common.seq_lens,
+            common.block_table_tensor,
+            common.slot_mapping,
+        )
 
     def forward(self, layer, query, key, value, kv_cache, meta, output, *rest):
         counts, lens = meta.query_start_loc.diff().tolist(), meta.seq_lens.tolist()
@@ -93,8 +98,12 @@ def test_every_row_arrives_and_sparse_ones_choose(without_gpu):
     assert counts.pages_read == 9 * 4 + 2
     filled = meta.full_pages[meta.full_pages >= 0]
     assert len(filled) == sum(n // 16 - (n - count) // 16 for count, n, _ in STEP)
-    ends = {int(row[p // BLOCK]) * 2 + p // 16 % 2 for (count, n, _), row in zip(STEP, batch.table, strict=True)
-            for p in range(n - count, n) if p % 16 == 15}  # fmt: skip
+    ends = {
+        int(row[p // BLOCK]) * 2 + p // 16 % 2
+        for (count, n, _), row in zip(STEP, batch.table, strict=True)
+        for p in range(n - count, n)
+        if p % 16 == 15
+    }
     assert set(filled.tolist()) == ends
     # most rows complete no page, and no programs are launched for them
     assert len(meta.full_pages) <= sum(-(-count // 16) for count, _, _ in STEP)

@@ -59,9 +59,13 @@ def test_preemption(decoder, want):
     """With too few blocks, requests are preempted. Their generated positions are recomputed with the same sparsity.
     Also tests the metrics of this."""
     llm = decoder(
-        "qwen2", SPARSE, max_model_len=352, num_gpu_blocks_override=21, disable_log_stats=False,
+        "qwen2",
+        SPARSE,
+        max_model_len=352,
+        num_gpu_blocks_override=21,
+        disable_log_stats=False,
         enable_prefix_caching=False,
-    )  # fmt: skip
+    )
     assert tokens(decode(llm, ASKED, new=40)) == want
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     assert metrics["vllm:num_preemptions"] > 0

@@ -45,9 +45,12 @@ def test_several_requests_and_one_without_rows():
 @pytest.mark.parametrize("prefilling, want", [([True, False, True], [100, 39, 1]), (None, [100, 39, 0])])
 def test_prompt_lengths_nobody_told(prefilling, want):
     common = SimpleNamespace(
-        num_reqs=3, query_start_loc_cpu=torch.tensor([0, 20, 21, 22]), seq_lens=torch.tensor([100, 40, 1]),
-        seq_lens_cpu_upper_bound=None, is_prefilling=None if prefilling is None else torch.tensor(prefilling),
-    )  # fmt: skip
+        num_reqs=3,
+        query_start_loc_cpu=torch.tensor([0, 20, 21, 22]),
+        seq_lens=torch.tensor([100, 40, 1]),
+        seq_lens_cpu_upper_bound=None,
+        is_prefilling=None if prefilling is None else torch.tensor(prefilling),
+    )
     assert prompt_lengths(common, None) == want
     assert prompt_lengths(common, [5, 6, 7]) == [5, 6, 7]
 

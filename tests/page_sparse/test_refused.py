@@ -66,10 +66,18 @@ def test_settings(checkpoints, field):
 
 def given(**changed):
     arguments = {
-        "prefix": "model.layers.5.attn", "head_size": 64, "head_size_v": None, "alibi_slopes": None,
-        "use_alibi_sqrt": None, "logits_soft_cap": None, "extra_impl_args": {}, "attn_backend": None,
-        "attn_type": "decoder", "per_layer_sliding_window": None, "cache_config": SimpleNamespace(sliding_window=None),
-    }  # fmt: skip
+        "prefix": "model.layers.5.attn",
+        "head_size": 64,
+        "head_size_v": None,
+        "alibi_slopes": None,
+        "use_alibi_sqrt": None,
+        "logits_soft_cap": None,
+        "extra_impl_args": {},
+        "attn_backend": None,
+        "attn_type": "decoder",
+        "per_layer_sliding_window": None,
+        "cache_config": SimpleNamespace(sliding_window=None),
+    }
     return arguments | changed
 
 

@@ -138,7 +138,11 @@ def test_nothing_waits_for_the_device(monkeypatch):
         out = forward(batch, FOUR, empty_summaries(batch.pages, FOUR), meta)
     assert out.is_meta and out.shape == batch.q.shape
     assert [kernel.__name__ for kernel in launched] == [
-        "_statistics_kernel", "_score_kernel", "_top_kernel", "_attend_kernel", "_merge_kernel",
-    ]  # fmt: skip
+        "_statistics_kernel",
+        "_score_kernel",
+        "_top_kernel",
+        "_attend_kernel",
+        "_merge_kernel",
+    ]
     with pytest.raises(RuntimeError):
         meta.sparse.num_pages.max().item()

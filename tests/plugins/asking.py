@@ -29,10 +29,14 @@ def canvases_ask(selection: Selection, qs, keys, prompt_lens, lengths, voters, s
     described = [len(first) for first, _ in parts]
     starts = torch.tensor([0, *map(len, qs)]).cumsum(0)
     prompts = CachedPrompts(
-        cache, pad(torch.arange(sum(blocks)).split(blocks)), prompt_lens, lengths,
+        cache,
+        pad(torch.arange(sum(blocks)).split(blocks)),
+        prompt_lens,
+        lengths,
         torch.tensor([selection.prompt_units(n).numbers for n in prompt_lens], dtype=torch.int32).T.contiguous(),
-        qs[0].shape[2] ** -0.5 if scale is None else scale, torch.cat(voters),
-    )  # fmt: skip
+        qs[0].shape[2] ** -0.5 if scale is None else scale,
+        torch.cat(voters),
+    )
     summaries = Summaries(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
     table = pad(torch.arange(sum(described)).split(described))
     most = max(map(len, qs))

@@ -96,9 +96,10 @@ def test_leaps_are_those_of_the_statement():
         decoding = LocalLeap(kappa=rng.random(), tau=rng.random(), radius=int(rng.integers(0, 9)))
         anchors = [i for i in range(count) if prob[i] >= decoding.kappa]
         near = [
-            j for j in range(count)
+            j
+            for j in range(count)
             if prob[j] >= decoding.tau and any(abs(positions[i] - positions[j]) <= decoding.radius for i in anchors)
-        ]  # fmt: skip
+        ]
         wanted = sorted({*anchors, *near}) or [int(prob.argmax())]
         assert chosen(decoding, prob, positions=positions) == wanted
 
@@ -264,9 +265,18 @@ def test_entropies_are_those_of_the_plain_distribution():
     wanted = -torch.special.entr(prob).sum(-1)
     off, no = torch.zeros(7), torch.zeros(7, dtype=torch.bool)
     rows = LogitRows(
-        temperature=off, top_p=off + 1, top_k=off.long() + 50, eos_id=3, eot_id=None, mask_id=49, sampled=False,
-        options={"suppress_eos": no, "confidence_eos_eot_inf": no}, filtered=False, exponential=None, uniform=None,
+        temperature=off,
+        top_p=off + 1,
+        top_k=off.long() + 50,
+        eos_id=3,
+        eot_id=None,
+        mask_id=49,
+        sampled=False,
+        options={"suppress_eos": no, "confidence_eos_eot_inf": no},
+        filtered=False,
+        exponential=None,
+        uniform=None,
         memory={},
-    )  # fmt: skip
+    )
     got = EntropyBounded.propose(logits.clone(), rows)
     torch.testing.assert_close(got.score.double(), wanted, atol=1e-5, rtol=1e-5)

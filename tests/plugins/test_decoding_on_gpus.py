@@ -26,19 +26,24 @@ ROWS, V, MASK, EOS, EOT = 6, 300, 17, 5, 9
 def rows(decoding, suppress, unlikely, sampled=False, filtered=False, eot_id=EOT):
     count = len(suppress)
     numbers = {
-        name: torch.full((count,), float(value)) for name in numeric_fields(decoding)[0]
+        name: torch.full((count,), float(value))
+        for name in numeric_fields(decoding)[0]
         if (value := getattr(decoding(), name)) is not None
-    }  # fmt: skip
+    }
     return LogitRows(
         temperature=torch.full((count,), 0.7 if sampled else 0.0),
         top_p=torch.full((count,), 0.8 if filtered else 1.0),
         top_k=torch.full((count,), 50 if filtered else V),
         options=numbers | {"suppress_eos": suppress, "confidence_eos_eot_inf": unlikely},
-        eos_id=EOS, eot_id=eot_id, mask_id=MASK, sampled=sampled, filtered=filtered,
+        eos_id=EOS,
+        eot_id=eot_id,
+        mask_id=MASK,
+        sampled=sampled,
+        filtered=filtered,
         exponential=lambda: torch.ones(count, V, dtype=torch.float64),
         uniform=lambda: torch.ones(count),
         memory=memory(decoding, count),
-    )  # fmt: skip
+    )
 
 
 def memory(decoding, count):

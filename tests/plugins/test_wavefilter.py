@@ -97,8 +97,9 @@ def test_drift_keeps_a_choice_that_still_overlaps():
     held = StoredChoices(
         torch.full((3, *first.units.shape[1:]), -1, dtype=torch.int32),
         torch.full((3, first.units.shape[1], memo), -1, dtype=torch.int32),
-        torch.tensor([2]), torch.tensor([False]),
-    )  # fmt: skip
+        torch.tensor([2]),
+        torch.tensor([False]),
+    )
     given.prompts.held = held
     assert selection.choose(given).units is None
     assert torch.equal(held.units[2], first.units[0]) and (held.units[:2] == -1).all()

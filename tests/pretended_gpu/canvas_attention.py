@@ -56,9 +56,12 @@ def serve(llm, options: dict) -> list[int]:
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=16, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=16,
+        ignore_eos=True,
+        detokenize=False,
         extra_args={"dlm_block_length": 8} | options,
-    )  # fmt: skip
+    )
     prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (40, 13)]
     with tensors_on_a_gpu():
         outputs = llm.generate(prompts, [params] * 2, use_tqdm=False)

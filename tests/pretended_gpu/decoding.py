@@ -38,11 +38,17 @@ def serve(folder: Path) -> None:
 
     checkpoint = models.write("llama", folder)
     llm = LLM(
-        str(checkpoint), dtype="float16", max_model_len=512, kv_cache_memory_bytes=1 << 24, max_num_seqs=4,
-        max_num_batched_tokens=CHUNK, skip_tokenizer_init=True, disable_log_stats=True,
+        str(checkpoint),
+        dtype="float16",
+        max_model_len=512,
+        kv_cache_memory_bytes=1 << 24,
+        max_num_seqs=4,
+        max_num_batched_tokens=CHUNK,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
         additional_config={"dlm": {"selection": conftest.SPARSE}},
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4]},
-    )  # fmt: skip
+    )
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert isinstance(worker, SelectingGPUWorker) and isinstance(worker.model_runner, GPUModelRunner)
     FLASH_CALLS.clear()
@@ -60,9 +66,11 @@ def serve(folder: Path) -> None:
     # three layers choose; the first token of each is its prompt's
     rows = 3 * (NEW - 1)
     assert conftest.counted(llm) == {
-        "sparse_rows": 2 * rows, "dense_rows": rows, "pages_read": rows * (4 + 3 + 4),
+        "sparse_rows": 2 * rows,
+        "dense_rows": rows,
+        "pages_read": rows * (4 + 3 + 4),
         "pages_seen": rows * (10 + 3 + 17),
-    }  # fmt: skip
+    }
 
 
 def kernels_are_launches() -> None:

@@ -34,11 +34,16 @@ def _management_library() -> None:
     import vllm.third_party.pynvml as nvml
 
     answers = {
-        "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0,
-        "nvmlDeviceGetCudaComputeCapability": (9, 0), "nvmlDeviceGetName": "NVIDIA H200",
-        "nvmlDeviceGetUUID": "GPU-pretended", "nvmlSystemGetDriverVersion": "580.0",
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlDeviceGetCudaComputeCapability": (9, 0),
+        "nvmlDeviceGetName": "NVIDIA H200",
+        "nvmlDeviceGetUUID": "GPU-pretended",
+        "nvmlSystemGetDriverVersion": "580.0",
         "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=MEMORY, free=MEMORY, used=0),
-    }  # fmt: skip
+    }
     for name, answer in answers.items():
         setattr(nvml, name, lambda *_, answer=answer, **__: answer)
 

@@ -66,9 +66,7 @@ def silu_and_mul(result, input):
     result.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def rotary_embedding(
-    positions, query, key, head_size, cos_sin_cache, is_neox, rope_dim_offset=0, inverse=False
-):  # fmt: skip
+def rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox, rope_dim_offset=0, inverse=False):
     assert is_neox and not rope_dim_offset and not inverse and cos_sin_cache.shape[1] == head_size
     cos, sin = cos_sin_cache[positions].float()[:, None].chunk(2, -1)  # [T, 1, D / 2] each
     for rows in (query, key):

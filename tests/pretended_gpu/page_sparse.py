@@ -44,9 +44,13 @@ def configured(model):
     from vllm_dlm.integration.autoregressive import WORKERS
 
     config = EngineArgs(
-        str(model), dtype="bfloat16", max_model_len=LONGEST, max_num_seqs=REQUESTS, skip_tokenizer_init=True,
+        str(model),
+        dtype="bfloat16",
+        max_model_len=LONGEST,
+        max_num_seqs=REQUESTS,
+        skip_tokenizer_init=True,
         additional_config={"dlm": {"selection": SELECTION}},
-    ).create_engine_config()  # fmt: skip
+    ).create_engine_config()
     assert config.parallel_config.worker_cls == WORKERS["cuda"]
     assert config.use_v2_model_runner, "this part is about the second runner"
     assert config.cache_config.block_size == BLOCK
@@ -64,11 +68,9 @@ def made_layers(config):
     patch_worker()
     torch.set_default_dtype(torch.bfloat16)
     layers = {
-        name: Attention(
-            HEADS, DIM, DIM**-0.5, num_kv_heads=KV_HEADS, cache_config=config.cache_config, prefix=name
-        )
+        name: Attention(HEADS, DIM, DIM**-0.5, num_kv_heads=KV_HEADS, cache_config=config.cache_config, prefix=name)
         for name in LAYERS
-    }  # fmt: skip
+    }
     torch.set_default_dtype(torch.float32)
     dense, choosing = layers.values()
     assert dense.attn_backend.get_name() == "FLASH_ATTN" and not isinstance(dense.impl, cuda.SelectingFlashImpl)
@@ -120,9 +122,15 @@ class Runner:
         )
         count = batch.num_reqs_after_padding
         return DefaultModelState.prepare_attn(
-            state, batch, mode, (self.tables[:count],), self.slots[:, : batch.num_tokens_after_padding],
-            self.attn_groups, self.kv_cache_config, for_capture=capture,
-        )[LAYERS[1]]  # fmt: skip
+            state,
+            batch,
+            mode,
+            (self.tables[:count],),
+            self.slots[:, : batch.num_tokens_after_padding],
+            self.attn_groups,
+            self.kv_cache_config,
+            for_capture=capture,
+        )[LAYERS[1]]
 
 
 def modes(config, runner) -> None:
@@ -133,9 +141,13 @@ def modes(config, runner) -> None:
     compilation = config.compilation_config
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
     mode = compilation.resolve_cudagraph_mode_and_sizes(
-        runner.graphs.min_cg_support, runner.graphs.min_cg_attn_backend, 1, use_v2_model_runner=True,
-        kv_cache_config=runner.kv_cache_config, max_num_reqs=REQUESTS,
-    )  # fmt: skip
+        runner.graphs.min_cg_support,
+        runner.graphs.min_cg_attn_backend,
+        1,
+        use_v2_model_runner=True,
+        kv_cache_config=runner.kv_cache_config,
+        max_num_reqs=REQUESTS,
+    )
     assert mode == CUDAGraphMode.FULL_AND_PIECEWISE, mode
     print(f"  {runner.graphs.min_cg_support.name}: {mode.name}")
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
     # One thread: a forked copy of the process has no other, and runs beside each other do not get in their way.
-    "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
@@ -163,6 +165,10 @@ def _settings(args, checkpoints: list[str], baseline: str, counted: str, load=No
     from benchmarks.lib.load import Load
 
     return {
-        "shapes": [Path(checkpoint).name for checkpoint in checkpoints], "dtype": args.dtype, "seed": args.seed,
-        "baseline": baseline, "counted": counted, **report.surroundings(1, load or Load(timed=False)),
-    }  # fmt: skip
+        "shapes": [Path(checkpoint).name for checkpoint in checkpoints],
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "baseline": baseline,
+        "counted": counted,
+        **report.surroundings(1, load or Load(timed=False)),
+    }

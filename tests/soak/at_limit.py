@@ -35,9 +35,15 @@ def ends_of(checkpoint: str, requests: int, seed: int, dtype: str) -> Ends:
 
     path = Path(checkpoint)
     llm = LLM(
-        checkpoint, dtype=dtype, max_model_len=MAX_MODEL_LEN, enforce_eager=True, kv_cache_memory_bytes=1 << 26,
-        max_num_seqs=32, disable_log_stats=True, skip_tokenizer_init=not (path / "tokenizer_config.json").exists(),
-    )  # fmt: skip
+        checkpoint,
+        dtype=dtype,
+        max_model_len=MAX_MODEL_LEN,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,
+        max_num_seqs=32,
+        disable_log_stats=True,
+        skip_tokenizer_init=not (path / "tokenizer_config.json").exists(),
+    )
     return serve(llm, requests, seed)
 
 
@@ -57,9 +63,13 @@ def serve(llm, requests: int, seed: int) -> Ends:
         if extra["dlm_decoding"] == "token_editing":
             extra["dlm_threshold"] = 0.7
         params = SamplingParams(
-            temperature=rng.choice((0, 1.0)), seed=number, ignore_eos=True, extra_args=extra,
-            max_tokens=longest - prompt + rng.choice((0, 1, 50)), detokenize=False,
-        )  # fmt: skip
+            temperature=rng.choice((0, 1.0)),
+            seed=number,
+            ignore_eos=True,
+            extra_args=extra,
+            max_tokens=longest - prompt + rng.choice((0, 1, 50)),
+            detokenize=False,
+        )
         asked.append(({"prompt_token_ids": [5 + rng.randrange(300) for _ in range(prompt)]}, params))
     outputs = llm.generate([prompt for prompt, _ in asked], [params for _, params in asked], use_tqdm=False)
     for (prompt, params), output in zip(asked, outputs, strict=True):

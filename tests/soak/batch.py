@@ -106,11 +106,13 @@ def answer_of(output) -> tuple:
     """(tokens, why it ended, tokens whose log-probabilities were given), of each sample"""
     return tuple(
         (
-            tuple(sample.token_ids), sample.finish_reason, sample.stop_reason,
+            tuple(sample.token_ids),
+            sample.finish_reason,
+            sample.stop_reason,
             sample.logprobs and tuple(tuple(sorted(position)) for position in sample.logprobs),
         )
         for sample in output.outputs
-    )  # fmt: skip
+    )
 
 
 def most_steps(batch: Batch, model, server) -> int:
@@ -128,11 +130,14 @@ def check_idle(llm) -> None:
     left = {
         "blocks in use": pool.num_gpu_blocks - 1 - free_blocks(core_of(llm)),  # one is vLLM's own
         "requests of the scheduler": len(scheduler.requests) + len(scheduler.running) + len(scheduler.waiting),
-        "canvases": len(scheduler.canvases), "overtaken": len(scheduler.overtaken),
-        "requests of the runner": len(runner.requests), "tables of the runner": len(runner.tables),
+        "canvases": len(scheduler.canvases),
+        "overtaken": len(scheduler.overtaken),
+        "requests of the runner": len(runner.requests),
+        "tables of the runner": len(runner.tables),
         "requests of the front-end": len(processor.request_states),
-        "names of the front-end": len(processor.external_req_ids), "samples": len(processor.parent_requests),
-    }  # fmt: skip
+        "names of the front-end": len(processor.external_req_ids),
+        "samples": len(processor.parent_requests),
+    }
     if left := {name: count for name, count in left.items() if count}:
         raise Found("leak", f"left over after a batch: {left}")
 

@@ -16,9 +16,19 @@ FIELDS = (
     "user",
 )  # fmt: skip
 OPTIONS = (
-    "dlm_steps", "dlm_block_length", "dlm_decoding", "dlm_reuse", "dlm_selection", "dlm_threshold", "dlm_factor",
-    "dlm_cfg_scale", "dlm_suppress_eos", "dlm_eps", "dlm_algorithm_temperature", "dlm_nothing",
-)  # fmt: skip
+    "dlm_steps",
+    "dlm_block_length",
+    "dlm_decoding",
+    "dlm_reuse",
+    "dlm_selection",
+    "dlm_threshold",
+    "dlm_factor",
+    "dlm_cfg_scale",
+    "dlm_suppress_eos",
+    "dlm_eps",
+    "dlm_algorithm_temperature",
+    "dlm_nothing",
+)
 PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
@@ -102,9 +112,19 @@ def odd(rng: random.Random, limit: int, mask_id: int) -> tuple[str, bytes, dict]
 def large(rng: random.Random, size: int = 10 << 20) -> tuple[str, bytes, dict]:
     """10 MB, in the place of different things."""
     text = "a" * size
-    body = rng.choice((
-        plain(prompt=text), plain(vllm_xargs={"dlm_steps": text}), plain(vllm_xargs={"dlm_reuse": text}),
-        plain(model=text), plain(temperature=text), plain(max_tokens=int("9" * 4000)),
-        plain(prompt=[5] * (size // 10)), plain(stop=[text]), {**plain(), text: 1}, text, [[]] * (size // 4),
-    ))  # fmt: skip
+    body = rng.choice(
+        (
+            plain(prompt=text),
+            plain(vllm_xargs={"dlm_steps": text}),
+            plain(vllm_xargs={"dlm_reuse": text}),
+            plain(model=text),
+            plain(temperature=text),
+            plain(max_tokens=int("9" * 4000)),
+            plain(prompt=[5] * (size // 10)),
+            plain(stop=[text]),
+            {**plain(), text: 1},
+            text,
+            [[]] * (size // 4),
+        )
+    )
     return "/v1/completions", json.dumps(body).encode(), JSON

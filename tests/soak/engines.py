@@ -52,6 +52,13 @@ def start(server: Server, **settings):
     from vllm import LLM
 
     return LLM(
-        server.checkpoint, dtype=server.dtype, max_model_len=MAX_LEN, enforce_eager=True, disable_log_stats=True,
-        kv_cache_memory_bytes=1 << 27, max_num_seqs=64, additional_config={"dlm": server.dlm}, **settings,
-    )  # fmt: skip
+        server.checkpoint,
+        dtype=server.dtype,
+        max_model_len=MAX_LEN,
+        enforce_eager=True,
+        disable_log_stats=True,
+        kv_cache_memory_bytes=1 << 27,
+        max_num_seqs=64,
+        additional_config={"dlm": server.dlm},
+        **settings,
+    )

@@ -36,11 +36,17 @@ def sample(session: int, requests: int, steps: float) -> list[Sample]:
                 continue
             pages = int((folder / "statm").read_text().split()[1])
             name = title(folder)
-            found.append(Sample(
-                requests, steps, f"{name} {len([s for s in found if s.process.startswith(name)]) + 1}",
-                pages * os.sysconf("SC_PAGE_SIZE") >> 10, int(fields[17]), len(os.listdir(folder / "fd")),
-                int(folder.name),
-            ))  # fmt: skip
+            found.append(
+                Sample(
+                    requests,
+                    steps,
+                    f"{name} {len([s for s in found if s.process.startswith(name)]) + 1}",
+                    pages * os.sysconf("SC_PAGE_SIZE") >> 10,
+                    int(fields[17]),
+                    len(os.listdir(folder / "fd")),
+                    int(folder.name),
+                )
+            )
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
     return found
@@ -120,9 +126,13 @@ def growth(samples: list[Sample]) -> list[dict]:
             y = np.array([getattr(each, measure) for each in warm], float)
             per, error = slope(x, y)
             row[measure] = {
-                "first": y[0], "last": y[-1], "most": y.max(), "per_1000_requests": per, "standard_error": error,
+                "first": y[0],
+                "last": y[-1],
+                "most": y.max(),
+                "per_1000_requests": per,
+                "standard_error": error,
                 "grows": grows(per, error, x[-1] - x[0], y.mean()),
-            }  # fmt: skip
+            }
         rows.append(row)
     return rows
 

@@ -57,11 +57,15 @@ class Failure:
     tried: int  # smaller batches
 
     def python(self) -> str:
-        return "\n".join([
-            "from tests.soak.batch import Batch, Entry", "from tests.soak.engines import Server",
-            "from tests.soak.process import replay", "from tests.soak.requests import Given",
-            f"replay({self.server!r}, {self.batch!r})",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                "from tests.soak.batch import Batch, Entry",
+                "from tests.soak.engines import Server",
+                "from tests.soak.process import replay",
+                "from tests.soak.requests import Given",
+                f"replay({self.server!r}, {self.batch!r})",
+            ]
+        )
 
 
 def servers(seed: int, dtype: str, checkpoints: list[str]):

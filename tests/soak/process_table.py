@@ -33,13 +33,19 @@ NOTES = [
 def made(done: list, settings: dict, name: str) -> report.Report:
     rows = [
         {
-            "checkpoint": shift.server.label, "options": str(shift.server.dlm), "requests": shift.requests,
-            "batches": shift.batches, "compared": shift.compared, "aborted": shift.aborted,
-            "restarted": shift.restarted, "refused": sum(shift.refused.values()), "steps": shift.steps,
+            "checkpoint": shift.server.label,
+            "options": str(shift.server.dlm),
+            "requests": shift.requests,
+            "batches": shift.batches,
+            "compared": shift.compared,
+            "aborted": shift.aborted,
+            "restarted": shift.restarted,
+            "refused": sum(shift.refused.values()),
+            "steps": shift.steps,
             "seconds": shift.seconds,
         }
         for shift in done
-    ]  # fmt: skip
+    ]
     covered = sum((shift.covered for shift in done), Counter())
     possible = 1
     for kind in ("decoding", "reuse", "selection"):
@@ -49,8 +55,9 @@ def made(done: list, settings: dict, name: str) -> report.Report:
         for key in ("requests", "compared", "aborted", "restarted", "refused", "steps")
     }
     settings |= {
-        "in_all": totals, "combinations_of_decoding_reuse_selection": f"{len(covered)} of {possible}",
+        "in_all": totals,
+        "combinations_of_decoding_reuse_selection": f"{len(covered)} of {possible}",
         "refused_by_field": dict(sum((shift.refused for shift in done), Counter()).most_common()),
-    }  # fmt: skip
+    }
     title = f"Random batches in process, {settings['dtype']}: {totals['requests']} requests"
     return report.Report(name, title, settings, COLUMNS, NOTES, rows)

@@ -246,9 +246,12 @@ def _without_what_does_not_go(server, extra: dict) -> dict:
 def _sampling(rng: random.Random, model: Model) -> dict:
     drawn = {"temperature": rng.choice((0, 0, 0, 1e-3, 0.7, 1.0))}
     for name, values, chance in (
-        ("top_p", (0.3, 0.9), 0.25), ("top_k", (1, 5, 50), 0.25), ("n", (2, 3), 0.1), ("logprobs", (0, 1, 3), 0.25),
+        ("top_p", (0.3, 0.9), 0.25),
+        ("top_k", (1, 5, 50), 0.25),
+        ("n", (2, 3), 0.1),
+        ("logprobs", (0, 1, 3), 0.25),
         ("stop_token_ids", ([rng.randrange(model.vocab_size) for _ in range(40)],), 0.15),
-    ):  # fmt: skip
+    ):
         if rng.random() < chance:
             drawn[name] = rng.choice(values)
     if rng.random() < 0.1:

@@ -91,9 +91,15 @@ def small(checkpoint: Path, folder: Path) -> Path:
 
 
 def soak(
-    checkpoint: str, dtype: str, seed: int, requests: int, steps: float = 0, minutes: float = 0, hostile: bool = False,
+    checkpoint: str,
+    dtype: str,
+    seed: int,
+    requests: int,
+    steps: float = 0,
+    minutes: float = 0,
+    hostile: bool = False,
     say=print,
-) -> Work:  # fmt: skip
+) -> Work:
     """Ends after `requests`, or after `steps` denoising steps or `minutes` where those are given."""
     work, begin = Work(), time.monotonic()
     with Server(checkpoint, dtype, *["--dlm-view"] * hostile) as server:

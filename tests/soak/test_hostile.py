@@ -89,16 +89,19 @@ def test_a_sound_run_misses_no_bar():
     assert hostile_table.missed(work_of(FINE)) == []
 
 
-@pytest.mark.parametrize(("work", "why"), [
-    (work_of(replace(FINE, health_ms=251)), "/health took 251 ms"),
-    (work_of(replace(FINE, step_own_ms=101)), "a step took 101 ms, the bar is 100"),
-    (work_of(replace(FINE, arrival_ms=101)), "the arrival of a request took 101 ms"),
-    (work_of(FINE, memory=[{"front-end 1": [100.0, 133.0]}]), "front-end 1: 33 MiB more"),
-    (work_of(FINE, memory=[{"front-end 1": [100.0, None]}]), "the server ended"),
-    (work_of(FINE, changed=["answered otherwise"]), "1 good answers changed"),
-    (work_of(FINE, race_problems=["race 3: a frame of choice 2"]), "race 3"),
-    (work_of(replace(FINE, problems=["1 answered 500"])), "1 answered 500"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("work", "why"),
+    [
+        (work_of(replace(FINE, health_ms=251)), "/health took 251 ms"),
+        (work_of(replace(FINE, step_own_ms=101)), "a step took 101 ms, the bar is 100"),
+        (work_of(replace(FINE, arrival_ms=101)), "the arrival of a request took 101 ms"),
+        (work_of(FINE, memory=[{"front-end 1": [100.0, 133.0]}]), "front-end 1: 33 MiB more"),
+        (work_of(FINE, memory=[{"front-end 1": [100.0, None]}]), "the server ended"),
+        (work_of(FINE, changed=["answered otherwise"]), "1 good answers changed"),
+        (work_of(FINE, race_problems=["race 3: a frame of choice 2"]), "race 3"),
+        (work_of(replace(FINE, problems=["1 answered 500"])), "1 answered 500"),
+    ],
+)
 def test_each_bar_can_be_missed(work, why):
     (missed,) = hostile_table.missed(work)
     assert why in missed
@@ -112,11 +115,19 @@ def test_a_body_that_is_expensive_for_vllm_has_a_higher_bar():
     assert len(hostile_table.missed(work_of(control, replace(same, health_ms=610)))) == 1
 
 
-@pytest.mark.parametrize(("row", "statuses", "sound"), [
-    (ROW, (200, 200), True), (ROW, (200, 400), False), (ROW, (500,), False), (ROW, (None,), False),
-    (replace(ROW, long=True), (None,), True), (replace(ROW, long=True), (503,), False),
-    (replace(ROW, expected=REFUSED), (400, 413, 429), True), (replace(ROW, expected=REFUSED), (200,), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "statuses", "sound"),
+    [
+        (ROW, (200, 200), True),
+        (ROW, (200, 400), False),
+        (ROW, (500,), False),
+        (ROW, (None,), False),
+        (replace(ROW, long=True), (None,), True),
+        (replace(ROW, long=True), (503,), False),
+        (replace(ROW, expected=REFUSED), (400, 413, 429), True),
+        (replace(ROW, expected=REFUSED), (200,), False),
+    ],
+)
 def test_statuses_are_judged(row, statuses, sound):
     result = RowResult(row)
     judge(result, [Outcome(status) for status in statuses])

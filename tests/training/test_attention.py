@@ -24,9 +24,14 @@ SETTINGS = sparse.PageSparsity(
 )
 OPEN = replace(SETTINGS, budget_tokens=1 << 20)
 SHAPE = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def make(settings=SETTINGS, implementation="unique", cls=LlamaForCausalLM, config=LlamaConfig, **changes):
@@ -66,9 +71,10 @@ def test_padding_changes_nothing(side, causal):
     where = mask[0].bool()
     model.train()
     batch = model(
-        torch.cat([rows, long]), attention_mask=torch.cat([mask, torch.ones_like(long)]),
+        torch.cat([rows, long]),
+        attention_mask=torch.cat([mask, torch.ones_like(long)]),
         position_ids=torch.stack([(mask[0].cumsum(0) - 1).clamp_min(0), torch.arange(120)]),
-    ).logits  # fmt: skip
+    ).logits
     torch.testing.assert_close(batch[0][where], model(short).logits[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(batch[1], model(long).logits[0], atol=1e-4, rtol=1e-4)
 
@@ -152,9 +158,13 @@ def test_layers_with_a_window_stay_as_they_are():
 
 def test_encoders():
     config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
         attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    )
     got = []
     for name in ("unique", "sdpa"):
         torch.manual_seed(0)

@@ -72,7 +72,14 @@ def test_a_response_reads_the_prompt(prompt_len, reduce):
     # keys outside whole pages of the prompt are always read
     rest = torch.arange(whole, table.shape[1], dtype=torch.int32).expand(1, 2, -1)
     served = sparse_attention(
-        queries, torch.tensor([0, len(queries)]), pages, table, torch.cat([chosen, rest], -1), torch.tensor([length]),
-        SIZE, SCALE, False,
-    )  # fmt: skip
+        queries,
+        torch.tensor([0, len(queries)]),
+        pages,
+        table,
+        torch.cat([chosen, rest], -1),
+        torch.tensor([length]),
+        SIZE,
+        SCALE,
+        False,
+    )
     torch.testing.assert_close(trained, served, atol=2e-6, rtol=1e-5)

@@ -20,9 +20,14 @@ SETTINGS = sparse.PageSparsity(budget_tokens=64, page_size=16, recent_pages=1, d
 def tiny(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, **changes,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **changes,
+    )
     model = LlamaForCausalLM._from_config(config, attn_implementation="unique")
     sparse.configure(model, SETTINGS)
     return model
@@ -30,9 +35,18 @@ def tiny(**changes):
 
 def arguments(folder, **changes):
     return TrainingArguments(
-        str(folder), per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="steps", save_steps=2, logging_steps=1, seed=0, **{"max_steps": 4} | changes,
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=1,
+        seed=0,
+        **{"max_steps": 4} | changes,
+    )
 
 
 def samples(count=8, length=100):

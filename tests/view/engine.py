@@ -56,9 +56,16 @@ class Engine:
     async def generate(self, prompt, sampling_params, request_id):
         await self.pause()
         request = EngineCoreRequest(
-            request_id, list(prompt), None, sampling_params.clone(), None, arrival_time=0.0, lora_request=None,
-            cache_salt=None, data_parallel_rank=None,
-        )  # fmt: skip
+            request_id,
+            list(prompt),
+            None,
+            sampling_params.clone(),
+            None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
         self.assign(request)
         queue, parent = RequestOutputCollector(sampling_params.output_kind, request.request_id), None
         parts = [request]
@@ -105,15 +112,32 @@ class Engine:
 def messages(prompt: list[int], step: int) -> list[bytes]:
     prompt_len, at = len(prompt), np.array([len(prompt) + step - 1])
     begin = {
-        "length": prompt_len + TOKENS, "holes": [], "canvas": TOKENS, "block_length": TOKENS, "reuse": "none",
-        "selection": "none", "decoding": "low_confidence", "extent": "full", "layers": 1, "page_size": None,
+        "length": prompt_len + TOKENS,
+        "holes": [],
+        "canvas": TOKENS,
+        "block_length": TOKENS,
+        "reuse": "none",
+        "selection": "none",
+        "decoding": "low_confidence",
+        "extent": "full",
+        "layers": 1,
+        "page_size": None,
         "given": [],
-    }  # fmt: skip
+    }
     frame = Frame(
-        step, 1, 1, at, np.array([False]), np.array([True]), np.array([wanted(prompt)[step - 1]]), np.array([0.5]),
-        np.array([step]), np.ones(7), np.ones((2, prompt_len + TOKENS)),
+        step,
+        1,
+        1,
+        at,
+        np.array([False]),
+        np.array([True]),
+        np.array([wanted(prompt)[step - 1]]),
+        np.array([0.5]),
+        np.array([step]),
+        np.ones(7),
+        np.ones((2, prompt_len + TOKENS)),
         Guesses.build(at, at, np.array([0.5]), np.ones((2, 4, 1))),
-    )  # fmt: skip
+    )
     found = [{"begin": begin}] if step == 1 else []
     return [msgspec.msgpack.encode(each) for each in (*found, {"frame": frame.pack()})]
 

@@ -15,9 +15,13 @@ OFFERS = {
     "reuse": ["none", "fast_dllm", "dllm_cache"],
     "selection": ["none", "unique"],
     "extent": ["full", "window"],
-    "server": {"decoding": {"name": "low_confidence", "block_length": 12, "threshold": None}, "reuse": {"name": "none"},
-               "selection": {"name": "none"}, "extent": {"name": "full"}},
-}  # fmt: skip
+    "server": {
+        "decoding": {"name": "low_confidence", "block_length": 12, "threshold": None},
+        "reuse": {"name": "none"},
+        "selection": {"name": "none"},
+        "extent": {"name": "full"},
+    },
+}
 
 
 class Mock(ThreadingHTTPServer):
@@ -53,9 +57,18 @@ class Handler(BaseHTTPRequestHandler):
         known = {
             "/v1/models": {"data": [{"id": "mock"}]},
             "/dlm/options": OFFERS,
-            "/dlm/requests": [{"request": "cmpl-a/b", "choice": 1, "prompt_tokens": 24, "canvas": 24,
-                               "reuse": "fast_dllm", "selection": "none", "seconds": 0.1}],
-        }  # fmt: skip
+            "/dlm/requests": [
+                {
+                    "request": "cmpl-a/b",
+                    "choice": 1,
+                    "prompt_tokens": 24,
+                    "canvas": 24,
+                    "reuse": "fast_dllm",
+                    "selection": "none",
+                    "seconds": 0.1,
+                }
+            ],
+        }
         if self.path in known:
             return self.answer(json.dumps(known[self.path]))
         if self.path == "/dlm/watch/cmpl-a%2Fb?choice=1":

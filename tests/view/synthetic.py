@@ -16,13 +16,20 @@ HOLE = -3  # of a prompt that has one
 
 def begin(canvas: int, options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "request": "chatcmpl-1", "model": "mock", "prompt_tokens": PROMPT, "canvas": canvas, "block_length": BLOCK,
-        "reuse": options.get("dlm_reuse", "none"), "selection": options.get("dlm_selection", "none"),
-        "decoding": options.get("dlm_decoding", "low_confidence"), "extent": "full", "layers": LAYERS,
+        "request": "chatcmpl-1",
+        "model": "mock",
+        "prompt_tokens": PROMPT,
+        "canvas": canvas,
+        "block_length": BLOCK,
+        "reuse": options.get("dlm_reuse", "none"),
+        "selection": options.get("dlm_selection", "none"),
+        "decoding": options.get("dlm_decoding", "low_confidence"),
+        "extent": "full",
+        "layers": LAYERS,
         "page_size": 16 if "dlm_selection" in options else None,
         "prompt": [[f" p{position}"] for position in range(PROMPT)],
         "given": [[2, 13, " truly"]],
-    }  # fmt: skip
+    }
 
 
 def frames(canvas: int, options: dict[str, Any], seed: int = 1) -> list[dict[str, Any]]:

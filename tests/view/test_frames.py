@@ -136,9 +136,19 @@ def test_no_piece_is_large():
     """The event loop runs between two pieces."""
     at = np.arange(100_000)
     frame = Frame(
-        1, 1, 1, at, at < 0, at >= 0, at % 7, np.full(len(at), 0.5), at * 0 + 1, np.ones(7), np.ones((2, len(at))),
+        1,
+        1,
+        1,
+        at,
+        at < 0,
+        at >= 0,
+        at % 7,
+        np.full(len(at), 0.5),
+        at * 0 + 1,
+        np.ones(7),
+        np.ones((2, len(at))),
         Guesses.build(at, at % 7, np.full(len(at), 0.5), np.ones((2, 4, len(at)))),
-    )  # fmt: skip
+    )
     pieces = list(json_slices(frame, 0, dict.fromkeys(range(7), "text")))
     assert len(json.loads(b"".join(pieces))["guesses"]) == len(at)
     assert max(map(len, pieces)) < 200 * frames_of_steps.SLICE

@@ -42,10 +42,18 @@ def nothing_is_left():
 
 
 def begin(positions: int) -> bytes:
-    return msgspec.msgpack.encode({
-        "begin": {"length": PROMPT + positions, "holes": [], "canvas": positions, "given": [], "reuse": "none",
-                  "selection": "none"},
-    })  # fmt: skip
+    return msgspec.msgpack.encode(
+        {
+            "begin": {
+                "length": PROMPT + positions,
+                "holes": [],
+                "canvas": positions,
+                "given": [],
+                "reuse": "none",
+                "selection": "none",
+            },
+        }
+    )
 
 
 def frame(step: int, positions: int) -> bytes:
@@ -53,10 +61,19 @@ def frame(step: int, positions: int) -> bytes:
     at, length = np.array([PROMPT + step - 1]), PROMPT + positions
     left = np.arange(PROMPT + step, length)
     made = Frame(
-        step, 1, 1, at, np.array([False]), np.array([True]), np.array([step]), np.array([0.5]), np.array([step]),
-        np.ones(7), np.ones((2, length)),
+        step,
+        1,
+        1,
+        at,
+        np.array([False]),
+        np.array([True]),
+        np.array([step]),
+        np.array([0.5]),
+        np.array([step]),
+        np.ones(7),
+        np.ones((2, length)),
         Guesses.build(left, left % 500, np.full(len(left), 0.5), np.ones((2, 4, len(left)))),
-    )  # fmt: skip
+    )
     return msgspec.msgpack.encode({"frame": made.pack()})
 
 

@@ -62,8 +62,11 @@ def test_holes_of_a_prompt_are_filled_in_their_place(visit):
             assert (names, text) == ("cell given", f" p{index}")
     slide(page, 0)
     assert [i - synthetic.PROMPT for i, (names, _) in enumerate(cells(page)) if "mask" in names] == [
-        synthetic.HOLE, 0, 1, *range(3, CANVAS),
-    ]  # fmt: skip
+        synthetic.HOLE,
+        0,
+        1,
+        *range(3, CANVAS),
+    ]
 
 
 def test_merged_frames_are_those_they_were_merged_of(visit, server):

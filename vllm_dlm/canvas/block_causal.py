@@ -126,9 +126,14 @@ class BlockCausalAttention(Feature):
         for stream in made:
             for rows, end in parts:
                 part = replace(
-                    stream, plan=StepPlan.dense(rows), token_ids=stream.token_ids[:end], head_positions=NOTHING,
-                    changed=NOTHING, last=None, reading=None,
-                )  # fmt: skip
+                    stream,
+                    plan=StepPlan.dense(rows),
+                    token_ids=stream.token_ids[:end],
+                    head_positions=NOTHING,
+                    changed=NOTHING,
+                    last=None,
+                    reading=None,
+                )
                 if end == parts[-1][1]:
                     part.reading, part.head_positions = reading, heads
                     # Other parts compute final positions: prompts, and blocks that become final.

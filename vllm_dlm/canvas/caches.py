@@ -60,9 +60,14 @@ class StreamCaches:
         return self.selected_keys(selection, canvas.prompt_len, canvas.rows, own, frozen)
 
     def selected_keys(
-        self, selection: Selection, prompt_len: int, length: int, own: Blocks, frozen: bool = False,
+        self,
+        selection: Selection,
+        prompt_len: int,
+        length: int,
+        own: Blocks,
+        frozen: bool = False,
         described: bool = True,
-    ) -> SelectedKeys:  # fmt: skip
+    ) -> SelectedKeys:
         size, pool = self.shape.block_size, self.pool(selection)
         return SelectedKeys(
             selection, prompt_len, length, size, own.kv, own.summaries, frozen, pool, described=described

@@ -28,8 +28,14 @@ __all__ = ["Denoising", "Logprobs", "Sampling"]
 
 #: in the order in which they make streams and absorb readings
 FEATURES: tuple[type[Feature], ...] = (
-    Editing, StartingText, Guidance, BlockCausalAttention, Template, Speculation, Revocation,
-)  # fmt: skip
+    Editing,
+    StartingText,
+    Guidance,
+    BlockCausalAttention,
+    Template,
+    Speculation,
+    Revocation,
+)
 
 
 @dataclass
@@ -222,9 +228,16 @@ class Denoising:
         quota = sum(self.quotas[: step + 1]) - self.filled
         tokens = canvas.tokens[positions]
         return Turn(
-            step, len(self.quotas), min(quota, len(positions)), positions, masked, self.pressure,
-            tokens != canvas.mask_id, tokens, canvas.prompt_len,
-        )  # fmt: skip
+            step,
+            len(self.quotas),
+            min(quota, len(positions)),
+            positions,
+            masked,
+            self.pressure,
+            tokens != canvas.mask_id,
+            tokens,
+            canvas.prompt_len,
+        )
 
     def _masked(self) -> float:
         """See Turn"""

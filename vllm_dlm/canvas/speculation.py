@@ -70,10 +70,14 @@ class Speculation(Feature):
             reading.others.append(Reading(state, masked, made_by=self.name))
             added.append(
                 replace(
-                    stream, token_ids=tokens, kv_table=table, head_positions=state.head_rows(masked),
-                    reading=reading.others[-1], copies=None if index else copies,
+                    stream,
+                    token_ids=tokens,
+                    kv_table=table,
+                    head_positions=state.head_rows(masked),
+                    reading=reading.others[-1],
+                    copies=None if index else copies,
                 )
-            )  # fmt: skip
+            )
         return [stream, *added]
 
     @staticmethod

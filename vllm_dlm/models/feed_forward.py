@@ -28,9 +28,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(
             width, [inner] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
         )
-        self.down_proj = RowParallelLinear(
-            inner, width, bias=False, quant_config=quant, prefix=f"{prefix}.down_proj"
-        )  # fmt: skip
+        self.down_proj = RowParallelLinear(inner, width, bias=False, quant_config=quant, prefix=f"{prefix}.down_proj")
         self.act = SiluAndMul()
 
     def forward(self, h_TE: torch.Tensor) -> torch.Tensor:

@@ -110,9 +110,18 @@ class SelectingCPUImpl(AttentionImpl):
     summaries: Summaries | None = None  # set when the KV cache is allocated (summaries.py)
 
     def __init__(
-        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto",
-        logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
-    ):  # fmt: skip
+        self,
+        num_heads,
+        head_size,
+        scale,
+        num_kv_heads,
+        alibi_slopes=None,
+        sliding_window=None,
+        kv_cache_dtype="auto",
+        logits_soft_cap=None,
+        attn_type="decoder",
+        kv_sharing_target_layer_name=None,
+    ):
         # Unsupported arguments have been rejected in layer_backends.py.
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale = float(scale)

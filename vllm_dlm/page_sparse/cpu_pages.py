@@ -80,10 +80,18 @@ class PackedPages:
 
     def _batch(self, heads, kv_heads, starts, kv_lens, page_table, split) -> "Batch":
         plan = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(kv_lens), num_heads=heads, num_kv_heads=kv_heads, head_dim=self.dim, seq_lens=kv_lens,
-            dtype=self.dtype, query_start_loc=starts, causal=True, sliding_window_size=-1, isa=self.isa,
+            num_reqs=len(kv_lens),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=self.dim,
+            seq_lens=kv_lens,
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
             enable_kv_split=split,
-        )  # fmt: skip
+        )
         return Batch(kv_heads, starts, kv_lens, page_table, plan)
 
     def attend(
@@ -105,10 +113,21 @@ class PackedPages:
     def _attend(self, q, kv_cache, batch, page_table, scale, output) -> None:
         keys, values = self._halves(kv_cache, batch.kv_heads)
         ops.cpu_attention_with_kv_cache(
-            query=q, key_cache=keys, value_cache=values, output=output, query_start_loc=batch.starts,
-            seq_lens=batch.kv_lens, scale=scale, causal=True, alibi_slopes=None, sliding_window=-1,
-            block_table=page_table, softcap=0.0, scheduler_metadata=batch.plan, s_aux=None,
-        )  # fmt: skip
+            query=q,
+            key_cache=keys,
+            value_cache=values,
+            output=output,
+            query_start_loc=batch.starts,
+            seq_lens=batch.kv_lens,
+            scale=scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=page_table,
+            softcap=0.0,
+            scheduler_metadata=batch.plan,
+            s_aux=None,
+        )
 
 
 #: layers of the same shape share one object, so the key packing is determined once

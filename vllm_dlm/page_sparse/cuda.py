@@ -71,9 +71,12 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         # These layers' FlashAttention calls are never captured, so the number of splits need not be fixed.
         self.use_full_cuda_graph, self.max_num_splits = False, 0
         self.single_rows = SingleRows(
-            self.selection, vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len,
-            self.block_size // self.selection.unit, device,
-        )  # fmt: skip
+            self.selection,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            self.block_size // self.selection.unit,
+            device,
+        )
         #: metadata of a step -> prompt length of each request; the worker sets this and collects the counts
         self.prompt_lens = lambda common: None
         self.counts = PageCounts()
@@ -110,9 +113,13 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
             requests, rows, keys = map(list, zip(*plan.sparse, strict=True))
             index, behind = all_to_device(self.device, requests, behind_the_end(kv_lens, requests, keys))
             meta.sparse = make_queries(
-                self.selection, rows, common.seq_lens[index] - behind.to(torch.int32), keys,
-                common.block_table_tensor[index], self.block_size // size,
-            )  # fmt: skip
+                self.selection,
+                rows,
+                common.seq_lens[index] - behind.to(torch.int32),
+                keys,
+                common.block_table_tensor[index],
+                self.block_size // size,
+            )
             if plan.prompt or plan.whole:
                 self._add_dense(meta, plan, common, kv_lens)
         return meta
@@ -124,13 +131,20 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
             self.device, requests, behind_the_end(kv_lens, requests, keys), rows, starts.tolist()
         )
         batch = common.replace(
-            query_start_loc=on_device.to(torch.int32), query_start_loc_cpu=starts,
+            query_start_loc=on_device.to(torch.int32),
+            query_start_loc_cpu=starts,
             seq_lens=common.seq_lens[index] - behind.to(torch.int32),
             seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
-            num_reqs=len(requests), num_actual_tokens=len(rows), max_query_len=max(counts), max_seq_len=max(keys),
-            block_table_tensor=common.block_table_tensor[index], is_prefilling=None, positions=None,
-            _num_computed_tokens_cache=None, _token_to_req_indices_cache=None,
-        )  # fmt: skip
+            num_reqs=len(requests),
+            num_actual_tokens=len(rows),
+            max_query_len=max(counts),
+            max_seq_len=max(keys),
+            block_table_tensor=common.block_table_tensor[index],
+            is_prefilling=None,
+            positions=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
         meta.dense = super().build(0, batch, True)
 
 
@@ -172,9 +186,19 @@ class SelectingFlashImpl(FlashAttentionImpl):
         q, in_place = query[rows.rows], isinstance(rows.rows, slice)
         chosen = chosen_pages(q, rows, self.summaries, self.selection)
         context = sparse_attention(
-            q, rows.q_starts, kv_cache, rows.page_table, chosen, rows.kv_lens, self.selection.unit, self.scale, True,
-            out=output[rows.rows] if in_place else None, tails=rows.num_pages, tail=rows.behind,
-        )  # fmt: skip
+            q,
+            rows.q_starts,
+            kv_cache,
+            rows.page_table,
+            chosen,
+            rows.kv_lens,
+            self.selection.unit,
+            self.scale,
+            True,
+            out=output[rows.rows] if in_place else None,
+            tails=rows.num_pages,
+            tail=rows.behind,
+        )
         if not in_place:
             output[rows.rows] = context
         return output

@@ -35,9 +35,7 @@ class Partition:
 
     def counts(self, selection: PageSelection) -> PageCounts:
         """Counts of one layer for the generated positions."""
-        whole, sparse = (
-            pages_of([keys for _, _, keys in rows], selection.unit) for rows in (self.whole, self.sparse)
-        )  # fmt: skip
+        whole, sparse = (pages_of([keys for _, _, keys in rows], selection.unit) for rows in (self.whole, self.sparse))
         read = whole + len(self.sparse) * selection.kept_pages
         return PageCounts(len(self.sparse), len(self.whole), read, whole + sparse)
 

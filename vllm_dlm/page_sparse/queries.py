@@ -30,9 +30,13 @@ def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: 
 
 
 def make_queries(
-    selection: PageSelection, rows: list[int], kv_lens: torch.Tensor, keys: list[int], block_table: torch.Tensor,
+    selection: PageSelection,
+    rows: list[int],
+    kv_lens: torch.Tensor,
+    keys: list[int],
+    block_table: torch.Tensor,
     pages_per_block: int,
-) -> Queries:  # fmt: skip
+) -> Queries:
     """`kv_lens` [B] int32 and `block_table` [B, n] are on the device. `keys`: the host's upper bounds of kv_lens."""
     device, size = kv_lens.device, selection.unit
     width = -(-max(keys) // size)

@@ -45,7 +45,7 @@ class SingleRows:
         full_pages.copy_(ended_pages(common.slot_mapping[:count], size))
         rows = Queries(
             slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, recent, behind=self.width
-        )  # fmt: skip
+        )
         return rows, full_pages
 
 

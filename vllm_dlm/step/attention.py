@@ -61,9 +61,19 @@ def _launch(q, k, v, q_starts, k_starts, kv_lens, table, max_q, max_kv, scale):
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, seqused_k=kv_lens, block_table=table,
-        max_seqlen_q=max_q, max_seqlen_k=max_kv, softmax_scale=scale, causal=False, fa_version=_version(q.shape[2]),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q=q_starts,
+        cu_seqlens_k=k_starts,
+        seqused_k=kv_lens,
+        block_table=table,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_kv,
+        softmax_scale=scale,
+        causal=False,
+        fa_version=_version(q.shape[2]),
+    )
 
 
 @functools.cache
@@ -100,9 +110,17 @@ class CanvasAttention:
         if has_flash(q):
             keys, values = pages.transpose(1, 2).chunk(2, -1)  # [blocks, block_size, Hkv, D]
             context = flash_attention(
-                q, keys, values, starts(rows, q), None, group.key_counts, group.table, group.max_q,
-                group.max_kv, self.scale,
-            )  # fmt: skip
+                q,
+                keys,
+                values,
+                starts(rows, q),
+                None,
+                group.key_counts,
+                group.table,
+                group.max_q,
+                group.max_kv,
+                self.scale,
+            )
         else:
             context = paged_attention(q, pages, group.tables, rows.counts, group.kv_lens, self.scale)
         return context.flatten(1)
@@ -116,15 +134,27 @@ class CanvasAttention:
             moved = moved * changed.mask[:, None, None]
         if by_tables(q):
             added = delta_over_pages(
-                q, starts(rows, q), pages, group.table, group.key_counts, self.places(changed), moved, self.scale,
-                group.max_q, group.max_kv,
-            )  # fmt: skip
+                q,
+                starts(rows, q),
+                pages,
+                group.table,
+                group.key_counts,
+                self.places(changed),
+                moved,
+                self.scale,
+                group.max_q,
+                group.max_kv,
+            )
             return added.flatten(1)
         positions = changed.gather(group.row_places)
         parts = zip(
-            q.split(rows.counts), group.tables, group.kv_lens, positions.split(changed.counts),
-            moved.split(changed.counts), strict=True,
-        )  # fmt: skip
+            q.split(rows.counts),
+            group.tables,
+            group.kv_lens,
+            positions.split(changed.counts),
+            moved.split(changed.counts),
+            strict=True,
+        )
         added = []
         for query, table, length, where, values in parts:
             keys = gather(pages, table, length)[0]
@@ -179,9 +209,18 @@ class GroupAttention:
         group = self.group
         self.counts.attended(rows.counts, group.kv_lens, read=True)
         context = shadow_attention(
-            q, starts(rows, q), rows.gather(group.row_places) + hidden, k, v, starts(group.all, q),
-            self.blocks.layers[self.layer], group.table, group.key_counts, self.scale, group.max_q,
-        )  # fmt: skip
+            q,
+            starts(rows, q),
+            rows.gather(group.row_places) + hidden,
+            k,
+            v,
+            starts(group.all, q),
+            self.blocks.layers[self.layer],
+            group.table,
+            group.key_counts,
+            self.scale,
+            group.max_q,
+        )
         return context.flatten(1)
 
     def over_blocks(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -114,9 +114,11 @@ def bucket_of_whole(shape: tuple[tuple, bool, bool], rows: int, number: int) -> 
 def sizes(longest: int) -> list[tuple[int, int]]:
     """(rows, canvases) of partial steps, the largest first. A partial step has fewer rows than positions."""
     return [
-        (rows, canvases) for rows in reversed(ROWS) for canvases in reversed(CANVASES)
+        (rows, canvases)
+        for rows in reversed(ROWS)
+        for canvases in reversed(CANVASES)
         if is_common(rows, canvases) and rows <= canvases * (longest - 1)
-    ]  # fmt: skip
+    ]
 
 
 def is_common(rows: int, canvases: int) -> bool:

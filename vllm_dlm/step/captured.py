@@ -265,11 +265,16 @@ class CapturedSteps:
         length = rows if bucket.whole else rows + 1  # a partial step leaves positions out
         _, cached, _ = bucket.kind
         return Stream(
-            reuse, plan, np.zeros(length, np.int64), NOTHING, NOTHING, (0, length),
+            reuse,
+            plan,
+            np.zeros(length, np.int64),
+            NOTHING,
+            NOTHING,
+            (0, length),
             feature_rows=length if bucket.all_keep else 0,
             kv_table=np.full(self.table_width, NULL_BLOCK) if cached else None,
             feature_table=np.full(length, NULL_BLOCK),
-        )  # fmt: skip
+        )
 
 
 def policy_key(bucket: Bucket, reuse: Reuse) -> tuple:

@@ -63,9 +63,14 @@ class PreparedStep(NamedTuple):
 
 class Denoiser:
     def __init__(
-        self, model: torch.nn.Module, head: Head, shape: BlockShape, max_rows: int, device: torch.device,
+        self,
+        model: torch.nn.Module,
+        head: Head,
+        shape: BlockShape,
+        max_rows: int,
+        device: torch.device,
         forwards: Callable[[], AbstractContextManager] = nullcontext,  # entered around forwards
-    ):  # fmt: skip
+    ):
         self.forwards = forwards
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
         self.blocks = KVBlocks([])  # until vLLM says how many there are
@@ -76,9 +81,13 @@ class Denoiser:
         self.observers: list[Observer] = []
 
     def step(
-        self, states: list[Denoising], tables: dict[str, np.ndarray], counts: Counts, failed: Failures,
+        self,
+        states: list[Denoising],
+        tables: dict[str, np.ndarray],
+        counts: Counts,
+        failed: Failures,
         canvases: Mapping[str, int] = NO_SPECULATION,
-    ) -> list[Reading]:  # fmt: skip
+    ) -> list[Reading]:
         """One forward of all requests -> what was read at the canvas of each that has not failed. `tables`: KV blocks
         of each request; `canvases`: most streams of requests that may speculate in this step"""
         for observer in self.observers:

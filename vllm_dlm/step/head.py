@@ -169,9 +169,16 @@ class HeadBatch:
         columns = dict(zip(flags, upload(per_row(true, np.bool_, counts)), strict=True)) if flags else {}
         columns |= dict(zip(numbers, options, strict=True))
         made = cls(
-            readings, rows, guide[0] if guide else rows[:0], temperature, top_p, top_k_R, columns, keys,
+            readings,
+            rows,
+            guide[0] if guide else rows[:0],
+            temperature,
+            top_p,
+            top_k_R,
+            columns,
+            keys,
             remembered(readings, upload),
-        )  # fmt: skip
+        )
         if first.constraint is not None:
             made.allowed = first.constraint.gather(readings, vocab_size, upload)
         if first.judged:

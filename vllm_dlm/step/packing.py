@@ -187,9 +187,14 @@ class GroupPacking:
         return before[:, 1:] - before[:, :-1]
 
     def _rows(
-        self, mask: np.ndarray, counts: list[int], starts: torch.Tensor, before: list[int] | None, upload: Upload,
+        self,
+        mask: np.ndarray,
+        counts: list[int],
+        starts: torch.Tensor,
+        before: list[int] | None,
+        upload: Upload,
         limits: Limits | None,
-    ) -> Rows:  # fmt: skip
+    ) -> Rows:
         if sum(counts) == len(mask):
             return Rows(None, counts, starts, before=before)
         if limits is not None:

@@ -94,17 +94,34 @@ def causality(module, is_causal: bool | None) -> bool:
 
 
 def sequence_ids(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-    use_vmap=False, local_size=None, device=None, **kwargs,
-) -> torch.Tensor | None:  # fmt: skip
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    use_vmap=False,
+    local_size=None,
+    device=None,
+    **kwargs,
+) -> torch.Tensor | None:
     """Mask function -> [B, N] int, or None if every row is one sequence without padding"""
     if local_size is not None:
         # Layers with a sliding window keep their mask.
         mask = sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
-            local_size=local_size, device=device,
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            use_vmap=use_vmap,
+            local_size=local_size,
+            device=device,
             **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-        )  # fmt: skip
+        )
         mask.local = True
         return mask
     if use_vmap:

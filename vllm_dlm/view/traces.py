@@ -88,12 +88,19 @@ class Trace(Isolated):
         dense = canvas.streams * len(seen.rows) * self.layers
         now = canvas.tokens[changed]
         return Frame(
-            canvas.step, requests, canvas.block + 1,
-            changed, self.tokens[changed] != self.mask_id, now != self.mask_id, now, canvas.confidence[changed],
+            canvas.step,
+            requests,
+            canvas.block + 1,
+            changed,
+            self.tokens[changed] != self.mask_id,
+            now != self.mask_id,
+            now,
+            canvas.confidence[changed],
             np.full(len(changed), canvas.step),
             np.array([1, seen.ms, seen.live, seen.recomputed, dense, seen.keys_read, seen.keys_there], float),
-            self._shares(canvas, seen), self._guesses(canvas, commit, seen),
-        )  # fmt: skip
+            self._shares(canvas, seen),
+            self._guesses(canvas, commit, seen),
+        )
 
     def _guesses(self, canvas: Canvas, commit: Commit, seen: StepRecord) -> Guesses:
         known = len(seen.tokens) == len(commit.read)

@@ -230,8 +230,16 @@ def rows(target: Target) -> Iterator[Row]:
     yield row("frames of a canvas filled at once", {"dlm_frames": 1, **AT_ONCE}, max_tokens=room, stream=True)
     yield row("frames, cancelled", frames, "leave", **long)
     yield row("frames, never read", frames, "silent", clients=16, **long)
-    yield row("frames and trajectories of 8 samples", {"dlm_frames": 1, "dlm_trajectory": 1}, clients=4, n=8,
-              temperature=1.0, seed=3, max_tokens=32, stream=True)  # fmt: skip
+    yield row(
+        "frames and trajectories of 8 samples",
+        {"dlm_frames": 1, "dlm_trajectory": 1},
+        clients=4,
+        n=8,
+        temperature=1.0,
+        seed=3,
+        max_tokens=32,
+        stream=True,
+    )
     yield row("frames without a stream", {"dlm_frames": 1}, expected=REFUSED)
     watched = LEGAL if target.view else REFUSED
     yield row("watched and never followed", {"dlm_watch": 1}, expected=watched, max_tokens=32)

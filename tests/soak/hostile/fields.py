@@ -44,8 +44,12 @@ def sampling(target: Target) -> Iterator[Row]:
     yield row("logprobs, one above", logprobs=MOST_LOGPROBS + 1)
     yield row("logprobs, absurd", logprobs=1 << 62)
     yield row("max_tokens, largest", LEGAL, AT_ONCE, max_tokens=longest)
-    yield row("max_tokens, one above", ANSWERED if target.server.canvas.max is None else REFUSED, AT_ONCE,
-              max_tokens=longest + 1)  # fmt: skip
+    yield row(
+        "max_tokens, one above",
+        ANSWERED if target.server.canvas.max is None else REFUSED,
+        AT_ONCE,
+        max_tokens=longest + 1,
+    )
     yield row("max_tokens, absurd", max_tokens=10**4000)
     yield row("ten samples of the longest canvas", LEGAL, AT_ONCE, n=10, max_tokens=longest, long=True, **DRAWN)
     yield row("top_k, absurd", ANSWERED, top_k=1 << 62, **DRAWN)
@@ -67,9 +71,11 @@ def sampling(target: Target) -> Iterator[Row]:
         like = "lists" if "lists" in name else "text" if "MB" in name else "keys"
         yield Row("field", f"vllm_xargs, {name}", with_options(keys), REFUSED, like=like)
     yield Row(
-        "field", "10,000 dlm_ fields next to vllm_xargs",
-        lambda t, n: posted(COMPLETIONS, t.body(n) | {f"dlm_key{each}": n for each in range(10_000)}), REFUSED,
-    )  # fmt: skip
+        "field",
+        "10,000 dlm_ fields next to vllm_xargs",
+        lambda t, n: posted(COMPLETIONS, t.body(n) | {f"dlm_key{each}": n for each in range(10_000)}),
+        REFUSED,
+    )
 
 
 def bodies(target: Target) -> Iterator[Row]:
@@ -94,8 +100,13 @@ def bodies(target: Target) -> Iterator[Row]:
     yield body("a number of 10 MB", lambda t, n: inside(t, n, "9" * t.large), like="digits")
     yield body("NaN", lambda t, n: inside(t, n, "NaN"))
     yield body("Infinity", lambda t, n: inside(t, n, "1e999"))
-    yield body("one option 10,000 times", lambda t, n: json.dumps(t.body(n, extra={"x": 1})).replace(
-        '"x": 1', ", ".join(f'"dlm_steps": {each}' for each in range(4, 10_004))), ANSWERED)  # fmt: skip
+    yield body(
+        "one option 10,000 times",
+        lambda t, n: json.dumps(t.body(n, extra={"x": 1})).replace(
+            '"x": 1', ", ".join(f'"dlm_steps": {each}' for each in range(4, 10_004))
+        ),
+        ANSWERED,
+    )
     yield body("a lone surrogate as a key", lambda t, n: json.dumps(t.body(n, extra={"dlm_\ud800": 1})))
     yield body("a lone surrogate as a value", lambda t, n: json.dumps(t.body(n, extra={"dlm_reuse": "\udfff"})))
     yield body("bytes that are no UTF-8", lambda t, n: b"\xff\xfe" + json.dumps(t.body(n)).encode("utf-16-le")[:-1])
@@ -105,8 +116,12 @@ def bodies(target: Target) -> Iterator[Row]:
     yield body("another content type", lambda t, n: json.dumps(t.body(n)), headers={"Content-Type": "image/png"})
     huge = JSON | {"X-Request-Id": "x" * 60_000}
     yield body("an X-Request-Id of 60 kB", lambda t, n: json.dumps(t.body(n)), ANSWERED, huge)
-    yield body("an X-Request-Id with quotes and markup", lambda t, n: json.dumps(t.body(n, extra={"dlm_frames": 1},
-               stream=True)), LEGAL, JSON | {"X-Request-Id": "<script>'\"{}.0.1/../%00"})  # fmt: skip
+    yield body(
+        "an X-Request-Id with quotes and markup",
+        lambda t, n: json.dumps(t.body(n, extra={"dlm_frames": 1}, stream=True)),
+        LEGAL,
+        JSON | {"X-Request-Id": "<script>'\"{}.0.1/../%00"},
+    )
 
 
 def controls(target: Target) -> Iterator[Row]:
@@ -129,9 +144,19 @@ def controls(target: Target) -> Iterator[Row]:
     yield row("keys", "10,000 keys", with_options({f"key{each}": 1 for each in range(10_000)}))
     yield row("digits", "a number of 10 MB", lambda t, n: Message(COMPLETIONS, b'{"prompt": ' + b"9" * t.large + b"}"))
     yield row("nested", "10 MB of nested arrays", lambda t, n: Message(COMPLETIONS, b"[" * t.large))
-    yield row("messages", "a chat with 10,000 messages", lambda t, n: posted(CHAT, {
-        "model": t.model, "max_tokens": 1, "messages": [{"role": "user", "content": f"a{n}"}] * 10_000,
-    }), ANSWERED)  # fmt: skip
+    yield row(
+        "messages",
+        "a chat with 10,000 messages",
+        lambda t, n: posted(
+            CHAT,
+            {
+                "model": t.model,
+                "max_tokens": 1,
+                "messages": [{"role": "user", "content": f"a{n}"}] * 10_000,
+            },
+        ),
+        ANSWERED,
+    )
     yield row("stops", "stop, 10,000 strings", completion(stop=[f"qz{each}" for each in range(10_000)]), ANSWERED)
     yield row("", "10 MB of text as a prompt", completion(prompt=text))
     yield row("", "10 MB of token ids as a prompt", completion(prompt=[5] * (large // 3)))

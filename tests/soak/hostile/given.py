@@ -165,17 +165,25 @@ def texts(target: Target) -> Iterator[Row]:
         yield row("a negative id", lambda t, n: [5, -1 - n])
         yield row("a lone surrogate", lambda t, n: f"a\udcff{n}", ANSWERED)
         yield row(
-            "flood of 1 MB texts", lambda t, n: t.text(t.large // 10, n), ANSWERED, clients=target.flood,
+            "flood of 1 MB texts",
+            lambda t, n: t.text(t.large // 10, n),
+            ANSWERED,
+            clients=target.flood,
             like="flood of text",
-        )  # fmt: skip
+        )
     yield Row(
-        "given", "suffix (vLLM's field), 10 MB of text",
-        lambda t, n: posted(COMPLETIONS, t.body(n, suffix=t.text(t.large, n))), REFUSED, like="text",
-    )  # fmt: skip
+        "given",
+        "suffix (vLLM's field), 10 MB of text",
+        lambda t, n: posted(COMPLETIONS, t.body(n, suffix=t.text(t.large, n))),
+        REFUSED,
+        like="text",
+    )
     for name, value, expected in (
-        ("largest", 1, LEGAL), ("one above", math.nextafter(1, 2), REFUSED), ("absurd", math.nan, REFUSED),
+        ("largest", 1, LEGAL),
+        ("one above", math.nextafter(1, 2), REFUSED),
+        ("absurd", math.nan, REFUSED),
         ("nothing remasked", 0, LEGAL),
-    ):  # fmt: skip
+    ):
         for decoding in ("low_confidence", "wino"):
             yield Row("given", f"dlm_remask of {decoding}, {name}", remasked(decoding, value), expected)
 

@@ -26,8 +26,9 @@ class MixedClient(Client):
 
     def drawn(self, rng: random.Random, _: Asked) -> Seen:
         """A random request; it may be refused."""
-        request = over_http(drawn_request(rng, Model(self.limit, self.vocab_size, self.mask_id), self.target.server),
-                            self.target.model)  # fmt: skip
+        request = over_http(
+            drawn_request(rng, Model(self.limit, self.vocab_size, self.mask_id), self.target.server), self.target.model
+        )
         status, data = self.post(request.path, json.dumps(request.body).encode(), bodies.JSON)
         ends = [choice["finish_reason"] for choice in json.loads(data)["choices"]] if status == 200 else []
         right = 400 <= status < 500 or (ends and set(ends) <= {"stop", "length"})

@@ -48,12 +48,21 @@ def made(work: hostile.Work, settings: dict, name: str) -> report.Report:
     rows = [row_of(result) for result in work.results]
     bars = missed(work)
     settings = settings | {
-        "rows": len(rows), "requests": sum(r.answers.total() for r in work.results),
-        "seconds": round(work.seconds), "server": work.server_arguments, "good_clients": GOOD,
-        "baseline_without_attack": work.baseline, "worst_health": worst_health(work), "steps": steps(work),
-        "memory_mib": memory_of(work), "memory_mib_after_each_kind": work.memory_by_kind,
-        "good_answers": work.good, "changed_answers": len(work.changed), "servers_started": len(work.memory),
-        "races_with_one_request_id": work.races, "races_with_a_problem": len(work.race_problems),
+        "rows": len(rows),
+        "requests": sum(r.answers.total() for r in work.results),
+        "seconds": round(work.seconds),
+        "server": work.server_arguments,
+        "good_clients": GOOD,
+        "baseline_without_attack": work.baseline,
+        "worst_health": worst_health(work),
+        "steps": steps(work),
+        "memory_mib": memory_of(work),
+        "memory_mib_after_each_kind": work.memory_by_kind,
+        "good_answers": work.good,
+        "changed_answers": len(work.changed),
+        "servers_started": len(work.memory),
+        "races_with_one_request_id": work.races,
+        "races_with_a_problem": len(work.race_problems),
         "statuses": {
             str(status or "left"): count
             for status, count in sorted(
@@ -62,7 +71,7 @@ def made(work: hostile.Work, settings: dict, name: str) -> report.Report:
         },
         "bars": {"health_ms": hostile.HEALTH_MS, "memory_mib": hostile.MEMORY_MIB, "step_ratio": hostile.STEP_RATIO},
         "bars_missed": bars or "none",
-    }  # fmt: skip
+    }
     title = f"Hostile requests, {settings['dtype']}: {len(rows)} rows, {len(bars) or 'no'} bars missed"
     return report.Report(name, title, settings, COLUMNS, NOTES, rows)
 
@@ -72,16 +81,26 @@ def row_of(result: RowResult) -> dict:
     mib = {process.split(" ")[0]: round(value, 1) for process, value in result.mib.items()}
     answers = sorted(result.answers.items(), key=lambda item: item[0] or 0)
     return {
-        "kind": row.kind, "name": row.name, "clients": row.clients, "kib": round(result.size / 1024, 1),
-        "like": row.like, "expected": expected_of(row.expected), "control": row.control,
+        "kind": row.kind,
+        "name": row.name,
+        "clients": row.clients,
+        "kib": round(result.size / 1024, 1),
+        "like": row.like,
+        "expected": expected_of(row.expected),
+        "control": row.control,
         "answers": ", ".join(f"{status or 'left'} x {count}" for status, count in answers),
-        "health_ms": round(result.health_ms, 1), "late_ms": round(result.late_ms, 1),
+        "health_ms": round(result.health_ms, 1),
+        "late_ms": round(result.late_ms, 1),
         "waited_ms": round(result.waited_ms, 1),
-        "step_ms": round(result.step_ms, 2), "step_own_ms": round(result.step_own_ms, 2),
-        "arrival_ms": round(result.arrival_ms, 2), "good_answers": result.good, "seconds": round(result.seconds, 2),
-        "front_end_mib": mib.get("front-end"), "engine_mib": mib.get("engine"),
+        "step_ms": round(result.step_ms, 2),
+        "step_own_ms": round(result.step_own_ms, 2),
+        "arrival_ms": round(result.arrival_ms, 2),
+        "good_answers": result.good,
+        "seconds": round(result.seconds, 2),
+        "front_end_mib": mib.get("front-end"),
+        "engine_mib": mib.get("engine"),
         "problem": "; ".join(result.problems)[:300] or None,
-    }  # fmt: skip
+    }
 
 
 def expected_of(statuses: frozenset[int]) -> str:
@@ -105,22 +124,26 @@ def steps(work: hostile.Work) -> dict:
     longest = max(work.steps, key=lambda span: span.own)
     usual = median(span.own for span in work.steps)
     return {
-        "count": len(work.steps), "ms_median": round(1e3 * usual, 2), "ms_longest": round(1e3 * longest.own, 2),
+        "count": len(work.steps),
+        "ms_median": round(1e3 * usual, 2),
+        "ms_longest": round(1e3 * longest.own, 2),
         "longest_in_all_ms": round(1e3 * max(span.seconds for span in work.steps), 2),
         "longest_rows": int(longest.rows),
         "rows_median": median(span.rows for span in work.steps),
         "longest_to_median": round(longest.own / usual, 1),
         "ms_longest_arrival": round(1e3 * max((span.own for span in work.arrivals), default=0), 2),
-    }  # fmt: skip
+    }
 
 
 def memory_of(work: hostile.Work) -> list[dict]:
     """Resident memory per process, for each server that was started"""
     return [
-        {process: {"before": round(before, 1), "after": None if after is None else round(after, 1)}
-         for process, (before, after) in own.items()}
+        {
+            process: {"before": round(before, 1), "after": None if after is None else round(after, 1)}
+            for process, (before, after) in own.items()
+        }
         for own in work.memory
-    ]  # fmt: skip
+    ]
 
 
 def missed(work: hostile.Work) -> list[str]:

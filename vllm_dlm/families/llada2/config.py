@@ -12,9 +12,14 @@ class LLaDA2Config(PlainRopeConfig):
     model_type = FAMILY.model_type
 
     def __init__(
-        self, mask_token_id=156895, pad_token_id=156892, eos_token_id=None, block_size=32,
-        partial_rotary_factor=1.0, **kwargs,
-    ):  # fmt: skip
+        self,
+        mask_token_id=156895,
+        pad_token_id=156892,
+        eos_token_id=None,
+        block_size=32,
+        partial_rotary_factor=1.0,
+        **kwargs,
+    ):
         # config.json has no end-of-text token, which equals the padding token, and no mask token, which is the
         # tokenizer's <|mask|>
         eos_token_id = pad_token_id if eos_token_id is None else eos_token_id
@@ -23,10 +28,19 @@ class LLaDA2Config(PlainRopeConfig):
         self.partial_rotary_factor = partial_rotary_factor
 
     sizes = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-        "intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "n_group", "topk_group",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
         "num_shared_experts",
-    )  # fmt: skip
+    )
     implemented = {
         "hidden_act": "silu",
         "use_qkv_bias": False,

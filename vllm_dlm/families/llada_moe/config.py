@@ -18,9 +18,15 @@ class LLaDAMoEConfig(PlainRopeConfig):
         self.partial_rotary_factor = partial_rotary_factor
 
     sizes = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-        "expert_intermediate_size", "num_experts", "num_experts_per_tok",
-    )  # fmt: skip
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "expert_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
+    )
     implemented = {
         "hidden_act": "silu",
         "attention_bias": False,
