@@ -183,7 +183,7 @@ class LayerStep:
         if q is None and k is None and not keeps:
             return {}
         positions, slots, index = self._whose([ask.rows for ask in asks], groups)
-        cache = self.blocks.layers[self.index] if keeps else None
+        cache = self.blocks.caches[self.index] if keeps else None
         q, k = rotary_write(q, k, v, self.table, positions, slots.block, slots.offset, cache, index)
         return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
 
