@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
-from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
-from vllm_dlm.kernels.paged_attention import gather, paged_attention
+from vllm_dlm.kernels.delta_attention import delta_over_pages
+from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
 from vllm_dlm.plugins.reuse.flow import Rows
@@ -135,39 +135,24 @@ class CanvasAttention:
 
     def delta_over_pages(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
-        group, pages = self.group, self.pages
+        group = self.group
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
         if self.packed is not None and self.packed.apart:
             return self.packed.delta(q, rows, changed, moved).flatten(1)
-        if by_tables(q):
-            added = delta_over_pages(
-                q,
-                starts(rows, q),
-                pages,
-                group.table,
-                group.key_counts,
-                self.places(changed),
-                moved,
-                self.scale,
-                group.max_q,
-                group.max_kv,
-            )
-            return added.flatten(1)
-        positions = changed.gather(group.row_places)
-        parts = zip(
-            q.split(rows.counts),
-            group.tables,
-            group.kv_lens,
-            positions.split(changed.counts),
-            moved.split(changed.counts),
-            strict=True,
+        added = delta_over_pages(
+            q,
+            starts(rows, q),
+            self.pages,
+            group.table,
+            group.key_counts,
+            self.places(changed),
+            moved,
+            self.scale,
+            group.max_q,
+            group.max_kv,
         )
-        added = []
-        for query, table, length, where, values in parts:
-            keys = gather(pages, table, length)[0]
-            added.append(delta_attention(query, keys, keys[:, where], values, self.scale))
-        return torch.cat(added).flatten(1)
+        return added.flatten(1)
 
     def places(self, changed: Rows) -> torch.Tensor:
         """[C, longest stream] int32: index of a position among the changed rows, -1: none"""
@@ -180,11 +165,6 @@ class CanvasAttention:
         if changed.index is None:
             group.places = places
         return places
-
-
-def by_tables(q: torch.Tensor) -> bool:
-    """Kernels read lengths and tables on the device. Otherwise the host loops over lists of them."""
-    return q.is_cuda
 
 
 def starts(rows: Rows, q: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,6 @@ from vllm_dlm.kernels.packed_attention import PackedCache, Plan, packed_attentio
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.step.batch import Group
 
-#: The kernel reads keys in runs of this many positions. Those after a stream's end have weight 0.
-RUN = 32
-
 
 class PackedCanvases:
     """The streams of a group in one layer."""
@@ -109,10 +106,11 @@ class PackedCanvases:
         return cache
 
     def _tails(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots between the end of a stream and the end of a run"""
+        """Slots after the end of a stream that the kernel reads with its last keys: it reads 16 or 32 at once."""
+        run = 32 if self._size % 32 == 0 else 16
         blocks, offsets = [], []
         for table, length in zip(self.group.tables, self.group.kv_lens, strict=True):
-            for place in range(length, -(-length // RUN) * RUN):
+            for place in range(length, -(-length // run) * run):
                 blocks.append(int(table[length // self._size]))
                 offsets.append(place % self._size)
         return torch.tensor(blocks, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64)
