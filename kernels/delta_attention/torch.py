@@ -52,7 +52,7 @@ def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale):
     for c, length in enumerate(kv_lens.tolist()):
         rows = slice(starts[c], starts[c + 1])
         changed = (place[c, :length] >= 0).nonzero()[:, 0]
-        if not len(changed):
+        if not len(changed) or rows.start == rows.stop:
             out[rows] = 0
             continue
         index = (tables[c, : -(-length // size)].long() * kv_heads + head).flatten()

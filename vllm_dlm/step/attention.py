@@ -15,7 +15,7 @@ from vllm_dlm.kernels.delta_attention import delta_over_pages
 from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
-from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.plugins.reuse.flow import PickedRows, Rows
 from vllm_dlm.step.batch import Group
 from vllm_dlm.step.counts import Counts
 from vllm_dlm.step.packed import PackedCanvases
@@ -133,9 +133,16 @@ class CanvasAttention:
             context = paged_attention(q, pages, group.tables, rows.counts, group.kv_lens, self.scale)
         return context.flatten(1)
 
-    def delta_over_pages(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
+    def delta_over_pages(
+        self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor, unused: PickedRows | None = None
+    ) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
         group = self.group
+        if unused is not None and unused.place is not None and not q.is_cuda:  # there it would cost more than it saves
+            used = torch.ones(len(q), dtype=torch.bool).index_fill_(0, unused.place, False).nonzero()[:, 0]
+            counts = [all_ - few for all_, few in zip(rows.counts, unused.rows.counts, strict=True)]
+            added = self.delta_over_pages(q[used], Rows(used, counts), changed, moved)
+            return added.new_zeros(len(q), added.shape[1]).index_copy_(0, used, added)
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
         if self.packed is not None and self.packed.apart:
@@ -223,12 +230,15 @@ class GroupAttention:
         self.counts.attended(rows.counts, self.group.kv_lens, read=True)
         return self.canvases.over_pages(q, rows)
 
-    def moved(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
-        """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
+    def moved(
+        self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor, unused: PickedRows | None
+    ) -> torch.Tensor:
+        """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]. On a CPU
+        unused rows are left out, but counted."""
         group, selection, out = self.group, self.group.selection, None
         if selection is None or not self.selects:
             self.counts.attended(rows.counts, group.kv_lens, read=True)
-            return self.canvases.delta_over_pages(q, rows, changed, moved)
+            return self.canvases.delta_over_pages(q, rows, changed, moved, unused)
         if any(read := selection.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
             out = self.canvases.delta_over_pages(q, rows, changed, moved).view_as(q)

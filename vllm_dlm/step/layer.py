@@ -236,7 +236,7 @@ class LayerStep:
         group = self.parts[number].group
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, counts)
         if isinstance(ask, AttendMoved):
-            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved)
+            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved, ask.unused)
         assert isinstance(ask, Attend)
         if ask.k is None or ask.v is None:
             return attention.over_blocks(ask.q, ask.rows)
