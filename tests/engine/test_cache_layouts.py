@@ -1,5 +1,5 @@
-"""Caches in the layout of vLLM's CPU kernel and plain ones: which of them an engine has depends on the CPU, so here it
-has the other one."""
+"""What is recorded, and what holds for all methods, with caches in the layout of vLLM's CPU kernel. Whether an engine
+has them depends on its CPU; the engines of other tests have none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,12 @@ from vllm_dlm.methods import methods
 
 
 @contextmanager
-def other_layout(llm) -> Iterator:
+def packed(llm) -> Iterator:
     runner = runner_of(llm)
     denoiser, own = runner.denoiser, runner.denoiser.blocks
     config, size = runner.model_config.hf_config, runner.vllm_config.cache_config.block_size
-    layout = layout_of(runner.model_config.dtype, size, config.head_dim) if own.layout is None else None
+    layout = layout_of(runner.model_config.dtype, size, config.head_dim)
+    assert layout is not None and own.layout is None
     poison(llm)
     denoiser.blocks = KVBlocks(runner.kv_caches, layout)
     try:
@@ -35,7 +36,7 @@ def other_layout(llm) -> Iterator:
 
 @pytest.mark.parametrize(("checkpoint", "names"), CASES, ids=[case[0] for case in CASES])
 def test_greedy_runs(engines, golden_runs, checkpoint, names):
-    with other_layout(engines(checkpoint)) as llm:
+    with packed(engines(checkpoint)) as llm:
         assert_greedy_runs(llm, golden_runs, names)
 
 
@@ -43,19 +44,19 @@ def test_greedy_runs(engines, golden_runs, checkpoint, names):
     "run", first_of_each(lambda run: (run["method"], run["checkpoint"]), [(run["file"], run) for run in RUNS])
 )
 def test_official_outputs(engines, run):
-    with other_layout(official(engines, run)) as llm:
+    with packed(official(engines, run)) as llm:
         assert_official_outputs(llm, run)
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_fast_dllm_runs(engines, golden_runs, name):
-    with other_layout(fast(engines, golden_runs, name)) as llm:
+    with packed(fast(engines, golden_runs, name)) as llm:
         assert_fast_run(llm, golden_runs, name)
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCK_RUNS if name.startswith(("sdar", "llada20"))][::3])
 def test_runs_of_block_causal_models(engines, name):
-    with other_layout(engines(BLOCK_RUNS[name]["ckpt"])) as llm:
+    with packed(engines(BLOCK_RUNS[name]["ckpt"])) as llm:
         assert_recorded_run(llm, name)
 
 
@@ -64,5 +65,5 @@ def test_runs_of_block_causal_models(engines, name):
 )
 def test_tokens_are_those_alone(engines, selection):
     options = {"dlm": {"selection": small("selection", selection)}}
-    with other_layout(engines("llada-tiny-gqa", additional_config=options)) as llm:
+    with packed(engines("llada-tiny-gqa", additional_config=options)) as llm:
         assert_tokens_are_those_alone(llm, list(combinations(selection))[::3])

@@ -34,12 +34,14 @@ class PackedCanvases:
         """The same with values that are zero except for those that have changed, by how much"""
         if not len(changed):
             return torch.zeros_like(q)
-        values, (block, offset) = self.blocks.moved, self._slots(changed)
-        values.write(moved, moved, block, offset)
-        added = self._attended(q, rows, self._clean(), values, self.group.table)
-        nothing = torch.zeros_like(moved)
-        values.write(nothing, nothing, block, offset)
-        return added
+        keys, values, (block, offset) = self.blocks.caches[self.layer], self.blocks.moved, self._slots(changed)
+        assert isinstance(keys, PackedCache)
+        try:
+            values.write(moved, moved, block, offset)
+            return self._attended(q, rows, keys, values, self.group.table)
+        finally:
+            nothing = torch.zeros_like(moved)
+            values.write(nothing, nothing, block, offset)
 
     @property
     def apart(self) -> bool:
