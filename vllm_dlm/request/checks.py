@@ -1,6 +1,7 @@
 """Checks a parsed request against its prompt, vLLM's sampling parameters and the server's memory.
 
-An error in the scheduler or a worker would end the engine for all clients, so everything is checked before.
+An error in the scheduler or a worker would stop the engine for all clients, so requests are checked before they get
+there.
 """
 
 from bisect import bisect_right
@@ -37,7 +38,7 @@ NEUTRAL = {
     "trace_decode_token_ids": None,
 }
 
-#: what a client of the OpenAI API may have written instead
+#: fields of the OpenAI API that set these
 ALSO_SET_BY = {
     "structured_outputs": "response_format and tool_choice",
     "prompt_logprobs": "echo together with logprobs",
@@ -45,7 +46,7 @@ ALSO_SET_BY = {
 
 
 def check_stops(params: Any) -> None:
-    """Of a template's request, before vLLM adds the model's own end tokens"""
+    """Rejects stop strings and tokens with a template. Call this before vLLM adds the model's own end tokens."""
     if (params.extra_args or {}).get("dlm_template"):
         for field in ("stop", "stop_token_ids"):
             if value := getattr(params, field):
@@ -55,7 +56,8 @@ def check_stops(params: Any) -> None:
 def check(
     parsed: ParsedRequest, params: Any, max_tokens: int | None, prompt: list[int], text: bool, model: ServedModel
 ) -> CanvasRequest:
-    """`params`: vLLM's; `max_tokens`: as the client gave it; `text`: whether the client wrote the prompt as text"""
+    """`params`: SamplingParams; `max_tokens`: as given by the client; `text`: whether the client wrote the prompt as
+    text"""
     options, layout = parsed.options, parsed.texts.layout
     ids = read_ids(prompt, text, options, model) + parsed.texts.suffix
     check_neutral(params)
@@ -77,7 +79,7 @@ def check_neutral(params: Any) -> None:
 
 
 def read_ids(ids: list[int], text: bool, options: Options, model: ServedModel) -> list[int]:
-    """The prompt as the model reads it"""
+    """The token ids that the model reads"""
     ids = prompt_ids(ids, text, options.infill, model.processor)
     scored = isinstance(options.decoding, Scored)
     if (scored or options.attention != "full") and model.mask_id in ids:
@@ -89,8 +91,8 @@ def read_ids(ids: list[int], text: bool, options: Options, model: ServedModel) -
 
 
 def open_length(options: Options, prompt: int, model: ServedModel) -> int:
-    """Response of a request without `max_tokens`. A canvas that grows may take all that the model's length and the KV
-    cache have room for, unless a suffix fixes its end."""
+    """Response length of a request without `max_tokens`. A canvas that grows may use all of the model's length and the
+    KV cache, unless a suffix fixes its end."""
     if not options.grows or options.texts.suffix:
         return model.default_length
     length = options.canvas.length(max(model.max_model_len - prompt, 1))
@@ -143,7 +145,7 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
 
 
 def check_start(parsed: ParsedRequest, asked: int, length: int) -> None:
-    """`asked`: max_tokens; `length`: of the canvas without the prompt"""
+    """`asked`: max_tokens; `length`: canvas length without the prompt"""
     options, start = parsed.options, parsed.texts.layout.start
     if options.grows:
         why = "dlm_extent: a starting text is read as a whole, which a window does not do; ask for full"
@@ -162,12 +164,12 @@ def check_steps(parsed: ParsedRequest, prompt: int, length: int, model: ServedMo
     if not options.decoding.block_steps(blocks - 1, blocks, 1):
         reject("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
     if steps > model.max_model_len:
-        # a schedule takes time and memory for each of its steps
+        # each step of a schedule takes time and memory
         reject("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
 
 
 def check_memory(options: Options, max_tokens: int, prompt: int, length: int, model: ServedModel) -> None:
-    """Rejects what the KV cache could never hold. The error names the option that takes the room."""
+    """Rejects requests that the KV cache could never hold. The error names the option that uses most blocks."""
     shape, size = model.block_shape, model.block_size
     unit = options.selection.unit if options.selection.sparse else 1
     if size % unit:
@@ -183,7 +185,7 @@ def check_memory(options: Options, max_tokens: int, prompt: int, length: int, mo
 
 
 def reject_memory(options: Options, needed: Callable[[Options], int], max_tokens: int, length: int, room: int) -> None:
-    """`needed`: KV blocks that a canvas of `length` positions takes; `room`: those that there are"""
+    """`needed`: number of KV blocks of a canvas of `length` positions; `room`: number of KV blocks in the cache"""
     plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
     total, alone, takes = needed(options), needed(plain), f"a canvas of {length} tokens takes"
     if alone > room:

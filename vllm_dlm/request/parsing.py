@@ -1,4 +1,4 @@
-"""Parses the options of a request and tokenises its texts. What depends on the prompt is in checks.py."""
+"""Parses the options of a request and tokenises its texts. Checks that depend on the prompt are in checks.py."""
 
 import logging
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from vllm_dlm.request.texts import TokenisedTexts, check_sizes, tokenise
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
-#: old names that the log has noted
+#: deprecated names that were logged
 _NOTED: set[str] = set()
-#: in `extra_args`, read by vLLM and without effect on a canvas
+#: keys of `extra_args` that vLLM reads and that do not affect a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
 
 
 class UnboundedTemplate(str):
-    """A template of a chat without `max_tokens`: the value that vLLM fills in does not bound it."""
+    """A template of a chat without `max_tokens`. vLLM's default value does not bound it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def parse(written: Mapping[str, Any] | None, model: ServedModel) -> ParsedReques
 
 
 def check_names(written: Mapping[str, Any], server: Options) -> None:
-    """All extra arguments of a request must be options of this plugin, so that no misspelt one is ignored."""
+    """Rejects extra arguments that are not options of this plugin, so that misspelt ones are not ignored."""
     for field, value in written.items():
         if not field.startswith("dlm_") and field not in READ_BY_VLLM:
             meant = f"dlm_{field}" in request_keys(server.decoding)
@@ -55,12 +55,12 @@ def check_names(written: Mapping[str, Any], server: Options) -> None:
 
 
 def has_texts(written: Mapping[str, Any]) -> bool:
-    """Whether there is something to tokenise"""
+    """Whether the request has texts to tokenise"""
     return any(RENAMED.get(name, name) in TEXT_KEYS for name in written)
 
 
 def note_old_names(written: Mapping[str, Any]) -> None:
-    """Logs each old name that a client uses once per process."""
+    """Logs each deprecated name once per process."""
     for old in (RENAMED.keys() & written) - _NOTED:
         _NOTED.add(old)
-        logger.warning("%s is deprecated and will be removed: it is called %s now", old, RENAMED[old])
+        logger.warning("%s is deprecated and will be removed; use %s", old, RENAMED[old])

@@ -1,7 +1,7 @@
 """Tokenises the texts of a request (suffix, starting text, template) and lays out its canvas.
 
-Texts are bounded by their number of characters before anything reads them, as vLLM bounds prompts, and each is encoded
-once per request. Read in vLLM 0.32 and 0.33: renderers/params.py (`_text_len_check`).
+The number of characters of each text is checked first, as vLLM does for prompts, and each text is encoded once per
+request. Read in vLLM 0.32 and 0.33: renderers/params.py (`_text_len_check`).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from vllm_dlm.request.vocabulary import HoleAutomata, Vocabulary, vocabulary_of
 
 
 def check_sizes(written: Mapping[str, Any], model: ServedModel) -> None:
-    """`written`: options of a request as they came, before anything reads them"""
+    """`written`: unparsed options of a request"""
     longest = model.max_model_len
     for field in TEXT_KEYS:
         value = written.get(field)
@@ -40,7 +40,8 @@ class TokenisedTexts:
     template: "TemplateLayout | None" = None
 
     def keep(self) -> None:
-        """Caches the template. Called when its request is accepted: layouts of rejected ones are not kept."""
+        """Caches the template. Called when its request is accepted, so that layouts of rejected requests are not
+        kept."""
         if self.template is not None:
             self.template.keep()
 
@@ -57,7 +58,7 @@ def tokenise(options: Options, model: ServedModel) -> TokenisedTexts:
 
 
 def token_ids(field: str, text: Text, model: ServedModel, infill: bool | None = None) -> list[int]:
-    """Masks in a text are filled or spelt out by the same rule as those of a prompt."""
+    """Tokens of a text. Masks in it are filled or spelt out by the same rule as in a prompt."""
     if not isinstance(text, str):
         for token in text:
             if not 0 <= token < model.vocabulary_size:
@@ -88,7 +89,7 @@ class TemplateLayout:
 
 
 def template_layout(template: str, options: Options, model: ServedModel) -> TemplateLayout:
-    """Encodes the texts between holes one by one, so that no token crosses the edge of a hole. A template that is too
+    """Encodes the texts between holes one by one, so that no token crosses the border of a hole. A template that is too
     long is rejected before its next text is encoded."""
     if model.tokenizer is None:
         reject("dlm_template", template, "this engine has no tokenizer")
@@ -100,7 +101,7 @@ def template_layout(template: str, options: Options, model: ServedModel) -> Temp
     try:
         parts = parse(template, TemplateBounds(longest, limits.template_holes, limits.template_automata))
         holes = [part for part in parts if isinstance(part, Hole)]
-        left = sum(hole.length for hole in holes) + 1  # tokens of the holes to come, and the end
+        left = sum(hole.length for hole in holes) + 1  # tokens of the remaining holes, and the end token
         for part in parts:
             if isinstance(part, Part):
                 least = -(-len(part.text) // model.characters_per_token)
@@ -120,7 +121,7 @@ def template_layout(template: str, options: Options, model: ServedModel) -> Temp
 
 
 def check_template_length(template: str, tokens: int, options: Options, longest: int) -> None:
-    """`tokens`: lower bound of the template's length with its end; `longest`: the model's length"""
+    """`tokens`: lower bound of the template's length including its end token; `longest`: the model's length"""
     if options.canvas.max is not None and tokens > options.canvas.max:
         why = f"it has {tokens} tokens or more with its end, and the longest canvas of this server {options.canvas.max}"
         reject("dlm_template", template, why)
