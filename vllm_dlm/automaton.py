@@ -1,9 +1,9 @@
-"""What a hole may hold, as an automaton over tokens.
+"""Automata over tokens that define the valid contents of a template's hole.
 
-A set of states is a Python integer with one bit per state. No token leads to a state with a lower number, so a token
-moves a set by shifting it. Tokens with the same transitions are one class. Tokens that end a hole early are a class of
-their own: it leads from every state in which the hole may end to the last state, which it alone leaves. A token counts
-by its text, so a text is accepted however it is split into tokens.
+A set of states is a Python integer with one bit per state. No token leads to a lower state, so a token moves a set by
+shifting it. Tokens with the same transitions form a class. Tokens that end a hole early form a separate class. It leads
+from every state in which the hole may end to the last state, which only these tokens leave. Transitions depend on the
+text of a token, so a text is accepted regardless of how it is split into tokens.
 """
 
 import re
@@ -15,10 +15,10 @@ from hashlib import blake2b
 
 import numpy as np
 
-Pairs = tuple[tuple[int, int], ...]  # from which state a token leads to which
-NEVER = -1  # class of tokens that may not be in the hole
+Pairs = tuple[tuple[int, int], ...]  # transitions of a token, (from state, to state)
+NEVER = -1  # class of tokens that are not allowed in the hole
 MASKED = -2  # class of a position without a token
-#: complete contents of a JSON string, so that any sequence of them is one
+#: contents of a JSON string without incomplete escapes, so that any sequence of matches is valid
 STRING = re.compile(r'(?:[^"\\\x00-\x1f\ud800-\udfff]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
 NUMERIC = re.compile(r"[-+.eE0-9]+")
 #: -?(0|[1-9]d*)(.d+)?([eE][+-]?d+)?, state -> character -> state; d is a digit, n one that is not 0
@@ -38,14 +38,14 @@ NUMBER_ENDS = (2, 3, 5, 8)
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    states: int  # the last one is that of a hole that has ended
+    states: int  # number of states; the last state is that of a hole that has ended
     starts: tuple[int, ...]
     ends: tuple[int, ...]  # states in which a hole may end
-    edges: np.ndarray  # [3, E] int32: from, to, by a token of which class; classes ascend
-    size: int  # of the vocabulary
-    usual: int  # class of all tokens but these:
+    edges: np.ndarray  # [3, E] int32: from state, to state, token class; classes ascend
+    size: int  # size of the vocabulary
+    usual: int  # class of all tokens that are not in `tokens`
     tokens: np.ndarray  # [T] int32, ascending
-    own: np.ndarray  # [T] int32, their classes
+    own: np.ndarray  # [T] int32, classes of `tokens`
 
     def classes_of(self, tokens: np.ndarray) -> np.ndarray:
         if not len(self.tokens):
@@ -76,14 +76,14 @@ class Automaton:
         return {}
 
     def moves(self, of: int) -> tuple[tuple[int, int], ...]:
-        """Of a class, or of all but the end's (MASKED): (states, by how much a token shifts them)"""
+        """Moves of a class, or of all classes except the end class (MASKED): (states, shift)"""
         if of not in self._known:
             first, last = np.searchsorted(self.edges[2], [0, self.end_class] if of == MASKED else [of, of + 1])
             self._known[of] = _moves(*self.edges[:2, first:last])
         return self._known[of]
 
     def after(self, states: int, of: int) -> int:
-        """The states to which a token of a class leads from these"""
+        """States reached from `states` by a token of a class"""
         if of == self.end_class:
             return self.ended if states & self.ending else 0
         reached = self.ended if of == MASKED and states & self.ending else 0
@@ -92,7 +92,7 @@ class Automaton:
         return reached
 
     def before(self, states: int, of: int) -> int:
-        """The states from which a token of a class leads to one of these"""
+        """States from which a token of a class leads to one of `states`"""
         if of == self.end_class:
             return self.ending if states & self.ended else 0
         left = self.ending if of == MASKED and states & self.ended else 0
@@ -100,10 +100,11 @@ class Automaton:
             left |= (states >> shift) & mask
         return left
 
-    # -- what may be at a position -------------------------------------------------------------
+    # -- tokens allowed at a position ----------------------------------------------------------
 
     def allowed(self, between: Sequence[tuple[int, int]]) -> np.ndarray:
-        """[classes, P] uint8, 1 for the classes that lead from one of the first states to one of the second"""
+        """[classes, P] uint8: 1 if the class leads from one of the first states to one of the second states of a
+        pair"""
         start, end, of = self.edges
         before, after = (self._by_state([pair[side] for pair in between]) for side in (0, 1))
         firsts = np.flatnonzero(np.diff(of, prepend=-1))
@@ -111,15 +112,14 @@ class Automaton:
         return np.unpackbits(found.astype(np.uint8, copy=False), axis=1, count=len(between), bitorder="little")
 
     def _by_state(self, sets: Sequence[int]) -> np.ndarray:
-        """[states, P / 8] a bit for each set that has the state"""
+        """[states, P / 8]: one bit per set, 1 if the set has the state"""
         width = -(-self.states // 8)
         octets = np.frombuffer(b"".join(each.to_bytes(width, "little") for each in sets), np.uint8)
         bits = np.unpackbits(octets.reshape(len(sets), width), axis=1, count=self.states, bitorder="little")
         return np.packbits(bits, axis=0, bitorder="little").T
 
     def mark(self, rows: np.ndarray, between: Sequence[tuple[int, int]]) -> None:
-        """Sets in each of the rows, [P, ceil(size / 32)] int32 of zeros, the bits of the tokens that lead from one of
-        the first states to one of the second."""
+        """Sets the bits of all allowed tokens (see `allowed`) in `rows`, [P, ceil(size / 32)] int32, initially zero."""
         rows, allowed = rows.view(np.uint32), self.allowed(between)
         if self.usual != NEVER:
             rows[allowed[self.usual] == 1] = self._usual_row
@@ -138,15 +138,15 @@ class Automaton:
 
     @cached_property
     def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of other tokens that may be in the hole: classes, bits, the words of the bits, first token of each word"""
+        """For `tokens` that are allowed in the hole: classes, bit offsets, distinct words, first token of each word"""
         tokens, classes = self.tokens[self.own != NEVER], self.own[self.own != NEVER]
         firsts = np.flatnonzero(np.diff(tokens >> 5, prepend=-1))
         return classes, (tokens & 31).astype(np.uint32), tokens[firsts] >> 5, firsts
 
-    # -- on the way to the engine --------------------------------------------------------------
+    # -- plain data for the engine -------------------------------------------------------------
 
     def plain(self) -> dict:
-        """As data that travels with a request; `key` names the content."""
+        """Plain data for the request that is sent to the engine. `key`: digest of the content"""
         others = np.zeros(self.size, np.bool_)
         others[self.tokens] = True
         plain = {
@@ -187,7 +187,7 @@ def built(
     size: int,
     end_tokens: Iterable[int],
 ) -> Automaton:
-    """`pairs_of`: tokens, and the state transitions of each. Adds the state of a hole that has ended."""
+    """`pairs_of`: tokens and their transitions. Adds the state of a hole that has ended."""
     classes, edges = np.full(size, NEVER, np.int32), list[tuple[int, int, int]]()
     known: dict[Pairs, int] = {}
     for tokens, pairs in pairs_of:
@@ -208,7 +208,7 @@ def _with_end(
     end_class: int,
     end_tokens: Iterable[int],
 ) -> Automaton:
-    """`classes`: [V], to which the end's is added, as its state is"""
+    """Adds the end class to `classes` [V], and its state"""
     classes[list(end_tokens)] = end_class
     ends = (*ends, states)
     table = np.array([*edges, *((state, states, end_class) for state in ends)], np.int32).T.copy()
@@ -218,7 +218,7 @@ def _with_end(
 
 
 def _any_of(written: np.ndarray, end_tokens: Iterable[int]) -> Automaton:
-    """Any number of the tokens that are written: [V] bool"""
+    """Any number of the tokens marked in `written`, [V] bool"""
     return _with_end(1, [0], [0], [(0, 0, 0)], np.where(written, 0, NEVER).astype(np.int32), 1, end_tokens)
 
 
@@ -227,7 +227,7 @@ def free(size: int, end_tokens: Sequence[int], mask_id: int) -> Automaton:
 
 
 def string(texts: Sequence[str | None], end_tokens: Sequence[int]) -> Automaton:
-    """`texts`: of each token, None where it is part of a character, or no text"""
+    """`texts`: text of each token; None for tokens without text or with incomplete characters"""
     return _any_of(np.array([bool(text and STRING.fullmatch(text)) for text in texts]), end_tokens)
 
 
@@ -252,7 +252,7 @@ def _read(state: int, text: str) -> int | None:
 
 
 class TokenTexts:
-    """Which tokens are a text, and which texts that begin at a place are tokens, without trying every length there."""
+    """Index of tokens by text, and of the lengths of tokens by their first characters."""
 
     def __init__(self, texts: Sequence[str | None]):
         self.texts = texts
@@ -266,7 +266,7 @@ class TokenTexts:
         self._lengths = {start: tuple(sorted(found)) for start, found in lengths.items()}
 
     def ends(self, text: str, at: int) -> Iterable[int]:
-        """Where the tokens end that the text has from there on"""
+        """Ends of all tokens that match the text from `at` on"""
         for start in {text[at : at + 1], text[at : at + 2]}:
             for length in self._lengths.get(start, ()):
                 if at + length <= len(text) and text[at : at + length] in self.ids_of:
@@ -275,22 +275,22 @@ class TokenTexts:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """The automaton of a hole that holds one of some texts, and how few tokens each of them has"""
+    """The automaton of a hole for one of several texts, and the minimum number of tokens of each text"""
 
     automaton: Automaton
-    fewest: tuple[int | None, ...]  # None: no tokens make it
+    fewest: tuple[int | None, ...]  # None: no sequence of tokens has this text
 
 
 def one_of(
     alternatives: Sequence[str], texts: TokenTexts, tokenized: Callable[[str], list[int]], end_tokens: Sequence[int]
 ) -> Alternatives:
-    """Each alternative is a path of its characters. Where a tokenizer cuts one inside a character, its tokens, or
-    others of the same text, are another path."""
-    pairs_of: dict[str | int, list[tuple[int, int]]] = {}  # of a text, or of a token whose text is no whole one
+    """Each alternative is a path of its characters. If the tokenizer splits a character of an alternative, its tokens
+    form another path."""
+    pairs_of: dict[str | int, list[tuple[int, int]]] = {}  # key: a text, or a token without a text
     starts, ends, fewest, states = list[int](), list[int](), list[int | None](), 0
     for alternative in alternatives:
         starts.append(states)
-        reached = {0: 0}  # after so many characters: how few tokens they take
+        reached = {0: 0}  # number of characters -> minimum number of tokens
         for at in range(len(alternative)):
             for end in texts.ends(alternative, at):
                 pairs_of.setdefault(alternative[at:end], []).append((states + at, states + end))

@@ -1,9 +1,9 @@
-"""Options of a server and of a request: parses and validates them, and names the field that is wrong.
+"""Options of a server and of a request. Parses and validates them; errors name the invalid field.
 
 A server takes one object: four methods, each `{"name": …, **fields}`, the
-bounds of a canvas, and limits. A request may override single fields of the
-decoding as `dlm_<field>` and choose other methods by name. Options are plain
-data without tensors.
+bounds of a canvas, and limits. A request can override fields of the decoding as
+`dlm_<field>` and choose other methods by name. Options are plain data without
+tensors.
 """
 
 from collections.abc import Mapping
@@ -28,18 +28,18 @@ from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecodin
 from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import short, shown
 
-#: options of a request that name a method; most others are `dlm_` + a field of the decoding
+#: options of a request that name a method; most other options are `dlm_` + a field of the decoding
 METHOD_KEYS = {"dlm_decoding": "decoding", "dlm_reuse": "reuse", "dlm_selection": "selection", "dlm_extent": "extent"}
-#: the one field of another kind that a request may set, and so choose the method that has it
+#: the only field of another kind of method that a request can set; it also selects that method
 WINDOW = "dlm_window"
-#: fields of a request's own, which a server has none of: its name -> the field of Options
+#: options that only a request can set -> field of Options
 REQUEST_FIELDS = {
     "dlm_infill": "infill",
     "dlm_frames": "frames",
     "dlm_watch": "watch",
     "dlm_trajectory": "trajectory",
 }
-#: names that options of a request had before -> those that they have
+#: deprecated name of a request's option -> current name
 RENAMED = {"dlm_algorithm": "dlm_decoding", "dlm_draft": "dlm_start"}
 #: parts of the server's object
 PARTS = (*KINDS, "canvas", "limits", "preset")
@@ -47,12 +47,12 @@ PARTS = (*KINDS, "canvas", "limits", "preset")
 
 @dataclass(frozen=True)
 class CanvasBounds:
-    """Bounds on the length of a response. Every step computes all of it, so a server limits what it pays for."""
+    """Bounds on the length of a response. Every step computes all of it, so a server limits the cost."""
 
     name: ClassVar[str] = "canvas"
 
-    default: int | None = None  # of a request that gives no max_tokens; None: the checkpoint's or its family's
-    max: int | None = None  # the longest a request may ask for
+    default: int | None = None  # for requests without max_tokens; None: the checkpoint's or its family's
+    max: int | None = None  # upper bound for all requests
 
     def __post_init__(self):
         for field in ("default", "max"):
@@ -63,14 +63,14 @@ class CanvasBounds:
             raise ValueError(f"default: {shown(self.default)} is not valid, it must be at most max, {self.max}")
 
     def length(self, usual: int) -> int:
-        """Response of a request without max_tokens, `usual` being the model's default"""
+        """Response length of a request without max_tokens. `usual`: the model's default"""
         length = usual if self.default is None else self.default
         return length if self.max is None else min(length, self.max)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The methods and flags of a request; see the classes in plugins/ for the fields of methods."""
+    """Methods and flags of a request. The fields of methods are in the classes in plugins/."""
 
     decoding: Any
     reuse: Any
@@ -78,40 +78,40 @@ class Options:
     extent: Any
     canvas: CanvasBounds = CanvasBounds()
     limits: Limits = DEFAULT_LIMITS
-    attention: str = "full"  # of the model, see Family
-    infill: bool | None = None  # masks of the prompt are filled; None: they are if the client wrote token ids
-    frames: bool = False  # the stream carries what each step does, see view/
-    watch: bool = False  # others may follow it
-    trajectory: bool = False  # the response carries the step that filled each token
+    attention: str = "full"  # the model's mask kind, see Family
+    infill: bool | None = None  # masks of the prompt are filled; None: only in prompts of token ids
+    frames: bool = False  # the stream includes the result of each step, see view/
+    watch: bool = False  # others may watch the request
+    trajectory: bool = False  # the response includes the step that filled each token
     texts: CanvasTexts = NO_TEXTS
 
     @property
     def caches(self) -> bool:
-        """Whether keys and values are written to KV blocks: later steps read them, or a selection or shadows do in this
+        """Whether keys and values are written to KV blocks, for later steps or for a selection or shadow of the same
         step."""
         shadows, kept = isinstance(self.decoding, RevokingDecoding), self.attention != "full"
         return self.reuse.caches or self.selection.sparse or shadows or kept
 
     @property
     def grows(self) -> bool:
-        """A canvas starts small and grows, so its length is an upper bound and may be omitted."""
+        """Whether a canvas starts small and grows, so that its length is an upper bound and may be omitted."""
         return self.extent.grows or self.attention != "full"
 
     @property
     def observed(self) -> bool:
-        """Whether its steps are reported"""
+        """Whether the request's steps are reported"""
         return self.frames or self.watch
 
     @property
     def canvases(self) -> int:
-        """Most canvases of a request in one step, see canvas/speculation.py. Speculative ones share all but their
-        canvas block, and there are none with guidance or a selection."""
+        """Maximum number of canvases of a request in one step, see canvas/speculation.py. Nothing is speculated with
+        guidance or a selection."""
         alone = self.reuse.block_alone and not self.selection.sparse and not self.decoding.cfg_scale
         return self.decoding.drafts if alone and isinstance(self.decoding, SpeculativeDecoding) else 1
 
     def canvas_length(self, prompt_len: int, max_tokens: int, max_model_len: int) -> int:
-        """Positions of a request's canvas, including its prompt. It ends at the model's length at the latest. With
-        block-causal attention it ends at a multiple of the block's width, or in a shorter block at the model's
+        """Number of positions of a request's canvas, including its prompt; at most the model's length. With
+        block-causal attention it is a multiple of the block length, except that the last block may end at the model's
         length."""
         length = min(prompt_len + max_tokens, max_model_len)
         if self.attention == "full":
@@ -135,8 +135,8 @@ def server_options(
     attention: str = "full",
     block_length: int | None = None,
 ) -> Options:
-    """Parses the object of `--dlm-config` or `additional_config["dlm"]`. `presets`: such objects by name;
-    `attention`: of the model; `block_length`: with which it was trained"""
+    """Parses the object of `--dlm-config` or `additional_config["dlm"]`. `presets`: such objects by name; `attention`:
+    the model's mask kind; `block_length`: block length of its training"""
     written = {} if written is None else written
     if not isinstance(written, Mapping):
         raise OptionError("dlm", f"dlm: {shown(written)} is not an object with the parts {', '.join(PARTS)}")
@@ -156,12 +156,12 @@ def server_options(
 
 
 def suited(options: Options, prefix: str = "dlm_") -> Options:
-    """The options with what the model's attention requires. `prefix`: of the names of fields in errors"""
+    """Checks options against the model's attention. `prefix`: prefix of field names in errors"""
     if options.attention == "full":
         return options
-    whole = "is of models whose attention sees the whole canvas"
+    whole = "is not supported: it requires attention to the whole canvas, and this model is block-causal"
     why = {
-        "reuse": "has nothing to save where keys of finished blocks are exact: this model recomputes none of them",
+        "reuse": "is not supported: this model is block-causal and recomputes no finished block, so it must be 'none'",
         "extent": whole,
     }
     for kind, only in (("reuse", "none"), ("extent", "full")):
@@ -169,18 +169,21 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
             raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
     decoding = options.decoding
     if decoding.block_length is None:
-        raise OptionError("dlm_block_length", "dlm_block_length: this model needs the width of its blocks")
+        raise OptionError(
+            "dlm_block_length",
+            "dlm_block_length: None is not valid, this model requires the length of its canvas blocks",
+        )
     if isinstance(decoding, RevokingDecoding):
         raise OptionError("dlm_decoding", f"dlm_decoding: {options.decoding.name!r} {whole}")
     if field := options.texts.any:
-        behind = "this model reads a canvas block by block, and a block sees nothing of what comes behind it"
-        reject(f"dlm_{field}", getattr(options.texts, field), behind)
+        why = "this model is block-causal, so a canvas block does not attend to later positions"
+        reject(f"dlm_{field}", getattr(options.texts, field), why)
     return options
 
 
 def _upon_preset(written: Mapping[str, Any], presets: Mapping[str, dict]) -> dict[str, Any]:
-    """The preset's parts. If `written` has a part, too, its fields replace those of the preset; a method that it names
-    replaces all of the part."""
+    """Parts of the preset, overridden by `written`. Fields in `written` replace single fields of a part; a named method
+    replaces the whole part."""
     name, listed = written["preset"], ", ".join(presets) or "none"
     if not isinstance(name, str) or name not in presets:
         raise OptionError("dlm.preset", f"dlm.preset: {shown(name)} is unknown, valid for this model are {listed}")
@@ -193,9 +196,9 @@ def _upon_preset(written: Mapping[str, Any], presets: Mapping[str, dict]) -> dic
 
 
 def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Options:
-    """The server's options with a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
+    """The server's options, overridden by a request's `dlm_*` values (`SamplingParams.extra_args`, `vllm_xargs`)."""
     written = {key: value for key, value in current_names(extra_args or {}).items() if key.startswith("dlm_")}
-    if SCORE in written:  # always by the exact model
+    if SCORE in written:  # scores always use the exact model
         exact = request_options(server, {"dlm_reuse": "none", "dlm_selection": "none", "dlm_extent": "full"})
         width = None if server.attention == "full" else server.decoding.block_length
         return replace(exact, decoding=Scored.from_request(written, width))
@@ -223,27 +226,28 @@ def request_options(server: Options, extra_args: Mapping[str, Any] | None) -> Op
 
 
 def current_names(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a request under the names that they have today"""
+    """Options of a request under their current names"""
     named = dict(written)
     for old, name in RENAMED.items():
         if old in named:
             value = named.pop(old)
             if name in named and named[name] != value:
                 raise OptionError(
-                    name, f"{name}: {shown(named[name])} differs from {old}, its old name, which is {shown(value)}"
+                    name,
+                    f"{name}: {shown(named[name])} differs from {shown(value)}, the value of its deprecated name {old}",
                 )
             named[name] = value
     return named
 
 
 def request_keys(decoding: Any) -> list[str]:
-    """Options that a request may give to a server with this decoding"""
+    """Options that a request to a server with this decoding can set"""
     own = (f"dlm_{field.name}" for field in fields(decoding))
     return sorted([*METHOD_KEYS, *REQUEST_FIELDS, *TEXT_KEYS, WINDOW, *own])
 
 
 def _with_window(extent: Any, value: Any, named: bool):
-    """The extent with another window, or the one that has a window if the request names none."""
+    """The extent with another window. Selects the extent `window` if the request names no extent."""
     if not hasattr(extent, "window"):
         if named:
             raise OptionError(WINDOW, f"{WINDOW}: extent {extent.name!r} has no window")
@@ -256,7 +260,7 @@ def _with_window(extent: Any, value: Any, named: bool):
 
 
 def _requested_decoding(current: Any, written: Mapping[str, Any]) -> Any:
-    """The method and its fields together, since a method may need the values that come with it."""
+    """The requested decoding. Method and fields are set together, because a method may require some of the fields."""
     cls: Any = type(current)
     values: dict[str, Any] = {}
     if "dlm_decoding" in written:
@@ -282,7 +286,7 @@ def _requested_decoding(current: Any, written: Mapping[str, Any]) -> Any:
 
 
 def _way_out(cls: Any, kept: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """Which of the server's values a request would have to unset."""
+    """Hint about the server's value that a request must unset."""
     for field, value in kept.items():
         if value is not None and may_be_unset(cls, field):
             try:

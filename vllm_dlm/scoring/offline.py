@@ -9,7 +9,7 @@ from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 from vllm_dlm.scoring.pairs import PairInputs, Text
 from vllm_dlm.scoring.scores import How, PairScore, Score, jobs, resolved
 
-#: forwards that are given to the LLM at a time, which bounds the memory of their masks
+#: number of forwards per call of the LLM, which bounds the memory of their masks
 AT_ONCE = 1024
 
 
@@ -21,7 +21,7 @@ def score(
     add_special_tokens: bool = True,
     **how: Any,
 ) -> list[Score]:
-    """Log-probabilities of continuations given contexts, texts or token ids, one of each or lists.
+    """Log-probabilities of continuations given contexts. Both are texts or token ids, one of each or lists.
 
     `how`: see `How`, and docs/evaluation.md. The limits of a server do not apply."""
     processor = llm.llm_engine.input_processor

@@ -1,8 +1,8 @@
-"""POST /v1/dlm/score: what `vllm_dlm.score` computes, in the batches of a server.
+"""POST /v1/dlm/score: the scores of `vllm_dlm.score`, computed by a server.
 
-Parsing, encoding, checking and drawing run in threads, in slices short enough for the event loop to get its turn.
+Parsing, encoding, checking and drawing run in threads, in slices short enough not to block the event loop.
 
-An `EndpointPlugin` of vLLM's. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
+An `EndpointPlugin` of vLLM. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
 entrypoints/serve/engine/serving.py, entrypoints/generate/base/serving.py (`_get_priority`).
 """
 
@@ -34,16 +34,16 @@ from vllm_dlm.scoring.scores import How, Job, Method, Pair, PairScore, jobs, res
 T = TypeVar("T")
 
 PATH = "/v1/dlm/score"
-#: forwards of one HTTP request that are in the engine at a time, and tokens of their continuations. If all of them end
-#: with the same step, vLLM makes the log-probabilities of all of these tokens before the event loop goes on.
+#: maximum number of forwards of one HTTP request in the engine, and of tokens in their continuations. If all of them
+#: end in the same step, vLLM creates the log-probabilities of all of these tokens before the event loop continues.
 AT_ONCE, TOKENS_AT_ONCE = 64, 1 << 14
-#: forwards that are made at a time, ahead of the engine
+#: number of forwards that are created at a time
 SLICE = 16
 
 
 class ScoreRequest(How):
     context: Any = Field(description="A text, a list of token ids, or a list of either")
-    continuation: Any = Field(description="As many as contexts, or one of either")
+    continuation: Any = Field(description="As many as contexts; one of either is used for all of the other")
     add_special_tokens: bool = True
     model: str | None = None
     request_id: str | None = None
@@ -57,7 +57,7 @@ class ScorePlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Of the server of a diffusion model, see integration/routes.py."""
+        """Called only by servers of diffusion models, see integration/routes.py."""
         state.dlm_scores = ServingScores(engine_client, state.openai_serving_models)
 
 
@@ -98,7 +98,7 @@ class ServingScores(BaseServing):
         return await asyncio.to_thread(inputs.pairs, encoded)
 
     async def run(self, scores: list[PairScore], request_id: str, priority: int) -> None:
-        """Adds every forward to its score, a few at a time. The first failure, or a client that disconnects, ends all
+        """Runs all forwards, a few at a time, and adds each to its score. The first error or a disconnect cancels all
         forwards of the request."""
         to_do, lock, number = in_slices(jobs(scores)), asyncio.Lock(), 0
 
@@ -144,7 +144,7 @@ async def in_slices(items: Iterator[T]) -> AsyncGenerator[T, None]:
 
 
 def priority_of(request: ScoreRequest, raw_request: Request) -> int:
-    """As completions have it: the header, if it is a number, and else the field."""
+    """As for completions: the header if it is a number, otherwise the field."""
     try:
         return int(raw_request.headers["X-Vllm-Priority"])
     except (KeyError, ValueError):
@@ -152,7 +152,7 @@ def priority_of(request: ScoreRequest, raw_request: Request) -> int:
 
 
 def response_body(request_id: str, model: str, scores: list[PairScore]) -> bytes:
-    """JSON, a score at a time: an encoder holds Python's lock until it is done."""
+    """Encodes the scores one by one, because the encoder holds the GIL until it returns."""
     prompts = sum(len(own.pair.context) + len(own.pair.continuation) for own in scores)
     head = {"id": request_id, "object": "list", "created": int(time.time()), "model": model}
     usage = {"prompt_tokens": prompts, "completion_tokens": 0, "total_tokens": prompts}
@@ -168,7 +168,7 @@ router = APIRouter()
 
 
 async def score_request(raw_request: Request) -> ScoreRequest:
-    """The body of a request, which FastAPI would parse on the event loop."""
+    """Parses the body of a request; FastAPI would do so on the event loop."""
     return await raw_request.app.state.dlm_scores.request(raw_request)
 
 
