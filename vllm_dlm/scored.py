@@ -18,7 +18,7 @@ from vllm_dlm.shown import short, shown
 #: the option of a request
 SCORE = "dlm_score"
 #: other options that a request for a score can set -> fields of the decoding
-BESIDE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
+WITH_SCORE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
 #: fields of `dlm_score`
 PARTS = ("start", "answer", "masked")
 
@@ -58,10 +58,10 @@ class Scored(Decoding):
         """From a request's `dlm_*` options; `block_length`: for block-causal models"""
         values: dict[str, Any] = {"steps": 1, "block_length": block_length}
         for key, value in given.items():
-            if key in BESIDE:
-                values[BESIDE[key]] = typed(cls, BESIDE[key], value, key)
+            if key in WITH_SCORE:
+                values[WITH_SCORE[key]] = typed(cls, BESIDE[key], value, key)
             elif key != SCORE:
-                allowed = " and ".join(BESIDE)
+                allowed = " and ".join(WITH_SCORE)
                 raise OptionError(key, f"{short(key)}: not supported with {SCORE}, which only supports {allowed}")
         score = given[SCORE]
         if not isinstance(score, Mapping) or not {"start", "answer"} <= score.keys() <= set(PARTS):
@@ -72,7 +72,7 @@ class Scored(Decoding):
             return cls(**values)
         except ValueError as error:
             field = str(error).split(":", 1)[0]
-            raise OptionError(SCORE, f"dlm_{error}" if f"dlm_{field}" in BESIDE else f"{SCORE}.{error}") from None
+            raise OptionError(SCORE, f"dlm_{error}" if f"dlm_{field}" in WITH_SCORE else f"{SCORE}.{error}") from None
 
     @property
     def end(self) -> int:

@@ -145,7 +145,7 @@ class Canvas:
 
     # -- progress --------------------------------------------------------------------------
 
-    def begin_behind(self, written: int) -> None:
+    def start_after(self, written: int) -> None:
         """Starts with final keys and values of the first `written` positions in the cache."""
         self.written = written
         self._moved()

@@ -50,7 +50,7 @@ def check_names(written: Mapping[str, Any], server: Options) -> None:
     for field, value in written.items():
         if not field.startswith("dlm_") and field not in READ_BY_VLLM:
             meant = f"dlm_{field}" in request_keys(server.decoding)
-            unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
+            unread = "it is unknown; options of masked-diffusion language models start with dlm_"
             reject(field, value, f"write dlm_{field}" if meant else unread)
 
 

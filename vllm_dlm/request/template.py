@@ -88,11 +88,11 @@ def _hole(template: str, start: int, longest: int) -> tuple[Hole, int]:
     """The hole that begins at `start`, and its end"""
     where = f"at character {start}, {shown(template[start : start + 24])}"
     if not (head := _HEAD.match(template, start)):
-        raise TemplateError(f"{where} is no hole: {HOW}")
+        raise TemplateError(f"{where} is not a hole: {HOW}")
     # int() raises an error for thousands of digits
     length = int(head[1]) if len(head[1]) <= len(str(longest)) else longest + 1
     if not 1 <= length <= longest:
-        raise TemplateError(f"{where}: a hole has 1 to {longest} tokens")
+        raise TemplateError(f"{where}: the length of a hole must be between 1 and {longest} tokens")
     if not (kind := _KIND.match(template, head.end())):
         return Hole(length), _closed(template, head.end(), where)
     if kind[1] != "one of":
@@ -103,7 +103,7 @@ def _hole(template: str, start: int, longest: int) -> tuple[Hole, int]:
 
 def _closed(template: str, at: int, where: str) -> int:
     if not template.startswith("]]", at):
-        raise TemplateError(f"{where} is no hole: {HOW}")
+        raise TemplateError(f"{where} is not a hole: {HOW}")
     return at + 2
 
 
@@ -113,13 +113,15 @@ def _alternatives(template: str, at: int, where: str) -> tuple[tuple[str, ...], 
         try:
             text, at = json.JSONDecoder().raw_decode(template, at)
         except (ValueError, RecursionError):
-            raise TemplateError(f'{where}: alternatives are JSON strings with | between them, as "a"|"b"') from None
+            raise TemplateError(
+                f'{where}: alternatives must be JSON strings separated by |, for example "a"|"b"'
+            ) from None
         if not isinstance(text, str) or _lone_surrogate(text):
-            raise TemplateError(f"{where}: the alternative {shown(text)} is no text")
+            raise TemplateError(f"{where}: the alternative {shown(text)} is not a text")
         found.append(text)
         if len(found) > MOST_ALTERNATIVES or sum(map(len, found)) > MOST_CHARACTERS:
             raise TemplateError(
-                f"{where}: at most {MOST_ALTERNATIVES} alternatives of {MOST_CHARACTERS} characters in all"
+                f"{where}: at most {MOST_ALTERNATIVES} alternatives with {MOST_CHARACTERS} characters in total"
             )
         bar = _BAR.match(template, at)
         assert bar is not None, "the pattern also matches the empty string"

@@ -23,14 +23,14 @@ def check_sizes(written: Mapping[str, Any], model: ServedModel) -> None:
     for field in TEXT_KEYS:
         value = written.get(field)
         if isinstance(value, str):
-            most, limit = longest * model.characters_per_token, f"more than any {longest} tokens have"
+            most, limit = longest * model.characters_per_token, f"more than {longest} tokens can have"
             if field == "dlm_template":
                 most = model.options.limits.template_characters
                 limit = f"and the limit is {most} (--dlm-config limits.template_characters)"
             if len(value) > most:
                 reject(field, value, f"it has {len(value)} characters, {limit}")
         elif isinstance(value, list | tuple) and len(value) > longest:
-            reject(field, value, f"it has {len(value)} token ids, and the model reads {longest}")
+            reject(field, value, f"it has {len(value)} token ids, and the model's length is {longest}")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def token_ids(field: str, text: Text, model: ServedModel, infill: bool | None = 
     if not isinstance(text, str):
         for token in text:
             if not 0 <= token < model.vocabulary_size:
-                reject(field, token, f"token ids are those from 0 to {model.vocabulary_size - 1}")
+                reject(field, token, f"token ids must be between 0 and {model.vocabulary_size - 1}")
         return prompt_ids(list(text), False, infill, model.processor)
     if not text:
         return []
     if model.tokenizer is None:
-        reject(field, text, "this engine has no tokenizer, so give a list of token ids")
+        reject(field, text, "this engine has no tokenizer; give a list of token ids")
     ids = model.processor.get_tokenizer().encode(text, add_special_tokens=False)
     return prompt_ids(ids, True, infill, model.processor)
 
@@ -123,7 +123,9 @@ def template_layout(template: str, options: Options, model: ServedModel) -> Temp
 def check_template_length(template: str, tokens: int, options: Options, longest: int) -> None:
     """`tokens`: lower bound of the template's length including its end token; `longest`: the model's length"""
     if options.canvas.max is not None and tokens > options.canvas.max:
-        why = f"it has {tokens} tokens or more with its end, and the longest canvas of this server {options.canvas.max}"
+        why = f"it has at least {tokens} tokens with its end, and the maximum canvas of this server is {options.canvas.max}"
         reject("dlm_template", template, why)
     if tokens > longest:
-        reject("dlm_template", template, f"it has {tokens} tokens or more with its end, and the model reads {longest}")
+        reject(
+            "dlm_template", template, f"it has at least {tokens} tokens with its end; the model's length is {longest}"
+        )

@@ -69,9 +69,9 @@ class Vocabulary:
         """Encodes a text without special tokens and such that decoding restores it; raises TemplateError otherwise"""
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         if self.no_text.intersection(tokens):
-            raise TemplateError(f"{shown(text)} has a token in it that is no text or ends an answer")
+            raise TemplateError(f"{shown(text)} contains a token that has no text or ends an answer")
         if (written := self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) != text:
-            raise TemplateError(f"the tokenizer makes {shown(written)} of {shown(text)}")
+            raise TemplateError(f"the tokenizer changes {shown(text)} to {shown(written)}")
         return tokens
 
 
@@ -101,11 +101,9 @@ class HoleAutomata:
         self.alternatives[key] = known
         for alternative, fewest in zip(key, known[1], strict=True):
             if fewest is None:
-                raise TemplateError(f"no tokens make {shown(alternative)}")
+                raise TemplateError(f"no sequence of tokens has the text {shown(alternative)}")
             if fewest > hole.length:
-                raise TemplateError(
-                    f"{shown(alternative)} has {fewest} tokens at least, and its hole has {hole.length}"
-                )
+                raise TemplateError(f"{shown(alternative)} has at least {fewest} tokens, and its hole {hole.length}")
         return known[0]
 
     def keep(self) -> None:

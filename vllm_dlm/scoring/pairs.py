@@ -141,7 +141,7 @@ def check_lengths(pair: Pair, processor) -> None:
         if not ids:
             refuse(field, ids, "it must have at least one token")
     if options.canvas.max is not None and answer > options.canvas.max:
-        refuse("continuation", f"{answer} tokens", f"the longest canvas of this server has {options.canvas.max}")
+        refuse("continuation", f"{answer} tokens", f"the maximum canvas of this server is {options.canvas.max}")
     if number + answer > options.canvas_length(number, answer, model.max_model_len):
         both, room = f"{number} and {answer} tokens", model.max_model_len
         refuse("context and continuation", both, f"they must fit into the model's length of {room} tokens")

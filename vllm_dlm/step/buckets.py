@@ -78,9 +78,7 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
     if any(alike(stream) != alike(first) for stream in streams):
         return None
     if not first.whole and any(stream.plan.live[0] < stream.response[0] for stream in streams):
-        return (
-            None  # launching steps with live prompt rows takes the host less time than the device needs to compute them
-        )
+        return None  # computing live prompt rows takes longer than launching the step
     rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
     kind = layer_key(first.reuse), first.cached, first.whole
     shape = kind, dense(first), all(map(keeps, streams))

@@ -13,7 +13,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.caches import StreamCaches
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Stream, among, plain_stream
-from vllm_dlm.plugins.reuse.flow import Behind
+from vllm_dlm.plugins.reuse.flow import LayerResult
 from vllm_dlm.step.batch import Batch
 from vllm_dlm.step.captured import CapturedSteps, PaddedStep
 from vllm_dlm.step.counts import Counts
@@ -262,7 +262,7 @@ def denoise_live(model, batch: Batch, blocks: KVBlocks, counts: Counts) -> torch
 
 def through_layers(
     model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None
-) -> tuple[LayerStep, list[Behind]]:
+) -> tuple[LayerStep, list[LayerResult]]:
     """-> the driver, and the result of each group's flow after the last layer"""
     layers = model.model.layers
     step = LayerStep(batch, model.model.rope.table, layers, blocks, counts)

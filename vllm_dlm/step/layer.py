@@ -17,7 +17,7 @@ from vllm_dlm.plugins.reuse.flow import (
     Ask,
     Attend,
     AttendMoved,
-    Behind,
+    LayerResult,
     FeedForward,
     Heads,
     Key,
@@ -80,7 +80,7 @@ class LayerStep:
         self.parts = [GroupLayer(batch, blocks, group) for group in batch.groups]
         self.divided: list[DividedRows] = []  # tensors of this layer
 
-    def run(self, index: int, normed: "Normed") -> list[Behind]:
+    def run(self, index: int, normed: "Normed") -> list[LayerResult]:
         """-> result of each group's flow, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
         self.divided.clear()
@@ -94,7 +94,7 @@ class LayerStep:
             ]
         flows = [part.group.reuse.layer(part) for part in self.parts]
         asks: dict[int, Ask] = {}  # pending ask of each flow
-        done: dict[int, Behind] = {}
+        done: dict[int, LayerResult] = {}
 
         def advance(number: int, result: Any) -> None:
             try:
@@ -129,7 +129,7 @@ class LayerStep:
         self.divided.append(DividedRows(whole, parts))
         return parts
 
-    def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> Behind:
+    def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> LayerResult:
         if not len(x) == len(ffn) == len(rows) or (not self.last and rows.index is not None):
             raise ValueError(
                 f"{group.reuse.name}: the flow of layer {self.index} returned {len(x)} rows as {len(rows)} of "
@@ -166,9 +166,8 @@ class LayerStep:
         for name in names:
             self.counts.projected(COUNTED[name], len(inputs))
         padded = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])
-        made = dict(
-            zip(names, self.layer.heads(names, padded), strict=True)
-        )  # some products do not support empty inputs
+        # Some products do not support empty inputs.
+        made = dict(zip(names, self.layer.heads(names, padded), strict=True))
         if not len(inputs):
             made = {name: x[:0] for name, x in made.items()}
         else:

@@ -1,4 +1,4 @@
-"""Canvases of an engine's requests, from when a request is first in line until it ends."""
+"""Canvases of an engine's requests, from the first scheduling attempt to the end of a request."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from vllm_dlm.view.traces import Trace
 
 
 class OpenCanvases(dict[str, Canvas]):
-    """request id -> canvas. Those whose steps are reported have a trace."""
+    """request id -> canvas. Canvases with reported steps have a trace."""
 
     def __init__(self, vllm_config):
         super().__init__()
@@ -23,7 +23,7 @@ class OpenCanvases(dict[str, Canvas]):
         self.traces: dict[str, Trace] = {}
 
     def open(self, request: Request, server: Options) -> Canvas:
-        """The canvas of a request, made at the first call. `server`: the server's options"""
+        """The canvas of a request, created by the first call. `server`: the server's options"""
         if canvas := self.get(request.request_id):
             return canvas
         params, config = request.sampling_params, self.hf_config
@@ -39,7 +39,7 @@ class OpenCanvases(dict[str, Canvas]):
         return canvas
 
     def starting(self, request: Request, block_ids: tuple[list[int], ...]) -> CanvasData:
-        """What a worker gets of a request that starts"""
+        """Data for the worker about a request that starts"""
         data = CanvasData.from_request(request, block_ids)
         data.canvas = self[request.request_id]
         return data
@@ -49,7 +49,8 @@ class OpenCanvases(dict[str, Canvas]):
         self.traces.pop(request_id, None)
 
     def traced(self, commits: Mapping[str, Commit], seen: Mapping[str, StepRecord]) -> list[Trace]:
-        """Traces with something to report. They look at canvases before requests can end, and report afterwards."""
+        """Updates and returns the traces of requests in this step. Called before requests can end; their reports follow
+        later."""
         found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self]
         for name, trace in found:
             trace.stepped(self[name], commits[name], seen.get(name), len(commits))
