@@ -221,7 +221,7 @@ def test_the_limits_of_a_server_are_none_of_an_llm(engines):
 
 
 def test_monte_carlo_is_of_models_that_see_the_whole_canvas(engines):
-    with pytest.raises(OptionError, match=r"^method: 'monte_carlo' .* 'blocks' scores it"):
+    with pytest.raises(OptionError, match=r"^method: 'monte_carlo' .* the method must be 'blocks'"):
         vllm_dlm.score(engines(BLOCKWISE), [1, 2], [3], method="monte_carlo")
     with pytest.raises(OptionError, match=r"^method: "):
         vllm_dlm.score(engines(BLOCKWISE), [1, 2], [3], mc_num=16)

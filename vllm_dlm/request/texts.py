@@ -123,7 +123,8 @@ def template_layout(template: str, options: Options, model: ServedModel) -> Temp
 def check_template_length(template: str, tokens: int, options: Options, longest: int) -> None:
     """`tokens`: lower bound of the template's length including its end token; `longest`: the model's length"""
     if options.canvas.max is not None and tokens > options.canvas.max:
-        why = f"it has at least {tokens} tokens with its end, and the maximum canvas of this server is {options.canvas.max}"
+        most = f"the maximum canvas of this server is {options.canvas.max}"
+        why = f"it has at least {tokens} tokens with its end, and {most}"
         reject("dlm_template", template, why)
     if tokens > longest:
         reject(
