@@ -59,7 +59,7 @@ class Scored(Decoding):
         values: dict[str, Any] = {"steps": 1, "block_length": block_length}
         for key, value in given.items():
             if key in WITH_SCORE:
-                values[WITH_SCORE[key]] = typed(cls, BESIDE[key], value, key)
+                values[WITH_SCORE[key]] = typed(cls, WITH_SCORE[key], value, key)
             elif key != SCORE:
                 allowed = " and ".join(WITH_SCORE)
                 raise OptionError(key, f"{short(key)}: not supported with {SCORE}, which only supports {allowed}")

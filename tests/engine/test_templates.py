@@ -214,15 +214,15 @@ REFUSED = {
     "not a text": (params("a", extra={"dlm_template": 3}), "dlm_template: 3 is not valid, it must be str"),
     "too long": (params("[[250]]", extra={}), "dlm_template"),
     "too long by itself": (params("[[200]]" * 2), "it has at least 401 tokens with its end; the model's length is 256"),
-    "a stop": (params("[[5]]", stop=["a"]), "stop: ['a'] cannot be honoured"),
+    "a stop": (params("[[5]]", stop=["a"]), "stop: ['a'] is not supported"),
     "longer than anything": (params("[[257]]"), "the length of a hole must be between 1 and 256 tokens"),
     "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 is not supported: it must be at least 6"),
     "an alternative": (
         params('[[1:one of "a"|"0123456789abcdef"]]'),
         "'0123456789abcdef' has",
     ),
-    "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True cannot be honoured"),
-    "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' cannot be honoured"),
+    "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True is not supported"),
+    "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' is not supported"),
     "a special token": (params("<|endoftext|>[[3]]"), "contains a token that has no text"),
 }
 
