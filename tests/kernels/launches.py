@@ -7,9 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
-from vllm_dlm.kernels.compact_rows import compact_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
@@ -46,10 +45,6 @@ def halves(*shape):
 
 def cache(dim=128, kv_heads=8, dtype=BF16, blocks=64, block_size=64):
     return torch.empty(blocks, kv_heads, block_size, 2 * dim, dtype=dtype)
-
-
-def pyramid():
-    return partial(haar_pyramid, cache(), ints(16), 64, (1, 2, 6))
 
 
 def statistics(std_kind, **shape):
@@ -165,7 +160,6 @@ def shadow(rows, group=4, **shape):
 
 #: kernel calls, with functions that build their inputs
 CASES = {
-    "pyramid": pyramid,
     "statistics": lambda: statistics("l2"),
     "statistics of large pages": lambda: statistics("diag2", block_size=128, dim=256),
     "scores": lambda: scores("l2", "max"),
@@ -211,7 +205,6 @@ CASES = {
     "delta of few rows": lambda: delta(32, block_size=16),
     "shadow": lambda: shadow(128, group=1),
     "shadow of shared heads in small blocks": lambda: shadow(32, block_size=16),
-    "compact rows": lambda: partial(compact_rows, ints(4096, dtype=torch.bool), ints(17), 1024),
     "lowest rows": lambda: lowest(1152),
 }
 
@@ -227,6 +220,5 @@ RARER = {
     "products": lambda: partial(row_products, torch.empty(96, 1024), torch.empty(96, 1024)),
     "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
     "head without entropy": lambda: head(BF16, False),
-    "compact rows of nobody": lambda: partial(compact_rows, ints(700, dtype=torch.bool), None, 128),
     "lowest rows of long canvases": lambda: lowest(16384),
 }

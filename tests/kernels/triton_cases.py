@@ -11,11 +11,9 @@ from vllm_dlm.kernels.haar_pyramid import (
     INVALID,
     STD_KINDS,
     PageStatistics,
-    haar_pyramid,
     spread_width,
     store_statistics,
 )
-from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
@@ -32,21 +30,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def test_the_interpreter_runs():
     assert UPCAST.value
-
-
-@pytest.mark.parametrize(
-    "page_size, per_block, dim, dtype",
-    [(16, 1, 64, torch.float16), (32, 2, 80, torch.float32), (128, 1, 96, torch.bfloat16), (2, 8, 256, torch.float32)],
-)
-def test_pyramid(page_size, per_block, dim, dtype):
-    batch = PagedBatch([150, 128], [1, 1], page_size=page_size, per_block=per_block, dim=dim, dtype=dtype)
-    page_ids = batch.full_pages[:6]
-    top = page_size.bit_length() - 1
-    levels = (top, 0, 1)
-    got = haar_pyramid(on_gpu(batch.pages), page_ids, page_size, levels)
-    for pair, wanted in zip(got, naive_pyramid.haar_pyramid(batch.pages, page_ids, page_size, levels), strict=True):
-        for part, whole in zip(pair, wanted, strict=True):
-            torch.testing.assert_close(part.double(), whole, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("std_kind", STD_KINDS)
