@@ -22,17 +22,15 @@ def is_diffusion_lm(model_config) -> bool:
 
 
 def resolved_options(vllm_config) -> Options:
-    """The server's options for a model that this plugin serves"""
+    """Parses the server's options for a model that this plugin serves."""
     family = FAMILIES[vllm_config.model_config.architecture]
     block_length = getattr(vllm_config.model_config.hf_config, "block_size", None)
     return server_options(options_object(vllm_config), family.decoding, family.presets, family.attention, block_length)
 
 
-def server_options_of(processor) -> Options:
-    """Options of the server with this input processor, parsed once"""
-    if not hasattr(processor, "dlm_options"):
-        processor.dlm_options = resolved_options(processor.vllm_config)
-    return processor.dlm_options
+def server_options_of(model_config) -> Options:
+    """The server's options, parsed by DiffusionConfigHook and sent to the engine with the configuration."""
+    return model_config.dlm_options
 
 
 def written_object(vllm_config) -> Any:

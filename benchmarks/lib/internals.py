@@ -42,7 +42,8 @@ def rows_read(llm) -> int:
 
 def set_server_options(llm, options) -> None:
     """What new requests get that name nothing themselves."""
-    llm.llm_engine.input_processor.dlm_options = core_of(llm).scheduler.dlm_options = options
+    for config in (llm, llm.llm_engine.input_processor, core_of(llm).scheduler.vllm_config):
+        config.model_config.dlm_options = options
 
 
 @contextmanager

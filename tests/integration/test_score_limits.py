@@ -94,7 +94,8 @@ class Served:
 
         self.tokenizer = CountedTokenizer(processor.renderer.tokenizer)
         monkeypatch.setattr(processor.renderer, "tokenizer", self.tokenizer)
-        monkeypatch.setattr(processor, "dlm_options", replace(server_options_of(processor), limits=limits))
+        model = processor.model_config
+        monkeypatch.setattr(model, "dlm_options", replace(server_options_of(model), limits=limits))
         self.engine = CountingEngine(processor)
         models = SimpleNamespace(model_name=lambda: "demo", is_base_model=lambda name: name == "demo")
         self.app = FastAPI()

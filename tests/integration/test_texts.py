@@ -263,7 +263,7 @@ def test_a_request_of_a_server_is_parsed_and_checked_once(llm, monkeypatch, extr
     assert calls == ["request_options", "check"]
     scheduler = core_of(llm).scheduler
     canvases = OpenCanvases(scheduler.vllm_config)
-    canvas = canvases.open(Request.from_engine_core_request(request, None), scheduler.dlm_options)
+    canvas = canvases.open(Request.from_engine_core_request(request, None))
     assert len(canvas) == len(request.prompt_token_ids) + 8
     assert calls == ["request_options", "check"]
 

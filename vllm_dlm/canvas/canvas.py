@@ -125,6 +125,10 @@ class Canvas:
     def plan(self) -> StepPlan:
         return self.options.reuse.plan(self.progress)
 
+    def make_plan(self) -> StepPlan:
+        """Makes the plan of the next step now, so that an error of the policy is raised here."""
+        return self.plan
+
     @property
     def weight(self) -> int:
         """Cost of the next step in rows, for the scheduler. Live rows that are not recomputed count less."""

@@ -13,7 +13,7 @@ from vllm_dlm.request.served_model import default_length
 def get_diff_sampling_param(get):
     def get_with_canvas(self):
         found = get(self)
-        if self.generation_config in ("auto", "vllm") and hasattr(self, "dlm_canvas"):
+        if self.generation_config in ("auto", "vllm") and hasattr(self, "dlm_options"):
             found["max_tokens"] = default_length(self, found)
         return found
 

@@ -156,7 +156,7 @@ class DiffusionConfigHook:
         # The published code decodes greedily by default; vLLM's default is temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
-        model.dlm_canvas, model.dlm_grows = options.canvas, options.grows  # see canvas.py
+        model.dlm_options = options  # see server_options_of
 
 
 def shares_prefixes(vllm_config, options) -> bool:

@@ -22,7 +22,7 @@ class ServedModel:
     @property
     def options(self) -> Options:
         """The server's"""
-        return server_options_of(self.processor)
+        return server_options_of(self.config)
 
     @property
     def max_model_len(self) -> int:
@@ -99,6 +99,5 @@ def default_length(model_config: Any, sampling_defaults: dict[str, Any]) -> int:
     """The first of: the server's default canvas, the one in the checkpoint's generation_config.json, the family's. If
     canvases grow as needed, the model's length."""
     usual = sampling_defaults.get("max_tokens", FAMILIES[model_config.architecture].canvas)
-    if getattr(model_config, "dlm_grows", False):
-        usual = model_config.max_model_len
-    return model_config.dlm_canvas.length(usual)
+    options = server_options_of(model_config)
+    return options.canvas.length(model_config.max_model_len if options.grows else usual)

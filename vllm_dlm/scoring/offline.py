@@ -28,7 +28,7 @@ def score(
     if not is_diffusion_lm(processor.model_config):
         refuse("score", processor.model_config.architecture, ONLY_DIFFUSION)
     fields = How(**how)
-    method = resolved(fields, server_options_of(processor).attention)
+    method = resolved(fields, server_options_of(processor.model_config).attention)
     inputs = PairInputs.from_request(context, continuation, method, processor, UNLIMITED)
     scores = [PairScore(pair, method) for pair in inputs.pairs(inputs.encode(add_special_tokens))]
     to_do = jobs(scores)

@@ -135,7 +135,8 @@ def refuse_above(field: str, what: str, limits: Limits, limit: str):
 
 
 def check_lengths(pair: Pair, processor) -> None:
-    model, options = processor.model_config, server_options_of(processor)
+    model = processor.model_config
+    options = server_options_of(model)
     number, answer = len(pair.context), len(pair.continuation)
     for field, ids in (("context", pair.context), ("continuation", pair.continuation)):
         if not ids:

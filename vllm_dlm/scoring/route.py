@@ -71,7 +71,7 @@ class ServingScores(BaseServing):
         return self.engine_client.input_processor
 
     async def request(self, raw_request: Request) -> ScoreRequest:
-        limits = server_options_of(self.processor).limits
+        limits = server_options_of(self.model_config).limits
         body = await read_body(raw_request, limits)
         return await asyncio.to_thread(parse_body, body, limits, ScoreRequest)
 
@@ -81,7 +81,7 @@ class ServingScores(BaseServing):
         if self.engine_client.errored:
             raise self.engine_client.dead_error
         try:
-            method = resolved(request, server_options_of(self.processor).attention)
+            method = resolved(request, server_options_of(self.model_config).attention)
         except OptionError as error:
             refuse(error.field, getattr(request, error.field), str(error), whole=True)
         pairs = await self.pairs(request, method)
@@ -91,7 +91,7 @@ class ServingScores(BaseServing):
         return await asyncio.to_thread(response_body, request_id, self.models.model_name(), scores)
 
     async def pairs(self, request: ScoreRequest, method: Method) -> list[Pair]:
-        limits = server_options_of(self.processor).limits
+        limits = server_options_of(self.model_config).limits
         given = request.context, request.continuation, method, self.processor, limits
         inputs = await asyncio.to_thread(PairInputs.from_request, *given)
         encoded = await inputs.encode_async(request.add_special_tokens)

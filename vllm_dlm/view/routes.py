@@ -17,7 +17,7 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vllm_dlm.configuration import is_diffusion_lm, resolved_options
+from vllm_dlm.configuration import is_diffusion_lm, server_options_of
 from vllm_dlm.shown import shown
 from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers
 from vllm_dlm.view.isolation import error_message
@@ -64,8 +64,8 @@ async def list_offers(request: Request) -> Response:
     """Encoded once, because a server's options do not change."""
     state = request.app.state
     if not hasattr(state, "dlm_offers"):
-        config = state.engine_client.vllm_config
-        found = offers(resolved_options(config)) if is_diffusion_lm(config.model_config) else {}
+        model_config = state.engine_client.model_config
+        found = offers(server_options_of(model_config)) if is_diffusion_lm(model_config) else {}
         state.dlm_offers = msgspec.json.encode(found)
     return Response(state.dlm_offers, media_type="application/json", headers=NO_SNIFFING)
 

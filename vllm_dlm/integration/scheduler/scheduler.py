@@ -22,7 +22,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import Canvas
-from vllm_dlm.configuration import resolved_options
 from vllm_dlm.envelope import Envelope, with_envelope
 from vllm_dlm.integration.outputs import DenoisingSchedule
 from vllm_dlm.integration.scheduler.canvas_memory import CanvasMemory
@@ -48,7 +47,6 @@ class DenoisingScheduler(Scheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_shape = ModelShape.from_config(self.vllm_config.model_config.hf_config)
-        self.dlm_options = resolved_options(self.vllm_config)
         self.canvases = OpenCanvases(self.vllm_config)
         self.traces = self.canvases.traces
         self.memory = CanvasMemory(self.kv_cache_manager, BlockShape.of(self.vllm_config))
@@ -131,8 +129,8 @@ class DenoisingScheduler(Scheduler):
     def _planned(self, request: Request) -> Canvas | None:
         """Its canvas, with the next step planned; None: the plan raised an error, so the request fails."""
         with self.failed.catch(request.request_id):
-            canvas = self.canvases.open(request, self.dlm_options)
-            canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
+            canvas = self.canvases.open(request)
+            canvas.make_plan()
             return canvas
         return None
 
@@ -210,10 +208,11 @@ class DenoisingScheduler(Scheduler):
             if (priority := self._priority(request)) > (first := priority if first is None else first):
                 break
             with self.failed.catch(request.request_id):
-                canvas = self.canvases.open(request, self.dlm_options)
+                canvas = self.canvases.open(request)
                 self.memory.check_size(canvas)
                 shared = self.prefixes.find(request, canvas)
-                if self.memory.fits(canvas, shared, others_run=bool(self.running)) and canvas.plan:
+                if self.memory.fits(canvas, shared, others_run=bool(self.running)):
+                    canvas.make_plan()
                     return request, canvas, shared
                 if self.overtaken.exhausted(request.request_id):
                     break

@@ -27,7 +27,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
-from vllm_dlm.configuration import resolved_options
+from vllm_dlm.configuration import server_options_of
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
@@ -117,7 +117,7 @@ class DenoisingRunner:
         # all rows are head rows, so that the last layer drops none
         streams = [plain_stream(np.zeros(len(part), np.int64), np.arange(len(part))) for part in parts]
         hidden = self.denoiser.forward(streams, Counts())
-        options = request_options(resolved_options(self.vllm_config), {"dlm_cfg_scale": 1.0})
+        options = request_options(server_options_of(self.model_config), {"dlm_cfg_scale": 1.0})
         sampling = Sampling(temperature=1.0, top_p=0.9, top_k=0, seed=0, stop_ids=frozenset(), num_logprobs=0)
         count = min(len(hidden), self.denoiser.head.max_rows)
         canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, 2 * self.max_rows))
@@ -164,7 +164,7 @@ class DenoisingRunner:
                 device_works,
             )
         most = self.vllm_config.scheduler_config.max_num_seqs
-        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
+        warm_up(self.denoiser, server_options_of(self.model_config), config, self.max_model_len, most)
         if self.captures and is_workspace_manager_initialized():
             # Graphs contain the address of the experts' workspace. `profile_run` had the maximum number of rows.
             lock_workspace()
