@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.option_types import OptionError, reject, typed
 from vllm_dlm.options import request_keys, request_options, server_options
+from vllm_dlm.options.types import OptionError, reject, typed
 from vllm_dlm.refusal import Refusal, refusals
 from vllm_dlm.request import parsing
 from vllm_dlm.shown import shown

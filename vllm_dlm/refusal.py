@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.option_types import OptionError, unsupported
 from vllm_dlm.options import RENAMED
+from vllm_dlm.options.types import OptionError, unsupported
 from vllm_dlm.shown import short, shown
 
 ONLY_DIFFUSION = "it is an option of masked-diffusion language models"

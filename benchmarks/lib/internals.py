@@ -242,7 +242,7 @@ def view_hooks_removed(llm) -> Iterator[None]:
 def observe_request(name: str) -> None:
     """Registers the next request added to the engine for frames, with a reader that takes each frame at once."""
     from vllm_dlm.integration.view import ADDED
-    from vllm_dlm.limits import Limits
+    from vllm_dlm.options.limits import Limits
     from vllm_dlm.view.hub import HUB, Follower
     from vllm_dlm.view.observed import ObservedRequest
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
-from vllm_dlm import automaton
-from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
+from vllm_dlm.canvas.automaton import MASKED, NEVER, Automaton
 from vllm_dlm.canvas.holes import Holes
 from vllm_dlm.canvas.infill import AUTOMATA, allowed_tokens, automaton_from_plain, rule_out_others
+from vllm_dlm.request import hole_automata as automaton
+from vllm_dlm.request.hole_automata import TokenTexts
 from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 TEXTS = [

@@ -16,8 +16,8 @@ from tests.engine.stated import stated
 from tests.engine.test_block_causal import mixed
 from tests.tiers import in_turn
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.limits import DEFAULT_LIMITS
 from vllm_dlm.options import OptionError, request_options, server_options
+from vllm_dlm.options.limits import DEFAULT_LIMITS
 from vllm_dlm.scoring.monte_carlo import draws
 from vllm_dlm.scoring.scores import How, Pair, PairScore, jobs, resolved
 

@@ -16,8 +16,8 @@ from vllm.logprobs import Logprob
 
 from tests.integration.serving import CHECKPOINT
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.limits import Limits
-from vllm_dlm.scored import SCORE
+from vllm_dlm.options.limits import Limits
+from vllm_dlm.options.scored import SCORE
 from vllm_dlm.scoring import body, route, scores
 
 LONGEST = 4096  # the model's length in tokens

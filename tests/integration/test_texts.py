@@ -13,10 +13,10 @@ from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from tests.engine.running import core_of
-from vllm_dlm import automaton
 from vllm_dlm.integration import bodies, requests
 from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
+from vllm_dlm.request import hole_automata as automaton
 from vllm_dlm.request import parsing, texts
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST
 from vllm_dlm.request.served_model import served_model

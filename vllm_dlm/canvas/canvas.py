@@ -13,8 +13,8 @@ import numpy as np
 
 from vllm_dlm.canvas import block_causal, infill, revision
 from vllm_dlm.canvas.commit import NOTHING, Commit
-from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
+from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 
 #: number of live rows that cost as much as one recomputed row, if layers only pass on their hidden states

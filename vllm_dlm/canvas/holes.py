@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dlm.automaton import MASKED, Automaton
+from vllm_dlm.canvas.automaton import MASKED, Automaton
 
 #: a class that neither a token nor a mask has
 NO_CLASS = -3

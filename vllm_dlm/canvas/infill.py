@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.automaton import Automaton
+from vllm_dlm.canvas.automaton import Automaton
 from vllm_dlm.canvas.commit import NOTHING, Commit
 from vllm_dlm.canvas.feature import Feature, Output, Room
 from vllm_dlm.canvas.holes import Holes

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import Options, suited
-from vllm_dlm.scored import Scored
+from vllm_dlm.options.scored import Scored
+from vllm_dlm.options.texts import Layout
 
 #: key of `extra_args`
 CANVAS_REQUEST = "canvas_request"

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vllm_dlm.option_types import reject
 from vllm_dlm.options import Options, request_options
+from vllm_dlm.options.scored import SCORE, Scored
+from vllm_dlm.options.types import reject
 from vllm_dlm.plugins.decoding.roles import without_speculation
 from vllm_dlm.request.canvas_request import CanvasRequest
 from vllm_dlm.request.parsing import ParsedRequest
 from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.texts import check_template_length
-from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import shown
 
 #: SamplingParams fields that change logits or the order of generation in ways that a denoising step does not implement

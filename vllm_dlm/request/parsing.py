@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.canvas_texts import TEXT_KEYS
-from vllm_dlm.option_types import reject
 from vllm_dlm.options import RENAMED, Options, current_names, request_keys, request_options
+from vllm_dlm.options.texts import TEXT_KEYS
+from vllm_dlm.options.types import reject
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.texts import TokenisedTexts, check_sizes, tokenise
 

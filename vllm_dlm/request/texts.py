@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.canvas_texts import TEXT_KEYS, Layout, Text
-from vllm_dlm.option_types import reject
 from vllm_dlm.options import Options
+from vllm_dlm.options.texts import TEXT_KEYS, Layout, Text
+from vllm_dlm.options.types import reject
 from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse

@@ -2,10 +2,10 @@
 
 from functools import cached_property
 
-from vllm_dlm import automaton
-from vllm_dlm.automaton import TokenTexts
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.client_cache import ClientCache
+from vllm_dlm.options.texts import Layout
+from vllm_dlm.request import hole_automata
+from vllm_dlm.request.hole_automata import TokenTexts
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.template import Hole, TemplateError
 from vllm_dlm.shown import shown
@@ -55,15 +55,15 @@ class Vocabulary:
 
     @cached_property
     def free(self) -> dict:
-        return automaton.free(self.size, self.ends, self.mask_id).plain()
+        return hole_automata.free(self.size, self.ends, self.mask_id).plain()
 
     @cached_property
     def string(self) -> dict:
-        return automaton.string(self.texts.texts, self.ends).plain()
+        return hole_automata.string(self.texts.texts, self.ends).plain()
 
     @cached_property
     def number(self) -> dict:
-        return automaton.number(self.texts.texts, self.ends).plain()
+        return hole_automata.number(self.texts.texts, self.ends).plain()
 
     def encoded(self, text: str) -> list[int]:
         """Encodes a text without special tokens and such that decoding restores it; raises TemplateError otherwise"""
@@ -96,7 +96,7 @@ class HoleAutomata:
         key = hole.alternatives
         if (known := self.alternatives.get(key) or self.vocabulary.alternatives.get(key)) is None:
             texts, ends = self.vocabulary.texts, self.vocabulary.ends
-            made = automaton.one_of(key, texts, self.vocabulary.encoded, ends)
+            made = hole_automata.one_of(key, texts, self.vocabulary.encoded, ends)
             known = made.automaton.plain(), made.fewest
         self.alternatives[key] = known
         for alternative, fewest in zip(key, known[1], strict=True):

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.scores import How
 

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import Any
 
 from vllm_dlm.configuration import is_diffusion_lm, server_options_of
-from vllm_dlm.limits import UNLIMITED
+from vllm_dlm.options.limits import UNLIMITED
 from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 from vllm_dlm.scoring.pairs import PairInputs, Text
 from vllm_dlm.scoring.scores import How, PairScore, Score, jobs, resolved

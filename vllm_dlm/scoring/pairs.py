@@ -10,7 +10,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.scoring.scores import Method, Pair

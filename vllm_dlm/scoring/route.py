@@ -25,7 +25,7 @@ from vllm.exceptions import GenerationError
 from vllm.inputs import tokens_input
 
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.option_types import OptionError
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.body import parse_body, read_body
 from vllm_dlm.scoring.pairs import PairInputs

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import SamplingParams
 
-from vllm_dlm.option_types import OptionError
-from vllm_dlm.scored import SCORE
+from vllm_dlm.options.scored import SCORE
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.scoring.monte_carlo import draws
 
 #: fields that only one method reads

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.view.frames import INTERVAL
 from vllm_dlm.view.observed import Canvas, Cursor, ObservedRequest

@@ -17,8 +17,8 @@ from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Sampling, Stream
 from vllm_dlm.methods import methods
-from vllm_dlm.option_types import OptionError
 from vllm_dlm.options import METHOD_KEYS, Options, request_options
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 from vllm_dlm.step.buckets import bucket_of
 from vllm_dlm.step.counts import Counts

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.options.types import OptionError, typed
 from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Memory, Proposal, Random, Turn, at_token, check
 from vllm_dlm.shown import short, shown
 

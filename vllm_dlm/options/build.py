@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from vllm_dlm.methods import methods
-from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.options.types import OptionError, typed
 from vllm_dlm.shown import shown
 
 
