@@ -1,4 +1,4 @@
-"""What canvas/holes.py and canvas/automaton.py compute, said plainly: sets of states, from scratch for every question."""
+"""What canvas/holes.py and canvas/automaton.py compute, in plain sets of states, from scratch for every question."""
 
 import numpy as np
 
