@@ -81,43 +81,25 @@ class WaveFilter(Selection):
         known = [name for family in pywt.families() for name in pywt.wavelist(family) if is_orthogonal(name)]
         check(self.wavelet in known, "wavelet", self.wavelet, f"an orthogonal wavelet: {', '.join(known)}")
         check(1 <= self.levels <= 4, "levels", self.levels, "1 to 4")
-        given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
-        check(
-            len(given) in (1, self.stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in given),
-            "proportions",
-            self.proportions,
-            f"one number in (0, 1], or {self.stages} of them: one for each scale",
-        )
+        shares, stages = self.shares, self.stages
+        fit = len(shares) in (1, stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in shares)
+        check(fit, "proportions", self.proportions, f"one number in (0, 1], or {stages} of them: one for each scale")
         check(self.budget is None or self.budget > 0, "budget", self.budget, "a share below 1 or a number of tokens")
-        check(self.detail_lambda >= 0, "detail_lambda", self.detail_lambda, "at least 0")
-        check(
-            not self.detail_lambda or self.wavelet == "haar",
-            "detail_lambda",
-            self.detail_lambda,
-            "0 with wavelets other than haar, whose details belong to no block",
-        )
-        check(
-            not (self.token_stage and self.granularity == "page"),
-            "token_stage",
-            self.token_stage,
-            "off with granularity 'page'",
-        )
-        check(
-            not (self.wavelet != "haar" and self.granularity == "page"),
-            "granularity",
-            self.granularity,
-            "'token' with wavelets other than haar",
-        )
+        haar, page, detail = self.wavelet == "haar", self.granularity == "page", self.detail_lambda
+        check(detail >= 0, "detail_lambda", detail, "at least 0")
+        check(haar or not detail, "detail_lambda", detail, "0 with wavelets other than haar")
+        check(not (self.token_stage and page), "token_stage", self.token_stage, "off with granularity 'page'")
+        check(haar or not page, "granularity", self.granularity, "'token' with wavelets other than haar")
         check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
         check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
-        check(
-            reselection(self.reselect) is not None,
-            "reselect",
-            self.reselect,
-            "'step', 'refresh', 'every:R' or 'drift:T'",
-        )
+        known_kind = reselection(self.reselect) is not None
+        check(known_kind, "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
 
     # -- quantities derived from the fields ------------------------------------------------
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
 
     @property
     def scales(self) -> range:
@@ -149,8 +131,7 @@ class WaveFilter(Selection):
             share = self.budget if self.budget < 1 else min(1.0, self.budget / max(runs * 2**self.levels, 1))
             shares = [share ** (1 / self.stages)] * self.stages
         else:
-            given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
-            shares = list(given) * (self.stages if len(given) == 1 else 1)
+            shares = list(self.shares) * (self.stages if len(self.shares) == 1 else 1)
         kept = []
         for share in shares:
             kept.append(max(math.ceil(share * runs - 1e-9), 1))

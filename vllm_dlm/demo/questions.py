@@ -5,21 +5,9 @@ from dataclasses import dataclass
 
 NAMES = ["alice", "bob", "carol", "david", "emma", "frank", "grace", "henry", "irene", "jack"]
 ADJECTIVES = ["red", "green", "blue", "small", "big", "old", "quiet", "bright", "dark", "warm", "soft", "heavy"]
-NOUNS = [
-    "river",
-    "house",
-    "garden",
-    "stone",
-    "tree",
-    "road",
-    "bird",
-    "boat",
-    "cloud",
-    "table",
-    "horse",
-    "lamp",
-    "bridge",
-]
+NOUNS = """
+    river house garden stone tree road bird boat cloud table horse lamp bridge
+""".split()
 VERBS = ["follows", "sees", "finds", "holds", "passes", "covers", "keeps", "reaches"]
 
 
