@@ -11,6 +11,11 @@ import re
 from functools import cache
 from pathlib import Path
 
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 BOS, EOS, MASK, HEADER_START, HEADER_END, EOT = range(6)
 SPECIALS = [
     "<|startoftext|>",
@@ -22,28 +27,28 @@ SPECIALS = [
 ]
 EMBEDDING_ROWS = 512  # rounded up so that a kernel meets no ragged edge
 
-NAMES = """
+NAMES = words("""
     alice bob carol david emma frank grace henry irene jack karen leo maria nathan olivia peter quinn rachel
     steven tina ursula victor wendy xavier yvonne zach anna brian clara diana eric fiona george hannah ivan
     julia kevin laura martin nina oscar paula ralph sarah thomas violet walter amber bruce daisy edgar flora
     gavin helen isaac jenny kyle lucy mike norah owen polly robert simon
-""".split()
-ADJECTIVES = """
+""")
+ADJECTIVES = words("""
     red green blue small big old new quiet bright dark warm cold soft heavy slow quick round tall wild calm
-""".split()
-NOUNS = """
+""")
+NOUNS = words("""
     river house garden stone tree road bird boat field cloud table window horse lamp bridge mountain forest
     market letter wheel kitchen village ship school tower
-""".split()
-VERBS = """
+""")
+VERBS = words("""
     follows sees finds holds passes covers moves meets keeps watches carries leaves reaches crosses guards
-""".split()
-GLUE = """
+""")
+GLUE = words("""
     The the What is are of and code codes a color Here we go There back again sky sun grass yellow near with
     Copy Reverse Sort Add Remember number tell me in order
-""".split()
+""")
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
-LINE_STARTS = ["\n\n", *"user assistant system The What Here There Copy Reverse Sort Add Remember".split()]
+LINE_STARTS = ["\n\n", *words("user assistant system The What Here There Copy Reverse Sort Add Remember")]
 LATER_WORDS = ["Total", "Follow", " from"]  # appended, so that earlier ids do not change
 
 # A word includes its leading space, and each digit is a token, which keeps positions of tasks regular.

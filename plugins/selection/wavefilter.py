@@ -27,7 +27,7 @@ import pywt
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, mean_and_variance
-from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
+from vllm_dlm.kernels.page_scores import Reduction, ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -212,22 +212,8 @@ class WaveFilter(Selection):
         """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
-        return self._of_heads(
-            page_scores(
-                asked.q,
-                asked.starts,
-                statistics,
-                asked.table,
-                asked.counts,
-                forced_from,
-                sinks,
-                self.detail_lambda,
-                self.agg,
-                asked.ends,
-                asked.voters(self.query_set),
-                self._sharpness(self.levels),
-            )
-        )
+        queries = self._queries(asked, self.levels, self.detail_lambda)
+        return self._of_heads(page_scores(queries, statistics, asked.table, asked.counts, forced_from, sinks))
 
     def _halves(
         self, asked: ChoiceQuery, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor
@@ -235,40 +221,16 @@ class WaveFilter(Selection):
         """Votes for the halves of the runs kept at the scale above, and their indices as runs of 2^scale tokens,
         [B, Hkv, n] each"""
         above, _, _, _, sinks, forced_from = numbers.unbind()
-        voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
-            scores, halves = half_scores(
-                asked.q,
-                asked.starts,
-                asked.ends,
-                prompts.cache,
-                prompts.table,
-                runs,
-                2**scale,
-                forced_from,
-                sinks,
-                self.detail_lambda,
-                self.agg,
-                voters,
-                sharpness,
-            )
+            queries, cache = self._queries(asked, scale, self.detail_lambda), (prompts.cache, prompts.table)
+            scores, halves = half_scores(queries, *cache, runs, 2**scale, forced_from, sinks)
             return self._of_heads(scores), halves
         keys, counts = prompts.keys(runs, 2 ** (scale + 1)).flatten(2, 3), 2 * above
         band = self._band(keys, scale, None if len(runs) == 1 else counts << scale).to(keys.dtype)
-        scores = page_scores(
-            asked.q,
-            asked.starts,
-            PageStatistics(band, band, 2**scale, "none"),
-            torch.arange(len(runs), device=runs.device)[:, None],
-            counts * (runs[:, 0, 0] >= 0),
-            forced_from,
-            sinks,
-            0.0,
-            self.agg,
-            asked.ends,
-            voters,
-            sharpness,
-        )
+        statistics = PageStatistics(band, band, 2**scale, "none")
+        table, counts = torch.arange(len(runs), device=runs.device)[:, None], counts * (runs[:, 0, 0] >= 0)
+        queries = self._queries(asked, scale, 0.0)
+        scores = page_scores(queries, statistics, table, counts, forced_from, sinks)
         halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype, device=runs.device)).flatten(2)
         return self._of_heads(scores), halves
 
@@ -276,8 +238,9 @@ class WaveFilter(Selection):
     def _spread(self) -> str:
         return "vector" if self.detail_lambda else "none"
 
-    def _sharpness(self, scale: int) -> float:
-        return 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
+    def _queries(self, asked: ChoiceQuery, scale: int, lam: float) -> ScoringQueries:
+        sharpness = 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
+        return asked.scoring(self.query_set, lam, self.agg, sharpness)
 
     def _band(self, keys: torch.Tensor, scale: int, counts: torch.Tensor | None = None) -> torch.Tensor:
         """[..., Hkv, N, D] -> low-pass band, scaled like a mean, [..., Hkv, N / 2^scale, D]"""

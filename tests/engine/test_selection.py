@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
+from tests.kernels.pages import scored
 from tests.tiers import slow
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
@@ -149,7 +150,8 @@ def test_view_is_a_mask(std_kind, reduce):
         "vector": variance.sqrt,
         "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
     }[std_kind]()
-    scores = naive.page_scores(
+    scores = scored(
+        naive.page_scores,
         q,
         torch.tensor([0, 3]),
         PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels.pages import scored
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
@@ -12,7 +13,7 @@ from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
-from vllm_dlm.kernels.page_scores import half_scores, page_scores
+from vllm_dlm.kernels.page_scores import ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.kernels.shadow_attention import shadow_attention
@@ -55,7 +56,7 @@ def statistics(std_kind, **shape):
 def scores(std_kind, reduce, queries=4):
     described = PageStatistics.empty(cache(), 64, std_kind)
     q = halves(queries, 32, 128)
-    return partial(page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
+    return partial(scored, page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
 
 
 def scores_of_canvases(std_kind, reduce="softmax_sum"):
@@ -63,6 +64,7 @@ def scores_of_canvases(std_kind, reduce="softmax_sum"):
     pages, q = cache(), halves(4 * 32, 32, 128)
     described = PageStatistics(*pages.split(128, 3), 64, std_kind)
     return partial(
+        scored,
         page_scores,
         q,
         ints(4),
@@ -81,22 +83,8 @@ def scores_of_canvases(std_kind, reduce="softmax_sum"):
 
 def scores_of_halves(size, lam, reduce="softmax_sum"):
     q = halves(4 * 32, 32, 128)
-    return partial(
-        half_scores,
-        q,
-        ints(4),
-        ints(4),
-        cache(),
-        ints(4, 256),
-        ints(4, 8, 1640),
-        size,
-        ints(4),
-        ints(4),
-        lam,
-        reduce,
-        torch.empty(4 * 32, dtype=torch.bool),
-        2.0,
-    )
+    queries = ScoringQueries(q, ints(4), ints(4), lam, reduce, torch.empty(4 * 32, dtype=torch.bool), 2.0)
+    return partial(half_scores, queries, cache(), ints(4, 256), ints(4, 8, 1640), size, ints(4), ints(4))
 
 
 def attention_of_canvases(page_size, kept, moved=False, **shape):

@@ -6,7 +6,7 @@ import torch
 
 from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.pages import PagedBatch
+from tests.kernels.pages import PagedBatch, scored
 from vllm_dlm.kernels.haar_pyramid import (
     INVALID,
     STD_KINDS,
@@ -102,8 +102,10 @@ def compare_scores(batch, statistics, reduce, tolerance):
         0.5,
         reduce,
     )
-    got = page_scores(*arguments)
-    torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
+    got = scored(page_scores, *arguments)
+    torch.testing.assert_close(
+        got.double(), scored(naive_scores.page_scores, *arguments), atol=tolerance, rtol=tolerance
+    )
     return got
 
 
@@ -161,7 +163,8 @@ def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from
         torch.tensor([37]),
     )
     arguments = torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
-    torch.testing.assert_close(page_scores(on_gpu(q), *arguments), page_scores(q, *arguments), atol=3e-2, rtol=3e-2)
+    got, want = (scored(page_scores, own, *arguments) for own in (on_gpu(q), q))
+    torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
 
 
 def test_pages_that_requests_share_and_requests_without_pages():
