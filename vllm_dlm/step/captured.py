@@ -84,6 +84,7 @@ class CapturedStep(NamedTuple):
     bucket: Bucket
     graph: Graph
     hidden: torch.Tensor  # [rows, E], overwritten by each replay
+    tables: dict[str, tuple]  # name -> address, shape and dtype of each table that the graph reads, see Upload.layout
     counts: RecordedCounts
 
 
@@ -137,7 +138,9 @@ class CapturedSteps:
         """The streams padded with dummies to a captured step; None: the step must be launched"""
         if (step := self.can_replay(streams)) is None:
             return None
-        return PaddedStep(step, self._batch(step.bucket, streams[0].reuse, streams), self.upload, len(streams))
+        batch = self._batch(step.bucket, streams[0].reuse, streams)
+        assert self.upload.layout == step.tables, "the tables of a replay must be where the graph reads them"
+        return PaddedStep(step, batch, self.upload, len(streams))
 
     def can_replay(self, streams: list[Stream]) -> CapturedStep | None:
         """The captured step for these streams, captured now if it is due"""
@@ -218,7 +221,7 @@ class CapturedSteps:
         is faulty."""
         recorded = RecordedCounts(bucket=bucket)
         try:
-            batch = self._batch(bucket, reuse, [])
+            batch, tables = self._batch(bucket, reuse, []), self.upload.layout
             self.upload.send()
 
             def run(counts: Counts = recorded) -> torch.Tensor:
@@ -241,7 +244,8 @@ class CapturedSteps:
             self._refuse(bucket, reuse, error)
             return None
         self.room -= self.costs.step(bucket.rows)
-        return CapturedStep(bucket, graph, hidden, RecordedCounts(bucket=bucket, events=list(recorded.events)))
+        counts = RecordedCounts(bucket=bucket, events=list(recorded.events))
+        return CapturedStep(bucket, graph, hidden, tables, counts)
 
     def _batch(self, bucket: Bucket, reuse: Reuse, streams: list[Stream]) -> Batch:
         """The streams, and dummy streams that share the padding rows. Arrays have the same sizes and order for all

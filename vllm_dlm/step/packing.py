@@ -49,8 +49,8 @@ def pack(
     for _, members in groupby(streams, key=lambda stream: stream.kind):
         packings.append(GroupPacking(list(members), start, shape))
         start = packings[-1].span.stop
-    numbers = upload(joined([packing.numbers() for packing in packings]))
-    flags = upload(joined([packing.flags() for packing in packings]))
+    numbers = upload(joined([packing.numbers() for packing in packings]), "row numbers")
+    flags = upload(joined([packing.flags() for packing in packings]), "row flags")
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [
@@ -138,7 +138,7 @@ class GroupPacking:
         table = np.zeros((len(Starts._fields), len(self.streams) + 1), np.int32)
         np.cumsum([*counts, leading, kv_lens], axis=1, out=table[:-1, 1:])
         table[-1, :-1] = kv_lens
-        starts = Starts(*upload(table))
+        starts = Starts(*upload(table, "starts"))
         keys = [stream.selected for stream in self.streams if stream.selected]
         before: list[Any] = self._counts(sets & ~self.response).tolist() if keys else [None] * len(sets)
         rows = [
@@ -146,7 +146,7 @@ class GroupPacking:
             for each in zip(sets, counts.tolist(), starts[: len(sets)], before, strict=True)
         ]
         selection = group_selection(keys, self.sizes, before[0], first.whole, upload) if keys else None
-        blocks, tables = self._tables(upload, limits) if first.cached else (upload(np.zeros((0, 0), np.int32)), [])
+        blocks, tables = self._tables(upload, limits)
         return Group(
             reuse=self.reuse,
             whole=first.whole,
@@ -204,11 +204,13 @@ class GroupPacking:
 
     def _tables(self, upload: Upload, limits: Limits | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [stream.kv_table for stream in self.streams if stream.kv_table is not None]
+        if not own:
+            return upload(np.zeros((0, 0), np.int32), "block table"), []
         table = np.full((len(own), limits.blocks if limits else max(map(len, own))), NULL_BLOCK, np.int32)
         for row, blocks in zip(table, own, strict=True):
             row[: len(blocks)] = blocks
         if limits:  # captured steps use kernels that read the table
-            return upload(table), []
+            return upload(table, "block table"), []
         tables: list[torch.Tensor] = []
         for number, blocks in enumerate(own):
             same = number and blocks is own[number - 1]  # streams of one canvas may share a table

@@ -36,6 +36,8 @@ class Upload:
         if device.type != "cpu" or stays:
             self._host, self._there = self._buffers(stays or FIRST_CAPACITY)
         self.stays = stays > 0
+        #: arrays of a captured step by name: address in the memory, shape and dtype
+        self.layout: dict[str, tuple] = {}
 
     def _buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._capacity, self._used = capacity, 0
@@ -51,9 +53,9 @@ class Upload:
         """[] block number -1: no block"""
         return torch.full((), -1, dtype=torch.int64, device=self.device)
 
-    def __call__(self, array: np.ndarray) -> torch.Tensor:
+    def __call__(self, array: np.ndarray, name: str | None = None) -> torch.Tensor:
         """The array's tensor on the device, filled by the next `send`. On the CPU, the tensor shares the array's
-        memory."""
+        memory. `name`: required with a fixed address"""
         if self._host is None:
             return torch.from_numpy(array)
         if self._sent is not None:
@@ -62,11 +64,14 @@ class Upload:
         size = array.nbytes
         if self._used + size > self._capacity:
             if self.stays:
-                raise MemoryError(f"the tables of a captured step exceed {self._capacity} bytes")
+                raise MemoryError(f"the tables of a captured step exceed {self._capacity} bytes with {name}")
             self._pending.append((self._host[: self._used], self._there[: self._used]))
             self._host, self._there = self._buffers(max(2 * self._capacity, size + ALIGNMENT))
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         array = np.ascontiguousarray(array)
+        if self.stays:
+            assert name is not None and name not in self.layout, "each table of a captured step has its own name"
+            self.layout[name] = start, array.shape, array.dtype
         self._bytes[start : start + size] = array.reshape(-1).view(np.uint8)
         strides = [stride // array.itemsize for stride in array.strides]
         return self._typed[array.dtype].as_strided(array.shape, strides, start // array.itemsize)
@@ -74,7 +79,7 @@ class Upload:
     def begin(self) -> None:
         """Drops arrays that were not sent."""
         self._pending.clear()
-        self._used = 0
+        self._used, self.layout = 0, {}
 
     def send(self) -> None:
         if self._host is None:
