@@ -33,14 +33,12 @@ def layout_of(dtype: torch.dtype, size: int, dim: int) -> Layout | None:
 
 
 class Plan(NamedTuple):
-    """Queries of a call and what they attend to; the same for all layers with the same rows."""
+    """The tiles of a call's queries and the keys of each; the same for all layers with as many queries."""
 
-    q_lens: Sequence[int]
-    kv_lens: Sequence[int]
     starts: torch.Tensor  # [tiles + 1] int32: index of the first query row of each tile
-    lens: torch.Tensor  # [tiles] int32: keys
+    lens: torch.Tensor  # [tiles] int32: number of keys
     table: torch.Tensor  # [tiles, blocks] int32
-    schedule: torch.Tensor | None  # of vLLM's kernel
+    schedule: torch.Tensor  # of vLLM's kernel: which thread computes what
 
 
 def plan(
@@ -63,7 +61,7 @@ def plan(
     lens = torch.tensor([kv_lens[number] for number in owners], dtype=torch.int32)
     own = table.expand(len(owners), -1) if len(table) == 1 else table[owners]
     schedule = kernel.schedule(cache.layout.isa, cache.kv_heads, cache.dim, cache.dtype, starts, lens)
-    return Plan(q_lens, kv_lens, starts, lens, own, schedule)
+    return Plan(starts, lens, own, schedule)
 
 
 def packed_attention(

@@ -23,10 +23,11 @@ TILE = {"amx": 32, "vec": 8, "vec16": 16}
 
 @functools.cache
 def layout(isa: str, dtype: torch.dtype, size: int, dim: int) -> Layout:
-    """Found by writing known numbers and reading where they are, as two digits that any dtype represents exactly"""
+    """Found by writing known numbers and reading where they are, as three digits that any dtype represents exactly"""
     number = torch.arange(size * dim)
     keys, values = torch.zeros_like(number), torch.zeros_like(number)
-    for weight, digit in ((1, number % 128), (128, number // 128)):
+    for weight in (1, 128, 128**2):
+        digit = number // weight % 128
         memory = torch.empty(1, 1, 2 * size, dim, dtype=dtype)
         rows = digit.view(size, 1, dim).to(dtype)
         write(rows, rows, memory[:, :, :size], memory[:, :, size:], torch.arange(size), isa)
