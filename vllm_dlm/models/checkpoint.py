@@ -9,7 +9,7 @@ model_executor/layers/fused_moe/routed_experts.py (`RoutedExperts`).
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,8 @@ logger = init_logger(__name__)
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
 NAMED = 4  # maximum number of tensors named in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: weights of quantized layers that have an element for each number, so that their shape is known
+MATRICES, ONE_EACH = ("weight", "w13_weight", "w2_weight"), (*FLOATS, torch.int8, torch.float8_e4m3fn)
 #: tensors of quantized layers that no kernel reads
 UNREAD = ("weight_shape", "g_idx")
 #: derived tensors in some converted Llama checkpoints, which vLLM's loader drops, too
@@ -56,6 +58,7 @@ class Wanted:
 
     shape: tuple[int, ...] | None  # None: layout of a quantization method, whose loader checks it
     dtype: torch.dtype  # dtype of the parameter it is loaded into
+    quantized: bool = False
 
 
 def of_experts(name: str, module: RoutedExperts) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -93,13 +96,14 @@ class Checkpoint:
             module = model.get_submodule(owner)
             method = getattr(module, "quant_method", None)
             plain = method is None or isinstance(method, PLAIN) or leaf == "bias"
+            shaped = plain or (leaf in MATRICES and parameter.dtype in ONE_EACH)
             if isinstance(module, RoutedExperts):
                 expected = list(of_experts(name, module))
             else:
                 names = hub_names(mapper, name)
-                expected = [(own, whole_shape(module, parameter, shard) if plain else ()) for own, shard in names]
+                expected = [(own, whole_shape(module, parameter, shard) if shaped else ()) for own, shard in names]
             for own, shape in expected:
-                self.wanted[own] = Wanted(shape if plain else None, parameter.dtype)
+                self.wanted[own] = Wanted(shape if shaped else None, parameter.dtype, not plain)
                 if not plain:
                     self.quantised.add(own[: own.rindex(".") + 1])
         self._join()
@@ -114,7 +118,7 @@ class Checkpoint:
             part, whole = self.wanted.pop(name), unmarked(name)
             before = self.wanted.get(whole)
             if part.shape is not None and before is not None and before.shape is not None:
-                part = Wanted((before.shape[0] + part.shape[0], *part.shape[1:]), part.dtype)
+                part = replace(part, shape=(before.shape[0] + part.shape[0], *part.shape[1:]))
             self.wanted[whole] = part
         self.quantised = {unmarked(module) for module in self.quantised}
 
@@ -168,7 +172,7 @@ class Checkpoint:
                 f"and by config.json it must be {list(wanted.shape)}"
             )
         if (tensor.dtype in FLOATS) != (wanted.dtype in FLOATS):
-            by = "config.json" if wanted.shape is not None else "quantization_config of config.json"
+            by = "quantization_config of config.json" if wanted.quantized else "config.json"
             raise ValueError(
                 f"{self.architecture}: {name} in the checkpoint is {tensor.dtype}, and by {by} it must be "
                 f"{'a float' if wanted.dtype in FLOATS else wanted.dtype}"
