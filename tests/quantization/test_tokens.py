@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from tests.conftest import GOLDEN
 from tests.engine.batches import mixed_requests
 from tests.engine.matrix import assert_tokens_are_those_alone, combinations, small
-from tests.engine.running import Recorder, runner_of, tokens
+from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.test_block_causal import with_experts
 from tests.engine.test_captured import Capturing, capturing, some
 from tests.engine.test_invariance import two_rank_environment
@@ -73,10 +73,28 @@ def greedy(count: int):
         yield {"prompt_token_ids": prompt}, params
 
 
+class FirstLogits(Watching):
+    """The logits of each request's first step, as floats"""
+
+    def __enter__(self):
+        self.found = {}
+        return super().__enter__()
+
+    def head_read(self, hidden, requests):
+        for request in requests:
+            logits = self.denoiser.model.compute_logits(hidden[request.rows]).float()
+            self.found.setdefault(request.state.req_id, logits.cpu().numpy())
+
+
 def recorded(llm, given) -> tuple[list, dict[str, np.ndarray]]:
-    with Recorder(llm) as recorder:
+    with FirstLogits(llm) as first:
         found = tokens(llm, given)
-    return found, {str(index): steps[0][1] for index, (_, steps) in enumerate(sorted(recorder.steps.items()))}
+    assert len(first.found) == len(given)
+    return found, {str(index): first.found[name] for index, name in enumerate(sorted(first.found, key=number))}
+
+
+def number(request_id: str) -> int:
+    return int(request_id.partition("-")[0])
 
 
 @pytest.mark.parametrize("family, method", cases())
@@ -152,7 +170,7 @@ def test_two_ranks_answer_as_one(engines, copies, family):
         capture_output=True,
         text=True,
         timeout=600,
-        env=two_rank_environment(),
+        env=two_rank_environment() | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"},  # ranks inherit operators of tests
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (*_, line) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
@@ -163,6 +181,8 @@ def test_two_ranks_answer_as_one(engines, copies, family):
 
 def two_ranks(checkpoint: str) -> None:
     from tests.conftest import start_engine
+    from tests.quantization import operators
 
+    operators.provide()
     llm = start_engine(checkpoint, tensor_parallel_size=2)
     print("TOKENS", json.dumps(tokens(llm, list(greedy(6)))), flush=True)
