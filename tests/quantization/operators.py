@@ -9,7 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from tests.quantization.checkpoints import AWQ_ORDER
+from tests.quantization.checkpoints import AWQ_ORDER, rounded_int8
 from vllm_dlm.models import quantization
 
 
@@ -95,12 +95,7 @@ def fused_experts(out, x, w1, w2, weights, chosen, method, w1_scale, w2_scale, *
     total = torch.zeros_like(out, dtype=torch.float32)
     for expert in chosen.unique().tolist():
         rows, place = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = (rounded(x[rows].float()) @ w1[expert].float().t()).chunk(2, -1)
-        made = rounded(F.silu(gate) * up) @ w2[expert].float().t()
+        gate, up = (rounded_int8(x[rows].float()) @ w1[expert].float().t()).chunk(2, -1)
+        made = rounded_int8(F.silu(gate) * up) @ w2[expert].float().t()
         total.index_add_(0, rows, made * weights[rows, place].unsqueeze(1).float())
     out.copy_(total)
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-7) / 127
-    return (x / scale).round() * scale

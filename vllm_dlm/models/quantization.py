@@ -36,8 +36,6 @@ NO_INT4 = (
     "int4 weights with 16-bit activations need vLLM's operator cpu_gemm_wna16, which its build for this CPU does not "
     "have (it needs AVX-512)"
 )
-
-
 #: attributes of vLLM's quantization configs that name modules, as lists or keys
 LISTS = ("ignore", "target_scheme_map", "ignored_layers", "modules_to_not_convert", "modules_in_block_to_quantize")
 
@@ -61,7 +59,7 @@ def named_errors(architecture: str, config: QuantizationConfig | None) -> Iterat
     try:
         yield
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        if config is None:
+        if config is None or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{architecture}: quantization {config.get_name()}: {reason}") from error
