@@ -32,6 +32,7 @@ from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
+from vllm_dlm.models.quantization import refuse_unsupported
 from vllm_dlm.options import request_options
 from vllm_dlm.step.attention import installed
 from vllm_dlm.step.buckets import Costs
@@ -74,7 +75,8 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+        refuse_unsupported(self.model, self.model_config.architecture)
+        if self.device.type != "cpu":
             self.model.join_projections()
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
