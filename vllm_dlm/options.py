@@ -165,7 +165,8 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
         "extent": whole,
     }
     for kind, only in (("reuse", "none"), ("extent", "full")):
-        if (name := getattr(options, kind).name) != only:
+        method = getattr(options, kind)
+        if (name := method.name) != only and not getattr(method, "block_causal", False):
             raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
     decoding = options.decoding
     if decoding.block_length is None:

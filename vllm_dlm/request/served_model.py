@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import record_of
 from vllm_dlm.options import Options
 
 
@@ -98,7 +98,7 @@ def served_model(processor: Any) -> ServedModel:
 def default_length(model_config: Any, sampling_defaults: dict[str, Any]) -> int:
     """The server's default canvas, else the one of the checkpoint's generation_config.json, else the family's. If
     canvases grow as needed, all that the model's length leaves."""
-    usual = sampling_defaults.get("max_tokens", FAMILIES[model_config.architecture].canvas)
+    usual = sampling_defaults.get("max_tokens", record_of(model_config).canvas)
     if getattr(model_config, "dlm_grows", False):
         usual = model_config.max_model_len
     return model_config.dlm_canvas.length(usual)
