@@ -28,7 +28,7 @@ from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import record_of
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.models.feed_forward import has_experts
@@ -96,7 +96,7 @@ class DenoisingRunner:
             head_size=config.head_dim,
             dtype=self.model_config.dtype,
             # keys of a prompt depend on later tokens, so vLLM must not cache prefixes
-            non_causal=FAMILIES[self.model_config.architecture].attention == "full",
+            non_causal=record_of(self.model_config).attention == "full",
         )
         return {f"model.layers.{i}.self_attn": spec for i in range(config.num_hidden_layers)}
 
