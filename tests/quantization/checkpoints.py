@@ -91,6 +91,17 @@ def values(whole: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return whole * scale.repeat_interleave(GROUP, 1)
 
 
+def rounded_int8(x: torch.Tensor) -> torch.Tensor:
+    """Activations as W8A8 has them: one scale per row"""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-7) / 127
+    return ((x.float() / scale).round() * scale).to(x.dtype)
+
+
+def rounded_fp8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-7) / 448
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
 def compressed(kind: str, bits: int, weights: dict, inputs: dict | None, stored: str) -> dict:
     common = {"num_bits": bits, "type": kind, "symmetric": True}
     group = {"targets": ["Linear"], "weights": common | weights | {"dynamic": False}}

@@ -1,6 +1,6 @@
-"""vLLM's CPU operators for int4 weights and quantized experts, in plain torch, on CPUs whose build of vLLM lacks them.
+"""vLLM's CPU operators for int8 and int4 weights and quantized experts, in plain torch, on CPUs that cannot run them.
 
-int4 needs AVX-512 there, experts AMX. Loading, shards and scales are vLLM's own either way. Read in vLLM 0.32:
+int8 needs VNNI, int4 AVX-512, experts AMX. Loading, shards and scales are vLLM's own either way. Read in vLLM 0.32:
 kernels/linear/mixed_precision/cpu.py, layers/fused_moe/experts/cpu_moe.py and oracle/int_wna16.py.
 """
 
@@ -9,13 +9,14 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from tests.quantization.checkpoints import AWQ_ORDER
+from tests.quantization.checkpoints import AWQ_ORDER, rounded_int8
+from vllm_dlm.models import quantization
 
 
 @functools.cache
 def provide() -> None:
     """Defines what is missing, once per process and before an engine needs it."""
-    import vllm._custom_ops  # noqa: F401 - loads vLLM's library
+    import vllm._custom_ops
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
@@ -26,6 +27,11 @@ def provide() -> None:
         )
         library.impl("cpu_gemm_wna16", cpu_gemm_wna16, "CPU")
         provide.library = library
+    if not quantization.int8_products_are_exact():
+        vllm._custom_ops.create_onednn_scaled_mm = Int8Weights
+        vllm._custom_ops.onednn_scaled_mm = onednn_scaled_mm
+        quantization.int8_products_are_exact.cache_clear()
+        assert quantization.int8_products_are_exact()
     if not torch.cpu._is_amx_tile_supported():
         for experts in (cpu_moe.CPUExpertsInt8, cpu_moe.CPUExpertsInt4):
             experts._supports_current_device = staticmethod(lambda: True)
@@ -36,6 +42,21 @@ def provide() -> None:
             scales,
         )
         cpu_moe.fused_experts_cpu = fused_experts
+
+
+class Int8Weights:
+    """Stands for oneDNN's handle of a matrix [in, out]."""
+
+    def __init__(self, weight, weight_scales, output_type, dynamic_quant, use_azp, primitive_cache_size):
+        assert dynamic_quant and not use_azp
+        self.weight, self.scale, self.n = weight.float(), weight_scales.float().reshape(1, -1), weight.shape[1]
+
+
+def onednn_scaled_mm(handler, x, output, input_scale, input_zp, input_zp_adj, bias) -> None:
+    """Sums of whole numbers are exact in float32 up to 1,040 inputs."""
+    assert len(handler.weight) <= 1040 and input_zp is None
+    product = x.float() @ handler.weight * input_scale * handler.scale
+    output.copy_(product if bias is None else product + bias)
 
 
 def numbers(word: torch.Tensor, order=range(8)) -> torch.Tensor:
@@ -74,12 +95,7 @@ def fused_experts(out, x, w1, w2, weights, chosen, method, w1_scale, w2_scale, *
     total = torch.zeros_like(out, dtype=torch.float32)
     for expert in chosen.unique().tolist():
         rows, place = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = (rounded(x[rows].float()) @ w1[expert].float().t()).chunk(2, -1)
-        made = rounded(F.silu(gate) * up) @ w2[expert].float().t()
+        gate, up = (rounded_int8(x[rows].float()) @ w1[expert].float().t()).chunk(2, -1)
+        made = rounded_int8(F.silu(gate) * up) @ w2[expert].float().t()
         total.index_add_(0, rows, made * weights[rows, place].unsqueeze(1).float())
     out.copy_(total)
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-7) / 127
-    return (x / scale).round() * scale

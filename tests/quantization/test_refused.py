@@ -71,7 +71,13 @@ def refused_golden(refused, **settings) -> str:
 def test_int4_on_a_cpu_without_the_operator(refused, copy, monkeypatch, method):
     monkeypatch.setattr(quantization, "has_operator", lambda name: False)
     line = refused(copy(LLADA, method), "bfloat16")
-    assert "model.layers.0.self_attn.q_proj" in line and "AVX-512" in line and "int8" in line
+    assert "model.layers.0.self_attn.q_proj" in line and "AVX-512" in line
+
+
+def test_int8_on_a_cpu_whose_products_overflow(refused, copy, monkeypatch):
+    monkeypatch.setattr(quantization, "int8_products_are_exact", lambda: False)
+    line = refused(copy(LLADA, "int8"), "float32")
+    assert "model.layers.0.self_attn.q_proj" in line and "VNNI" in line
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ auto_gptq.py, fp8.py, compressed_tensors/), model_executor/kernels/linear (`Scal
 model_executor/layers/fused_moe/config.py (`FusedMoEQuantConfig`).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.kernels.linear import MPLinearKernel, ScaledMMLinearKernel
+from vllm import _custom_ops as ops
+from vllm.model_executor.kernels.linear import CPUInt8ScaledMMLinearKernel, MPLinearKernel, ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.base import MMLinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8PerTensorScaledMMLinearKernel
@@ -26,12 +28,14 @@ SHARED_SCALE = (
     "its activations have one dynamic scale per tensor, which depends on the other rows of the batch, so an answer "
     "would change with the requests next to it; quantize activations per token, per group or with static scales"
 )
+NO_INT8 = (
+    "this CPU has no VNNI instructions, without which oneDNN adds pairs of int8 products in 16 bits, which overflow: "
+    "answers would be wrong; serve bfloat16 or float32 weights here"
+)
 NO_INT4 = (
     "int4 weights with 16-bit activations need vLLM's operator cpu_gemm_wna16, which its build for this CPU does not "
-    "have (it needs AVX-512); quantize to int8 with 8-bit activations instead"
+    "have (it needs AVX-512)"
 )
-
-
 #: attributes of vLLM's quantization configs that name modules, as lists or keys
 LISTS = ("ignore", "target_scheme_map", "ignored_layers", "modules_to_not_convert", "modules_in_block_to_quantize")
 
@@ -55,7 +59,7 @@ def named_errors(architecture: str, config: QuantizationConfig | None) -> Iterat
     try:
         yield
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        if config is None:
+        if config is None or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{architecture}: quantization {config.get_name()}: {reason}") from error
@@ -85,6 +89,8 @@ def _reason(module: nn.Module) -> str | None:
             return SHARED_SCALE
         if isinstance(kernel, CPUWNA16LinearKernel) and not has_operator("cpu_gemm_wna16"):
             return NO_INT4
+        if isinstance(kernel, CPUInt8ScaledMMLinearKernel) and not int8_products_are_exact():
+            return NO_INT8
     experts = getattr(getattr(module, "quant_method", None), "moe_quant_config", None)
     if experts is not None and isinstance(experts.quant_dtype, torch.dtype):  # fp8 or int8 activations
         per_row = experts.is_per_act_token or experts.is_block_quantized
@@ -95,6 +101,20 @@ def _reason(module: nn.Module) -> str | None:
 
 def has_operator(name: str) -> bool:
     return hasattr(torch.ops._C, name)
+
+
+@functools.cache
+def int8_products_are_exact() -> bool:
+    """Multiplies the largest int8 numbers with vLLM's kernel for CPUs. Its sums of 32 bits hold them."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    size = 64
+    largest = torch.full((size, size), 127, dtype=torch.int8)
+    one_each, product = torch.ones(size, 1), torch.empty(size, size)
+    kernel = ops.create_onednn_scaled_mm(largest.t(), one_each, product.dtype, True, False, 1)
+    adjustment = largest.sum(0, keepdim=True, dtype=torch.float32)  # unused by symmetric activations, as in vLLM
+    ops.onednn_scaled_mm(kernel, largest, product, one_each, None, adjustment, None)
+    return bool((product == 127 * 127 * size).all())
 
 
 #: dimension of the output channels in the tensors of a linear layer; compressed-tensors and fp8, then GPTQ and AWQ
