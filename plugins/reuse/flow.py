@@ -140,6 +140,7 @@ class AttendMoved:
     rows: Rows  # [n] rows of the queries
     changed: Rows  # [S] rows whose values changed
     moved: torch.Tensor  # [S, Hkv, D] by how much
+    unused: PickedRows | None = None  # some of the n rows, whose results may be anything finite
 
 
 @dataclass(frozen=True, eq=False)

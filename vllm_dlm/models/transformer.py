@@ -121,10 +121,7 @@ class DiffusionLayer(nn.Module):
 
 
 def normed_sum(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> Normed:
-    if x_TE.is_cuda:
-        return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
-    x_TE = x_TE + added_TE
-    return norm(x_TE), x_TE
+    return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
 
 
 class DiffusionModel(nn.Module):
