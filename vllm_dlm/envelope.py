@@ -17,6 +17,7 @@ Read in vLLM 0.32 and 0.33: v1/engine/__init__.py, v1/serial_utils.py, v1/engine
 v1/engine/coordinator.py, v1/metrics/stats.py.
 """
 
+from collections import deque
 from dataclasses import dataclass, fields
 
 import msgspec
@@ -72,5 +73,7 @@ def client_init(init):
         init(self, asyncio_mode, vllm_config, *args, **kwargs)
         if is_diffusion_lm(vllm_config.model_config) or selection_of(vllm_config) is not None:
             self.decoder = MsgpackDecoder(EnvelopeOutputs)
+        if is_diffusion_lm(vllm_config.model_config):
+            self.dlm_pieces = deque()  # of outputs, see integration/pieces.py
 
     return init_with_dlm

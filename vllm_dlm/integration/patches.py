@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from vllm_dlm import envelope, metrics
-from vllm_dlm.integration import autoregressive, bodies, canvas, cli, prompts, requests, routes, shutdown, view
+from vllm_dlm.integration import autoregressive, bodies, canvas, cli, pieces, prompts, requests, routes, shutdown, view
 from vllm_dlm.integration.patching import Patch, WhenImported, Write, wrap
 
 
@@ -135,6 +135,11 @@ PATCHES = (
         "vllm.v1.engine.core_client:MPClient", "__init__", envelope.client_init,
         "Makes the front-end decode the envelope, for which vLLM's messages have no field.",
         ("(self, asyncio_mode, vllm_config, executor_class, log_stats, client_addresses=, renderer=)",),
+    ),
+    Patch(
+        "vllm.v1.engine.core_client:AsyncMPClient", "get_output_async", pieces.get_output_async,
+        "A step can fill a canvas, whose log-probabilities would hold the event loop for a second.",
+        ("async (self)",),
     ),
     Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager", "__init__", metrics.stat_loggers,
