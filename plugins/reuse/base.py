@@ -78,7 +78,7 @@ def span(start: int, end: int) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     live: np.ndarray  # [T] rows carried from the embedding to the head, as ascending positions
-    forced: np.ndarray  # live rows that are recomputed in every layer, whatever the flow selects; ascending
+    forced: np.ndarray  # live rows that are recomputed in every layer, regardless of the flow's selection; ascending
     budget: int | None  # number of other rows that are recomputed; None: the flow decides
     rows: int  # rows recomputed, as the scheduler counts them
     refresh: bool  # an expensive step of a policy that also has inexpensive ones
@@ -146,7 +146,7 @@ class Reuse:
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
         """The only candidates that this step reads, because no later step of the block can read them. They are all
-        filled, whatever the decoding chooses. None: the step reads all candidates and the decoding chooses.
+        filled, regardless of the decoding's choice. None: the step reads all candidates and the decoding chooses.
         `positions`: all candidates"""
         return None
 
