@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.models.files import refuse_unreadable
+from vllm_dlm.models.tokens import mask_token_id
 
 
 class DiffusionConfig(PretrainedConfig):
@@ -34,6 +35,8 @@ class DiffusionConfig(PretrainedConfig):
         "max_position_embeddings",
     )
     tied = "tie_word_embeddings"
+    #: mask token of the published checkpoints, if config.json has none: that of the tokenizer files comes first
+    usual_mask: ClassVar[int | None] = None
     #: field -> the only value that is implemented
     implemented: ClassVar[dict[str, Any]] = {}
 
@@ -94,6 +97,9 @@ class CheckedConvertor(ModelArchConfigConvertorBase):
     """vLLM's config convertor with checks first, since it would answer invalid fields with bare Python errors."""
 
     def __init__(self, hf_config, *args, **kwargs):
+        if hf_config.usual_mask is not None and getattr(hf_config, "mask_token_id", None) is None:
+            found = mask_token_id(hf_config.name_or_path, kwargs.get("revision"))
+            hf_config.mask_token_id = hf_config.usual_mask if found is None else found
         check_config(hf_config)
         if hf_config.dtype is None:  # vLLM would look for it in the weight files
             refuse_unreadable(hf_config.family.architecture, hf_config.name_or_path)
@@ -130,7 +136,8 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
         return getattr(config, field, None)
 
     names, architecture = value("architectures"), config.family.architecture
-    yield "architectures", isinstance(names, list) and architecture in names, f"[{architecture!r}]"
+    known = isinstance(names, list) and not set(config.family.architectures).isdisjoint(map(str, names))
+    yield "architectures", known, f"[{architecture!r}]"
     for field in (*config.sizes, config.vocab_field):
         yield field, is_whole(value(field)) and value(field) > 0, "a whole number above 0"
 

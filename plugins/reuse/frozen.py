@@ -1,0 +1,36 @@
+"""dLLM-Var's cache: the keys and values of a finished canvas block are those of the step after it, and never change.
+
+https://arxiv.org/abs/2510.24605. A block's first step recomputes the block before,
+which then stays as it is, and the new block; later steps recompute the block
+alone. Prompt rows are computed once, with the first block. With `extent: block`
+nothing behind the block exists, as published.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
+from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
+
+
+@dataclass(frozen=True)
+class Frozen(Reuse):
+    name: ClassVar[str] = "frozen"
+    begins_again: ClassVar[bool] = False  # its keys come from steps that are not made again
+
+    @property
+    def layer_key(self) -> Hashable:
+        return FastDLLM
+
+    def plan(self, at: Progress) -> StepPlan:
+        if at.cold and not at.grown:
+            return StepPlan.dense(span(0, at.length), refresh=True)
+        start, end = at.block
+        if at.block_step == 0:
+            start, end = at.block_before, max(end, at.length if at.grown else end)
+        return StepPlan.dense(span(max(start - at.shift, 0), end))
+
+    def layer(self, at: Layer) -> Flow:
+        return dense(at) if at.whole else cached(at)

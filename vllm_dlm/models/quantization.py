@@ -1,0 +1,170 @@
+"""Quantized weights: which methods are refused, and how a fused projection is split in each checkpoint layout.
+
+vLLM's own methods quantize and multiply. Read in vLLM 0.32: model_executor/layers/quantization (auto_awq.py,
+auto_gptq.py, fp8.py, compressed_tensors/), model_executor/kernels/linear (`ScaledMMLinearKernel`, `MPLinearKernel`),
+model_executor/layers/fused_moe/config.py (`FusedMoEQuantConfig`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.kernels.linear import MPLinearKernel, ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.base import MMLinearKernel
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8PerTensorScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.marlin import MarlinFP8ScaledMMLinearKernel
+from vllm.model_executor.layers.quantization import QuantizationConfig
+
+KERNELS = (MPLinearKernel, ScaledMMLinearKernel, MMLinearKernel)
+#: kernels that multiply fp8 weights with activations that are not quantized
+WEIGHT_ONLY = (MarlinFP8ScaledMMLinearKernel, CPUFp8PerTensorScaledMMLinearKernel)
+SHARED_SCALE = (
+    "its activations have one dynamic scale per tensor, which depends on the other rows of the batch, so an answer "
+    "would change with the requests next to it; quantize activations per token, per group or with static scales"
+)
+NO_INT4 = (
+    "int4 weights with 16-bit activations need vLLM's operator cpu_gemm_wna16, which its build for this CPU does not "
+    "have (it needs AVX-512); quantize to int8 with 8-bit activations instead"
+)
+
+
+#: attributes of vLLM's quantization configs that name modules, as lists or keys
+LISTS = ("ignore", "target_scheme_map", "ignored_layers", "modules_to_not_convert", "modules_in_block_to_quantize")
+
+
+def spelled_out(config: QuantizationConfig, fused: dict[str, list[str]]) -> None:
+    """Replaces each module of the checkpoint that this model splits by its parts."""
+    for attribute in LISTS:
+        names = getattr(config, attribute, None) or []
+        for whole, parts in fused.items():
+            pairs = [
+                (name.replace(whole, part), name) for name in names for part in (parts if whole in name else [whole])
+            ]
+            names = {new: names[old] for new, old in pairs} if isinstance(names, dict) else [new for new, _ in pairs]
+        if names:
+            setattr(config, attribute, names)
+
+
+@contextmanager
+def named_errors(architecture: str, config: QuantizationConfig | None) -> Iterator[None]:
+    """Errors in one line while quantized layers are made; vLLM's do not name the method."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        if config is None:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{architecture}: quantization {config.get_name()}: {reason}") from error
+
+
+def kernels_of(module: nn.Module) -> Iterator[Any]:
+    """vLLM's kernels of a linear layer, which its method or its compressed-tensors scheme holds"""
+    for holder in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
+        if holder is not None:
+            yield from (value for value in vars(holder).values() if isinstance(value, KERNELS))
+
+
+def refuse_unsupported(model: nn.Module, architecture: str) -> None:
+    """Raises an error that names the first module whose method would give wrong answers or fail in the first step.
+
+    Linear layers have their kernels when the model is built, experts only after loading."""
+    for name, module in model.named_modules():
+        if reason := _reason(module):
+            raise ValueError(f"{architecture}: {name} cannot be served with these quantized weights: {reason}")
+
+
+def _reason(module: nn.Module) -> str | None:
+    for kernel in kernels_of(module):
+        key = getattr(kernel.config, "activation_quant_key", None)
+        scale = None if key is None or isinstance(kernel, WEIGHT_ONLY) else key.scale
+        if scale is not None and not scale.static and scale.group_shape.is_per_tensor():
+            return SHARED_SCALE
+        if isinstance(kernel, CPUWNA16LinearKernel) and not has_operator("cpu_gemm_wna16"):
+            return NO_INT4
+    experts = getattr(getattr(module, "quant_method", None), "moe_quant_config", None)
+    if experts is not None and isinstance(experts.quant_dtype, torch.dtype):  # fp8 or int8 activations
+        per_row = experts.is_per_act_token or experts.is_block_quantized
+        if not per_row and experts.a1_scale is None:
+            return SHARED_SCALE
+    return None
+
+
+def has_operator(name: str) -> bool:
+    return hasattr(torch.ops._C, name)
+
+
+#: dimension of the output channels in the tensors of a linear layer; compressed-tensors and fp8, then GPTQ and AWQ
+OUTPUT_DIM = dict.fromkeys(("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point"), 0)
+OUTPUT_DIM |= dict.fromkeys(("qweight", "qzeros", "scales"), 1)
+#: AWQ's order of eight channels in an int32, from the lowest bits
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@dataclass(frozen=True)
+class FusedChannels:
+    """Output channels of a fused projection: the checkpoint's channels that each part takes, in the part's order."""
+
+    parts: tuple[torch.Tensor, ...]
+    awq: bool = False
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.parts))
+
+    def split(self, leaf: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """`leaf`: name of the tensor without its module -> the tensor of each part"""
+        if leaf == "weight_shape":  # of compressed-tensors: [output channels, input channels]
+            return [torch.stack([tensor.new_tensor(len(part)), tensor[1]]) for part in self.parts]
+        if tensor.numel() == 1:  # one scale for the whole projection
+            return [tensor] * len(self.parts)
+        dim = OUTPUT_DIM.get(leaf)
+        if dim is None or tensor.ndim <= dim:
+            raise ValueError(f"{leaf} {list(tensor.shape)} of a fused projection cannot be split into its parts")
+        length, count = tensor.shape[dim], self.count
+        if length == count:
+            return [tensor.index_select(dim, part) for part in self.parts]
+        if tensor.dtype == torch.int32 and length and count % length == 0:
+            return self._packed(tensor, dim, count // length)
+        if length and count % length == 0:
+            return [tensor.index_select(dim, blocks) for blocks in self._blocks(leaf, count // length)]
+        raise ValueError(f"{leaf} of a fused projection has {length} output channels and must have {count}")
+
+    def _packed(self, tensor: torch.Tensor, dim: int, factor: int) -> list[torch.Tensor]:
+        """`factor` channels in each int32"""
+        bits = 32 // factor
+        place = torch.tensor(AWQ_ORDER if self.awq else range(factor))
+        shifts = place * bits
+        words = tensor.movedim(dim, -1).long() & 0xFFFFFFFF  # [..., channels / factor]
+        channels = ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)  # [..., channels]
+        found = []
+        for part in self.parts:
+            if len(part) % factor:
+                raise ValueError(f"a part of {len(part)} channels cannot be packed by {factor}")
+            own = channels.index_select(-1, part).unflatten(-1, (-1, factor))
+            packed = (own << shifts).sum(-1)
+            packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+            found.append(packed.movedim(-1, dim).contiguous())
+        return found
+
+    def _blocks(self, leaf: str, size: int) -> Iterator[torch.Tensor]:
+        """The blocks of `size` channels that each part takes, if it takes whole blocks"""
+        for part in self.parts:
+            blocks = (part // size).unflatten(0, (-1, size)) if len(part) % size == 0 else None
+            if blocks is None or (blocks != blocks[:, :1]).any():
+                raise ValueError(
+                    f"{leaf} of a fused projection has one scale for {size} output channels, but its parts do not "
+                    f"consist of whole blocks; quantize it per channel, or in blocks of whole heads"
+                )
+            yield blocks[:, 0]
+
+
+def neutral(leaf: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor that its module has no parameter for changes nothing: an activation order that is the order of
+    the inputs, or zero points and biases of 0."""
+    if leaf.endswith("g_idx"):
+        return not (tensor.diff() < 0).any()
+    return not tensor.float().any()
