@@ -33,8 +33,8 @@ class Progress:
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled or masked again, ascending
     written: int = 0  # length of the prefix whose keys and values are cached for good, see canvas/block_causal.py
-    grown: bool = False  # rows without cached state are those that came in with this block, no others
-    block_before: int = 0  # start of the canvas block before this one; of the first block its own start
+    grown: bool = False  # only the rows that this block added have no cached state
+    block_before: int = 0  # start of the previous canvas block; in the first block, its own start
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
@@ -121,9 +121,9 @@ class Reuse:
     #: contexts are kept and updated, which requires that they attend to the same keys; a selection's choice is
     #: therefore kept until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
-    #: a request that is preempted gets the tokens that it gets undisturbed
+    #: a preempted request returns the same tokens as without preemption
     begins_again: ClassVar[bool] = True
-    #: goes with attention that knows canvas blocks, where it chooses rows of the current block
+    #: works with block-causal models, where it selects rows of the current block
     block_causal: ClassVar[bool] = False
 
     @property
@@ -140,8 +140,8 @@ class Reuse:
     # -- on the host -----------------------------------------------------------------------
 
     def inside(self, at: Progress) -> tuple[int, int] | None:
-        """Of policies with `block_causal`: [start, end) of the rows of the canvas block that a step recomputes once
-        the others are cached; None: all of them"""
+        """With `block_causal`: [start, end) of the rows of the canvas block that a step recomputes if the others are
+        cached; None: all of them"""
         return None
 
     def plan(self, at: Progress) -> StepPlan:
