@@ -121,9 +121,9 @@ class Reuse:
     #: contexts are kept and updated, which requires that they attend to the same keys; a selection's choice is
     #: therefore kept until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
-    #: a preempted request returns the same tokens as without preemption
+    #: a request that is preempted gets the tokens that it gets undisturbed
     begins_again: ClassVar[bool] = True
-    #: works with block-causal models, where it selects rows of the current block
+    #: goes with attention that knows canvas blocks, where it chooses rows of the current block
     block_causal: ClassVar[bool] = False
 
     @property
@@ -140,8 +140,8 @@ class Reuse:
     # -- on the host -----------------------------------------------------------------------
 
     def inside(self, at: Progress) -> tuple[int, int] | None:
-        """With `block_causal`: [start, end) of the rows of the canvas block that a step recomputes if the others are
-        cached; None: all of them"""
+        """Of policies with `block_causal`: [start, end) of the rows of the canvas block that a step recomputes once
+        the others are cached; None: all of them"""
         return None
 
     def plan(self, at: Progress) -> StepPlan:

@@ -18,7 +18,7 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 @dataclass(frozen=True)
 class Frozen(Reuse):
     name: ClassVar[str] = "frozen"
-    begins_again: ClassVar[bool] = False  # cached keys come from steps that cannot be repeated
+    begins_again: ClassVar[bool] = False  # its keys come from steps that are not made again
 
     @property
     def layer_key(self) -> Hashable:

@@ -180,7 +180,7 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
     def _maybe_apply_model_mapping(self) -> None:
-        """vLLM's hook that renames modules in the quantization config"""
+        """vLLM's hook that renames the modules which a quantization config lists"""
         if self.quant_config is not None:
             spelled_out(self.quant_config, self.fused_modules)
         super()._maybe_apply_model_mapping()
