@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc"  # `cache` is a field of FastDLLM and a constant here
+# mypy: disable-error-code="misc"
 """Fast-dLLM v2's block cache: only recomputes the current sub-block of a canvas block.
 
 https://arxiv.org/abs/2509.26328. The whole block is recomputed in its first step and
