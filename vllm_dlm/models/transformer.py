@@ -73,7 +73,7 @@ class DiffusionLayer(nn.Module):
         self.joined: JoinedProjections | None = None
 
     def join_projections(self) -> None:
-        """Makes several projections of the same rows one product, if their weights allow that."""
+        """Joins the projections of queries, keys and values into one product, if their weights allow it."""
         self.joined = JoinedProjections.of({name: self.self_attn[f"{name}_proj"] for name in "qkv"})
 
     def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
@@ -188,8 +188,8 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         return self.quant_config is not None and "awq" in self.quant_config.get_name()
 
     def join_projections(self) -> None:
-        """Joins queries, keys and values of every layer whose weights allow that. Not possible on CPUs, whose kernels
-        repack weights."""
+        """Joins queries, keys and values of every layer if its weights allow it. CPU kernels repack weights, so this is
+        not possible there."""
         for layer in self.model.layers:
             layer.join_projections()
 
