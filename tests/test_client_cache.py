@@ -30,7 +30,7 @@ SOURCES = {
 #: functions with an unbounded `functools.cache` -> what keys it
 NOT_KEYED_BY_CLIENTS = {
     "methods.py:methods": "the four kinds of methods",
-    "option_types.py:_adapter": "fields of the registered dataclasses",
+    "options/types.py:_adapter": "fields of the registered dataclasses",
     "view/page.py:page": "nothing",
     "view/page.py:script": "nothing",
     "view/page.py:policy": "nothing",

@@ -1,4 +1,4 @@
-"""Counters of denoising, as an engine reports them."""
+"""Counters of denoising that an engine reports."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from vllm_dlm.client_cache import CacheUsage
 
 @dataclass
 class StepCounts:
-    """Summed over the requests of the steps since the last report"""
+    """Sums over all requests and steps since the last report"""
 
     denoising_steps: int = 0
     canvas_positions: int = 0
@@ -19,4 +19,4 @@ class StepCounts:
     kv_bytes_read: int = 0
     kv_bytes_dense: int = 0
     lowered_steps: int = 0
-    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of the engine, as of the last step; {}: no step
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # caches of the engine after the last step; {}: no step

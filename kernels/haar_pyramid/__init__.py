@@ -11,7 +11,7 @@ divides the block size. With n pages per block, page p starts at position
 p % n * page_size of block p // n.
 """
 
-from vllm_dlm.kernels.haar_pyramid.dispatch import haar_pyramid, mean_and_variance, store_statistics
+from vllm_dlm.kernels.haar_pyramid.dispatch import mean_and_variance, store_statistics
 from vllm_dlm.kernels.haar_pyramid.statistics import (
     INVALID,
     STD_KINDS,
@@ -26,7 +26,6 @@ __all__ = [
     "STD_KINDS",
     "PageStatistics",
     "StdKind",
-    "haar_pyramid",
     "mean_and_variance",
     "spread_of",
     "spread_width",

@@ -1,4 +1,4 @@
-"""Decoding: which masked positions are filled now, and with what?"""
+"""Decodings: which masked positions does a step fill, and with which tokens?"""
 
 from vllm_dlm.plugins.decoding.base import Decoding
 

@@ -180,8 +180,8 @@ ORDER: tuple[type, ...] = (
     FeedForward,
 )
 #: result of a flow: rows, and the two summands of the residual stream after the layer
-Behind = tuple[Rows, torch.Tensor, torch.Tensor]
-Flow = Generator[Ask, Any, Behind]
+LayerResult = tuple[Rows, torch.Tensor, torch.Tensor]
+Flow = Generator[Ask, Any, LayerResult]
 
 
 # -- what a flow sees ----------------------------------------------------------------------------

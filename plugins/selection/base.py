@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vllm_dlm.kernels.page_scores import ScoringQueries
+
 
 @dataclass
 class Summaries:
@@ -102,6 +104,9 @@ class ChoiceQuery:
         """[Tq] rows to be decided ("masked"), or None for all rows ("active"). Without voters, all rows of a chooser
         vote."""
         return None if query_set == "active" or self.prompts is None else self.prompts.voters
+
+    def scoring(self, query_set: str, lam: float, reduce: str, sharpness: float = 1.0) -> ScoringQueries:
+        return ScoringQueries(self.q, self.starts, self.ends, lam, reduce, self.voters(query_set), sharpness)
 
     def electing(self, query_set: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries of each chooser, padded [B, L, H, D], and which of them vote [B, L] (None: all)."""

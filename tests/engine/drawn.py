@@ -2,14 +2,13 @@
 
 import random
 
-from tests.engine.running import core_of
 from tests.soak.requests import Given, Model, drawn_request
 from vllm_dlm.options import request_options
 
 
 def drawn(llm, count: int, seed: str) -> list[Given]:
     """Requests that the engine accepts and whose tokens do not depend on how many others wait."""
-    config, server = llm.model_config, core_of(llm).scheduler.dlm_options
+    config, server = llm.model_config, llm.model_config.dlm_options
     model = Model(config.max_model_len, config.get_vocab_size(), config.hf_config.mask_token_id)
     rng, found = random.Random(seed), []
     while len(found) < count:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.engine.simulated import CONFIDENCE, Case, Run
 from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
-from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
+from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 

@@ -70,7 +70,7 @@ def test_families_of_one_model_type_are_told_apart_by_their_architecture(normed)
 def test_blocks_of_a_model_that_knows_them_need_a_width(normed, monkeypatch):
     """Of the server's options, where config.json has none"""
     monkeypatch.setitem(FAMILIES, NORMED.architecture, replace(NORMED, attention="block_causal", decoding="entropy"))
-    with pytest.raises(ValueError, match="dlm_block_length: this model needs the width of its blocks"):
+    with pytest.raises(ValueError, match="dlm_block_length: None is not valid"):
         AsyncEngineArgs(str(normed.parent), max_model_len=128).create_engine_config()
     dlm = {"decoding": {"name": "entropy", "block_length": 8}}
     AsyncEngineArgs(str(normed.parent), max_model_len=128, additional_config={"dlm": dlm}).create_engine_config()

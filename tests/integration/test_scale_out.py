@@ -186,7 +186,7 @@ def test_a_server_with_open_streams_ends(replicas):
     # On a fast machine the first of each replica may have been through by then.
     assert len(ends) >= 4 and len(ends) + streams.complete == 8
     for end in ends:
-        assert "The server was told to end" in end and '"code": 503' in end, end
+        assert "The server was stopped" in end and '"code": 503' in end, end
         assert end.endswith("data: [DONE] "), end
 
 

@@ -16,8 +16,8 @@ from vllm.logprobs import Logprob
 
 from tests.integration.serving import CHECKPOINT
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.limits import Limits
-from vllm_dlm.scored import SCORE
+from vllm_dlm.options.limits import Limits
+from vllm_dlm.options.scored import SCORE
 from vllm_dlm.scoring import body, route, scores
 
 LONGEST = 4096  # the model's length in tokens
@@ -94,7 +94,8 @@ class Served:
 
         self.tokenizer = CountedTokenizer(processor.renderer.tokenizer)
         monkeypatch.setattr(processor.renderer, "tokenizer", self.tokenizer)
-        monkeypatch.setattr(processor, "dlm_options", replace(server_options_of(processor), limits=limits))
+        model = processor.model_config
+        monkeypatch.setattr(model, "dlm_options", replace(server_options_of(model), limits=limits))
         self.engine = CountingEngine(processor)
         models = SimpleNamespace(model_name=lambda: "demo", is_base_model=lambda name: name == "demo")
         self.app = FastAPI()
@@ -304,6 +305,7 @@ def test_the_event_loop_neither_encodes_nor_draws_nor_writes(served, monkeypatch
     ):
         recorded(owner, name)
     assert served.post(context=WORD, continuation=[" a b", " c"], mc_num=64).status_code == 200
+    assert len(set.union(*threads.values())) == 1, threads  # which the event loop waits for, and none besides
     threads["encode"] = served.tokenizer.threads
     assert len(threads) == 7 and all(own and threading.get_ident() not in own for own in threads.values()), threads
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, usage
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.view import hub, isolation, observed
 from vllm_dlm.view.frames import Frame, Guesses, History, Replay
 from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers

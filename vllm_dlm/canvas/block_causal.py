@@ -1,10 +1,10 @@
-"""Models whose attention knows canvas blocks: a row attends to its own block and to all blocks before it.
+"""Block-causal models: a row attends to its own canvas block and to all blocks before it.
 
-So what is finished never changes. Blocks start at multiples of their width from the first token on, prompt included. A
-block that ends at the model's length may be shorter. A step recomputes the block that is being filled, and once what
-has become final: the whole blocks of the prompt at the start, later the block that has just been finished. Each row
-attends to the end of its own block, so a step is one stream per block, as if the canvas ended there. That is the exact
-model. A long prompt is read in several steps, which fill nothing yet.
+Finished blocks therefore never change. Blocks are counted from the first token of the prompt. A block that ends at the
+model's length may be shorter. A step recomputes the block that is being filled, and computes each block once more when
+it becomes final: the whole blocks of the prompt at the start, later the block that was just finished. Each row attends
+to the end of its own block, so a step has one stream per block, as if the canvas ended there. Output is exact. A long
+prompt is computed in several steps that fill nothing.
 
 If logits predict the next position, the last row of a final block predicts the first position of the block after it.
 The step that recomputes the final block then reads that position alone, and leaves the new block to the next step.
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
     from vllm_dlm.canvas.denoising import Denoising
 
-#: most rows of a prompt that are read in one step, rounded down to whole blocks
+#: maximum number of prompt rows computed in one step, rounded down to whole blocks
 CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class BlockCausal(Reuse):
-    """Which rows a step recomputes. It is the only reuse policy of these models and recomputes nothing twice."""
+    """The only reuse policy of these models. Final positions are computed once."""
 
     name: ClassVar[str] = "none"
 
-    width: int = 0  # of a block
+    width: int = 0  # canvas block length
     policy: Reuse = field(default_factory=Reuse)  # says which rows of the current block are recomputed
 
     @property
@@ -78,7 +78,7 @@ class BlockCausal(Reuse):
         return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
 
     def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Live rows of each block, and the end of the block: they attend to the positions before it"""
+        """Live rows of each block, and the end of the block. These rows attend to all positions before the end."""
         start, last = int(live[0]), int(live[-1]) + 1
         if start > at.written:
             return [(live, at.block[1])]  # rows inside of the current block
@@ -91,7 +91,7 @@ class BlockCausal(Reuse):
 
 @dataclass(frozen=True)
 class CommittedExtent(Extent):
-    """Positions after the current block have no row, and no memory."""
+    """Positions after the current block have no row and use no memory."""
 
     name: ClassVar[str] = "full"
     grows: ClassVar[bool] = True
@@ -101,7 +101,7 @@ class CommittedExtent(Extent):
 
 
 def fitted(options: Options) -> Options:
-    """The options of a canvas: those of a block-causal model get the policies of this module."""
+    """Options of a canvas. For a block-causal model, reuse and extent are replaced by the policies of this module."""
     if options.attention == "full":
         return options
     policy = BlockCausal(options.decoding.block_length, options.reuse)
@@ -135,7 +135,7 @@ class BlockCausalAttention(Feature):
 
     def __init__(self, canvas: "Canvas"):
         super().__init__(canvas)
-        self.keys: dict[bool, SelectedKeys] = {}  # of the conditional and of the unconditional stream
+        self.keys: dict[bool, SelectedKeys] = {}  # key: whether the stream is the unconditional one
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
         """Splits each stream by blocks. Only the last part, the current block, is read."""
@@ -171,8 +171,8 @@ class BlockCausalAttention(Feature):
         return Reading(state, reading.positions[own] if reads(state.canvas) else NOTHING)
 
     def _keys(self, state: "Denoising", guides: bool, room: Room) -> SelectedKeys | None:
-        """What the current block attends to of the final positions. Its first step attends to all of them: after a
-        preemption, or with a prompt that is read in several steps, that step writes some."""
+        """Final positions that the current block attends to; None: all. The first step of a block attends to all of
+        them, because after a preemption or with a long prompt it also writes some."""
         selection, at = state.options.selection, state.canvas.progress
         if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
             return None

@@ -119,7 +119,7 @@ class DiffusionLayer(nn.Module):
 
     @staticmethod
     def similarity(new_TD: torch.Tensor, old_TD: torch.Tensor) -> torch.Tensor:
-        """[T] cosine similarity of rows of which each tensor-parallel rank has its own heads"""
+        """[T] cosine similarity of rows over all heads; each tensor-parallel rank has part of the heads"""
         if get_tensor_model_parallel_world_size() == 1:
             return row_cosine(new_TD, old_TD)
         product, a, b = tensor_model_parallel_all_reduce(row_products(new_TD, old_TD))

@@ -1,7 +1,7 @@
-"""What a step costs, counted while it runs.
+"""Cost of a step, counted while it runs.
 
-Unit: multiply-adds of the matrix products and bytes of K and V read. Element-wise
-work is left out; it is small beside both.
+Units are multiply-adds of matrix products and bytes of K and V read. Element-wise
+work is negligible and not counted.
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ class Counts:
     )
     pairs: int = 0  # query rows x keys
     keys_read: int = 0  # keys (with their values) read back from pages
-    keys_dense: int = 0  # those that would have been read without a selection
-    keys_scored: int = 0  # means a selection compared with queries
-    summaries: int = 0  # means it took
+    keys_dense: int = 0  # keys that would have been read without a selection
+    keys_scored: int = 0  # summaries that a selection compared with queries
+    summaries: int = 0  # summaries computed
     head_rows: int = 0
 
     def projected(self, phase: str, rows: int) -> None:
         self.rows[phase] += rows
 
     def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
-        """`kv_lens` are the keys each canvas sees, `dense` those there are, if that is more."""
+        """`kv_lens`: number of keys that each canvas reads; `dense`: number of all its keys; None: the same"""
         self.pairs += sum(q * kv for q, kv in zip(q_lens, kv_lens, strict=True))
         if read:
             self.keys_read += sum(kv for q, kv in zip(q_lens, kv_lens, strict=True) if q)

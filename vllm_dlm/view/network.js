@@ -80,7 +80,7 @@ async function ask(body, signal, told) {
   const answer = await send("v1/chat/completions", body, signal);
   let frames = 0;
   for await (const chunk of events(answer)) {
-    if (chunk.error) throw new Refused(chunk.error.message || "The server broke off.");
+    if (chunk.error) throw new Refused(chunk.error.message || "The server ended the stream early.");
     for (const frame of [chunk.dlm ?? []].flat()) {
       if (frame.error) throw new Refused(frame.error.message);
       frames += 1;
@@ -94,7 +94,7 @@ async function ask(body, signal, told) {
 async function watch({ request, choice }, signal, told) {
   const answer = await send(`dlm/watch/${encodeURIComponent(request)}?choice=${choice ?? 0}`, null, signal);
   for await (const frame of events(answer)) {
-    if (frame.error) throw new Refused(frame.error.message || "The server broke off.");
+    if (frame.error) throw new Refused(frame.error.message || "The server ended the stream early.");
     told(frame);
   }
 }

@@ -54,7 +54,7 @@ async function followOne(run, follows, mine) {
     if (!run.end) run.failed = "The stream ended before its end.";
   } catch (error) {
     run.failed = error.name === "AbortError" ? "stopped" : error.message;
-    if (!(error instanceof Refused) && error.name !== "AbortError") run.failed = `The stream broke off: ${error.message}`;
+    if (!(error instanceof Refused) && error.name !== "AbortError") run.failed = `The stream ended early: ${error.message}`;
   }
   if (run.failed && run.failed !== "stopped") trouble(run.name ? `${run.name}: ${run.failed}` : run.failed);
 }

@@ -1,7 +1,7 @@
-"""What a request says of its canvas in addition to the prompt.
+"""Texts of a request in addition to its prompt: suffix, starting text, template.
 
-Text becomes tokens in the front-end, which has the tokenizer. The scheduler and
-the workers get the tokens, see `Layout`.
+The front-end tokenises them. The scheduler and the workers get the tokens, see
+`Layout`.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,24 @@ from typing import Any
 
 from vllm_dlm.shown import shown
 
-Text = str | tuple[int, ...]  # or its token ids
+Text = str | tuple[int, ...]  # a text, or its token ids
 
 
 @dataclass(frozen=True)
 class CanvasTexts:
-    """Options of a request, each named `dlm_<field>`"""
+    """Options of a request, named `dlm_<field>`"""
 
     suffix: Text = ""  # text after the canvas
-    template: str = ""  # a text with holes, which is the canvas, see template.py
+    template: str = ""  # text with holes that is the whole canvas, see template.py
     start: Text = ""  # text with which the canvas starts, instead of masks
-    remask: float | None = None  # share of the starting text that becomes masks, the least probable tokens; None: half
+    #: share of the starting text that is masked, the least probable tokens first; None: half
+    remask: float | None = None
 
     def __post_init__(self):
         if self.remask is not None and not 0 <= self.remask <= 1:
             raise ValueError(f"remask: {shown(self.remask)} is not valid, it must be between 0 and 1")
         if self.remask is not None and not self.start:
-            raise ValueError(f"remask: {shown(self.remask)} is not valid without a starting text, give dlm_start")
+            raise ValueError(f"remask: {shown(self.remask)} is not valid, it requires a starting text (dlm_start)")
 
     @property
     def any(self) -> str | None:
@@ -34,33 +35,33 @@ class CanvasTexts:
         return next((each.name for each in fields(self) if getattr(self, each.name)), None)
 
 
-#: option of a request -> its field
+#: option of a request -> field of CanvasTexts
 TEXT_KEYS = {f"dlm_{each.name}": each.name for each in fields(CanvasTexts)}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a canvas is laid out, in tokens."""
+    """Layout of a canvas in tokens."""
 
-    suffix: int = 0  # number of tokens at the end of the prompt that come after the canvas
+    suffix: int = 0  # number of last tokens of the prompt that are placed after the canvas
     start: Sequence[int] = ()  # tokens with which the canvas starts: a starting text, or a template
-    #: of a template: for each hole where in the canvas it starts, its length, and the number of its automaton
+    #: (start in the canvas, length, index of the automaton) of each hole of a template
     holes: Sequence[tuple[int, int, int]] = ()
     automata: Sequence[dict] = ()  # see Automaton.plain
     ends: Sequence[int] = ()  # tokens that end a hole; the first of them ends the answer
-    remask: float = 0.0  # of a starting text, see CanvasTexts
+    remask: float = 0.0  # share of the starting text that is masked
 
     @property
     def length(self) -> int:
-        """Length of a template's answer, with its end; 0: there is no template"""
+        """Length of a template's answer including its end token; 0 without a template"""
         return len(self.start) + 1 if self.holes else 0
 
     def to_wire(self) -> dict[str, Any]:
-        """Its fields, without those that have no value"""
+        """Fields that have a value"""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
 
     def context(self, prompt: list[int]) -> list[int]:
-        """The tokens before the canvas, in the order of rows, see Canvas.positions"""
+        """Tokens of the prompt in the order of rows, see Canvas.positions"""
         return prompt[len(prompt) - self.suffix :] + prompt[: len(prompt) - self.suffix]
 
 

@@ -1,6 +1,6 @@
 """Converts the value of an option to the type of its dataclass field.
 
-pydantic checks values in strict mode: strings are not accepted for numbers, nor
+pydantic checks values in strict mode: it accepts neither strings for numbers nor
 numbers for strings. Only forms that HTTP and JSON require are converted first:
 0 and 1 to booleans, whole floats to integers, "none" to None, lists to tuples.
 """
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from vllm_dlm.shown import short, shown
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-#: bound on the magnitude of integers: no engine counts that far, and larger ones overflow in numpy and torch
+#: bound on the magnitude of integers, above any useful value; larger ones would overflow in numpy and torch
 LARGEST = 2**62
 
 
@@ -33,8 +33,8 @@ def reject(field: str, value: Any, why: str) -> NoReturn:
 
 
 def unsupported(field: str, value: Any, why: str) -> str:
-    """The message about a value that cannot be used"""
-    return f"{short(field)}: {shown(value)} cannot be honoured, {why}"
+    """Error message for a value that is not supported"""
+    return f"{short(field)}: {shown(value)} is not supported: {why}"
 
 
 def typed(cls: type, field: str, value: Any, where: str) -> Any:
@@ -98,7 +98,7 @@ def _list(origin: type, value: Any) -> Any:
 def _places(error: ValidationError) -> list[int]:
     """Indices of the first invalid element in nested lists; empty if the value is invalid as a whole.
 
-    If a value may have several types, the error that lies deepest in the value is the most informative one."""
+    If a value may have several types, the most deeply nested error is the most informative one."""
     found = [
         [place for place in each["loc"] if isinstance(place, int)]
         for each in error.errors(include_url=False, include_context=False, include_input=False)

@@ -1,8 +1,7 @@
-"""A decoding that fills in known tokens to get their log-probabilities: one forward of a score.
+"""A decoding that fills in known tokens to get their log-probabilities. Each forward of a score is one request.
 
-Requests get it from `dlm_score`, an object that says where the continuation
-begins, what it is, and which of it is masked. `vllm_xargs` cannot carry
-objects, so over HTTP only the score route makes it; `score` makes it in Python.
+Requests select it with `dlm_score`, an object with the start of the continuation, its tokens, and its masked tokens.
+`vllm_xargs` cannot carry objects, so over HTTP only the score route creates it; in Python, `score` does.
 """
 
 from collections.abc import Mapping
@@ -12,21 +11,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.options.types import OptionError, typed
 from vllm_dlm.plugins.decoding.base import Decoding, LogitRows, Memory, Proposal, Random, Turn, at_token, check
 from vllm_dlm.shown import short, shown
 
 #: the option of a request
 SCORE = "dlm_score"
-#: other options that a request for a score may have -> fields of the decoding
-BESIDE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
-#: its parts
+#: other options that a request for a score can set -> fields of the decoding
+WITH_SCORE = {"dlm_steps": "steps", "dlm_cfg_scale": "cfg_scale"}
+#: fields of `dlm_score`
 PARTS = ("start", "answer", "masked")
 
 
 class Answer(Memory):
-    """The token of each position. Positions after the continuation, in the rest of a canvas block, may hold
-    anything."""
+    """The known token of each position. Positions after the continuation, in the rest of a canvas block, may hold any
+    token."""
 
     def __init__(self, start: int, answer: tuple[int, ...]):
         self.start, self.answer = start, np.array(answer)
@@ -37,13 +36,13 @@ class Answer(Memory):
 
 @dataclass(frozen=True)
 class Scored(Decoding):
-    """A request cannot name it."""
+    """Not selectable by name."""
 
     name: ClassVar[str] = "score"
 
-    start: int = 1  # tokens of the context
+    start: int = 1  # number of tokens of the context
     answer: tuple[int, ...] = ()  # the continuation
-    masked: tuple[int, ...] | None = None  # which of it are masks, the others stand from the start; None: all of it
+    masked: tuple[int, ...] | None = None  # indices of its tokens that are masked; None: all
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,40 +55,41 @@ class Scored(Decoding):
 
     @classmethod
     def from_request(cls, given: Mapping[str, Any], block_length: int | None) -> "Scored":
-        """From a request's `dlm_*` options; `block_length`: of a model that knows blocks"""
+        """From a request's `dlm_*` options; `block_length`: for block-causal models"""
         values: dict[str, Any] = {"steps": 1, "block_length": block_length}
         for key, value in given.items():
-            if key in BESIDE:
-                values[BESIDE[key]] = typed(cls, BESIDE[key], value, key)
+            if key in WITH_SCORE:
+                values[WITH_SCORE[key]] = typed(cls, WITH_SCORE[key], value, key)
             elif key != SCORE:
-                allowed = " and ".join(BESIDE)
-                raise OptionError(key, f"{short(key)}: not with {SCORE}, which goes with {allowed} only")
+                allowed = " and ".join(WITH_SCORE)
+                raise OptionError(key, f"{short(key)}: not supported with {SCORE}, which only supports {allowed}")
         score = given[SCORE]
         if not isinstance(score, Mapping) or not {"start", "answer"} <= score.keys() <= set(PARTS):
-            wanted = f"an object with {', '.join(PARTS)}, the last of which may be left out"
+            wanted = f"an object with {', '.join(PARTS)} (the last one is optional)"
             raise OptionError(SCORE, f"{SCORE}: {shown(score)} is not valid, it must be {wanted}")
         values |= {part: typed(cls, part, value, f"{SCORE}.{part}") for part, value in score.items()}
         try:
             return cls(**values)
         except ValueError as error:
             field = str(error).split(":", 1)[0]
-            raise OptionError(SCORE, f"dlm_{error}" if f"dlm_{field}" in BESIDE else f"{SCORE}.{error}") from None
+            raise OptionError(SCORE, f"dlm_{error}" if f"dlm_{field}" in WITH_SCORE else f"{SCORE}.{error}") from None
 
     @property
     def end(self) -> int:
         return self.start + len(self.answer)
 
     def misfit(self, prompt: int, max_tokens: int, length: int, vocabulary: int, mask_id: int) -> str | None:
-        """Why a request of this prompt cannot be scored: `length` is that of its canvas."""
+        """Why a request with this prompt cannot be scored; None: it can. `length`: positions of its canvas"""
         if (prompt, max_tokens) != (self.start, len(self.answer)):
-            return f"its prompt has {prompt} tokens and max_tokens is {max_tokens}, which is not what it describes"
+            described = f"it describes {self.start} and {len(self.answer)} tokens"
+            return f"{described}, but the prompt has {prompt} and max_tokens is {max_tokens}"
         if length < self.end:
-            return f"context and continuation have {self.end} tokens, and a canvas has room for {length}"
+            return f"context and continuation have {self.end} tokens, and the canvas has {length}"
         if not 0 <= min(self.answer) <= max(self.answer) < vocabulary or mask_id in self.answer:
-            return f"a continuation is made of tokens from 0 to {vocabulary - 1}, without the mask, {mask_id}"
+            return f"tokens of a continuation must be between 0 and {vocabulary - 1}, except the mask, {mask_id}"
         return None
 
-    # -- its canvas and its steps ----------------------------------------------------------
+    # -- canvas and steps ------------------------------------------------------------------
 
     def starting_tokens(self, length: int, mask_id: int) -> np.ndarray:
         tokens = np.full(length, mask_id, dtype=np.int64)
@@ -111,8 +111,8 @@ class Scored(Decoding):
         return Proposal(token_R, prob_R, prob_R)
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
-        """An even share of the positions that remain, from the left. Positions after the continuation come with its
-        end."""
+        """An even share of the remaining positions, from the left. Positions after the continuation are filled together
+        with its last tokens."""
         left = int((turn.positions < self.end).sum())
         share = -(-left // max((self.steps or 1) - turn.step, 1))
         return np.arange(share if share < left else len(turn.positions))

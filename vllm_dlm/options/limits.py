@@ -1,7 +1,7 @@
-"""Limits on what one request, or all clients together, may cost a server: `--dlm-config '{"limits": {...}}'`.
+"""Limits on the cost of one request, or of all clients together, for a server: `--dlm-config '{"limits": {...}}'`.
 
-Work on the event loop, memory kept per request and time on the engine's thread are bounded by what vLLM itself spends
-on a request of the same size. The defaults leave room for every use the documentation shows.
+They bound work on the event loop, memory kept per request and time on the engine's thread to what vLLM itself spends on
+a request of the same size. The defaults allow every use that the documentation shows.
 """
 
 from dataclasses import dataclass, fields
@@ -32,5 +32,5 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-#: of `LLM`, whose caller pays for its own requests
+#: limits of `LLM`, where the caller bears the cost of its own requests
 UNLIMITED = Limits(**{field.name: 1 << 62 for field in fields(Limits)})

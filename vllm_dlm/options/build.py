@@ -1,16 +1,16 @@
-"""Builds methods, and parts of the server's object, from names and fields; errors name the field that is wrong."""
+"""Builds methods and other parts of the server's object from names and fields. Errors name the invalid field."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from vllm_dlm.methods import methods
-from vllm_dlm.option_types import OptionError, typed
+from vllm_dlm.options.types import OptionError, typed
 from vllm_dlm.shown import shown
 
 
 def build_method(kind: str, written: Any, default: str):
-    """The method that a part of the server's object describes. `default`: its name if the object has none"""
+    """The method described by a part of the server's object. `default`: name of the method if the part has none"""
     written = {} if written is None else written
     if not isinstance(written, Mapping):
         raise OptionError(kind, f"dlm.{kind}: {shown(written)} is not an object with a name and fields")
@@ -23,7 +23,7 @@ def build_method(kind: str, written: Any, default: str):
 
 
 def build(cls: Any, part: str, written: Any, preset: Mapping[str, Any]):
-    """An object of `cls` from the fields that the server's object gives."""
+    """An object of `cls` with the fields of a part of the server's object."""
     written = {} if written is None else written
     if not isinstance(written, Mapping):
         raise OptionError(part, f"dlm.{part}: {shown(written)} is not an object with fields")
@@ -40,7 +40,7 @@ def build(cls: Any, part: str, written: Any, preset: Mapping[str, Any]):
 
 
 def method_by_name(kind: str, name: Any, key: str, current: Any):
-    """Another method by name; fields that both have in common keep their server values."""
+    """Another method by name. Fields that both methods have keep the server's values."""
     cls, preset = method_class(kind, name, key)
     try:
         return cls(**({field: getattr(current, field) for field in shared_fields(cls, current)} | preset))
@@ -53,7 +53,7 @@ def shared_fields(cls: type, current: Any) -> list[str]:
 
 
 def does_not_go(key: str, name: Any, why: object) -> OptionError:
-    return OptionError(key, f"{key}: {shown(name)} does not go with this server's options: {why}")
+    return OptionError(key, f"{key}: {shown(name)} cannot be combined with this server's options: {why}")
 
 
 def method_class(kind: str, name: Any, where: str) -> tuple[Any, dict[str, Any]]:
