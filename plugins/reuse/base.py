@@ -121,10 +121,6 @@ class Reuse:
     #: contexts are kept and updated, which requires that they attend to the same keys; a selection's choice is
     #: therefore kept until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
-    #: a request that is preempted gets the tokens that it gets undisturbed
-    begins_again: ClassVar[bool] = True
-    #: goes with attention that knows canvas blocks, where it chooses rows of the current block
-    block_causal: ClassVar[bool] = False
 
     @property
     def block_alone(self) -> bool:
@@ -138,11 +134,6 @@ class Reuse:
         return False
 
     # -- on the host -----------------------------------------------------------------------
-
-    def inside(self, at: Progress) -> tuple[int, int] | None:
-        """Of policies with `block_causal`: [start, end) of the rows of the canvas block that a step recomputes once
-        the others are cached; None: all of them"""
-        return None
 
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(0, at.length))

@@ -18,7 +18,8 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 @dataclass(frozen=True)
 class Frozen(Reuse):
     name: ClassVar[str] = "frozen"
-    begins_again: ClassVar[bool] = False  # its keys come from steps that are not made again
+    #: a request that is preempted may get other tokens: its keys come from steps that are not made again
+    begins_again: ClassVar[bool] = False
 
     @property
     def layer_key(self) -> Hashable:

@@ -14,14 +14,13 @@ from typing import ClassVar
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 
 @dataclass(frozen=True)
-class SubBlock(FastDLLM):
+class SubBlock(WithinBlocks, FastDLLM):
     name: ClassVar[str] = "sub_block"
     presets: ClassVar[dict[str, dict]] = {}
-    block_causal: ClassVar[bool] = True
-
     cache: ClassVar[str] = "dual"
     length: int = 8
 

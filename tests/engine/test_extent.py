@@ -13,7 +13,7 @@ from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
 REUSES = sorted(methods("reuse"))
-BEGIN_AGAIN = [name for name in REUSES if methods("reuse")[name].begins_again]
+BEGIN_AGAIN = [name for name in REUSES if getattr(methods("reuse")[name], "begins_again", True)]
 SCARCE = {"num_gpu_blocks_override": 40, "block_size": 16}
 
 

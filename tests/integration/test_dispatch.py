@@ -85,8 +85,8 @@ def test_a_block_size_says_that_attention_is_block_by_block(architecture):
     )
     whole = configured(checkpoint).model_config
     blocks = configured(checkpoint, hf_overrides={"block_size": 8}).model_config
-    assert record_of(whole).attention == "full" and not whole.dlm_grows
-    assert record_of(blocks).attention == "block_causal" and blocks.dlm_grows
+    assert record_of(whole).attention == "full" and not whole.dlm_options.grows
+    assert record_of(blocks).attention == "block_causal" and blocks.dlm_options.grows
     assert record_of(blocks).decoding != record_of(whole).decoding
     assert whole.hf_config.mask_token_id == 395  # the tokenizer's
 

@@ -27,6 +27,7 @@ from vllm_dlm.options import Options
 from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
@@ -74,7 +75,7 @@ class BlockCausal(Reuse):
             return StepPlan.dense(span(at.written, self.written(at)))
         seeded = bool(at.shift) and at.block[0] == self.final(at)  # the previous step had no rows of the block
         begun = at.written == self.final(at) and at.block_step > seeded
-        rows = self.policy.inside(at) if begun else None
+        rows = self.policy.inside(at) if begun and isinstance(self.policy, WithinBlocks) else None
         return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
 
     def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
