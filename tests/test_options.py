@@ -1,6 +1,6 @@
 """Values of options: what JSON and HTTP may write for them, and what is said of those that are wrong."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -130,7 +130,13 @@ def test_a_canvas_is_cut_to_the_models_length():
 
 
 def test_a_preset_of_a_family_is_a_server():
-    for architecture, family in FAMILIES.items():
+    by_blocks = {
+        f"{name} with blocks": replace(family, **family.with_block_size)
+        for name, family in FAMILIES.items()
+        if family.with_block_size
+    }
+    assert by_blocks
+    for architecture, family in (by_blocks | FAMILIES).items():
         attention = family.attention, 4 if family.attention == "block_causal" else None
         for name in family.presets:
             chosen = server_options({"preset": name}, family.decoding, family.presets, *attention)

@@ -7,7 +7,7 @@ import it.
 from dataclasses import fields
 from typing import Any
 
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.options import OptionError, Options, server_options
 
 #: key of config.json (training/settings.py) and name of the selection
@@ -23,7 +23,7 @@ def is_diffusion_lm(model_config) -> bool:
 
 def resolved_options(vllm_config) -> Options:
     """Parses the server's options for a model that this plugin serves."""
-    family = FAMILIES[vllm_config.model_config.architecture]
+    family = record_of(vllm_config.model_config)
     block_length = getattr(vllm_config.model_config.hf_config, "block_size", None)
     return server_options(options_object(vllm_config), family.decoding, family.presets, family.attention, block_length)
 

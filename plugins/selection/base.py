@@ -122,7 +122,7 @@ class ChoiceQuery:
 
 
 class PromptUnits(NamedTuple):
-    """What a selection chooses from the prompt of a canvas."""
+    """The units of a canvas's prompt from which a selection chooses."""
 
     candidates: int  # first tokens of the prompt that may be left out, a multiple of `Selection.unit`
     summaries: int  # number of summaries
@@ -171,7 +171,7 @@ class Selection:
         raise NotImplementedError
 
     def prompt_units(self, prompt_len: int) -> PromptUnits:
-        """What is chosen from a prompt of this length."""
+        """Units and number of chosen units for a prompt of this length."""
         raise NotImplementedError
 
     def keeps(self, steps: int) -> bool:

@@ -21,8 +21,8 @@ from vllm_dlm.plugins.reuse.flow import Rows
 def zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mapping: int = mmap.MAP_SHARED
 ) -> torch.Tensor:
-    """A cache of zeros, since FlashAttention multiplies values after a sequence's end by 0, which keeps a NaN. Host
-    memory becomes resident when it is written, as that of torch.empty does; torch.zeros would write all of it."""
+    """A cache of zeros: FlashAttention multiplies values after a sequence's end by 0, and a NaN would remain. On CPUs,
+    pages become resident on their first write, unlike those of torch.zeros, which writes all of them."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mapping | mmap.MAP_ANONYMOUS)

@@ -6,11 +6,14 @@ it becomes final: the whole blocks of the prompt at the start, later the block t
 to the end of its own block, so a step has one stream per block, as if the canvas ended there. Output is exact. A long
 prompt is computed in several steps that fill nothing.
 
+If logits predict the next position, the last row of a final block predicts the first position of the block after it.
+The step that recomputes the final block then reads only that position. The next step begins the new block.
+
 With a selection, the current block attends to part of the final positions (`_keys`).
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +27,7 @@ from vllm_dlm.options import Options
 from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
@@ -40,6 +44,7 @@ class BlockCausal(Reuse):
     name: ClassVar[str] = "none"
 
     width: int = 0  # canvas block length
+    policy: Reuse = field(default_factory=Reuse)  # selects the recomputed rows of the current block
 
     @property
     def layer_key(self) -> Hashable:
@@ -57,14 +62,29 @@ class BlockCausal(Reuse):
         """Whether this step reads logits of the current block. Other steps do not count as steps of the block."""
         return self.written(at) == self.final(at)
 
-    def plan(self, at: Progress) -> StepPlan:
-        return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))
+    def predicted_before(self, at: Progress) -> bool:
+        """Whether the first position of the block is a mask that a row of the previous block predicts"""
+        start = at.block[0]
+        return bool(at.shift) and start == self.final(at) and at.tokens[start] == at.mask_id
 
-    def parts(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
+        return positions[positions == at.block[0]] if self.predicted_before(at) else None
+
+    def plan(self, at: Progress) -> StepPlan:
+        if not self.reads(at) or self.predicted_before(at):
+            return StepPlan.dense(span(at.written, self.written(at)))
+        seeded = bool(at.shift) and at.block[0] == self.final(at)  # the previous step had no rows of the block
+        begun = at.written == self.final(at) and at.block_step > seeded
+        rows = self.policy.inside(at) if begun and isinstance(self.policy, WithinBlocks) else None
+        return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
+
+    def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """Live rows of each block, and the end of the block. These rows attend to all positions before the end."""
         start, last = int(live[0]), int(live[-1]) + 1
+        if start > at.written:
+            return [(live, at.block[1])]  # rows of the current block
         ends = [*range(start + self.width, last, self.width), last]
-        return [(span(*each), each[1]) for each in pairwise([start, *ends])]
+        return [(span(*each), at.block[1] if each[1] > at.block[0] else each[1]) for each in pairwise([start, *ends])]
 
     def layer(self, at: Layer) -> Flow:
         return cached(at)
@@ -85,7 +105,8 @@ def fitted(options: Options) -> Options:
     """Options of a canvas. For a block-causal model, reuse and extent are replaced by the policies of this module."""
     if options.attention == "full":
         return options
-    return replace(options, reuse=BlockCausal(options.decoding.block_length), extent=CommittedExtent())
+    policy = BlockCausal(options.decoding.block_length, options.reuse)
+    return replace(options, reuse=policy, extent=CommittedExtent())
 
 
 def final(canvas: "Canvas") -> int:
@@ -119,7 +140,7 @@ class BlockCausalAttention(Feature):
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
         """Splits each stream by blocks. Only the last part, the current block, is read."""
-        parts = state.options.reuse.parts(state.canvas.plan.live)
+        parts = state.options.reuse.parts(state.canvas.progress, state.canvas.plan.live)
         found: list[Stream] = []
         reading = self._reading(state, made[0].reading)
         heads = state.head_rows(reading.positions)

@@ -113,6 +113,8 @@ class Canvas:
             block_step=self.block_step,
             step=self.step,
             cold=self.cold or self.grown,
+            grown=self.grown and not self.cold,
+            block_before=self.prompt_len + self.blocks[max(self.block - 1, 0)][0],
             shift=self.shift,
             mask_id=self.mask_id,
             tokens=self.tokens[: self.rows],

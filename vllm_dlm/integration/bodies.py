@@ -8,6 +8,7 @@ scale_out/token_in_token_out/serving.py (requests with SamplingParams).
 """
 
 from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.families import record_of
 from vllm_dlm.integration.requests import carrying, check_early, parse_in_thread, takes_options
 from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 from vllm_dlm.request.parsing import UnboundedTemplate, has_texts
@@ -18,6 +19,7 @@ def check_model(check):
         refuse_misplaced(request, self.model_config)
         take_suffix(request, self.model_config)
         mark_template(request, self.model_config)
+        set_template_defaults(request, self)
         error = await check(self, request)
         if error is None and is_diffusion_lm(self.model_config) and hasattr(self, "engine_client"):
             written = written_options(request)
@@ -64,6 +66,16 @@ def take_suffix(request, model_config) -> None:
     if "dlm_suffix" in written:
         refuse("dlm_suffix", written["dlm_suffix"], "suffix sets the same option; use one of them")
     request.suffix, request.vllm_xargs = None, {**written, "dlm_suffix": suffix}
+
+
+def set_template_defaults(request, serving) -> None:
+    """Sets the family's defaults for variables of the chat template that neither the request nor the server sets."""
+    if not hasattr(request, "chat_template_kwargs") or not is_diffusion_lm(serving.model_config):
+        return
+    if usual := record_of(serving.model_config).template_kwargs:
+        names = ("default_chat_template_kwargs", "chat_template_kwargs")  # chats, responses
+        served: dict = next(filter(None, (getattr(serving, name, None) for name in names)), {})
+        request.chat_template_kwargs = usual | served | (request.chat_template_kwargs or {})
 
 
 def mark_template(request, model_config) -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 
 from vllm_dlm.configuration import is_diffusion_lm
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.shown import shown
 
@@ -79,7 +79,7 @@ def refuse_switched_on(engine_args, model_config) -> None:
     # vLLM writes its defaults into the same object, from which another configuration may be created.
     asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
     for name, why in SWITCHED_OFF.items():
-        if name == "enable_prefix_caching" and FAMILIES[model_config.architecture].attention == "block_causal":
+        if name == "enable_prefix_caching" and record_of(model_config).attention == "block_causal":
             model_config.dlm_prefixes_wanted = bool(asked[name])  # see DiffusionConfigHook
         elif asked[name]:
             raise ValueError(

@@ -9,7 +9,19 @@ import sys
 from collections.abc import Callable
 
 from vllm_dlm import envelope, metrics
-from vllm_dlm.integration import autoregressive, bodies, canvas, cli, pieces, prompts, requests, routes, shutdown, view
+from vllm_dlm.integration import (
+    autoregressive,
+    bodies,
+    canvas,
+    cli,
+    dispatch,
+    pieces,
+    prompts,
+    requests,
+    routes,
+    shutdown,
+    view,
+)
 from vllm_dlm.integration.patching import Patch, WhenImported, Write, wrap
 
 
@@ -36,6 +48,11 @@ PATCHES = (
         "vllm.engine.arg_utils:EngineArgs", "_set_default_chunked_prefill_and_prefix_caching_args", cli.set_defaults,
         "Checks flags before vLLM fills in its defaults; afterwards they cannot be distinguished.",
         ("(self, model_config)",),
+    ),
+    Patch(
+        "vllm.transformers_utils.config:HFConfigParser", "parse", dispatch.parse,
+        "vLLM reads config.json by its model_type. Some diffusion models have an autoregressive model's.",
+        ("(self, model, trust_remote_code, revision=, code_revision=, **kwargs)",),
     ),
     Patch(
         "vllm.config.vllm:VllmConfig", "try_verify_and_update_config", autoregressive.try_verify_and_update_config,
@@ -211,6 +228,10 @@ WRITES = (
     Write(
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest", ("suffix", "vllm_xargs"),
         "integration/bodies.py", "A suffix and a template's mark become options of the request.",
+    ),
+    Write(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest", ("chat_template_kwargs",),
+        "integration/bodies.py", "A family's defaults for its chat template.",
     ),
     Write(
         "vllm.v1.engine:EngineCoreRequest", ("prompt_token_ids", "cache_salt"), "integration/requests.py",

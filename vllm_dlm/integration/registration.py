@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm_dlm import __version__
 from vllm_dlm.canvas.block_causal import CHUNK
 from vllm_dlm.configuration import LEFT, TRAINED, resolved_options, trained_fields, written_object
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.families.family import imported
 from vllm_dlm.integration.gate import warn_once
 from vllm_dlm.options import OptionError
@@ -113,10 +113,11 @@ class DiffusionConfigHook:
         from vllm.platforms import current_platform
 
         from vllm_dlm.models.files import refuse_unreadable
+        from vllm_dlm.models.tokens import token_id
 
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refuse_unsupported(vllm_config)
-        family = FAMILIES[model.architecture]
+        family = record_of(model)
         if model.original_max_model_len is None and (family.context or model.max_model_len) < model.max_model_len:
             logger.info_once(
                 "max_model_len: %d, the length for which %s was trained; its config.json allows %d (--max-model-len)",
@@ -125,6 +126,13 @@ class DiffusionConfigHook:
                 model.max_model_len,
             )
             model.max_model_len = family.context
+        if family.with_block_size and family.attention == "full":
+            logger.info_once(
+                "%s: config.json does not say which attention the model was trained with, so full attention is used. "
+                "For a block-causal model, set the width of its blocks: --hf-overrides "
+                """'{"block_size": 32}'""",
+                model.architecture,
+            )
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
         try:
@@ -152,7 +160,7 @@ class DiffusionConfigHook:
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
-            model.hf_config.eot_token_id = find_token(model, family.end_of_turn)
+            model.hf_config.eot_token_id = token_id(family.end_of_turn, model.tokenizer, model.tokenizer_revision)
         # The published code decodes greedily by default; vLLM's default is temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
@@ -209,21 +217,3 @@ def refuse_unsupported(vllm_config) -> None:
     for field, wrong in refused.items():
         if wrong:
             raise ValueError(f"{field}: not supported with masked-diffusion language models; start without it")
-
-
-def find_token(model_config, token: str) -> int | None:
-    """Id of a special token from the checkpoint's tokenizer files, without building the tokenizer."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
-    for name, entries in (
-        (
-            "tokenizer_config.json",
-            lambda d: [(int(i), t["content"]) for i, t in d.get("added_tokens_decoder", {}).items()],
-        ),
-        ("tokenizer.json", lambda d: [(t["id"], t["content"]) for t in d.get("added_tokens", [])]),
-    ):
-        found = get_hf_file_to_dict(name, model_config.tokenizer, model_config.tokenizer_revision) or {}
-        for token_id, content in entries(found):
-            if content == token:
-                return token_id
-    return None

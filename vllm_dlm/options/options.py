@@ -8,6 +8,7 @@ from vllm_dlm.options.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.options.texts import NO_TEXTS, CanvasTexts
 from vllm_dlm.options.types import OptionError, reject
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecoding
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 from vllm_dlm.shown import shown
 
 
@@ -99,13 +100,14 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
     if options.attention == "full":
         return options
     whole = "is not supported: it requires attention to the whole canvas, and this model is block-causal"
-    why = {
+    reasons = {
         "reuse": "is not supported: this model is block-causal and recomputes no finished block, so it must be 'none'",
         "extent": whole,
     }
     for kind, only in (("reuse", "none"), ("extent", "full")):
-        if (name := getattr(options, kind).name) != only:
-            raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
+        method = getattr(options, kind)
+        if (name := method.name) != only and not isinstance(method, WithinBlocks):
+            raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {reasons[kind]}")
     decoding = options.decoding
     if decoding.block_length is None:
         raise OptionError(

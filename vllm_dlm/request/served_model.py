@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import record_of
 from vllm_dlm.options import Options
 
 
@@ -98,6 +98,6 @@ def served_model(processor: Any) -> ServedModel:
 def default_length(model_config: Any, sampling_defaults: dict[str, Any]) -> int:
     """The first of: the server's default canvas, the one in the checkpoint's generation_config.json, the family's. If
     canvases grow as needed, the model's length."""
-    usual = sampling_defaults.get("max_tokens", FAMILIES[model_config.architecture].canvas)
+    usual = sampling_defaults.get("max_tokens", record_of(model_config).canvas)
     options = server_options_of(model_config)
     return options.canvas.length(model_config.max_model_len if options.grows else usual)

@@ -28,11 +28,12 @@ from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import record_of
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
 from vllm_dlm.kernels.packed_attention import layout_for
 from vllm_dlm.models.feed_forward import has_experts
+from vllm_dlm.models.quantization import refuse_unsupported
 from vllm_dlm.options import request_options
 from vllm_dlm.step.attention import installed
 from vllm_dlm.step.buckets import Costs
@@ -75,7 +76,8 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+        refuse_unsupported(self.model, self.model_config.architecture)
+        if self.device.type != "cpu":
             self.model.join_projections()
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
@@ -95,7 +97,7 @@ class DenoisingRunner:
             head_size=config.head_dim,
             dtype=self.model_config.dtype,
             # keys of a prompt depend on later tokens, so vLLM must not cache prefixes
-            non_causal=FAMILIES[self.model_config.architecture].attention == "full",
+            non_causal=record_of(self.model_config).attention == "full",
         )
         return {f"model.layers.{i}.self_attn": spec for i in range(config.num_hidden_layers)}
 
