@@ -4,8 +4,9 @@ import torch
 
 
 def runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """vLLM is imported, and its kernel takes whole vectors of one dtype."""
-    return hasattr(torch.ops._C, "rms_norm") and x.dtype == weight.dtype and x.shape[-1] % 16 == 0
+    """A vLLM for CPUs is imported, and its kernel takes whole vectors of one dtype."""
+    there = hasattr(torch.ops._C, "rms_norm") and torch._C._dispatch_has_kernel_for_dispatch_key("_C::rms_norm", "CPU")
+    return there and x.dtype == weight.dtype and x.shape[-1] % 16 == 0
 
 
 def add_norm(x, added, weight, eps):
