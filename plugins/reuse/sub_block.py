@@ -1,9 +1,10 @@
-"""Fast-dLLM v2's block cache: in a canvas block, rows outside the sub-block that is being filled stay as they were.
+# mypy: disable-error-code="misc"
+"""Fast-dLLM v2's block cache: only recomputes the current sub-block of a canvas block.
 
-https://arxiv.org/abs/2509.26328. The block is recomputed whole when it begins and
-while the first position of the sub-block is a mask; else the sub-block alone. In
-models whose attention sees the whole canvas a block begins with a full forward,
-as with `fast_dllm`. Sub-blocks lie at multiples of their width.
+https://arxiv.org/abs/2509.26328. The whole block is recomputed in its first step and
+while the first position of the sub-block is a mask, otherwise only the sub-block.
+In models with full attention, a block begins with a full forward, as in
+`fast_dllm`. Sub-blocks begin at multiples of their width.
 """
 
 from collections.abc import Hashable

@@ -160,7 +160,7 @@ def test_samples_and_logprobs(engines):
         ([1, -1], "dlm_suffix: -1 is not supported: token ids must be between 0 and"),
         ([10**6], "dlm_suffix: 1000000 is not supported: token ids must be between 0 and"),
         ([7] * 253, "leaves no room for a canvas"),
-        ([7] * 5000, "it has 5000 token ids, and the model reads 256"),
+        ([7] * 5000, "it has 5000 token ids, and the model's length is 256"),
     ],
 )
 def test_refused(engines, suffix, says):

@@ -210,7 +210,7 @@ def test_logprobs_and_samples(engines):
 
 REFUSED = {
     "no hole": (params("abc"), "it has no hole: a hole is [[n]]"),
-    "no kind": (params("[[3:words]]"), "is no hole"),
+    "no kind": (params("[[3:words]]"), "is not a hole"),
     "not a text": (params("a", extra={"dlm_template": 3}), "dlm_template: 3 is not valid, it must be str"),
     "too long": (params("[[250]]", extra={}), "dlm_template"),
     "too long by itself": (params("[[200]]" * 2), "it has at least 401 tokens with its end; the model's length is 256"),

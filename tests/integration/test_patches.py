@@ -64,7 +64,7 @@ def test_a_wrapper_takes_its_place_once():
 @pytest.mark.parametrize(
     "row, said",
     [
-        (patch("method", "(self, a)"), "Theirs.method is (self, a, b=)"),
+        (patch("method", "(self, a)"), "Theirs.method has the signature (self, a, b=)"),
         (patch("gone", "(self)"), "Theirs.gone does not exist"),
         (patch("method", "(self)", "vllm.no_module:Theirs"), "vllm.no_module:Theirs.method does not exist"),
         (

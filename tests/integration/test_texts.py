@@ -79,9 +79,9 @@ LONG = {
     "one too many": ("dlm_template", "[[3]]" + "y" * ((1 << 16) - 4), "65537 characters, and the limit is 65536"),
     "a suffix": ("dlm_suffix", "y" * HUGE, f"it has {HUGE} characters, more than 256 tokens can have"),
     "a draft": ("dlm_start", "y" * HUGE, f"it has {HUGE} characters, more than 256 tokens can have"),
-    "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model reads 256"),
-    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model reads 256"),
-    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
+    "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model's length is 256"),
+    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model's length is 256"),
+    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model's length is 256"),
 }
 
 

@@ -35,7 +35,7 @@ class DiffusionConfig(PretrainedConfig):
         "max_position_embeddings",
     )
     tied = "tie_word_embeddings"
-    #: mask token of the published checkpoints, if config.json has none: that of the tokenizer files comes first
+    #: mask token of the published checkpoints, used if neither config.json nor the tokenizer files have one
     usual_mask: ClassVar[int | None] = None
     #: field -> the only value that is implemented
     implemented: ClassVar[dict[str, Any]] = {}

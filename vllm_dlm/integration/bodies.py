@@ -69,12 +69,12 @@ def take_suffix(request, model_config) -> None:
 
 
 def set_template_defaults(request, serving) -> None:
-    """The family's defaults of a chat template's variables, after those of the request and of the server"""
+    """Sets the family's defaults for variables of the chat template that neither the request nor the server sets."""
     if not hasattr(request, "chat_template_kwargs") or not is_diffusion_lm(serving.model_config):
         return
     if usual := record_of(serving.model_config).template_kwargs:
         names = ("default_chat_template_kwargs", "chat_template_kwargs")  # chats, responses
-        served = next(filter(None, (getattr(serving, name, None) for name in names)), {})
+        served: dict = next(filter(None, (getattr(serving, name, None) for name in names)), {})
         request.chat_template_kwargs = usual | served | (request.chat_template_kwargs or {})
 
 

@@ -128,8 +128,8 @@ class DiffusionConfigHook:
             model.max_model_len = family.context
         if family.with_block_size and family.attention == "full":
             logger.info_once(
-                "%s: config.json does not say which attention the model was trained with. A row attends to the whole "
-                "canvas; of a model that was trained block by block say its block's width: --hf-overrides "
+                "%s: config.json does not say which attention the model was trained with, so full attention is used. "
+                "For a block-causal model, set the width of its blocks: --hf-overrides "
                 """'{"block_size": 32}'""",
                 model.architecture,
             )
@@ -160,8 +160,7 @@ class DiffusionConfigHook:
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
-            end = token_id(family.end_of_turn, model.tokenizer, model.tokenizer_revision)
-            model.hf_config.eot_token_id = end
+            model.hf_config.eot_token_id = token_id(family.end_of_turn, model.tokenizer, model.tokenizer_revision)
         # The published code decodes greedily by default; vLLM's default is temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)

@@ -100,14 +100,14 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
     if options.attention == "full":
         return options
     whole = "is not supported: it requires attention to the whole canvas, and this model is block-causal"
-    why = {
+    reasons = {
         "reuse": "is not supported: this model is block-causal and recomputes no finished block, so it must be 'none'",
         "extent": whole,
     }
     for kind, only in (("reuse", "none"), ("extent", "full")):
         method = getattr(options, kind)
         if (name := method.name) != only and not isinstance(method, WithinBlocks):
-            raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {why[kind]}")
+            raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {reasons[kind]}")
     decoding = options.decoding
     if decoding.block_length is None:
         raise OptionError(

@@ -31,7 +31,9 @@ from vllm_dlm.configuration import server_options_of
 from vllm_dlm.families import record_of
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
+from vllm_dlm.kernels.packed_attention import layout_for
 from vllm_dlm.models.feed_forward import has_experts
+from vllm_dlm.models.quantization import refuse_unsupported
 from vllm_dlm.options import request_options
 from vllm_dlm.step.attention import installed
 from vllm_dlm.step.buckets import Costs
@@ -74,7 +76,8 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+        refuse_unsupported(self.model, self.model_config.architecture)
+        if self.device.type != "cpu":
             self.model.join_projections()
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
@@ -108,7 +111,9 @@ class DenoisingRunner:
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
-        self.denoiser.blocks = KVBlocks(self.kv_caches)
+        config, size = self.model_config.hf_config, self.vllm_config.cache_config.block_size
+        layout = layout_for(self.device, self.model_config.dtype, size, config.head_dim)
+        self.denoiser.blocks = KVBlocks(self.kv_caches, layout)
 
     @torch.inference_mode()
     def profile_run(self, **_) -> None:
