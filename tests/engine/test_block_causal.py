@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.matrix import assert_tokens_are_those_alone
-from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, runner_of, tokens
+from tests.engine.matrix import assert_answers_are_those_alone
+from tests.engine.running import Rows, Watching, core_of, poison, runner_of, tokens
 from tests.tiers import slow
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
@@ -130,28 +130,6 @@ def mixed(count: int, most: int = 40):
         )
 
 
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
-def test_tokens_are_those_alone(engines, checkpoint):
-    given = list(mixed(30))
-    assert_tokens_are_those_alone(engines(checkpoint), given)
-    assert [len(got) for got in tokens(engines(checkpoint), given)] == [params.max_tokens for _, params in given]
-
-
-def test_little_memory(engines):
-    """Requests give up their blocks to those that came before, and are read again from the start."""
-    given = list(mixed(16, 60))
-    llm = engines(SDAR, block_size=16, num_gpu_blocks_override=20, max_num_batched_tokens=256)
-    scheduler, preempted = core_of(llm).scheduler, []
-    preempt = scheduler._preempt_request
-    scheduler._preempt_request = lambda request, now: (preempted.append(request), preempt(request, now))
-    try:
-        assert tokens(llm, given) == tokens(engines(SDAR), given)
-    finally:
-        del scheduler._preempt_request
-    assert preempted and free_blocks(core_of(llm)) == 19
-
-
 @pytest.mark.parametrize("chunk", [1, 16, 30])
 def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     """Which fill nothing, and count as none of the first block's; whoever else takes part."""
@@ -253,7 +231,7 @@ def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
     outputs = [output.outputs[0] for output in llm.generate(list(prompts), list(params), use_tqdm=False)]
     assert {output.finish_reason for output in outputs} == {"length"}
     assert [len(output.token_ids) for output in outputs] == [asked.max_tokens for asked in params]
-    assert_tokens_are_those_alone(llm, given)
+    assert_answers_are_those_alone(llm, given)
 
 
 @pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
@@ -380,4 +358,4 @@ def test_sdar_with_experts(engines, tmp_path_factory):
             gate, up, down = parts
             wanted += prob[number] / prob[best].sum() * (down @ (F.silu(gate @ row) * (up @ row)))
         torch.testing.assert_close(mine.double(), wanted, atol=1e-5, rtol=1e-5)
-    assert_tokens_are_those_alone(llm, list(mixed(12, 20)))
+    assert_answers_are_those_alone(llm, list(mixed(12, 20)))

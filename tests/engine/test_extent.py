@@ -7,8 +7,8 @@ from vllm import SamplingParams
 
 from benchmarks.lib.models import DEMO as CHECKPOINT
 from benchmarks.suites.quality import questions
-from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
-from tests.engine.test_lifecycle import add, finish
+from tests.engine.running import Watching, all_blocks_are_free, preempted, runner_of, tokens
+from tests.tiers import slow
 from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
@@ -56,41 +56,14 @@ def test_a_window_as_long_as_the_canvas_is_the_canvas(engines, checkpoint):
     assert tokens(llm, wide) == tokens(llm, full)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_neighbours_and_freed_memory_change_nothing(engines, checkpoint):
-    llm = engines(checkpoint)
-    given = list(growing(12))
-    together = tokens(llm, given)
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(float("nan"))
-    assert [tokens(llm, [request])[0] for request in given] == together
-
-
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_who_has_no_memory_to_grow_begins_its_block_again(engines, checkpoint):
     given = list(growing(16))
     wanted = tokens(engines(checkpoint), given)
     llm = engines(checkpoint, **SCARCE)
-    core = core_of(llm)
-    add(llm, given)
-    requests = dict(core.scheduler.requests)
-    done = finish(llm)
-    assert [done[f"r{index}"] for index in range(16)] == wanted
-    assert sum(request.num_preemptions for request in requests.values()) > 0
-    assert free_blocks(core) == SCARCE["num_gpu_blocks_override"] - 1
-
-
-def test_preemption_by_cache_reset(engines):
-    llm = engines("llada-tiny")
-    given = list(growing(8))
-    undisturbed = tokens(llm, given)
-    for steps_before in (3, 30):
-        add(llm, given)
-        for _ in range(steps_before):
-            llm.llm_engine.step()
-        core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done = finish(llm)
-        assert [done[f"r{index}"] for index in range(8)] == undisturbed
+    with preempted(llm) as found:
+        assert tokens(llm, given) == wanted
+    assert found and all_blocks_are_free(llm)
 
 
 def test_short_answers_to_a_large_bound_take_little_memory(engines):
@@ -164,4 +137,4 @@ def test_64_requests_run_where_8_canvases_of_4_096_fit(engines):
     with Most(llm) as most:
         got = tokens(llm, [({"prompt_token_ids": prompt}, own) for prompt, own in zip(prompts, params, strict=True)])
     assert most.requests == 64 and most.rows < 600 and max(map(len, got)) < 100
-    assert free_blocks(core_of(llm)) == blocks
+    assert all_blocks_are_free(llm)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.matrix import assert_tokens_are_those_alone, combinations
+from tests.engine.matrix import assert_answers_are_those_alone, combinations
 from tests.engine.running import Recorder, runner_of, tokens
 from tests.engine.test_rules_golden import Canvases
 from tests.engine.worker_calls import logits_of
@@ -73,7 +73,7 @@ def test_every_decoding_with_every_reuse(engines, selection):
     small = {"name": selection} | (
         {"min_context": 0, "page_size": 16, "budget_tokens": 64} if selection == "unique" else {}
     )
-    assert_tokens_are_those_alone(engines(CHECKPOINT, additional_config={"dlm": {"selection": small}}), given)
+    assert_answers_are_those_alone(engines(CHECKPOINT, additional_config={"dlm": {"selection": small}}), given)
 
 
 def test_holes_of_a_prompt_are_filled(llm):

@@ -10,10 +10,9 @@ from vllm import SamplingParams
 
 import vllm_dlm
 from tests.conftest import GOLDEN
-from tests.engine.batches import mixed_requests
+from tests.engine.drawn import drawn
 from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from tests.engine.stated import stated
-from tests.engine.test_block_causal import mixed
 from tests.tiers import in_turn
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.limits import DEFAULT_LIMITS
@@ -97,7 +96,7 @@ def test_beside_requests_that_generate(engines, checkpoint, settings):
     method = resolved(how, attention)
     scores = [PairScore(Pair(context, answer), method) for context, answer in zip(contexts, answers, strict=True)]
     asked = [({"prompt_token_ids": score.pair.context}, params) for score, _, params in jobs(scores)]
-    writing = list(mixed(16) if checkpoint == BLOCKWISE else mixed_requests(16))
+    writing = drawn(llm, 16, checkpoint, dlm_reuse="none", dlm_template=None)
     both = [*writing, *asked]
     random.Random(4).shuffle(both)
     alone = [scored(llm, [request])[0] for request in both]

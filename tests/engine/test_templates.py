@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
-from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
+from tests.engine.matrix import small
 from tests.engine.running import Watching
 from tests.integration.serving import CHECKPOINT, chat_text
 from tests.tiers import slow
@@ -78,40 +78,6 @@ def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
             person(text)
         except Exception as error:
             raise AssertionError(sampling.extra_args, text) from error
-
-
-def mixed(selection: str):
-    """Every decoding and every policy in turn, templates beside ordinary requests"""
-    rng = random.Random(selection)
-    decodings = sorted(methods("decoding"))
-    for index in range(max(len(decodings), len(POLICIES)) + 4):
-        extra = {
-            "dlm_decoding": decodings[index % len(decodings)],
-            "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection,
-            "dlm_block_length": 6,
-        }
-        prompt = {"prompt_token_ids": [rng.randrange(6, 390) for _ in range(rng.randint(40, 70))]}
-        sampled = {"temperature": 0.8 * (index % 4 == 0), "seed": index}
-        if index % 3:
-            yield prompt, params(rng.choice([PERSON, "a[[8]]b[[3:number]]c"]), extra=extra, **sampled)
-        else:
-            yield prompt, SamplingParams(max_tokens=9, ignore_eos=True, extra_args=extra, **sampled)
-
-
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint, selection):
-    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
-    assert_tokens_are_those_alone(llm, list(mixed(selection)))
-
-
-def test_preempted_ones_begin_their_block_again(engines):
-    llm, given = engines(DREAM), list(mixed("none"))
-    for _, sampling in given:
-        del sampling.extra_args["dlm_reuse"]
-    assert_blocks_begin_again(llm, given, (3, 9))
 
 
 def test_as_by_hand(engines):
