@@ -21,7 +21,10 @@ def selecting(engines, checkpoint, selection, **settings):
 
 
 @pytest.mark.parametrize("presets", [False, *slow(True)], ids=["policies", "presets"])
-@pytest.mark.parametrize("checkpoint, selection", in_turn(CHECKPOINTS, SPARSE))
+@pytest.mark.parametrize(
+    "checkpoint, selection",
+    [*in_turn(CHECKPOINTS, SPARSE), *slow(("lladamoe-tiny", "none"), ("lladamoe-tiny", "unique"))],
+)
 def test_answers_are_those_alone(engines, checkpoint, selection, presets):
     llm = selecting(engines, checkpoint, selection)
     assert_answers_are_those_alone(llm, list(combinations(selection, presets)))

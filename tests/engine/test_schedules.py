@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.holes import EOS, KINDS, MASK, SIZE
 from tests.engine.simulated import CONFIDENCE, Case, Run
-from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
 from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options

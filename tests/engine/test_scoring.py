@@ -110,13 +110,14 @@ def test_beside_requests_that_generate(engines, checkpoint, settings):
 
 
 def scored(llm, given):
-    """(tokens, log-probabilities of those that have some) of each request"""
+    """(tokens of each sample, log-probabilities if there are some) of each request"""
     prompts, params = zip(*given, strict=True)
     found = []
     for output in llm.generate(list(prompts), list(params), use_tqdm=False):
-        (one,) = output.outputs
-        values = [next(iter(each.values())).logprob for each in one.logprobs or ()]
-        found.append((tuple(one.token_ids), [value for value in values if np.isfinite(value)]))
+        records = [record for sample in output.outputs for record in sample.logprobs or ()]
+        values = [next(iter(record.values())).logprob for record in records]
+        tokens = [tuple(sample.token_ids) for sample in output.outputs]
+        found.append((tokens, [value for value in values if np.isfinite(value)]))
     return found
 
 

@@ -9,10 +9,10 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
+from tests.engine.capture import capturing  # noqa: F401 - a fixture
 from tests.engine.matrix import assert_answers_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
-from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
 from tests.soak.requests import SMALL
 from tests.tiers import slow
 from vllm_dlm.canvas.revision import Revocation

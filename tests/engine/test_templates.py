@@ -3,14 +3,12 @@
 import json
 import random
 import re
-from itertools import product
 
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
-from tests.engine.matrix import small
+from tests.engine.matrix import pairs, small
 from tests.engine.running import Watching
 from tests.integration.serving import CHECKPOINT, chat_text
 from tests.tiers import slow
@@ -61,15 +59,16 @@ def test_two_hundred_objects(engines):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "selection"), [(DREAM, "none"), *slow(*((DEMO, selection) for selection in ["none", *SPARSE]))]
+    ("checkpoint", "selection", "presets"),
+    [(DREAM, "none", False), *slow(*((DEMO, selection, True) for selection in ["none", *SPARSE]))],
 )
-def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
+def test_every_decoding_with_every_reuse(engines, checkpoint, selection, presets):
     config = {"dlm": {"selection": small("selection", selection)}}
     llm, given = engines(checkpoint, additional_config=config), []
     extents = sorted(methods("extent"))
-    for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), POLICIES)):
-        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 2 else 32}
-        extra["dlm_extent"] = extents[index % len(extents)]
+    for index, (decoding, reuse, turn) in enumerate(pairs(presets)):
+        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 3 else 32}
+        extra["dlm_extent"] = extents[turn % len(extents)]
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
         given.append(("Copy: a b " * 4, params(PERSON, temperature=index % 3 / 2, seed=index, extra=extra)))
