@@ -60,6 +60,7 @@ def test_the_event_loop_neither_encodes_nor_draws_nor_writes(served, monkeypatch
     ):
         recorded(owner, name)
     assert served.post(context=WORD, continuation=[" a b", " c"], mc_num=64).status_code == 200
+    assert len(set.union(*threads.values())) == 1, threads  # which the event loop waits for, and none besides
     threads["encode"] = served.tokenizer.threads
     assert len(threads) == 7 and all(own and threading.get_ident() not in own for own in threads.values()), threads
 

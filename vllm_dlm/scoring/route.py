@@ -1,6 +1,7 @@
 """POST /v1/dlm/score: what `vllm_dlm.score` computes, in the batches of a server.
 
-Parsing, encoding, checking and drawing run in threads, in slices short enough for the event loop to get its turn.
+Parsing, checking and drawing run in one thread of their own, in slices short enough for the event loop to get its
+turn. With more threads the event loop would wait for each of them, and each would keep memory of its own.
 
 An `EndpointPlugin` of vLLM's. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
 entrypoints/serve/engine/serving.py, entrypoints/generate/base/serving.py (`_get_priority`).
@@ -10,7 +11,8 @@ import asyncio
 import json
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -65,6 +67,10 @@ class ServingScores(BaseServing):
     def __init__(self, engine_client: Any, models: Any):
         super().__init__(models=models, model_config=engine_client.model_config)
         self.engine_client = engine_client
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dlm-score")
+
+    async def in_thread(self, function: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *given)
 
     @property
     def processor(self) -> Any:
@@ -73,7 +79,7 @@ class ServingScores(BaseServing):
     async def request(self, raw_request: Request) -> ScoreRequest:
         limits = server_options_of(self.processor).limits
         body = await read_body(raw_request, limits)
-        return await asyncio.to_thread(parse_body, body, limits, ScoreRequest)
+        return await self.in_thread(parse_body, body, limits, ScoreRequest)
 
     async def create(self, request: ScoreRequest, raw_request: Request) -> bytes | ErrorResponse:
         if (unknown := await self._check_model(request)) is not None:
@@ -88,19 +94,19 @@ class ServingScores(BaseServing):
         request_id = f"score-{self._base_request_id(raw_request, default=request.request_id)}"
         scores = [PairScore(pair, method) for pair in pairs]
         await self.run(scores, request_id, priority_of(request, raw_request))
-        return await asyncio.to_thread(response_body, request_id, self.models.model_name(), scores)
+        return await self.in_thread(response_body, request_id, self.models.model_name(), scores)
 
     async def pairs(self, request: ScoreRequest, method: Method) -> list[Pair]:
         limits = server_options_of(self.processor).limits
         given = request.context, request.continuation, method, self.processor, limits
-        inputs = await asyncio.to_thread(PairInputs.from_request, *given)
+        inputs = await self.in_thread(PairInputs.from_request, *given)
         encoded = await inputs.encode_async(request.add_special_tokens)
-        return await asyncio.to_thread(inputs.pairs, encoded)
+        return await self.in_thread(inputs.pairs, encoded)
 
     async def run(self, scores: list[PairScore], request_id: str, priority: int) -> None:
         """Adds every forward to its score, a few at a time. The first failure, or a client that disconnects, ends all
         forwards of the request."""
-        to_do, lock, number = in_slices(jobs(scores)), asyncio.Lock(), 0
+        to_do, lock, number = self.in_slices(jobs(scores)), asyncio.Lock(), 0
 
         async def work() -> None:
             nonlocal number
@@ -135,12 +141,11 @@ class ServingScores(BaseServing):
             raise GenerationError(f"a forward of a score ended with {last.finish_reason!r}: {last.stop_reason}")
         return logprobs
 
-
-async def in_slices(items: Iterator[T]) -> AsyncGenerator[T, None]:
-    """The items of an iterator that runs in a thread, SLICE items at a time."""
-    while part := await asyncio.to_thread(lambda: list(islice(items, SLICE))):
-        for item in part:
-            yield item
+    async def in_slices(self, items: Iterator[T]) -> AsyncGenerator[T, None]:
+        """The items of an iterator that runs in the thread, SLICE items at a time."""
+        while part := await self.in_thread(lambda: list(islice(items, SLICE))):
+            for item in part:
+                yield item
 
 
 def priority_of(request: ScoreRequest, raw_request: Request) -> int:

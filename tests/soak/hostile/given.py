@@ -74,7 +74,7 @@ def templates(target: Target) -> Iterator[Row]:
     yield row("10 MB of [[1]]", lambda t, n: f"{t.seed} {n}" + "[[1]]" * (t.large // 5), like="text")
     yield row("10 MB of [[ that no ]] closes", lambda t, n: f"{t.seed} {n}" + "[[1 " * (t.large // 4), like="text")
     yield row("10 MB of spaces in a hole", lambda t, n: f"{n}[[1" + " " * t.large + "]]", ANSWERED, like="text")
-    yield row("template_holes", holes(limits.template_holes), fits(limits.template_holes + 2))
+    yield row("template_holes", holes(limits.template_holes), fits(limits.template_holes + 2), long=True)
     yield row("template_holes, one above", holes(limits.template_holes + 1))
     most = limits.template_automata
     yield row("template_automata distinct holes", distinct(most), fits(WIDE * most))
