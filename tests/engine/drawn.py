@@ -10,10 +10,10 @@ from tests.engine.running import core_of
 from tests.soak.requests import Given, Model, drawn_request, forwards
 from vllm_dlm.options import METHOD_KEYS, request_options
 
-#: of each request at most, so that tests of many requests take seconds
-FORWARDS = 16
-#: how many accepted requests are drawn for each one that is taken
-CHOICE = 8
+#: forwards and tokens of a prompt at most, so that many requests take seconds
+FORWARDS, PROMPT = 16, 96
+#: how many are drawn for each one that is taken
+CHOICE = 10
 
 
 def drawn(llm, count: int, seed: str, **fixed) -> list[tuple[dict, SamplingParams]]:
@@ -21,20 +21,30 @@ def drawn(llm, count: int, seed: str, **fixed) -> list[tuple[dict, SamplingParam
     have the most pairs of options which none before them has. `fixed` are options of all of them, None is none."""
     config, server = llm.model_config, core_of(llm).scheduler.dlm_options
     model = Model(config.max_model_len, config.get_vocab_size(), config.hf_config.mask_token_id)
-    rng, found = random.Random(seed), []
-    while len(found) < CHOICE * count:
-        given = drawn_request(rng, model, server)
-        options = {name: value for name, value in (given.fields["extra_args"] | fixed).items() if value is not None}
-        given = replace(given, fields=given.fields | {"extra_args": options})
-        if forwards(given, model) <= FORWARDS and accepted(llm, given):
-            found += [given] * (request_options(server, options).decoding.threshold_floor is None)
-    shown = [pairs_of_options(given, model.mask_id) for given in found]
-    taken, seen = [], set()
-    for _ in range(count):
-        best = max(range(len(found)), key=lambda index: len(shown[index] - seen))
-        seen |= shown.pop(best)
-        taken.append(found.pop(best))
+    rng, taken, seen = random.Random(seed), [], set()
+    while len(taken) < count:
+        found = [candidate(drawn_request(rng, model, server), fixed) for _ in range(CHOICE * count)]
+        left = [(given, pairs_of_options(given, model.mask_id)) for given in found if suits(given, model, server)]
+        while left and len(taken) < count:
+            given, pairs = left.pop(max(range(len(left)), key=lambda index: len(left[index][1] - seen)))
+            if accepted(llm, given):
+                taken.append(given)
+                seen |= pairs
     return [(given.prompt_ids, given.params()) for given in taken]
+
+
+def candidate(given: Given, fixed: dict) -> Given:
+    options = {name: value for name, value in (given.fields["extra_args"] | fixed).items() if value is not None}
+    return replace(given, fields=given.fields | {"extra_args": options})
+
+
+def suits(given: Given, model: Model, server) -> bool:
+    try:
+        options = request_options(server, given.fields["extra_args"])
+    except ValueError:
+        return False
+    short = len(given.prompt) <= PROMPT and forwards(given, model) <= FORWARDS
+    return short and options.decoding.threshold_floor is None
 
 
 def pairs_of_options(given: Given, mask_id: int) -> set[tuple[str, str]]:

@@ -63,7 +63,7 @@ def test_exact_reuse_is_none(engines, checkpoint, reuse):
 def test_whoever_loses_its_caches_begins_its_block_again(engines, checkpoint):
     """Without reuse: a policy that caches recomputes rows sooner then, which changes what it finds."""
     llm = engines(checkpoint)
-    given = drawn(llm, 32, checkpoint, dlm_reuse="none")
+    given = drawn(llm, 16, checkpoint, dlm_reuse="none")
     undisturbed = answers(llm, given)
     for steps in ([1], [6], [3, 9]):
         assert interrupted(llm, given, *steps) == undisturbed
