@@ -58,7 +58,7 @@ def test_a_window_as_long_as_the_canvas_is_the_canvas(engines, checkpoint):
 
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_who_has_no_memory_to_grow_begins_its_block_again(engines, checkpoint):
-    given = list(growing(16))
+    given = list(growing(16, new=40))
     wanted = tokens(engines(checkpoint), given)
     llm = engines(checkpoint, **SCARCE)
     with preempted(llm) as found:
@@ -72,7 +72,12 @@ def test_short_answers_to_a_large_bound_take_little_memory(engines):
     params = {"temperature": 0, "detokenize": False, "max_tokens": 200}
     prompt = {"prompt_token_ids": [7, 8, 9]}
     extra = {"dlm_reuse": "fast_dllm", "dlm_block_length": 8}
-    (first,) = tokens(llm, [(prompt, SamplingParams(ignore_eos=True, extra_args=extra | {"dlm_window": 8}, **params))])
+    whole = SamplingParams(ignore_eos=True, extra_args=extra | {"dlm_window": 8}, **params)
+    name = llm.llm_engine.add_request("first", prompt, whole)
+    while not (begun := llm.llm_engine.step()):
+        pass
+    llm.llm_engine.abort_request([name], internal=True)
+    first = begun[0].outputs[0].token_ids  # a canvas block
     running = {}
     for name, more in (("window", {"dlm_window": 8}), ("full", {"dlm_extent": "full"})):
         stop = SamplingParams(ignore_eos=True, extra_args=extra | more, stop_token_ids=list(first[4:8]), **params)
