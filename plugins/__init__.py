@@ -1,1 +1,1 @@
-"""The methods, one file each: decoding/, reuse/ and selection/."""
+"""Methods, one file each: decoding/, reuse/, selection/ and extent/."""

@@ -17,6 +17,10 @@ def start_engine(checkpoint: str, **kwargs):
     import torch
     from vllm import LLM
 
+    from vllm_dlm.integration.worker import runner
+
+    # The same layout of caches on every CPU; tests/engine/test_cache_layouts.py is about the other one.
+    runner.layout_for = lambda *shape: None
     settings = {
         "dtype": "float32",
         "max_model_len": 256,
@@ -113,13 +117,12 @@ class EngineWithOptions:
             config.additional_config = before
             raise ValueError(message) from None
         # Whether a block-causal model shares prefixes was decided when it started, and depends on this option.
-        width = core.scheduler.dlm_options.decoding.block_length
+        width = model.dlm_options.decoding.block_length
         assert options.attention == "full" or options.decoding.block_length == width
-        for other in (core.vllm_config, core.scheduler.vllm_config, runner.vllm_config):
-            other.additional_config = config.additional_config
-        processor.dlm_options = core.scheduler.dlm_options = options
-        # what depends on the options and is kept: see vllm_dlm/request/served_model.py
-        model.dlm_canvas, model.dlm_grows = options.canvas, options.grows
+        for other in (config, core.vllm_config, core.scheduler.vllm_config, runner.vllm_config):
+            other.additional_config, other.model_config.dlm_options = config.additional_config, options
+        model.dlm_options = options
+        # depends on the options and is kept: see vllm_dlm/request/served_model.py
         vars(processor).pop("dlm_model", None)
         self._llm.default_sampling_params = None
         assert core.scheduler.reset_prefix_cache()

@@ -14,8 +14,8 @@ def register() -> None:
     """Entry point of the `vllm.general_plugins` group.
 
     vLLM calls it once in every process it starts (front-end, engine core,
-    workers), so it only records names; models, schedulers and kernels are
-    imported when vLLM asks for them.
+    workers), so it only records names. Models, schedulers and kernels are
+    imported on first use.
     """
     from vllm_dlm.integration import install
 

@@ -1,4 +1,4 @@
-"""`python -m vllm_dlm watch URL "prompt"` shows in a terminal how a server fills a canvas."""
+"""`python -m vllm_dlm watch URL "prompt"` shows in a terminal how a canvas on a server is filled."""
 
 import sys
 
@@ -8,5 +8,5 @@ COMMANDS = {"watch": main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit('usage: python -m vllm_dlm watch URL "prompt" [options]; --help has them')
+        sys.exit('usage: python -m vllm_dlm watch URL "prompt" [options]; --help lists the options')
     sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))

@@ -52,7 +52,7 @@ def stream(url: str, request: dict) -> Iterator[Progress]:
     except openai.APIStatusError as error:
         raise RequestError(f"HTTP {error.status_code}: {message(error)}") from None
     except (openai.APIConnectionError, httpx.TransportError) as error:
-        raise RequestError(f"the server broke off: {error}") from None
+        raise RequestError(f"connection lost: {error}") from None
     except openai.APIError as error:  # an error event within the stream
         raise RequestError(message(error)) from None
     if progress.finish_reason is None:

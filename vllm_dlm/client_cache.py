@@ -1,8 +1,8 @@
-"""Caches whose keys a client chooses: each has a bound, evicts the least recently used entry, and is counted.
+"""Bounded least-recently-used caches for keys that clients choose, with metrics.
 
-A cache keyed by anything a request may vary (a template, a policy field, a token) grows without limit unless it is
-bounded. `CLIENT_CACHES` lists every such cache of the package with its bound; `tests/test_client_cache.py` checks that
-each of them is used, stays within its bound and reaches the metrics.
+Without a bound, a cache keyed by anything that a request can vary (a template, a policy field, a token) would grow
+without limit. `CLIENT_CACHES` lists every such cache with its bound. `tests/test_client_cache.py` checks that each is
+used, stays within its bound and appears in the metrics.
 """
 
 from collections import Counter, OrderedDict
@@ -22,15 +22,15 @@ ENGINE: Process = "engine"
 @dataclass(frozen=True)
 class CacheBound:
     entries: int
-    key: str  # what a client varies
-    process: Process  # which of them has the cache, and reports it
+    key: str  # description of the key
+    process: Process  # process that has the cache and reports it
 
 
 #: name -> bound; the names are the `cache` label of the metrics
 CLIENT_CACHES = {
     "layouts": CacheBound(64, "dlm_template", FRONT_END),
     "alternatives": CacheBound(64, "the alternatives of a hole of a template", FRONT_END),
-    "automata": CacheBound(64, "what a hole of a template may hold", ENGINE),
+    "automata": CacheBound(64, "the valid contents of a hole of a template", ENGINE),
     "choice_pools": CacheBound(256, "the selection and its preset", ENGINE),
     "captured_steps": CacheBound(128, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
     "seen_steps": CacheBound(1024, "the reuse policy and its preset; rows and canvases of a step", ENGINE),
@@ -44,8 +44,8 @@ _evictions: Counter[str] = Counter()
 
 
 class ClientCache(Generic[K, V]):
-    """Least-recently-used cache, of any threads. `on_evict` sees each value that leaves, so that it can release device
-    memory."""
+    """Thread-safe least-recently-used cache. `on_evict` is called with each evicted value, for example to release
+    device memory."""
 
     def __init__(self, name: str, on_evict: Callable[[V], None] | None = None, entries: int | None = None):
         self.name, self.on_evict = name, on_evict
@@ -105,7 +105,7 @@ class CacheUsage(NamedTuple):
 
 
 def usage(process: Process) -> dict[str, CacheUsage]:
-    """Usage of every listed cache of the calling process, which is `process`"""
+    """Usage of every listed cache of `process`, called in that process"""
     return {
         name: CacheUsage(sum(map(len, _instances.get(name, ()))), _evictions[name])
         for name, bound in CLIENT_CACHES.items()

@@ -1,4 +1,4 @@
-"""Registry of methods: all classes with a `name` in plugins/<kind>/, and those that other packages register.
+"""Registry of methods: all classes with a `name` in plugins/<kind>/, and classes registered by other packages.
 
 Another package registers a method by listing its class in the entry-point group
 `vllm_dlm.methods`. The base class determines its kind.

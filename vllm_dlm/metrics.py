@@ -1,8 +1,8 @@
-"""Metrics: vLLM's own `vllm:diffusion_*` counters, what reuse and selection policies saved, and bounded caches.
+"""Metrics: vLLM's own `vllm:diffusion_*` counters, savings of reuse and selection policies, and bounded caches.
 
-Engines count, and report in the envelope of their statistics (envelope.py). `EnvelopeStatLogger` exports the counts
-next to vLLM's own loggers, each engine under its index. Read in vLLM 0.32 and 0.33: v1/metrics/loggers.py,
-v1/spec_decode/metrics.py, whose counters vLLM's own diffusion models use as well.
+Engines report counts in the envelope of their statistics (envelope.py). `EnvelopeStatLogger` exports them in addition
+to vLLM's own loggers, with the index of each engine as label. Read in vLLM 0.32 and 0.33: v1/metrics/loggers.py,
+v1/spec_decode/metrics.py (counters that vLLM's own diffusion models use, too).
 """
 
 from dataclasses import asdict
@@ -21,30 +21,47 @@ from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, CacheUsage, usage
 from vllm_dlm.configuration import is_diffusion_lm, selection_of
 from vllm_dlm.envelope import envelope_in
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 logger = init_logger("vllm." + __name__)
 
-#: caches that the engine reports; those of the front-end are counted where they are exported
+#: caches that the engine reports; caches of the front-end are counted when metrics are exported
 ENGINE_CACHES = [name for name, bound in CLIENT_CACHES.items() if bound.process == "engine"]
 
-#: what vLLM has no name for; the first three fields are exported by its own SpecDecodingProm
+#: counts without a name in vLLM; the first three fields of StepCounts are exported by its SpecDecodingProm
 OWN_COUNTERS = {
     "rows_recomputed": ("vllm:diffusion_num_rows_recomputed", "Rows recomputed, averaged over the layers."),
     "rows_live": ("vllm:diffusion_num_rows_live", "Rows carried from embedding to head."),
-    "rows_dense": ("vllm:diffusion_num_rows_dense", "Rows that recomputing everything would have taken."),
-    "refresh_steps": ("vllm:diffusion_num_refresh_steps", "Steps of a request that refreshed its caches."),
+    "rows_dense": ("vllm:diffusion_num_rows_dense", "Rows that full recomputation would have taken."),
+    "refresh_steps": ("vllm:diffusion_num_refresh_steps", "Request steps that refreshed caches."),
     "kv_bytes_read": ("vllm:diffusion_kv_bytes_read", "Bytes of cached keys and values read (at two bytes each)."),
-    "kv_bytes_dense": ("vllm:diffusion_kv_bytes_dense", "Bytes that the same steps had read without a selection."),
-    "lowered_steps": ("vllm:diffusion_num_lowered_steps", "Steps of a request with a lower threshold, as others wait."),
+    "kv_bytes_dense": (
+        "vllm:diffusion_kv_bytes_dense",
+        "Bytes that the same steps would have read without a selection.",
+    ),
+    "lowered_steps": (
+        "vllm:diffusion_num_lowered_steps",
+        "Request steps with a lowered threshold because other requests were waiting.",
+    ),
 }
 
 
+LABELS = ["model_name", "engine"]
+
+
+def counters(logger: PrometheusStatLogger, table: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """field -> engine -> counter, from a table of names and descriptions"""
+    return {
+        field: create_metric_per_engine(logger._counter_cls(*described, LABELS), logger.per_engine_labelvalues)
+        for field, described in table.items()
+    }
+
+
 class CachesProm:
-    """Entries and evictions of every cache that clients can key. Those of the front-end have the engine "front-end"."""
+    """Entries and evictions of every bounded cache. Caches of the front-end have the engine label "front-end"."""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels = ["model_name", "engine", "cache"]
+        labels = [*LABELS, "cache"]
         self.entries = logger._gauge_cls(
             "vllm:diffusion_cache_entries", "Entries of a bounded cache.", labels, multiprocess_mode="mostrecent"
         )
@@ -66,20 +83,16 @@ class CachesProm:
 
 
 def spec_decoding_stats(counts: StepCounts) -> SpecDecodingStats:
-    """The counts for which vLLM has names, as its classes for diffusion models take them"""
+    """Counts for vLLM's own diffusion metrics"""
     return SpecDecodingStats(0, counts.denoising_steps, counts.canvas_positions, counts.committed_tokens)
 
 
 class DiffusionProm:
-    """Counters of denoising: vLLM's under the names it has for diffusion models, and ours"""
+    """Counters of denoising: vLLM's own diffusion counters, and ours"""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
-        self.vllm = logger._spec_decoding_cls(None, labels, values, is_diffusion=True)
-        self.own = {
-            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
-            for field, (name, documentation) in OWN_COUNTERS.items()
-        }
+        self.vllm = logger._spec_decoding_cls(None, LABELS, logger.per_engine_labelvalues, is_diffusion=True)
+        self.own = counters(logger, OWN_COUNTERS)
         self.caches = CachesProm(logger)
 
     def observe(self, counts: StepCounts, engine_idx: int) -> None:
@@ -89,9 +102,9 @@ class DiffusionProm:
             engines[engine_idx].inc(getattr(counts, name))
 
 
-#: of autoregressive models that decode with a selection; see PageCounts in page_sparse/page_counts.py
+#: counts of autoregressive models with a selection, see PageCounts in page_sparse/page_counts.py
 PAGE_COUNTERS = {
-    "sparse_rows": ("vllm:sparse_attention_rows", "Generated positions that read chosen pages, times layers."),
+    "sparse_rows": ("vllm:sparse_attention_rows", "Generated positions that read selected pages, times layers."),
     "dense_rows": ("vllm:sparse_attention_dense_rows", "Generated positions that read everything, times layers."),
     "pages_read": ("vllm:sparse_attention_pages_read", "Pages of the KV cache read by generated positions."),
     "pages_seen": ("vllm:sparse_attention_pages_dense", "Pages that dense attention would have read."),
@@ -102,11 +115,7 @@ class PagesProm:
     """Counters of page-sparse attention"""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
-        self.counters = {
-            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
-            for field, (name, documentation) in PAGE_COUNTERS.items()
-        }
+        self.counters = counters(logger, PAGE_COUNTERS)
 
     def observe(self, counts: PageCounts, engine_idx: int) -> None:
         for name, count in asdict(counts).items():
@@ -114,7 +123,7 @@ class PagesProm:
 
 
 class PagesLogging:
-    """A log line per interval in which something was decoded, summed over the engines"""
+    """One log line per interval with decoded tokens, summed over the engines"""
 
     def __init__(self) -> None:
         self.total = PageCounts()
@@ -131,10 +140,10 @@ class PagesLogging:
 
 
 class EnvelopeStatLogger(AggregateStatLoggerBase):
-    """Logs and exports what arrives in envelopes. One for all engines of a front-end"""
+    """Logs and exports the counts of envelopes. One instance for all engines of a front-end"""
 
     def __init__(self, vllm_config, engine_indexes: list[int], exporter: PrometheusStatLogger, logs: bool):
-        """`exporter`: vLLM's, which knows the classes and labels of metrics; `logs`: whether vLLM writes log lines"""
+        """`exporter`: vLLM's, for classes and labels of metrics; `logs`: whether vLLM writes log lines"""
         diffusion = is_diffusion_lm(vllm_config.model_config)
         self.diffusion = DiffusionProm(exporter) if diffusion else None
         self.pages = PagesProm(exporter) if not diffusion else None
@@ -173,7 +182,7 @@ def stat_loggers(init):
 
 
 def writes_log(stat_logger: AggregateStatLoggerBase) -> bool:
-    """Whether it is one of vLLM's that write log lines"""
+    """Whether it is a logger of vLLM that writes log lines"""
     if isinstance(stat_logger, PerEngineStatLoggerAdapter):
         return any(isinstance(each, LoggingStatLogger) for each in stat_logger.per_engine_stat_loggers.values())
     return isinstance(stat_logger, LoggingStatLogger)

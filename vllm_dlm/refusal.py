@@ -1,4 +1,4 @@
-"""The error that refuses a request."""
+"""The error for requests that are rejected."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,28 +6,28 @@ from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.option_types import OptionError, unsupported
 from vllm_dlm.options import RENAMED
+from vllm_dlm.options.types import OptionError, unsupported
 from vllm_dlm.shown import short, shown
 
 ONLY_DIFFUSION = "it is an option of masked-diffusion language models"
 
 
 class Refusal(VLLMValidationError, ValueError):
-    """HTTP 400 to the clients of a server, a ValueError to the callers of LLM."""
+    """HTTP 400 for clients of a server, a ValueError for callers of LLM."""
 
 
 def refuse(field: str, value, why: str, whole: bool = False) -> NoReturn:
-    """`whole`: `why` is the whole message"""
+    """Raises Refusal. `whole`: `why` is the complete message"""
     message = why if whole else unsupported(field, value, why)
-    # vLLM shows the value again
+    # vLLM appends the value to the message
     value = None if value is None else shown(value)
     raise Refusal(message, parameter=short(field), value=value)  # type: ignore[call-arg]
 
 
 @contextmanager
 def refusals(written: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Turns an OptionError into a refusal. `written`: the options of a request, as the client named them"""
+    """Turns an OptionError into a Refusal. `written`: options of a request under the names that the client used"""
     try:
         yield
     except OptionError as error:

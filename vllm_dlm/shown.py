@@ -1,5 +1,5 @@
-"""Text of clients and servers as people are shown it: error messages do not repeat megabytes of client input, and what
-a server sends cannot control a terminal."""
+"""Text of clients and servers for display. Error messages do not repeat megabytes of client input, and text from a
+server cannot control a terminal."""
 
 import reprlib
 import unicodedata
@@ -23,11 +23,11 @@ class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         try:
             return super().repr_int(x, level)
-        except ValueError:  # Python refuses to convert integers with too many digits
+        except ValueError:  # Python does not convert integers with too many digits
             return f"a number of {x.bit_length()} bits"
 
     def repr_dict(self, x: dict, level: int) -> str:
-        """In the order of the dict: reprlib would sort all of its keys."""
+        """Keeps the order of the dict; reprlib would sort all of its keys."""
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
@@ -36,13 +36,14 @@ _BRIEF = _Brief()
 
 def shown(value) -> str:
     """`repr(value)`, shortened before it is rendered."""
-    value = str(value) if isinstance(value, str) else value  # reprlib renders all of a subclass's
+    value = str(value) if isinstance(value, str) else value  # reprlib would render all of a subclass's text
     return short(_BRIEF.repr(value))
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """`text` without what a terminal would obey: control characters (C0, DEL, C1), which begin escape sequences, marks
-    that change the direction of text, and lone surrogates, which cannot be encoded. Each becomes a visible sign."""
+    """`text` with a visible sign for each character that could control a terminal: control characters (C0, DEL, C1),
+    which begin escape sequences, marks that change the direction of text, and lone surrogates, which cannot be
+    encoded."""
     return "".join(char if char in keep or not _controls(char) else _sign(char) for char in text)
 
 
@@ -52,7 +53,7 @@ def _controls(char: str) -> bool:
 
 
 def _sign(char: str) -> str:
-    """Of one column, as the text is laid out in cells"""
+    """A sign one column wide, because the text is laid out in cells"""
     if char < " ":
         return chr(0x2400 + ord(char))  # the picture of that control character
     return "\u2421" if char == "\x7f" else "\ufffd"

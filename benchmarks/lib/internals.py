@@ -42,7 +42,8 @@ def rows_read(llm) -> int:
 
 def set_server_options(llm, options) -> None:
     """What new requests get that name nothing themselves."""
-    llm.llm_engine.input_processor.dlm_options = core_of(llm).scheduler.dlm_options = options
+    for config in (llm, llm.llm_engine.input_processor, core_of(llm).scheduler.vllm_config):
+        config.model_config.dlm_options = options
 
 
 @contextmanager
@@ -241,7 +242,7 @@ def view_hooks_removed(llm) -> Iterator[None]:
 def observe_request(name: str) -> None:
     """Registers the next request added to the engine for frames, with a reader that takes each frame at once."""
     from vllm_dlm.integration.view import ADDED
-    from vllm_dlm.limits import Limits
+    from vllm_dlm.options.limits import Limits
     from vllm_dlm.view.hub import HUB, Follower
     from vllm_dlm.view.observed import ObservedRequest
 

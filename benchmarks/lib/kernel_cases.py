@@ -70,18 +70,6 @@ def sparse_attention(here):
         yield KernelCase(name, case.attend(chosen).cpu(), want, tolerance)
 
 
-def haar_pyramid(here):
-    from vllm_dlm.kernels.haar_pyramid import haar_pyramid, naive
-
-    for dtype in DTYPES:
-        for page_size, dim in ((16, 64), (64, 128), (128, 80)):
-            cache, ids, levels = torch.randn(5, 2, 128, 2 * dim).to(dtype), torch.tensor([3, 0, 4]), (2, 0)
-            got = haar_pyramid(cache.to(here), ids.to(here), page_size, levels)
-            want = naive.haar_pyramid(cache, ids, page_size, levels)
-            flat = [torch.cat([part.cpu().double().flatten() for pair in one for part in pair]) for one in (got, want)]
-            yield KernelCase(f"pages of {page_size}, {dim} channels, {word(dtype)}", *flat, 2e-6)
-
-
 def varlen_attention(here):
     from vllm_dlm.kernels.varlen_attention import naive, varlen_attention
 
@@ -155,7 +143,7 @@ def soft_page_attention(here):
 CASES = {
     function.__name__: function
     for function in (
-        *(page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention, delta_attention),
+        *(page_scores, top_pages, sparse_attention, varlen_attention, paged_attention, delta_attention),
         *(shadow_attention, wavelet_lowpass, soft_page_attention),
         *OF_STEP,
     )

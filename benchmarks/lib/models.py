@@ -170,6 +170,7 @@ SHAPES = {
         # small enough for a CPU
         Shape("llada-vocabulary", "llada", ModelShape(12, 384, 6, 6, 64, 1152, 126464), 6400),
         Shape("llada-proportions", "llada", ModelShape(12, 768, 12, 12, 64, 2304, 8960), 6400),
+        Shape("llada-wide", "llada", ModelShape(12, 1536, 24, 24, 64, 4608, 17920), 6400),
         # two layers of it, for prompts whose full forwards take as long as many small ones
         Shape("llada-long", "llada", ModelShape(2, 768, 12, 12, 64, 2304, 8960), 16640),
         Shape("sdar-proportions", "sdar", ModelShape(12, 768, 12, 3, 64, 2304, 8960), 4096, SDAR, 4),

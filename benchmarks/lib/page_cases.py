@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
-from vllm_dlm.kernels.page_scores import page_scores
+from vllm_dlm.kernels.page_scores import ScoringQueries, page_scores
 from vllm_dlm.kernels.sparse_attention import sparse_attention
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -46,9 +46,8 @@ class PageCase:
         return cls(q, starts, pages, table, lens, statistics, queries, counts, counts - RECENT)
 
     def score(self, function=page_scores):
-        return function(
-            self.q, self.q_starts, self.statistics, self.page_table, self.num_pages, self.forced_from, SINK, LAM, "max"
-        )
+        queries = ScoringQueries(self.q, self.q_starts[:-1], self.q_starts[1:], LAM, "max")
+        return function(queries, self.statistics, self.page_table, self.num_pages, self.forced_from, SINK)
 
     def attend(self, chosen: torch.Tensor, function=sparse_attention):
         return function(self.q, self.q_starts, self.pages, self.page_table, chosen, self.kv_lens, PAGE, DIM**-0.5, True)

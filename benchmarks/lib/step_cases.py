@@ -60,17 +60,6 @@ def lowest_rows(here):
         yield compared(f"{sizes}", lowest_rows, naive.lowest_rows, here, 0, score, forced, starts, places, total)
 
 
-def compact_rows(here):
-    from vllm_dlm.kernels.compact_rows import compact_rows, naive
-
-    for capacity, starts in ((400, None), (400, [0, 100, 100, 290]), (40, [0, 5, 301]), (64, None)):
-        mask, starts = torch.rand(301) < 0.3, starts and torch.tensor(starts)
-        got = compact_rows(mask.to(here), None if starts is None else starts.to(here), capacity)
-        for part, mine, theirs in zip(("rows", "starts"), got, naive.compact_rows(mask, starts, capacity), strict=True):
-            if theirs is not None:
-                yield KernelCase(f"{part}, {capacity} at most", mine.cpu(), theirs, 0)
-
-
 def row_cosine(here):
     from vllm_dlm.kernels.row_cosine import naive, row_cosine
 
@@ -130,4 +119,4 @@ def flash_attention(here):
         yield KernelCase(f"in pages, {word(dtype)}", got.cpu(), want, DTYPES[dtype])
 
 
-OF_STEP = (rotary_write, block_rows, lowest_rows, compact_rows, row_cosine, add_norm, head_statistics, flash_attention)
+OF_STEP = (rotary_write, block_rows, lowest_rows, row_cosine, add_norm, head_statistics, flash_attention)

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.lib.models import SHAPES, Shape, shape_of_checkpoint
 from benchmarks.lib.process import loop_environment
+from benchmarks.lib.quantized import int8
 from benchmarks.lib.suite import Cell, Part, Table
 from benchmarks.lib.workloads import Policy, ragged
 from benchmarks.suites import speed_table
@@ -60,6 +61,7 @@ class EngineSpec:
     cases: tuple[Case, ...]  # it has room for them
     server: dict = field(default_factory=dict)
     eager: bool = False
+    weights: str = "bfloat16"
 
 
 def add_arguments(parser) -> None:
@@ -227,7 +229,7 @@ def opened(part: Part, options: argparse.Namespace):
     from benchmarks.lib import engines
 
     shape, length = SHAPES[spec.shape], max(max(case.lengths()) + case.new for case in spec.cases)
-    folder = options.model or folder_of(shape, length)
+    folder = options.model or folder_of(shape, length, spec.weights)
     requests, rows = max(case.requests for case in spec.cases), max(case.rows for case in spec.cases)
     llm = engines.start(
         folder,
@@ -259,10 +261,10 @@ def opened(part: Part, options: argparse.Namespace):
     return measure
 
 
-def folder_of(shape: Shape, length: int) -> Path:
+def folder_of(shape: Shape, length: int, weights: str) -> Path:
     """With the weights that the loop reads, if the shape is small; else with a config.json alone"""
     if shape.family == "llada" and shape.parameters < 1e9:
-        return shape.checkpoint()
+        return int8(shape.checkpoint()) if weights == "int8" else shape.checkpoint()
     return shape.folder(Path(tempfile.mkdtemp()), max(length, 512))
 
 

@@ -11,6 +11,11 @@ import re
 from functools import cache
 from pathlib import Path
 
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 BOS, EOS, MASK, HEADER_START, HEADER_END, EOT = range(6)
 SPECIALS = [
     "<|startoftext|>",
@@ -22,192 +27,31 @@ SPECIALS = [
 ]
 EMBEDDING_ROWS = 512  # rounded up so that a kernel meets no ragged edge
 
-NAMES = [
-    "alice",
-    "bob",
-    "carol",
-    "david",
-    "emma",
-    "frank",
-    "grace",
-    "henry",
-    "irene",
-    "jack",
-    "karen",
-    "leo",
-    "maria",
-    "nathan",
-    "olivia",
-    "peter",
-    "quinn",
-    "rachel",
-    "steven",
-    "tina",
-    "ursula",
-    "victor",
-    "wendy",
-    "xavier",
-    "yvonne",
-    "zach",
-    "anna",
-    "brian",
-    "clara",
-    "diana",
-    "eric",
-    "fiona",
-    "george",
-    "hannah",
-    "ivan",
-    "julia",
-    "kevin",
-    "laura",
-    "martin",
-    "nina",
-    "oscar",
-    "paula",
-    "ralph",
-    "sarah",
-    "thomas",
-    "violet",
-    "walter",
-    "amber",
-    "bruce",
-    "daisy",
-    "edgar",
-    "flora",
-    "gavin",
-    "helen",
-    "isaac",
-    "jenny",
-    "kyle",
-    "lucy",
-    "mike",
-    "norah",
-    "owen",
-    "polly",
-    "robert",
-    "simon",
-]
-ADJECTIVES = [
-    "red",
-    "green",
-    "blue",
-    "small",
-    "big",
-    "old",
-    "new",
-    "quiet",
-    "bright",
-    "dark",
-    "warm",
-    "cold",
-    "soft",
-    "heavy",
-    "slow",
-    "quick",
-    "round",
-    "tall",
-    "wild",
-    "calm",
-]
-NOUNS = [
-    "river",
-    "house",
-    "garden",
-    "stone",
-    "tree",
-    "road",
-    "bird",
-    "boat",
-    "field",
-    "cloud",
-    "table",
-    "window",
-    "horse",
-    "lamp",
-    "bridge",
-    "mountain",
-    "forest",
-    "market",
-    "letter",
-    "wheel",
-    "kitchen",
-    "village",
-    "ship",
-    "school",
-    "tower",
-]
-VERBS = [
-    "follows",
-    "sees",
-    "finds",
-    "holds",
-    "passes",
-    "covers",
-    "moves",
-    "meets",
-    "keeps",
-    "watches",
-    "carries",
-    "leaves",
-    "reaches",
-    "crosses",
-    "guards",
-]
-GLUE = [
-    "The",
-    "the",
-    "What",
-    "is",
-    "are",
-    "of",
-    "and",
-    "code",
-    "codes",
-    "a",
-    "color",
-    "Here",
-    "we",
-    "go",
-    "There",
-    "back",
-    "again",
-    "sky",
-    "sun",
-    "grass",
-    "yellow",
-    "near",
-    "with",
-    "Copy",
-    "Reverse",
-    "Sort",
-    "Add",
-    "Remember",
-    "number",
-    "tell",
-    "me",
-    "in",
-    "order",
-]
+NAMES = words("""
+    alice bob carol david emma frank grace henry irene jack karen leo maria nathan olivia peter quinn rachel
+    steven tina ursula victor wendy xavier yvonne zach anna brian clara diana eric fiona george hannah ivan
+    julia kevin laura martin nina oscar paula ralph sarah thomas violet walter amber bruce daisy edgar flora
+    gavin helen isaac jenny kyle lucy mike norah owen polly robert simon
+""")
+ADJECTIVES = words("""
+    red green blue small big old new quiet bright dark warm cold soft heavy slow quick round tall wild calm
+""")
+NOUNS = words("""
+    river house garden stone tree road bird boat field cloud table window horse lamp bridge mountain forest
+    market letter wheel kitchen village ship school tower
+""")
+VERBS = words("""
+    follows sees finds holds passes covers moves meets keeps watches carries leaves reaches crosses guards
+""")
+GLUE = words("""
+    The the What is are of and code codes a color Here we go There back again sky sun grass yellow near with
+    Copy Reverse Sort Add Remember number tell me in order
+""")
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
-LINE_STARTS = [
-    "\n\n",
-    "user",
-    "assistant",
-    "system",
-    "The",
-    "What",
-    "Here",
-    "There",
-    "Copy",
-    "Reverse",
-    "Sort",
-    "Add",
-    "Remember",
-]
-LATER_WORDS = ["Total", "Follow", " from"]  # appended: earlier ids stay what they were
+LINE_STARTS = ["\n\n", *words("user assistant system The What Here There Copy Reverse Sort Add Remember")]
+LATER_WORDS = ["Total", "Follow", " from"]  # appended, so that earlier ids do not change
 
-# A word takes its leading space, a digit stands alone: both keep task positions regular.
+# A word includes its leading space, and each digit is a token, which keeps positions of tasks regular.
 PATTERN = r"\n+| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]|\s"
 
 CHAT_TEMPLATE = (

@@ -23,9 +23,9 @@ def lowest_rows(score, forced, starts, places, total):
 
 
 def of_one(score, forced, starts, places, total):
-    (begin, end), (place, behind) = starts, places
+    (begin, end), (place, stop) = starts, places
     own = score[begin:end].masked_fill(forced[begin:end], -torch.inf)
-    rows = own.argsort(stable=True)[: behind - place].sort().values + begin
+    rows = own.argsort(stable=True)[: stop - place].sort().values + begin
     if len(rows) == total:
         return rows
     out = rows.new_full((total,), -1)

@@ -11,7 +11,7 @@ The score of a page for a key head is reduced over the query heads that share
 the key head and over the queries of the request that vote (all of them if none
 is marked), because these read the same pages. The reduction is the max, the
 mean, or the sum of softmaxes over pages (`softmax_sum`). Special scores:
-- FORCED for the first `sink_pages` pages, for pages from `forced_from` on, and
+- FORCED for the first `sinks` pages, for pages from `forced_from` on, and
   for pages without statistics,
 - -inf for pages from `num_pages` on,
 - LOWEST for a score that is NaN.
@@ -22,5 +22,6 @@ their statistics from the keys on the fly.
 
 from vllm_dlm.kernels.page_scores.dispatch import half_scores, page_scores
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST, REDUCTIONS, Reduction
+from vllm_dlm.kernels.page_scores.queries import ScoringQueries
 
-__all__ = ["FORCED", "LOWEST", "REDUCTIONS", "Reduction", "half_scores", "page_scores"]
+__all__ = ["FORCED", "LOWEST", "REDUCTIONS", "Reduction", "ScoringQueries", "half_scores", "page_scores"]

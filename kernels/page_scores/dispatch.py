@@ -5,6 +5,7 @@ import torch
 from vllm_dlm.kernels.haar_pyramid.statistics import PageStatistics
 from vllm_dlm.kernels.operators import operator
 from vllm_dlm.kernels.page_scores import torch as plain
+from vllm_dlm.kernels.page_scores.queries import ScoringQueries
 
 _page_scores = operator(
     "page_scores(Tensor q, Tensor q_starts, Tensor q_ends, Tensor? voters, Tensor mean, Tensor spread, "
@@ -28,62 +29,41 @@ _half_scores = operator(
 
 
 def page_scores(
-    q: torch.Tensor,  # [Tq, H, D], queries packed request by request
-    q_starts: torch.Tensor,  # [B + 1] where each request's queries start; with q_ends [B]
+    queries: ScoringQueries,
     statistics: PageStatistics,  # each entry describes n pages (its nodes)
     page_table: torch.Tensor,  # [B, N] entry of each n pages of a request; must be valid even beyond num_pages
     num_pages: torch.Tensor,  # [B]
     forced_from: torch.Tensor,  # [B] pages from here on are always read
-    sink_pages: int | torch.Tensor,  # number of first pages that are always read; [B] if it differs between requests
-    lam: float,
-    reduce: str,
-    q_ends: torch.Tensor | None = None,  # [B] where each request's queries end; None: where the next one's start
-    voters: torch.Tensor | None = None,  # [Tq] bool; None: all
-    sharpness: float = 1.0,  # factor applied to the queries
+    sinks: int | torch.Tensor,  # number of first pages that are always read; [B] if it differs between requests
 ) -> torch.Tensor:
     """-> [B, Hkv, N * n] float32"""
-    if q.is_cuda:
-        ends = q_starts.narrow(0, 1, len(page_table)) if q_ends is None else q_ends
-        sinks, number = (sink_pages, 0) if isinstance(sink_pages, torch.Tensor) else (None, sink_pages)
-        return _page_scores(
-            q,
-            q_starts,
-            ends,
-            voters,
-            statistics.mean,
-            statistics.spread,
-            page_table,
-            num_pages,
-            forced_from,
-            sinks,
-            number,
-            statistics.std_kind,
-            lam,
-            reduce,
-            sharpness,
-        )
-    arguments = (q, q_starts, statistics, page_table, num_pages, forced_from, sink_pages, lam, reduce)
-    return plain.page_scores(*arguments, q_ends, voters, sharpness)
+    if not queries.q.is_cuda:
+        return plain.page_scores(queries, statistics, page_table, num_pages, forced_from, sinks)
+    vectors = statistics.mean, statistics.spread, page_table, num_pages, forced_from
+    marks = (sinks, 0) if isinstance(sinks, torch.Tensor) else (None, sinks)
+    return _page_scores(*_packed(queries), *vectors, *marks, statistics.std_kind, *_rule(queries))
 
 
 def half_scores(
-    q: torch.Tensor,  # [Tq, H, D]
-    q_starts: torch.Tensor,  # [B] where each request's queries start
-    q_ends: torch.Tensor,  # [B] where they end
+    queries: ScoringQueries,
     cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], keys before values
     block_table: torch.Tensor,  # [B, blocks]
     runs: torch.Tensor,  # [B, Hkv, n] int32 runs of 2 * size keys, padded with -1
     size: int,  # keys per half, a power of two; a run does not cross blocks
     forced_from: torch.Tensor,  # [B] halves from here on are always read, as an index into the 2 * n halves
     sinks: torch.Tensor,  # [B] number of first halves that are always read
-    lam: float,  # if above 0, the standard deviation of each channel counts
-    reduce: str,
-    voters: torch.Tensor | None = None,  # [Tq] bool; None: all
-    sharpness: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> scores of both halves of each run, interleaved, and the index of each half as a run of `size` keys:
-    [B, Hkv, 2 * n] float32 and int32"""
-    arguments = (cache, block_table, runs, size, forced_from, sinks, lam, reduce)
-    if q.is_cuda:
-        return _half_scores(q, q_starts, q_ends, voters, *arguments, sharpness)
-    return plain.half_scores(q, q_starts, q_ends, *arguments, voters, sharpness)
+    [B, Hkv, 2 * n] float32 and int32. If lam is above 0, the standard deviation of each channel counts."""
+    arguments = cache, block_table, runs, size, forced_from, sinks
+    if queries.q.is_cuda:
+        return _half_scores(*_packed(queries), *arguments, *_rule(queries))
+    return plain.half_scores(queries, *arguments)
+
+
+def _packed(queries: ScoringQueries) -> tuple:
+    return queries.q, queries.starts, queries.ends, queries.voters
+
+
+def _rule(queries: ScoringQueries) -> tuple:
+    return queries.lam, queries.reduce, queries.sharpness

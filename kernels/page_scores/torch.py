@@ -8,35 +8,23 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
 from vllm_dlm.kernels.haar_pyramid.torch import pyramid
+from vllm_dlm.kernels.packed_attention import read_key_runs
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST
 
 
-def page_scores(
-    q,
-    q_starts,
-    statistics,
-    page_table,
-    num_pages,
-    forced_from,
-    sink_pages,
-    lam,
-    reduce,
-    q_ends=None,
-    voters=None,
-    sharpness=1.0,
-):
+def page_scores(queries, statistics, page_table, num_pages, forced_from, sinks):
     """See dispatch.py"""
     batch, nodes = len(page_table), statistics.mean.shape[2]
-    width, options = page_table.shape[1] * nodes, (lam, reduce, sharpness)
-    starts, ends = q_starts.tolist(), (q_starts[1:] if q_ends is None else q_ends).tolist()
+    width, q, voters = page_table.shape[1] * nodes, queries.q, queries.voters
+    starts, ends = queries.starts.tolist(), queries.ends.tolist()
     if batch > 1 and voters is None and len(q) == batch == ends[-1] and {1} == {*map(int.__sub__, ends, starts)}:
         position = torch.arange(width)
-        sinks = sink_pages[:, None] if isinstance(sink_pages, torch.Tensor) else sink_pages
-        forced = (position < sinks) | (position >= forced_from[:, None])
+        sink = sinks[:, None] if isinstance(sinks, torch.Tensor) else sinks
+        forced = (position < sink) | (position >= forced_from[:, None])
         beyond = (position >= num_pages[:, None])[:, None]  # [B, 1, N * n]
-        score = _scored(q[:, None], statistics, page_table, width, forced[:, None], beyond, *options)
+        score = _scored(q[:, None], statistics, page_table, width, forced[:, None], beyond, queries)
         return score.masked_fill_(beyond, -torch.inf)
-    sinks = sink_pages.tolist() if isinstance(sink_pages, torch.Tensor) else [sink_pages] * batch
+    sinks = sinks.tolist() if isinstance(sinks, torch.Tensor) else [sinks] * batch
     marks = zip(starts, ends, num_pages.tolist(), sinks, forced_from.tolist(), strict=False)
     out = None
     for b, (start, end, count, sink, last) in enumerate(marks):
@@ -44,7 +32,7 @@ def page_scores(
         forced[..., :sink] = True
         forced[..., max(last, 0) :] = True
         own, table = electing(q[start:end], voters, start)[None], page_table[b : b + 1, : -(-count // nodes)]
-        score = _scored(own, statistics, table, count, forced, None, *options)
+        score = _scored(own, statistics, table, count, forced, None, queries)
         if batch == 1 and count == width:
             return score
         if out is None:
@@ -61,13 +49,13 @@ def electing(q, voters, start):
     return q[own] if bool(own.any()) and not bool(own.all()) else q
 
 
-def _scored(q, statistics, page_table, count, forced, beyond, lam, reduce, sharpness):
+def _scored(q, statistics, page_table, count, forced, beyond, queries):
     """q [B, L, H, D] -> [B, Hkv, count]"""
     kv_heads, kind = statistics.mean.shape[1], statistics.std_kind
     mean = by_head(statistics.mean, page_table)[:, :, :count]
     spread = None if kind == "none" else by_head(statistics.spread, page_table)[:, :, :count].transpose(2, 3)
-    rows = by_key_head(q, kv_heads, sharpness)
-    return score_rows(rows, mean.transpose(2, 3), spread, kind, forced, beyond, lam, reduce)
+    rows = by_key_head(q, kv_heads, queries.sharpness)
+    return score_rows(rows, mean.transpose(2, 3), spread, kind, forced, beyond, queries.lam, queries.reduce)
 
 
 def by_head(vectors, table):
@@ -87,38 +75,35 @@ def by_key_head(q, kv_heads, sharpness):
     return q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def half_scores(
-    q, q_starts, q_ends, cache, block_table, runs, size, forced_from, sinks, lam, reduce, voters=None, sharpness=1.0
-):
+def half_scores(queries, cache, block_table, runs, size, forced_from, sinks):
     """See dispatch.py"""
-    kv_heads = runs.shape[1]
+    kv_heads, lam, voters = runs.shape[1], queries.lam, queries.voters
     halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype)).flatten(2)
     halves.masked_fill_((runs < 0).repeat_interleave(2, -1), -1)
     scores, marks = torch.full(halves.shape, -torch.inf), (sinks.tolist(), forced_from.tolist())
-    for b, (start, end) in enumerate(zip(q_starts.tolist(), q_ends.tolist(), strict=True)):
+    for b, (start, end) in enumerate(zip(queries.starts.tolist(), queries.ends.tolist(), strict=True)):
         count = int((runs[b, 0] >= 0).sum())
         if not count:
             continue
         mean, spread = describe(keys_of(cache, block_table[b], runs[b, :, :count], 2 * size), size, lam > 0)
-        rows = by_key_head(electing(q[start:end], voters, start)[None], kv_heads, sharpness)
+        rows = by_key_head(electing(queries.q[start:end], voters, start)[None], kv_heads, queries.sharpness)
         forced = torch.zeros(1, 1, 2 * count, dtype=torch.bool)
         forced[..., : marks[0][b]] = True
         forced[..., max(marks[1][b], 0) :] = True
         spread = None if spread is None else spread.transpose(1, 2)[None]
         kind = "none" if spread is None else "vector"
-        own = score_rows(rows, mean.transpose(1, 2)[None], spread, kind, forced, None, lam, reduce)
+        own = score_rows(rows, mean.transpose(1, 2)[None], spread, kind, forced, None, lam, queries.reduce)
         scores[b, :, : 2 * count] = own[0]
     return scores, halves
 
 
 def keys_of(cache, table, runs, size):
     """Runs [Hkv, n] of `size` consecutive keys -> their keys [Hkv, n, size, D]"""
-    _, kv_heads, block_size, width = cache.shape
+    _, kv_heads, block_size, _ = cache.shape
     per_block = block_size // size
     block = table.index_select(0, (runs // per_block).flatten()).view(runs.shape)
     row = (block * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + runs % per_block
-    found = cache.view(-1, size * width).index_select(0, row.flatten())
-    return found.view(*runs.shape, size, width)[..., : width // 2]
+    return read_key_runs(cache, row.flatten(), size).unflatten(0, runs.shape)
 
 
 def describe(keys, size, spread):

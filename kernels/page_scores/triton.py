@@ -15,6 +15,7 @@ import triton.language as tl
 
 from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.kernels.page_scores.loads import load_pages
+from vllm_dlm.kernels.page_scores.queries import ScoringQueries
 from vllm_dlm.kernels.triton_utils import dot, load_rows, padded, processors, row_offsets, row_tile
 
 FORCED, LOWEST = tl.constexpr(naive.FORCED), tl.constexpr(naive.LOWEST)
@@ -205,94 +206,47 @@ def _chunks(tiles: int, programs: int, most: int, spread: int, device: torch.dev
     return triton.cdiv(tiles, each), each
 
 
-def page_scores(
-    q,
-    q_starts,
-    q_ends,
-    voters,
-    mean,
-    spread,
-    page_table,
-    num_pages,
-    forced_from,
-    sinks,
-    sink_pages,
-    std_kind,
-    lam,
-    reduce,
-    sharpness,
-):
+def page_scores(q, starts, ends, voters, mean, spread, table, num_pages, forced_from, sinks, number_of_sinks, *rule):
     """See dispatch.py"""
-    shape = (len(page_table), mean.shape[1], page_table.shape[1] * mean.shape[2])
+    std_kind, lam, reduce, sharpness = rule
+    shape = len(table), mean.shape[1], table.shape[1] * mean.shape[2]
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    marks = num_pages, forced_from, sink_pages if sinks is None else sinks
-    _launch(
-        q,
-        (q_starts, q_ends),
-        voters,
-        (mean, spread),
-        (page_table, None),
-        marks,
-        scores,
-        None,
-        lam,
-        sharpness,
-        reduce,
-        std_kind,
-        0,
-    )
+    marks = num_pages, forced_from, number_of_sinks if sinks is None else sinks
+    queries = ScoringQueries(q, starts, ends, lam, reduce, voters, sharpness)
+    _launch(queries, (mean, spread), (table, None), marks, (scores, None), std_kind, 0)
     return scores
 
 
-def half_scores(
-    q, q_starts, q_ends, voters, cache, block_table, runs, size, forced_from, sinks, lam, reduce, sharpness
-):
+def half_scores(q, starts, ends, voters, cache, block_table, runs, size, forced_from, sinks, *rule):
     """See dispatch.py"""
+    lam, reduce, sharpness = rule
     batch, kv_heads, count = runs.shape
     scores = torch.empty(batch, kv_heads, 2 * count, dtype=torch.float32, device=q.device)
     halves = torch.empty(scores.shape, dtype=torch.int32, device=q.device)
     keys = cache.narrow(3, 0, q.shape[2])
-    _launch(
-        q,
-        (q_starts, q_ends),
-        voters,
-        (keys, keys),
-        (block_table, runs),
-        (forced_from, forced_from, sinks),
-        scores,
-        halves,
-        lam,
-        sharpness,
-        reduce,
-        "vector" if lam else "none",
-        size,
-    )
+    marks, std_kind = (forced_from, forced_from, sinks), "vector" if lam else "none"
+    queries = ScoringQueries(q, starts, ends, lam, reduce, voters, sharpness)
+    _launch(queries, (keys, keys), (block_table, runs), marks, (scores, halves), std_kind, size)
     return scores, halves
 
 
-def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpness, reduce, std_kind, size) -> None:
-    (batch, kv_heads, width), (queries, heads, dim) = scores.shape, q.shape
-    if not scores.numel():
+def _launch(queries: ScoringQueries, vectors, tables, marks, outputs, std_kind: str, size: int) -> None:
+    """Launches the kernels. `marks`: number of pages, first forced page, and sinks of each request; `outputs`: scores
+    [B, Hkv, width], and names of the same shape or None"""
+    (batch, kv_heads, width), (count, heads, dim) = outputs[0].shape, queries.q.shape
+    if not outputs[0].numel():
         return
-    mean, spread = vectors
+    (mean, spread), reduce = vectors, queries.reduce
     # spreads per channel take more registers, and so do keys that are reduced to statistics on the fly
     held = (std_kind == "vector") + (size > 1)
     pages = min(PAGES, 64 >> held)
     most = MOST_CHUNKS if reduce == "softmax_sum" else 1 << 15
-    chunks, tiles = _chunks(triton.cdiv(width, pages), batch * kv_heads, most, 2 if held else SPREAD, q.device)
-    voters = None if voters is None else voters.view(torch.int8)
-    inputs = (q, *spans, voters, mean, spread, *tables, *marks)
-    numbers = (
-        width,
-        tiles,
-        float(lam),
-        float(sharpness),
-        *q.stride()[:2],
-        *mean.stride()[:3],
-        *spread.stride()[:3],
-        tables[0].stride(0),
-        heads,
-    )
+    programs, device = batch * kv_heads, queries.q.device
+    chunks, tiles = _chunks(triton.cdiv(width, pages), programs, most, 2 if held else SPREAD, device)
+    voters = None if queries.voters is None else queries.voters.view(torch.int8)
+    inputs = queries.q, queries.starts, queries.ends, voters, mean, spread, *tables, *marks
+    rule, strides = (float(queries.lam), float(queries.sharpness)), (*mean.stride()[:3], *spread.stride()[:3])
+    numbers = width, tiles, *rule, *queries.q.stride()[:2], *strides, tables[0].stride(0), heads
     spread_width = dim if size else spread.shape[3]
     shape = {
         "STD_KIND": std_kind,
@@ -303,17 +257,17 @@ def _launch(q, spans, voters, vectors, tables, marks, scores, names, lam, sharpn
         "DIM_PAD": padded(dim, 16),
         "WIDTH": spread_width,
         "WIDTH_PAD": padded(dim, 16) if std_kind == "vector" else padded(spread_width),
-        "ROWS": row_tile(queries, batch, heads // kv_heads, MOST_ROWS),
+        "ROWS": row_tile(count, batch, heads // kv_heads, MOST_ROWS),
         "PAGES": pages,
         "CHUNKS": padded(chunks) if reduce == "softmax_sum" else 1,
         "SINKS": isinstance(marks[2], torch.Tensor),
-        "SHARP": sharpness != 1,
+        "SHARP": queries.sharpness != 1,
         # a program with one or two tiles has nothing to prefetch
         "num_stages": 2 if size else 3 if held else 1,
     }
     grid = (batch, kv_heads, chunks)
     lse = None
     if reduce == "softmax_sum":
-        lse = torch.empty(queries, heads, shape["CHUNKS"], dtype=torch.float32, device=q.device)
+        lse = torch.empty(count, heads, shape["CHUNKS"], dtype=torch.float32, device=device)
         _lse_kernel[grid](*inputs, lse, *numbers, **shape)
-    _score_kernel[grid](*inputs, lse, scores, names, *numbers, REDUCE=reduce, **shape)
+    _score_kernel[grid](*inputs, lse, *outputs, *numbers, REDUCE=reduce, **shape)

@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_dlm.kernels.packed_attention.cache import PackedCache
+
 
 def rotary_write(q, k, v, table, positions, block, offset, cache, index):
     """See dispatch.py"""
@@ -25,6 +27,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def write(k, v, block, offset, cache):
+    if isinstance(cache, PackedCache):
+        return cache.write(k, v, block, offset)
     there = block >= 0
     if not there.all():
         block, offset = block[there], offset[there]

@@ -1,4 +1,4 @@
-"""Decoding: which masked positions are filled now, and with what?"""
+"""Decodings choose the masked positions that a step fills, and their tokens."""
 
 from vllm_dlm.plugins.decoding.base import Decoding
 

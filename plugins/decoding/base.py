@@ -1,9 +1,9 @@
-"""What every decoding algorithm shares: blocks, quotas, and which of the proposed tokens are committed.
+"""Base class of decodings: canvas blocks, quotas, and the choice of the proposed tokens to commit.
 
 A denoising step has a device half and a host half. `propose` turns the
 logits of all rows of all requests that use one algorithm into one token,
 one score and one probability per row. `choose` then picks, per request and
-on the host, the positions to fill. Nothing larger than [rows] crosses over.
+on the host, the positions to fill. Only tensors of size [rows] go to the host.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from vllm_dlm.shown import shown
 
 @dataclass
 class LogitRows:
-    """What `propose` must know of each logits row; R rows of several requests."""
+    """Parameters of each logits row for `propose`; R rows of several requests."""
 
     temperature: torch.Tensor  # [R] float32, 0 = greedy
     top_p: torch.Tensor  # [R] float32, 1 = off
     top_k: torch.Tensor  # [R] int64, vocabulary size = off
-    #: the decoding's fields that are numbers, by name: [R] bool, or float32 with NaN for None
+    #: numeric and boolean fields of the decoding, by name: [R] bool, or float32 with NaN for None
     options: dict[str, torch.Tensor]
     eos_id: int
     eot_id: int | None
@@ -41,43 +41,43 @@ class Proposal:
     """One proposed token per row. As tensors from `propose`, as numpy arrays in `choose`."""
 
     token: torch.Tensor  # [R] int64
-    score: torch.Tensor  # [R] float32: what the algorithm ranks by
-    prob: torch.Tensor  # [R] float32: probability of the token, what thresholds test
+    score: torch.Tensor  # [R] float32: ranks the positions
+    prob: torch.Tensor  # [R] float32: probability of the token, compared with thresholds
     noted: torch.Tensor | None = None  # [Memory.noted, R] float64: for the decoding's `Memory`
 
 
 class Memory:
-    """What a decoding remembers, on the host, of the masks of one canvas block. A block starts with a new one, also
-    when it starts again after a preemption."""
+    """State of a decoding, on the host, for the masks of one canvas block. Each start of a block creates a new one,
+    including a restart after a preemption."""
 
     #: number of values per row that `propose` notes for the next steps
     noted: ClassVar[int] = 0
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """What `propose` is told of each position, where these tokens stand: [C, …], of any width, filled up with -1
-        (whole numbers) or 0"""
+        """Input of `propose` for each of these positions, which hold `tokens`: [C, …], of any width. Batches pad it
+        with -1 (integers) or 0."""
         return {}
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        """What `propose` noted of them: [Memory.noted, C]"""
+        """Takes the values that `propose` noted for the positions: [Memory.noted, C]"""
 
 
-#: makes the generator of a step, which takes longer than most decodings do on the host
+#: creates a step's random generator; called only if needed, since that takes longer than most decodings' host work
 Random = Callable[[], np.random.Generator]
 
 
 class Turn(NamedTuple):
     """One step in the schedule of a canvas block."""
 
-    step: int  # counts the forwards of the block, from 0
+    step: int  # forwards of the block so far
     steps: int  # how many are scheduled
-    quota: int  # positions that the schedule wants filled in this step: at least 1, at most the number of candidates
-    positions: np.ndarray  # [C] of the candidates in the canvas, ascending
-    masked: float = 1.0  # r: masks that live from the block's start on, as a share of the rows there
-    pressure: float = 0.0  # of all requests of the server, the share that waits for others to end
+    quota: int  # positions that the schedule fills in this step: between 1 and the number of candidates
+    positions: np.ndarray  # [C] positions of the candidates in the canvas, ascending
+    masked: float = 1.0  # r: masks from the start of the block to the last row, as a share of these rows
+    pressure: float = 0.0  # share of the server's requests that are waiting
     held: np.ndarray | None = None  # [C] bool: candidates that hold a token, see EditingDecoding
-    tokens: np.ndarray | None = None  # [C] that the candidates hold
-    prompt_len: int | None = None  # candidates below are masks of the prompt
+    tokens: np.ndarray | None = None  # [C] tokens that the candidates hold
+    prompt_len: int | None = None  # candidates below this position are masks of the prompt
 
     @property
     def last(self) -> bool:
@@ -108,7 +108,8 @@ class Schedule:
         return [(start, min(start + width, length)) for start in range(0, length, width)]
 
     def scheduled(self, candidates: np.ndarray, prompt_len: int) -> int:
-        """Number of masks that the schedule of a block counts. Masks in the prompt only compete for it (LLaDA)."""
+        """Number of masks that the schedule of a block counts. LLaDA's does not count masks in the prompt, although
+        they compete for the quota."""
         return int((candidates >= prompt_len).sum())
 
     def block_steps(self, block: int, num_blocks: int, masks: int) -> int:
@@ -121,23 +122,23 @@ class Schedule:
     def quotas(self, masks: int, steps: int) -> list[int]:
         """Number of positions that each step fills. LLaDA's schedule: an even split, the remainder first.
 
-        The reference runs forwards that fill nothing once the masks run out; they are left out."""
+        The reference continues with forwards that fill nothing once the masks run out; these are skipped."""
         share, rest = divmod(masks, steps)
         return [share + 1] * rest + [share] * (steps - rest if share else 0)
 
     def most_steps(self, masks: int, scheduled: int) -> int:
-        """Most forwards of a block with `masks` masks: each step fills something once the scheduled ones are over, and
-        one may have had nothing to fill. A block that takes longer is an error."""
+        """Maximum forwards of a block with `masks` masks: after the scheduled steps each step fills at least one
+        position, and one step may have nothing to fill. More forwards are an error."""
         return masks + scheduled + 1
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Fast-dLLM's rules, which fill positions by their probability and not by a quota."""
+    """Fast-dLLM's rules, which fill positions by probability instead of by quota."""
 
-    threshold: float | None = None  # fill everything at least this probable
-    threshold_decay: float = 0.0  # alpha of Streaming-dLLM: share by which the threshold falls as masks get fewer
-    threshold_floor: float | None = None  # lowest threshold while other requests wait; None: the threshold
+    threshold: float | None = None  # positions with at least this probability are filled
+    threshold_decay: float = 0.0  # alpha of Streaming-dLLM: the threshold falls by up to this share as masks are filled
+    threshold_floor: float | None = None  # lowest threshold while other requests wait; None: `threshold`
     factor: float | None = None  # the n-th best is filled while (n+1)(1-p_n) < factor
 
     def __post_init__(self):
@@ -158,20 +159,20 @@ class Threshold:
         return self.threshold is not None or self.factor is not None
 
     def limit(self, turn: Turn) -> float:
-        """The threshold of a step: lower while requests wait, and after the first step of a block as masks get
-        fewer"""
+        """The threshold of a step. It is lower while requests wait and, after a block's first step, falls as masks are
+        filled."""
         assert self.threshold is not None
         floor = self.threshold if self.threshold_floor is None else self.threshold_floor
         threshold = self.threshold - turn.pressure * (self.threshold - floor)
         return threshold * (1 - self.threshold_decay * (1 - turn.masked) * (turn.step > 0))
 
     def probable(self, prob: np.ndarray, turn: Turn) -> np.ndarray:
-        """Indices of the positions that the threshold or the factor fills"""
+        """Indices of the positions that the threshold or the factor rule fills"""
         order = best(prob, len(prob))
         ranked = prob[order]
         if self.factor is None:
             keep = ranked >= self.limit(turn)
-            keep[0] = True  # progress: the most probable one is always filled
+            keep[0] = True  # the most probable position is always filled, so that each step makes progress
             return order[keep]
         # Fast-dLLM's factor rule: the n-th best needs p_n >= 1 - factor / (n + 1); walk until one fails.
         n = np.arange(1, len(ranked) + 1)
@@ -182,14 +183,14 @@ class Threshold:
         return order[: len(ranked) if count == len(ranked) - 1 else count]
 
     def or_probable(self, chosen: np.ndarray, prob: np.ndarray, turn: Turn) -> np.ndarray:
-        """What another rule has chosen, and what the threshold or the factor fills if there is one"""
+        """`chosen` by another rule, plus the positions that the threshold or the factor rule fills"""
         return np.union1d(chosen, self.probable(prob, turn)) if self.thresholded else chosen
 
 
 @dataclass(frozen=True)
 class Decoding(Threshold, Schedule):
-    """Fields are the options a server or (as `dlm_<field>`) a request may set. roles.py has base classes for decodings
-    that do more than fill masks."""
+    """Base class. Fields are options of the server or, as `dlm_<field>`, of a request. roles.py has base classes for
+    decodings that do more than fill masks."""
 
     name: ClassVar[str | None] = None
 
@@ -198,13 +199,13 @@ class Decoding(Threshold, Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        # far beyond any use, and guided logits stay finite
+        # above any useful value, and guided logits stay finite
         check(0 <= self.cfg_scale <= 1e6, "cfg_scale", self.cfg_scale, "between 0 and 1e6")
         if self.threshold is not None:
             check(self.factor is None, "factor", self.factor, "unset when threshold is set")
 
     def filters(self, top_p: float, top_k: int) -> tuple[float, int]:
-        """(top_p, top_k; 0: off) of a request with these vLLM parameters"""
+        """(top_p, top_k) for a request with these sampling parameters; top_k 0: off"""
         return top_p, top_k
 
     def starting_tokens(self, length: int, mask_id: int) -> np.ndarray | None:
@@ -217,8 +218,8 @@ class Decoding(Threshold, Schedule):
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten. On a GPU nothing
-        may depend on how many rows are of some kind: shapes follow from those of the inputs."""
+        """Token, score and probability of each row. `logits_RV` is float32 and may be overwritten. On a GPU, shapes may
+        depend on the shapes of the inputs only, not on their values."""
         raise NotImplementedError
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
@@ -226,14 +227,14 @@ class Decoding(Threshold, Schedule):
         if self.thresholded:
             return self.probable(proposal.prob, turn)
         chosen = best(proposal.score, turn.quota)
-        # With masks in the prompt LLaDA's reference can run out of quota and return masks inside the response; here the
-        # last step of a block fills what is left of it.
+        # With masks in the prompt, LLaDA's reference can run out of quota and return masks inside the response. Here
+        # the last step of a block fills all remaining masks of the response.
         return np.union1d(chosen, turn.in_response) if turn.last else chosen
 
 
 def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """[R] the token of the highest score, the mask itself left out: the references may "fill" a position with
-    a mask and return it; here such a position would never be done. Probabilities are not touched."""
+    """[R] the token with the highest score, except the mask token. The references may "fill" a position with a mask and
+    return it; here such a position would stay masked forever. `score_RV` is unchanged on return."""
     of_mask_R = score_RV.select(1, mask_id)
     kept_R = of_mask_R.clone()
     of_mask_R.fill_(-torch.inf)
@@ -243,22 +244,22 @@ def most_likely(score_RV: torch.Tensor, mask_id: int) -> torch.Tensor:
 
 
 def rule_out(token: int, logits_RV: torch.Tensor, marked_R: torch.Tensor) -> None:
-    """In place, in the rows that are marked. How many they are stays on the device: logits[marked, token] = … would
-    make the host wait for it."""
+    """Sets the logit of `token` to -inf in the marked rows, in place. logits[marked, token] = … would make the host
+    wait for the number of marked rows."""
     logits_RV.select(1, token).masked_fill_(marked_R, -torch.inf)
 
 
 def at_token(values_RV: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
-    """[R] of each row the value at its token"""
+    """[R] the value at each row's token"""
     return values_RV.gather(1, token_R.unsqueeze(1)).squeeze(1)
 
 
 def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
-    """In place: first nucleus, then top-k over what is left, as Dream orders them. What is dropped gets the lowest
-    number there is. Beside the mask, which fills nothing, the best token always stays."""
+    """Applies top-p, then top-k to the remaining tokens, in place and in Dream's order. Dropped logits become the
+    dtype's lowest value. The best token other than the mask is always kept."""
     sorted_RV, index_RV = logits_RV.sort(-1, descending=True)
     before_RV = sorted_RV.softmax(-1)
-    before_RV = before_RV.cumsum(-1) - before_RV  # probability mass ahead of each token
+    before_RV = before_RV.cumsum(-1) - before_RV  # probability mass before each token
     rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     drop_RV = (before_RV > rows.top_p.unsqueeze(1)) | (rank_V >= rows.top_k.unsqueeze(1))
     drop_RV.select(1, 0).fill_(False)
@@ -268,8 +269,8 @@ def filter_top_p_top_k(logits_RV: torch.Tensor, rows: LogitRows) -> None:
 
 
 def required(default: Any) -> Any:
-    """The default of an option that a method cannot do without: if a request chooses the method, the option keeps this
-    value although the server leaves it unset."""
+    """Default of an option that its method requires. A request that chooses the method gets this value even if the
+    server leaves the option unset."""
     return field(default=default, metadata={"required": True})
 
 
@@ -280,6 +281,6 @@ def check(ok: bool, field: str, value, wanted: str) -> None:
 
 def best(score: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest scores, ties to the lowest index."""
-    if count < 0:  # as the end of a slice it would mean all but the last ones
+    if count < 0:  # as the end of a slice it would select all but the last ones
         raise ValueError(f"count: {count} is not valid, it must be at least 0")
     return np.argsort(-score, kind="stable")[:count]

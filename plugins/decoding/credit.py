@@ -1,14 +1,14 @@
 """CreditDecoding: a token that is proposed again and again earns credit, which adds to its logit.
 
-https://arxiv.org/abs/2510.06133. Of every masked row of the block a token's
-credit fades by beta in each step, and the step's own best token earns p^gamma:
+https://arxiv.org/abs/2510.06133. In each step and for every masked row of the
+block, existing credit fades by beta and the row's best token earns p^gamma:
 
     M <- beta * M,   M[i, argmax_i] += p_i^gamma,   logits + alpha * log(1 + M)
 
-Token and probability are read from the sum. At most one token of a row gets
-credit for the first time in a step, so as many pairs of token and credit as
-there were steps are all there is of M; they stay on the host between steps and
-end with the block.
+Token and probability are read from the sum. At most one token per row gets its
+first credit in a step, so M is stored as at most one (token, credit) pair per
+row and step. The pairs stay on the host between steps and are dropped at the
+end of the block.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Turn, check
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 
-#: what is as probable as the best but for so much is filled with it
+#: positions whose probability is within this distance of the best one are filled, too
 TIE = np.float32(1e-5)
 
 
@@ -44,7 +44,7 @@ class Credit(LowConfidence):
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        token_RK, credit_RK = rows.memory["token"], rows.memory["credit"]  # -1 and 0: no more of this row
+        token_RK, credit_RK = rows.memory["token"], rows.memory["credit"]  # -1 and 0: padding
         best = head_statistics(logits_RV, rows.mask_id, rows.eos_id, suppress_eos=rows.options["suppress_eos"])
         best_R, earned_R = best.token, best.prob ** rows.options["gamma"]
         again_RK = token_RK == best_R.unsqueeze(1)
@@ -63,7 +63,7 @@ class Credit(LowConfidence):
 
 
 class Credits(Memory):
-    """Of the positions of a block: position -> token -> credit."""
+    """Credit in one canvas block: position -> token -> credit."""
 
     noted: ClassVar[int] = 2  # the token that earns credit, and how much
 
@@ -80,7 +80,7 @@ class Credits(Memory):
         return {"token": token, "credit": credit}
 
     def note(self, positions: np.ndarray, noted: np.ndarray) -> None:
-        for pairs in self.of.values():  # also of positions that this step did not read
+        for pairs in self.of.values():  # including positions that this step did not read
             for known in pairs:
                 pairs[known] *= self.beta
         for position, token, earned in zip(positions.tolist(), *noted, strict=True):

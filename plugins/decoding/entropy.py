@@ -1,7 +1,7 @@
 """Dream's entropy order: the positions whose distribution has the lowest entropy are committed first.
 
 https://arxiv.org/abs/2508.15487, generation_utils.py of HKUNLP/Dream. Also the
-base of Dream's other algorithms: they differ in the score only.
+base class of Dream's other algorithms, which differ only in the score.
 """
 
 from dataclasses import dataclass, replace
@@ -28,12 +28,12 @@ from vllm_dlm.plugins.decoding.base import (
 @dataclass(frozen=True)
 class Entropy(Decoding):
     name: ClassVar[str] = "entropy"
-    #: which of head_statistics `score` is; None where a class has a score of its own
+    #: field of head_statistics that equals `score`; None if a class defines another score
     statistic: ClassVar[str | None] = "entropy"
 
     eps: float = 1e-3  # end of the time schedule
-    algorithm_temperature: float = 0.0  # alg_temp: > 0 draws positions instead of taking the best
-    # vLLM resets its own to off at temperature 0, where they make no token but Dream's confidence. None: vLLM's.
+    algorithm_temperature: float = 0.0  # alg_temp: above 0, positions are drawn instead of ranked
+    # vLLM turns top_p and top_k off at temperature 0. There they change no token, but Dream's confidence. None: vLLM's.
     top_p: float | None = None
     top_k: int | None = None  # 0: off
 
@@ -73,7 +73,7 @@ class Entropy(Decoding):
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
         suppress_R = rows.options["suppress_eos"]
         if logits_RV.is_cuda and cls.statistic and not (rows.sampled or rows.filtered):
-            # the same in one kernel
+            # the same result from one kernel
             found = head_statistics(
                 logits_RV, rows.mask_id, rows.eos_id, suppress_eos=suppress_R, entropy=cls.statistic == "entropy"
             )
@@ -83,7 +83,7 @@ class Entropy(Decoding):
         if rows.sampled:
             logits_RV /= torch.where(greedy_R, 1.0, rows.temperature).unsqueeze(1)
         if rows.filtered:
-            # Dream filters before it takes the confidence, greedy rows included.
+            # Dream filters before it computes the confidence, for greedy rows, too.
             filter_top_p_top_k(logits_RV, rows)
         prob_RV = logits_RV.softmax(-1)
         token_R = most_likely(prob_RV, rows.mask_id)
@@ -104,6 +104,6 @@ class Entropy(Decoding):
             proposal = replace(proposal, score=drawn)
         chosen = super().choose(proposal, turn, rng)
         if self.threshold is not None and self.steps is not None:
-            # Fast-dLLM's threshold for Dream keeps the step budget: no step gets ahead of the even split.
+            # Fast-dLLM's threshold for Dream keeps the step budget: no step fills more than its even share.
             chosen = chosen[: max(turn.quota, 1)]
         return chosen

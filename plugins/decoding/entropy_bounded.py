@@ -1,9 +1,8 @@
-"""SDAR's entropy-bounded remasking: tokens of the lowest entropy, as long as all of them together stay below a bound.
+"""SDAR's entropy-bounded remasking: fills the tokens of lowest entropy while the sum of entropies stays below a bound.
 
-https://arxiv.org/abs/2510.06303; the idea is that of https://arxiv.org/abs/2505.24857,
-whose bound leaves the largest entropy out. What SDAR's generate.py has under
-this name cannot run; this is the rule of its engine (JetEngine), which fills
-one token at least.
+https://arxiv.org/abs/2510.06303, after https://arxiv.org/abs/2505.24857, where the
+largest entropy does not count. The version in SDAR's generate.py cannot run, so
+this is the rule of SDAR's engine (JetEngine). It fills at least one token.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 class EntropyBounded(LowConfidence):
     name: ClassVar[str] = "entropy_bounded"
 
-    eb_threshold: float = 0.35  # in nats, of all tokens that a step fills
+    eb_threshold: float = 0.35  # in nats, for all tokens of a step together
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,7 +33,7 @@ class EntropyBounded(LowConfidence):
             suppress_R, unlikely_R = rows.options["suppress_eos"], rows.options["confidence_eos_eot_inf"]
             found = head_statistics(logits_RV, rows.mask_id, rows.eos_id, rows.eot_id, suppress_R, unlikely_R, True)
             return Proposal(found.token, found.entropy, found.prob)
-        proposal = super().propose(logits_RV, rows)  # what is ruled out is so in place
+        proposal = super().propose(logits_RV, rows)  # rules tokens out in place
         prob_RV = logits_RV.softmax(-1)
         return replace(proposal, score=Entropy.score(prob_RV, proposal.prob))
 

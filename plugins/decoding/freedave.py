@@ -1,9 +1,10 @@
-"""FreeDave: speculates on what the next steps fill and verifies it in the same forward; texts stay the same.
+"""FreeDave: speculates on the tokens of the next steps and verifies them in the same forward, without changing the
+text.
 
 https://arxiv.org/abs/2510.00294. In addition to the canvas D_0, a step reads
 speculative canvases D_1 ... D_(d-1), which fill the 1 ... d-1 most probable masks
-with the tokens that were proposed for them last. If the step fills into D_0 what
-D_i has filled, then the logits of D_i are those of the next step, and so on.
+with the tokens proposed for them last. If the step fills D_0 to equal D_i, the
+logits of D_i are those of the next step, and so on.
 Without a threshold, each step fills one token and the answer is exactly that of
 one token per step. With one (FreeDave++), speculation adds to what the threshold
 fills. The dataflow is in canvas/speculation.py.
@@ -28,7 +29,7 @@ class FreeDave(SpeculativeDecoding, LowConfidence):
     name: ClassVar[str] = "freedave"
     presets: ClassVar[dict[str, dict]] = {"llada": {"drafts": 4}, "dream": {"drafts": 8}}
 
-    drafts: int = 4  # d: canvases of a step, the request's own among them
+    drafts: int = 4  # d: canvases per step, including the request's own
 
     def __post_init__(self):
         super().__post_init__()

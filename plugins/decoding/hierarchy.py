@@ -1,10 +1,9 @@
 """dInfer's hierarchical decoding: a token in each gap splits it into smaller ones.
 
-https://arxiv.org/abs/2510.08666. The masked positions of a block fall into runs
-of neighbours. Filled are the most probable position of each run if it is more
-probable than `low`, all that are more probable than `high`, and the most
-probable one of all. Positions that tie within a run are filled together. Tokens
-and probabilities are those of `low_confidence`.
+https://arxiv.org/abs/2510.08666. The masked positions of a block form runs of neighbours. A step fills the most
+probable position of each run if its probability exceeds `low`, every position whose probability exceeds `high`, and the
+most probable position of the block. Positions that tie within a run are filled together. Tokens and probabilities are
+those of `low_confidence`.
 """
 
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 class Hierarchy(LowConfidence):
     name: ClassVar[str] = "hierarchy"
 
-    low: float | None = 0.4  # None: the best of each run, whatever it is
-    high: float | None = 0.9  # None: none for this reason
+    low: float | None = 0.4  # None: the best of each run, at any probability
+    high: float | None = 0.9  # None: no such positions
 
     def __post_init__(self):
         super().__post_init__()
@@ -30,7 +29,7 @@ class Hierarchy(LowConfidence):
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         prob, position = proposal.prob, turn.positions
-        starts = np.flatnonzero(np.diff(position, prepend=position[0] - 2) > 1)  # of runs
+        starts = np.flatnonzero(np.diff(position, prepend=position[0] - 2) > 1)  # first position of each run
         of_run = np.repeat(np.maximum.reduceat(prob, starts), np.diff(starts, append=len(prob)))
         filled = (prob == of_run) & (prob > (-1.0 if self.low is None else self.low))
         if self.high is not None:

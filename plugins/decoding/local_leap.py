@@ -1,9 +1,9 @@
-"""LocalLeap: beside a token that is sure, less sure ones may be believed.
+"""LocalLeap: less probable tokens are accepted near a token of high confidence.
 
 https://arxiv.org/abs/2510.07081. Every masked position whose probability
-reaches kappa is an anchor and is filled; so is every one at most W positions
-from an anchor whose probability reaches the lower tau. Without an anchor the
-most probable position is filled alone. Tokens and probabilities are those of
+reaches kappa is an anchor and is filled. Positions within W positions of an
+anchor are filled if their probability reaches the lower tau. Without an anchor,
+only the most probable position is filled. Tokens and probabilities are those of
 `low_confidence`.
 """
 
@@ -21,8 +21,8 @@ class LocalLeap(LowConfidence):
     name: ClassVar[str] = "local_leap"
 
     kappa: float = 0.9  # probability of an anchor
-    tau: float = 0.75  # of a position beside one
-    radius: int = 4  # W: how far that may be, in positions of the canvas
+    tau: float = 0.75  # probability of a position near an anchor
+    radius: int = 4  # W: maximum distance from an anchor, in positions of the canvas
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,9 +35,9 @@ class LocalLeap(LowConfidence):
         anchors = position[prob >= self.kappa]
         if not len(anchors):
             return self.or_probable(best(prob, 1), prob, turn)
-        # of the anchors the nearest one before a position, and the nearest one behind it
-        behind = np.searchsorted(anchors, position).clip(max=len(anchors) - 1)
-        before = (behind - 1).clip(min=0)
-        distance = np.minimum(abs(anchors[before] - position), abs(anchors[behind] - position))
+        # the nearest anchors before and after each position
+        after = np.searchsorted(anchors, position).clip(max=len(anchors) - 1)
+        before = (after - 1).clip(min=0)
+        distance = np.minimum(abs(anchors[before] - position), abs(anchors[after] - position))
         leaps = (distance <= self.radius) & (prob >= self.tau)
         return self.or_probable(np.flatnonzero((prob >= self.kappa) | leaps), prob, turn)

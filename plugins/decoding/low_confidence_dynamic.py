@@ -1,7 +1,7 @@
-"""SDAR's dynamic remasking, and LLaDA2.0's: all tokens that are more probable than a threshold, if these are enough.
+"""Dynamic remasking of SDAR and LLaDA2.0: fills all tokens above a threshold, and at least the step's share.
 
-https://arxiv.org/abs/2510.06303, https://arxiv.org/abs/2512.15745. Where fewer are
-than the step's share of the block, the share is filled, the most probable first.
+https://arxiv.org/abs/2510.06303, https://arxiv.org/abs/2512.15745. If fewer tokens than the step's share of the block
+are above the threshold, the most probable tokens up to the share are filled.
 """
 
 from dataclasses import dataclass

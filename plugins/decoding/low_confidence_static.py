@@ -1,8 +1,7 @@
-"""SDAR's low-confidence remasking: each step of a block fills its share of it, the most probable tokens first.
+"""SDAR's low-confidence remasking: each step fills its share of the block, the most probable tokens first.
 
-https://arxiv.org/abs/2510.06303, evaluation loop of JetAstra/SDAR. A share counts
-from the block's width, also where the block begins inside the prompt; so after
-`steps` steps nothing is masked.
+https://arxiv.org/abs/2510.06303, evaluation loop of JetAstra/SDAR. Shares are computed from the block's width, even if
+the block begins inside the prompt, so no mask is left after `steps` steps.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ class LowConfidenceStatic(LowConfidence):
         return self.steps or max(masks, 1)
 
     def share(self, turn: Turn) -> int:
-        """How many positions this step fills."""
+        """Number of positions that this step fills."""
         if self.steps is None or self.block_length is None:
             return 1
         share, rest = divmod(self.block_length, self.steps)

@@ -1,4 +1,4 @@
-"""Dream's origin: every masked position is filled by an independent coin toss, as the diffusion is trained.
+"""Dream's origin: an independent coin toss decides for every masked position whether to fill it, as in training.
 
 https://arxiv.org/abs/2508.15487, generation_utils.py of HKUNLP/Dream.
 """

@@ -1,6 +1,6 @@
-"""What a decoding can be besides a rule that fills masks: a class to derive from for each canvas feature.
+"""Base classes for decodings that use a canvas feature beyond filling masks.
 
-The features in vllm_dlm/engine look for these classes. They hold no options, which belong to the decoding itself.
+The features in vllm_dlm/canvas test for these classes. Options are fields of the decoding itself.
 """
 
 from dataclasses import replace
@@ -12,9 +12,9 @@ from vllm_dlm.plugins.decoding.base import Memory, check
 
 
 class SpeculativeDecoding:
-    """Reads canvases of its next steps in the same forward, see canvas/speculation.py."""
+    """Reads speculative canvases of its next steps in the same forward, see canvas/speculation.py."""
 
-    drafts: int  # canvases of a request in one step, its own among them
+    drafts: int  # canvases of a request in one step, including its own
 
 
 def without_speculation(decoding: Any) -> Any:
@@ -23,16 +23,16 @@ def without_speculation(decoding: Any) -> Any:
 
 
 class RevokingDecoding:
-    """May turn tokens of the current canvas block into masks again, see canvas/revision.py."""
+    """May turn tokens of the current canvas block back into masks, see canvas/revision.py."""
 
     def judges(self, memory: Memory | None) -> bool:
         """Whether this step may revoke tokens, so that the shadow of the block is read"""
         return True
 
     def revoked(self, noted: np.ndarray, filled: int, memory: Memory | None, unjudged: bool = False) -> np.ndarray:
-        """Indices of the tokens that become masks again, in a step that has filled `filled` other positions. `noted`
-        [Memory.noted, S]: what `propose` noted at the shadow of each token. `unjudged`: the tokens are those of a
-        starting text and no step has judged them yet. This step does, whatever it fills."""
+        """Indices of the tokens that become masks again, in a step that fills `filled` other positions. `noted`
+        [Memory.noted, S]: values that `propose` noted at the shadow of each token. `unjudged`: the tokens come from a
+        starting text and no step has judged them yet; this step judges them even if it fills nothing."""
         raise NotImplementedError
 
 
@@ -40,13 +40,13 @@ class EditingDecoding:
     """May replace tokens of the current canvas block, see canvas/revision.py. Candidates include them."""
 
     def settled(self, masks: int, held: np.ndarray, changed: int, memory: Memory | None) -> bool:
-        """Whether no token changes any more, after a step that has left `masks` masks and changed `changed` positions.
-        `held` [C] bool: candidates that held a token before the step"""
+        """Whether the block is finished, after a step that left `masks` masks and changed `changed` positions. `held`
+        [C] bool: candidates that held a token before the step"""
         raise NotImplementedError
 
 
 class RandomOrder:
-    """Fills positions in random order, so that no threshold applies to what ranks them."""
+    """Fills positions in random order, so thresholds on the score do not apply."""
 
     def __post_init__(self):
         super().__post_init__()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""SDAR's sequential remasking: each step of a block fills its share of it from the left.
+"""SDAR's sequential remasking: each step fills its share of the block from the left.
 
 https://arxiv.org/abs/2510.06303, evaluation loop of JetAstra/SDAR.
 """

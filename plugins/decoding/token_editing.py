@@ -1,12 +1,12 @@
-"""LLaDA2.1's token editing: masks are filled widely, and what stands is read again and again until nothing changes.
+"""LLaDA2.1's token editing: fills many masks per step and rereads the block until no token changes.
 
-https://huggingface.co/inclusionAI/LLaDA2.1-mini, generate of its code. In every step the masks
-are filled whose best token is more probable than the threshold, at least one;
-and a token that stands becomes another one, if that is more probable than the
-editing threshold. What is filled in a step is not edited in it. Once nothing is
-masked the block is read up to `max_post_steps` times more, until a step edits
-nothing. An editing threshold of 0 edits wherever the best token is another one,
-1 nowhere.
+https://huggingface.co/inclusionAI/LLaDA2.1-mini, generate of its code. Each step fills the masks
+whose best token is more probable than the threshold, at least one. It also
+replaces tokens if another token is more probable than the editing threshold.
+Tokens filled in a step are not edited in the same step. Once no mask is left,
+the block is read up to `max_post_steps` more times, until a step edits nothing.
+With an editing threshold of 0 every token that is not the most probable one is
+replaced, with 1 none.
 """
 
 from dataclasses import dataclass
@@ -60,11 +60,11 @@ class TokenEditing(EditingDecoding, LowConfidence):
             return False
         if held.all() and not changed:
             return True
-        memory.made += 1  # the next step would be one more
+        memory.made += 1  # counts the next step
         return memory.made > self.max_post_steps
 
 
 class Posts(Memory):
-    """How many steps there were, the next one included, that found nothing masked."""
+    """Number of steps without a mask, including the next one."""
 
     made = 0

@@ -1,13 +1,13 @@
-"""WINO: fill widely, and take back what its surroundings do not confirm.
+"""WINO: fills many masks per step and revokes tokens that their context does not confirm.
 
 https://arxiv.org/abs/2507.18578. Every mask of the block whose best token is
-more probable than tau1 is filled, up to a share of the masks. What stood there
-before is judged in the same forward, at a row that sees everything but the
-token itself (canvas/revision.py): where that gives the token less than tau2, it
-becomes a mask again. Fewer are taken back than the forward before has filled,
-so a block needs at most as many forwards as it has masks. Tokens of a starting
-text are judged by the first forward of their block, as if the one before had
-filled AT_FIRST of them.
+more probable than tau1 is filled, up to a share of the masks. The same forward
+judges the tokens filled earlier, at shadow rows that see everything except the
+token itself (canvas/revision.py). A token whose probability there is below tau2
+becomes a mask again. A forward revokes fewer tokens than the previous one
+filled, so a block needs at most as many forwards as it has masks. Tokens of a
+starting text are judged by the first forward of their block, as if a previous
+one had filled AT_FIRST of them.
 """
 
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, 
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 
-#: of a forward: this share of the masks is filled at most, but no fewer and no more than these
+#: a forward fills at most this share of the masks, clamped to [FEWEST, MOST]
 SHARE, FEWEST, MOST = 0.7, 5, 20
-#: in a block's first forward, as if so many had been filled before
+#: number of positions that count as filled before a block's first forward
 AT_FIRST = 30
 
 
@@ -37,8 +37,8 @@ class Wino(RevokingDecoding, LowConfidence):
         "mbpp": {"tau1": 0.8, "tau2": 0.9, "block_length": 128},
     }
 
-    tau1: float = 0.6  # more probable ones are filled
-    tau2: float = 0.9  # less probable ones are taken back
+    tau1: float = 0.6  # masks whose best token is more probable are filled
+    tau2: float = 0.9  # tokens that are less probable are revoked
     block_length: int | None = 128
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ class Accepted(Memory):
     noted: ClassVar[int] = 1  # the probability of the token that the position holds
 
     def __init__(self):
-        self.last = AT_FIRST  # how many positions the block's last forward has filled
+        self.last = AT_FIRST  # number of positions that the block's last forward filled
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         return {"held": tokens.reshape(-1, 1)}

@@ -33,6 +33,8 @@ class Progress:
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled or masked again, ascending
     written: int = 0  # length of the prefix whose keys and values are cached for good, see canvas/block_causal.py
+    grown: bool = False  # only the rows that this block added have no cached state
+    block_before: int = 0  # start of the previous canvas block; in the first block, its own start
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
@@ -78,7 +80,7 @@ def span(start: int, end: int) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     live: np.ndarray  # [T] rows carried from the embedding to the head, as ascending positions
-    forced: np.ndarray  # live rows that are recomputed in every layer, whatever the flow selects; ascending
+    forced: np.ndarray  # live rows that are recomputed in every layer, regardless of the flow's selection; ascending
     budget: int | None  # number of other rows that are recomputed; None: the flow decides
     rows: int  # rows recomputed, as the scheduler counts them
     refresh: bool  # an expensive step of a policy that also has inexpensive ones
@@ -146,7 +148,7 @@ class Reuse:
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
         """The only candidates that this step reads, because no later step of the block can read them. They are all
-        filled, whatever the decoding chooses. None: the step reads all candidates and the decoding chooses.
+        filled, regardless of the decoding's choice. None: the step reads all candidates and the decoding chooses.
         `positions`: all candidates"""
         return None
 

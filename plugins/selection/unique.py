@@ -51,19 +51,9 @@ class Unique(PageSelection):
         return mean, spread_of(variance, self.std_kind)
 
     def scores(self, asked: ChoiceQuery) -> torch.Tensor:
-        return page_scores(
-            asked.q,
-            asked.starts,
-            self._statistics(asked.summaries),
-            asked.table,
-            asked.counts,
-            self.forced_from(asked),
-            self.sink_pages,
-            self.lam,
-            self.reduce,
-            asked.ends,
-            asked.voters(self.query_set),
-        )
+        queries = asked.scoring(self.query_set, self.lam, self.reduce)
+        marks = asked.counts, self.forced_from(asked), self.sink_pages
+        return page_scores(queries, self._statistics(asked.summaries), asked.table, *marks)
 
     def store(self, cache: torch.Tensor, page_ids: torch.Tensor, summaries: Summaries) -> None:
         store_statistics(cache, page_ids, self._statistics(summaries))

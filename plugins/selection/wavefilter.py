@@ -9,7 +9,7 @@ The coarsest scale is stored with the KV cache and recomputed when the prompt is
 refreshed. Finer scales are means of the remaining keys.
 
 Extensions beyond the paper, off in preset "paper":
-- `detail_lambda`: a bound on what a mean hides, from the energy of the details
+- `detail_lambda`: adds a bound on the difference between a mean and its keys, from the energy of the details
 - `token_stage`: a last scale of single tokens
 - `reselect`: choices that are used for more than one step
 - `keep_sink`, `keep_tail`: first and last tokens that are always kept
@@ -27,7 +27,7 @@ import pywt
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, mean_and_variance
-from vllm_dlm.kernels.page_scores import Reduction, half_scores, page_scores
+from vllm_dlm.kernels.page_scores import Reduction, ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.top_pages import store_top_pages, top_pages, unless_alike
 from vllm_dlm.kernels.wavelet_lowpass import lowpass
 from vllm_dlm.plugins.decoding.base import check
@@ -81,43 +81,25 @@ class WaveFilter(Selection):
         known = [name for family in pywt.families() for name in pywt.wavelist(family) if is_orthogonal(name)]
         check(self.wavelet in known, "wavelet", self.wavelet, f"an orthogonal wavelet: {', '.join(known)}")
         check(1 <= self.levels <= 4, "levels", self.levels, "1 to 4")
-        given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
-        check(
-            len(given) in (1, self.stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in given),
-            "proportions",
-            self.proportions,
-            f"one number in (0, 1], or {self.stages} of them: one for each scale",
-        )
+        shares, stages = self.shares, self.stages
+        fit = len(shares) in (1, stages) and all(isinstance(m, (int, float)) and 0 < m <= 1 for m in shares)
+        check(fit, "proportions", self.proportions, f"one number in (0, 1], or {stages} of them: one for each scale")
         check(self.budget is None or self.budget > 0, "budget", self.budget, "a share below 1 or a number of tokens")
-        check(self.detail_lambda >= 0, "detail_lambda", self.detail_lambda, "at least 0")
-        check(
-            not self.detail_lambda or self.wavelet == "haar",
-            "detail_lambda",
-            self.detail_lambda,
-            "0 with wavelets other than haar, whose details belong to no block",
-        )
-        check(
-            not (self.token_stage and self.granularity == "page"),
-            "token_stage",
-            self.token_stage,
-            "off with granularity 'page'",
-        )
-        check(
-            not (self.wavelet != "haar" and self.granularity == "page"),
-            "granularity",
-            self.granularity,
-            "'token' with wavelets other than haar",
-        )
+        haar, page, detail = self.wavelet == "haar", self.granularity == "page", self.detail_lambda
+        check(detail >= 0, "detail_lambda", detail, "at least 0")
+        check(haar or not detail, "detail_lambda", detail, "0 with wavelets other than haar")
+        check(not (self.token_stage and page), "token_stage", self.token_stage, "off with granularity 'page'")
+        check(haar or not page, "granularity", self.granularity, "'token' with wavelets other than haar")
         check(self.keep_sink >= 0, "keep_sink", self.keep_sink, "at least 0")
         check(self.keep_tail >= 0, "keep_tail", self.keep_tail, "at least 0")
-        check(
-            reselection(self.reselect) is not None,
-            "reselect",
-            self.reselect,
-            "'step', 'refresh', 'every:R' or 'drift:T'",
-        )
+        known_kind = reselection(self.reselect) is not None
+        check(known_kind, "reselect", self.reselect, "'step', 'refresh', 'every:R' or 'drift:T'")
 
     # -- quantities derived from the fields ------------------------------------------------
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
 
     @property
     def scales(self) -> range:
@@ -149,8 +131,7 @@ class WaveFilter(Selection):
             share = self.budget if self.budget < 1 else min(1.0, self.budget / max(runs * 2**self.levels, 1))
             shares = [share ** (1 / self.stages)] * self.stages
         else:
-            given = self.proportions if isinstance(self.proportions, tuple) else (self.proportions,)
-            shares = list(given) * (self.stages if len(given) == 1 else 1)
+            shares = list(self.shares) * (self.stages if len(self.shares) == 1 else 1)
         kept = []
         for share in shares:
             kept.append(max(math.ceil(share * runs - 1e-9), 1))
@@ -182,7 +163,7 @@ class WaveFilter(Selection):
     def prompt_units(self, prompt_len: int) -> PromptUnits:
         runs = prompt_len // 2**self.levels
         kept = self.kept(runs)
-        # with one scale there is no descent that a kept choice would save
+        # with one scale there is no descent to save by keeping a choice
         memo = kept[0] if self._reselect[0] == "drift" and self.stages > 1 else 0
         return PromptUnits(runs * 2**self.levels, runs, kept[-1], self._numbers(prompt_len, runs, kept), memo)
 
@@ -231,22 +212,8 @@ class WaveFilter(Selection):
         """Votes for the runs of the coarsest scale, [B, Hkv, N]"""
         _, sinks, forced_from = prompts.numbers[:3].unbind()
         statistics = PageStatistics(*asked.summaries.by_place(), 2**self.levels, self._spread)
-        return self._of_heads(
-            page_scores(
-                asked.q,
-                asked.starts,
-                statistics,
-                asked.table,
-                asked.counts,
-                forced_from,
-                sinks,
-                self.detail_lambda,
-                self.agg,
-                asked.ends,
-                asked.voters(self.query_set),
-                self._sharpness(self.levels),
-            )
-        )
+        queries = self._queries(asked, self.levels, self.detail_lambda)
+        return self._of_heads(page_scores(queries, statistics, asked.table, asked.counts, forced_from, sinks))
 
     def _halves(
         self, asked: ChoiceQuery, prompts: CachedPrompts, runs: torch.Tensor, scale: int, numbers: torch.Tensor
@@ -254,40 +221,16 @@ class WaveFilter(Selection):
         """Votes for the halves of the runs kept at the scale above, and their indices as runs of 2^scale tokens,
         [B, Hkv, n] each"""
         above, _, _, _, sinks, forced_from = numbers.unbind()
-        voters, sharpness = asked.voters(self.query_set), self._sharpness(scale)
         if self.wavelet == "haar":
-            scores, halves = half_scores(
-                asked.q,
-                asked.starts,
-                asked.ends,
-                prompts.cache,
-                prompts.table,
-                runs,
-                2**scale,
-                forced_from,
-                sinks,
-                self.detail_lambda,
-                self.agg,
-                voters,
-                sharpness,
-            )
+            queries, cache = self._queries(asked, scale, self.detail_lambda), (prompts.cache, prompts.table)
+            scores, halves = half_scores(queries, *cache, runs, 2**scale, forced_from, sinks)
             return self._of_heads(scores), halves
         keys, counts = prompts.keys(runs, 2 ** (scale + 1)).flatten(2, 3), 2 * above
         band = self._band(keys, scale, None if len(runs) == 1 else counts << scale).to(keys.dtype)
-        scores = page_scores(
-            asked.q,
-            asked.starts,
-            PageStatistics(band, band, 2**scale, "none"),
-            torch.arange(len(runs), device=runs.device)[:, None],
-            counts * (runs[:, 0, 0] >= 0),
-            forced_from,
-            sinks,
-            0.0,
-            self.agg,
-            asked.ends,
-            voters,
-            sharpness,
-        )
+        statistics = PageStatistics(band, band, 2**scale, "none")
+        table, counts = torch.arange(len(runs), device=runs.device)[:, None], counts * (runs[:, 0, 0] >= 0)
+        queries = self._queries(asked, scale, 0.0)
+        scores = page_scores(queries, statistics, table, counts, forced_from, sinks)
         halves = (2 * runs[..., None] + torch.arange(2, dtype=runs.dtype, device=runs.device)).flatten(2)
         return self._of_heads(scores), halves
 
@@ -295,8 +238,9 @@ class WaveFilter(Selection):
     def _spread(self) -> str:
         return "vector" if self.detail_lambda else "none"
 
-    def _sharpness(self, scale: int) -> float:
-        return 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
+    def _queries(self, asked: ChoiceQuery, scale: int, lam: float) -> ScoringQueries:
+        sharpness = 2 ** (scale / 2) if self.normalization == "orthonormal" else 1.0
+        return asked.scoring(self.query_set, lam, self.agg, sharpness)
 
     def _band(self, keys: torch.Tensor, scale: int, counts: torch.Tensor | None = None) -> torch.Tensor:
         """[..., Hkv, N, D] -> low-pass band, scaled like a mean, [..., Hkv, N / 2^scale, D]"""

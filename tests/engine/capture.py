@@ -44,7 +44,6 @@ class Capturing(CapturedSteps):
 def capturing(monkeypatch):
     """An engine whose steps are captured while the test runs, with attention that reads lengths and tables where a
     GPU's would: in the memory that stays."""
-    monkeypatch.setattr(attention, "by_tables", lambda q: True)
     monkeypatch.setattr(attention, "has_flash", lambda q: True)
     monkeypatch.setattr(attention, "flash_attention", over_tables)
 

@@ -6,7 +6,6 @@ from itertools import combinations
 
 from vllm import SamplingParams
 
-from tests.engine.running import core_of
 from tests.soak.requests import Given, Model, drawn_request, forwards
 from vllm_dlm.options import METHOD_KEYS, request_options
 
@@ -19,7 +18,7 @@ CHOICE = 10
 def drawn(llm, count: int, seed: str, **fixed) -> list[tuple[dict, SamplingParams]]:
     """Requests that the engine accepts and whose tokens do not depend on how many others wait. Those are taken that
     have the most pairs of options which none before them has. `fixed` are options of all of them, None is none."""
-    config, server = llm.model_config, core_of(llm).scheduler.dlm_options
+    config, server = llm.model_config, llm.model_config.dlm_options
     model = Model(config.max_model_len, config.get_vocab_size(), config.hf_config.mask_token_id)
     rng, taken, seen = random.Random(seed), [], set()
     while len(taken) < count:

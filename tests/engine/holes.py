@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 
-from vllm_dlm import automaton
-from vllm_dlm.automaton import TokenTexts
 from vllm_dlm.canvas.holes import Holes
 from vllm_dlm.canvas.infill import allowed_tokens
+from vllm_dlm.request import hole_automata as automaton
+from vllm_dlm.request.hole_automata import TokenTexts
 
 TEXTS = [
     None, None, "a", "b", "ab", "red", "re", "d", "green", "gr", "een", '"', "\\", "\\n", '\\"', "\n", "\\u00e9", "\\u",

@@ -1,8 +1,8 @@
-"""What canvas/holes.py and automaton.py compute, said plainly: sets of states, from scratch for every question."""
+"""What canvas/holes.py and canvas/automaton.py compute, in plain sets of states, from scratch for every question."""
 
 import numpy as np
 
-from vllm_dlm.automaton import MASKED, Automaton
+from vllm_dlm.canvas.automaton import MASKED, Automaton
 
 State = int
 

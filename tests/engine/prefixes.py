@@ -9,8 +9,9 @@ from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
+SHIFTED = "fast-dllm-v2-tiny"  # logits predict the next position
 SIZE = 32  # of vLLM's blocks
-USUAL = {"sdar-tiny": 4, "llada2-tiny": 32}  # width of canvas blocks
+USUAL = {"sdar-tiny": 4, "llada2-tiny": 32, SHIFTED: 32}  # width of canvas blocks
 LONG = {"max_model_len": 2048, "hf_overrides": {"max_position_embeddings": 2048}}
 TIGHT = {"max_model_len": 480, "num_gpu_blocks_override": 16, "max_num_batched_tokens": 2048}
 
@@ -73,15 +74,15 @@ def mixed(count: int, seed: int = 1):
 class Known:
     """What must be in a cache of one request after the other, told from their texts."""
 
-    def __init__(self, usual: int):
-        self.usual, self.blocks = usual, set()
+    def __init__(self, usual: int, shift: int):
+        self.usual, self.shift, self.blocks = usual, shift, set()
 
     def hit(self, prompt, params, got) -> int:
         extra, ids = params.extra_args or {}, prompt["prompt_token_ids"]
         width, text = extra.get("dlm_block_length", self.usual), [*ids, *got]
         if extra.get("dlm_cfg_scale") or width not in (4, 8, 32):
             return 0
-        final, hit = len(ids) // width * width, 0
+        final, hit = len(ids) // width * width - self.shift, 0  # a shifted model reads the last row again
         while hit + SIZE <= final and (width, *text[: hit + SIZE]) in self.blocks:
             hit += SIZE
         # the last block is not read again once it is finished

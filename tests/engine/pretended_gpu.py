@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.kernels.watched import Watched
 from vllm_dlm.cache.blocks import KVBlocks
@@ -56,6 +57,7 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(tensor(outputs, inputs), requires_grad=False), None
+        self.quant_method, self.output_size_per_partition = UnquantizedLinearMethod(), outputs
 
     def forward(self, x):
         return F.linear(x, self.weight), None

@@ -18,8 +18,8 @@ from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.infill import Template
 from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling
-from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
+from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
 from vllm_dlm.plugins.decoding.roles import EditingDecoding
 from vllm_dlm.plugins.reuse.base import RowShape

@@ -45,6 +45,10 @@ class Blocks(Watching):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith(("sdar", "llada20"))])
 def test_recorded_run(engines, name):
+    assert_recorded_run(engines(RUNS[name]["ckpt"]), name)
+
+
+def assert_recorded_run(llm, name: str) -> None:
     """Token for token, and step for step what the block was; no step is made to commit a block."""
     run, arrays = RUNS[name], recorded(name)
     extra = {
@@ -62,7 +66,6 @@ def test_recorded_run(engines, name):
         extra_args=extra,
         stop_token_ids=[run["eos"]] if ends else None,
     )
-    llm = engines(run["ckpt"])
     with Blocks(llm) as blocks:
         (got,) = tokens(llm, [({"prompt_token_ids": arrays["prompt"].tolist()}, params)])
     assert list(got) == arrays["answer"].tolist()

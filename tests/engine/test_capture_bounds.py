@@ -201,7 +201,7 @@ ERRORS = [
     RuntimeError("no kernel"),
     torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
     PoolLost("AcceleratorError: operation not permitted when stream is capturing"),
-    MemoryError("a captured step sends more"),
+    MemoryError("the tables of a captured step exceed"),
 ]
 
 

@@ -13,19 +13,19 @@ from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.selecting import engine
 from tests.engine.test_failures import PLACES, ask, outputs, poisoned
 from tests.engine.test_selection import SMALL
-from vllm_dlm.automaton import built
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.caches import Blocks, StreamCaches
 from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
 from vllm_dlm.canvas.denoising import Denoising, Sampling
 from vllm_dlm.canvas.selected_keys import ChoicePool
 from vllm_dlm.canvas.stream import Stream
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.integration.worker import runner as runner_module
 from vllm_dlm.options import request_options, server_options
+from vllm_dlm.options.texts import Layout
 from vllm_dlm.plugins.reuse.base import RowShape, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.selection.unique import Unique
+from vllm_dlm.request.hole_automata import built
 from vllm_dlm.step.buckets import Costs
 from vllm_dlm.step.captured import TABLES, CapturedSteps
 from vllm_dlm.step.counts import Counts

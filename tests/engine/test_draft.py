@@ -105,12 +105,15 @@ def test_wino_judges_what_stays(engines):
 REFUSED = {
     "a share": ({"dlm_start": [5], "dlm_remask": 1.5}, "dlm_remask: 1.5 is not valid, it must be between 0 and 1"),
     "words": ({"dlm_start": [5], "dlm_remask": "half"}, "dlm_remask: 'half' is not valid, it must be"),
-    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid without a starting text, give dlm_start"),
+    "no draft": ({"dlm_remask": 0.5}, "dlm_remask: 0.5 is not valid, it requires a starting text"),
     "no text": ({"dlm_start": 5}, "dlm_start: 5 is not valid, it must be str or a list of int"),
-    "no token": ({"dlm_start": [10**6]}, "dlm_start: 1000000 cannot be honoured, token ids are those from 0 to"),
-    "too long": ({"dlm_start": [5] * 9}, "max_tokens: 8 cannot be honoured, the starting text has 9 tokens"),
-    "a window": ({"dlm_start": [5], "dlm_window": 3}, "dlm_extent: a starting text is read as a whole"),
-    "a template": ({"dlm_start": [5], "dlm_template": "[[3]]"}, "dlm_start: (5,) cannot be honoured, a template says"),
+    "no token": ({"dlm_start": [10**6]}, "dlm_start: 1000000 is not supported: token ids must be between 0 and"),
+    "too long": ({"dlm_start": [5] * 9}, "max_tokens: 8 is not supported: the starting text has 9 tokens"),
+    "a window": ({"dlm_start": [5], "dlm_window": 3}, "a starting text requires dlm_extent full"),
+    "a template": (
+        {"dlm_start": [5], "dlm_template": "[[3]]"},
+        "dlm_start: (5,) is not supported: a template already defines",
+    ),
 }
 
 
@@ -123,5 +126,5 @@ def test_refused(engines, extra, says):
 
 @pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
 def test_models_that_know_blocks_refuse_it(engines, checkpoint):
-    with pytest.raises(ValueError, match=r"dlm_start.*a block sees nothing of what comes behind it"):
+    with pytest.raises(ValueError, match=r"dlm_start.*a canvas block does not attend to later positions"):
         engines(checkpoint).generate([request([5], [6], 3)[0]], [request([5], [6], 3)[1]], use_tqdm=False)

@@ -101,7 +101,7 @@ def test_what_drafts_take_is_refused_by_name(engines):
     params = SamplingParams(
         max_tokens=100, extra_args={"dlm_decoding": "freedave", "dlm_drafts": 64, "dlm_reuse": "fast_dllm/dual"}
     )
-    with pytest.raises(ValueError, match="dlm_drafts: 64 cannot be honoured, a canvas of 101 tokens takes 7 blocks"):
+    with pytest.raises(ValueError, match="dlm_drafts: 64 is not supported: a canvas of 101 tokens takes 7 blocks"):
         tokens(llm, [({"prompt_token_ids": [7]}, params)])
     with pytest.raises(ValueError, match="dlm_drafts: 0 is not valid, it must be between 1 and 64"):
         tokens(llm, [({"prompt_token_ids": [7]}, SamplingParams(extra_args=params.extra_args | {"dlm_drafts": 0}))])

@@ -13,14 +13,15 @@ from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
 REUSES = sorted(methods("reuse"))
+BEGIN_AGAIN = [name for name in REUSES if getattr(methods("reuse")[name], "begins_again", True)]
 SCARCE = {"num_gpu_blocks_override": 40, "block_size": 16}
 
 
-def growing(count: int, new: int = 64, window: int = 4, **more):
+def growing(count: int, new: int = 64, window: int = 4, reuses: list[str] = REUSES, **more):
     """Of every reuse policy in turn, some guided"""
     rng = random.Random(count)
     for index in range(count):
-        extra = {"dlm_reuse": REUSES[index % len(REUSES)], "dlm_block_length": 8, "dlm_window": window} | more
+        extra = {"dlm_reuse": reuses[index % len(reuses)], "dlm_block_length": 8, "dlm_window": window} | more
         if index % 5 == 3:
             extra["dlm_cfg_scale"] = 0.5
         params = SamplingParams(
@@ -58,7 +59,7 @@ def test_a_window_as_long_as_the_canvas_is_the_canvas(engines, checkpoint):
 
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_who_has_no_memory_to_grow_begins_its_block_again(engines, checkpoint):
-    given = list(growing(16, new=40))
+    given = list(growing(16, new=40, reuses=BEGIN_AGAIN))
     wanted = tokens(engines(checkpoint), given)
     llm = engines(checkpoint, **SCARCE)
     with preempted(llm) as found:

@@ -9,10 +9,11 @@ import torch
 
 from tests.engine.holes import EOS, IDS, KINDS, MASK, SIZE, TEXTS, TOKENS, allowed
 from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
-from vllm_dlm import automaton
-from vllm_dlm.automaton import MASKED, NEVER, Automaton, TokenTexts
+from vllm_dlm.canvas.automaton import MASKED, NEVER, Automaton
 from vllm_dlm.canvas.holes import Holes
 from vllm_dlm.canvas.infill import allowed_tokens, rule_out_others
+from vllm_dlm.request import hole_automata as automaton
+from vllm_dlm.request.hole_automata import TokenTexts
 
 
 def class_of(made: Automaton, token: int) -> int:

@@ -87,10 +87,10 @@ def test_samples_and_logprobs(engines):
     [
         (3, "dlm_suffix: 3 is not valid, it must be str or a list of int"),
         (["a"], "dlm_suffix"),
-        ([1, -1], "dlm_suffix: -1 cannot be honoured, token ids are those from 0 to"),
-        ([10**6], "dlm_suffix: 1000000 cannot be honoured, token ids are those from 0 to"),
-        ([7] * 253, "leave no room for a canvas"),
-        ([7] * 5000, "it has 5000 token ids, and the model reads 256"),
+        ([1, -1], "dlm_suffix: -1 is not supported: token ids must be between 0 and"),
+        ([10**6], "dlm_suffix: 1000000 is not supported: token ids must be between 0 and"),
+        ([7] * 253, "leaves no room for a canvas"),
+        ([7] * 5000, "it has 5000 token ids, and the model's length is 256"),
     ],
 )
 def test_refused(engines, suffix, says):
@@ -103,5 +103,5 @@ def test_refused(engines, suffix, says):
 @pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
 def test_models_that_know_blocks_refuse_it(engines, checkpoint):
     prompt, params = request([5, 6, 7], [8, 9], 4)
-    with pytest.raises(ValueError, match=r"dlm_suffix.*a block sees nothing of what comes behind it"):
+    with pytest.raises(ValueError, match=r"dlm_suffix.*a canvas block does not attend to later positions"):
         engines(checkpoint).generate([prompt], [params], use_tqdm=False)

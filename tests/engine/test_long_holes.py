@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.engine.holes import EOS, IDS, KINDS, MASK, SIZE, TOKENS, allowed
-from vllm_dlm import automaton
-from vllm_dlm.automaton import MASKED, Automaton
+from vllm_dlm.canvas.automaton import MASKED, Automaton
 from vllm_dlm.canvas.holes import Holes
 from vllm_dlm.canvas.infill import AUTOMATA, allowed_tokens, automaton_from_plain
+from vllm_dlm.request import hole_automata as automaton
 
 LONG = 512
 

@@ -3,15 +3,29 @@
 import pytest
 import torch
 
-from tests.engine.prefixes import CHECKPOINTS, SIZE, TIGHT, USUAL, Known, ask, caching, mixed, outputs, some, without
+from tests.engine.prefixes import (
+    CHECKPOINTS,
+    SHIFTED,
+    SIZE,
+    TIGHT,
+    USUAL,
+    Known,
+    ask,
+    caching,
+    mixed,
+    outputs,
+    some,
+    without,
+)
 from tests.engine.running import Rows, Watching, core_of, poison, runner_of, tokens
-from tests.tiers import in_turn
+from tests.tiers import in_turn, slow
 from vllm_dlm.families import FAMILIES
 
 
 def test_checkpoints_of_all_such_families():
-    kinds = {family.model_type.partition("_")[0] for family in FAMILIES.values() if family.attention == "block_causal"}
-    assert kinds == {checkpoint.partition("-")[0] for checkpoint in CHECKPOINTS}
+    """As far as they differ in what may be found"""
+    kinds = {family.logits_shift for family in FAMILIES.values() if family.attention == "block_causal"}
+    assert kinds == {FAMILIES["SDARForCausalLM"].logits_shift, FAMILIES["Fast_dLLM_QwenForCausalLM"].logits_shift}
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -41,12 +55,12 @@ def counted(llm) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
-@pytest.mark.parametrize("checkpoint, order", in_turn(CHECKPOINTS, [1, -1]))
+@pytest.mark.parametrize("checkpoint, order", [*in_turn(CHECKPOINTS, [1, -1]), (SHIFTED, 1), *slow((SHIFTED, -1))])
 def test_one_after_the_other(engines, checkpoint, order):
     """Hits are those that the texts say, and change no token."""
     given = list(mixed(48))[::order]
     wanted = tokens(without(engines, checkpoint), given)
-    llm, known, found = caching(engines, checkpoint), Known(USUAL[checkpoint]), []
+    llm, known, found = caching(engines, checkpoint), Known(USUAL[checkpoint], int(checkpoint == SHIFTED)), []
     for request, want in zip(given, wanted, strict=True):
         got, (hit,) = outputs(llm, [request])
         assert got == [want], request
@@ -55,7 +69,9 @@ def test_one_after_the_other(engines, checkpoint, order):
     assert sum(hit > 0 for hit in found) > 10 and 0 in found
 
 
-@pytest.mark.parametrize("checkpoint, chunk", in_turn(CHECKPOINTS, [1024, 16]))
+@pytest.mark.parametrize(
+    "checkpoint, chunk", [*in_turn(CHECKPOINTS, [1024, 16]), *slow((SHIFTED, 1024), (SHIFTED, 16))]
+)
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
     given = list(mixed(48, 2))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tests.engine.holes import EOS, KINDS, MASK, SIZE
 from tests.engine.simulated import CONFIDENCE, Case, Run
 from tests.tiers import in_turn, slow
-from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
+from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 

@@ -15,8 +15,8 @@ from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from tests.engine.stated import stated
 from tests.tiers import in_turn, pairwise
 from vllm_dlm.families import FAMILIES
-from vllm_dlm.limits import DEFAULT_LIMITS
 from vllm_dlm.options import OptionError, request_options, server_options
+from vllm_dlm.options.limits import DEFAULT_LIMITS
 from vllm_dlm.scoring.monte_carlo import draws
 from vllm_dlm.scoring.scores import How, Pair, PairScore, jobs, resolved
 
@@ -219,7 +219,7 @@ def test_the_limits_of_a_server_are_none_of_an_llm(engines):
 
 
 def test_monte_carlo_is_of_models_that_see_the_whole_canvas(engines):
-    with pytest.raises(OptionError, match=r"^method: 'monte_carlo' .* 'blocks' scores it"):
+    with pytest.raises(OptionError, match=r"^method: 'monte_carlo' .* the method must be 'blocks'"):
         vllm_dlm.score(engines(BLOCKWISE), [1, 2], [3], method="monte_carlo")
     with pytest.raises(OptionError, match=r"^method: "):
         vllm_dlm.score(engines(BLOCKWISE), [1, 2], [3], mc_num=16)

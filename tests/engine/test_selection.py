@@ -8,8 +8,9 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.batches import CHECKPOINTS
-from tests.engine.running import Counted, core_of, runner_of, tokens
+from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.selecting import assert_batch_invariant, assert_keeping_all_is_dense, engine, requests
+from tests.kernels.pages import scored
 from tests.tiers import slow
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.canvas.selected_keys import ChoicePool, SelectedKeys
@@ -103,8 +104,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     view = SelectedKeys(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
     slots = Slots(order[position // block_size], position % block_size)
-    pages.write_keys(0, slots, kv[..., :dim])
-    pages.write_values(0, slots, kv[..., dim:])
+    pages.write_plain(0, slots, *kv.split(dim, -1))
     refresh(view, pages, kv)
     q = torch.randn(3, 2 * kv_heads, dim, generator=generator)
     return view, pages, kv, q
@@ -149,7 +149,8 @@ def test_view_is_a_mask(std_kind, reduce):
         "vector": variance.sqrt,
         "diag2": lambda: variance.unflatten(-1, (4, -1)).mean(-1),
     }[std_kind]()
-    scores = naive.page_scores(
+    scores = scored(
+        naive.page_scores,
         q,
         torch.tensor([0, 3]),
         PageStatistics(mean[:, :, None], spread[:, :, None], 16, std_kind),
@@ -230,7 +231,7 @@ def test_choices_that_are_returned_last_as_long():
 def test_memory_of_summaries_is_asked_for(engines):
     llm = engine(engines, "llada-tiny", SMALL)
     shape = runner_of(llm).denoiser.shape
-    options = request_options(core_of(llm).scheduler.dlm_options, {})
+    options = request_options(llm.model_config.dlm_options, {})
     kv, features, summaries, _ = shape.blocks(options, 2000, 2100)
     assert (features, summaries) == (0, -(-(2000 // 16) // shape.block_size))
     assert shape.tokens(options, 2000, 2100) == (kv + summaries) * shape.block_size

@@ -4,7 +4,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine.matrix import small
-from tests.engine.running import core_of, tokens
+from tests.engine.running import tokens
 from tests.engines import start_engine
 
 DLM = {
@@ -21,7 +21,7 @@ def answers(llm) -> tuple:
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     got = tokens(llm, [({"prompt_token_ids": list(range(5, 95))}, params)])
     default = llm.generate({"prompt_token_ids": [7, 8, 9]}, use_tqdm=False)[0].outputs[0].token_ids
-    return core_of(llm).scheduler.dlm_options, llm.get_default_sampling_params(), got, len(default)
+    return llm.model_config.dlm_options, llm.get_default_sampling_params(), got, len(default)
 
 
 def test_options_are_those_of_a_start(engines):

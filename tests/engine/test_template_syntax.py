@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse
 
 BOUNDS = TemplateBounds(hole=100, holes=100, automata=100)
@@ -34,11 +34,12 @@ def test_parsed(template):
 
 WRONG = {
     "no hole": "it has no hole", "[[[[3]]": "it has no hole", "": "it has no hole",
-    "a [[x]]": "at character 2", "[[3": "is no hole", "[[3:words]]": "is no hole", "[[3:string": "is no hole",
-    "[[0]]": "1 to 100 tokens", "[[101]]": "1 to 100 tokens", f"[[{'9' * 5000}]]": "1 to 100 tokens",
-    "[[-1]]": "is no hole", "[[1.5]]": "is no hole", "[[3:one of]]": "JSON strings", '[[3:one of "a]]': "JSON strings",
-    '[[3:one of "a"|]]': "JSON strings", "[[3:one of 3]]": "is no text", '[[3:one of "a" "b"]]': "is no hole",
-    '[[3:one of "\\ud800"]]': "is no text",
+    "a [[x]]": "at character 2", "[[3": "is not a hole", "[[3:words]]": "is not a hole", "[[3:string": "is not a hole",
+    "[[0]]": "between 1 and 100", "[[101]]": "between 1 and 100", f"[[{'9' * 5000}]]": "between 1 and 100",
+    "[[-1]]": "is not a hole", "[[1.5]]": "is not a hole", "[[3:one of]]": "JSON strings",
+    '[[3:one of "a]]': "JSON strings",
+    '[[3:one of "a"|]]': "JSON strings", "[[3:one of 3]]": "is not a text", '[[3:one of "a" "b"]]': "is not a hole",
+    '[[3:one of "\\ud800"]]': "is not a text",
     f'[[3:one of {"|".join(json.dumps(str(n)) for n in range(65))}]]': "at most 64",
     f'[[3:one of {json.dumps("a" * 600)}]]': "512 characters", f'[[3:one of {"[" * 100_000}]]': "JSON strings",
 }  # fmt: skip

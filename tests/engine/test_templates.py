@@ -175,20 +175,20 @@ def test_logprobs_and_samples(engines):
 
 REFUSED = {
     "no hole": (params("abc"), "it has no hole: a hole is [[n]]"),
-    "no kind": (params("[[3:words]]"), "is no hole"),
+    "no kind": (params("[[3:words]]"), "is not a hole"),
     "not a text": (params("a", extra={"dlm_template": 3}), "dlm_template: 3 is not valid, it must be str"),
     "too long": (params("[[250]]", extra={}), "dlm_template"),
-    "too long by itself": (params("[[200]]" * 2), "it has 401 tokens or more with its end, and the model reads 256"),
-    "a stop": (params("[[5]]", stop=["a"]), "stop: ['a'] cannot be honoured"),
-    "longer than anything": (params("[[257]]"), "a hole has 1 to 256 tokens"),
-    "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 cannot be honoured, the template has 5 tokens"),
+    "too long by itself": (params("[[200]]" * 2), "it has at least 401 tokens with its end; the model's length is 256"),
+    "a stop": (params("[[5]]", stop=["a"]), "stop: ['a'] is not supported"),
+    "longer than anything": (params("[[257]]"), "the length of a hole must be between 1 and 256 tokens"),
+    "max_tokens": (params("[[5]]", max_tokens=5), "max_tokens: 5 is not supported: it must be at least 6"),
     "an alternative": (
         params('[[1:one of "a"|"0123456789abcdef"]]'),
         "'0123456789abcdef' has",
     ),
-    "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True cannot be honoured"),
-    "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' cannot be honoured"),
-    "a special token": (params("<|endoftext|>[[3]]"), "has a token in it that is no text"),
+    "ignore_eos": (params("[[5]]", ignore_eos=True), "ignore_eos: True is not supported"),
+    "with a suffix": (params("[[5]]", extra={"dlm_suffix": "a"}), "dlm_suffix: 'a' is not supported"),
+    "a special token": (params("<|endoftext|>[[3]]"), "contains a token that has no text"),
 }
 
 
@@ -200,5 +200,5 @@ def test_refused(engines, sampling, says):
 
 @pytest.mark.parametrize("checkpoint", ["llada2-tiny", "sdar-tiny"])
 def test_models_that_know_blocks_refuse_it(engines, checkpoint):
-    with pytest.raises(ValueError, match=r"dlm_template.*a block sees nothing of what comes behind it"):
+    with pytest.raises(ValueError, match=r"dlm_template.*a canvas block does not attend to later positions"):
         engines(checkpoint).generate([{"prompt_token_ids": [5]}], [params("[[3]]", detokenize=False)], use_tqdm=False)

@@ -3,7 +3,7 @@
 import torch
 
 from tests.engine.prefixes import CHECKPOINTS, SIZE, TIGHT, ask, caching, outputs, some, without
-from tests.engine.running import Watching, core_of, tokens
+from tests.engine.running import Watching, tokens
 from vllm_dlm.integration.requests import salt
 
 
@@ -12,7 +12,7 @@ def test_what_goes_wrong_is_not_found(engines, monkeypatch):
     monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", 32)
     llm, request = caching(engines, CHECKPOINTS[0]), ask(some(100, 9), 12)
     wanted = tokens(without(engines, CHECKPOINTS[0]), [request])
-    decoding = type(core_of(llm).scheduler.dlm_options.decoding)
+    decoding = type(llm.model_config.dlm_options.decoding)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "choose", lambda *_: 1 / 0)
         (failed,) = llm.generate(*request, use_tqdm=False)

@@ -77,7 +77,7 @@ def test_rows_and_keys_are_those_that_are_counted(engines, checkpoint, selection
     assert any(frame["heat"]["pages"] for frame in frames)
     layers = told[0].begun[0]["layers"]
     for (_, params), own in zip(given, told, strict=True):
-        options = request_options(core_of(llm).scheduler.dlm_options, params.extra_args)
+        options = request_options(llm.model_config.dlm_options, params.extra_args)
         if options.decoding.cfg_scale or isinstance(options.decoding, RevokingDecoding) or options.canvases > 1:
             continue  # rows beside those of the canvas
         for frame in own.frames[0]:

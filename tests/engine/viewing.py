@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_dlm.integration.view import ADDED
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.view.frames import Replay
 from vllm_dlm.view.hub import HUB, Follower
 from vllm_dlm.view.observed import ObservedRequest

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vllm_dlm.step.counts import Counts
 from vllm_dlm.step.denoiser import plain_stream
@@ -23,6 +24,23 @@ def states_of(worker, canvases: list[list[int]]) -> list[tuple[torch.Tensor, tor
     states[-1] = model.model.norm(hidden)
     logits = model.compute_logits(hidden)
     return list(zip(torch.stack(states).cpu().split(lengths, 1), logits.cpu().split(lengths), strict=True))
+
+
+@torch.inference_mode()
+def block_causal_logits_of(worker, canvas: list[int], width: int) -> torch.Tensor:
+    """Logits [L, V] of a canvas whose rows attend to the blocks before theirs and their own, in one forward"""
+    runner = worker.model_runner
+    block = torch.arange(len(canvas), device=runner.device) // width
+    seen = block[:, None] >= block  # [L, L]
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in qkv)  # [1, heads, L, D]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return context[0].transpose(0, 1).flatten(1)
+
+    ids, positions = torch.tensor(canvas, device=runner.device), torch.arange(len(canvas), device=runner.device)
+    with runner.forwards():
+        return runner.model.compute_logits(runner.model(ids, positions, attend)).cpu()
 
 
 def open_requests(worker) -> int:

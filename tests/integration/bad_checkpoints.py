@@ -11,12 +11,20 @@ from tests.conftest import GOLDEN
 from tests.integration.refusals import line_of
 
 LLADA, DREAM, MOE, SDAR, LLADA2 = "llada-tiny", "dream-tiny", "lladamoe-tiny", "sdar-tiny", "llada2-tiny"
+A2D_QWEN3, A2D_QWEN2, A2D_LLAMA = "a2d-qwen3-tiny", "a2d-qwen2-tiny", "a2d-llama-tiny"
+RND1, DIFFCODER, FAST_V2 = "rnd1-tiny", "stable-diffcoder-tiny", "fast-dllm-v2-tiny"
 ARCHITECTURE = {
     LLADA: "LLaDAModelLM",
     DREAM: "DreamModel",
     MOE: "LLaDAMoEModelLM",
     SDAR: "SDARForCausalLM",
     LLADA2: "LLaDA2MoeModelLM",
+    A2D_QWEN3: "A2DQwen3LMHeadModel",
+    A2D_QWEN2: "A2DQwen2LMHeadModel",
+    A2D_LLAMA: "A2DLlamaLMHeadModel",
+    RND1: "RND1",
+    DIFFCODER: "StableDiffcoderForCausalLM",
+    FAST_V2: "Fast_dLLM_QwenForCausalLM",
 }
 
 

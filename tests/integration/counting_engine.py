@@ -14,8 +14,8 @@ from vllm.logprobs import Logprob
 
 from tests.integration.serving import CHECKPOINT
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.limits import Limits
-from vllm_dlm.scored import SCORE
+from vllm_dlm.options.limits import Limits
+from vllm_dlm.options.scored import SCORE
 from vllm_dlm.scoring import route
 
 LONGEST = 4096  # the model's length in tokens
@@ -92,7 +92,8 @@ class Served:
 
         self.tokenizer = CountedTokenizer(processor.renderer.tokenizer)
         monkeypatch.setattr(processor.renderer, "tokenizer", self.tokenizer)
-        monkeypatch.setattr(processor, "dlm_options", replace(server_options_of(processor), limits=limits))
+        model = processor.model_config
+        monkeypatch.setattr(model, "dlm_options", replace(server_options_of(model), limits=limits))
         self.engine = CountingEngine(processor)
         models = SimpleNamespace(model_name=lambda: "demo", is_base_model=lambda name: name == "demo")
         self.app = FastAPI()

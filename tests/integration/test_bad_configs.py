@@ -11,17 +11,43 @@ from vllm.plugins import load_general_plugins
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from tests.conftest import GOLDEN
-from tests.integration.bad_checkpoints import ARCHITECTURE, DREAM, LLADA, LLADA2, MOE, SDAR, copied, refused_config
+from tests.integration.bad_checkpoints import (
+    A2D_LLAMA,
+    A2D_QWEN2,
+    A2D_QWEN3,
+    ARCHITECTURE,
+    DIFFCODER,
+    DREAM,
+    FAST_V2,
+    LLADA,
+    LLADA2,
+    MOE,
+    RND1,
+    SDAR,
+    copied,
+    refused_config,
+)
 from tests.page_sparse.models import write
 from vllm_dlm.families.config import check_config
+from vllm_dlm.families.family import imported
+from vllm_dlm.integration.dispatch import family_of
 
 #: fields that need not be there: what the files of a family leave to its tokenizer or code, or to another family
 UNSAID = {
     MOE: ("mask_token_id", "architectures"),
     LLADA2: ("mask_token_id", "eos_token_id", "architectures", "block_size"),
+    A2D_QWEN3: ("mask_token_id",),
+    A2D_QWEN2: ("mask_token_id",),
+    A2D_LLAMA: ("mask_token_id",),
+    DIFFCODER: ("mask_token_id", "architectures"),  # without the architecture it is an autoregressive Llama
+    FAST_V2: ("mask_token_id", "bd_size"),
 }
 
 
+LLAMA_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 SIZES = {
     LLADA: ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length"),
     DREAM: (
@@ -41,6 +67,12 @@ SIZES = {
         "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group", "topk_group",
         "max_position_embeddings", "vocab_size", "block_size",
     ),
+    A2D_QWEN3: LLAMA_SIZES,
+    A2D_QWEN2: LLAMA_SIZES,
+    A2D_LLAMA: LLAMA_SIZES,
+    RND1: (*LLAMA_SIZES, "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    DIFFCODER: LLAMA_SIZES,
+    FAST_V2: (*LLAMA_SIZES, "bd_size"),
 }  # fmt: skip
 TOKENS = ("mask_token_id", "eos_token_id")
 NUMBERS = ("rope_theta", "rms_norm_eps")
@@ -109,6 +141,27 @@ WRONG = [
     (LLADA2, "score_function", {"score_function": "softmax"}),
     (LLADA2, "use_qk_norm", {"use_qk_norm": False}),
     (LLADA2, "expert_capacity", {"expert_capacity": 48}),
+    (A2D_QWEN3, "block_size", {"block_size": 0}),
+    (A2D_QWEN3, "block_size", {"block_size": "32"}),
+    (A2D_QWEN3, "layer_types", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
+    (A2D_QWEN3, "attention_bias", {"attention_bias": True}),
+    (A2D_QWEN3, "use_sliding_window", {"use_sliding_window": True}),
+    (A2D_QWEN2, "block_size", {"block_size": -4}),
+    (A2D_QWEN2, "use_sliding_window", {"use_sliding_window": True}),
+    (A2D_LLAMA, "mlp_bias", {"mlp_bias": True}),
+    (A2D_LLAMA, "rope_type", {"rope_scaling": "llama3"}),
+    (RND1, "is_causal", {"is_causal": True}),
+    (RND1, "sliding_window", {"sliding_window": 4096}),
+    (RND1, "rope_type", {"rope_scaling": "linear"}),
+    (RND1, "num_experts_per_tok", {"num_experts_per_tok": 9}),
+    (RND1, "decoder_sparse_step", {"decoder_sparse_step": 2}),
+    (RND1, "mlp_only_layers", {"mlp_only_layers": [0]}),
+    (DIFFCODER, "block_size", {"block_size": 0}),
+    (DIFFCODER, "attention_bias", {"attention_bias": True}),
+    (DIFFCODER, "mlp_bias", {"mlp_bias": True}),
+    (DIFFCODER, "rope_type", {"rope_scaling": "linear"}),
+    (FAST_V2, "use_sliding_window", {"use_sliding_window": True}),
+    (FAST_V2, "rope_type", {"rope_scaling": "linear"}),
 ]
 
 
@@ -120,9 +173,12 @@ def registered():
 
 def refused_by_check(name: str, changed: dict) -> str:
     """The decision alone, on config.json as vLLM reads it."""
-    given = json.loads((GOLDEN / "checkpoints" / name / "config.json").read_text()) | changed
+    # The mask may be the tokenizer's, which is looked up before.
+    given = {"mask_token_id": 7} if "mask_token_id" in UNSAID.get(name, ()) else {}
+    given |= json.loads((GOLDEN / "checkpoints" / name / "config.json").read_text()) | changed
     given = {field: value for field, value in given.items() if value is not None}
-    config = _CONFIG_REGISTRY[given["model_type"]].from_dict(given)
+    family = family_of(given, {})
+    config = (imported(family.config) if family else _CONFIG_REGISTRY[given["model_type"]]).from_dict(given)
     with pytest.raises(ValueError) as refused:
         check_config(config)
     return str(refused.value)

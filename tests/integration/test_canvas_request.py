@@ -6,11 +6,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import METHOD_KEYS, OptionError, Options, request_options, server_options
+from vllm_dlm.options.scored import SCORE
+from vllm_dlm.options.texts import Layout
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
-from vllm_dlm.scored import SCORE
 
 FULL = server_options({"decoding": {"threshold": 0.7}, "canvas": {"max": 99}}, "low_confidence")
 BLOCKS = server_options(None, "low_confidence_dynamic", attention="block_causal", block_length=4)

@@ -82,7 +82,7 @@ def test_generate_refuses_by_name(llm, field):
 def test_what_does_not_fit_the_cache_is_named(engines, options, blamed):
     llm = engines("llada-tiny", block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=512)
     prompt, params = {"prompt_token_ids": [7] * 200}, SamplingParams(max_tokens=56, extra_args=options)
-    with pytest.raises(ValueError, match=f"{blamed}, and there are 9") as refused:
+    with pytest.raises(ValueError, match=f"{blamed}; the cache has 9") as refused:
         llm.generate(prompt, params, use_tqdm=False)
     assert "a canvas of 256 tokens takes 8 blocks" in str(refused.value)
     assert "max_tokens" not in str(refused.value)

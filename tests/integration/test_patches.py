@@ -64,10 +64,13 @@ def test_a_wrapper_takes_its_place_once():
 @pytest.mark.parametrize(
     "row, said",
     [
-        (patch("method", "(self, a)"), "Theirs.method is (self, a, b=)"),
-        (patch("gone", "(self)"), "Theirs.gone is not there"),
-        (patch("method", "(self)", "vllm.no_module:Theirs"), "vllm.no_module:Theirs.method is not there"),
-        (patch("gone", "(self)", "vllm.entrypoints.serve.engine.serving:BaseServing"), "BaseServing.gone is not there"),
+        (patch("method", "(self, a)"), "Theirs.method has the signature (self, a, b=)"),
+        (patch("gone", "(self)"), "Theirs.gone does not exist"),
+        (patch("method", "(self)", "vllm.no_module:Theirs"), "vllm.no_module:Theirs.method does not exist"),
+        (
+            patch("gone", "(self)", "vllm.entrypoints.serve.engine.serving:BaseServing"),
+            "BaseServing.gone does not exist",
+        ),
     ],
 )
 def test_what_is_not_as_expected_is_named(row, said):
@@ -131,9 +134,9 @@ CASES = {
     "another version": (
         "from vllm_dlm.integration import gate; gate.SUPPORTED = (0, 7), (0, 9)",
         ["generate"],
-        "it supports vLLM 0.7 and 0.8, and this is 0.32",
+        "it supports vLLM 0.7 and 0.8, not 0.32",
     ),
-    "a missing attribute": ("", ["lose"], "vllm.engine.arg_utils:EngineArgs.from_cli_args is not there"),
+    "a missing attribute": ("", ["lose"], "vllm.engine.arg_utils:EngineArgs.from_cli_args does not exist"),
     "a broken import": (
         "import sys; sys.modules['vllm_dlm.integration.bodies'] = None",
         [],
@@ -182,5 +185,5 @@ def test_a_model_that_another_plugin_serves_is_left_to_it(tmp_path, autoregressi
     assert answer["patched"] and "--dlm-config" in answer["flags"]
     assert answer["another plugin's"][0] == "TheirConfig" and "vllm_dlm" not in answer["another plugin's"][1]
     assert "SDARForCausalLM: config.json has no " in answer["remote code"]  # still this plugin's
-    written = [line for line in lines if "leaves models of type 'llada'" in line]
+    written = [line for line in lines if "does not serve models of type 'llada'" in line]
     assert len(written) == 1 and "is inactive" not in "".join(lines)

@@ -40,7 +40,7 @@ def test_features_that_are_switched_on_in_vain(parse, field):
         lambda: LLM(str(CHECKPOINT), max_model_len=512, **{field: True}),
         lambda: AsyncEngineArgs.from_cli_args(parse(flag)).create_engine_config(),
     ):
-        with pytest.raises(ValueError, match=f"{field}: not possible with masked-diffusion language models"):
+        with pytest.raises(ValueError, match=f"{field}: not supported with masked-diffusion language models"):
             start()
     off = AsyncEngineArgs.from_cli_args(parse(f"--no-{field.replace('_', '-')}"))
     for _ in range(2):  # vLLM writes its defaults into the arguments
@@ -61,7 +61,9 @@ def test_prefix_caching_of_models_that_know_blocks(checkpoint, width):
     assert cached() and cached(enable_prefix_caching=True) and cached(block_size=width)
     assert not cached(enable_prefix_caching=False)
     assert not cached(**wide) and cached(block_size=48, **wide)
-    with pytest.raises(ValueError, match="enable_prefix_caching: not possible where block_size, 128, is no multiple"):
+    with pytest.raises(
+        ValueError, match="enable_prefix_caching: block_size must be a multiple of the canvas block length"
+    ):
         cached(enable_prefix_caching=True, **wide)
 
 

@@ -186,7 +186,7 @@ def test_a_server_with_open_streams_ends(replicas):
     # On a fast machine the first of each replica may have been through by then.
     assert len(ends) >= 4 and len(ends) + streams.complete == 8
     for end in ends:
-        assert "The server was told to end" in end and '"code": 503' in end, end
+        assert "The server was stopped" in end and '"code": 503' in end, end
         assert end.endswith("data: [DONE] "), end
 
 
@@ -211,7 +211,7 @@ class TestOtherStarts:
     def test_answers_and_the_end(self, server, start):
         other = start()
         greedy = [body for body in mixed() if body["temperature"] == 0]
-        # Ranks add up in another order, which samples may show; test_invariance.py has them in float32.
+        # Ranks add up in another order, which samples may show; test_ranks.py has them in float32.
         asked = greedy if start.name == "tp" else list(mixed())
         assert answers(other, asked) == answers(server, asked)
         streams = Streams(other, 8)

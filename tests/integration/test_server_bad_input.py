@@ -39,11 +39,11 @@ COMPLETIONS = {
     "an option nobody reads": (options(temprature=0.9), "temprature"),
     "an option in the body": (
         {"dlm_threshold": 0.9},
-        'dlm_threshold: 0.9 cannot be honoured, write it into "vllm_xargs"',
+        'dlm_threshold: 0.9 is not supported: write it into "vllm_xargs"',
     ),
     "an unknown option in the body": ({"dlm_stepz": 1}, "vllm_xargs"),
     "KV transfer": ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
-    "longest canvas": ({"max_tokens": 401}, "max_tokens: 401 cannot be honoured, the longest canvas of this server"),
+    "longest canvas": ({"max_tokens": 401}, "max_tokens: 401 is not supported: the maximum canvas of this server"),
     "threshold in words": (options(dlm_threshold="NaN"), "dlm_threshold"),
     "threshold for a random order": (options(dlm_decoding="random", dlm_threshold=0.5), "dlm_threshold"),
     "factor of zero": (options(dlm_factor=0), "dlm_factor"),

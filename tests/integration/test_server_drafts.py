@@ -24,11 +24,11 @@ def test_a_draft_that_nobody_doubts(ask):
 
 
 REFUSED = {
-    "too long": (options(dlm_start=" a" * 20), "max_tokens: 16 cannot be honoured, the starting text has 20 tokens"),
+    "too long": (options(dlm_start=" a" * 20), "max_tokens: 16 is not supported: the starting text has 20 tokens"),
     "no share": (options(dlm_start="a", dlm_remask=-1), "dlm_remask: -1.0 is not valid, it must be between 0 and 1"),
-    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid without a starting text"),
-    "no token": (options(dlm_start=[512]), "dlm_start: 512 cannot be honoured, token ids are those from 0 to 511"),
-    "a window": (options(dlm_start="a", dlm_window=3), "dlm_extent: a starting text is read as a whole"),
+    "no draft": (options(dlm_remask=0.5), "dlm_remask: 0.5 is not valid, it requires a starting text"),
+    "no token": (options(dlm_start=[512]), "dlm_start: 512 is not supported: token ids must be between 0 and 511"),
+    "a window": (options(dlm_start="a", dlm_window=3), "a starting text requires dlm_extent full"),
     "in the body": ({"dlm_start": "a"}, 'write it into "vllm_xargs"'),
 }
 

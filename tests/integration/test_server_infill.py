@@ -79,10 +79,10 @@ def test_masks_in_a_suffix_are_text(complete):
 REFUSED = {
     "a number": (options(dlm_suffix=3), "dlm_suffix: 3 is not valid, it must be str or a list of int"),
     "words among ids": (options(dlm_suffix=[5, "a"]), "dlm_suffix"),
-    "no token": (options(dlm_suffix=[5, 512]), "dlm_suffix: 512 cannot be honoured, token ids are those from 0 to 511"),
-    "no token at all": (options(dlm_suffix=[-1]), "dlm_suffix: -1 cannot be honoured, token ids"),
+    "no token": (options(dlm_suffix=[5, 512]), "dlm_suffix: 512 is not supported: token ids must be between 0 and 511"),
+    "no token at all": (options(dlm_suffix=[-1]), "dlm_suffix: -1 is not supported: token ids"),
     "too long": (options(dlm_suffix=" a" * 600), "dlm_suffix: ' a a"),
-    "two of them": ({"suffix": "a"} | options(dlm_suffix="b"), "suffix says the same, give one of them"),
+    "two of them": ({"suffix": "a"} | options(dlm_suffix="b"), "suffix sets the same option"),
     "a layout": (options(canvas_layout=1), "canvas_layout"),
     "a layout of ours": (options(dlm_canvas_layout="a"), "dlm_canvas_layout"),
     "in the body": ({"dlm_suffix": "a"}, 'write it into "vllm_xargs"'),

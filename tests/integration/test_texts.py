@@ -12,9 +12,9 @@ from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from tests.engine.running import core_of
-from vllm_dlm import automaton
 from vllm_dlm.integration import bodies, requests
 from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
+from vllm_dlm.request import hole_automata as automaton
 from vllm_dlm.request import parsing, texts
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST
 from vllm_dlm.request.served_model import served_model
@@ -74,11 +74,11 @@ LONG = {
     "a template": ("dlm_template", "[[3]]" + "y" * HUGE, "limits.template_characters"),
     "a template of holes": ("dlm_template", "[[3]]" * (HUGE // 5), "limits.template_characters"),
     "one too many": ("dlm_template", "[[3]]" + "y" * ((1 << 16) - 4), "65537 characters, and the limit is 65536"),
-    "a suffix": ("dlm_suffix", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
-    "a draft": ("dlm_start", "y" * HUGE, f"it has {HUGE} characters, more than any 256 tokens have"),
-    "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model reads 256"),
-    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model reads 256"),
-    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model reads 256"),
+    "a suffix": ("dlm_suffix", "y" * HUGE, f"it has {HUGE} characters, more than 256 tokens can have"),
+    "a draft": ("dlm_start", "y" * HUGE, f"it has {HUGE} characters, more than 256 tokens can have"),
+    "ids of a suffix": ("dlm_suffix", [7] * (HUGE // 8), "token ids, and the model's length is 256"),
+    "ids of a draft": ("dlm_start", [7] * 257, "it has 257 token ids, and the model's length is 256"),
+    "no ids at all": ("dlm_start", ["a"] * (HUGE // 8), "token ids, and the model's length is 256"),
 }
 
 
@@ -114,7 +114,7 @@ def test_a_template_that_is_too_long_is_refused_before_the_rest_is_encoded(llm, 
     assert vocabulary(processor).texts and not encoded.clear()
     for template in ("y0 [[200]] x [[200]] y" * 20, '[[3:one of "ab"]] x' * 100, "[[3]]" + " y0 yes" * 9000):
         before = kept(processor)
-        with pytest.raises(ValueError, match=r"dlm_template.*tokens or more with its end, and the model reads 256"):
+        with pytest.raises(ValueError, match=r"dlm_template.*tokens with its end; the model's length is 256"):
             process(llm, params(template))
         assert len(encoded) <= 1 and kept(processor) == before
         encoded.clear()
@@ -122,8 +122,8 @@ def test_a_template_that_is_too_long_is_refused_before_the_rest_is_encoded(llm, 
 
 REFUSED = {
     "its prompt": (params('[[9:one of "qr"]]' + "[[200]]"), {**PROMPT, "prompt_token_ids": [7] * 60}, "the prompt 60"),
-    "its alternatives": (params('[[9:one of "qrs"]] [[1:one of "qrst"]]'), PROMPT, "and its hole has 1"),
-    "a special token": (params('[[9:one of "qrstu"]] <|endoftext|>'), PROMPT, "has a token in it"),
+    "its alternatives": (params('[[9:one of "qrs"]] [[1:one of "qrst"]]'), PROMPT, "and its hole 1"),
+    "a special token": (params('[[9:one of "qrstu"]] <|endoftext|>'), PROMPT, "contains a token"),
     "another option": (params('[[9:one of "qrstuv"]]', dlm_suffix="a"), PROMPT, "dlm_suffix"),
     "its steps": (params('[[9:one of "qrstuvw"]]', dlm_steps=1, dlm_block_length=2), PROMPT, "dlm_steps"),
 }
@@ -216,7 +216,7 @@ def test_a_request_of_a_server_is_parsed_and_checked_once(llm, monkeypatch, extr
     assert calls == ["request_options", "check"]
     scheduler = core_of(llm).scheduler
     canvases = OpenCanvases(scheduler.vllm_config)
-    canvas = canvases.open(Request.from_engine_core_request(request, None), scheduler.dlm_options)
+    canvas = canvases.open(Request.from_engine_core_request(request, None))
     assert len(canvas) == len(request.prompt_token_ids) + 8
     assert calls == ["request_options", "check"]
 
@@ -242,7 +242,9 @@ def test_nothing_cuts_fixed_text(llm, field):
     sampling = params("one [[4]] two [[4]]")
     setattr(sampling, field, ["two"] if field == "stop" else [9])
     for call in (lambda: process(llm, sampling), lambda: handled(llm, sampling, vllm_xargs=sampling.extra_args)):
-        with pytest.raises(ValueError, match=f"^{field}: .* could end the answer in the fixed text of dlm_template"):
+        with pytest.raises(
+            ValueError, match=f"^{field}: .* could end the answer within the fixed text of dlm_template"
+        ):
             call()
 
 

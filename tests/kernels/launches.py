@@ -5,15 +5,15 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels.pages import scored
 from vllm_dlm.kernels.add_norm import add_norm
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
-from vllm_dlm.kernels.compact_rows import compact_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
-from vllm_dlm.kernels.haar_pyramid import PageStatistics, haar_pyramid, store_statistics
+from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.operators import LAUNCHERS, NAMESPACE
-from vllm_dlm.kernels.page_scores import half_scores, page_scores
+from vllm_dlm.kernels.page_scores import ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.rotary_write import rotary_write
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.kernels.shadow_attention import shadow_attention
@@ -48,10 +48,6 @@ def cache(dim=128, kv_heads=8, dtype=BF16, blocks=64, block_size=64):
     return torch.empty(blocks, kv_heads, block_size, 2 * dim, dtype=dtype)
 
 
-def pyramid():
-    return partial(haar_pyramid, cache(), ints(16), 64, (1, 2, 6))
-
-
 def statistics(std_kind, **shape):
     pages = cache(**shape)
     return partial(store_statistics, pages, ints(16), PageStatistics.empty(pages, pages.shape[2], std_kind))
@@ -60,7 +56,7 @@ def statistics(std_kind, **shape):
 def scores(std_kind, reduce, queries=4):
     described = PageStatistics.empty(cache(), 64, std_kind)
     q = halves(queries, 32, 128)
-    return partial(page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
+    return partial(scored, page_scores, q, ints(5), described, ints(4, 2048), ints(4), ints(4), 1, 0.5, reduce)
 
 
 def scores_of_canvases(std_kind, reduce="softmax_sum"):
@@ -68,6 +64,7 @@ def scores_of_canvases(std_kind, reduce="softmax_sum"):
     pages, q = cache(), halves(4 * 32, 32, 128)
     described = PageStatistics(*pages.split(128, 3), 64, std_kind)
     return partial(
+        scored,
         page_scores,
         q,
         ints(4),
@@ -86,22 +83,8 @@ def scores_of_canvases(std_kind, reduce="softmax_sum"):
 
 def scores_of_halves(size, lam, reduce="softmax_sum"):
     q = halves(4 * 32, 32, 128)
-    return partial(
-        half_scores,
-        q,
-        ints(4),
-        ints(4),
-        cache(),
-        ints(4, 256),
-        ints(4, 8, 1640),
-        size,
-        ints(4),
-        ints(4),
-        lam,
-        reduce,
-        torch.empty(4 * 32, dtype=torch.bool),
-        2.0,
-    )
+    queries = ScoringQueries(q, ints(4), ints(4), lam, reduce, torch.empty(4 * 32, dtype=torch.bool), 2.0)
+    return partial(half_scores, queries, cache(), ints(4, 256), ints(4, 8, 1640), size, ints(4), ints(4))
 
 
 def attention_of_canvases(page_size, kept, moved=False, **shape):
@@ -165,7 +148,6 @@ def shadow(rows, group=4, **shape):
 
 #: kernel calls, with functions that build their inputs
 CASES = {
-    "pyramid": pyramid,
     "statistics": lambda: statistics("l2"),
     "scores": lambda: scores("l2", "max"),
     "scores of many queries": lambda: scores("l2", "max", 4 * 32),
@@ -204,7 +186,6 @@ CASES = {
     "delta": lambda: delta(512),
     "shadow": lambda: shadow(128, group=1),
     "shadow of shared heads in small blocks": lambda: shadow(32, block_size=16),
-    "compact rows": lambda: partial(compact_rows, ints(4096, dtype=torch.bool), ints(17), 1024),
     "lowest rows": lambda: lowest(1152),
 }
 
@@ -227,6 +208,5 @@ RARER = {
     "products": lambda: partial(row_products, torch.empty(96, 1024), torch.empty(96, 1024)),
     "write rows": lambda: partial(write_rows, cache(), ints(128), ints(128), halves(96, 4096), ints(96)),
     "head without entropy": lambda: head(BF16, False),
-    "compact rows of nobody": lambda: partial(compact_rows, ints(700, dtype=torch.bool), None, 128),
     "lowest rows of long canvases": lambda: lowest(16384),
 }

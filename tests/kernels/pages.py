@@ -3,6 +3,7 @@
 import torch
 
 from vllm_dlm.kernels.haar_pyramid import PageStatistics, store_statistics
+from vllm_dlm.kernels.page_scores import ScoringQueries
 
 
 class PagedBatch:
@@ -37,3 +38,9 @@ class PagedBatch:
         statistics = PageStatistics.empty(self.pages, self.page_size, std_kind)
         store_statistics(self.pages, self.full_pages, statistics)
         return statistics
+
+
+def scored(function, q, starts, statistics, table, counts, forced_from, sinks, lam, reduce, ends=None, *more):
+    """Scores of pages. `ends`: None where the next request's queries start; `more`: voters and sharpness"""
+    starts, ends = (starts[:-1], starts[1:]) if ends is None else (starts, ends)
+    return function(ScoringQueries(q, starts, ends, lam, reduce, *more), statistics, table, counts, forced_from, sinks)

@@ -9,9 +9,6 @@ from tests.kernels.interpreted import *  # noqa: F403
 from tests.kernels.step_inputs import LiveRows, heads
 from vllm_dlm.kernels.block_rows import naive as naive_rows
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
-from vllm_dlm.kernels.compact_rows import compact_rows
-from vllm_dlm.kernels.compact_rows import naive as naive_compact
-from vllm_dlm.kernels.compact_rows import triton as triton_compact
 from vllm_dlm.kernels.lowest_rows import lowest_rows
 from vllm_dlm.kernels.lowest_rows import naive as naive_lowest
 from vllm_dlm.kernels.lowest_rows import triton as triton_lowest
@@ -187,24 +184,3 @@ def test_values_of_rows(on, kv_heads, dim, dtype, named):
     cache = rows.cache.transpose(1, 2).contiguous().transpose(1, 2)
     arguments = rows.block, rows.offset, rows.index if named else None
     assert torch.equal(read_values(on(cache), *arguments), naive_rows.read_values(cache, *arguments))
-
-
-@pytest.mark.parametrize("capacity", [0, 1, 60, 400])  # none, too few, and room for all
-@pytest.mark.parametrize("starts, names", [(None, None), ((0, 3, 3, 290), torch.int32), ((0, 301), torch.int64)])
-def test_compact_rows(on, capacity, starts, names, monkeypatch):
-    monkeypatch.setattr(triton_compact, "TILE", 128)
-    mask = torch.rand(301, generator=torch.Generator().manual_seed(0)) < 0.3
-    starts = None if starts is None else torch.tensor(starts, dtype=names)
-    index, counts = compact_rows(on(mask), starts, capacity)
-    wanted_index, wanted_counts = naive_compact.compact_rows(mask, starts, capacity)
-    assert torch.equal(index, wanted_index)
-    assert counts is None if starts is None else (counts.dtype == torch.int32 and torch.equal(counts, wanted_counts))
-
-
-@pytest.mark.parametrize("rows, value", [(0, False), (5, False), (128, True)])
-def test_compact_rows_of_none_and_all(on, rows, value):
-    mask = torch.full((rows,), value)
-    starts = torch.tensor([0, rows])
-    index, counts = compact_rows(on(mask), starts, 130)
-    assert index.tolist() == [*range(rows if value else 0), *[-1] * (130 - (rows if value else 0))]
-    assert counts.tolist() == [0, rows if value else 0]

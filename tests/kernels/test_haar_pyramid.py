@@ -5,7 +5,8 @@ import pywt
 import torch
 
 from tests.kernels.pages import PagedBatch
-from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, haar_pyramid, naive, store_statistics
+from vllm_dlm.kernels.haar_pyramid import INVALID, STD_KINDS, naive, store_statistics
+from vllm_dlm.kernels.haar_pyramid.torch import haar_pyramid
 
 
 @pytest.fixture

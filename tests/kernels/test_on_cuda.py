@@ -7,7 +7,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.kernels.step_inputs import heads
 from vllm_dlm.kernels.block_rows import read_rows, read_values, write_rows
-from vllm_dlm.kernels.compact_rows import compact_rows
 from vllm_dlm.kernels.delta_attention import delta_over_pages
 from vllm_dlm.kernels.head_statistics import head_statistics
 from vllm_dlm.kernels.lowest_rows import lowest_rows
@@ -69,10 +68,6 @@ def lowest(seed):
     return lowest_rows, heads(LIVE, seed=seed).round(decimals=2), forced, starts, taken, 300
 
 
-def compact(seed):
-    return compact_rows, heads(LIVE, seed=seed) > 1, torch.tensor([0, 500, 500, 1100]), 200
-
-
 def head(seed, entropy=False, dtype=BF16):
     marks = heads(2, 64, seed=seed) > 0
     logits = heads(64, 126464, dtype=dtype, seed=seed) * 3
@@ -111,7 +106,6 @@ CASES = {
     "cosine": alike(row_cosine),
     "products": alike(row_products),
     "lowest rows": lowest,
-    "compact rows": compact,
     "head": head,
     "head with entropy": lambda seed: head(seed, True, torch.float32),
     "delta": delta,

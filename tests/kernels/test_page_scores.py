@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.pages import PagedBatch
+from tests.kernels.pages import PagedBatch, scored
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, naive, page_scores
 from vllm_dlm.kernels.top_pages import naive as naive_top
@@ -30,8 +30,8 @@ def arguments(batch, statistics, reduce, recent=1):
 def test_fast_path_is_naive(std_kind, reduce, q_lens):
     batch = PagedBatch([200, 331, 17], q_lens, heads=6, kv_heads=2, dim=64)
     statistics = batch.statistics(std_kind)
-    got = page_scores(*arguments(batch, statistics, reduce))
-    want = naive.page_scores(*arguments(batch, statistics, reduce))
+    got = scored(page_scores, *arguments(batch, statistics, reduce))
+    want = scored(naive.page_scores, *arguments(batch, statistics, reduce))
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -40,8 +40,8 @@ def test_fast_path_is_naive(std_kind, reduce, q_lens):
 def test_half_precision(dtype, tolerance, reduce):
     batch = PagedBatch([500, 333], [1, 1], heads=8, kv_heads=2, dim=128, dtype=dtype)
     statistics = batch.statistics("l2")
-    got = page_scores(*arguments(batch, statistics, reduce))
-    want = naive.page_scores(*arguments(batch, statistics, reduce))
+    got = scored(page_scores, *arguments(batch, statistics, reduce))
+    want = scored(naive.page_scores, *arguments(batch, statistics, reduce))
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
@@ -53,7 +53,7 @@ def test_invalid_pages_are_forced_and_nan_is_lowest(reduce):
     statistics.spread[invalid] = torch.inf
     statistics.mean[broken] = torch.nan
     for score in (page_scores, naive.page_scores):
-        scores = score(*arguments(batch, statistics, reduce))[0]
+        scores = scored(score, *arguments(batch, statistics, reduce))[0]
         assert (scores[:, [0, 5, 19]] == FORCED).all()
         assert (scores[:, 7] == LOWEST).all()
         others = [i for i in range(20) if i not in (0, 5, 7, 19)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.pages import PagedBatch
+from tests.kernels.pages import PagedBatch, scored
 from vllm_dlm.kernels.page_scores import page_scores
 from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.sparse_attention import naive, sparse_attention
@@ -12,7 +12,8 @@ from vllm_dlm.kernels.top_pages import top_pages
 
 def choose(batch, k):
     """Chooses the last pages, the first page, and the highest-scored other pages."""
-    scores = page_scores(
+    scores = scored(
+        page_scores,
         batch.q,
         batch.q_starts,
         batch.statistics("l2"),

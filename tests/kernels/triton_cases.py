@@ -6,17 +6,15 @@ import torch
 
 from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.pages import PagedBatch
+from tests.kernels.pages import PagedBatch, scored
 from tests.tiers import in_turn, slow
 from vllm_dlm.kernels.haar_pyramid import (
     INVALID,
     STD_KINDS,
     PageStatistics,
-    haar_pyramid,
     spread_width,
     store_statistics,
 )
-from vllm_dlm.kernels.haar_pyramid import naive as naive_pyramid
 from vllm_dlm.kernels.page_scores import FORCED, LOWEST, REDUCTIONS, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
@@ -33,21 +31,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def test_the_interpreter_runs():
     assert UPCAST.value
-
-
-@pytest.mark.parametrize(
-    "page_size, per_block, dim, dtype",
-    [(16, 1, 64, torch.float16), (32, 2, 80, torch.float32), (128, 1, 96, torch.bfloat16), (2, 8, 256, torch.float32)],
-)
-def test_pyramid(page_size, per_block, dim, dtype):
-    batch = PagedBatch([150, 128], [1, 1], page_size=page_size, per_block=per_block, dim=dim, dtype=dtype)
-    page_ids = batch.full_pages[:6]
-    top = page_size.bit_length() - 1
-    levels = (top, 0, 1)
-    got = haar_pyramid(on_gpu(batch.pages), page_ids, page_size, levels)
-    for pair, wanted in zip(got, naive_pyramid.haar_pyramid(batch.pages, page_ids, page_size, levels), strict=True):
-        for part, whole in zip(pair, wanted, strict=True):
-            torch.testing.assert_close(part.double(), whole, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("std_kind", STD_KINDS)
@@ -120,8 +103,10 @@ def compare_scores(batch, statistics, reduce, tolerance):
         0.5,
         reduce,
     )
-    got = page_scores(*arguments)
-    torch.testing.assert_close(got.double(), naive_scores.page_scores(*arguments), atol=tolerance, rtol=tolerance)
+    got = scored(page_scores, *arguments)
+    torch.testing.assert_close(
+        got.double(), scored(naive_scores.page_scores, *arguments), atol=tolerance, rtol=tolerance
+    )
     return got
 
 
@@ -178,7 +163,8 @@ def test_scores_of_summaries_among_keys_and_values(std_kind, reduce, forced_from
         torch.tensor([37]),
     )
     arguments = torch.tensor([0, 5]), statistics, torch.arange(5)[None], number, number - 2, 1, 0.5, "max"
-    torch.testing.assert_close(page_scores(on_gpu(q), *arguments), page_scores(q, *arguments), atol=3e-2, rtol=3e-2)
+    got, want = (scored(page_scores, own, *arguments) for own in (on_gpu(q), q))
+    torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
 
 
 def test_pages_that_requests_share_and_requests_without_pages():

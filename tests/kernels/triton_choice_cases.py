@@ -6,10 +6,10 @@ import torch
 
 from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
-from tests.kernels.pages import PagedBatch
+from tests.kernels.pages import PagedBatch, scored
 from tests.kernels.triton_cases import choose
 from tests.tiers import in_turn, pairwise, slow
-from vllm_dlm.kernels.page_scores import REDUCTIONS, half_scores, page_scores
+from vllm_dlm.kernels.page_scores import REDUCTIONS, ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
 from vllm_dlm.kernels.sparse_attention import naive as naive_attention
@@ -57,9 +57,9 @@ def test_scores_of_some_queries(reduce, std_kind):
         voters,
         2**0.5,
     )
-    want = naive_scores.page_scores(*arguments)
+    want = scored(naive_scores.page_scores, *arguments)
     for put in DEVICES:
-        got = page_scores(put(batch.q), *arguments[1:])
+        got = scored(page_scores, put(batch.q), *arguments[1:])
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -72,24 +72,11 @@ def test_halves_of_runs(size, lam, reduce, monkeypatch):
     runs, runs[1, :, 3:], runs[2] = runs.to(torch.int32), -1, runs[2] % (90 // (2 * size)) if size < 8 else -1
     runs[2] = runs[2].sort(-1)[0]
     voters = torch.arange(len(batch.q)) % 2 == 0
-    arguments = (
-        batch.q,
-        starts,
-        ends,
-        batch.pages,
-        blocks_of(batch, 2),
-        runs,
-        size,
-        torch.tensor([9, 6, 8]),
-        torch.tensor([1, 0, 2]),
-        lam,
-        reduce,
-        voters,
-        0.7,
-    )
-    want, names = naive_scores.half_scores(*arguments)
+    rule = starts, ends, lam, reduce, voters, 0.7
+    arguments = batch.pages, blocks_of(batch, 2), runs, size, torch.tensor([9, 6, 8]), torch.tensor([1, 0, 2])
+    want, names = naive_scores.half_scores(ScoringQueries(batch.q, *rule), *arguments)
     for put in DEVICES:
-        scores, halves = half_scores(put(batch.q), *arguments[1:])
+        scores, halves = half_scores(ScoringQueries(put(batch.q), *rule), *arguments)
         assert torch.equal(halves, names)
         torch.testing.assert_close(scores.double(), want, atol=1e-5, rtol=1e-5)
 

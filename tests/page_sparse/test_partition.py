@@ -67,7 +67,7 @@ def test_rows(rows):
     )
     assert torch.arange(20)[made.rows].tolist() == rows
     assert made.num_pages.tolist() == [4, 5, 6]
-    assert made.page_table.shape == (3, 7) and made.behind == 1
+    assert made.page_table.shape == (3, 7) and made.tail == 1
 
 
 def test_counts():

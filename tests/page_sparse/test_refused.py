@@ -44,8 +44,8 @@ SETTINGS = {
     "speculative_config": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
     "worker_cls": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
     "attention_backend": {"attention_backend": "TRITON_ATTN"},
-    "pages of 64 do not fill block_size 32; give a multiple of 64": {"block_size": 32},
-    "generates nothing": {"runner": "pooling"},
+    "64 does not divide block_size 32; use a multiple of 64": {"block_size": 32},
+    "does not generate": {"runner": "pooling"},
 }
 
 
@@ -170,7 +170,7 @@ def test_a_model_trained_with_a_selection(checkpoints, tmp_path_factory):
         config, warnings = configured(dlm)
         assert selection_of(config) is None and not config.parallel_config.worker_cls.startswith("vllm_dlm.")
         assert set(warnings) == {warnings[0]} and "config.json: unique: " in warnings[0]
-        assert """--dlm-config '{"selection": {"name": "unique"}}' turns it on""" in warnings[0]
+        assert """enable it with --dlm-config '{"selection": {"name": "unique"}}'""" in warnings[0]
     config, warnings = configured({"selection": {"name": "none"}})
     assert selection_of(config) is None and not warnings
     config, warnings = configured({"selection": {"name": "unique", "page_size": 16}})

@@ -194,7 +194,10 @@ class TestOptions:
         ("given", "message"),
         [
             ({"dlm_factor": 1.0}, 'dlm_factor: 1.0 .*unset when threshold is set; .*dlm_threshold: "none" unsets it'),
-            ({"dlm_decoding": "random"}, "dlm_decoding: 'random' does not go .*dlm_threshold: \"none\" unsets it"),
+            (
+                {"dlm_decoding": "random"},
+                "dlm_decoding: 'random' cannot be combined .*dlm_threshold: \"none\" unsets it",
+            ),
             ({"dlm_suppress_eos": "none"}, "dlm_suppress_eos: 'none' is not valid, it must be bool"),
             ({"dlm_threshold": "off"}, "dlm_threshold: 'off' is not valid, it must be float or \"none\""),
             ({"dlm_infill": 2}, "dlm_infill: 2 is not valid, it must be bool"),

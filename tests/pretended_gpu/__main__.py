@@ -6,7 +6,7 @@ import time
 import traceback
 from importlib import import_module
 
-PARTS = ("denoising", "canvas_attention", "page_sparse", "decoding")
+PARTS = ("denoising", "quantized", "canvas_attention", "page_sparse", "decoding")
 
 
 def main(parts: list[str]) -> None:

@@ -17,6 +17,9 @@ SCHEMAS = {
         "cutlass_scaled_mm_supports_fp8(int cuda_device_capability) -> bool",
         "cutlass_scaled_mm_supports_block_fp8(int cuda_device_capability) -> bool",
         "cutlass_group_gemm_supported(int cuda_device_capability) -> bool",
+        "cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()",
+        "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+        "dynamic_scaled_int8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()",
     ),
     "_C_cache_ops": (
         "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, "
@@ -76,10 +79,36 @@ def rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox, r
 
 
 def cutlass_scaled_mm_supports_fp8(cuda_device_capability):
+    return True
+
+
+def cutlass_scaled_mm_supports_block_fp8(cuda_device_capability):
     return False
 
 
-cutlass_scaled_mm_supports_block_fp8 = cutlass_group_gemm_supported = cutlass_scaled_mm_supports_fp8
+cutlass_group_gemm_supported = cutlass_scaled_mm_supports_block_fp8
+
+
+def cutlass_scaled_mm(out, a, b, a_scales, b_scales, bias):
+    """a [M, K] and its scales [M, 1]; b [K, N] and its scales [N, 1]"""
+    assert a.dtype == b.dtype and a.is_contiguous() and b.stride(0) == 1, "the kernel reads inputs side by side"
+    assert a_scales.shape == (len(a), 1) and b_scales.shape == (b.shape[1], 1) and b_scales.is_contiguous()
+    product = (a.float() @ b.float()) * a_scales * b_scales.t()
+    out.copy_(product if bias is None else product + bias)
+
+
+def dynamic_per_token_scaled_fp8_quant(result, input, scale, scale_ub):
+    assert scale_ub is None
+    rows = input.float()
+    scale.copy_((rows.abs().amax(1, keepdim=True) / 448).clamp_min(1 / (448 * 512)))
+    result.copy_((rows / scale).to(torch.float8_e4m3fn))
+
+
+def dynamic_scaled_int8_quant(result, input, scale, azp):
+    assert azp is None
+    rows = input.float()
+    scale.copy_(rows.abs().amax(1, keepdim=True) / 127)
+    result.copy_((rows / scale).round())
 
 
 def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):

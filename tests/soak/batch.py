@@ -55,7 +55,7 @@ def run(llm, batch: Batch, model) -> Ran:
     engine, scheduler, ran = llm.llm_engine, core_of(llm).scheduler, Ran()
     poison(llm)
     last = max(entry.arrives for entry in batch.entries)
-    limit = last + most_steps(batch, model, scheduler.dlm_options)
+    limit = last + most_steps(batch, model, llm.model_config.dlm_options)
     step, names = 0, {}
     while step <= last or engine.has_unfinished_requests():
         for index, entry in enumerate(batch.entries):
@@ -166,7 +166,7 @@ def compare(pair: Pair, batch: Batch, ran: Ran, known: dict[str, tuple]) -> None
             raise Found(f"error {errors[0].split(':')[0]}", f"request {index} ended with {errors[0]}")
         given = batch.entries[index].given
         # Restarted, a block begins with a full forward: the same without caches, a refresh sooner with them.
-        options = request_options(core_of(pair.tight).scheduler.dlm_options, given.fields["extra_args"])
+        options = request_options(pair.tight.model_config.dlm_options, given.fields["extra_args"])
         if index in ran.restarted and options.caches:
             continue
         if options.decoding.threshold_floor is not None:  # its threshold follows those that wait

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.engine.running import core_of
 from tests.soak.batch import Batch, Entry, check
 from tests.soak.engines import Pair, Server
 from tests.soak.fork import Found, in_a_fork
@@ -159,7 +158,7 @@ def drawn_batch(rng: random.Random, pair: Pair, pool: list[Given], work: Shift, 
 
 
 def accepted_request(rng: random.Random, pair: Pair, work: Shift) -> Given:
-    server = core_of(pair.tight).scheduler.dlm_options
+    server = pair.tight.model_config.dlm_options
     while True:
         given = drawn_request(rng, pair.model, server)
         if (field := refusal(pair, given)) is None:

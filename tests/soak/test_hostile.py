@@ -17,9 +17,9 @@ from tests.soak.hostile.hooks import Hooks, Span
 from tests.soak.hostile.life import RowResult, judge
 from tests.soak.hostile.options import decoding_fields, range_of
 from tests.soak.hostile.rows import LEGAL, REFUSED, Row, Target, completion, table
-from vllm_dlm.limits import Limits
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, request_keys, request_options
+from vllm_dlm.options.limits import Limits
 
 TARGET = Target(1024, 512, 2, large=1 << 14)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.kernels.pages import scored
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS, PageStatistics, store_statistics
 from vllm_dlm.kernels.page_scores import REDUCTIONS, page_scores
 from vllm_dlm.kernels.soft_page_attention import Gate, soft_page_attention
@@ -35,8 +36,8 @@ def cached(k, v, std_kind):
 def chosen_by_serving(q, statistics, table, pages, forced_from, reduce):
     """q [L, H, D]"""
     starts = torch.tensor([0, len(q)])
-    scores = page_scores(
-        q, starts, statistics, table, torch.tensor([pages]), torch.tensor([forced_from]), SINK, 0.5, reduce
+    scores = scored(
+        page_scores, q, starts, statistics, table, torch.tensor([pages]), torch.tensor([forced_from]), SINK, 0.5, reduce
     )
     return top_pages(scores, BUDGET)
 

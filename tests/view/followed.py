@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.view.frames import Frame, Guesses, History
 from vllm_dlm.view.hub import HUB, Follower
 from vllm_dlm.view.observed import Canvas, ObservedRequest

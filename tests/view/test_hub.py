@@ -10,7 +10,7 @@ import pytest
 
 from tests.view.followed import PROMPT, begin, counted, frame, nothing_is_left, reads, request_of, watching
 from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, usage
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.view import hub, isolation, observed
 from vllm_dlm.view.frames import Replay
 from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.view.test_hub import begin, frame, nothing_is_left, request_of
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.view import page
 from vllm_dlm.view.hub import HUB, Follower
 from vllm_dlm.view.routes import router_of, watch

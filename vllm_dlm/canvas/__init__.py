@@ -1,1 +1,1 @@
-"""The canvas of a request, the commit loop, and one module per feature. No vLLM."""
+"""The canvas of a request, the commit loop, and one module per feature. Independent of vLLM."""

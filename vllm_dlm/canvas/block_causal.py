@@ -1,16 +1,19 @@
-"""Models whose attention knows canvas blocks: a row attends to its own block and to all blocks before it.
+"""Block-causal models: a row attends to its own canvas block and to all blocks before it.
 
-So what is finished never changes. Blocks start at multiples of their width from the first token on, prompt included. A
-block that ends at the model's length may be shorter. A step recomputes the block that is being filled, and once what
-has become final: the whole blocks of the prompt at the start, later the block that has just been finished. Each row
-attends to the end of its own block, so a step is one stream per block, as if the canvas ended there. That is the exact
-model. A long prompt is read in several steps, which fill nothing yet.
+Finished blocks therefore never change. Blocks are counted from the first token of the prompt. A block that ends at the
+model's length may be shorter. A step recomputes the block that is being filled, and computes each block once more when
+it becomes final: the whole blocks of the prompt at the start, later the block that was just finished. Each row attends
+to the end of its own block, so a step has one stream per block, as if the canvas ended there. Output is exact. A long
+prompt is computed in several steps that fill nothing.
+
+If logits predict the next position, the last row of a final block predicts the first position of the block after it.
+The step that recomputes the final block then reads only that position. The next step begins the new block.
 
 With a selection, the current block attends to part of the final positions (`_keys`).
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,22 +27,24 @@ from vllm_dlm.options import Options
 from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
     from vllm_dlm.canvas.denoising import Denoising
 
-#: most rows of a prompt that are read in one step, rounded down to whole blocks
+#: maximum number of prompt rows computed in one step, rounded down to whole blocks
 CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class BlockCausal(Reuse):
-    """Which rows a step recomputes. It is the only reuse policy of these models and recomputes nothing twice."""
+    """The only reuse policy of these models. Final positions are computed once."""
 
     name: ClassVar[str] = "none"
 
-    width: int = 0  # of a block
+    width: int = 0  # canvas block length
+    policy: Reuse = field(default_factory=Reuse)  # selects the recomputed rows of the current block
 
     @property
     def layer_key(self) -> Hashable:
@@ -57,14 +62,29 @@ class BlockCausal(Reuse):
         """Whether this step reads logits of the current block. Other steps do not count as steps of the block."""
         return self.written(at) == self.final(at)
 
-    def plan(self, at: Progress) -> StepPlan:
-        return StepPlan.dense(span(at.written, at.block[1] if self.reads(at) else self.written(at)))
+    def predicted_before(self, at: Progress) -> bool:
+        """Whether the first position of the block is a mask that a row of the previous block predicts"""
+        start = at.block[0]
+        return bool(at.shift) and start == self.final(at) and at.tokens[start] == at.mask_id
 
-    def parts(self, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Live rows of each block, and the end of the block: they attend to the positions before it"""
+    def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
+        return positions[positions == at.block[0]] if self.predicted_before(at) else None
+
+    def plan(self, at: Progress) -> StepPlan:
+        if not self.reads(at) or self.predicted_before(at):
+            return StepPlan.dense(span(at.written, self.written(at)))
+        seeded = bool(at.shift) and at.block[0] == self.final(at)  # the previous step had no rows of the block
+        begun = at.written == self.final(at) and at.block_step > seeded
+        rows = self.policy.inside(at) if begun and isinstance(self.policy, WithinBlocks) else None
+        return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
+
+    def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Live rows of each block, and the end of the block. These rows attend to all positions before the end."""
         start, last = int(live[0]), int(live[-1]) + 1
+        if start > at.written:
+            return [(live, at.block[1])]  # rows of the current block
         ends = [*range(start + self.width, last, self.width), last]
-        return [(span(*each), each[1]) for each in pairwise([start, *ends])]
+        return [(span(*each), at.block[1] if each[1] > at.block[0] else each[1]) for each in pairwise([start, *ends])]
 
     def layer(self, at: Layer) -> Flow:
         return cached(at)
@@ -72,7 +92,7 @@ class BlockCausal(Reuse):
 
 @dataclass(frozen=True)
 class CommittedExtent(Extent):
-    """Positions after the current block have no row, and no memory."""
+    """Positions after the current block have no row and use no memory."""
 
     name: ClassVar[str] = "full"
     grows: ClassVar[bool] = True
@@ -82,10 +102,11 @@ class CommittedExtent(Extent):
 
 
 def fitted(options: Options) -> Options:
-    """The options of a canvas: those of a block-causal model get the policies of this module."""
+    """Options of a canvas. For a block-causal model, reuse and extent are replaced by the policies of this module."""
     if options.attention == "full":
         return options
-    return replace(options, reuse=BlockCausal(options.decoding.block_length), extent=CommittedExtent())
+    policy = BlockCausal(options.decoding.block_length, options.reuse)
+    return replace(options, reuse=policy, extent=CommittedExtent())
 
 
 def final(canvas: "Canvas") -> int:
@@ -115,11 +136,11 @@ class BlockCausalAttention(Feature):
 
     def __init__(self, canvas: "Canvas"):
         super().__init__(canvas)
-        self.keys: dict[bool, SelectedKeys] = {}  # of the conditional and of the unconditional stream
+        self.keys: dict[bool, SelectedKeys] = {}  # key: whether the stream is the unconditional one
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
         """Splits each stream by blocks. Only the last part, the current block, is read."""
-        parts = state.options.reuse.parts(state.canvas.plan.live)
+        parts = state.options.reuse.parts(state.canvas.progress, state.canvas.plan.live)
         found: list[Stream] = []
         reading = self._reading(state, made[0].reading)
         heads = state.head_rows(reading.positions)
@@ -151,8 +172,8 @@ class BlockCausalAttention(Feature):
         return Reading(state, reading.positions[own] if reads(state.canvas) else NOTHING)
 
     def _keys(self, state: "Denoising", guides: bool, room: Room) -> SelectedKeys | None:
-        """What the current block attends to of the final positions. Its first step attends to all of them: after a
-        preemption, or with a prompt that is read in several steps, that step writes some."""
+        """Final positions that the current block attends to; None: all. The first step of a block attends to all of
+        them, because after a preemption or with a long prompt it also writes some."""
         selection, at = state.options.selection, state.canvas.progress
         if not selection.sparse or not at.block_step or not selection.applies(at.written, at.length):
             return None

@@ -1,4 +1,4 @@
-"""KV blocks of a request's streams, and the selected keys that go with them, in one worker."""
+"""KV blocks and selected keys of each stream of a request, in one worker."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
 
 class Blocks(NamedTuple):
-    """Ids of the KV blocks of one stream, in order, by what they hold; see BlockShape.blocks."""
+    """Ids of the KV blocks of one stream, in order, by content; see BlockShape.blocks."""
 
     kv: np.ndarray
     features: np.ndarray
     summaries: np.ndarray
-    speculative: np.ndarray  # keys and values of one speculative canvas after the other
+    speculative: np.ndarray  # keys and values of the speculative canvases, one canvas after the other
 
 
 NO_BLOCKS = Blocks(NOTHING, NOTHING, NOTHING, NOTHING)
 
 
 class StreamCaches:
-    """Deals KV blocks to the streams of requests, and keeps one pool of choices per selection."""
+    """Assigns KV blocks to the streams of requests and keeps one choice pool per selection."""
 
     def __init__(self, shape: BlockShape):
         self.shape = shape
         self.pools: ClientCache[Selection, ChoicePool] = ClientCache("choice_pools")
 
     def grow(self, state: "Denoising", table: np.ndarray) -> None:
-        """The canvas has more rows than before and the request more blocks (`table`). The new blocks are dealt to its
-        streams in turn, and within a stream to what they are for."""
+        """Assigns the new blocks of a request whose canvas has grown, stream by stream and then by content. `table`:
+        all blocks of the request"""
         options, canvas = state.options, state.canvas
         sizes = self.shape.blocks(options, canvas.prompt_len, len(canvas), canvas.rows)
         start = sum(len(part) for own in state.blocks.values() for part in own)
         for stream in range(canvas.streams):
             parts = []
             for part, size in zip(state.blocks.get(stream, NO_BLOCKS), sizes, strict=True):
-                # Without caches the streams use no blocks, whatever vLLM gave to the request.
+                # Without caches the streams use no blocks, even if vLLM has allocated some.
                 first, start = start, start + (size - len(part)) * options.caches
                 parts.append(np.concatenate([part, table[first:start]]))
             own = state.blocks[stream] = Blocks(*parts)
@@ -74,6 +74,7 @@ class StreamCaches:
         )
 
     def pool(self, selection: Selection) -> ChoicePool:
-        """Selected keys hold on to a pool that was evicted. Those of different pools never share a group."""
+        """The choice pool of a selection. Selected keys keep a reference to a pool that is evicted here. Selected keys
+        of different pools never share a group."""
         pool = self.pools.get(selection)
         return self.pools.put(selection, ChoicePool()) if pool is None else pool

@@ -1,9 +1,9 @@
-"""A canvas and where it stands in its schedule: the one clock, the same in the scheduler and in the worker.
+"""A canvas and its progress through the schedule, kept identical in the scheduler and the worker.
 
-The scheduler makes a canvas when its request is first in line and hands a copy
-to the worker when the request starts. From then on both apply the same
-commits, so both plan the same next step without talking about it; a request
-that was preempted starts again from the scheduler's canvas.
+The scheduler creates a canvas when its request is first in line and sends a copy
+to the worker when the request starts. Both then apply the same commits and plan
+the same next step without communicating. A preempted request restarts from the
+scheduler's canvas.
 """
 
 import copy
@@ -13,11 +13,11 @@ import numpy as np
 
 from vllm_dlm.canvas import block_causal, infill, revision
 from vllm_dlm.canvas.commit import NOTHING, Commit
-from vllm_dlm.canvas_texts import NO_LAYOUT, Layout
 from vllm_dlm.options import Options
+from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan
 
-#: live rows only carry a hidden state through layers that skip them; so many weigh as one that is recomputed
+#: number of live rows that cost as much as one recomputed row, if layers only pass on their hidden states
 LIVE_PER_ROW = 8
 
 __all__ = ["NOTHING", "Canvas", "Commit"]
@@ -29,35 +29,35 @@ class Canvas:
     ):
         self.options = options = block_causal.fitted(options)
         self.mask_id, self.shift, self.layout = mask_id, shift, layout
-        # Rows of a suffix come before those of the prompt and count as rows of the prompt, see infill.py.
+        # Rows of a suffix precede those of the prompt and count as prompt rows, see infill.py.
         self.prompt_len, self.suffix = len(prompt), layout.suffix
         self.tokens = np.full(length, mask_id, dtype=np.int64)  # [N]
         self.tokens[: self.prompt_len] = layout.context(prompt)
         if (start := options.decoding.starting_tokens(length - self.prompt_len, mask_id)) is not None:
             self.tokens[self.prompt_len :] = start
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
-        self.changed = NOTHING  # positions that the last step filled, or made masks again
+        self.changed = NOTHING  # positions that the last step filled or masked again
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
-        self.fixed = NOTHING  # positions of a template's text
-        self.unread = False  # the next step reads a starting text, and makes masks of tokens that it doubts
+        self.fixed = NOTHING  # positions of a template's fixed text
+        self.unread = False  # the next step reads a starting text and masks its least probable tokens
         infill.lay_out(self)
-        #: log-probabilities of a starting text, by position of the response, if the request wants some. They are kept
-        #: for a request that is preempted, since later steps do not read tokens that stay.
+        #: log-probabilities of a starting text by response position, if requested. They survive a preemption, because
+        #: later steps do not read tokens that are kept.
         self.logprobs: list | None = None
         self.block = 0
         self.block_step = 0  # forwards of the current canvas block
         self.step = 0  # forwards of the request
-        self.emitted = 0  # tokens of the response that were handed out: whole blocks, but for the last time
-        self.cold = True  # no forward since the start or a preemption
+        self.emitted = 0  # response tokens that were output: whole canvas blocks, except at the end
+        self.cold = True  # no forward since the start or the last preemption
         self.written = 0  # see Progress
-        self._begun = self.tokens.copy()  # when the current block was opened
+        self._begun = self.tokens.copy()  # tokens when the current block was opened
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def streams(self) -> int:
-        """Canvases denoised side by side: classifier-free guidance adds one with the prompt masked."""
+        """Number of streams with caches: classifier-free guidance adds one with the prompt masked."""
         return 2 if self.options.decoding.cfg_scale > 0 else 1
 
     @property
@@ -67,7 +67,7 @@ class Canvas:
 
     @property
     def end(self) -> int:
-        """First position behind the current block."""
+        """First position after the current block."""
         return self.prompt_len + self.blocks[self.block][1]
 
     @cached_property
@@ -77,17 +77,17 @@ class Canvas:
 
     @property
     def last(self) -> int:
-        """The position that the last row stands for"""
+        """The position that the last row represents"""
         return self.options.extent.last(self.end, len(self))
 
     @cached_property
     def positions(self) -> np.ndarray | None:
-        """[N] positions that the rows stand for; None: every row stands for its own"""
+        """[N] positions that the rows represent; None: their own"""
         return infill.row_positions(self)
 
     @property
     def grown(self) -> bool:
-        """With the current block rows have come in that no step has seen."""
+        """The current block has added rows that no step has computed yet."""
         if self.block_step or not self.block:
             return False
         before = self.prompt_len + self.blocks[self.block - 1][1]
@@ -113,6 +113,8 @@ class Canvas:
             block_step=self.block_step,
             step=self.step,
             cold=self.cold or self.grown,
+            grown=self.grown and not self.cold,
+            block_before=self.prompt_len + self.blocks[max(self.block - 1, 0)][0],
             shift=self.shift,
             mask_id=self.mask_id,
             tokens=self.tokens[: self.rows],
@@ -125,29 +127,32 @@ class Canvas:
     def plan(self) -> StepPlan:
         return self.options.reuse.plan(self.progress)
 
+    def make_plan(self) -> StepPlan:
+        """Makes the plan of the next step now, so that an error of the policy is raised here."""
+        return self.plan
+
     @property
     def weight(self) -> int:
-        """Rows of the next step as the scheduler counts them. Rows that are carried through layers and not recomputed
-        count less."""
+        """Cost of the next step in rows, for the scheduler. Live rows that are not recomputed count less."""
         rows = max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
         return self.streams * (rows + revision.shadow_rows(self))
 
     def finished(self) -> tuple[int, int] | None:
-        """[start, end) of what the current block has to hand out, if nothing in it is masked"""
+        """[start, end) of the current block's tokens that were not output yet, if none is masked"""
         start = self.prompt_len + self.emitted
         if start == len(self) or (self.tokens[start : self.end] == self.mask_id).any():
             return None
         return start, self.end
 
     def candidates(self) -> np.ndarray:
-        """Masked positions that may be filled now: all before the end of the current block. Masks that the
-        prompt brought along take part (infilling), as they do in the references."""
+        """Masked positions that may be filled now: all before the end of the current block, including masks of the
+        prompt (infilling), as in the references."""
         return np.flatnonzero(self.tokens[: self.end] == self.mask_id)
 
-    # -- the clock moves -------------------------------------------------------------------
+    # -- progress --------------------------------------------------------------------------
 
-    def begin_behind(self, written: int) -> None:
-        """The first `written` positions have final keys and values before the first step."""
+    def start_after(self, written: int) -> None:
+        """Starts with final keys and values of the first `written` positions in the cache."""
         self.written = written
         self._moved()
 
@@ -156,7 +161,7 @@ class Canvas:
             self.__dict__.pop(name, None)
 
     def apply(self, commit: Commit) -> None:
-        """A step has been made."""
+        """Applies the commit of a step."""
         reads = block_causal.reads(self)
         self.written = block_causal.written(self)
         self.tokens[commit.positions] = commit.tokens
@@ -169,7 +174,7 @@ class Canvas:
         self._moved()
 
     def hand_out(self, count: int) -> None:
-        """So many more positions are out. Blocks leave whole, so that tells the current one."""
+        """Counts `count` more positions as output and opens the next canvas block once the current one is output."""
         self.emitted += count
         while self.block + 1 < len(self.blocks) and self.emitted >= self.blocks[self.block][1]:
             self.block, self.block_step = self.block + 1, 0
@@ -177,8 +182,8 @@ class Canvas:
         self._moved()
 
     def rewind(self) -> None:
-        """The caches are gone, and with them what was filled in the unfinished block. Since noise depends on (seed,
-        block, step, position) the block comes out the same."""
+        """Returns to the start of the current block after a preemption has dropped the caches. Noise depends only on
+        (seed, block, step, position), so the block gets the same tokens."""
         self.tokens[:] = self._begun
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True

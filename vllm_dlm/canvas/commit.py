@@ -1,4 +1,4 @@
-"""A commit: what one step did to a canvas. The worker makes it and the scheduler applies it to its own copy."""
+"""A commit: the changes of one step to a canvas. The worker creates it and the scheduler applies it to its own copy."""
 
 from dataclasses import dataclass, field
 
@@ -14,8 +14,8 @@ class Commit:
     filled: np.ndarray  # [F] indices into `read`, ascending
     tokens: np.ndarray  # [F]
     revoked: np.ndarray = field(default_factory=lambda: NOTHING)  # positions whose tokens become masks, ascending
-    left: int = 0  # number of positions that were handed out with it
-    logprobs: list | None = None  # of a step that read a starting text: see Canvas.logprobs
+    left: int = 0  # number of positions that are output with this commit
+    logprobs: list | None = None  # Canvas.logprobs, from the step that reads a starting text
 
     @property
     def positions(self) -> np.ndarray:
@@ -24,5 +24,5 @@ class Commit:
 
     @property
     def changed(self) -> np.ndarray:
-        """Positions that hold another token than before, ascending"""
+        """Positions whose token changes, ascending"""
         return np.union1d(self.positions, self.revoked) if len(self.revoked) else self.positions

@@ -1,7 +1,7 @@
 """One request in the worker: its canvas, its features, and the schedule of its current canvas block.
 
-The canvas is numpy on the host. A step sends the rows that it needs to the device, and gets a token, a score and a
-probability per candidate back.
+The canvas is in numpy arrays on the host. A step sends the rows that it needs to the device and gets one token, score
+and probability per candidate back.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
 
 __all__ = ["Denoising", "Logprobs", "Sampling"]
 
-#: in the order in which they make streams and absorb readings
+#: in the order in which they add streams and absorb readings
 FEATURES: tuple[type[Feature], ...] = (
     Editing,
     StartingText,
@@ -46,15 +46,15 @@ class Denoising:
     canvas: Canvas
     sampling: Sampling
     features: list[Feature] = field(init=False)
-    logprobs: list = field(init=False)  # per response position: what was recorded when it was filled
-    quotas: list[int] = field(init=False)  # of the current block: how many positions each step fills
+    logprobs: list = field(init=False)  # per response position: record of the step that filled it
+    quotas: list[int] = field(init=False)  # number of positions that each step of the current block fills
     filled: int = field(init=False)  # positions filled in the current block, as `quotas` count them
-    memory: Memory | None = field(init=False)  # of the decoding, for the current block
+    memory: Memory | None = field(init=False)  # state of the decoding for the current block
     most_steps: int = field(init=False)  # forwards after which the current block must be finished
-    pressure: float = 0.0  # of the step: share of all requests of the server that wait
-    selected: dict[int, SelectedKeys | None] = field(default_factory=dict)  # of each stream that has caches
-    blocks: dict[int, Blocks] = field(default_factory=dict)  # of each stream that has caches
-    rows: int = 0  # of the canvas that these blocks are for
+    pressure: float = 0.0  # share of the server's requests that are waiting in this step
+    selected: dict[int, SelectedKeys | None] = field(default_factory=dict)  # by number of the stream, see `cached`
+    blocks: dict[int, Blocks] = field(default_factory=dict)  # by number of the stream
+    rows: int = 0  # canvas rows that these blocks cover
 
     def __post_init__(self):
         canvas = self.canvas
@@ -68,7 +68,7 @@ class Denoising:
 
     @property
     def settled(self) -> bool:
-        """No token of the current canvas block can change any more, except masks."""
+        """Whether only masks of the current canvas block can still change."""
         return all(feature.settled for feature in self.features)
 
     @property
@@ -95,9 +95,9 @@ class Denoising:
         return self.options.decoding.scheduled(self.canvas.candidates(), self.canvas.prompt_len)
 
     def _adjust_schedule(self) -> None:
-        """Splits the remaining steps again if more positions are filled than the schedule planned by now, for example
-        because a hole has ended early. So the quota of a step is at least 1 while masks are left, and never above their
-        number. A schedule that is met stays the published one."""
+        """Recomputes the quotas of the remaining steps if more positions are filled than planned so far, for example
+        because a hole ended early. The quota of a step is then at least 1 while masks are left and never above their
+        number. Otherwise the published schedule is kept."""
         step = self.canvas.block_step
         made = self.quotas[:step]
         if self.filled <= sum(made) and step < len(self.quotas):
@@ -110,8 +110,8 @@ class Denoising:
     # -- before a forward ------------------------------------------------------------------
 
     def streams(self, caches: StreamCaches, table: np.ndarray, canvases: int = 1) -> list[Stream]:
-        """The streams of the next step. `table`: ids of the request's KV blocks; `canvases`: how many streams it may
-        have if it speculates"""
+        """The streams of the next step. `table`: ids of the request's KV blocks; `canvases`: maximum number of streams
+        if it speculates"""
         if self.rows != self.canvas.rows:
             caches.grow(self, table)
         made, room = self.read([self._own_stream()], self.canvas.candidates()), Room(caches, canvases)
@@ -120,7 +120,7 @@ class Denoising:
         return made
 
     def _own_stream(self) -> Stream:
-        """The canvas itself"""
+        """The stream of the canvas itself"""
         canvas, reuse = self.canvas, self.options.reuse
         at = canvas.progress
         return Stream(
@@ -138,7 +138,7 @@ class Denoising:
         )
 
     def cached(self, number: int) -> dict[str, Any]:
-        """Fields of a stream that depend on its caches: 0, those of the canvas, or 1, of its unconditional twin"""
+        """Fields of a stream that depend on its caches. `number`: 0 for the canvas, 1 for the unconditional stream"""
         canvas, selected, filtered, chooses = self.canvas, self.selected[number], False, False
         if selected is not None:
             filtered = not self.options.reuse.caches and not canvas.cold
@@ -152,7 +152,7 @@ class Denoising:
         }
 
     def read(self, made: list[Stream], positions: np.ndarray, judged: bool = False) -> list[Stream]:
-        """The canvas's own stream, read at those of the positions whose rows are live."""
+        """Adds a reading of the given positions, as far as their rows are live, to the canvas's own stream."""
         (stream,) = made
         at = self.canvas.progress
         if not judged and (due := self.options.reuse.due(positions, at)) is not None:
@@ -170,7 +170,8 @@ class Denoising:
     # -- after a forward -------------------------------------------------------------------
 
     def commit(self, reading: Reading, pressure: float = 0.0) -> Commit:
-        """Changes the canvas by what was read: the tokens that the decoding chooses, and what features make of it."""
+        """Applies the result of a reading to the canvas: the tokens that the decoding chooses, as changed by the
+        features."""
         canvas, self.pressure = self.canvas, pressure
         for feature in self.features:
             if (commit := feature.take_over(self, reading)) is not None:
@@ -198,7 +199,7 @@ class Denoising:
         return commit
 
     def _decoded(self, reading: Reading) -> Commit:
-        """What the decoding chooses at the canvas itself"""
+        """Commit of the tokens that the decoding chooses, before features change it"""
         positions, proposal = reading.positions, reading.proposal
         chosen = self.choose(positions, proposal) if len(positions) else NOTHING
         if self.memory is not None and proposal.noted is not None:
@@ -213,7 +214,7 @@ class Denoising:
                 self.logprobs[reading.positions[index] - self.canvas.prompt_len] = reading.logprobs[index]
 
     def choose(self, positions: np.ndarray, proposal: Proposal) -> np.ndarray:
-        """Indices into `positions`, candidates of the next step, ascending"""
+        """Indices into `positions` (candidates) to fill, ascending"""
         canvas, decoding = self.canvas, self.options.decoding
         turn = self._turn(positions)
         rng = partial(np.random.default_rng, (self.sampling.seed, canvas.block, canvas.block_step))
@@ -240,24 +241,24 @@ class Denoising:
         )
 
     def _masked(self) -> float:
-        """See Turn"""
+        """See Turn.masked"""
         canvas = self.canvas
         start = canvas.progress.block[0]
         live = canvas.plan.live[np.searchsorted(canvas.plan.live, start) :]
         return np.count_nonzero(canvas.tokens[live] == canvas.mask_id) / (canvas.rows - start)
 
-    # -- what leaves -----------------------------------------------------------------------
+    # -- output ----------------------------------------------------------------------------
 
     def take_output(self) -> Output:
-        """Tokens (with their log-probabilities) that are final and were not handed out"""
+        """Tokens (with their log-probabilities) that are final and were not output yet"""
         for feature in self.features:
             if (output := feature.output(self)) is not None:
                 return output
         return self.take_block()
 
     def take_block(self) -> Output:
-        """A finished block, or everything up to an end token that no mask precedes if tokens stay once they are
-        filled"""
+        """A finished block; or, if filled tokens cannot be revoked, everything up to an end token without a mask before
+        it"""
         canvas = self.canvas
         start = canvas.emitted
         pending = canvas.tokens[canvas.prompt_len + start : canvas.end]
@@ -275,7 +276,7 @@ class Denoising:
         return tokens, self.logprobs[start : canvas.emitted]
 
     def hand_out(self, count: int) -> None:
-        """`count` more positions leave, and the next canvas block may begin."""
+        """Counts `count` more positions as output; opens the next canvas block if the current one is complete."""
         block = self.canvas.block
         self.canvas.hand_out(count)
         if self.canvas.block > block:

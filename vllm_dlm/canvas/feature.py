@@ -1,7 +1,8 @@
-"""The interface of features: what a request does besides filling masks of one canvas, one module each.
+"""Interface of features, which extend denoising beyond filling the masks of one canvas. One module each.
 
 guidance.py, speculation.py, revision.py, infill.py and block_causal.py implement it. A feature adds streams to a step
-and turns what was read there into a commit. Features keep no reference to their request, which would be a cycle.
+and changes the commit according to their readings. Features keep no reference to their request, to avoid reference
+cycles.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
     from vllm_dlm.canvas.denoising import Denoising
 
-#: tokens, and what was recorded of each
+#: tokens, and the log-probability record of each
 Output = tuple[list[int], list[Any]]
 
 
 class Room(NamedTuple):
-    """What the streams of a request may use in one step."""
+    """Resources of a request's streams in one step."""
 
     caches: StreamCaches
-    canvases: int = 1  # streams of a request that speculates, its own among them
+    canvases: int = 1  # maximum number of streams of a request that speculates, including its own
 
 
 class Feature:
     name: str
-    #: no token of the current canvas block can change any more, except masks
+    #: only masks of the current canvas block can still change
     settled = True
 
     @classmethod
@@ -39,28 +40,28 @@ class Feature:
         self.open_block(canvas)
 
     def open_block(self, canvas: "Canvas") -> None:
-        """A canvas block begins."""
+        """Called when a canvas block begins."""
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
-        """All streams of a step, where those before this feature have made some. Readings of added streams are added
-        to `others` of the first reading."""
+        """All streams of a step. `made`: streams made by earlier features. Readings of added streams are appended to
+        `others` of the first reading."""
         return made
 
     def take_over(self, state: "Denoising", reading: Reading) -> Commit | None:
-        """A commit in place of what the decoding chooses; None: the decoding chooses."""
+        """A commit that replaces the decoding's choice; None: the decoding chooses."""
         return None
 
     def absorb(self, state: "Denoising", commit: Commit, reading: Reading) -> Commit:
-        """The commit of a step, where those before this feature have come to `commit`."""
+        """Changes the commit of a step. `commit`: as changed by earlier features"""
         return commit
 
     def finish(self, state: "Denoising", commit: Commit) -> Commit:
-        """Adds what follows from a commit that all features have absorbed."""
+        """Extends a commit after all features have absorbed their readings."""
         return commit
 
     def applied(self, state: "Denoising", commit: Commit, reading: Reading) -> None:
-        """The canvas has changed. `commit` is what all features have absorbed."""
+        """Called after the canvas has changed. `commit`: result of `absorb` of all features"""
 
     def output(self, state: "Denoising") -> Output | None:
-        """Tokens to hand out; None: as the request hands them out without this feature."""
+        """Tokens to output; None: the default, Denoising.take_block."""
         return None

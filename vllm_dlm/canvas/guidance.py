@@ -1,7 +1,7 @@
-"""Classifier-free guidance: a second stream of each canvas sees it without what the client gave.
+"""Classifier-free guidance: an unconditional stream per canvas, in which the client's tokens are masked.
 
-The head combines the logits of both, unconditional + (scale + 1) * (conditional - unconditional), see Head. The streams
-have caches of their own, which never mix. Tokens that were generated are in both.
+The head combines the logits of both streams: unconditional + (scale + 1) * (conditional - unconditional), see Head.
+Each stream has its own caches. Generated tokens are in both streams.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ class Guidance(Feature):
 
 
 def unconditional(canvas: "Canvas") -> np.ndarray:
-    """[rows] tokens of the unconditional stream: masks where the client gave tokens"""
+    """[rows] tokens of the unconditional stream, with masks at the prompt"""
     tokens = canvas.tokens[: canvas.rows].copy()
     tokens[: canvas.prompt_len] = canvas.mask_id
     return tokens

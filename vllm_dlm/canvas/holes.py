@@ -1,10 +1,10 @@
-"""The holes of a template while they are filled, in any order and any number of positions at once.
+"""Holes of a template while they are filled, in any order and any number of positions at a time.
 
 Two sets of automaton states are kept for each position: the states that the tokens before it can reach, and the states
 from which the rest of the hole can be completed. A token may be at a position if it leads from a reachable state to one
 from which the hole can be completed. Tokens that a step proposes for several positions are accepted one after the
-other, the most probable first. A token that the accepted ones rule out stays a mask. So a hole is valid in whatever
-order it is decoded.
+other, the most probable first. A token that the accepted ones rule out stays a mask. A hole is therefore valid for
+every decoding order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dlm.automaton import MASKED, Automaton
+from vllm_dlm.canvas.automaton import MASKED, Automaton
 
-#: a class that neither a token nor a mask has
+#: not the class of any token or of a mask
 NO_CLASS = -3
 
 
@@ -23,22 +23,22 @@ class HoleProposal(NamedTuple):
 
     place: int  # position within the hole
     token_class: int
-    number: int  # among the proposals of the step
+    number: int  # index among the proposals of the step
 
 
 class Hole:
-    """`length` positions of the canvas from `start` on; `classes`: of their tokens, None: masks"""
+    """`length` positions of the canvas from `start` on. `classes`: token classes of the positions; None: all masked"""
 
     def __init__(self, start: int, length: int, automaton: Automaton, classes: Sequence[int] | None = None):
         self.start, self.length, self.automaton = start, length, automaton
         self.classes = [MASKED] * length if classes is None else list(classes)
-        self.reachable = [automaton.starting, *[0] * length]  # [i]: by the tokens before i
-        self.completable = [*[0] * length, automaton.ending]  # [i]: by the tokens from i on
+        self.reachable = [automaton.starting, *[0] * length]  # [i]: states reached by the tokens before i
+        self.completable = [*[0] * length, automaton.ending]  # [i]: states that the tokens from i on complete
         self._read(0, length)
         self._read_back(length - 1, 0)
 
     def _read(self, first: int, last: int) -> None:
-        """Updates reachable states after classes from `first` to `last` have changed, until they stay the same."""
+        """Updates reachable states after classes from `first` to `last` have changed, until nothing changes."""
         states, same, after = self.reachable[first], (0, NO_CLASS), 0
         for index in range(first, self.length):
             if same != (states, each := self.classes[index]):  # in runs of masks, states become constant
@@ -57,7 +57,7 @@ class Hole:
             self.completable[index] = states = before
 
     def put(self, classes: dict[int, int]) -> None:
-        """`classes`: by position, MASKED where a token becomes a mask again"""
+        """`classes`: by position; MASKED turns a token back into a mask"""
         for index, each in classes.items():
             self.classes[index] = each
         if classes:
@@ -74,9 +74,10 @@ class Hole:
         return bool(self.automaton.after(self.reachable[index], token_class) & self.completable[index + 1])
 
     def accepted(self, proposals: list[HoleProposal]) -> list[HoleProposal]:
-        """Puts the proposals that fit together and to the tokens of the hole, as if they came one by one. Each token
-        reduces what is allowed: proposals that do not fit now never will, and proposals that all fit together would
-        also be accepted one by one. Otherwise the first half of them is accepted before the second."""
+        """Puts the proposals that fit the hole's tokens and each other, with the same result as accepting them one by
+        one. Each token only reduces the set of allowed tokens, so a proposal that does not fit now never will, and
+        proposals that all fit together would be accepted one by one, too. If they do not all fit together, the first
+        half is accepted before the second."""
         return self._accepted([each for each in proposals if self.fits(each.place, each.token_class)])
 
     def _accepted(self, fitting: list[HoleProposal]) -> list[HoleProposal]:
@@ -102,7 +103,7 @@ class Hole:
         return True
 
     def over(self) -> list[int]:
-        """Masks that only an end may fill. From the first of them on, every way to fill the hole has ended."""
+        """Masks that only an end token may fill. Every completion of the hole has ended before the first of them."""
         low, high = 0, self.length
         while low < high:
             middle = (low + high) // 2
@@ -117,7 +118,7 @@ class Holes:
     """The holes of one canvas."""
 
     def __init__(self, holes: Sequence[tuple[int, int, Automaton]], tokens: np.ndarray, mask_id: int, end_token: int):
-        """`holes`: start, length and automaton of each; `end_token`: fills the rest of a hole that has ended"""
+        """`holes`: (start, length, automaton) of each; `end_token`: fills the rest of a hole that has ended"""
         self.holes, self.end_token = list[Hole](), end_token
         self.places: dict[int, tuple[Hole, int]] = {}  # position of the canvas -> hole and index in it
         for start, length, automaton in holes:
@@ -128,7 +129,7 @@ class Holes:
             self.places.update((start + index, (hole, index)) for index in range(length))
 
     def put(self, positions: Iterable[int], token: int | None) -> None:
-        """None: a mask"""
+        """Puts the token at the positions; None: a mask"""
         changed: dict[Hole, list[int]] = {}
         for position in positions:
             hole, index = self.places[position]
@@ -153,21 +154,21 @@ class Holes:
         return np.sort(np.array(taken, np.int64))
 
     def over(self) -> np.ndarray:
-        """Puts ends at masks that only an end may fill -> their positions, ascending"""
+        """Puts the end token at masks that nothing else may fill -> their positions, ascending"""
         found = [hole.start + index for hole in self.holes for index in hole.over()]
         self.put(found, self.end_token)
         return np.array(sorted(found), np.int64)
 
     def between(self, position: int) -> tuple[Automaton, tuple[int, int]] | None:
-        """The automaton of a position and the states before and after it; None: it is in no hole of the template, so
-        any token may be there"""
+        """The automaton of a position and the states before and after it; None: the position is in no hole, so any
+        token is allowed"""
         if position not in self.places:
             return None
         hole, index = self.places[position]
         return hole.automaton, hole.between(index)
 
     def ended(self, position: int) -> bool:
-        """Whether a position holds the end of a hole, which is no part of the text"""
+        """Whether a position holds the end token of a hole, which is not part of the text"""
         if position not in self.places:
             return False
         hole, index = self.places[position]

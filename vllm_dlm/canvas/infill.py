@@ -1,13 +1,13 @@
-"""Infill: a canvas that begins with more than masks. A suffix, a starting text, or a template.
+"""Infill: canvases with given text after the prompt. A suffix, a starting text, or a template.
 
-- A suffix is text after the canvas. Its rows come before those of the prompt, since it is given and stays as the prompt
-  does, and the model is told which positions the rows stand for. So plans, caches and selections see a longer prompt.
-- A starting text is read by the first forward, which makes masks of the tokens that the model finds least probable.
-- A template is text with holes. What a hole may hold is an automaton (holes.py). The head proposes only tokens with
-  which all holes can still be filled, a step accepts proposals that fit together, and the rest of a hole that has ended
-  is filled at once.
+- A suffix is text after the canvas. Its rows precede those of the prompt, because both are fixed, and the model gets
+  the position of each row. Plans, caches and selections therefore see a longer prompt.
+- A starting text is read by the first forward, which masks the least probable tokens.
+- A template is text with holes. An automaton defines the valid contents of a hole (holes.py). The head proposes only
+  tokens with which all holes can still be completed, and a step accepts proposals that fit together. Once a hole has
+  ended, its remaining positions are filled at once.
 
-The layout of a canvas comes from the front-end as plain data, see `Layout`.
+The front-end sends the layout of a canvas as plain data, see `Layout`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.automaton import Automaton
+from vllm_dlm.canvas.automaton import Automaton
 from vllm_dlm.canvas.commit import NOTHING, Commit
 from vllm_dlm.canvas.feature import Feature, Output, Room
 from vllm_dlm.canvas.holes import Holes
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
     from vllm_dlm.canvas.denoising import Denoising
 
-#: automata of this worker, by content: requests with equal holes share one
+#: automata of this worker by content; requests with equal holes share one
 AUTOMATA: ClientCache[str, Automaton] = ClientCache("automata")
-#: logit of a token that may not be there. It is finite since it may be divided by a temperature.
+#: logit of a token that is not allowed; finite, because it may be divided by a temperature
 RULED_OUT = -1e30
-#: number of bits that are spread out at once
+#: number of bits that are unpacked at a time
 PIECE = 1 << 22
 
 
@@ -53,15 +53,15 @@ def lay_out(canvas: "Canvas") -> None:
 
 
 def blocks_of_masks(options: Options, masked: np.ndarray) -> list[tuple[int, int]]:
-    """[start, end) of canvas blocks with as many masks each as the decoding fills in one; `masked` [N]. Text of a
-    template belongs to the block of the masks before it."""
+    """[start, end) of canvas blocks, such that each has the decoding's block length in masks; `masked` [N]. Fixed text
+    of a template belongs to the block of the masks before it."""
     positions = np.flatnonzero(masked)
     starts = [0, *(int(positions[start]) for start, _ in options.decoding.blocks(len(positions))[1:])]
     return list(zip(starts, [*starts[1:], len(masked)], strict=True))
 
 
 def row_positions(canvas: "Canvas") -> np.ndarray | None:
-    """[N] positions that the rows of a canvas with a suffix stand for; None: every row stands for its own"""
+    """[N] positions that the rows of a canvas with a suffix represent; None: their own"""
     if not canvas.suffix:
         return None
     return (np.arange(len(canvas)) - canvas.suffix) % len(canvas)
@@ -86,7 +86,7 @@ class StartingText(Feature):
         return state.read(made, text, judged=True)
 
     def take_over(self, state: "Denoising", reading: Reading) -> Commit | None:
-        """The least probable tokens become masks. Denoising begins with the next step."""
+        """Masks the least probable tokens. Denoising begins with the next step."""
         canvas, positions = state.canvas, reading.positions
         if not canvas.unread:
             return None
@@ -100,7 +100,7 @@ class StartingText(Feature):
         return commit
 
     def output(self, state: "Denoising") -> Output | None:
-        """Canvas blocks may have no masks, so several are handed out at once."""
+        """Outputs several canvas blocks at once, since blocks of a starting text may have no masks."""
         tokens, records = state.take_block()
         while tokens and tokens[-1] not in state.sampling.stop_ids:
             more, more_records = state.take_block()
@@ -139,8 +139,8 @@ class Template(Feature):
         return made
 
     def absorb(self, state: "Denoising", commit: Commit, reading: Reading) -> Commit:
-        """Keeps those of the chosen tokens that fit together, masks before tokens that are replaced so that each step
-        fills one, then the most probable first."""
+        """Keeps the chosen tokens that fit together. Masks come before replacements, so that each step fills at least
+        one, then the most probable tokens first."""
         if not len(commit.filled):
             return commit
         chosen, prob = commit.filled, reading.proposal.prob
@@ -149,7 +149,7 @@ class Template(Feature):
         return replace(commit, filled=accepted, tokens=reading.proposal.token[accepted])
 
     def finish(self, state: "Denoising", commit: Commit) -> Commit:
-        """Fills the rest of the holes that have ended with this commit, also after the canvas block."""
+        """Fills the remaining positions of holes that end with this commit, even after the current canvas block."""
         over = self.holes.over()
         self.holes.put(commit.revoked.tolist(), None)
         if not len(over):
@@ -166,7 +166,7 @@ class Template(Feature):
         return replace(commit, read=read, confidence=confidence, filled=filled, tokens=values)
 
     def output(self, state: "Denoising") -> Output | None:
-        """The finished canvas blocks without the ends of holes, and at last the end of the answer."""
+        """Finished canvas blocks without the end tokens of holes; after the last block, the end token of the answer."""
         canvas, tokens, records = state.canvas, list[int](), list[Any]()
         while state.settled and (block := canvas.finished()) is not None:
             for position in range(*block):
@@ -183,7 +183,7 @@ class Template(Feature):
         return tokens, records
 
 
-# -- tokens that a template allows, on the way to the head ---------------------------------------
+# -- tokens that a template allows, for the head -------------------------------------------------
 
 
 class HoleConstraint(NamedTuple):
@@ -195,7 +195,7 @@ class HoleConstraint(NamedTuple):
 
 
 class AllowedTokens(NamedTuple):
-    bits_SW: torch.Tensor  # [S, ceil(V / 32)] int32, each row of bits sent once a step
+    bits_SW: torch.Tensor  # [S, ceil(V / 32)] int32, distinct rows of bits
     row_R: torch.Tensor  # [R] row of bits of each logits row
 
     def rule_out(self, logits_RV: torch.Tensor, piece: slice) -> None:
@@ -203,8 +203,8 @@ class AllowedTokens(NamedTuple):
 
 
 def allowed_tokens(readings: Sequence[tuple[Holes | None, np.ndarray]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of bits, the first of which allows all tokens, and the row of each position of each reading:
-    [S, ceil(width / 32)] int32, and [R] int64"""
+    """-> rows of bits [S, ceil(width / 32)] int32, where row 0 allows all tokens, and the row of each position of each
+    reading, [R] int64"""
     found: dict[Automaton, dict[tuple[int, int], int]] = {}  # states before and after a position -> row
     places = list[tuple[Automaton, int] | None]()
     for holes, positions in readings:
@@ -225,7 +225,7 @@ def allowed_tokens(readings: Sequence[tuple[Holes | None, np.ndarray]], width: i
 
 
 def rule_out_others(logits_RV: torch.Tensor, bits_SW: torch.Tensor, row_R: torch.Tensor) -> None:
-    """Rules out, in place, the tokens whose bit is not set in the row of bits of a logits row."""
+    """Rules out tokens without a bit in the bits of their logits row, in place."""
     size = logits_RV.shape[1]
     octets_SB = bits_SW.view(torch.uint8)
     shifts = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)

@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of (seed, block, step, position, token).
 
-No generator state is kept, so a request's samples do not depend on who shares
-its batch, on how rows are chunked, on preemption, on the device or on the
+No generator state is kept, so a request's samples do not depend on other
+requests in its batch, chunking of rows, preemption, the device or the
 tensor-parallel rank.
 """
 
@@ -15,7 +15,8 @@ _NOISE, _ORDER = 1, 2  # independent streams of one row
 
 
 def row_keys(seeds: np.ndarray, blocks: np.ndarray, steps: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Of each row its request's seed, block and step, and its position, [R] int64 -> one 64-bit key per row."""
+    """Seed, canvas block and step of each row's request, and the row's position, [R] int64 each -> one 64-bit key per
+    row."""
     key = seeds
     for part in (blocks, steps):
         key = _mix(key * 31 + part + 1)
@@ -39,14 +40,14 @@ def uniform_bits(key: torch.Tensor, counter) -> torch.Tensor:
 
 
 def _mix(x):
-    """splitmix64 of int64, of torch or numpy: both wrap around."""
+    """splitmix64 of int64 in torch or numpy; both wrap around on overflow."""
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)
 
 
 def _shift(x, bits: int):
-    """Logical right shift; that of int64 is arithmetic."""
+    """Logical right shift; `>>` of int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

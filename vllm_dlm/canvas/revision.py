@@ -1,15 +1,15 @@
 """Revision: tokens of the current canvas block change again after they were filled.
 
-Revocation (WINO) makes masks of tokens that their surroundings do not confirm. To judge them, a step reads a *shadow*
-of the canvas block: as many rows as the block has, masks at its positions. Each shadow row attends to the whole canvas
-except the token at its own position, and to the other shadow rows; no row of the canvas attends to them. Their keys and
-values are not stored, and those of the canvas are read from its KV blocks, where its own rows have just written them.
-So a shadow is computed after its canvas.
+Revocation (WINO) masks tokens again that their context does not confirm. To judge them, a step reads a *shadow* of the
+canvas block: one row per position of the block, each with a mask. A shadow row attends to the other shadow rows and to
+the whole canvas except the token at its own position. Rows of the canvas do not attend to shadow rows. Keys and values
+of shadow rows are not stored. Those of the canvas are read from its KV blocks, where its own rows have just written
+them, so a shadow is computed after its canvas.
 
-Editing (LLaDA2.1) needs no stream: all positions of the block are read, and a token may be replaced by another.
+Editing (LLaDA2.1) needs no stream. All positions of the block are read, and a token may be replaced by another.
 
-The decoding derives from `RevokingDecoding` or `EditingDecoding` and decides which tokens change. A block is handed
-out when nothing in it can change any more (`settled`).
+The decoding derives from `RevokingDecoding` or `EditingDecoding` and decides which tokens change. A block is output
+once none of its tokens can change (`settled`).
 """
 
 from dataclasses import replace
@@ -52,7 +52,8 @@ class Revocation(Feature):
 
     @staticmethod
     def _readable(state: "Denoising") -> np.ndarray:
-        """Tokens that may be revoked in this step: those that a later step of the block can fill again"""
+        """Positions whose tokens may be revoked in this step. A later step of the block must be able to fill them
+        again."""
         at, plan, positions = state.canvas.progress, state.canvas.plan, revocable(state.canvas)
         if state.options.reuse.due(positions, at) is not None:
             return NOTHING
@@ -68,7 +69,7 @@ class Revocation(Feature):
             if judged.proposal.noted is not None:
                 noted = judged.proposal.noted
         revoked = decoding.revoked(noted, len(commit.filled), state.memory, unjudged=not self.settled)
-        # The first step of a block may read one position alone, see Reuse.due. The second one reads the others.
+        # The first step of a block may read only one position, see Reuse.due. The second one reads the others.
         self.settled = self.settled or canvas.block_step > 0 or len(positions) == len(revocable(canvas))
         return replace(commit, revoked=np.sort(positions[revoked]))
 
@@ -80,7 +81,7 @@ def shadow(stream: Stream, reading: Reading, at: Progress) -> Stream:
     tokens[rows] = at.mask_id
     return replace(
         stream,
-        reuse=Reuse(),  # every row of it is new in every step
+        reuse=Reuse(),  # every row is recomputed in every step
         plan=StepPlan.dense(rows),
         token_ids=tokens,
         head_positions=at.rows_reading(reading.positions),
@@ -103,11 +104,11 @@ def revocable(canvas: "Canvas") -> np.ndarray:
     if not canvas.layout.holes:
         return positions
     positions = np.setdiff1d(positions, canvas.fixed)
-    return positions[~np.isin(canvas.tokens[positions], canvas.layout.ends)]  # the end of a hole stays
+    return positions[~np.isin(canvas.tokens[positions], canvas.layout.ends)]  # end tokens of holes are kept
 
 
 def shadow_rows(canvas: "Canvas") -> int:
-    """Most rows that the shadow of one stream has in the next step"""
+    """Maximum number of shadow rows per stream in the next step"""
     return canvas.block_width if len(revocable(canvas)) else 0
 
 
@@ -122,7 +123,7 @@ class Editing(Feature):
         self.settled = False
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
-        """All of the canvas block is read, not its masks alone."""
+        """Reads all positions of the canvas block, not only its masks."""
         canvas = state.canvas
         start, end = canvas.progress.block
         block = np.setdiff1d(span(start, end), canvas.fixed) if len(canvas.fixed) else span(start, end)
@@ -130,9 +131,9 @@ class Editing(Feature):
 
     def applied(self, state: "Denoising", commit: Commit, reading: Reading) -> None:
         canvas, decoding = state.canvas, state.options.decoding
-        # No block waits for masks of the prompt: partial steps of some policies have no rows there.
+        # A block does not wait for masks of the prompt, where partial steps of some policies have no rows.
         masks = int((canvas.candidates() >= canvas.prompt_len).sum())
         if len(reading.positions):
             self.settled = decoding.settled(masks, reading.held, len(commit.filled), state.memory)
-        elif not masks:  # and there is no position that a partial step of this policy could read
+        elif not masks:  # partial steps of this policy can read no position
             self.settled = True

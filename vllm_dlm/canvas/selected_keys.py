@@ -1,9 +1,9 @@
-"""Views: what is kept between steps for a canvas whose response reads only part of it.
+"""Selected keys: state between steps of a stream whose response reads only part of its keys.
 
-A view belongs to one canvas of one request and lives as long as it does. Its
-summaries are in blocks of the request. A choice lasts until the prompt is
-refreshed or the selection chooses again. The host knows only whether there is
-a choice; the choices are in a pool on the device and are read in place.
+`SelectedKeys` belongs to one stream of one request and has its lifetime.
+Summaries are in KV blocks of the request. A choice is used until the prompt is
+refreshed or the selection chooses again. The host knows only whether a choice
+exists. Choices are stored in a pool on the device and read in place.
 """
 
 import weakref
@@ -16,8 +16,8 @@ from vllm_dlm.plugins.selection.base import Selection
 
 
 class ChoicePool:
-    """Choices of the canvases of one selection, by layer. Slot 0 is unused. The device memory is freed with the last
-    slot: clients choose selections, so pools come and go with requests."""
+    """Stored choices of all streams with one selection, by layer. Slot 0 is unused. Device memory is freed when the
+    last slot is released: clients choose selections, so pools come and go with requests."""
 
     def __init__(self) -> None:
         self.layers: dict[int, torch.Tensor] = {}  # [slots, Hkv, units + memo] int32
@@ -25,11 +25,11 @@ class ChoicePool:
         self._slots, self._units, self._memo = 1, 0, 0  # number of slots, widths
 
     def slot(self, units: int, memo: int) -> int:
-        """A slot for a canvas with `units` chosen units and `memo` numbers kept for the next choice"""
+        """A slot for `units` chosen units and `memo` numbers that are kept for the next choice"""
         if self._unused:
             self._free, self._slots, self._units, self._memo = [], 1, 0, 0
         if units > self._units or memo > self._memo:
-            # Kept choices move to wider rows.
+            # Copy stored choices to wider rows.
             kept, wider, before = self.layers, {}, self._units
             self._units, self._memo = max(units, self._units), max(memo, self._memo)
             for layer, own in kept.items():
@@ -75,18 +75,18 @@ class SelectedKeys:
     block_size: int
     kv_table: np.ndarray  # [blocks] ids
     summary_table: np.ndarray  # [blocks] ids
-    frozen: bool  # a choice lasts until the next refresh, whatever the selection says
-    pool: ChoicePool  # shared by canvases of this selection
-    steps: int = 0  # served by the present choice
-    held: bool = False  # there is a choice
-    known: bool = False  # a choice before this one, of the same keys, may still be in the pool
-    chooses: bool = False  # in this step
-    described: bool = True  # what there may be chosen from has summaries, or a step that makes all keys anew makes them
+    frozen: bool  # a choice is used until the next refresh, even if the selection would choose again
+    pool: ChoicePool  # shared by streams with this selection
+    steps: int = 0  # steps that used the current choice
+    held: bool = False  # a choice exists
+    known: bool = False  # the pool may still hold an earlier choice from the same keys
+    chooses: bool = False  # this step chooses
+    described: bool = True  # candidates have summaries, or the step that recomputes all keys creates them
 
     def __post_init__(self) -> None:
         selection, self.units = self.selection, self.selection.prompt_units(self.prompt_len)
-        self.free = self.units.candidates // selection.unit  # units from here on are always visible
-        #: choices are needed after the step that made them
+        self.free = self.units.candidates // selection.unit  # first unit that is always visible, as are all later ones
+        #: choices are used by later steps, too
         self.remembers = self.frozen or selection.keeps(1) or self.units.memo > 0
         self.slot = self.pool.slot(self.units.kept, self.units.memo) if self.remembers else 0
         if self.slot:
@@ -94,16 +94,16 @@ class SelectedKeys:
 
     @property
     def tail(self) -> int:
-        """Units that are always visible, from `free` on."""
+        """Number of units that are always visible, from `free` on."""
         return -(-self.length // self.selection.unit) - self.free
 
     @property
     def visible(self) -> int:
-        """Keys that a query sees."""
+        """Number of keys that a query sees."""
         return min((self.units.kept + self.tail) * self.selection.unit, self.length)
 
     def step_begins(self) -> bool:
-        """-> whether this step chooses anew"""
+        """-> whether this step makes a new choice"""
         if self.held and not self.frozen and not self.selection.keeps(self.steps):
             self.steps, self.known, self.held = 0, True, False
         self.steps += 1
@@ -111,5 +111,5 @@ class SelectedKeys:
         return self.chooses
 
     def refreshed(self) -> None:
-        """The prompt has new keys, or no row queried it when it was time to choose."""
+        """Discards the choice: the prompt has new keys, or the step that should choose had no querying row."""
         self.steps, self.known, self.held = 0, False, False

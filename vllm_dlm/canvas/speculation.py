@@ -1,13 +1,13 @@
-"""Speculation (FreeDave): canvases as they may be after the next steps are read in the same forward.
+"""Speculation (FreeDave): one forward also reads the canvases that the next steps are expected to produce.
 
-Speculative canvas i is the canvas with its i most probable masks filled, with what the last step proposed for them.
-Once the step has chosen what it fills, the first speculative canvas that has filled nothing else was right: its logits
-are those of the next step, so that step is made at once, and so on. Texts stay what they are without speculation.
+Speculative canvas i is the canvas with its i most probable masks filled by the tokens that the last step proposed. If
+the tokens that a step chooses turn the canvas into one of them, its logits are those of the next step, so that step is
+made at once, and so on. Speculation does not change texts.
 
-The canvases share all keys and values outside the canvas block, and have KV blocks of their own for it. So the reuse
-policy must recompute the canvas block alone between refreshes (`Reuse.block_alone`), and there is no speculation with
-guidance, a selection, a template, a temperature or log-probabilities: see `most_canvases` and `_speculates`. The
-decoding derives from `SpeculativeDecoding`; the scheduler says how many canvases a step has room for.
+All canvases share the keys and values outside the canvas block and have separate KV blocks for it. The reuse policy
+must therefore recompute exactly the canvas block between refreshes (`Reuse.block_alone`). Nothing is speculated with
+guidance, a selection, a template, a temperature or log-probabilities (`most_canvases`, `_speculates`). The decoding
+derives from `SpeculativeDecoding`, and the scheduler sets the number of canvases per step.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
     from vllm_dlm.canvas.denoising import Denoising
 
-#: a mask and the token that was proposed for it
+#: position of a mask, and the token proposed for it
 Guess = tuple[int, int]
 
 
@@ -35,16 +35,16 @@ class Speculation(Feature):
         return canvas.options.canvases > 1
 
     def __init__(self, canvas: "Canvas"):
-        self.copied = -1  # canvas block whose surroundings the speculative canvases have in their KV blocks
+        self.copied = -1  # canvas block for which the speculative KV blocks hold the neighbouring keys and values
         super().__init__(canvas)
 
     def open_block(self, canvas: "Canvas") -> None:
-        self.guesses: list[Guess] = []  # masks and what was proposed for them last, the most probable first
+        self.guesses: list[Guess] = []  # the last proposals for masks, the most probable first
 
     # -- before the forward ----------------------------------------------------------------
 
     def streams(self, state: "Denoising", made: list[Stream], room: Room) -> list[Stream]:
-        """One speculative canvas more for each guess, as long as a mask is left."""
+        """Adds one speculative canvas per guess, as long as a mask is left."""
         if not self._speculates(state, room):
             return made
         (stream,) = made
@@ -82,14 +82,14 @@ class Speculation(Feature):
 
     @staticmethod
     def _speculates(state: "Denoising", room: Room) -> bool:
-        # A sampled token depends on its step, and a log-probability is that of the step that filled it.
+        # A sampled token depends on its step, and a log-probability belongs to the step that filled the token.
         plain = state.sampling.greedy and state.sampling.num_logprobs is None
         return plain and room.canvases > 1 and not state.canvas.plan.refresh
 
     # -- after the forward -----------------------------------------------------------------
 
     def absorb(self, state: "Denoising", commit: Commit, reading: Reading) -> Commit:
-        """The commit of the step, and of the steps after it that speculative canvases have already made."""
+        """The commit of the step together with the following steps that speculative canvases have verified."""
         if not len(reading.positions):
             return commit
         filled = dict(zip(commit.positions.tolist(), commit.tokens.tolist(), strict=True))
@@ -110,7 +110,7 @@ class Speculation(Feature):
         return Commit(commit.read, confidence, np.searchsorted(commit.read, positions), tokens)
 
     def _right(self, filled: dict[int, int], first: int, last: int) -> int:
-        """How many of the guesses from `first` on are what was filled, without a gap"""
+        """Number of consecutive guesses from `first` on that match the filled tokens"""
         right = 0
         for position, token in self.guesses[first:last]:
             if filled.get(position) != token:

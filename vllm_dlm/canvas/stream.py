@@ -1,8 +1,8 @@
-"""Streams and readings: what a step computes, and the tokens that are read there.
+"""Streams, which a step computes, and readings, the positions of a stream whose tokens are wanted.
 
-A stream is one version of a canvas: the canvas itself, or what a feature adds to it (the unconditional twin of
-guidance, a speculative canvas, a shadow of the canvas block). A step is a batch of streams. It knows nothing of
-features: they make streams and get the readings back.
+A stream is one version of a canvas: the canvas itself, or a stream added by a feature (the unconditional stream of
+guidance, a speculative canvas, a shadow of the canvas block). A step is a batch of streams and independent of features.
+Features make streams and get their readings back.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Sampling:
     top_p: float
     top_k: int  # 0: off
     seed: int
-    stop_ids: frozenset[int]  # generation ends at the first of these with nothing masked before it
+    stop_ids: frozenset[int]  # generation ends at the first of these tokens without a mask before it
     num_logprobs: int | None = None
 
     @property
@@ -41,7 +41,7 @@ class Sampling:
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of one proposed token: itself first, then the most probable ones."""
+    """Log-probabilities at one position: the proposed token first, then the most probable ones."""
 
     token_ids: np.ndarray  # [1 + n]
     values: np.ndarray  # [1 + n]
@@ -49,17 +49,17 @@ class Logprobs(NamedTuple):
 
     @classmethod
     def certain(cls, token: int, count: int) -> "Logprobs":
-        """Of a token that was given"""
+        """Record of a given token"""
         ids = np.full(1 + max(count, 0), token)
         return cls(ids, np.zeros(len(ids)), 1)
 
 
 class Constraint(Protocol):
-    """Says which tokens may be at the positions of a reading."""
+    """The tokens that are allowed at the positions of a reading."""
 
     def gather(self, readings: list["Reading"], width: int, upload: Any) -> Any:
-        """The same of several readings, on the device: an object whose `rule_out(logits_RV, piece)` changes a slice of
-        their rows in place. `width`: of the vocabulary"""
+        """Combines the constraints of several readings on the device, to an object with `rule_out(logits_RV, piece)`,
+        which changes a slice of their logits rows in place. `width`: size of the vocabulary"""
 
 
 NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
@@ -67,26 +67,26 @@ NO_PROPOSAL = Proposal(NOTHING, np.zeros(0), np.zeros(0))
 
 @dataclass(eq=False)
 class Reading:
-    """Positions of a stream whose logits are read, C of them, and what the head finds there."""
+    """C positions of a stream whose logits are read, and the head's results."""
 
     state: "Denoising"
-    positions: np.ndarray  # [C] of the canvas, ascending
+    positions: np.ndarray  # [C] positions of the canvas, ascending
     rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] rows of the hidden states that predict them
     guide_rows: np.ndarray = field(default_factory=lambda: NOTHING)  # [C] the same rows of the unconditional stream
     constraint: Constraint | None = None  # None: any token may be at each position
-    judged: bool = False  # the head measures the tokens that the positions hold, and proposes none
+    judged: bool = False  # the head scores the tokens that the positions hold instead of proposing tokens
     made_by: str = "canvas"  # name of the feature that added the stream
-    others: list["Reading"] = field(default_factory=list)  # of the same request and step, added by features
+    others: list["Reading"] = field(default_factory=list)  # readings of the same request and step, added by features
     proposal: Proposal = field(default_factory=lambda: NO_PROPOSAL)  # numpy arrays, set by Head.read
     logprobs: list[Logprobs] | None = None
     best: np.ndarray | None = None  # [n, C] see Head.best
 
     def __post_init__(self):
-        self.tokens = self.state.canvas.tokens[self.positions]  # [C] that the canvas held at the positions
+        self.tokens = self.state.canvas.tokens[self.positions]  # [C] tokens of the canvas at the positions
 
     @property
     def held(self) -> np.ndarray:
-        """[C] bool: positions that held a token and no mask"""
+        """[C] bool: positions that held a token instead of a mask"""
         return self.tokens != self.state.canvas.mask_id
 
     @property
@@ -98,7 +98,7 @@ class Reading:
 
     @property
     def finite(self) -> bool:
-        """A row of logits with a NaN or an infinity in it has no probability."""
+        """Whether all probabilities are finite. Logits with a NaN or an infinity give none."""
         return bool(np.isfinite(self.proposal.prob).all())
 
     @property
@@ -116,7 +116,7 @@ class Stream:
 
     reuse: Reuse
     plan: StepPlan
-    token_ids: np.ndarray  # [N] of all rows
+    token_ids: np.ndarray  # [N]
     head_positions: np.ndarray  # rows whose hidden state the head needs, ascending, all live
     changed: np.ndarray  # positions whose token changed since the last forward
     response: tuple[int, int]  # rows from which the response is read
@@ -124,16 +124,16 @@ class Stream:
     kv_table: np.ndarray | None = None  # block ids, in order
     feature_table: np.ndarray = field(default_factory=lambda: NOTHING)
     selected: SelectedKeys | None = None  # keys that the response attends to; None: all of them
-    filtered: bool = False  # the selection applies even where every row is recomputed
-    chooses: bool = False  # keys are chosen again in this step
-    last: int | None = None  # position that the last row stands for; None: its own
-    positions: np.ndarray | None = None  # [N] positions that the rows stand for; None: their own
+    filtered: bool = False  # the selection applies even if every row is recomputed
+    chooses: bool = False  # this step makes a new choice of keys
+    last: int | None = None  # position that the last row represents; None: its own
+    positions: np.ndarray | None = None  # [N] positions that the rows represent; None: their own
     #: shadow streams only: offset from a row to the row of the canvas that it must not attend to
     hidden_row: int | None = None
     request: str = ""  # id of the request
     reading: Reading | None = None  # None: nothing is read at this stream
-    guides: bool = False  # the unconditional twin of the stream with the same reading
-    #: [2, n] blocks and the blocks that they are copied to before anything is computed
+    guides: bool = False  # the unconditional stream of the canvas that has the same reading
+    #: [2, n] source and destination blocks of copies that precede the step
     copies: np.ndarray | None = None
 
     @property
@@ -147,8 +147,8 @@ class Stream:
     @property
     def kind(self) -> tuple:
         """Streams of one kind form a group of rows."""
-        # With one policy some streams may have blocks and others none: `none` has them under a selection only.
-        # Selected keys of a group share one pool, and so one selection.
+        # Streams of one policy may differ in having blocks: policy `none` has them only with a selection. Selected keys
+        # of a group share one pool and therefore one selection.
         pool = self.selected and self.selected.pool
         return self.reuse, self.cached, self.whole, self.filtered, pool, self.hidden_row
 
@@ -158,8 +158,8 @@ class Stream:
 
     @cached_property
     def forced(self) -> np.ndarray:
-        """Indices of live rows that are recomputed whatever the flow selects: those of the plan, and rows of new tokens
-        unless the policy excludes them"""
+        """Indices of live rows that are always recomputed: those of the plan, and rows of new tokens unless the policy
+        excludes them"""
         plan = self.plan
         if len(plan.forced) == len(plan.live):
             return np.arange(len(plan.live))
@@ -176,7 +176,7 @@ class Stream:
 
 
 def plain_stream(tokens: np.ndarray, heads: np.ndarray) -> Stream:
-    """A canvas as the exact model sees it, without caches."""
+    """A stream of the exact model without caches."""
     plan = StepPlan.dense(span(0, len(tokens)))
     return Stream(Reuse(), plan, tokens, heads, NOTHING, (0, len(tokens)))
 

@@ -3,23 +3,16 @@
 import random
 from dataclasses import dataclass
 
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 NAMES = ["alice", "bob", "carol", "david", "emma", "frank", "grace", "henry", "irene", "jack"]
 ADJECTIVES = ["red", "green", "blue", "small", "big", "old", "quiet", "bright", "dark", "warm", "soft", "heavy"]
-NOUNS = [
-    "river",
-    "house",
-    "garden",
-    "stone",
-    "tree",
-    "road",
-    "bird",
-    "boat",
-    "cloud",
-    "table",
-    "horse",
-    "lamp",
-    "bridge",
-]
+NOUNS = words("""
+    river house garden stone tree road bird boat cloud table horse lamp bridge
+""")
 VERBS = ["follows", "sees", "finds", "holds", "passes", "covers", "keeps", "reaches"]
 
 

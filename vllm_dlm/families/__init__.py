@@ -4,6 +4,7 @@ tensor names. Every folder in this package is registered automatically.
 
 import importlib
 import pkgutil
+from typing import Any
 
 from vllm_dlm.families.family import Family
 
@@ -13,4 +14,9 @@ FAMILIES: dict[str, Family] = {}
 for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
     if _module.ispkg:
         _family = importlib.import_module(_module.name).FAMILY
-        FAMILIES[_family.architecture] = _family
+        FAMILIES.update(dict.fromkeys(_family.architectures, _family))
+
+
+def record_of(model_config: Any) -> Family:
+    """The record of a model that this plugin serves"""
+    return FAMILIES[model_config.architecture].of(model_config.hf_config)

@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.family import imported
 from vllm_dlm.models.files import refuse_unreadable
+from vllm_dlm.models.tokens import mask_token_id
 
 
 class DiffusionConfig(PretrainedConfig):
@@ -34,6 +35,8 @@ class DiffusionConfig(PretrainedConfig):
         "max_position_embeddings",
     )
     tied = "tie_word_embeddings"
+    #: mask token of the published checkpoints, used if neither config.json nor the tokenizer files have one
+    usual_mask: ClassVar[int | None] = None
     #: field -> the only value that is implemented
     implemented: ClassVar[dict[str, Any]] = {}
 
@@ -44,7 +47,7 @@ class DiffusionConfig(PretrainedConfig):
             cls.__init__ = lambda self, **fields: super(cls, self).__init__(**fields)  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
 
-    def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, **kwargs):
+    def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, layer_types=None, **kwargs):
         dtype = torch_dtype if dtype is None else dtype
         known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
         super().__init__(dtype=dtype if known else None, **kwargs)
@@ -53,6 +56,7 @@ class DiffusionConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.head_dim = head_dim  # if missing, derived once width and heads are checked
         self.logits_shift = self.family.logits_shift
+        self.layer_types = layer_types  # not passed on: transformers would compare their number before it is checked
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -94,6 +98,9 @@ class CheckedConvertor(ModelArchConfigConvertorBase):
     """vLLM's config convertor with checks first, since it would answer invalid fields with bare Python errors."""
 
     def __init__(self, hf_config, *args, **kwargs):
+        if hf_config.usual_mask is not None and getattr(hf_config, "mask_token_id", None) is None:
+            found = mask_token_id(hf_config.name_or_path, kwargs.get("revision"))
+            hf_config.mask_token_id = hf_config.usual_mask if found is None else found
         check_config(hf_config)
         if hf_config.dtype is None:  # vLLM would look for it in the weight files
             refuse_unreadable(hf_config.family.architecture, hf_config.name_or_path)
@@ -130,7 +137,8 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
         return getattr(config, field, None)
 
     names, architecture = value("architectures"), config.family.architecture
-    yield "architectures", isinstance(names, list) and architecture in names, f"[{architecture!r}]"
+    known = isinstance(names, list) and not set(config.family.architectures).isdisjoint(map(str, names))
+    yield "architectures", known, f"[{architecture!r}]"
     for field in (*config.sizes, config.vocab_field):
         yield field, is_whole(value(field)) and value(field) > 0, "a whole number above 0"
 
@@ -154,6 +162,9 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
     yield config.tied, value(config.tied) in (True, False, None), "true or false"
     dtype = isinstance(value("dtype"), torch.dtype | None)
     yield "dtype", dtype, "the name of a dtype of torch, such as 'bfloat16'"
+    kinds = value("layer_types")
+    alike = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
+    yield "layer_types", alike, "'full_attention' for every layer, or left out"
     yield "unique", isinstance(value("unique"), dict | None), "an object with the fields of that selection"
     yield from config.own_fields()
 

@@ -1,7 +1,7 @@
 """The record of a model family: plain data for vLLM and the engine, read in every process."""
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: which keys a row attends to: all keys of the canvas, or those up to the end of its own block
@@ -13,7 +13,7 @@ class Family:
     """Record of one family. `model`, `config` and `tokenizer` are "module:class" and are imported on demand."""
 
     architecture: str  # as config.json spells it; families may share a model_type
-    model_type: str
+    model_type: str  # of the config class; config.json may have another one, see `written_model_type`
     model: str
     config: str
     decoding: str  # default decoding of a server
@@ -29,10 +29,27 @@ class Family:
     qk_norm: bool = False  # queries and keys are normalized per head before the rotary embedding
     rope_full_precision: bool = False  # True: rotate in float32; False: with tables in the model's dtype
     tokenizer: str | None = None  # set if transformers lacks the tokenizer class that checkpoints name
+    aliases: tuple[str, ...] = ()  # other names of the architecture in config.json
+    #: model_type in config.json if it belongs to other models; such checkpoints are recognised by their architecture
+    written_model_type: str | None = None
+    #: fields of the record that differ if config.json or `--hf-overrides` has a `block_size`: for architectures whose
+    #: config.json does not say which attention the checkpoint was trained with
+    with_block_size: dict[str, Any] = field(default_factory=dict)
+    #: defaults of a chat's `chat_template_kwargs`
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.attention not in ATTENTION:
             raise ValueError(f"attention: {self.attention!r} is not valid, it must be one of {', '.join(ATTENTION)}")
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return self.architecture, *self.aliases
+
+    def of(self, config: Any) -> "Family":
+        """The record of a checkpoint with this config"""
+        other = self.with_block_size if getattr(config, "block_size", None) is not None else {}
+        return replace(self, **other) if other else self
 
 
 def imported(path: str) -> Any:

@@ -1,7 +1,7 @@
-"""Everything that touches vLLM's private API outside the engine, and nothing else.
+"""Integration with vLLM's private interfaces outside of the engine.
 
-`patches` is the table of what is changed in vLLM, `overrides` of what is inherited from it, `registration` makes the
-models known; the other files hold what those put in place.
+`patches` lists all changes of vLLM, `overrides` all inherited classes, and `registration` registers the models. The
+other modules implement them.
 """
 
 from vllm_dlm.integration.cpu_wheel import alias_distribution
@@ -9,7 +9,7 @@ from vllm_dlm.integration.gate import disable, version_problem
 
 
 def install() -> None:
-    """Runs in every vLLM process, perhaps more than once, and must not keep any of them from starting."""
+    """Runs in every vLLM process, possibly more than once. It must not prevent any process from starting."""
     alias_distribution()
     try:
         problem = version_problem() or _install()
@@ -20,7 +20,7 @@ def install() -> None:
 
 
 def _install() -> str | None:
-    """Everything or nothing; what is not as expected."""
+    """Installs everything or nothing. Returns a problem that prevents it, or None."""
     from vllm_dlm.integration.patches import PATCHES, apply_patches
     from vllm_dlm.integration.patching import mismatch
     from vllm_dlm.integration.registration import register_models

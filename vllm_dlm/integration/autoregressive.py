@@ -1,9 +1,9 @@
-"""Decides when an autoregressive model decodes with a selection, and what is not supported then.
+"""Configures autoregressive models with a selection, and rejects what is not supported with one.
 
 If the server names no selection, vLLM serves the model unchanged. If it names
-one, the front-end checks the configuration and chooses the worker; the rest is
+one, the front-end checks the configuration and sets the worker; the rest is
 in vllm_dlm/page_sparse. Read in vLLM 0.32 and 0.33: config/vllm.py
-(`try_verify_and_update_config`, the one hook that sees every model),
+(`try_verify_and_update_config`, the only hook called for every model),
 v1/core/sched/scheduler.py (`update_from_output`).
 """
 
@@ -17,7 +17,7 @@ WORKERS = {
     "cpu": "vllm_dlm.integration.worker.selecting_worker.SelectingCPUWorker",
     "cuda": "vllm_dlm.integration.worker.selecting_worker.SelectingGPUWorker",
 }
-#: methods of speculative decoding that need no attention of their own
+#: methods of speculative decoding without their own attention
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -43,7 +43,7 @@ def update_from_output(update):
 
 
 def configure(vllm_config) -> None:
-    """Is called for every configuration of a model that is not ours, perhaps more than once."""
+    """Called for every configuration of other models, possibly more than once."""
     try:
         selection = selection_of(vllm_config)
         if selection is None:
@@ -60,7 +60,9 @@ def configure(vllm_config) -> None:
     wanted = WORKERS["cpu" if current_platform.is_cpu() else "cuda"]
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in ("auto", wanted):
-        raise ValueError(f"worker_cls: {parallel.worker_cls!r} cannot be used with dlm.selection, which has its own")
+        raise ValueError(
+            f"worker_cls: {parallel.worker_cls!r} cannot be used with dlm.selection, which requires {wanted!r}"
+        )
     parallel.worker_cls = wanted
     vllm_config.model_config.dlm_selects = True  # see takes_options in requests.py
 
@@ -68,29 +70,29 @@ def configure(vllm_config) -> None:
 def refuse_model(model_config, selection) -> None:
     name, layers = model_config.architecture, model_config.get_total_num_hidden_layers()
     kinds = {
-        "generates nothing": model_config.runner_type != "generate",
+        "does not generate": model_config.runner_type != "generate",
         "has cross attention": model_config.is_encoder_decoder,
         "has latent attention (MLA)": model_config.use_mla,
         "mixes attention with state-space layers": model_config.is_hybrid,
         "has no attention": model_config.is_attention_free,
-        "looks at parts of its prompt from both sides": model_config.is_mm_prefix_lm,
-        "looks at its output through a window": model_config.rswa_window is not None,
+        "has bidirectional attention in parts of its prompt": model_config.is_mm_prefix_lm,
+        "has windowed attention to its output": model_config.rswa_window is not None,
     }
     for kind, wrong in kinds.items():
         if wrong:
             raise OptionError("selection", f"dlm.selection: {name} {kind}, which is not supported")
     unknown = [layer for layer in selection.dense_layers if not isinstance(layer, int) or layer < 0]
     if unknown:
-        raise OptionError("dense_layers", f"dlm.selection.dense_layers: {unknown[0]!r} is not the number of a layer")
+        raise OptionError("dense_layers", f"dlm.selection.dense_layers: {unknown[0]!r} is not the index of a layer")
     if set(range(layers)) <= set(selection.dense_layers):
         raise OptionError(
             "dense_layers",
-            f"dlm.selection.dense_layers: {name} has {layers} layers and all of them read everything; leave some out",
+            f"dlm.selection.dense_layers: all {layers} layers of {name} would read everything; leave some out",
         )
 
 
 def fit_blocks_to_pages(cache_config, selection) -> None:
-    """Pages are parts of blocks. (The CPU's default of 128 holds any page.)"""
+    """Makes the block size a multiple of the page size. (The CPU's default of 128 is one for all page sizes.)"""
     from vllm.platforms import current_platform
 
     size = selection.unit
@@ -98,11 +100,11 @@ def fit_blocks_to_pages(cache_config, selection) -> None:
         if cache_config.block_size % size:
             raise OptionError(
                 "page_size",
-                f"dlm.selection.page_size: pages of {size} do not fill block_size {cache_config.block_size}; "
-                f"give a multiple of {size} as block_size, or a page_size that divides it",
+                f"dlm.selection.page_size: {size} does not divide block_size {cache_config.block_size}; "
+                f"use a multiple of {size} as block_size, or another page_size",
             )
     elif not current_platform.is_cpu():
-        # marked as chosen by the user, so that no backend's preference replaces it
+        # marked as set by the user, so that no backend replaces it by its preference
         cache_config.block_size, cache_config.user_specified_block_size = max(size, 16), True
 
 
@@ -111,7 +113,7 @@ def refuse_with_selection(vllm_config) -> None:
     speculation, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
     refused = {
         "kv_cache_dtype": cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        # blocks that come from elsewhere have no summaries
+        # transferred blocks have no summaries
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
         "kv_offloading_size": getattr(cache, "kv_offloading_size", None) is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
@@ -123,4 +125,4 @@ def refuse_with_selection(vllm_config) -> None:
     }
     for field, wrong in refused.items():
         if wrong:
-            raise ValueError(f"{field}: not supported with dlm.selection; start without one of them")
+            raise ValueError(f"{field}: not supported together with dlm.selection; start without one of them")

@@ -1,13 +1,14 @@
-"""Request bodies as only the routes of a server see them: options outside `vllm_xargs` are refused, and so are requests
-that a stream could no longer refuse once it has begun. The texts of a request are tokenised in a thread.
+"""Request bodies in a server's routes. Rejects options outside of `vllm_xargs`, and invalid requests whose response
+would already have begun when the engine checks them. Tokenises the texts of a request in a thread.
 
-Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which every route asks first),
-serve/engine/protocol.py (`OpenAIBaseModel` keeps unknown fields without a word), openai/responses/serving.py
-(`_generate_with_builtin_tools` is a generator, so its request would be checked when the response is under way),
-scale_out/token_in_token_out/serving.py (its requests carry SamplingParams).
+Read in vLLM 0.32 and 0.33: entrypoints/serve/engine/serving.py (`_check_model`, which every route calls first),
+serve/engine/protocol.py (`OpenAIBaseModel` silently keeps unknown fields), openai/responses/serving.py
+(`_generate_with_builtin_tools` is a generator, so its request would be checked after the response has begun),
+scale_out/token_in_token_out/serving.py (requests with SamplingParams).
 """
 
 from vllm_dlm.configuration import is_diffusion_lm
+from vllm_dlm.families import record_of
 from vllm_dlm.integration.requests import carrying, check_early, parse_in_thread, takes_options
 from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 from vllm_dlm.request.parsing import UnboundedTemplate, has_texts
@@ -18,6 +19,7 @@ def check_model(check):
         refuse_misplaced(request, self.model_config)
         take_suffix(request, self.model_config)
         mark_template(request, self.model_config)
+        set_template_defaults(request, self)
         error = await check(self, request)
         if error is None and is_diffusion_lm(self.model_config) and hasattr(self, "engine_client"):
             written = written_options(request)
@@ -29,7 +31,7 @@ def check_model(check):
 
 
 def written_options(request) -> dict:
-    """Of a body, or of SamplingParams in it"""
+    """Options of a body, or of the SamplingParams in it"""
     written = getattr(request, "vllm_xargs", None)
     if written is None and (params := getattr(request, "sampling_params", None)) is not None:
         written = params.extra_args
@@ -56,17 +58,28 @@ def refuse_misplaced(request, model_config) -> None:
 
 
 def take_suffix(request, model_config) -> None:
-    """Turns OpenAI's field into an option. For vLLM a suffix is part of the prompt, here it comes after the canvas."""
+    """Turns OpenAI's field into an option. In vLLM a suffix is part of the prompt, here it is placed after the
+    canvas."""
     if (suffix := getattr(request, "suffix", None)) is None or not is_diffusion_lm(model_config):
         return
     written = request.vllm_xargs or {}
     if "dlm_suffix" in written:
-        refuse("dlm_suffix", written["dlm_suffix"], "suffix says the same, give one of them")
+        refuse("dlm_suffix", written["dlm_suffix"], "suffix sets the same option; use one of them")
     request.suffix, request.vllm_xargs = None, {**written, "dlm_suffix": suffix}
 
 
+def set_template_defaults(request, serving) -> None:
+    """Sets the family's defaults for variables of the chat template that neither the request nor the server sets."""
+    if not hasattr(request, "chat_template_kwargs") or not is_diffusion_lm(serving.model_config):
+        return
+    if usual := record_of(serving.model_config).template_kwargs:
+        names = ("default_chat_template_kwargs", "chat_template_kwargs")  # chats, responses
+        served: dict = next(filter(None, (getattr(serving, name, None) for name in names)), {})
+        request.chat_template_kwargs = usual | served | (request.chat_template_kwargs or {})
+
+
 def mark_template(request, model_config) -> None:
-    """A template determines the length of the answer, so the `max_tokens` that vLLM fills in does not bound it."""
+    """Marks a template of a request without `max_tokens`: vLLM's default does not bound its length."""
     written = getattr(request, "vllm_xargs", None) or {}
     bounds = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     if any(getattr(request, field, None) is not None for field in bounds) or not is_diffusion_lm(model_config):

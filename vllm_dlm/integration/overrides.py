@@ -1,13 +1,13 @@
-"""Where this package builds on classes of vLLM's: what it overrides there, calls, or reads, may move with any version.
+"""Classes of vLLM that this package extends, calls or reads. They may change with any version.
 
-`python -m tools.vllm_signatures` finds the names in both sources and writes down what vLLM has under them; what is
-imported from vLLM it finds by itself, and patches.py has the rest.
+`python -m tools.vllm_signatures` records vLLM's definitions of these names. It finds imports from vLLM itself, and
+patches.py has the patches.
 """
 
 _SELECTING_CPU, _SELECTING_CUDA = "vllm_dlm.page_sparse.cpu", "vllm_dlm.page_sparse.cuda"
 _FLASH = "vllm.v1.attention.backends.flash_attn"
 
-#: (a class here, the class of vLLM's that it inherits from or stands in for)
+#: (class of this package, class of vLLM that it inherits from or replaces)
 BUILT_ON = (
     ("vllm_dlm.integration.scheduler.scheduler:DenoisingScheduler", "vllm.v1.core.sched.scheduler:Scheduler"),
     ("vllm_dlm.integration.worker.worker:DiffusionGPUWorker", "vllm.v1.worker.gpu_worker:Worker"),
@@ -38,7 +38,7 @@ BUILT_ON = (
     ("vllm_dlm.envelope:EnvelopeStats", "vllm.v1.metrics.stats:SchedulerStats"),
 )
 
-#: class -> what is asked of objects of it
+#: class -> attributes of its objects that this package uses
 ASKED = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "new_step_starts", "allocate_slots", "get_blocks", "block_pool", "watermark_blocks", "max_model_len",
@@ -102,23 +102,23 @@ ASKED = {
     ),
 }  # fmt: skip
 
-#: attribute of a worker -> the classes in whose source it is asked for something; a runner must have it
+#: attribute of a worker, and the classes that use it; our runner must have the attributes that they use
 ASKED_OF_THE_RUNNER = ("model_runner", ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker"))
 
-#: What differs between 0.32 and 0.33, read and found to be harmless here. (Patches say it by two signatures.)
+#: differences between 0.32 and 0.33 that do not affect this package (patches list both signatures)
 READ = {
     "vllm.config:VllmConfig": "watchdog_config, off unless a folder is given",
-    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts": "hash_indices_table, of another router",
+    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts": "hash_indices_table, for another router",
     "vllm.model_executor.layers.fused_moe:FusedMoEFactory": "moe_config_cls, with a default",
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method, for heads of drafts",
-    "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beams are refused whatever they may hold",
+    "vllm.sampling_params:BeamSearchParams": "allowed_token_ids; beam search is refused",
     "vllm.v1.attention.backend:AttentionBackend": "supports_kv_cache_update_bypass, False, see page_sparse",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": "supports_kv_cache_update_bypass, see page_sparse",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.supports_kv_cache_update_bypass": "new, set to False",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "other backends",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": "num_hash_lookahead_tokens, of drafts; vLLM's scheduler makes it",
-    "vllm.v1.core.sched.output:SchedulerOutput": "two fields with defaults, of encoders and of drafts",
-    "vllm.v1.engine:EngineCoreOutput": "error, of requests that never ran; ours end with finish_reason and stop_reason",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "num_hash_lookahead_tokens, for drafts; set by vLLM",
+    "vllm.v1.core.sched.output:SchedulerOutput": "two fields with defaults, for encoders and drafts",
+    "vllm.v1.engine:EngineCoreOutput": "error, for requests that never ran; ours set finish_reason and stop_reason",
     "vllm.v1.worker.cpu_worker:CPUWorker asks its model_runner for": "eplb, of model runner V2 alone",
     "vllm.v1.worker.gpu_worker:Worker asks its model_runner for": "eplb, of model runner V2 alone",
     "vllm.vllm_flash_attn:flash_attn_varlen_func": "two arguments with defaults",

@@ -1,7 +1,7 @@
-"""How the tables in patches.py are made and applied.
+"""Rows of the tables in patches.py, and functions that apply them.
 
-A wrapper is given vLLM's function and returns what takes its place. A row has the signatures for which its wrapper was
-written, so that another vLLM is noticed.
+A wrapper takes vLLM's function and returns its replacement. A row has the signatures for which its wrapper was written,
+so that incompatible versions of vLLM are detected.
 """
 
 import functools
@@ -26,8 +26,8 @@ class Patch:
     name: str
     wrapper: Callable[[Callable], Callable]
     why: str
-    signatures: tuple[str, ...]  # any of them is right; see signatures.py
-    #: when: as the process starts; once a server imports the owner; in a worker that asks for it
+    signatures: tuple[str, ...]  # accepted signatures, see signatures.py
+    #: when to apply it: when the process starts; when a server imports the owner; in workers that request it
     at: Literal["start", "import", "worker"] = "start"
 
     @property
@@ -37,20 +37,20 @@ class Patch:
 
 @dataclass(frozen=True)
 class Write:
-    """Attributes of an object of vLLM's that this package sets"""
+    """Attributes of vLLM's objects that this package assigns"""
 
     owner: str  # "module:Class", or "module"
     names: tuple[str, ...]
-    file: str  # in vllm_dlm, where that happens
+    file: str  # the assigning file in vllm_dlm
     why: str
 
 
-#: attribute of what stands in the place of vLLM's functions
+#: attribute that marks replacements of vLLM's functions
 INSTALLED = "_dlm"
 
 
 def wrap(patch: Patch) -> None:
-    """Puts the wrapper in place, unless it is there."""
+    """Installs the wrapper once."""
     owner, original = _found(patch)
     kind = type(original) if isinstance(original, (staticmethod, classmethod)) else None
     function = original.__func__ if kind else original
@@ -62,7 +62,8 @@ def wrap(patch: Patch) -> None:
 
 
 def mismatch(patch: Patch) -> str | None:
-    """What is not as the wrapper expects it. Of an owner that no server has imported, by its source."""
+    """Describes a mismatch between vLLM and the wrapper, or returns None. An owner that is not imported yet is checked
+    by its source."""
     place, signature, why = f"{patch.owner}.{patch.name}", None, ""
     if patch.at == "start" or patch.module in sys.modules:
         try:
@@ -73,12 +74,13 @@ def mismatch(patch: Patch) -> str | None:
     else:
         signature = in_source(Path(vllm.__path__[0]), patch.owner, patch.name)
     if signature is None:
-        return f"{place} is not there{why}"
-    return None if signature in patch.signatures else f"{place} is {signature}"
+        return f"{place} does not exist{why}"
+    return None if signature in patch.signatures else f"{place} has the signature {signature}"
 
 
 class WhenImported(MetaPathFinder):
-    """Importing what only servers need takes long in every other process: such owners are patched once they came."""
+    """Patches owners when they are imported. Importing modules that only servers need would slow down all other
+    processes."""
 
     def __init__(self, late: dict[str, list[Patch]]):
         self.late = late
@@ -86,7 +88,7 @@ class WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path=None, target=None):
         if (patches := self.late.pop(name, None)) is None:
             return None
-        spec = importlib.util.find_spec(name)  # by the other finders, since the name is no longer here
+        spec = importlib.util.find_spec(name)  # found by other finders, because the name was removed from `late`
         loader: Any = spec and spec.loader
         execute = loader.exec_module
 

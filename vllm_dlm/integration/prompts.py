@@ -1,8 +1,8 @@
-"""Marks prompts that clients wrote as text, so that mask tokens in them can be told from masks among token ids.
+"""Marks prompts that clients wrote as text, to distinguish mask tokens in text from masks among token ids.
 
-Read in vLLM 0.32 and 0.33: renderers/base.py. `_tokenize_prompt` turns text, including chats rendered by their
-template, into token ids; afterwards both are treated alike. A prompt given as ids may have a text, too, which vLLM
-decodes from the ids for `echo`.
+Read in vLLM 0.32 and 0.33: renderers/base.py. `_tokenize_prompt` tokenises text, including rendered chats. Afterwards
+text and token ids are not distinguished. A prompt of token ids may have a text, too, which vLLM decodes from the ids
+for `echo`.
 """
 
 from vllm_dlm.configuration import is_diffusion_lm

@@ -1,4 +1,4 @@
-"""Tells vLLM about the models and sets the engine that serves them.
+"""Registers the models with vLLM and configures the engine that serves them.
 
 Read in vLLM 0.32 and 0.33: model_executor/models/config.py (`MODELS_CONFIG_MAP`),
 transformers_utils/config.py (`_CONFIG_REGISTRY`), config/vllm.py
@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm_dlm import __version__
 from vllm_dlm.canvas.block_causal import CHUNK
 from vllm_dlm.configuration import LEFT, TRAINED, resolved_options, trained_fields, written_object
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.families.family import imported
 from vllm_dlm.integration.gate import warn_once
 from vllm_dlm.options import OptionError
@@ -26,7 +26,7 @@ WORKERS = {
 
 
 def blamed(vllm_config, error: OptionError) -> str:
-    """The message about an invalid option, with the place where it is set"""
+    """The message of an option error, prefixed with the source of the option"""
     if field := re.match(r"dlm\.selection\.(\w+)", str(error)):
         named = (written_object(vllm_config) or {}).get("selection") or {}
         if field[1] not in named and field[1] in trained_fields(vllm_config.model_config.hf_config):
@@ -35,13 +35,13 @@ def blamed(vllm_config, error: OptionError) -> str:
 
 
 def warn_of_unused_fields(vllm_config) -> None:
-    """One line at start if the checkpoint was trained with a selection and the server names none."""
+    """Logs a warning if the checkpoint was trained with a selection and the server names none."""
     if "selection" in (written_object(vllm_config) or {}):
         return
     if trained_fields(vllm_config.model_config.hf_config):
         logger.warning_once(
-            "config.json: unique: the checkpoint was trained with this selection and is served without it; "
-            """--dlm-config '{"selection": {"name": "unique"}}' turns it on with these fields"""
+            "config.json: unique: the checkpoint was trained with this selection but is served without it; "
+            """enable it with --dlm-config '{"selection": {"name": "unique"}}'"""
         )
 
 
@@ -54,17 +54,17 @@ def register_models() -> None:
 
     from vllm_dlm.families.config import CheckedConvertor
 
-    # An import error comes before anything is registered.
+    # Import first, so that an import error leaves nothing registered.
     configs = {architecture: imported(family.config) for architecture, family in FAMILIES.items()}
     taken = taken_model_types()
     for model_type in sorted(taken):
         warn_once(
-            f"vllm_dlm {__version__} leaves models of type {model_type!r} to vLLM or the plugin that has registered "
-            "them already; VLLM_PLUGINS=vllm_dlm starts vLLM without other plugins"
+            f"vllm_dlm {__version__} does not serve models of type {model_type!r}, which vLLM or another plugin has "
+            "already registered; VLLM_PLUGINS=vllm_dlm starts vLLM without other plugins"
         )
     LEFT.update(architecture for architecture, family in FAMILIES.items() if family.model_type in taken)
     configs = {architecture: config for architecture, config in configs.items() if architecture not in LEFT}
-    # Families with one model_type may share any of their classes: it picks the right one by the config.json.
+    # Families with the same model_type share one class, which selects the family by config.json.
     for config in {config.model_type: config for config in reversed(configs.values())}.values():
         _CONFIG_REGISTRY[config.model_type] = config
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = CheckedConvertor
@@ -79,7 +79,7 @@ def register_models() -> None:
 
 
 def taken_model_types() -> set[str]:
-    """Model types of FAMILIES whose config.json or architecture is registered by something other than this package"""
+    """Model types of FAMILIES that vLLM or another plugin has registered"""
     from transformers import CONFIG_MAPPING
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -93,7 +93,7 @@ def taken_model_types() -> set[str]:
     def taken(architecture: str, model_type: str) -> bool:
         if architecture in ModelRegistry.get_supported_archs():
             return MODELS_CONFIG_MAP.get(architecture) is not DiffusionConfigHook
-        # Transformers' own classes do not count: nothing serves them as diffusion models.
+        # Classes of transformers itself do not count, because nothing serves them as diffusion models.
         registered = [known.get(model_type) for known in (_CONFIG_REGISTRY, CONFIG_MAPPING._extra_content)]
         return any(config is not None and not own(config) for config in registered)
 
@@ -101,11 +101,11 @@ def taken_model_types() -> set[str]:
 
 
 class DiffusionConfigHook:
-    """vLLM calls it in the front-end, before engine and workers get the pickled configuration."""
+    """Called by vLLM in the front-end, before engine and workers get the pickled configuration."""
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:
-        """A no-op: `CheckedConvertor` has checked config.json before."""
+        """A no-op, because `CheckedConvertor` has already checked config.json."""
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
@@ -113,18 +113,26 @@ class DiffusionConfigHook:
         from vllm.platforms import current_platform
 
         from vllm_dlm.models.files import refuse_unreadable
+        from vllm_dlm.models.tokens import token_id
 
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refuse_unsupported(vllm_config)
-        family = FAMILIES[model.architecture]
+        family = record_of(model)
         if model.original_max_model_len is None and (family.context or model.max_model_len) < model.max_model_len:
             logger.info_once(
-                "max_model_len: %d, as %s was trained; its config.json allows %d, which --max-model-len can ask for",
+                "max_model_len: %d, the length for which %s was trained; its config.json allows %d (--max-model-len)",
                 family.context,
                 model.architecture,
                 model.max_model_len,
             )
             model.max_model_len = family.context
+        if family.with_block_size and family.attention == "full":
+            logger.info_once(
+                "%s: config.json does not say which attention the model was trained with, so full attention is used. "
+                "For a block-causal model, set the width of its blocks: --hf-overrides "
+                """'{"block_size": 32}'""",
+                model.architecture,
+            )
         if vllm_config.load_config.load_format != "dummy":
             refuse_unreadable(model.architecture, model.model)
         try:
@@ -141,7 +149,7 @@ class DiffusionConfigHook:
             vllm_config.parallel_config.worker_cls = WORKERS[device]
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = "vllm_dlm.integration.scheduler.scheduler.DenoisingScheduler"
-        # The plan of a canvas decides how much of a prompt a step reads, and each step needs the tokens of the last.
+        # The plan of a canvas determines the rows of each step, and each step needs the tokens of the previous one.
         scheduler.async_scheduling = False
         scheduler.enable_chunked_prefill = False
         if not shares_prefixes(vllm_config, options):
@@ -152,29 +160,30 @@ class DiffusionConfigHook:
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
         if getattr(model.hf_config, "eot_token_id", None) is None:
-            model.hf_config.eot_token_id = find_token(model, family.end_of_turn)
-        # The published code decodes greedily by default; vLLM would sample at temperature 1.
+            model.hf_config.eot_token_id = token_id(family.end_of_turn, model.tokenizer, model.tokenizer_revision)
+        # The published code decodes greedily by default; vLLM's default is temperature 1.
         if "temperature" not in model.get_diff_sampling_param():
             model.override_generation_config.setdefault("temperature", 0.0)
-        model.dlm_canvas, model.dlm_grows = options.canvas, options.grows  # see canvas.py
+        model.dlm_options = options  # see server_options_of
 
 
 def shares_prefixes(vllm_config, options) -> bool:
-    """Whether the text up to the end of a KV block determines its content: no canvas block may extend beyond it."""
+    """Whether the text up to the end of a KV block determines its content, because no canvas block extends beyond
+    it."""
     if options.attention == "full":
         return False  # see cli.py
     size, width = vllm_config.cache_config.block_size, options.decoding.block_length
     whole = size % width == 0
     if not whole and getattr(vllm_config.model_config, "dlm_prefixes_wanted", False):
         raise ValueError(
-            f"enable_prefix_caching: not possible where block_size, {size}, is no multiple of a canvas block's "
-            f"{width} positions; start without it"
+            f"enable_prefix_caching: block_size must be a multiple of the canvas block length, {width}, not {size}; "
+            "start without it"
         )
     return whole
 
 
 def set_block_size(cache_config, selection) -> None:
-    """A unit of a selection must lie within one KV block. Blocks of 128, the default on CPUs, hold the units of all
+    """KV blocks must hold whole units of the selection. Blocks of 128, the default on CPUs, do so for all
     selections."""
     if not cache_config.user_specified_block_size:
         cache_config.block_size, cache_config.user_specified_block_size = 128, True
@@ -201,28 +210,10 @@ def refuse_unsupported(vllm_config) -> None:
         "logprobs_mode": model.logprobs_mode != "raw_logprobs",
         "return_sampling_mask": model.return_sampling_mask,
         "runner": model.runner_type != "generate",
-        # vLLM's own diffusion models read it; these read --dlm-config
+        # for vLLM's own diffusion models; this plugin's models use --dlm-config
         "diffusion_config": vllm_config.diffusion_config is not None,
         "watermark_config": vllm_config.watermark_config is not None,
     }
     for field, wrong in refused.items():
         if wrong:
             raise ValueError(f"{field}: not supported with masked-diffusion language models; start without it")
-
-
-def find_token(model_config, token: str) -> int | None:
-    """Id of a special token from the checkpoint's tokenizer files, without building the tokenizer."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
-    for name, entries in (
-        (
-            "tokenizer_config.json",
-            lambda d: [(int(i), t["content"]) for i, t in d.get("added_tokens_decoder", {}).items()],
-        ),
-        ("tokenizer.json", lambda d: [(t["id"], t["content"]) for t in d.get("added_tokens", [])]),
-    ):
-        found = get_hf_file_to_dict(name, model_config.tokenizer, model_config.tokenizer_revision) or {}
-        for token_id, content in entries(found):
-            if content == token:
-                return token_id
-    return None

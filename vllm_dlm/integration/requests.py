@@ -1,12 +1,11 @@
-"""Makes a `CanvasRequest` of each request to a diffusion model, once, and hands it to the engine.
+"""Creates one `CanvasRequest` per request to a diffusion model and sends it to the engine.
 
-Parsing and checking are in vllm_dlm/request. Here is where vLLM lets a plugin see a request:
+vllm_dlm/request parses and checks it. vLLM's functions that are wrapped for this:
 
-- `process_inputs` sees every request of `LLM` and of the servers, and its result goes to the engine.
-- `AsyncLLM.generate` comes before it on a server. A request must be refused there: by the time of `process_inputs` the
-  headers of a stream are sent. The request that it makes travels to `process_inputs` in `extra_args`.
-- A server's routes come first (bodies.py), where texts are tokenised in a thread. The result is found again through a
-  context variable.
+- `process_inputs` processes every request of `LLM` and of servers, and its result is sent to the engine.
+- `AsyncLLM.generate` is called before it on a server. Invalid requests are rejected there, because the headers of a
+  stream are sent before `process_inputs` runs. The checked request is passed to `process_inputs` in `extra_args`.
+- Routes of a server run first (bodies.py) and tokenise texts in a thread. A context variable holds the result.
 
 Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py, v1/engine/async_llm.py.
 """
@@ -33,7 +32,7 @@ from vllm_dlm.request.served_model import ServedModel, served_model
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A CanvasRequest on its way from `generate` to `process_inputs`, and what it was made of."""
+    """A CanvasRequest that `generate` passes to `process_inputs`, with the inputs that it was created from."""
 
     request: CanvasRequest
     parsed: ParsedRequest
@@ -41,15 +40,15 @@ class CheckedRequest:
     max_tokens: int | None
 
     def __deepcopy__(self, memo) -> "CheckedRequest":
-        return self  # vLLM copies the parameters of a request
+        return self  # vLLM deep-copies the parameters of a request
 
     def is_of(self, prompt: Any, max_tokens: int | None) -> bool:
-        """Parameters may be used again, with another prompt or length."""
+        """Whether it belongs to this prompt and length; clients may reuse parameters."""
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         return self.prompt is ids and self.max_tokens == max_tokens
 
 
-#: of the request that a route of the server handles
+#: parsed options of the request that the current route handles
 _HANDLED: ContextVar[ParsedRequest | None] = ContextVar("parsed_request", default=None)
 
 
@@ -62,7 +61,7 @@ def process_inputs(process):
             request = process(self, request_id, prompt, params, *args, **kwargs)
             refuse_options(request.sampling_params, self.model_config)
             return request
-        max_tokens = getattr(params, "max_tokens", None)  # vLLM may set it in place
+        max_tokens = getattr(params, "max_tokens", None)  # before vLLM may set it in place
         checked = carried(params, prompt, max_tokens)
         if checked is None and isinstance(params, SamplingParams):
             with refusals():
@@ -92,18 +91,18 @@ def generate(generate_theirs):
 def resolve_watermarking(resolve):
     def resolve_with_dlm(self, params):
         if isinstance(params, BeamSearchParams) and is_diffusion_lm(self.model_config):
-            refuse("use_beam_search", True, "beams grow token by token and a canvas does not")
+            refuse("use_beam_search", True, "beam search requires autoregressive decoding")
         return resolve(self, params)
 
     return resolve_with_dlm
 
 
-# -- making a request --------------------------------------------------------------------------
+# -- creating a request ------------------------------------------------------------------------
 
 
 def check_early(prompt: Any, params: Any, processor: Any) -> CheckedRequest | None:
-    """Checks a rendered prompt before the engine takes it. None: the model is autoregressive, or the prompt is not
-    rendered yet and `process_inputs` checks it."""
+    """Checks a request with a rendered prompt before it is sent to the engine. None: the model is autoregressive, or
+    the prompt is not rendered yet and `process_inputs` checks the request."""
     if not is_diffusion_lm(processor.model_config):
         refuse_options(params, processor.model_config)
         return None
@@ -128,7 +127,7 @@ def checked_request(params: Any, max_tokens: int | None, ids: list[int], text: b
 
 
 async def parse_in_thread(written: Mapping[str, Any], processor: Any) -> None:
-    """Parses and tokenises in vLLM's threads for tokenising, for the rest of this HTTP request's handler."""
+    """Parses and tokenises in vLLM's tokenizer threads. The handler of this HTTP request reuses the result."""
     model = served_model(processor)
     with refusals(written):
         loop = asyncio.get_running_loop()
@@ -136,7 +135,7 @@ async def parse_in_thread(written: Mapping[str, Any], processor: Any) -> None:
 
 
 def options_in(params: Any) -> dict[str, Any]:
-    """`extra_args` as the client wrote them"""
+    """`extra_args` as written by the client"""
     extra_args = getattr(params, "extra_args", None) or {}
     return {name: value for name, value in extra_args.items() if not isinstance(value, CheckedRequest)}
 
@@ -147,7 +146,7 @@ def carried(params: Any, prompt: Any, max_tokens: int | None) -> CheckedRequest 
 
 
 def carrying(params: Any, checked: CheckedRequest | None) -> Any:
-    """The parameters with the request, since `process_inputs` may run in another context"""
+    """The parameters with the checked request, because `process_inputs` may run in another context"""
     if checked is None:
         return params
     params = copy.copy(params)
@@ -160,15 +159,15 @@ def carrying(params: Any, checked: CheckedRequest | None) -> Any:
 
 def refuse_kind(request: Any) -> None:
     if request.sampling_params is None:
-        refuse("pooling_params", None, "masked-diffusion language models only generate")
+        refuse("pooling_params", None, "masked-diffusion language models do not support pooling")
     if request.prompt_embeds is not None:
-        refuse("prompt_embeds", None, "the canvas needs token ids")
+        refuse("prompt_embeds", None, "a canvas requires token ids")
     if request.resumable:
-        refuse("resumable", True, "the canvas cannot grow")
+        refuse("resumable", True, "a canvas cannot be extended")
 
 
 def refuse_unobserved(checked: CheckedRequest) -> None:
-    """Frames need a stream of a server, and watching needs the live view."""
+    """Rejects observed requests outside of a server's streams and live view."""
     options = checked.request.options
     if options.observed and not view.ADDED.get():
         field, why = ("dlm_frames", view.FRAMES_NEED) if options.frames else ("dlm_watch", view.WATCH_NEEDS)
@@ -176,7 +175,7 @@ def refuse_unobserved(checked: CheckedRequest) -> None:
 
 
 def hand_over(checked: CheckedRequest, request: Any, model: ServedModel) -> None:
-    """Writes a checked request into vLLM's, which goes to the engine."""
+    """Writes a checked request to vLLM's request for the engine."""
     params, own = request.sampling_params, checked.request
     request.prompt_token_ids, params.max_tokens = own.prompt_ids, own.max_tokens
     kept = {name: value for name, value in checked.parsed.written.items() if name in READ_BY_VLLM}
@@ -184,12 +183,12 @@ def hand_over(checked: CheckedRequest, request: Any, model: ServedModel) -> None
     if own.options.attention != "full":
         usual = model.options.decoding.block_length
         request.cache_salt = salt(request.cache_salt, own.options.decoding.block_length, usual)
-    if own.layout.holes:  # vLLM stops at the template's end, whether the tokenizer has it or not
+    if own.layout.holes:  # makes vLLM stop at the template's end token, even if it is unknown to the tokenizer
         params.stop_token_ids = [own.layout.ends[0]]
         params._all_stop_token_ids.add(own.layout.ends[0])
     else:
         add_end_of_turn(params, model.hf_config)
-    # numpy counts in 64 bits and wants seeds that are not negative; vLLM adds an index to them when n > 1.
+    # numpy requires non-negative seeds of 64 bits; vLLM adds an index to them if n > 1.
     params.top_k = min(params.top_k, model.vocabulary_size)
     if params.seed is not None:
         params.seed %= 1 << 63
@@ -204,9 +203,8 @@ def add_end_of_turn(params: Any, hf_config: Any) -> None:
 
 
 def salt(given: str | None, width: int, usual: int) -> str | None:
-    """Salt of the hashes under which the prefix cache knows a request's blocks, because keys depend on the width of
-    canvas blocks. Different pairs of `given` and `width` have different salts. With the usual width and none given,
-    the hashes are vLLM's plain ones."""
+    """Salt of the prefix cache's hashes, because keys depend on the canvas block length. Different pairs of `given` and
+    `width` have different salts. With the usual width and no given salt, vLLM's hashes are unchanged."""
     if given is None:
         return None if width == usual else str(width)
     return f"{width} {given}"
@@ -216,7 +214,8 @@ def salt(given: str | None, width: int, usual: int) -> str | None:
 
 
 def takes_options(model_config: Any) -> bool:
-    """Whether this plugin reads `dlm_*` options of requests. If not, vLLM treats them as it treats any other name."""
+    """Whether this plugin reads `dlm_*` options of requests. Otherwise they are like any other unknown name for
+    vLLM."""
     return is_diffusion_lm(model_config) or getattr(model_config, "dlm_selects", False)  # see autoregressive.py
 
 

@@ -1,7 +1,7 @@
 """Routes of this plugin: scores on a server of a diffusion model, and the live view with `--dlm-view`.
 
-vLLM attaches the routes of plugins before the engine exists, which determines the model. So the route of scores is
-added afterwards, still before the server listens. Read in vLLM 0.32: plugins/endpoint_plugins/interface.py,
+vLLM attaches routes of plugins before the engine exists and the model is known. The route of scores is therefore added
+later, still before the server listens. Read in vLLM 0.32: plugins/endpoint_plugins/interface.py,
 entrypoints/launchers/{app.py,api_server/entry.py}.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_dlm.configuration import is_diffusion_lm
 
-#: Seconds for which a thread keeps the GIL while others wait. The event loop lets go of it with every system call and
-#: then waits this long for the threads that encode texts and templates. With Python's 5 ms, 50 requests whose templates
-#: are encoded delay /health by 370 ms.
+#: maximum seconds for which a thread keeps the GIL while others wait. The event loop releases it with every system call
+#: and then waits this long for threads that encode texts and templates. With Python's default of 5 ms, encoding the
+#: templates of 50 requests delays /health by 370 ms.
 GIL_SECONDS = 5e-4
 
 
@@ -26,7 +26,7 @@ def load_endpoint_plugins(load):
 
 
 class Routes:
-    """An `EndpointPlugin` of vLLM's, which imports the modules of a route only on servers that have it."""
+    """An `EndpointPlugin` of vLLM. It imports the modules of a route only on servers with this route."""
 
     name = "vllm_dlm"
     required_tasks = ("generate",)

@@ -1,9 +1,9 @@
-"""SIGTERM ends a server at once, whatever it was computing.
+"""Makes SIGTERM stop a server immediately, even during a long step.
 
-vLLM's API server ends its engine, which cannot report its requests as aborted
-during a long step, and then waits without limit for the streams of those
+vLLM's API server stops its engine, which cannot report its requests as aborted
+during a long step, and then waits without limit for the streams of these
 requests. Whether they end is a race between two callbacks of the event loop,
-which autoregressive models lose, too. Here the requests are failed explicitly.
+also with autoregressive models. Here the requests are failed explicitly.
 Read in vLLM 0.32 and 0.33: entrypoints/launchers/launcher.py (`handle_shutdown`),
 v1/engine/async_llm.py (`shutdown`, `output_handler`, `generate`),
 v1/engine/core_client.py (`BackgroundResources`), v1/utils.py (`shutdown`).
@@ -19,19 +19,19 @@ def shutdown(end):
         if not timeout:
             fail_open_requests(self)
         end(self, timeout)
-        fail_open_requests(self)  # those for which `--shutdown-timeout` was too short, or that came in meanwhile
+        fail_open_requests(self)  # requests that exceeded `--shutdown-timeout` or arrived in the meantime
 
     return shutdown_with_dlm
 
 
 def fail_open_requests(engine) -> None:
-    """Fails them with 503, which tells load balancers and clients to use another server. Runs in another thread than
-    the event loop of the requests, and also for engines that never started."""
+    """Fails all open requests with 503, so that load balancers and clients use another server. Runs in another thread
+    than the event loop of the requests, and also for engines that never started."""
     handler = getattr(engine, "output_handler", None)
     if handler is None or handler.get_loop().is_closed() or not is_diffusion_lm(engine.model_config):
         return
     from vllm.exceptions import GracefulHTTPError
 
-    why = "The server was told to end before the answer was complete."
+    why = "The server was stopped before the response was complete."
     error = GracefulHTTPError(why, HTTPStatus.SERVICE_UNAVAILABLE)
     handler.get_loop().call_soon_threadsafe(engine.output_processor.propagate_error, error)

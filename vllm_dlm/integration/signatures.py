@@ -1,4 +1,4 @@
-"""Signatures in a few words, alike from a function and from its source: names, what may be left out, what is awaited.
+"""Compact signatures, equal for a function and its source: parameter names, `=` for optional ones, `async`.
 
 (self, request, *, priority=)        async (self, request)
 """
@@ -12,7 +12,7 @@ PLAIN = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def of_function(function) -> str:
-    """Of what Python has in memory, before anybody wrapped it."""
+    """Signature of a function object, without wrappers."""
     function = inspect.unwrap(function)
     given = inspect.signature(function).parameters.values()
     parameters = [(p.kind, p.name, p.default is not p.empty) for p in given]
@@ -20,7 +20,7 @@ def of_function(function) -> str:
 
 
 def of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """Of what a source file says."""
+    """Signature of a definition in a source file."""
     a = node.args
     plain: list[tuple] = [(POSITIONAL, arg) for arg in a.posonlyargs] + [(PLAIN, arg) for arg in a.args]
     first_default = len(plain) - len(a.defaults)
@@ -48,7 +48,7 @@ def _words(parameters: list[tuple], awaited: bool) -> str:
 
 
 def source_of(root, module: str):
-    """Where a module of the package in `root` lies, a folder or one in a wheel. Nothing is imported."""
+    """Path of a module of the package in `root`, a folder or a path in a wheel. Imports nothing."""
     *packages, last = module.split(".")[1:] or ["__init__"]
     folder = root.joinpath(*packages)
     package = folder / last / "__init__.py"
@@ -56,8 +56,7 @@ def source_of(root, module: str):
 
 
 def in_source(root, owner: str, name: str) -> str | None:
-    """The signature of a method of "module:Class", or a function of "module", as its source file has it; None: it is
-    not there."""
+    """The signature of a method of "module:Class" or a function of "module" in its source file; None: not found."""
     module, _, cls = owner.partition(":")
     path = source_of(root, module)
     if not path.exists():

@@ -1,8 +1,7 @@
-"""From engine to clients: messages about steps are taken out of the engine's outputs, and streams and responses carry
-frames and trajectories.
+"""Passes the live view's messages from the engine to clients, as frames in streams and trajectories in responses.
 
-Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` pass through untouched. Faults of the view are caught
-where serving enters it (view/isolation.py). Read in vLLM 0.32 and 0.33: v1/engine/output_processor.py
+Requests without `dlm_frames`, `dlm_watch` or `dlm_trajectory` are not changed. Errors of the view are caught at its
+entry points (view/isolation.py). Read in vLLM 0.32 and 0.33: v1/engine/output_processor.py
 (`process_outputs`), v1/engine/input_processor.py (`assign_request_id`), v1/engine/parallel_sampling.py,
 v1/engine/async_llm.py (`generate`), and entrypoints/openai/{completion,chat_completion}/serving.py
 (each returns a generator of the lines of a stream, or a response).
@@ -24,14 +23,13 @@ from vllm_dlm.view.isolation import Isolated, error_message, isolated
 from vllm_dlm.view.observed import ObservedRequest
 from vllm_dlm.view.streams import CHANNEL, Channel, with_frames
 
-FRAMES_NEED = "frames come with a streamed chat or completion of a server"
-WATCH_NEEDS = "requests can be watched on a server that was started with --dlm-view"
-#: options of a request whose steps the engine reports
+FRAMES_NEED = "frames require a streamed chat or completion of a server"
+WATCH_NEEDS = "watching requires a server that was started with --dlm-view"
+#: options with which the engine reports the steps of a request
 OBSERVED = {"dlm_frames", "dlm_watch", "dlm_trajectory"}
-#: in additional_config, as `--dlm-view` leaves it
+#: key of additional_config that `--dlm-view` sets
 VIEW = "dlm_view"
-#: the observed request that gets vLLM's internal id next. It is in a list, which is emptied then, because contexts live
-#: on.
+#: the observed request that gets vLLM's internal id next, in a list that is emptied then, because contexts persist
 ADDED: ContextVar[list | None] = ContextVar("ADDED", default=None)
 
 
@@ -43,11 +41,11 @@ def observed(extra_args) -> bool:
 
 
 class Trajectories(Isolated):
-    """Records which steps filled the tokens of a request of `LLM`, for as long as vLLM keeps the request's state."""
+    """Steps that filled the tokens of a request of `LLM`, kept as long as vLLM keeps the request's state."""
 
     def __init__(self, name: str, prompt: list[int]):
         self.name, self.prompt = name, prompt
-        self.filled: dict[int, list[int]] = {}  # by choice
+        self.filled: dict[int, list[int]] = {}  # choice -> step of each token
 
     @property
     def subject(self) -> str:
@@ -55,12 +53,12 @@ class Trajectories(Isolated):
 
     @isolated
     def take(self, index: int, message: bytes, tokenizer) -> None:
-        """Without a server there are no frames, so the message says why the engine's view of the request failed."""
+        """Takes the engine's error message; without a server there are no frames."""
         self.fault = msgspec.msgpack.decode(message)["error"]
 
     @isolated
     def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
-        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        """`steps`: steps that filled the next tokens of a choice; `fault`: why they are not available"""
         self.fault = fault
         self.filled.setdefault(index, []).extend(steps)
 
@@ -85,8 +83,10 @@ def process_outputs(process):
             elif (state := self.request_states.get(output.request_id)) is not None:
                 deliver(envelope, state, offline, self.tokenizer)
         done = process(self, theirs, *args, **kwargs)
-        for output in done.request_outputs if offline else ():  # of `LLM`; those of servers have gone to `generate`
-            # The list is the request's own. Its external id may be another request's too.
+        for output in (
+            done.request_outputs if offline else ()
+        ):  # outputs of `LLM`; outputs of servers are passed to `generate`
+            # Each request has its own list, while its external id may not be unique.
             if (found := offline.get(id(output.prompt_token_ids))) is not None:
                 found.deliver(output)
         return done
@@ -95,7 +95,7 @@ def process_outputs(process):
 
 
 def deliver(envelope: Envelope, state, offline: dict[int, Trajectories], tokenizer) -> None:
-    """Gives a message about a request to what follows it. `offline`: followers of requests of `LLM`"""
+    """Passes a message about a request to its receiver. `offline`: receivers for requests of `LLM`"""
     receiver: ObservedRequest | Trajectories | None = HUB.requests.get(keeper(state).request_id)
     if state.queue is None and (envelope.view is None or receiver is None):
         receiver = offline[id(state.prompt_token_ids)] = trajectories_of(state)
@@ -108,7 +108,7 @@ def deliver(envelope: Envelope, state, offline: dict[int, Trajectories], tokeniz
 
 
 def keeper(state):
-    """The object that lives as long as all choices of a request"""
+    """The object with the lifetime of all choices of a request"""
     return state.parent_req or state
 
 
@@ -137,7 +137,7 @@ def refuse_unseen(options: Options, processor, channel: Channel | None) -> None:
 
 
 def observe(engine, outputs, params, request_id: str, options: Options):
-    """A checked request's outputs. If it is observed, the hub has it while they are read."""
+    """Outputs of a checked request. An observed request is in the hub while its outputs are read."""
     if not (options.observed or options.trajectory):
         return outputs
     channel = CHANNEL.get()
@@ -147,7 +147,7 @@ def observe(engine, outputs, params, request_id: str, options: Options):
     request = ObservedRequest(request_id, model, params.n, options, channel)
     HUB.admit(request, options.limits, running(engine.output_processor))
     followed_outputs = followed(outputs, request, params.output_kind == RequestOutputKind.DELTA)
-    finalize(followed_outputs, HUB.remove, [request]).atexit = False  # also if nothing iterates it
+    finalize(followed_outputs, HUB.remove, [request]).atexit = False  # even if nothing iterates it
     return followed_outputs
 
 
@@ -156,7 +156,7 @@ def running(processor):
 
 
 async def followed(theirs, request: ObservedRequest, deltas: bool):
-    """Passes vLLM's outputs of a request on; meanwhile the request is in the hub."""
+    """Yields vLLM's outputs of a request, which is in the hub meanwhile."""
     try:
         async with aclosing(theirs):
             token = ADDED.set([request])

@@ -7,8 +7,9 @@ model_executor/model_loader/default_loader.py (`track_weights_loading`),
 model_executor/layers/fused_moe/routed_experts.py (`RoutedExperts`).
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +22,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_dlm.models.files import unreadable
+from vllm_dlm.models.quantization import neutral
 
 logger = init_logger(__name__)
 
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
 NAMED = 4  # maximum number of tensors named in a message
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: weights of quantized layers with one element per number, so their shapes are known
+MATRICES, ONE_EACH = ("weight", "w13_weight", "w2_weight"), (*FLOATS, torch.int8, torch.float8_e4m3fn)
+#: tensors of quantized layers that no kernel reads
+UNREAD = ("weight_shape", "g_idx")
 #: derived tensors in some converted Llama checkpoints, which vLLM's loader drops, too
 DERIVED = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
 
@@ -49,18 +56,20 @@ def hub_names(mapper: WeightsMapper, name: str) -> list[tuple[str, int | None]]:
 class Wanted:
     """Expected tensor of the checkpoint, before it is split across ranks."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None  # None: layout of a quantization method, whose loader checks it
     dtype: torch.dtype  # dtype of the parameter it is loaded into
+    quantized: bool = False
 
 
 def of_experts(name: str, module: RoutedExperts) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The checkpoint's names and shapes for vLLM's joint parameter of all experts"""
-    owner, _, leaf = name.rpartition(".routed_experts.")
+    owner, _, joint = name.rpartition(".routed_experts.")
+    stack, _, leaf = joint.partition("_")  # such as w13_weight_scale
     inner, width = module.moe_config.intermediate_size, module.moe_config.hidden_dim
-    parts = ("gate_proj", "up_proj") if leaf.startswith("w13_") else ("down_proj",)
+    parts = ("gate_proj", "up_proj") if stack == "w13" else ("down_proj",)
     for expert in range(module.moe_config.num_logical_experts):
         for part in parts:
-            yield f"{owner}.{expert}.{part}.weight", (width, inner) if part == "down_proj" else (inner, width)
+            yield f"{owner}.{expert}.{part}.{leaf}", (width, inner) if part == "down_proj" else (inner, width)
 
 
 def whole_shape(module: nn.Module, parameter: nn.Parameter, shard: int | None) -> tuple[int, ...]:
@@ -78,45 +87,56 @@ class Checkpoint:
     def __init__(self, model: nn.Module, mapper: WeightsMapper, architecture: str, path: str):
         self.architecture, self.path = architecture, path
         self.wanted: dict[str, Wanted] = {}
-        # The storage of a quantized module depends on its method, so at least one tensor of each is required.
-        self.quantised: set[str] = set()
+        self.quantised: set[str] = set()  # prefixes of the tensors of quantized modules
         self.came: set[str] = set()
+        self.read: tuple[str, list[int]] | None = None  # name and shape of the tensor being loaded
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             method = getattr(module, "quant_method", None)
+            plain = method is None or isinstance(method, PLAIN) or leaf == "bias"
+            shaped = plain or (leaf in MATRICES and parameter.dtype in ONE_EACH)
             if isinstance(module, RoutedExperts):
-                if isinstance(method, PLAIN):
-                    self.wanted |= {own: Wanted(shape, parameter.dtype) for own, shape in of_experts(name, module)}
-                else:
-                    self.quantised.add(owner.removesuffix("routed_experts"))
-                continue
-            for hub_name, shard in hub_names(mapper, name):
-                if method is None or isinstance(method, PLAIN) or leaf == "bias":
-                    self.wanted[hub_name] = Wanted(whole_shape(module, parameter, shard), parameter.dtype)
-                else:
-                    self.quantised.add(hub_name.removesuffix(leaf))
+                expected = list(of_experts(name, module))
+            else:
+                names = hub_names(mapper, name)
+                expected = [(own, whole_shape(module, parameter, shard) if shaped else ()) for own, shard in names]
+            for own, shape in expected:
+                self.wanted[own] = Wanted(shape if shaped else None, parameter.dtype, not plain)
+                if not plain:
+                    self.quantised.add(own[: own.rindex(".") + 1])
         self._join()
         # A checkpoint may also contain a copy of a tied head.
         tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parameters]
         self.redundant = {hub_name for name in tied for hub_name, _ in hub_names(mapper, name)}
 
     def _join(self) -> None:
-        """Joins parameters "name[part]", which the checkpoint stores as parts of one tensor, in the order of rows."""
-        for name in [name for name in self.wanted if name.endswith("]")]:
-            part, whole = self.wanted.pop(name), name.partition("[")[0]
-            rows = self.wanted[whole].shape[0] if whole in self.wanted else 0
-            self.wanted[whole] = Wanted((rows + part.shape[0], *part.shape[1:]), part.dtype)
+        """Joins parameters "module[part].name", which the checkpoint stores as parts of one tensor, in the order of
+        rows."""
+        for name in [name for name in self.wanted if "[" in name]:
+            part, whole = self.wanted.pop(name), unmarked(name)
+            before = self.wanted.get(whole)
+            if part.shape is not None and before is not None and before.shape is not None:
+                part = replace(part, shape=(before.shape[0] + part.shape[0], *part.shape[1:]))
+            self.wanted[whole] = part
+        self.quantised = {unmarked(module) for module in self.quantised}
 
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors that the model uses, checked one at a time as they are read."""
         unused = []
         for name, tensor in self._read(weights):
-            if slot := self._slot(name):
-                self._check(name, tensor, self.wanted.get(name))
-                self.came.add(slot)
+            if (wanted := self.wanted.get(name)) is not None:
+                self._check(name, tensor, wanted)
+                self.came.add(name)
+                self.read = name, list(tensor.shape)
                 yield name, tensor
+            elif self._of_quantised(name):
+                if not neutral(name, tensor):
+                    raise ValueError(
+                        f"{self.architecture}: {name} in the checkpoint is not part of the method in "
+                        "quantization_config of config.json, which would ignore it"
+                    )
             elif name not in self.redundant and DERIVED.map_name(name) is not None:
                 unused.append(name)
         if unused:
@@ -124,33 +144,46 @@ class Checkpoint:
             logger.warning("%s: ignoring %s that this model does not use: %s", self.architecture, count, first)
 
     def refuse_missing(self) -> None:
-        missing = [name for name in self.wanted if name not in self.came]
-        missing += [f"{module}*" for module in sorted(self.quantised - self.came)]
+        missing = [name for name in self.wanted if name not in self.came and not self._unread(name)]
         if missing:
             count, first = _listed(missing)
             raise ValueError(f"{self.architecture}: {count} missing from the checkpoint: {first}")
 
-    def _slot(self, name: str) -> str | None:
-        """The expected tensor of this name, or the quantized module that the tensor belongs to."""
-        if name in self.wanted:
-            return name
-        parts = name.split(".")
-        modules = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
-        return next((module for module in modules if module in self.quantised), None)
+    def refused_by_loader(self, error: Exception) -> ValueError:
+        """The error for a failed assertion of vLLM's loaders, which check shapes of quantized tensors by assertions"""
+        assert self.read is not None, "no tensor is being loaded"
+        name, shape = self.read
+        reason = str(error).splitlines()
+        return ValueError(
+            f"{self.architecture}: {name} in the checkpoint is {shape}, which does not fit config.json and its "
+            f"quantization_config{': ' + reason[0] if reason else ''}"
+        )
 
-    def _check(self, name: str, tensor: torch.Tensor, wanted: Wanted | None) -> None:
-        if wanted is not None and tuple(tensor.shape) != wanted.shape:
+    def _of_quantised(self, name: str) -> bool:
+        return name[: name.rindex(".") + 1] in self.quantised if "." in name else False
+
+    def _unread(self, name: str) -> bool:
+        return self._of_quantised(name) and name.endswith(UNREAD)
+
+    def _check(self, name: str, tensor: torch.Tensor, wanted: Wanted) -> None:
+        if wanted.shape is not None and tuple(tensor.shape) != wanted.shape:
             raise ValueError(
                 f"{self.architecture}: {name} in the checkpoint is {list(tensor.shape)}, "
                 f"and by config.json it must be {list(wanted.shape)}"
             )
+        if (tensor.dtype in FLOATS) != (wanted.dtype in FLOATS):
+            by = "quantization_config of config.json" if wanted.quantized else "config.json"
+            raise ValueError(
+                f"{self.architecture}: {name} in the checkpoint is {tensor.dtype}, and by {by} it must be "
+                f"{'a float' if wanted.dtype in FLOATS else wanted.dtype}"
+            )
         # The minimum and maximum reveal every NaN and infinity in one read, without a copy.
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+        if tensor.dtype not in FLOATS or not tensor.numel():
             return
         ends = torch.stack(tensor.aminmax())
         if not ends.isfinite().all():
             raise ValueError(f"{self.architecture}: {name} in the checkpoint has values that are NaN or infinite")
-        if wanted is not None and not ends.to(wanted.dtype).isfinite().all():
+        if not ends.to(wanted.dtype).isfinite().all():
             raise ValueError(
                 f"{self.architecture}: {name} in the checkpoint has values up to {ends.abs().max():.3g}, "
                 f"which {wanted.dtype} cannot hold; choose another dtype"
@@ -161,6 +194,11 @@ class Checkpoint:
             yield from weights
         except SafetensorError as error:
             raise unreadable(self.architecture, f"checkpoint {self.path}", error) from None
+
+
+def unmarked(name: str) -> str:
+    """Name in the checkpoint of the tensor or module that contains "module[part].name"."""
+    return re.sub(r"\[\w+\]", "", name)
 
 
 def _listed(names: list[str]) -> tuple[str, str]:

@@ -100,7 +100,7 @@ class GroupedExperts(Experts):
 
 
 class Gate(nn.Module):
-    """Router weights, kept in float32 whatever the model's dtype, because rounding would change the choice."""
+    """Router weights, kept in float32 for any model dtype, because rounding would change the choice."""
 
     def __init__(self, width: int, experts: int):
         super().__init__()

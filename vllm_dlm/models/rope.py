@@ -1,6 +1,6 @@
 """Rotary embedding with the precision of each reference.
 
-LLaDA rotates in float32 whatever the model's dtype (rope_full_precision). Dream
+LLaDA rotates in float32 for any model dtype (rope_full_precision). Dream
 casts cosine and sine to the model's dtype first. This module exists because
 vLLM's layer only does the latter.
 """

@@ -5,11 +5,9 @@ rows pass which functions and which keys a query attends to.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import accumulate
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -25,6 +23,8 @@ from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.kernels.row_cosine import row_cosine, row_products
 from vllm_dlm.models.checkpoint import Checkpoint
 from vllm_dlm.models.feed_forward import feed_forward
+from vllm_dlm.models.joined import JoinedProjections
+from vllm_dlm.models.quantization import named_errors, refuse_unsupported, spelled_out
 from vllm_dlm.models.rope import RotaryTable
 
 # (q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> context [T, H * D]
@@ -70,31 +70,18 @@ class DiffusionLayer(nn.Module):
                 self.self_attn[name] = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.mlp = feed_forward(config, vllm_config, f"{prefix}.mlp", index)
-        self.joined: tuple[torch.Tensor, torch.Tensor | None] | None = None  # see join_projections
+        self.joined: JoinedProjections | None = None
 
     def join_projections(self) -> None:
-        """Joins the weights of queries, keys and values. The three projections become views of one weight, so several
-        projections of the same rows are one product. Not possible on CPUs, whose kernels repack weights."""
-        projections = [self.self_attn[f"{name}_proj"] for name in "qkv"]
-        weights = [projection.weight.data for projection in projections]
-        biases = [projection.bias.data for projection in projections if projection.bias is not None]
-        self.joined = torch.cat(weights), torch.cat(biases) if biases else None
-        sizes = [len(weight) for weight in weights]
-        for whole, name in zip(self.joined, ("weight", "bias"), strict=True):
-            for projection, part in zip(projections, whole.split(sizes) if whole is not None else (), strict=False):
-                getattr(projection, name).data = part
-        self.ends = dict(zip("qkv", accumulate(sizes), strict=True))
+        """Joins the projections of queries, keys and values into one product, if their weights allow it."""
+        self.joined = JoinedProjections.of({name: self.self_attn[f"{name}_proj"] for name in "qkv"})
 
     def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
         """`names`: consecutive letters of "qkv" -> those projections of each row, not rotated, [T, heads, D] each"""
-        sizes = [self.head_dim * (self.num_heads if name == "q" else self.num_kv_heads) for name in names]
         if self.joined is None:
             parts = [self.self_attn[f"{name}_proj"](h_TE)[0] for name in names]
         else:
-            end = self.ends[names[-1]]
-            weight, bias = (None if whole is None else whole[end - sum(sizes) : end] for whole in self.joined)
-            product = F.linear(h_TE, weight, bias)
-            parts = list(product.split(sizes, -1)) if len(names) > 1 else [product]
+            parts = self.joined(names, h_TE)
         return [
             self._normed(name, part.unflatten(-1, (-1, self.head_dim))) for name, part in zip(names, parts, strict=True)
         ]
@@ -119,7 +106,7 @@ class DiffusionLayer(nn.Module):
 
     @staticmethod
     def similarity(new_TD: torch.Tensor, old_TD: torch.Tensor) -> torch.Tensor:
-        """[T] cosine similarity of rows of which each tensor-parallel rank has its own heads"""
+        """[T] cosine similarity of rows over all heads; each tensor-parallel rank has part of the heads"""
         if get_tensor_model_parallel_world_size() == 1:
             return row_cosine(new_TD, old_TD)
         product, a, b = tensor_model_parallel_all_reduce(row_products(new_TD, old_TD))
@@ -134,10 +121,7 @@ class DiffusionLayer(nn.Module):
 
 
 def normed_sum(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> Normed:
-    if x_TE.is_cuda:
-        return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
-    x_TE = x_TE + added_TE
-    return norm(x_TE), x_TE
+    return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
 
 
 class DiffusionModel(nn.Module):
@@ -168,28 +152,44 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
     """Model class for vLLM's registry, loader and quantization. Subclasses define the family's tensor names."""
 
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    #: module of the checkpoint -> names of its parts before `hf_to_vllm_mapper` is applied
+    fused_modules: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
-        self.model = DiffusionModel(config, vllm_config, maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=maybe_prefix(prefix, "lm_head"),
-        )
+        model = vllm_config.model_config
+        with named_errors(model.architecture, self.quant_config):
+            self.model = DiffusionModel(config, vllm_config, maybe_prefix(prefix, "model"))
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        model = vllm_config.model_config
+        refuse_unsupported(self, model.architecture)
         self.checkpoint = Checkpoint(self, self.hf_to_vllm_mapper, model.architecture, model.model)
         # With dummy weights, a trainer may load real ones piece by piece, so missing tensors are allowed.
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
+    def _maybe_apply_model_mapping(self) -> None:
+        """vLLM's hook that renames the modules which a quantization config lists, in place"""
+        if self.quant_config is not None and not hasattr(self.quant_config, "dlm_renamed"):
+            spelled_out(self.quant_config, self.fused_modules)
+            super()._maybe_apply_model_mapping()
+            self.quant_config.dlm_renamed = True  # a second model of this configuration finds the new names
+
+    @property
+    def packs_like_awq(self) -> bool:
+        return self.quant_config is not None and "awq" in self.quant_config.get_name()
+
     def join_projections(self) -> None:
-        """Joins the projections of every layer; requires unquantized weights."""
+        """Joins queries, keys and values of every layer if its weights allow it. CPU kernels repack weights, so this is
+        not possible there."""
         for layer in self.model.layers:
             layer.join_projections()
 
@@ -213,7 +213,12 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         used = self.prepared(self.checkpoint.checked(weights))
-        loaded = AutoWeightsLoader(self).load_weights(used, mapper=self.hf_to_vllm_mapper)
+        try:
+            loaded = AutoWeightsLoader(self).load_weights(used, mapper=self.hf_to_vllm_mapper)
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            if self.quant_config is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self.checkpoint.refused_by_loader(error) from error
         if self.starts_whole:
             self.checkpoint.refuse_missing()
         return loaded

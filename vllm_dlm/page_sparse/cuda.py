@@ -111,11 +111,11 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         meta = SelectingFlashMetadata(**vars(step), full_pages=filled_pages(slots, starts, size))
         if plan.sparse:
             requests, rows, keys = map(list, zip(*plan.sparse, strict=True))
-            index, behind = all_to_device(self.device, requests, behind_the_end(kv_lens, requests, keys))
+            index, unseen = all_to_device(self.device, requests, unseen_keys(kv_lens, requests, keys))
             meta.sparse = make_queries(
                 self.selection,
                 rows,
-                common.seq_lens[index] - behind.to(torch.int32),
+                common.seq_lens[index] - unseen.to(torch.int32),
                 keys,
                 common.block_table_tensor[index],
                 self.block_size // size,
@@ -127,13 +127,13 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
     def _add_dense(self, meta: SelectingFlashMetadata, plan: Partition, common, kv_lens: list[int]) -> None:
         requests, counts, keys, rows = plan.dense()
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-        index, behind, meta.dense_rows, on_device = all_to_device(
-            self.device, requests, behind_the_end(kv_lens, requests, keys), rows, starts.tolist()
+        index, unseen, meta.dense_rows, on_device = all_to_device(
+            self.device, requests, unseen_keys(kv_lens, requests, keys), rows, starts.tolist()
         )
         batch = common.replace(
             query_start_loc=on_device.to(torch.int32),
             query_start_loc_cpu=starts,
-            seq_lens=common.seq_lens[index] - behind.to(torch.int32),
+            seq_lens=common.seq_lens[index] - unseen.to(torch.int32),
             seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
             num_reqs=len(requests),
             num_actual_tokens=len(rows),
@@ -148,8 +148,8 @@ class SelectingFlashBuilder(FlashAttentionMetadataBuilder):
         meta.dense = super().build(0, batch, True)
 
 
-def behind_the_end(kv_lens: list[int], requests: list[int], keys: list[int]) -> list[int]:
-    """Number of keys of its request that each part of a step does not see."""
+def unseen_keys(kv_lens: list[int], requests: list[int], keys: list[int]) -> list[int]:
+    """Number of keys of its request after each part of a step."""
     return [kv_lens[request] - n for request, n in zip(requests, keys, strict=True)]
 
 
@@ -197,7 +197,7 @@ class SelectingFlashImpl(FlashAttentionImpl):
             True,
             out=output[rows.rows] if in_place else None,
             tails=rows.num_pages,
-            tail=rows.behind,
+            tail=rows.tail,
         )
         if not in_place:
             output[rows.rows] = context

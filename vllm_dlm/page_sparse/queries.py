@@ -19,7 +19,7 @@ class Queries:
     #: [B] number of pages to choose from. Later pages are always read: the last one, or all pages if this is 0.
     num_pages: torch.Tensor
     recent: torch.Tensor  # [B] first of the recent pages among those to choose from, which are always read
-    behind: int  # upper bound on the number of pages from num_pages on
+    tail: int  # upper bound on the number of pages from num_pages on
 
 
 def page_table(block_table: torch.Tensor, blocks_per_row: int, pages_per_block: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def make_queries(
         kv_lens=kv_lens,
         num_pages=before_last,
         recent=selection.recent_from(before_last),
-        behind=1,
+        tail=1,
     )
 
 

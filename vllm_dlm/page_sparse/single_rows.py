@@ -44,7 +44,7 @@ class SingleRows:
         page_table.copy_(pages_of_blocks(common.block_table_tensor[:count], self.blocks, self.pages_per_block))
         full_pages.copy_(ended_pages(common.slot_mapping[:count], size))
         rows = Queries(
-            slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, recent, behind=self.width
+            slice(count), self.q_starts[: count + 1], page_table, kv_lens, num_pages, recent, tail=self.width
         )
         return rows, full_pages
 

@@ -1,4 +1,4 @@
-"""What a client may ask of a canvas, from its options and texts to one checked `CanvasRequest`.
+"""Parses, tokenises and checks the options and texts of a request into one `CanvasRequest`.
 
-Nothing here imports vLLM or torch. `integration` calls it for each request and carries the result to the engine.
+This package imports neither vLLM nor torch. `integration` calls it for each request and sends the result to the engine.
 """

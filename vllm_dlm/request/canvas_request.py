@@ -1,18 +1,18 @@
-"""One request for a canvas, parsed, tokenised and checked: made once in the front-end and carried to the engine.
+"""A request for a canvas, parsed, tokenised and checked. Created once in the front-end and sent to the engine.
 
-It travels as plain data in `SamplingParams.extra_args`, vLLM's field for what plugins add to a request, under one key.
-Clients cannot write that key: their options start with `dlm_`. The prompt and `max_tokens` travel in vLLM's own fields.
-Methods travel by name with their fields, so that the engine builds them without parsing anything again.
+It is sent as plain data under one key of `SamplingParams.extra_args`, vLLM's field for plugin data. Clients cannot
+write that key, because their options start with `dlm_`. The prompt and `max_tokens` are sent in vLLM's own fields.
+Methods are sent as name and fields, so the engine builds them without parsing.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.methods import KINDS, methods
 from vllm_dlm.options import Options, suited
-from vllm_dlm.scored import Scored
+from vllm_dlm.options.scored import Scored
+from vllm_dlm.options.texts import Layout
 
 #: key of `extra_args`
 CANVAS_REQUEST = "canvas_request"
@@ -24,9 +24,9 @@ FLAGS = ("frames", "watch", "trajectory")
 class CanvasRequest:
     options: Options
     layout: Layout
-    prompt_ids: list[int]  # as the model reads them, with the suffix at the end
+    prompt_ids: list[int]  # ids that the model reads, followed by the suffix
     max_tokens: int
-    length: int  # positions of the canvas, with the prompt
+    length: int  # positions of the canvas, including the prompt
 
     def to_wire(self) -> dict[str, Any]:
         chosen = {kind: method_to_wire(getattr(self.options, kind)) for kind in chosen_kinds(self.options)}
@@ -37,7 +37,7 @@ class CanvasRequest:
     def from_wire(
         cls, wire: Mapping[str, Any], server: Options, prompt_ids: list[int], max_tokens: int
     ) -> "CanvasRequest":
-        """`server`: the server's options, which supply what a request cannot change"""
+        """`server`: the server's options, which provide the fields that a request cannot change"""
         chosen = {kind: method_from_wire(kind, *wire["methods"][kind]) for kind in chosen_kinds(server)}
         flags = {field: wire.get(field, False) for field in FLAGS}
         options = suited(replace(server, **chosen, **flags))
@@ -45,8 +45,7 @@ class CanvasRequest:
 
 
 def chosen_kinds(options: Options) -> tuple[str, ...]:
-    """Kinds of methods that a request chooses. Block-causal models have their own reuse and extent, which `suited`
-    builds from the decoding."""
+    """Kinds of methods that a request chooses. For block-causal models, `suited` derives reuse and extent."""
     return KINDS if options.attention == "full" else ("decoding", "selection")
 
 
@@ -60,5 +59,5 @@ def method_from_wire(kind: str, name: str, values: Mapping[str, Any]) -> Any:
 
 
 def hashable(value: Any) -> Any:
-    """msgpack turns the tuples of a method's fields into lists."""
+    """Undoes msgpack's conversion of tuples to lists."""
     return tuple(map(hashable, value)) if isinstance(value, list) else value

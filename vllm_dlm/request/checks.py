@@ -1,6 +1,7 @@
 """Checks a parsed request against its prompt, vLLM's sampling parameters and the server's memory.
 
-An error in the scheduler or a worker would end the engine for all clients, so everything is checked before.
+An error in the scheduler or a worker would stop the engine for all clients, so requests are checked before they get
+there.
 """
 
 from bisect import bisect_right
@@ -8,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vllm_dlm.option_types import reject
 from vllm_dlm.options import Options, request_options
+from vllm_dlm.options.scored import SCORE, Scored
+from vllm_dlm.options.types import reject
 from vllm_dlm.plugins.decoding.roles import without_speculation
 from vllm_dlm.request.canvas_request import CanvasRequest
 from vllm_dlm.request.parsing import ParsedRequest
 from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.texts import check_template_length
-from vllm_dlm.scored import SCORE, Scored
 from vllm_dlm.shown import shown
 
 #: SamplingParams fields that change logits or the order of generation in ways that a denoising step does not implement
@@ -37,7 +38,7 @@ NEUTRAL = {
     "trace_decode_token_ids": None,
 }
 
-#: what a client of the OpenAI API may have written instead
+#: fields of the OpenAI API that set these
 ALSO_SET_BY = {
     "structured_outputs": "response_format and tool_choice",
     "prompt_logprobs": "echo together with logprobs",
@@ -45,17 +46,18 @@ ALSO_SET_BY = {
 
 
 def check_stops(params: Any) -> None:
-    """Of a template's request, before vLLM adds the model's own end tokens"""
+    """Rejects stop strings and tokens with a template. Call this before vLLM adds the model's own end tokens."""
     if (params.extra_args or {}).get("dlm_template"):
         for field in ("stop", "stop_token_ids"):
             if value := getattr(params, field):
-                reject(field, value, "it could end the answer in the fixed text of dlm_template, which ends by itself")
+                reject(field, value, "it could end the answer within the fixed text of dlm_template")
 
 
 def check(
     parsed: ParsedRequest, params: Any, max_tokens: int | None, prompt: list[int], text: bool, model: ServedModel
 ) -> CanvasRequest:
-    """`params`: vLLM's; `max_tokens`: as the client gave it; `text`: whether the client wrote the prompt as text"""
+    """`params`: SamplingParams; `max_tokens`: as given by the client; `text`: whether the client wrote the prompt as
+    text"""
     options, layout = parsed.options, parsed.texts.layout
     ids = read_ids(prompt, text, options, model) + parsed.texts.suffix
     check_neutral(params)
@@ -73,24 +75,24 @@ def check_neutral(params: Any) -> None:
         value = getattr(params, field, neutral)
         if value != neutral and value not in ([], {}):
             also = f" (also set by {ALSO_SET_BY[field]})" if field in ALSO_SET_BY else ""
-            reject(field, value, f"not supported with masked-diffusion language models{also}")
+            reject(field, value, f"masked-diffusion language models do not implement it{also}")
 
 
 def read_ids(ids: list[int], text: bool, options: Options, model: ServedModel) -> list[int]:
-    """The prompt as the model reads it"""
+    """The token ids that the model reads"""
     ids = prompt_ids(ids, text, options.infill, model.processor)
     scored = isinstance(options.decoding, Scored)
     if (scored or options.attention != "full") and model.mask_id in ids:
         if scored:
-            reject("prompt", shown(ids), "what is scored has a context without masks")
+            reject("prompt", shown(ids), "the context of a score must not contain masks")
         field, value = ("dlm_infill", True) if options.infill else ("prompt", f"the mask, token {model.mask_id},")
-        reject(field, value, "this model reads a prompt block by block and cannot fill masks in it")
+        reject(field, value, "this model is block-causal and cannot fill masks of the prompt")
     return ids
 
 
 def open_length(options: Options, prompt: int, model: ServedModel) -> int:
-    """Response of a request without `max_tokens`. A canvas that grows may take all that the model's length and the KV
-    cache have room for, unless a suffix fixes its end."""
+    """Response length of a request without `max_tokens`. A canvas that grows may use all of the model's length and the
+    KV cache, unless a suffix fixes its end."""
     if not options.grows or options.texts.suffix:
         return model.default_length
     length = options.canvas.length(max(model.max_model_len - prompt, 1))
@@ -105,18 +107,18 @@ def open_length(options: Options, prompt: int, model: ServedModel) -> int:
 def check_template(parsed: ParsedRequest, params: Any, max_tokens: int, prompt: int, model: ServedModel) -> None:
     texts, layout, longest = parsed.options.texts, parsed.texts.layout, model.max_model_len
     if texts.suffix:
-        why = "a template is all of the canvas and of what comes behind it; write it to the end of the template"
+        why = "a template includes the text after the canvas; append the suffix to the template"
         reject("dlm_suffix", texts.suffix, why)
     if texts.start:
-        reject("dlm_start", texts.start, "a template says what the canvas starts with")
+        reject("dlm_start", texts.start, "a template already defines the start of the canvas")
     if params.ignore_eos:
-        reject("ignore_eos", True, "with dlm_template an end token ends a hole, and the template the answer")
+        reject("ignore_eos", True, "with dlm_template, end tokens end holes and the template ends the answer")
     if parsed.template_is_bounded and max_tokens < layout.length:
-        why = f"the template has {layout.length - 1} tokens and its end is one: give {layout.length}, or none in a chat"
+        why = f"it must be at least {layout.length}, the length of the template with its end token, or unset in a chat"
         reject("max_tokens", max_tokens, why)
     check_template_length(texts.template, layout.length, parsed.options, longest)
     if prompt + layout.length > longest:
-        why = f"it has {layout.length} tokens with its end, the prompt {prompt}, and the model reads {longest}"
+        why = f"it has {layout.length} tokens with its end and the prompt {prompt}; the model's length is {longest}"
         reject("dlm_template", texts.template, why)
 
 
@@ -125,7 +127,7 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
     options, layout = parsed.options, parsed.texts.layout
     asked = len(layout.start) if layout.holes else max_tokens
     if options.canvas.max is not None and asked > options.canvas.max:
-        reject("max_tokens", asked, f"the longest canvas of this server has {options.canvas.max} tokens")
+        reject("max_tokens", asked, f"the maximum canvas of this server is {options.canvas.max} tokens")
     length = options.canvas_length(prompt, asked, model.max_model_len) - prompt
     if isinstance(options.decoding, Scored):
         why = options.decoding.misfit(prompt, asked, prompt + length, model.vocabulary_size, model.mask_id)
@@ -133,8 +135,8 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
             reject(SCORE, parsed.written[SCORE], why)
     if length < 1:
         if options.texts.suffix:
-            why = f"with the prompt it has {prompt} tokens, which leave no room for a canvas"
-            reject("dlm_suffix", options.texts.suffix, f"{why} (it is also what suffix sets)")
+            why = f"it has {prompt} tokens with the prompt, which leaves no room for a canvas (also set by suffix)"
+            reject("dlm_suffix", options.texts.suffix, why)
         reject("max_tokens", max_tokens, f"a prompt of {prompt} tokens leaves no room for a canvas")
     if options.texts.start:
         check_start(parsed, asked, length)
@@ -143,13 +145,13 @@ def check_length(parsed: ParsedRequest, max_tokens: int, prompt: int, model: Ser
 
 
 def check_start(parsed: ParsedRequest, asked: int, length: int) -> None:
-    """`asked`: max_tokens; `length`: of the canvas without the prompt"""
+    """`asked`: max_tokens; `length`: canvas length without the prompt"""
     options, start = parsed.options, parsed.texts.layout.start
     if options.grows:
-        why = "dlm_extent: a starting text is read as a whole, which a window does not do; ask for full"
+        why = "a starting text requires dlm_extent full"
         reject("dlm_start", options.texts.start, why)
     if len(start) > length:
-        reject("max_tokens", asked, f"the starting text has {len(start)} tokens, and the canvas has room for {length}")
+        reject("max_tokens", asked, f"the starting text has {len(start)} tokens, and the canvas {length}")
 
 
 def check_steps(parsed: ParsedRequest, prompt: int, length: int, model: ServedModel) -> None:
@@ -160,18 +162,22 @@ def check_steps(parsed: ParsedRequest, prompt: int, length: int, model: ServedMo
     if layout.holes:
         blocks = len(options.decoding.blocks(sum(size for _, size, _ in layout.holes)))
     if not options.decoding.block_steps(blocks - 1, blocks, 1):
-        reject("dlm_steps", steps, f"{length} tokens make {blocks} blocks and each needs at least one step")
+        reject("dlm_steps", steps, f"it must be at least {blocks}, one step for each canvas block of {length} tokens")
     if steps > model.max_model_len:
-        # a schedule takes time and memory for each of its steps
-        reject("dlm_steps", steps, f"the longest canvas has {model.max_model_len} positions to fill")
+        # each step of a schedule takes time and memory
+        reject("dlm_steps", steps, f"it must be at most {model.max_model_len}, the model's length")
 
 
 def check_memory(options: Options, max_tokens: int, prompt: int, length: int, model: ServedModel) -> None:
-    """Rejects what the KV cache could never hold. The error names the option that takes the room."""
+    """Rejects requests that the KV cache could never hold. The error names the option that uses most blocks."""
     shape, size = model.block_shape, model.block_size
     unit = options.selection.unit if options.selection.sparse else 1
     if size % unit:
-        reject("dlm_selection", options.selection.name, f"it reads {unit} tokens together, and block_size is {size}")
+        reject(
+            "dlm_selection",
+            options.selection.name,
+            f"it reads units of {unit} tokens, which must divide block_size, {size}",
+        )
     if (pool := model.replica_blocks) is None:
         return
 
@@ -183,11 +189,11 @@ def check_memory(options: Options, max_tokens: int, prompt: int, length: int, mo
 
 
 def reject_memory(options: Options, needed: Callable[[Options], int], max_tokens: int, length: int, room: int) -> None:
-    """`needed`: KV blocks that a canvas of `length` positions takes; `room`: those that there are"""
+    """`needed`: number of KV blocks of a canvas of `length` positions; `room`: number of KV blocks in the cache"""
     plain = request_options(options, {"dlm_reuse": "none", "dlm_selection": "none"})
     total, alone, takes = needed(options), needed(plain), f"a canvas of {length} tokens takes"
     if alone > room:
-        reject("max_tokens", max_tokens, f"{takes} {alone} blocks of the KV cache, and there are {room}")
+        reject("max_tokens", max_tokens, f"{takes} {alone} blocks of the KV cache, which has {room}")
     decoding, reuse, selection = options.decoding, options.reuse, options.selection
     #: field -> (its value, the request without it)
     parts = {
@@ -199,5 +205,5 @@ def reject_memory(options: Options, needed: Callable[[Options], int], max_tokens
     saved = {field: total - needed(other) for field, (_, other) in parts.items()}
     field = max(saved, key=lambda name: saved[name])
     named = " and ".join(name for name, blocks in saved.items() if blocks > 0)
-    blocks = f"{alone} blocks of the KV cache, {total} with {named}, and there are {room}"
+    blocks = f"{alone} blocks of the KV cache, {total} with {named}; the cache has {room}"
     reject(field, parts[field][0], f"{takes} {blocks}")

@@ -1,26 +1,26 @@
-"""Parses the options of a request and tokenises its texts. What depends on the prompt is in checks.py."""
+"""Parses the options of a request and tokenises its texts. Checks that depend on the prompt are in checks.py."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.canvas_texts import TEXT_KEYS
-from vllm_dlm.option_types import reject
 from vllm_dlm.options import RENAMED, Options, current_names, request_keys, request_options
+from vllm_dlm.options.texts import TEXT_KEYS
+from vllm_dlm.options.types import reject
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.texts import TokenisedTexts, check_sizes, tokenise
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
-#: old names that the log has noted
+#: deprecated names that were logged
 _NOTED: set[str] = set()
-#: in `extra_args`, read by vLLM and without effect on a canvas
+#: keys of `extra_args` that vLLM reads and that do not affect a canvas
 READ_BY_VLLM = ("kv_cache_report_mode",)
 
 
 class UnboundedTemplate(str):
-    """A template of a chat without `max_tokens`: the value that vLLM fills in does not bound it."""
+    """A template of a chat without `max_tokens`. vLLM's default value does not bound it."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ def parse(written: Mapping[str, Any] | None, model: ServedModel) -> ParsedReques
 
 
 def check_names(written: Mapping[str, Any], server: Options) -> None:
-    """All extra arguments of a request must be options of this plugin, so that no misspelt one is ignored."""
+    """Rejects extra arguments that are not options of this plugin, so that misspelt ones are not ignored."""
     for field, value in written.items():
         if not field.startswith("dlm_") and field not in READ_BY_VLLM:
             meant = f"dlm_{field}" in request_keys(server.decoding)
-            unread = "options of masked-diffusion language models start with dlm_, and nothing else reads this one"
+            unread = "it is unknown; options of masked-diffusion language models start with dlm_"
             reject(field, value, f"write dlm_{field}" if meant else unread)
 
 
 def has_texts(written: Mapping[str, Any]) -> bool:
-    """Whether there is something to tokenise"""
+    """Whether the request has texts to tokenise"""
     return any(RENAMED.get(name, name) in TEXT_KEYS for name in written)
 
 
 def note_old_names(written: Mapping[str, Any]) -> None:
-    """Logs each old name that a client uses once per process."""
+    """Logs each deprecated name once per process."""
     for old in (RENAMED.keys() & written) - _NOTED:
         _NOTED.add(old)
-        logger.warning("%s is deprecated and will be removed: it is called %s now", old, RENAMED[old])
+        logger.warning("%s is deprecated and will be removed; use %s", old, RENAMED[old])

@@ -1,18 +1,17 @@
-"""Mask tokens of a prompt: positions to fill if the client wrote token ids or asked for infilling, otherwise text.
+"""Mask tokens of a prompt: positions to fill if the client sent token ids or requested infilling, otherwise text.
 
-A mask to fill costs a step as much as a position of the response, so text that a user types must not contain any by
-accident.
+A mask to fill costs as much as a position of the response, so user text must not contain one by accident.
 """
 
 from typing import Any
 
 
 class WrittenText(str):
-    """The text of a prompt as a client wrote it, unlike one that vLLM decoded from the client's token ids."""
+    """A prompt that the client wrote as text, in contrast to text that vLLM decoded from the client's token ids."""
 
 
 def is_text(prompt: Any) -> bool:
-    """Whether a client wrote the prompt as text. `prompt`: rendered by vLLM, or as `LLM.generate` takes it"""
+    """Whether the client wrote the prompt as text. `prompt`: rendered by vLLM, or an input of `LLM.generate`"""
     if isinstance(prompt, dict) and "type" in prompt:
         return isinstance(prompt.get("prompt"), WrittenText)
     return isinstance(prompt, str) or (isinstance(prompt, dict) and "prompt_token_ids" not in prompt)
@@ -29,7 +28,7 @@ def prompt_ids(ids: list[int], text: bool, infill: bool | None, processor: Any) 
 
 
 def spelt_mask(mask_id: int, processor: Any) -> list[int]:
-    """Ids that read as the mask token without being it: its first character and the rest are tokenised separately."""
+    """Ids that spell the mask token as text: its first character and the rest, tokenised separately."""
     if not hasattr(processor, "dlm_spelt_mask"):
         tokenizer = processor.get_tokenizer()
         literal = tokenizer.decode([mask_id])

@@ -1,6 +1,6 @@
-"""The model that requests are checked against, read from vLLM's input processor.
+"""Properties of the served model that requests are checked against, read from vLLM's input processor.
 
-Everything that the checks know of vLLM is read here. Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py,
+The checks access vLLM only through this module. Read in vLLM 0.32 and 0.33: v1/engine/input_processor.py,
 config/model.py (`get_diff_sampling_param`), renderers/base.py (`_executor`), v1/engine/core_client.py
 (`_apply_ready_response`, `engine_ranks_managed`).
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.families import record_of
 from vllm_dlm.options import Options
 
 
@@ -22,7 +22,7 @@ class ServedModel:
     @property
     def options(self) -> Options:
         """The server's"""
-        return server_options_of(self.processor)
+        return server_options_of(self.config)
 
     @property
     def max_model_len(self) -> int:
@@ -42,21 +42,21 @@ class ServedModel:
 
     @property
     def characters_per_token(self) -> int:
-        """Of the longest token"""
+        """Maximum number of characters of a token"""
         return getattr(self.tokenizer, "max_chars_per_token", None) or 1 << 7
 
     @property
     def tokenizer_threads(self) -> Any | None:
-        """vLLM's executor for tokenising"""
+        """vLLM's executor for tokenisation"""
         return getattr(self.processor.renderer, "_executor", None)
 
     @cached_property
     def default_length(self) -> int:
-        """Canvas of a request without `max_tokens` that does not grow"""
+        """Response length of a request without `max_tokens` on a canvas that does not grow"""
         return default_length(self.config, self.config.get_diff_sampling_param())
 
     def end_tokens(self) -> list[int]:
-        """The end of a sequence, of a turn, and the other tokens with which the checkpoint ends an answer. vLLM's own
+        """End of sequence, end of turn, and other tokens with which the checkpoint ends an answer. vLLM's end token
         comes first."""
         listed = self.processor.generation_config_fields.get("eos_token_id") or []
         own = getattr(self.processor.get_tokenizer(), "eos_token_id", None)
@@ -76,8 +76,8 @@ class ServedModel:
 
     @property
     def replica_blocks(self) -> int | None:
-        """KV blocks of one replica, in which a canvas must fit; None: not known yet. vLLM tells the front-end the sum
-        over all engines that it sends requests to."""
+        """KV blocks of one replica, which must hold a canvas; None: not known yet. The front-end gets the sum over all
+        engines from vLLM."""
         total, parallel = self.processor.cache_config.num_gpu_blocks, self.processor.vllm_config.parallel_config
         if parallel.data_parallel_rank_local is not None:
             replicas = 1  # one process of `LLM` for each replica
@@ -89,16 +89,15 @@ class ServedModel:
 
 
 def served_model(processor: Any) -> ServedModel:
-    """One for each input processor"""
+    """The instance of an input processor"""
     if not hasattr(processor, "dlm_model"):
         processor.dlm_model = ServedModel(processor)
     return processor.dlm_model
 
 
 def default_length(model_config: Any, sampling_defaults: dict[str, Any]) -> int:
-    """The server's default canvas, else the one of the checkpoint's generation_config.json, else the family's. If
-    canvases grow as needed, all that the model's length leaves."""
-    usual = sampling_defaults.get("max_tokens", FAMILIES[model_config.architecture].canvas)
-    if getattr(model_config, "dlm_grows", False):
-        usual = model_config.max_model_len
-    return model_config.dlm_canvas.length(usual)
+    """The first of: the server's default canvas, the one in the checkpoint's generation_config.json, the family's. If
+    canvases grow as needed, the model's length."""
+    usual = sampling_defaults.get("max_tokens", record_of(model_config).canvas)
+    options = server_options_of(model_config)
+    return options.canvas.length(model_config.max_model_len if options.grows else usual)

@@ -1,9 +1,9 @@
 """Templates: a text with holes.
 
-`[[n]]` is a hole of n tokens. `[[n:string]]` takes what may stand between the
-quotes of a JSON string, `[[n:number]]` a JSON number, `[[n:one of "a"|"b"]]` one
-of these texts, each written as a JSON string. Doubled brackets are text:
-`[[[[` is `[[`; of three the first is text and the others begin a hole.
+`[[n]]` is a hole of n tokens. `[[n:string]]` takes the contents of a JSON string
+without its quotes, `[[n:number]]` a JSON number, `[[n:one of "a"|"b"]]` one of
+these texts, each written as a JSON string. Doubled brackets are text: `[[[[` is
+the text `[[`. In `[[[`, the first bracket is text and the others begin a hole.
 """
 
 import json
@@ -16,11 +16,11 @@ from vllm_dlm.shown import shown
 Kind = Literal["free", "string", "number", "one of"]
 KINDS: tuple[Kind, ...] = ("string", "number", "one of")
 
-#: most alternatives of a hole, and most characters in all of them
+#: maximum number of alternatives of a hole, and of characters in all of them
 MOST_ALTERNATIVES, MOST_CHARACTERS = 64, 512
 HOW = 'a hole is [[n]], [[n:string]], [[n:number]] or [[n:one of "a"|"b"]], and [[[[ is the text [['
 
-#: what is not plain text: doubled brackets, or those of a hole
+#: doubled brackets, or the opening brackets of a hole
 _BRACKETS = re.compile(r"\[\[\[\[|\[\[(?!\[)")
 _HEAD = re.compile(r"\[\[\s*(\d+)\s*")
 _KIND = re.compile(r":\s*(string|number|one of)\s*")
@@ -32,7 +32,7 @@ class TemplateError(ValueError):
 
 
 class Part(NamedTuple):
-    """A text that is fixed"""
+    """A fixed text"""
 
     text: str
 
@@ -46,7 +46,7 @@ class Hole:
 
 @dataclass(frozen=True)
 class TemplateBounds:
-    """What a template may cost. It is refused as soon as it goes beyond."""
+    """Limits of a template. Parsing stops with an error as soon as one is exceeded."""
 
     hole: int  # tokens of one hole
     holes: int
@@ -61,7 +61,7 @@ class TemplateBounds:
 
 
 def parse(template: str, bounds: TemplateBounds) -> list[Part | Hole]:
-    """Texts and holes in order"""
+    """The fixed texts and holes of a template, in order"""
     parts: list[Part | Hole] = []
     text, at, holes, alternatives = list[str](), 0, 0, set[tuple[str, ...]]()
     while found := _BRACKETS.search(template, at):
@@ -85,14 +85,14 @@ def parse(template: str, bounds: TemplateBounds) -> list[Part | Hole]:
 
 
 def _hole(template: str, start: int, longest: int) -> tuple[Hole, int]:
-    """The hole that begins at `start`, and where it ends"""
+    """The hole that begins at `start`, and its end"""
     where = f"at character {start}, {shown(template[start : start + 24])}"
     if not (head := _HEAD.match(template, start)):
-        raise TemplateError(f"{where} is no hole: {HOW}")
-    # Python reads no number of thousands of digits
+        raise TemplateError(f"{where} is not a hole: {HOW}")
+    # int() raises an error for thousands of digits
     length = int(head[1]) if len(head[1]) <= len(str(longest)) else longest + 1
     if not 1 <= length <= longest:
-        raise TemplateError(f"{where}: a hole has 1 to {longest} tokens")
+        raise TemplateError(f"{where}: the length of a hole must be between 1 and {longest} tokens")
     if not (kind := _KIND.match(template, head.end())):
         return Hole(length), _closed(template, head.end(), where)
     if kind[1] != "one of":
@@ -103,7 +103,7 @@ def _hole(template: str, start: int, longest: int) -> tuple[Hole, int]:
 
 def _closed(template: str, at: int, where: str) -> int:
     if not template.startswith("]]", at):
-        raise TemplateError(f"{where} is no hole: {HOW}")
+        raise TemplateError(f"{where} is not a hole: {HOW}")
     return at + 2
 
 
@@ -113,16 +113,18 @@ def _alternatives(template: str, at: int, where: str) -> tuple[tuple[str, ...], 
         try:
             text, at = json.JSONDecoder().raw_decode(template, at)
         except (ValueError, RecursionError):
-            raise TemplateError(f'{where}: alternatives are JSON strings with | between them, as "a"|"b"') from None
+            raise TemplateError(
+                f'{where}: alternatives must be JSON strings separated by |, for example "a"|"b"'
+            ) from None
         if not isinstance(text, str) or _lone_surrogate(text):
-            raise TemplateError(f"{where}: the alternative {shown(text)} is no text")
+            raise TemplateError(f"{where}: the alternative {shown(text)} is not a text")
         found.append(text)
         if len(found) > MOST_ALTERNATIVES or sum(map(len, found)) > MOST_CHARACTERS:
             raise TemplateError(
-                f"{where}: at most {MOST_ALTERNATIVES} alternatives of {MOST_CHARACTERS} characters in all"
+                f"{where}: at most {MOST_ALTERNATIVES} alternatives with {MOST_CHARACTERS} characters in total"
             )
         bar = _BAR.match(template, at)
-        assert bar is not None, "it matches nothing, too"
+        assert bar is not None, "the pattern also matches the empty string"
         at = bar.end()
         if not bar[1]:
             return tuple(dict.fromkeys(found)), at

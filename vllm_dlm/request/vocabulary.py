@@ -1,16 +1,16 @@
-"""The texts of a vocabulary's tokens, and the automata of a template's holes that are built from them."""
+"""Texts of the vocabulary's tokens, and automata of template holes built from them."""
 
 from functools import cached_property
 
-from vllm_dlm import automaton
-from vllm_dlm.automaton import TokenTexts
-from vllm_dlm.canvas_texts import Layout
 from vllm_dlm.client_cache import ClientCache
+from vllm_dlm.options.texts import Layout
+from vllm_dlm.request import hole_automata
+from vllm_dlm.request.hole_automata import TokenTexts
 from vllm_dlm.request.served_model import ServedModel
 from vllm_dlm.request.template import Hole, TemplateError
 from vllm_dlm.shown import shown
 
-#: the alternatives of a hole -> their automaton as it travels, and how few tokens each of them has
+#: automaton of a hole's alternatives as plain data, and the minimum number of tokens of each alternative
 KnownAlternatives = tuple[dict, tuple[int | None, ...]]
 
 
@@ -19,25 +19,25 @@ class Vocabulary:
 
     def __init__(self, tokenizer, size: int, mask_id: int, ends: list[int]):
         self.tokenizer, self.size, self.mask_id, self.ends = tokenizer, size, mask_id, ends
-        #: of accepted templates, by their text
+        #: layouts of accepted templates, by text
         self.layouts: ClientCache[str, Layout] = ClientCache("layouts")
         self.alternatives: ClientCache[tuple[str, ...], KnownAlternatives] = ClientCache("alternatives")
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """Tokens that no text of an answer shows"""
+        """Tokens that are never shown in an answer's text"""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marked = {token for token, how in added.items() if how.special}
         return frozenset(marked | set(self.tokenizer.all_special_ids))
 
     @cached_property
     def no_text(self) -> frozenset[int]:
-        """Tokens that are no part of an answer's text"""
+        """Tokens that are not part of an answer's text"""
         return self.special | {self.mask_id, *self.ends}
 
     @cached_property
     def texts(self) -> TokenTexts:
-        """None for tokens that are no text, or not a whole number of characters"""
+        """Text of each token; None for tokens without text or with incomplete characters"""
         (anchor, *_) = self.tokenizer.encode("a", add_special_tokens=False)
         known = [token for token in range(min(self.size, len(self.tokenizer))) if token not in self.no_text]
         before = self.tokenizer.decode([anchor])
@@ -55,32 +55,32 @@ class Vocabulary:
 
     @cached_property
     def free(self) -> dict:
-        return automaton.free(self.size, self.ends, self.mask_id).plain()
+        return hole_automata.free(self.size, self.ends, self.mask_id).plain()
 
     @cached_property
     def string(self) -> dict:
-        return automaton.string(self.texts.texts, self.ends).plain()
+        return hole_automata.string(self.texts.texts, self.ends).plain()
 
     @cached_property
     def number(self) -> dict:
-        return automaton.number(self.texts.texts, self.ends).plain()
+        return hole_automata.number(self.texts.texts, self.ends).plain()
 
     def encoded(self, text: str) -> list[int]:
-        """Text as tokens, each of which is a part of it, and no others"""
+        """Encodes a text without special tokens and such that decoding restores it; raises TemplateError otherwise"""
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         if self.no_text.intersection(tokens):
-            raise TemplateError(f"{shown(text)} has a token in it that is no text or ends an answer")
+            raise TemplateError(f"{shown(text)} contains a token that has no text or ends an answer")
         if (written := self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) != text:
-            raise TemplateError(f"the tokenizer makes {shown(written)} of {shown(text)}")
+            raise TemplateError(f"the tokenizer changes {shown(text)} to {shown(written)}")
         return tokens
 
 
 class HoleAutomata:
-    """The distinct automata of a template's holes, as they travel"""
+    """The distinct automata of a template's holes as plain data"""
 
     def __init__(self, vocabulary: Vocabulary, holes: list[Hole]):
         self.vocabulary = vocabulary
-        self.plain, self.numbers = list[dict](), list[int]()  # automata, and the number of each hole's automaton
+        self.plain, self.numbers = list[dict](), list[int]()  # automata, and the index of each hole's automaton
         self.alternatives: dict[tuple[str, ...], KnownAlternatives] = {}
         known: dict[tuple[str, tuple[str, ...]], int] = {}
         for hole in holes:
@@ -96,26 +96,24 @@ class HoleAutomata:
         key = hole.alternatives
         if (known := self.alternatives.get(key) or self.vocabulary.alternatives.get(key)) is None:
             texts, ends = self.vocabulary.texts, self.vocabulary.ends
-            made = automaton.one_of(key, texts, self.vocabulary.encoded, ends)
+            made = hole_automata.one_of(key, texts, self.vocabulary.encoded, ends)
             known = made.automaton.plain(), made.fewest
         self.alternatives[key] = known
         for alternative, fewest in zip(key, known[1], strict=True):
             if fewest is None:
-                raise TemplateError(f"no tokens make {shown(alternative)}")
+                raise TemplateError(f"no sequence of tokens has the text {shown(alternative)}")
             if fewest > hole.length:
-                raise TemplateError(
-                    f"{shown(alternative)} has {fewest} tokens at least, and its hole has {hole.length}"
-                )
+                raise TemplateError(f"{shown(alternative)} has at least {fewest} tokens, and its hole {hole.length}")
         return known[0]
 
     def keep(self) -> None:
-        """For other templates, once this one is accepted"""
+        """Caches the alternatives once the template is accepted."""
         for key, known in self.alternatives.items():
             self.vocabulary.alternatives.put(key, known)
 
 
 def vocabulary_of(model: ServedModel) -> Vocabulary:
-    """One for each input processor"""
+    """The vocabulary of an input processor"""
     processor = model.processor
     if not hasattr(processor, "dlm_vocabulary"):
         tokenizer, size = processor.get_tokenizer(), model.vocabulary_size

@@ -1,5 +1,5 @@
-"""How probable a given continuation is: by Monte Carlo over its masks, or exactly, in one or more steps.
+"""Log-probability of a given continuation: by Monte Carlo over its masks, or exactly, in one or more steps.
 
-A score consists of ordinary requests of the engine whose tokens are known beforehand (vllm_dlm/scored.py): they share
-its batches with requests that generate, and the answer comes back as vLLM's own log-probabilities.
+A score consists of ordinary engine requests with known tokens (options/scored.py). They share batches with requests
+that generate, and the result is returned in vLLM's own log-probabilities.
 """

@@ -1,7 +1,7 @@
-"""The JSON body of a request for scores, bounded before it is parsed.
+"""Parses the JSON body of a request for scores, after checking its size and structure.
 
-A parser holds Python's lock until it is done, in whatever thread it runs: 10 MB of short lists take more than a
-second. The brackets, quotes and commas of a body say how many objects the parser would make, and are counted in slices.
+A parser holds the GIL until it returns, in any thread: 10 MB of short lists take more than a second. The number of
+brackets, quotes and commas bounds the number of objects in a body. They are counted in slices.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.scores import How
 
-#: bytes of JSON for each of `limits.score_characters`: the longest escape has 12, a token id with white space 16
+#: JSON bytes per unit of `limits.score_characters`: the longest escape has 12, a token id with white space 16
 BYTES = 16
-#: lists and texts for each of `limits.score_pairs`: what exceeds the limit by less is parsed, and refused by its field
+#: lists and texts per unit of `limits.score_pairs`; a smaller excess is parsed, and its error names the field
 SLACK = 16
 
 
 async def read_body(raw_request: Request, limits: Limits) -> bytes:
-    """A body that is too large is read to its end, so that the client gets the answer, and dropped."""
+    """Reads the body. One that is too large is read to its end, so that the client gets the response, and dropped."""
     most, size = BYTES * limits.score_characters + (1 << 16), 0
     parts: list[bytes] = []
     async for part in raw_request.stream():
@@ -66,13 +66,14 @@ def check_structure(body: bytes, limits: Limits) -> None:
 
 
 def structure(body: bytes, slice_bytes: int = 1 << 18) -> Iterator[dict[str, int]]:
-    """What a body is made of, up to the end of each slice. Signs within texts do not count."""
+    """Number of lists and objects, texts, and values of a body up to the end of each slice. Characters within texts do
+    not count."""
     found = {"lists and objects": 0, "texts": 0, "values": 0}
     escape, quotes = b"", 0
     for start in range(0, len(body), slice_bytes):
-        # Pairs of backslashes go first: the second one of a pair escapes nothing.
+        # Remove pairs of backslashes first, because the second one of a pair escapes nothing.
         bare = (escape + body[start : start + slice_bytes]).replace(rb"\\", b"").replace(rb"\"", b"")
-        escape = b"\\" if bare.endswith(b"\\") else b""  # what it escapes is in the next slice
+        escape = b"\\" if bare.endswith(b"\\") else b""  # the escaped character is in the next slice
         parts = bare.split(b'"')
         outside = b"".join(parts[quotes % 2 :: 2])
         quotes += len(parts) - 1
@@ -83,4 +84,4 @@ def structure(body: bytes, slice_bytes: int = 1 << 18) -> Iterator[dict[str, int
 
 
 def refuse_body(what: str, most: int, limit: str):
-    refuse("body", what, f"at most {most} are allowed, see --dlm-config limits.{limit}")
+    refuse("body", what, f"at most {most} are allowed (--dlm-config limits.{limit})")

@@ -1,10 +1,10 @@
-"""LLaDA's Monte-Carlo bound of log p(continuation | context): which tokens each draw masks.
+"""Masks of LLaDA's Monte-Carlo bound of log p(continuation | context).
 
 https://arxiv.org/abs/2502.09992, get_log_likelihood.py of ML-GSAI/LLaDA. A draw
-masks l of L tokens, chosen at random, and counts L / l times the sum of their
-log-probabilities given the others. In a batch of draws the l are spread evenly
-over 1 to L, from a random one on. With the same seed the draws are those of
-its code on a CPU.
+masks l of L tokens, chosen at random, and contributes L / l times the sum of
+their log-probabilities given the others. In a batch of draws, the values of l
+are spread evenly over 1 to L with a random offset. With the same seed, the draws
+equal those of the official code on a CPU.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ import torch
 
 
 def draws(length: int, number: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Ascending indices of the masked tokens of each draw [l]. A draw is made when the iterator is asked for it:
-    16,384 draws of a long continuation would take gigabytes."""
+    """Ascending indices of the masked tokens of each draw [l]. Draws are made on demand, because 16,384 draws of a long
+    continuation would take gigabytes."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(number // batch_size):
         first = float(torch.randint(1, length + 1, (), generator=generator))

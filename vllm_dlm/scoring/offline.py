@@ -4,12 +4,12 @@ from itertools import islice
 from typing import Any
 
 from vllm_dlm.configuration import is_diffusion_lm, server_options_of
-from vllm_dlm.limits import UNLIMITED
+from vllm_dlm.options.limits import UNLIMITED
 from vllm_dlm.refusal import ONLY_DIFFUSION, refuse
 from vllm_dlm.scoring.pairs import PairInputs, Text
 from vllm_dlm.scoring.scores import How, PairScore, Score, jobs, resolved
 
-#: forwards that are given to the LLM at a time, which bounds the memory of their masks
+#: number of forwards per call of the LLM, which bounds the memory of their masks
 AT_ONCE = 1024
 
 
@@ -21,14 +21,14 @@ def score(
     add_special_tokens: bool = True,
     **how: Any,
 ) -> list[Score]:
-    """Log-probabilities of continuations given contexts, texts or token ids, one of each or lists.
+    """Log-probabilities of continuations given contexts. Both are texts or token ids, one of each or lists.
 
     `how`: see `How`, and docs/evaluation.md. The limits of a server do not apply."""
     processor = llm.llm_engine.input_processor
     if not is_diffusion_lm(processor.model_config):
         refuse("score", processor.model_config.architecture, ONLY_DIFFUSION)
     fields = How(**how)
-    method = resolved(fields, server_options_of(processor).attention)
+    method = resolved(fields, server_options_of(processor.model_config).attention)
     inputs = PairInputs.from_request(context, continuation, method, processor, UNLIMITED)
     scores = [PairScore(pair, method) for pair in inputs.pairs(inputs.encode(add_special_tokens))]
     to_do = jobs(scores)

@@ -1,7 +1,7 @@
-"""Texts or token ids of a request for scores become pairs of token ids, or the request is refused by name.
+"""Converts the texts or token ids of a request for scores to pairs of token ids, and checks them.
 
-Nothing is encoded, and no list of token ids is read, before the size of the whole request is known to be within the
-limits (`limits.score_*` of a server; there are none for an `LLM`).
+The size of the whole request is checked (`limits.score_*` of a server; an `LLM` has no limits) before any text is
+encoded or list of token ids is read.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.request.prompts import prompt_ids
 from vllm_dlm.scoring.scores import Method, Pair
 
 Text = str | list[int]
 
-#: what contexts and continuations may be
+#: type of contexts and continuations, for errors
 WANTED = "a text, a list of token ids, or a list of either"
 
 
 @dataclass(frozen=True)
 class PairInputs:
-    """Contexts and continuations as a client sent them, one of each for every pair; equal entries are one object."""
+    """Unencoded contexts and continuations, one of each per pair. A shared context or continuation is one object."""
 
     contexts: list[Text]
     continuations: list[Text]
@@ -31,14 +31,14 @@ class PairInputs:
 
     @classmethod
     def from_request(cls, context: Any, continuation: Any, method: Method, processor, limits: Limits) -> "PairInputs":
-        """One context goes with each of several continuations, and the other way round."""
+        """A single context is paired with each continuation, and a single continuation with each context."""
         given = {"context": context, "continuation": continuation}
         texts = {field: listed(field, value, limits) for field, value in given.items()}
         number = max(map(len, texts.values()))
         for field, own in texts.items():
             if len(own) not in (1, number):
                 other = "continuation" if field == "context" else "context"
-                refuse(field, f"{len(own)} of them", f"there must be one, or as many as of {other}, {number}")
+                refuse(field, f"{len(own)} entries", f"there must be 1 or {number}, the number of entries of {other}")
         if number * method.mc_num > limits.score_draws:
             what = f"{method.mc_num} draws for each of {number} pairs"
             refuse_above("mc_num", what, limits, "score_draws")
@@ -50,12 +50,12 @@ class PairInputs:
             refuse_above("context and continuation", what, limits, "score_characters")
         for before, after in zip(contexts, continuations, strict=True):
             if isinstance(after, str) and not isinstance(before, str):
-                refuse("continuation", after, "it must be token ids where the context is")
+                refuse("continuation", after, "it must be token ids if the context is")
         return cls(contexts, continuations, processor)
 
     def texts(self) -> dict[str, str]:
-        """Texts to encode -> the field that is blamed for one that is too long. Two texts are encoded as one, as
-        evaluations of language models do: the tokens at their border depend on both."""
+        """Texts to encode -> field to name in an error about their length. The texts of a pair are encoded together, as
+        in other evaluations, because the tokens at their border depend on both."""
         found: dict[str, str] = {}
         for context, continuation in zip(self.contexts, self.continuations, strict=True):
             if isinstance(context, str):
@@ -65,7 +65,7 @@ class PairInputs:
         return found
 
     def encode(self, add_special_tokens: bool) -> dict[str, list[int]]:
-        """Token ids of each text, as vLLM's renderer encodes prompts: it bounds characters, then tokens."""
+        """Token ids of each text. vLLM's renderer checks the number of characters first, then the number of tokens."""
         renderer, params = self.processor.renderer, self.tokenize_params(add_special_tokens)
         encoded = {}
         for text, field in self.texts().items():
@@ -76,7 +76,7 @@ class PairInputs:
         return encoded
 
     async def encode_async(self, add_special_tokens: bool) -> dict[str, list[int]]:
-        """The same in the renderer's own threads, one text at a time."""
+        """Like `encode`, in the renderer's own threads, one text at a time."""
         renderer, params = self.processor.renderer, self.tokenize_params(add_special_tokens)
         encoded = {}
         for text, field in self.texts().items():
@@ -95,7 +95,7 @@ class PairInputs:
         refuse(field, f"a text of {len(text)} characters", f"it must fit into {room}")
 
     def pairs(self, encoded: dict[str, list[int]]) -> list[Pair]:
-        """`encoded`: see `encode`. A context that several pairs share is checked once and stays one list."""
+        """`encoded`: result of `encode`. A context shared by several pairs is checked once and stays one list."""
         own = {text: prompt_ids(ids, True, None, self.processor) for text, ids in encoded.items()}
         pairs = []
         for context, continuation in zip(self.contexts, self.continuations, strict=True):
@@ -113,7 +113,8 @@ class PairInputs:
 
 
 def listed(field: str, given: Any, limits: Limits) -> list[Text]:
-    """The texts or lists of token ids of a field. Of token ids only the first is looked at, see `check_tokens`."""
+    """The texts or lists of token ids of a field. Only the first token id of a list is checked here, see
+    `check_tokens`."""
     if is_text(given):
         return [given]
     if not isinstance(given, list) or not given:
@@ -134,20 +135,21 @@ def refuse_above(field: str, what: str, limits: Limits, limit: str):
 
 
 def check_lengths(pair: Pair, processor) -> None:
-    model, options = processor.model_config, server_options_of(processor)
+    model = processor.model_config
+    options = server_options_of(model)
     number, answer = len(pair.context), len(pair.continuation)
     for field, ids in (("context", pair.context), ("continuation", pair.continuation)):
         if not ids:
             refuse(field, ids, "it must have at least one token")
     if options.canvas.max is not None and answer > options.canvas.max:
-        refuse("continuation", f"{answer} tokens", f"the longest canvas of this server has {options.canvas.max}")
+        refuse("continuation", f"{answer} tokens", f"the maximum canvas of this server is {options.canvas.max}")
     if number + answer > options.canvas_length(number, answer, model.max_model_len):
         both, room = f"{number} and {answer} tokens", model.max_model_len
         refuse("context and continuation", both, f"they must fit into the model's length of {room} tokens")
 
 
 def check_tokens(field: str, ids: list[int], processor) -> None:
-    """Each line is one pass in C over a list that is no longer than the model's length."""
+    """Uses a few passes in C over a list that is no longer than the model's length."""
     model = processor.model_config
     mask_id, vocabulary = model.hf_config.mask_token_id, model.get_vocab_size()
     if set(map(type, ids)) != {int}:
@@ -155,4 +157,4 @@ def check_tokens(field: str, ids: list[int], processor) -> None:
     if min(ids) >= 0 and max(ids) < vocabulary and mask_id not in ids:
         return
     wrong = next(token for token in ids if not 0 <= token < vocabulary or token == mask_id)
-    refuse(field, wrong, f"it must be a token from 0 to {vocabulary - 1} that is not the mask, {mask_id}")
+    refuse(field, wrong, f"token ids must be between 0 and {vocabulary - 1}, except the mask, {mask_id}")

@@ -1,9 +1,9 @@
-"""POST /v1/dlm/score: what `vllm_dlm.score` computes, in the batches of a server.
+"""POST /v1/dlm/score: the scores of `vllm_dlm.score`, computed by a server.
 
-Parsing, checking and drawing run in one thread of their own, in slices short enough for the event loop to get its
-turn. With more threads the event loop would wait for each of them, and each would keep memory of its own.
+Parsing, checking and drawing run in one dedicated thread, in slices short enough not to block the event loop. With more
+threads the event loop would compete with all of them for the GIL, and each thread would keep its own malloc arena.
 
-An `EndpointPlugin` of vLLM's. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
+An `EndpointPlugin` of vLLM. Read in vLLM 0.32 and 0.33: plugins/endpoint_plugins/interface.py,
 entrypoints/serve/engine/serving.py, entrypoints/generate/base/serving.py (`_get_priority`).
 """
 
@@ -27,7 +27,7 @@ from vllm.exceptions import GenerationError
 from vllm.inputs import tokens_input
 
 from vllm_dlm.configuration import server_options_of
-from vllm_dlm.option_types import OptionError
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.refusal import refuse
 from vllm_dlm.scoring.body import parse_body, read_body
 from vllm_dlm.scoring.pairs import PairInputs
@@ -36,16 +36,16 @@ from vllm_dlm.scoring.scores import How, Job, Method, Pair, PairScore, jobs, res
 T = TypeVar("T")
 
 PATH = "/v1/dlm/score"
-#: forwards of one HTTP request that are in the engine at a time, and tokens of their continuations. If all of them end
-#: with the same step, vLLM makes the log-probabilities of all of these tokens before the event loop goes on.
+#: maximum number of forwards of one HTTP request in the engine, and of tokens in their continuations. If all of them
+#: end in the same step, vLLM creates the log-probabilities of all of these tokens before the event loop continues.
 AT_ONCE, TOKENS_AT_ONCE = 64, 1 << 14
-#: forwards that are made at a time, ahead of the engine
+#: number of forwards that are created at a time
 SLICE = 16
 
 
 class ScoreRequest(How):
     context: Any = Field(description="A text, a list of token ids, or a list of either")
-    continuation: Any = Field(description="As many as contexts, or one of either")
+    continuation: Any = Field(description="As many as contexts; one of either is used for all of the other")
     add_special_tokens: bool = True
     model: str | None = None
     request_id: str | None = None
@@ -59,7 +59,7 @@ class ScorePlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Of the server of a diffusion model, see integration/routes.py."""
+        """Called only by servers of diffusion models, see integration/routes.py."""
         state.dlm_scores = ServingScores(engine_client, state.openai_serving_models)
 
 
@@ -77,7 +77,7 @@ class ServingScores(BaseServing):
         return self.engine_client.input_processor
 
     async def request(self, raw_request: Request) -> ScoreRequest:
-        limits = server_options_of(self.processor).limits
+        limits = server_options_of(self.model_config).limits
         body = await read_body(raw_request, limits)
         return await self.in_thread(parse_body, body, limits, ScoreRequest)
 
@@ -87,7 +87,7 @@ class ServingScores(BaseServing):
         if self.engine_client.errored:
             raise self.engine_client.dead_error
         try:
-            method = resolved(request, server_options_of(self.processor).attention)
+            method = resolved(request, server_options_of(self.model_config).attention)
         except OptionError as error:
             refuse(error.field, getattr(request, error.field), str(error), whole=True)
         pairs = await self.pairs(request, method)
@@ -97,14 +97,14 @@ class ServingScores(BaseServing):
         return await self.in_thread(response_body, request_id, self.models.model_name(), scores)
 
     async def pairs(self, request: ScoreRequest, method: Method) -> list[Pair]:
-        limits = server_options_of(self.processor).limits
+        limits = server_options_of(self.model_config).limits
         given = request.context, request.continuation, method, self.processor, limits
         inputs = await self.in_thread(PairInputs.from_request, *given)
         encoded = await inputs.encode_async(request.add_special_tokens)
         return await self.in_thread(inputs.pairs, encoded)
 
     async def run(self, scores: list[PairScore], request_id: str, priority: int) -> None:
-        """Adds every forward to its score, a few at a time. The first failure, or a client that disconnects, ends all
+        """Runs all forwards, a few at a time, and adds each to its score. The first error or a disconnect cancels all
         forwards of the request."""
         to_do, lock, number = self.in_slices(jobs(scores)), asyncio.Lock(), 0
 
@@ -149,7 +149,7 @@ class ServingScores(BaseServing):
 
 
 def priority_of(request: ScoreRequest, raw_request: Request) -> int:
-    """As completions have it: the header, if it is a number, and else the field."""
+    """As for completions: the header if it is a number, otherwise the field."""
     try:
         return int(raw_request.headers["X-Vllm-Priority"])
     except (KeyError, ValueError):
@@ -157,7 +157,7 @@ def priority_of(request: ScoreRequest, raw_request: Request) -> int:
 
 
 def response_body(request_id: str, model: str, scores: list[PairScore]) -> bytes:
-    """JSON, a score at a time: an encoder holds Python's lock until it is done."""
+    """Encodes the scores one by one, because the encoder holds the GIL until it returns."""
     prompts = sum(len(own.pair.context) + len(own.pair.continuation) for own in scores)
     head = {"id": request_id, "object": "list", "created": int(time.time()), "model": model}
     usage = {"prompt_tokens": prompts, "completion_tokens": 0, "total_tokens": prompts}
@@ -173,7 +173,7 @@ router = APIRouter()
 
 
 async def score_request(raw_request: Request) -> ScoreRequest:
-    """The body of a request, which FastAPI would parse on the event loop."""
+    """Parses the body of a request in a thread; FastAPI would use the event loop."""
     return await raw_request.app.state.dlm_scores.request(raw_request)
 
 

@@ -1,4 +1,4 @@
-"""How a continuation is scored, which forwards that takes, and what their log-probabilities add up to."""
+"""Scoring methods, their forwards, and the sums of their log-probabilities."""
 
 import math
 import secrets
@@ -11,13 +11,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import SamplingParams
 
-from vllm_dlm.option_types import OptionError
-from vllm_dlm.scored import SCORE
+from vllm_dlm.options.scored import SCORE
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.scoring.monte_carlo import draws
 
-#: fields that one method alone reads
+#: fields that only one method reads
 OF_METHOD = {"mc_num": "monte_carlo", "batch_size": "monte_carlo", "seed": "monte_carlo", "steps": "blocks"}
-#: the log-probability that stands for minus infinity, which JSON cannot write; vLLM's completions have the same
+#: log-probability that represents minus infinity, which JSON cannot express; the same as in vLLM's completions
 LOWEST = -9999.0
 
 
@@ -27,12 +27,14 @@ class How(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     method: Literal["monte_carlo", "blocks"] | None = None  # None: see `resolved`
-    mc_num: int = Field(128, ge=1)  # draws, LLaDA's name and default
-    batch_size: int | None = Field(None, ge=1)  # of draws whose masks are spread evenly; None: 16, or all if fewer
-    seed: int | None = Field(None, ge=0, lt=1 << 63)  # None: another one each time
-    steps: int = Field(1, ge=1, le=1 << 20)  # of the continuation, or of each block of a model that knows blocks
+    mc_num: int = Field(128, ge=1)  # number of draws; name and default are LLaDA's
+    batch_size: int | None = Field(None, ge=1)  # draws whose mask counts are spread; None: 16, or mc_num
+    seed: int | None = Field(None, ge=0, lt=1 << 63)  # None: random
+    steps: int = Field(
+        1, ge=1, le=1 << 20
+    )  # steps of the continuation, or of each canvas block of a block-causal model
     cfg_scale: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)  # classifier-free guidance
-    priority: int = Field(0, ge=-(1 << 63), lt=1 << 63)  # of each forward, as in vLLM's completions
+    priority: int = Field(0, ge=-(1 << 63), lt=1 << 63)  # priority of each forward, as in vLLM's completions
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Method:
     """A scoring method with all of its values."""
 
     name: str
-    mc_num: int = 1  # forwards of each pair, at most
+    mc_num: int = 1  # maximum number of forwards per pair
     batch_size: int = 0
     seed: int | None = None
     steps: int = 1
@@ -48,20 +50,22 @@ class Method:
 
 
 def resolved(how: How, attention: str) -> Method:
-    """The method that a request asks for, or an error. Block-causal models have `blocks` only. For the others, a field
-    that one method alone reads selects that method."""
+    """The method of a request, with defaults. Block-causal models only support `blocks`. For other models, a field that
+    only one method reads selects that method."""
     given = [field for field in OF_METHOD if field in how.model_fields_set]
     usual = "monte_carlo" if attention == "full" else "blocks"
     name: str = how.method or (OF_METHOD[given[0]] if given else usual)
     for field in given:
         if OF_METHOD[field] != name:
             value = getattr(how, field)
-            raise OptionError(field, f"{field}: {value} goes with method {OF_METHOD[field]!r}, and this is {name!r}")
+            raise OptionError(
+                field, f"{field}: {value} is not supported by method {name!r}, only by {OF_METHOD[field]!r}"
+            )
     if name == "blocks":
         return Method(name, steps=how.steps, cfg_scale=how.cfg_scale)
     if attention != "full":
-        why = "bounds the likelihood of models that see the whole canvas, and this one reads block by block"
-        raise OptionError("method", f"method: 'monte_carlo' {why}; 'blocks' scores it")
+        why = "is not supported: this model is block-causal, so the method must be 'blocks'"
+        raise OptionError("method", f"method: 'monte_carlo' {why}")
     batch_size = min(16, how.mc_num) if how.batch_size is None else how.batch_size
     if how.mc_num % batch_size:
         raise OptionError("mc_num", f"mc_num: {how.mc_num} must be a multiple of batch_size, {batch_size}")
@@ -79,11 +83,11 @@ class Pair:
 class Score:
     logprob: float  # natural logarithm
     num_tokens: int
-    is_greedy: bool  # each token was the most probable one wherever it was scored
+    is_greedy: bool  # each token was the most probable one in every forward that scored it
     token_ids: list[int]
     token_logprobs: list[float] | None  # None for monte_carlo
     method: str
-    seed: int | None = None  # of the draws
+    seed: int | None = None  # seed of the draws
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Forward:
 
     def params(self, pair: Pair, method: Method) -> SamplingParams:
         score = {"start": len(pair.context), "answer": pair.continuation}
-        steps = min(method.steps, len(pair.continuation))  # no step without a token
+        steps = min(method.steps, len(pair.continuation))  # at least one token per step
         if self.masked is not None:
             score["masked"] = list(self.masked)
         return SamplingParams(
@@ -110,15 +114,15 @@ class Forward:
 
 
 class PairScore:
-    """One pair that is being scored: its forwards, made on demand, and the sums of their log-probabilities.
+    """A pair that is being scored: its forwards, created on demand, and the sums of their log-probabilities.
 
-    Equal draws are computed once. Neither masks nor log-probabilities of a draw are kept, only a digest and one number.
+    Equal draws are computed once. Only a digest and one number are kept of a draw.
     """
 
     def __init__(self, pair: Pair, method: Method):
         self.pair, self.method = pair, method
-        self.counts: Counter[bytes] = Counter()  # draws by the digest of their mask
-        self.terms: dict[bytes, float] = {}  # what one draw with that mask adds
+        self.counts: Counter[bytes] = Counter()  # number of draws, by digest of their mask
+        self.terms: dict[bytes, float] = {}  # term of one draw with that mask
         self.is_greedy = True
         self.token_logprobs: list[float] | None = None
 
@@ -136,7 +140,7 @@ class PairScore:
                 yield Forward(tuple(masked.tolist()), mask)
 
     def add(self, forward: Forward, logprobs: Sequence) -> None:
-        """`logprobs`: vLLM's, token -> Logprob of each position"""
+        """`logprobs`: for each position, token -> vLLM's Logprob"""
         tokens = self.pair.continuation
         where = range(len(tokens)) if forward.masked is None else forward.masked
         found = [logprobs[index][tokens[index]] for index in where]
@@ -147,7 +151,7 @@ class PairScore:
             self.token_logprobs = values
 
     def score(self) -> Score:
-        # fsum: the same in whatever order forwards end
+        # fsum: independent of the order in which forwards end
         total = math.fsum(self.counts[mask] * term for mask, term in self.terms.items())
         return Score(
             logprob=total / self.method.mc_num if self.token_logprobs is None else sum(self.token_logprobs),
@@ -164,7 +168,7 @@ Job = tuple[PairScore, Forward, SamplingParams]
 
 
 def jobs(scores: Sequence[PairScore]) -> Iterator[Job]:
-    """The forwards of all pairs, made on demand."""
+    """The forwards of all pairs, created on demand."""
     for score in scores:
         for forward in score.forwards():
             yield score, forward, forward.params(score.pair, score.method)

@@ -1,1 +1,1 @@
-"""One step of all requests as a batch of streams. Torch only, but for vLLM's FlashAttention on a GPU."""
+"""One step of all requests as a batch of streams. Requires only torch, and vLLM's FlashAttention on a GPU."""

@@ -1,10 +1,10 @@
-"""The batch of one forward on the device: the live rows of its streams, packed without padding. packing.py makes it.
+"""The batch of one forward on the device: the live rows of its streams, packed without padding. Built by packing.py.
 
-Rows (queries), positions of a canvas (keys) and streams are three index spaces: a row belongs to a stream, stands for a
-position and has cache slots. Streams of one kind, same policy and same kind of step, form a group of consecutive rows.
+Rows (queries), positions of a canvas (keys) and streams are three index spaces: a row belongs to a stream, represents a
+position and has cache slots. Streams of one kind (same policy and same kind of step) form a group of consecutive rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 class Limits(NamedTuple):
     """Upper bounds for all steps that replay one captured step"""
 
-    max_q: int  # rows of a stream
-    max_kv: int  # its positions
+    max_q: int  # rows per stream
+    max_kv: int  # positions per stream
     blocks: int  # width of the tables
 
 
 class UncapturedRowsError(RuntimeError):
-    """A flow needs rows whose number differs between the steps that replay one captured step."""
+    """A flow needs a set of rows that differs in size between steps that replay the same captured step."""
 
 
 class UncapturedRows(Rows):
@@ -44,20 +44,20 @@ class UncapturedRows(Rows):
 
 
 class RowNumbers(NamedTuple):
-    """[T] int64 each: columns of one table that is sent at once"""
+    """[T] int64 each: columns of one table, sent in one transfer"""
 
     ids: Any  # token
     place: Any  # row of its stream
-    position: Any  # position that the row stands for
+    position: Any  # position that the row represents
     stream: Any  # index of its stream within the group
-    block: Any  # KV block and offset in it, of the row's key and value; -1: none
+    block: Any  # KV block of the row's key and value, -1: none; and the offset in it
     offset: Any
-    feature_block: Any  # the same of its features
+    feature_block: Any  # the same for the row's features
     feature_offset: Any
 
 
 class RowFlags(NamedTuple):
-    """[T] bool each, sent at once; see Columns"""
+    """[T] bool each, sent in one transfer; see Columns"""
 
     forced: Any
     changed: Any
@@ -66,7 +66,7 @@ class RowFlags(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """[C + 1] int32 each, sent at once: index of the first row of each stream among the rows of a set"""
+    """[C + 1] int32 each, sent in one transfer: index of the first row of each stream among the rows of a set"""
 
     all: Any
     forced: Any
@@ -74,8 +74,8 @@ class Starts(NamedTuple):
     wanted: Any
     head: Any
     leading: Any
-    keys: Any  # index of the first key of each stream among the keys of all
-    key_counts: Any  # number of keys of each stream, and 0
+    keys: Any  # index of the first key of each stream among all keys
+    key_counts: Any  # number of keys of each stream, then 0
 
 
 @dataclass
@@ -87,35 +87,37 @@ class Group:
     filtered: bool
     cached: bool  # the streams have blocks for keys and values
     selection: GroupSelection | None  # keys that the responses attend to; None: all of them
-    span: slice  # of the rows of the batch
-    row_places: torch.Tensor  # [T] row of its stream
+    span: slice  # rows of the batch
+    row_places: torch.Tensor  # [T] index of the row within its stream
     stream: torch.Tensor  # [T] index of the row's stream within the group
     columns: Columns
     voters: torch.Tensor  # [T] bool: rows from which a token is read
     kv_lens: list[int]
-    key_starts: torch.Tensor  # [C + 1] int32: index of each stream's first key among the keys of all
+    key_starts: torch.Tensor  # [C + 1] int32: index of each stream's first key among all keys
     key_counts: torch.Tensor  # [C] int32
     table: torch.Tensor  # [C, blocks] int32 ids of each stream's blocks, padded with NULL_BLOCK
     tables: list[torch.Tensor]  # the same, one per stream
     feature_width: int
-    feature_slots: Slots  # of each row's features; block -1 for rows that keep none
+    feature_slots: Slots  # slots of each row's features; block -1 for rows that keep none
     all_keep: bool  # all rows keep features
     all: Rows
     forced: Rows
     response: Rows
     wanted: Rows
     head: Rows  # rows that the head needs
-    leading_counts: list[int]  # rows of each stream that a plan with a budget recomputes; the device knows which
+    leading_counts: list[int]  # number of rows per stream that a plan with a budget recomputes
     leading_starts: torch.Tensor  # [C + 1] int32
-    masks: bool  # selected rows that only the device knows are computed together with the others
-    hidden_row: int | None  # of shadows, see Stream
+    masks: bool  # rows selected on the device are computed together with unselected rows, and masked
+    hidden_row: int | None  # shadow streams only, see Stream
     max_q: int  # upper bound on rows per stream
     max_kv: int  # upper bound on keys per stream
-    places: torch.Tensor | None = None  # [C, longest stream] int32: live row of each position, made on first use
+    places: torch.Tensor | None = None  # [C, longest stream] int32: live row of each position, set on first use
+    packed: dict[Any, Any] = field(default_factory=dict)  # see packed.py
 
     def begin(self) -> None:
-        """Forgets what a forward has found."""
+        """Discards state of an earlier forward."""
         self.columns.carried.clear()
+        self.packed.clear()
         self.places = None
 
     def where(self, mask_T: torch.Tensor, rows: Rows) -> PickedRows:
@@ -136,8 +138,8 @@ class Group:
 @dataclass
 class Batch:
     ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T] that the rows stand for
-    slots: Slots  # [T] of each row's key and value; block -1 without blocks
-    nowhere: torch.Tensor  # [] the block number -1
+    positions: torch.Tensor  # [T] positions that the rows represent
+    slots: Slots  # [T] slots of each row's key and value; block -1 without blocks
+    nowhere: torch.Tensor  # [] block number -1: no block
     groups: list[Group]
     observer: "LayerObserver | None" = None

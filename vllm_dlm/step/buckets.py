@@ -1,4 +1,4 @@
-"""Sizes of captured steps: which bucket of rows and canvases holds a step, and what it costs."""
+"""Sizes of captured steps: the bucket of rows and canvases for a step, and its memory cost."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ LAYER = 1 << 18
 
 
 class Bucket(NamedTuple):
-    """What all steps that share a captured step agree on."""
+    """Properties shared by all steps that replay the same captured step."""
 
     kind: tuple[Hashable, bool, bool]  # layer_key of the policy; canvases have KV blocks; canvases are whole
     dense: bool  # all live rows are recomputed
@@ -36,17 +36,17 @@ class Bucket(NamedTuple):
 
     @property
     def flow(self) -> tuple:
-        """What decides which operations are launched, apart from sizes"""
+        """Properties that determine the launched operations, apart from sizes"""
         return self.kind, self.dense, self.all_keep, self.leading > 0
 
 
 class Costs(NamedTuple):
-    """Upper bounds on the device memory of captured steps: hidden states and launches of each, and the activations of
-    the largest, which all share."""
+    """Upper bounds on the device memory of captured steps: hidden states and launches of each step, and the activations
+    of the largest one, which all steps share."""
 
     layers: int
     hidden: int
-    inner: int  # of a layer's widest rows
+    inner: int  # width of a layer's widest rows
     itemsize: int
 
     def step(self, rows: int) -> int:
@@ -54,8 +54,8 @@ class Costs(NamedTuple):
         return rows * self.hidden * self.itemsize + self.layers * LAYER
 
     def room(self, longest: int) -> int:
-        """Bytes for all partial steps of a policy with a budget, which has the most sizes, and canvases of at most
-        `longest` positions. Whole canvases and other policies get what is left."""
+        """Bytes for all partial steps of one policy with a budget, which has the most sizes, and canvases of at most
+        `longest` positions. Whole canvases and other policies use the remaining memory."""
         captured = sizes(longest) * len(LEADING)
         return self.working(max(ROWS)) + sum(self.step(rows) for rows, _ in captured) if captured else 0
 
@@ -64,8 +64,8 @@ class Costs(NamedTuple):
 
 
 def layer_key(reuse: Reuse) -> Hashable:
-    """Policies with equal keys launch the same layers. A subclass may read fields that its base does not, so a key
-    counts only where the policy's own class defines it; otherwise all fields are the key."""
+    """Policies with equal keys launch the same layers. A subclass may read fields that its base does not, so
+    `layer_key` is used only if the policy's own class defines it; otherwise the key consists of all fields."""
     policy: Any = reuse
     return policy.layer_key if "layer_key" in vars(type(policy)) else policy
 
@@ -78,7 +78,7 @@ def bucket_of(streams: list[Stream]) -> Bucket | None:
     if any(alike(stream) != alike(first) for stream in streams):
         return None
     if not first.whole and any(stream.plan.live[0] < stream.response[0] for stream in streams):
-        return None  # steps that carry prompt rows keep the device busy for longer than their launches take
+        return None  # computing live prompt rows takes longer than launching the step
     rows, leading = sum(stream.num_rows for stream in streams), leading_rows(streams)
     kind = layer_key(first.reuse), first.cached, first.whole
     shape = kind, dense(first), all(map(keeps, streams))
@@ -127,7 +127,7 @@ def is_common(rows: int, canvases: int) -> bool:
 
 
 def alike(stream: Stream) -> tuple:
-    """What the streams of a captured step agree on"""
+    """Properties shared by all streams of a captured step"""
     return stream.kind, dense(stream), has_budget(stream)
 
 
@@ -137,7 +137,7 @@ def dense(stream: Stream) -> bool:
 
 
 def has_budget(stream: Stream) -> bool:
-    """The plan says how many rows are recomputed, and the flow chooses which."""
+    """The plan sets the number of recomputed rows, and the flow selects them."""
     return stream.plan.budget is not None and not dense(stream)
 
 

@@ -1,4 +1,4 @@
-"""Steps replayed from CUDA graphs: a GPU runs them faster than the host can launch them.
+"""Small steps are replayed from CUDA graphs, because a GPU runs them faster than the host can launch them.
 
 A step is captured for a bucket of rows and streams, over memory with fixed
 addresses: its tables and its hidden states. A later step of that bucket is
@@ -7,10 +7,10 @@ overwrite the captured ones, and the launches are replayed. Host decisions of a
 policy's flow are part of the bucket.
 
 - Partial steps of the server's own policy are captured at start and never evicted.
-- Other steps, those that recompute whole canvases among them, are captured on their second use. The least recently
-  used ones make room for new ones.
-- Steps of more than 2,048 rows are launched: they keep the device busy for longer than their launches take.
-- A step that cannot be captured is refused, and launched from then on.
+- Other steps, including those that recompute whole canvases, are captured on their second use. The least recently used
+  ones are evicted when memory is needed.
+- Steps of more than 2,048 rows are launched, because launching them takes less time than computing them.
+- A step that cannot be captured is refused and always launched.
 """
 
 import logging
@@ -36,16 +36,16 @@ from vllm_dlm.step.upload import Upload
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers under its own name only
 
-#: A step is captured after this many launches of its bucket: what comes once is not worth it.
+#: number of launches of a bucket before it is captured, since capturing a step that occurs once does not pay off
 LAUNCHES = 1
-#: The same after it was evicted: by then the launches have cost about as much time as a capture does.
+#: the same after an eviction; these launches take about as much time as a capture
 LAUNCHES_AFTER_EVICTION = 16
-#: Bytes of staging memory for all tables of a captured step, except those of KV blocks
+#: bytes of staging memory for all tables of a captured step except those of KV blocks
 TABLES = 1 << 22
 
 
 class CountEvent(NamedTuple):
-    """Counted work of a captured step, by the rows it is proportional to"""
+    """Counted work of a captured step, proportional to a number of rows"""
 
     phase: str | None  # projection; None: attention
     rows: Literal["all", "leading"]
@@ -54,7 +54,7 @@ class CountEvent(NamedTuple):
 
 @dataclass
 class RecordedCounts(Counts):
-    """Counts of a step while it is captured, to be repeated for each replay."""
+    """Records the counts of a step during its capture, to repeat them for each replay."""
 
     bucket: Bucket | None = None
     events: list[CountEvent] = field(default_factory=list)
@@ -70,7 +70,7 @@ class RecordedCounts(Counts):
         return "all" if rows == self.bucket.rows else "leading"
 
     def repeat(self, batch: Batch, streams: int, counts: Counts) -> None:
-        """Counts a replay; the first `streams` of the batch are not dummies."""
+        """Counts a replay. The first `streams` streams of the batch are real, the others are dummies."""
         (group,) = batch.groups
         for event in self.events:
             rows = (group.all.counts if event.rows == "all" else group.leading_counts)[:streams]
@@ -83,16 +83,17 @@ class RecordedCounts(Counts):
 class CapturedStep(NamedTuple):
     bucket: Bucket
     graph: Graph
-    hidden: torch.Tensor  # [rows, E], which each replay overwrites
+    hidden: torch.Tensor  # [rows, E], overwritten by each replay
+    tables: dict[str, tuple]  # name -> address, shape and dtype of each table that the graph reads, see Upload.layout
     counts: RecordedCounts
 
 
 class PaddedStep(NamedTuple):
-    """Streams of a step, padded to a captured step whose graph is replayed with their tables."""
+    """Streams of a step, padded to the size of a captured step, which is replayed with their tables."""
 
     step: CapturedStep
-    batch: Batch  # of the streams and of dummies
-    upload: Upload  # sends the tables to where the graph reads them
+    batch: Batch  # the streams and dummy streams
+    upload: Upload  # sends the tables to the addresses that the graph reads
     streams: int  # number of streams that are not dummies
 
     def replay(self, counts: Counts) -> torch.Tensor:
@@ -109,8 +110,8 @@ class CapturedSteps:
         capture: Capture,
         shape: BlockShape,
         device: torch.device,
-        longest: int,  # positions of a canvas
-        most_rows: int,  # of a step: workspaces are not larger
+        longest: int,  # maximum number of positions of a canvas
+        most_rows: int,  # maximum number of rows of a step, for which workspaces are allocated
         room: int,  # bytes left for captured steps
         costs: Costs,
         verify: Callable[[torch.device], None] = lambda device: None,  # raises if the device no longer works
@@ -119,13 +120,14 @@ class CapturedSteps:
         self.device, self.verify = device, verify
         self.longest, self.table_width, self.most_rows = longest, -(-longest // shape.block_size), most_rows
         self.sizes = frozenset(sizes(longest))
-        #: memory that graphs read their tables from; all captured steps share it
+        #: memory from which graphs read their tables, shared by all captured steps
         self.upload = Upload(device, stays=TABLES + max(CANVASES) * self.table_width * np.dtype(np.int32).itemsize)
         self.pinned: dict[Bucket, CapturedStep] = {}  # captured at start
         self.served: ClientCache[Bucket, CapturedStep] = ClientCache("captured_steps", self._evicted)
-        #: launches before a bucket is captured
+        #: remaining launches before a bucket is captured
         self.waiting: ClientCache[Bucket, int] = ClientCache("seen_steps")
-        #: what cannot be captured -> the fewest rows at which it failed, 0: it fails at any size
+        #: key of steps that cannot be captured -> minimum number of rows at which capturing failed; 0: fails at any
+        #: size
         self.refused: ClientCache[tuple, int] = ClientCache("refused_steps")
 
     @property
@@ -133,20 +135,22 @@ class CapturedSteps:
         return self.pinned | {step.bucket: step for step in self.served.values()}
 
     def pad(self, streams: list[Stream]) -> PaddedStep | None:
-        """The streams and dummies that fill a captured step; None: the step must be launched"""
+        """The streams padded with dummies to a captured step; None: the step must be launched"""
         if (step := self.can_replay(streams)) is None:
             return None
-        return PaddedStep(step, self._batch(step.bucket, streams[0].reuse, streams), self.upload, len(streams))
+        batch = self._batch(step.bucket, streams[0].reuse, streams)
+        assert self.upload.layout == step.tables, "the tables of a replay must be where the graph reads them"
+        return PaddedStep(step, batch, self.upload, len(streams))
 
     def can_replay(self, streams: list[Stream]) -> CapturedStep | None:
-        """The captured step of these streams, which may be captured now"""
+        """The captured step for these streams, captured now if it is due"""
         bucket = bucket_of(streams)
         if bucket is None or not self._has_place(streams, bucket):
             return None
         return self._step(bucket, streams[0].reuse)
 
     def _has_place(self, streams: list[Stream], bucket: Bucket) -> bool:
-        """The dummy streams can hold the padding rows."""
+        """Whether the dummy streams can hold the padding rows"""
         padding = bucket.rows - sum(stream.num_rows for stream in streams)
         each = self.longest if bucket.whole else self.longest - 1
         return padding <= (bucket.canvases - len(streams)) * each
@@ -166,8 +170,8 @@ class CapturedSteps:
         return self.served.put(bucket, step)
 
     def capture_all(self, stream: Stream) -> None:
-        """Captures partial steps of all sizes for streams like this one, and keeps them. The largest come first: their
-        memory is reused by the others."""
+        """Captures partial steps of all sizes for streams like this one and keeps them. The largest are captured first,
+        because the others reuse their memory."""
         like = bucket_of([stream])
         if like is None or like.whole:
             return
@@ -188,7 +192,7 @@ class CapturedSteps:
         return all(rows is None or bucket.rows < rows for rows in failed)
 
     def _make_room(self, bucket: Bucket) -> bool:
-        """Evicts steps, the least recently used first, if that makes enough room."""
+        """Evicts steps, the least recently used first, if that frees enough memory."""
         cost = self.costs.step(bucket.rows)
         if cost > self.room + sum(self.costs.step(step.bucket.rows) for step in self.served.values()):
             return False
@@ -201,30 +205,30 @@ class CapturedSteps:
         self.waiting.put(step.bucket, LAUNCHES_AFTER_EVICTION)
 
     def _refuse(self, bucket: Bucket, reuse: Reuse, error: Exception) -> None:
-        """Refuses the policy at this size and above, and altogether if it fails at another size, too. Failed captures
-        are so bounded by the policies that are installed, whatever their fields."""
+        """Refuses the policy from this size on, and at every size after a second failure. The number of failed captures
+        is therefore bounded by the number of installed policies, for any values of their fields."""
         key = policy_key(bucket, reuse)
         rows = bucket.rows if self.refused.get(key) is None else 0
         self.refused.put(key, rows)
-        at = f"of {rows} rows and more " if rows else ""
+        at = f"of at least {rows} rows " if rows else ""
         why = describe(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         logger.warning("Steps %swith reuse %r cannot be captured and are launched: %s", at, reuse.name, why)
 
     # -- capturing -------------------------------------------------------------------------
 
     def _captured(self, bucket: Bucket, reuse: Reuse) -> CapturedStep | None:
-        """Captures a step of dummies; None: that failed, and the step is to be launched. Only a fault of the device is
-        raised."""
+        """Captures a step of dummies; None: capturing failed and the step must be launched. Raises only if the device
+        is faulty."""
         recorded = RecordedCounts(bucket=bucket)
         try:
-            batch = self._batch(bucket, reuse, [])
+            batch, tables = self._batch(bucket, reuse, []), self.upload.layout
             self.upload.send()
 
             def run(counts: Counts = recorded) -> torch.Tensor:
                 batch.groups[0].begin()
                 return self.run(batch, counts)
 
-            run(Counts())  # compiles and allocates what is not part of the launches
+            run(Counts())  # compilation and allocations that are not part of the graph
             graph, hidden = self.capture(run)
         except UncapturedRowsError:
             self.refused.put(bucket.flow, 0)
@@ -235,16 +239,17 @@ class CapturedSteps:
             return None
         except Exception as error:
             self.verify(self.device)
-            if isinstance(error, PoolLost):  # the next pool has activations of its own
+            if isinstance(error, PoolLost):  # the next pool allocates its own activations
                 self.room -= self.costs.working(max(ROWS))
             self._refuse(bucket, reuse, error)
             return None
         self.room -= self.costs.step(bucket.rows)
-        return CapturedStep(bucket, graph, hidden, RecordedCounts(bucket=bucket, events=list(recorded.events)))
+        counts = RecordedCounts(bucket=bucket, events=list(recorded.events))
+        return CapturedStep(bucket, graph, hidden, tables, counts)
 
     def _batch(self, bucket: Bucket, reuse: Reuse, streams: list[Stream]) -> Batch:
-        """The streams, and dummies that share the padding rows. Arrays have the same sizes and order for all steps of a
-        bucket, and so the same places in the memory that its graph reads."""
+        """The streams, and dummy streams that share the padding rows. Arrays have the same sizes and order for all
+        steps of a bucket, and therefore the same addresses in the memory that its graph reads."""
         missing = bucket.canvases - len(streams)
         rows = bucket.rows - sum(stream.num_rows for stream in streams)
         leading = bucket.leading - (leading_rows(streams) if bucket.leading else 0)
@@ -254,7 +259,7 @@ class CapturedSteps:
         limits = Limits(bucket.rows, self.longest, self.table_width)
         batch = pack(streams, self.upload, self.shape, masks=True, limits=limits)
         (group,) = batch.groups
-        assert group.all_keep == bucket.all_keep, "a captured step keeps features of all rows or of some"
+        assert group.all_keep == bucket.all_keep, "the padded batch must keep features like its bucket"
         return batch
 
     def _dummy_stream(self, bucket: Bucket, reuse: Reuse, rows: int, leading: int) -> Stream:
@@ -278,5 +283,5 @@ class CapturedSteps:
 
 
 def policy_key(bucket: Bucket, reuse: Reuse) -> tuple:
-    """What fails together: streams that a class of policies treats alike, whatever its fields are"""
+    """Key of steps that fail together: a class of policies, regardless of its fields, and a kind of step"""
     return type(reuse), *bucket.kind[1:], bucket.dense, bucket.all_keep

@@ -1,10 +1,12 @@
-"""What a step costs, counted while it runs.
+"""Cost of a step, counted while it runs.
 
-Unit: multiply-adds of the matrix products and bytes of K and V read. Element-wise
-work is left out; it is small beside both.
+Units are multiply-adds of matrix products and bytes of K and V read. Element-wise
+work is negligible and not counted.
 """
 
 from dataclasses import dataclass, field
+
+from vllm_dlm.client_cache import CacheUsage
 
 
 @dataclass
@@ -16,16 +18,16 @@ class Counts:
     )
     pairs: int = 0  # query rows x keys
     keys_read: int = 0  # keys (with their values) read back from pages
-    keys_dense: int = 0  # those that would have been read without a selection
-    keys_scored: int = 0  # means a selection compared with queries
-    summaries: int = 0  # means it took
+    keys_dense: int = 0  # keys that would have been read without a selection
+    keys_scored: int = 0  # summaries that a selection compared with queries
+    summaries: int = 0  # summaries computed
     head_rows: int = 0
 
     def projected(self, phase: str, rows: int) -> None:
         self.rows[phase] += rows
 
     def attended(self, q_lens: list[int], kv_lens: list[int], read: bool, dense: list[int] | None = None) -> None:
-        """`kv_lens` are the keys each canvas sees, `dense` those there are, if that is more."""
+        """`kv_lens`: number of keys that each canvas reads; `dense`: number of all its keys; None: the same"""
         self.pairs += sum(q * kv for q, kv in zip(q_lens, kv_lens, strict=True))
         if read:
             self.keys_read += sum(kv for q, kv in zip(q_lens, kv_lens, strict=True) if q)
@@ -68,3 +70,20 @@ class ModelShape:
 
     def kv_bytes(self, keys: int, element: int = 2) -> int:
         return keys * 2 * self.kv_heads * self.head_dim * element
+
+
+@dataclass
+class StepCounts:
+    """Counters of denoising that an engine reports: sums over all requests and steps since the last report"""
+
+    denoising_steps: int = 0
+    canvas_positions: int = 0
+    committed_tokens: int = 0
+    rows_recomputed: int = 0
+    rows_live: int = 0
+    rows_dense: int = 0
+    refresh_steps: int = 0
+    kv_bytes_read: int = 0
+    kv_bytes_dense: int = 0
+    lowered_steps: int = 0
+    caches: dict[str, CacheUsage] = field(default_factory=dict)  # caches of the engine after the last step; {}: no step

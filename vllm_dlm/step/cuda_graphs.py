@@ -1,4 +1,4 @@
-"""Launches captured as CUDA graphs, and the state of the device after a capture that failed."""
+"""Captures CUDA graphs, and cleans up after a failed capture."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,12 +22,12 @@ class PoolLost(RuntimeError):
 
 
 class CudaGraphs:
-    """Captures CUDA graphs into one memory pool: they are never replayed side by side."""
+    """Captures CUDA graphs into one memory pool, because they are never replayed concurrently."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.pool: tuple[int, int] | None = None
-        #: the allocators still refer to graphs whose capture could not be ended
+        #: graphs whose capture could not be ended; the allocators still refer to them
         self.lost: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
@@ -41,15 +41,15 @@ class CudaGraphs:
         except Exception as error:
             if torch.cuda.current_stream() != stream:
                 self._abandon(graph, stream)
-                first = error.__context__ or error  # ending the capture raised after what invalidated it
+                first = error.__context__ or error  # ending the capture raised after the error that invalidated it
                 raise PoolLost(f"{type(first).__name__}: {first}") from first
             raise
         return graph, out
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-        """Cleans up where `torch.cuda.graph` does not: an illegal call invalidates the capture, ending it raises, the
-        capturing stream stays current and the allocator believes that the capture goes on. The allocator of pinned
-        memory believes so, too, and cannot be told otherwise: captures into the same pool would be refused."""
+        """Cleans up after an illegal call has invalidated a capture, which `torch.cuda.graph` does not: ending the
+        capture raises, the capturing stream stays current, and the allocator still considers the capture active. The
+        allocator of pinned memory does, too, and cannot be reset, so later captures into the same pool would fail."""
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):  # the capture had not begun
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
@@ -58,14 +58,14 @@ class CudaGraphs:
 
 
 def device_works(device: torch.device) -> None:
-    """Raises unless the device still computes: a fault such as an illegal address fails every later call, while a
-    failed capture does not."""
+    """Raises if the device no longer works: after a fault such as an illegal address every call fails, in contrast to a
+    failed capture."""
     torch.zeros(1, device=device).add_(1)
     torch.cuda.synchronize(device)
 
 
 class Repeated:
-    """Stands for a graph where there is no GPU: calls the function again, over the same memory."""
+    """Replaces a graph without a GPU: calls the function again over the same memory."""
 
     def __init__(self, function: Callable[[], torch.Tensor]):
         self.function, self.out = function, function()

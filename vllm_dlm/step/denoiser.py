@@ -1,4 +1,4 @@
-"""One denoising step of every scheduled request, in one packed forward; the same Python on every device."""
+"""One denoising step of all scheduled requests in one packed forward; the same code on every device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,7 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.caches import StreamCaches
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Stream, among, plain_stream
-from vllm_dlm.plugins.reuse.flow import Behind
+from vllm_dlm.plugins.reuse.flow import LayerResult
 from vllm_dlm.step.batch import Batch
 from vllm_dlm.step.captured import CapturedSteps, PaddedStep
 from vllm_dlm.step.counts import Counts
@@ -30,32 +30,32 @@ __all__ = ["NO_SPECULATION", "Denoiser", "Observer", "PreparedStep", "denoise", 
 
 NO_SPECULATION: Mapping[str, int] = MappingProxyType({})
 
-#: sees the rows that leave each part of the model, by its name
+#: called with the name of each part of the model and its output rows
 Watch = Callable[[str, torch.Tensor], None]
 
 
 class Observer:
-    """Looks at steps as they are made; tests and benchmarks derive from it, and view/steps.py."""
+    """Base class for observers of steps, in view/steps.py, tests and benchmarks."""
 
     def step_begins(self, states: Sequence[Denoising]) -> None: ...
 
     def step_packed(self, prepared: "PreparedStep") -> None:
-        """The batches of the step, before its forwards. `Batch.observer` may be set in those that are launched."""
+        """Called before the forwards. Launched batches may get a `Batch.observer`."""
 
     def head_read(self, hidden: torch.Tensor, readings: Sequence[Reading]) -> None:
-        """hidden [R, E]: rows after the last layer; each reading has the indices of its own."""
+        """hidden [R, E]: rows after the last layer. Readings have the indices of their rows."""
 
     def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None: ...
 
 
 class PreparedStep(NamedTuple):
-    """What a step has on the device, once it is sent."""
+    """Data of a step on the device, valid once its uploads are sent."""
 
     batches: list[Batch]  # one per forward that is launched
-    launched: list[Stream]  # their streams, in the order of rows
+    launched: list[Stream]  # streams of these batches, in the order of rows
     padded: PaddedStep | None  # a captured step that is replayed
-    replayed: list[Stream]  # its streams
-    replayed_heads: int  # rows of them that the head needs
+    replayed: list[Stream]  # streams of the captured step
+    replayed_heads: int  # number of their rows that the head needs
     head: list[HeadBatch]
     uploads: list[Upload]
     copied: torch.Tensor | None  # [2, n], see Stream.copies
@@ -73,10 +73,10 @@ class Denoiser:
     ):
         self.forwards = forwards
         self.model, self.head, self.shape, self.max_rows, self.device = model, head, shape, max_rows, device
-        self.blocks = KVBlocks([])  # until vLLM says how many there are
+        self.blocks = KVBlocks([])  # replaced once vLLM has allocated the KV cache
         self.upload = Upload(device)
         self.captured: CapturedSteps | None = None
-        self.masks: bool | None = None  # see Group; None: what is best on the device
+        self.masks: bool | None = None  # see Group; None: chosen for the device
         self.caches = StreamCaches(shape)
         self.observers: list[Observer] = []
 
@@ -88,8 +88,8 @@ class Denoiser:
         failed: Failures,
         canvases: Mapping[str, int] = NO_SPECULATION,
     ) -> list[Reading]:
-        """One forward of all requests -> what was read at the canvas of each that has not failed. `tables`: KV blocks
-        of each request; `canvases`: most streams of requests that may speculate in this step"""
+        """One forward of all requests -> the reading of the canvas of each request that has not failed. `tables`: KV
+        blocks of each request; `canvases`: maximum number of streams of requests that may speculate in this step"""
         for observer in self.observers:
             observer.step_begins(states)
         streams: list[Stream] = []
@@ -111,14 +111,14 @@ class Denoiser:
         return readings
 
     def _prepare_packable(self, streams: list[Stream], failed: Failures) -> PreparedStep | None:
-        """Packs the step without the requests that cannot be packed, which fail. None: no request is left."""
+        """Packs the step. Requests that cannot be packed fail and are left out. None: no request is left."""
         while streams:
             together, alone = Failures(failed.ranks), Failures(failed.ranks)
             names = list(dict.fromkeys(stream.request for stream in streams))
             with together.catch(*names):
                 return self._prepared(streams)
             for name in names:
-                self.upload.begin()  # drops what the last attempt has left
+                self.upload.begin()  # drops arrays of the last attempt
                 with alone.catch(name):
                     self._prepared([stream for stream in streams if stream.request == name])
             self.upload.begin()
@@ -149,13 +149,13 @@ class Denoiser:
         """Packs the streams, and assigns hidden states to their readings."""
         # Streams of one kind are adjacent: they share a group of rows.
         kinds: dict[tuple, list[Stream]] = {}
-        # Shadows come after all canvases: if the step is split, their canvases have been computed by then.
-        # Whole canvases come first: one may be the first block of a request, which its later blocks read.
+        # Shadows come after all canvases, so that their canvases are computed first even if the step is split.
+        # Whole canvases come first: one may be the first block of a request, and its later blocks read it.
         for stream in sorted(streams, key=lambda stream: (stream.hidden_row is not None, not stream.whole)):
             kinds.setdefault(stream.kind, []).append(stream)
         padded, replayed = None, list[Stream]()
         if self.captured is not None:
-            # Partial steps come first: others are refreshes as a rule, which keep the device busy for longer.
+            # Try partial steps first. Other steps are mostly refreshes, which benefit less from a replay.
             for kind, alike in sorted(kinds.items(), key=lambda item: item[1][0].whole):
                 if padded := self.captured.pad(alike):
                     replayed = kinds.pop(kind)
@@ -200,7 +200,7 @@ class Denoiser:
             return [denoise(self.model, batch, self.blocks, counts) for batch in prepared.batches]
 
         counts.head_rows += prepared.replayed_heads
-        # Shadows read the keys that their canvases write. Whole canvases may be first blocks, which later ones read.
+        # Shadows read keys that their canvases write. Whole canvases may be first blocks, which later blocks read.
         shadows = any(group.hidden_row is not None for batch in prepared.batches for group in batch.groups)
         if shadows or any(stream.whole for stream in prepared.replayed):
             last = replayed()
@@ -210,26 +210,25 @@ class Denoiser:
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _not_finite(self, streams: list[Stream], reading: Reading, hidden: torch.Tensor) -> str:
-        """Where the numbers of a request stopped being finite: its step again, watched. (The request ends now, so it
-        does not matter what that writes to its caches.)"""
+        """Repeats the step of a request to find the first part of the model with non-finite values. The request ends,
+        so the repeated writes to its caches have no effect."""
         rows = np.concatenate([reading.rows, reading.guide_rows if len(streams) > 1 else reading.rows[:0]])
         places = []
         if not hidden[torch.from_numpy(rows).to(hidden.device)].isfinite().all():
             self.forward(streams, Counts(), lambda place, x: places.append(place) if not x.isfinite().all() else None)
             places.append("a layer")
-        return (
-            f"NaN or infinite logits; the first numbers that are not finite come from {[*places, 'the output head'][0]}"
-        )
+        return f"NaN or infinite logits; the first non-finite values come from {[*places, 'the output head'][0]}"
 
     def _clear(self, state: Denoising) -> None:
-        """Zeros the blocks of a request that failed: FlashAttention multiplies values after a sequence's end by 0, so
-        that a NaN there would reach the next owner of the block. Blocks of a shared prefix stay: others read them."""
+        """Zeros the blocks of a failed request: FlashAttention multiplies values after a sequence's end by 0, so a NaN
+        there would reach the next owner of the block. Blocks of a shared prefix are kept, because other requests read
+        them."""
         if state.options.attention == "full" and state.blocks:
             blocks = np.concatenate([part for own in state.blocks.values() for part in own])
             self.blocks.clear(torch.from_numpy(blocks).to(self.device))
 
     def forward(self, streams: list[Stream], counts: Counts, watch: Watch | None = None) -> torch.Tensor:
-        """-> [R, E] of the rows that the streams' head positions need, stream after stream"""
+        """-> [R, E] hidden states of the streams' head positions, stream after stream"""
         batches = self._batches(streams)
         self.upload.send()
         with self.forwards():
@@ -244,9 +243,9 @@ class Denoiser:
 
 
 def denoise(model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None) -> torch.Tensor:
-    """-> hidden states before the final norm of the rows that the head needs, stream after stream: [R, E]"""
+    """-> [R, E] hidden states before the final norm, for the rows that the head needs, stream after stream"""
     _, ends = through_layers(model, batch, blocks, counts, watch)
-    # The last layer may have computed some rows only, so the head's rows are looked up among them.
+    # The last layer may return only some rows, so look up the head's rows among them.
     heads = []
     for (rows, x, ffn), group in zip(ends, batch.groups, strict=True):
         place = rows.places(group.head)
@@ -256,15 +255,15 @@ def denoise(model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch 
 
 
 def denoise_live(model, batch: Batch, blocks: KVBlocks, counts: Counts) -> torch.Tensor:
-    """The same of every live row: [T, E]"""
+    """Like `denoise`, for every live row: [T, E]"""
     step, ends = through_layers(model, batch, blocks, counts)
     return step.joined([x for _, x, _ in ends]) + step.joined([ffn for _, _, ffn in ends])
 
 
 def through_layers(
     model, batch: Batch, blocks: KVBlocks, counts: Counts, watch: Watch | None = None
-) -> tuple[LayerStep, list[Behind]]:
-    """-> the driver, and what the flow of each group returns after the last layer"""
+) -> tuple[LayerStep, list[LayerResult]]:
+    """-> the driver, and the result of each group's flow after the last layer"""
     layers = model.model.layers
     step = LayerStep(batch, model.model.rope.table, layers, blocks, counts)
     x_TE = model.embed_input_ids(batch.ids)

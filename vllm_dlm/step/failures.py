@@ -1,17 +1,16 @@
-"""Errors of a step: the requests that they concern fail, and the engine goes on.
+"""Errors of a step: the affected requests fail, and the engine continues.
 
-A step writes to the KV blocks of its own requests only, so an error leaves
-nothing half written that another request reads. Errors of the accelerator are
-raised, since its process cannot be used any more.
+A step writes only to KV blocks of its own requests, so an error leaves no
+partial writes that another request reads. Errors of the accelerator are raised,
+because the process can no longer use it.
 
-With tensor parallelism all ranks must fail the same requests: each rank decides
-alone, and a rank that leaves a request out would take part in collectives of
-another size. Outside of a forward ranks agree. What they run there (plans,
-streams, packing, choosing tokens) reads nothing but vLLM's schedule, the
-canvases and what the head proposes, which are the same on all ranks, and shapes
-of one rank's share, which are equal. So an error of this code is raised on all
-of them. Two kinds of errors may be one rank's alone and are raised: those of a
-forward, in which the other ranks wait for this one, and a lack of memory.
+With tensor parallelism all ranks must fail the same requests. Each rank decides
+independently, and a rank that leaves a request out would take part in collectives
+of another size. Outside of a forward the ranks agree: plans, streams, packing and
+the choice of tokens depend only on vLLM's schedule, the canvases, the proposals
+of the head and shapes, which are equal on all ranks. An error there occurs on all
+ranks. Two kinds of errors may occur on a single rank and are raised: errors of a
+forward, in which other ranks wait for this one, and out-of-memory errors.
 """
 
 import logging
@@ -27,16 +26,16 @@ OUT_OF_MEMORY = MemoryError, torch.OutOfMemoryError
 
 
 class Failures(dict[str, str]):
-    """request -> why it cannot go on"""
+    """request id -> error message"""
 
     def __init__(self, ranks: int = 1):
-        """`ranks`: how many of them must agree, those of tensor parallelism"""
+        """`ranks`: number of tensor-parallel ranks, which must agree"""
         super().__init__()
         self.ranks = ranks
 
     @contextmanager
     def catch(self, *req_ids: str, in_forward: bool = False) -> Iterator[None]:
-        """An exception of this block is the failure of these requests."""
+        """An exception in this context fails these requests."""
         try:
             yield
         except Exception as error:
@@ -48,12 +47,13 @@ class Failures(dict[str, str]):
 
 
 def poisons(error: Exception) -> bool:
-    """Whether the process is of no use any more. (Of memory there may be enough for the next step.)"""
+    """Whether the process can no longer use the accelerator. (After an out-of-memory error the next step may
+    succeed.)"""
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def describe(error: Exception) -> str:
-    """One line: what, and where."""
+    """Error and location in one line."""
     (*_, (frame, line)) = traceback.walk_tb(error.__traceback__)
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message} ({frame.f_code.co_qualname}, line {line})"

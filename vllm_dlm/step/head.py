@@ -1,8 +1,8 @@
-"""The output head: logits for the rows that need them, a bounded piece at a time, reduced at once.
+"""The output head: computes logits of the rows that are read, in pieces of bounded size, and reduces them to proposals.
 
-Readings of one kind (same algorithm, greedy or not, guided or not) are decoded
-together, across requests. There are never more than `max_logits` logits at
-once; that buffer is part of the memory profile.
+Readings of one kind (same decoding, greedy or not, guided or not) are decoded
+together, across requests. At most `max_logits` logits exist at a time. That
+buffer is part of the memory profile.
 """
 
 from collections import defaultdict
@@ -24,17 +24,17 @@ from vllm_dlm.step.upload import Upload
 
 
 def max_logits(device: torch.device) -> int:
-    """Logits alive at once in float32; sampling adds two float64 buffers of that many elements. A GPU reads the head's
-    weights again for each piece, so pieces are large there."""
+    """Maximum number of float32 logits at a time; sampling adds two float64 buffers of the same size. Pieces are larger
+    on a GPU, which reads the head's weights again for each piece."""
     return 1 << 23 if device.type == "cpu" else 1 << 27
 
 
 class Head:
     def __init__(self, compute_logits, config, max_logits: int):
-        self.compute_logits = compute_logits  # [R, D] -> [R, V], all ranks hold all of it
+        self.compute_logits = compute_logits  # [R, D] -> [R, V], the full result on every rank
         self.config, self.vocab_size = config, config.vocab_size
         self.max_rows = max(1, max_logits // config.vocab_size)
-        #: logits [R, V] -> [n, R] float64: what the live view reads of them
+        #: logits [R, V] -> [n, R] float64, for the live view
         self.best: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def run(self, hidden_TD: torch.Tensor, readings: list[Reading]) -> None:
@@ -45,10 +45,10 @@ class Head:
         self.read(hidden_TD, batches)
 
     def prepare(self, readings: list[Reading], upload: Upload) -> list["HeadBatch"]:
-        """What `read` needs on the device. It is made before the forward, which then need not wait for it."""
+        """Inputs of `read` on the device, created before the forward so that the device does not wait for them."""
         kinds = defaultdict(list)
         for reading in readings:
-            if len(reading.rows):  # else no position is read in this step
+            if len(reading.rows):  # otherwise the step reads no position
                 kinds[reading.kind].append(reading)
         return [HeadBatch.gather(alike, self.vocab_size, upload) for alike in kinds.values()]
 
@@ -56,7 +56,7 @@ class Head:
         parts = [self._proposed(hidden_TD, batch) for batch in batches]
         if not parts:
             return
-        # One transfer for all; float64 holds every token id exactly.
+        # One transfer for all readings; float64 represents every token id exactly.
         most = max(map(len, parts))
         padded = [part if len(part) == most else F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
         found = torch.cat(padded, 1).cpu().numpy()  # [3 + noted, R]
@@ -74,7 +74,8 @@ class Head:
                     reading.logprobs = batch.logprobs[own.start - first : own.stop - first]
 
     def _proposed(self, hidden_TD: torch.Tensor, batch: "HeadBatch") -> torch.Tensor:
-        """-> [3 + noted, R] float64: token, score and probability of each row, and what the decoding notes of it"""
+        """-> [3 + noted, R] float64: token, score and probability of each row, and the values that the decoding
+        notes"""
         state = batch.readings[0].state
         decoding, num_logprobs = state.options.decoding, state.sampling.num_logprobs
         parts = []
@@ -100,7 +101,7 @@ class Head:
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _logits(self, hidden_TD: torch.Tensor, batch: "HeadBatch", piece: slice) -> torch.Tensor:
-        """[R, V] float32, of guided rows combined with those of the unconditional stream"""
+        """[R, V] float32; with guidance, combined with the logits of the unconditional stream"""
         logits_RV = self.compute_logits(hidden_TD[batch.rows[piece]]).float()
         if not len(batch.guide_rows):
             return logits_RV
@@ -131,18 +132,18 @@ class HeadBatch:
     """Readings of one kind, which are decoded together: R rows and their parameters on the device."""
 
     readings: list[Reading]
-    rows: torch.Tensor  # [R] of the hidden states
+    rows: torch.Tensor  # [R] indices into the hidden states
     guide_rows: torch.Tensor  # [R] the same rows of unconditional streams; [0] without guidance
     temperature: torch.Tensor  # [R]
     top_p: torch.Tensor  # [R]
     top_k: torch.Tensor  # [R]
     options: dict[str, torch.Tensor]  # [R] each
-    keys: torch.Tensor  # [R] of their noise
-    memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] of the decoding's, see Memory
+    keys: torch.Tensor  # [R] keys of their noise
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)  # [R, …] columns of the decoding's Memory
     allowed: Any = None  # see Constraint
-    judged: torch.Tensor | None = None  # [R] tokens that are measured
+    judged: torch.Tensor | None = None  # [R] given tokens to score
     logprobs: list[Logprobs] | None = None
-    best_rows: int = 0  # that the live view added
+    best_rows: int = 0  # number of rows added for the live view
 
     @classmethod
     def gather(cls, readings: list[Reading], vocab_size: int, upload: Upload) -> "HeadBatch":
@@ -187,14 +188,14 @@ class HeadBatch:
 
 
 def judged(logits_RV: torch.Tensor, token_R: torch.Tensor, noted: int) -> Proposal:
-    """The probability of given tokens. The decoding notes nothing of them."""
+    """The probabilities of given tokens, with zeros as noted values"""
     prob_R = (at_token(logits_RV, token_R) - logits_RV.logsumexp(-1)).exp_()
     nothing = torch.zeros(noted, len(token_R), dtype=torch.float64, device=prob_R.device) if noted else None
     return Proposal(token_R, prob_R, prob_R, nothing)
 
 
 def remembered(readings: list[Reading], upload: Upload) -> dict[str, torch.Tensor]:
-    """Columns of the decoding's memories, concatenated and as wide as the widest"""
+    """Columns of the decoding's memories, concatenated and padded to the widest"""
     own = [
         reading.state.memory.columns(reading.positions, reading.tokens) for reading in readings if reading.state.memory
     ]
@@ -218,7 +219,7 @@ def per_row(values: list[tuple], dtype, counts: list[int]) -> np.ndarray:
 
 @cache
 def numeric_fields(decoding: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of a decoding's fields that are numbers, and of those that are flags."""
+    """Names of a decoding's numeric fields, and of its boolean fields."""
     hints = get_type_hints(decoding)
     kinds = {each.name: set(get_args(hints[each.name])) or {hints[each.name]} for each in fields(decoding)}
     flags = tuple(name for name, types in kinds.items() if types == {bool})

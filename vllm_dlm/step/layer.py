@@ -1,7 +1,7 @@
-"""Drives the flows of one transformer layer, over packed rows of several policies.
+"""Drives the flows of one transformer layer over packed rows of several policies.
 
 A flow (see plugins/reuse/flow.py) yields asks, each for one computation. The flows of a batch advance in lockstep, and
-asks of one type are joined into one product, across policies.
+asks of one type become one product across policies.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from vllm_dlm.plugins.reuse.flow import (
     Ask,
     Attend,
     AttendMoved,
-    Behind,
     FeedForward,
     Heads,
     Key,
     KeyValue,
+    LayerResult,
     Output,
     Query,
     QueryKey,
@@ -36,32 +36,32 @@ from vllm_dlm.step.counts import Counts
 if TYPE_CHECKING:
     from vllm_dlm.models.transformer import Normed
 
-#: which projections an ask is for, and what a step counts of them
+#: projections of an ask, and their names in the counts
 PARTS: dict[type, str] = {Value: "v", QueryKeyValue: "qkv", KeyValue: "kv", QueryKey: "qk", Query: "q", Key: "k"}
 COUNTED = {"q": "query", "k": "key", "v": "value"}
 
 
 class LayerObserver(Protocol):
-    """Follows the layers of one forward. Groups are known by their number in `Batch.groups`."""
+    """Observer of the layers of one forward. Groups are identified by their index in `Batch.groups`."""
 
     def asked(self, asks: dict[int, Ask]) -> None:
-        """The flows of these groups wait for these results, all of one type."""
+        """Called with the asks of these groups, all of one type, before they are answered."""
 
     def attention_counts(self, group: int, counts: Counts) -> Counts:
-        """-> where the next attention of the group counts, instead of in `counts`"""
+        """-> object that counts the group's next attention instead of `counts`"""
 
     def attended(self, group: int, layer: int, counts: Counts) -> None:
-        """The group has attended and counted that in `counts`."""
+        """Called after the attention of a group, which is counted in `counts`."""
 
 
 class DividedRows(NamedTuple):
-    """A tensor of rows, and the parts of it that flows hold"""
+    """A tensor of rows, and its parts that were sent to flows"""
 
     whole: torch.Tensor
     parts: Sequence[torch.Tensor]
 
     def rejoined(self, some: list[torch.Tensor]) -> torch.Tensor | None:
-        """These parts as one tensor without a copy; None: they are not neighbours in this one"""
+        """These parts as one tensor without a copy; None: they are not adjacent parts of this tensor"""
         first = next((index for index, part in enumerate(self.parts) if part is some[0]), len(self.parts))
         same = self.parts[first : first + len(some)]
         if len(same) < len(some) or any(a is not b for a, b in zip(same, some, strict=True)):
@@ -71,17 +71,17 @@ class DividedRows(NamedTuple):
 
 
 class LayerStep:
-    """The layers of one forward, one after the other."""
+    """Runs the layers of one forward."""
 
     def __init__(self, batch: Batch, table: torch.Tensor, layers: Sequence, blocks: KVBlocks, counts: Counts):
         self.batch, self.layers, self.blocks, self.counts = batch, layers, blocks, counts
-        self.table = table  # [positions, D] of the rotary embedding
+        self.table = table  # [positions, D] rotary embedding
         self.observer = batch.observer
         self.parts = [GroupLayer(batch, blocks, group) for group in batch.groups]
-        self.divided: list[DividedRows] = []  # in this layer
+        self.divided: list[DividedRows] = []  # tensors of this layer
 
-    def run(self, index: int, normed: "Normed") -> list[Behind]:
-        """-> what each group's flow returns, in the order of the groups"""
+    def run(self, index: int, normed: "Normed") -> list[LayerResult]:
+        """-> result of each group's flow, in the order of the groups"""
         self.layer, self.index, self.last = self.layers[index], index, index == len(self.layers) - 1
         self.divided.clear()
         for part in self.parts:
@@ -93,8 +93,8 @@ class LayerStep:
                 DividedRows(x, [part.x for part in self.parts]),
             ]
         flows = [part.group.reuse.layer(part) for part in self.parts]
-        asks: dict[int, Ask] = {}  # what each flow waits for
-        done: dict[int, Behind] = {}
+        asks: dict[int, Ask] = {}  # pending ask of each flow
+        done: dict[int, LayerResult] = {}
 
         def advance(number: int, result: Any) -> None:
             try:
@@ -114,7 +114,7 @@ class LayerStep:
         return [self._checked(part.group, *done[number]) for number, part in enumerate(self.parts)]
 
     def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """One tensor of all rows, without a copy of parts that come back from flows as they were divided"""
+        """One tensor of all rows, without a copy if flows returned the parts unchanged"""
         if len(parts) == 1:
             return parts[0]
         for divided in self.divided:
@@ -129,11 +129,11 @@ class LayerStep:
         self.divided.append(DividedRows(whole, parts))
         return parts
 
-    def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> Behind:
+    def _checked(self, group: Group, rows: Rows, x: torch.Tensor, ffn: torch.Tensor) -> LayerResult:
         if not len(x) == len(ffn) == len(rows) or (not self.last and rows.index is not None):
             raise ValueError(
                 f"{group.reuse.name}: the flow of layer {self.index} returned {len(x)} rows as {len(rows)} of "
-                f"{len(group.all)}; all but the last layer return every live row"
+                f"{len(group.all)}; every layer except the last one must return all live rows"
             )
         return rows, x, ffn
 
@@ -160,13 +160,14 @@ class LayerStep:
         return [self._attended(number, ask) for number, ask in asks.items()]
 
     def _heads(self, names: str, asks: list[Heads], groups: list[Group]) -> list:
-        """`names`: of q, k and v, in this order"""
+        """`names`: the projections among q, k and v, in this order"""
         inputs = self.joined([ask.inputs for ask in asks])
         sizes = [len(ask.inputs) for ask in asks]
         for name in names:
             self.counts.projected(COUNTED[name], len(inputs))
         padded = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])
-        made = dict(zip(names, self.layer.heads(names, padded), strict=True))  # not every product takes no rows
+        # Some products do not support empty inputs.
+        made = dict(zip(names, self.layer.heads(names, padded), strict=True))
         if not len(inputs):
             made = {name: x[:0] for name, x in made.items()}
         else:
@@ -177,18 +178,18 @@ class LayerStep:
         return [part if len(made) > 1 else part[0] for part in parts]
 
     def _rotated_and_kept(self, made: dict[str, torch.Tensor], asks: list[Heads], groups: list[Group]) -> dict:
-        """-> queries and keys rotated; new keys and values are in the cache."""
+        """-> rotated queries and keys. Writes new keys and values to the cache."""
         q, k, v = (made.get(name) for name in "qkv")
         keeps = (k is not None or v is not None) and any(group.cached for group in groups)
         if q is None and k is None and not keeps:
             return {}
         positions, slots, index = self._whose([ask.rows for ask in asks], groups)
-        cache = self.blocks.layers[self.index] if keeps else None
+        cache = self.blocks.caches[self.index] if keeps else None
         q, k = rotary_write(q, k, v, self.table, positions, slots.block, slots.offset, cache, index)
         return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
 
     def _whose(self, rows: list[Rows], groups: list[Group]) -> tuple[torch.Tensor, Slots, torch.Tensor | None]:
-        """Positions and slots of live rows, and which of these are meant."""
+        """-> positions, slots, and the index of the asks' rows within these; None: all"""
         batch, spans = self.batch, [group.span for group in groups]
         masked = any(own.mask is not None for own in rows)
         adjoin = all(a.stop == b.start for a, b in pairwise(spans))
@@ -236,7 +237,7 @@ class LayerStep:
         group = self.parts[number].group
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, counts)
         if isinstance(ask, AttendMoved):
-            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved)
+            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved, ask.unused)
         assert isinstance(ask, Attend)
         if ask.k is None or ask.v is None:
             return attention.over_blocks(ask.q, ask.rows)
@@ -244,7 +245,7 @@ class LayerStep:
 
 
 def product(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """Not every linear kernel takes no rows."""
+    """`function(rows)`, also for empty rows, which some linear kernels do not support"""
     return function(rows) if len(rows) else function(rows.new_zeros(1, rows.shape[1]))[:0]
 
 
@@ -253,10 +254,10 @@ def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class GroupLayer:
-    """What a flow sees of one layer: see `Layer` in plugins/reuse/flow.py."""
+    """Implements `Layer` of plugins/reuse/flow.py, the interface of a layer for flows."""
 
     def __init__(self, batch: Batch, blocks: KVBlocks, group: Group):
-        # No reference to the step: a cycle would keep its tensors and views until garbage is collected.
+        # No reference to the step: a reference cycle would keep its tensors alive until garbage collection.
         self.blocks, self.group = blocks, group
         self.whole, self.columns = group.whole, group.columns
         self.all, self.forced, self.response, self.wanted = group.all, group.forced, group.response, group.wanted
@@ -283,7 +284,7 @@ class GroupLayer:
         return self._layer.similarity(new.flatten(1), old.flatten(1))
 
     def cached_values(self, rows: Rows) -> torch.Tensor:
-        assert self._slots is not None, "asked of canvases with blocks"
+        assert self._slots is not None, "only canvases with KV blocks have cached values"
         return self.blocks.read_values(self.index, self._slots, rows)
 
     def features(self, rows: Rows) -> torch.Tensor:

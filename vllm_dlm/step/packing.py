@@ -1,6 +1,6 @@
-"""Packs streams into the batch of a forward: who the live rows are and where their caches are.
+"""Packs streams into the batch of a forward: live rows and the slots of their caches.
 
-All arrays are made on the host and sent to the device in one transfer, see upload.py.
+All arrays are created on the host and sent to the device in one transfer, see upload.py.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,16 @@ from vllm_dlm.step.batch import Batch, Group, Limits, RowFlags, RowNumbers, Star
 from vllm_dlm.step.selection_packing import group_selection
 from vllm_dlm.step.upload import Upload
 
-#: vLLM's null block, which no request owns: pads the tables of streams that have fewer blocks than others
+#: vLLM's null block, which no request owns; pads block tables
 NULL_BLOCK = 0
-#: On a GPU this many rows take hardly longer than a few, and waiting until the host knows how many rows a policy has
-#: selected takes as long as a layer. Up to this size all rows are computed, and unselected ones keep their old values.
+#: On a GPU, waiting for the number of selected rows costs as much as a layer, and this many rows take hardly longer
+#: than a few. Up to this size all candidate rows are computed, and unselected rows keep their old values.
 MASKED_ROWS = 512
 
 
 def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
-    """Forwards of at most `max_rows` rows. Streams are not split, so one stream may be alone with more."""
+    """Forwards of at most `max_rows` rows. Streams are not split, so a forward may have more rows in a single
+    stream."""
     forwards: list[list[Stream]] = [[]]
     rows = 0
     for stream in streams:
@@ -42,14 +43,14 @@ def split(streams: list[Stream], max_rows: int) -> list[list[Stream]]:
 def pack(
     streams: list[Stream], upload: Upload, shape: BlockShape, masks: bool | None = None, limits: Limits | None = None
 ) -> Batch:
-    """`streams` are sorted by kind. `masks`: see Group; None: what is best on the device. `limits`: of a captured step,
-    where addresses must depend on nothing but the number of rows, streams and leading rows"""
+    """`streams` must be sorted by kind. `masks`: see Group; None: chosen for the device. `limits`: for captured steps,
+    where addresses may depend only on the number of rows, streams and leading rows"""
     packings, start = [], 0
     for _, members in groupby(streams, key=lambda stream: stream.kind):
         packings.append(GroupPacking(list(members), start, shape))
         start = packings[-1].span.stop
-    numbers = upload(joined([packing.numbers() for packing in packings]))
-    flags = upload(joined([packing.flags() for packing in packings]))
+    numbers = upload(joined([packing.numbers() for packing in packings]), "row numbers")
+    flags = upload(joined([packing.flags() for packing in packings]), "row flags")
     if masks is None:
         masks = upload.device.type != "cpu" and start <= MASKED_ROWS
     groups = [
@@ -130,14 +131,14 @@ class GroupPacking:
 
     def group(self, numbers: RowNumbers, flags: RowFlags, upload: Upload, masks: bool, limits: Limits | None) -> Group:
         first, kv_lens = self.streams[0], [len(stream.token_ids) for stream in self.streams]
-        # Only prompt rows themselves would read the last layer's features of prompt rows.
+        # The last layer's features of prompt rows are only read by prompt rows.
         wanted = self.head | (self.response & self.kept)
         sets = np.stack([np.ones(len(self.live), np.bool_), self.forced, self.response, wanted, self.head])  # [5, T]
         counts, leading = self._counts(sets), [stream.leading for stream in self.streams]
         table = np.zeros((len(Starts._fields), len(self.streams) + 1), np.int32)
         np.cumsum([*counts, leading, kv_lens], axis=1, out=table[:-1, 1:])
         table[-1, :-1] = kv_lens
-        starts = Starts(*upload(table))
+        starts = Starts(*upload(table, "starts"))
         keys = [stream.selected for stream in self.streams if stream.selected]
         before: list[Any] = self._counts(sets & ~self.response).tolist() if keys else [None] * len(sets)
         rows = [
@@ -145,7 +146,7 @@ class GroupPacking:
             for each in zip(sets, counts.tolist(), starts[: len(sets)], before, strict=True)
         ]
         selection = group_selection(keys, self.sizes, before[0], first.whole, upload) if keys else None
-        blocks, tables = self._tables(upload, limits) if first.cached else (upload(np.zeros((0, 0), np.int32)), [])
+        blocks, tables = self._tables(upload, limits)
         return Group(
             reuse=self.reuse,
             whole=first.whole,
@@ -203,11 +204,13 @@ class GroupPacking:
 
     def _tables(self, upload: Upload, limits: Limits | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         own = [stream.kv_table for stream in self.streams if stream.kv_table is not None]
+        if not own:
+            return upload(np.zeros((0, 0), np.int32), "block table"), []
         table = np.full((len(own), limits.blocks if limits else max(map(len, own))), NULL_BLOCK, np.int32)
         for row, blocks in zip(table, own, strict=True):
             row[: len(blocks)] = blocks
         if limits:  # captured steps use kernels that read the table
-            return upload(table), []
+            return upload(table, "block table"), []
         tables: list[torch.Tensor] = []
         for number, blocks in enumerate(own):
             same = number and blocks is own[number - 1]  # streams of one canvas may share a table

@@ -1,8 +1,7 @@
-"""The keys that the streams of a group attend to under a selection: chosen together, attended to together.
+"""Selected keys of a group: chooses and attends for all streams of the group at once.
 
-Everything that the host knows of a step is prepared before the forward, see selection_packing.py. In a layer nothing is
-read back and nothing depends on the number of streams: which rows belong to which stream follows from their indices
-among the live rows, which only the device may know.
+The host prepares its data before the forward, see selection_packing.py. A layer reads nothing back from the device.
+Which rows belong to which stream follows from their indices among the live rows, which may be known only on the device.
 """
 
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.kernels.packed_attention import PackedCache
 from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import CachedPrompts, ChoiceQuery, Selection, StoredChoices, Summaries
@@ -21,22 +21,22 @@ from vllm_dlm.step.counts import Counts
 
 @dataclass
 class Choosers:
-    """The streams that choose in this step, B of the group's."""
+    """The B streams of the group that choose in this step."""
 
     keys: list[SelectedKeys]
     most: int  # upper bound on rows of a response
     bounds: torch.Tensor  # [2, B] live rows where each response starts and ends
     tables: torch.Tensor  # [B, blocks]
-    summaries: torch.Tensor  # [B, blocks] of the summaries
+    summaries: torch.Tensor  # [B, blocks] blocks of the summaries
     described: torch.Tensor  # [B] number of summaries
     numbers: torch.Tensor  # [M, B], see PromptUnits
-    slots: torch.Tensor  # [B] in the pool
-    known: torch.Tensor  # [B] bool: the pool has a choice of the same keys
+    slots: torch.Tensor  # [B] slots in the pool
+    known: torch.Tensor  # [B] bool: the pool has an earlier choice from the same keys
 
 
 @dataclass
 class NewKeys:
-    """Prompts that are summarised from the keys of this step, which recomputes every row."""
+    """Prompts to summarise from the keys of this step, which recomputes every row."""
 
     rows: slice | torch.Tensor  # rows of the group
     lens: list[int]  # number of them per stream
@@ -45,7 +45,7 @@ class NewKeys:
 
 @dataclass
 class FinalKeys:
-    """Keys that are in the cache for good and have no summaries yet."""
+    """Final cached keys without summaries."""
 
     keys: Slots
     lens: list[int]  # number of them per stream
@@ -54,27 +54,27 @@ class FinalKeys:
 
 @dataclass
 class VisibleUnits:
-    """What the responses read of the prompts in one layer."""
+    """Units of the prompts that the responses read in one layer."""
 
     units: torch.Tensor  # [C or slots of the pool, Hkv, K] int32, padded with -1
-    rows: torch.Tensor | None  # [C] row of each stream; None: its number
+    rows: torch.Tensor | None  # [C] row of each stream in `units`; None: the index of the stream
 
 
 class ResponseQueries(NamedTuple):
-    """Queries of a group in one layer, and what they attend to."""
+    """Queries of a group in one layer, and the cache that they attend to."""
 
     layer: int
     blocks: KVBlocks
     q: torch.Tensor  # [n, H, D]
     rows: Rows  # [n]
-    voters: torch.Tensor  # [T] bool, of all live rows: a token is read there
+    voters: torch.Tensor  # [T] bool for all live rows: a token is read there
     scale: float
     counts: Counts
 
     @property
-    def cache(self) -> torch.Tensor:
+    def cache(self) -> torch.Tensor | PackedCache:
         """[blocks, Hkv, block_size, 2 * D], keys before values"""
-        return self.blocks.layers[self.layer]
+        return self.blocks.caches[self.layer]
 
 
 @dataclass
@@ -84,14 +84,14 @@ class GroupSelection:
     keys: list[SelectedKeys]
     prompt_rows: list[int]  # live rows of each stream before its response
     bounds: torch.Tensor  # [2, C] live rows where each response starts and ends
-    tables: torch.Tensor  # [C, blocks], any block beyond a stream
-    lengths: torch.Tensor  # [C] keys
-    free: torch.Tensor  # [C] int32: units from here on are always visible
-    slots: torch.Tensor  # [C] in the pool
+    tables: torch.Tensor  # [C, blocks], padded with any block
+    lengths: torch.Tensor  # [C] number of keys
+    free: torch.Tensor  # [C] int32: first unit that is always visible, as are all later ones
+    slots: torch.Tensor  # [C] slots in the pool
     choosers: Choosers | None
     new: NewKeys | None
     final: FinalKeys | None
-    _visible: tuple[int, VisibleUnits] | None = None  # the layer whose choice was made last, and the choice
+    _visible: tuple[int, VisibleUnits] | None = None  # the last choice and its layer
 
     @property
     def selection(self) -> Selection:
@@ -103,7 +103,7 @@ class GroupSelection:
     # -- rows ------------------------------------------------------------------------------
 
     def prompts_of(self, rows: Rows) -> list[int]:
-        """Number of rows that belong to each prompt; an upper bound if only the device knows which rows these are"""
+        """Number of rows that belong to each prompt; an upper bound if the rows are known only on the device"""
         if rows.before is not None:
             return rows.before
         return [min(pair) for pair in zip(self.prompt_rows, rows.counts, strict=True)]
@@ -117,7 +117,7 @@ class GroupSelection:
     # -- summaries -------------------------------------------------------------------------
 
     def refresh(self, layer: int, blocks: KVBlocks, keys: torch.Tensor, counts: Counts) -> None:
-        """The prompts have new keys in this layer, [T, Hkv, D] those of all rows."""
+        """Summarises the prompts from new keys [T, Hkv, D] of all rows, and discards earlier choices."""
         for own in self.keys:
             own.refreshed()
         if self.new is None or self.sees_all(layer):
@@ -126,7 +126,7 @@ class GroupSelection:
         counts.summaries += sum(own.units.summaries for own in self.keys)
 
     def summarise_final(self, layer: int, blocks: KVBlocks, counts: Counts) -> None:
-        """Summarises keys that earlier steps have written and no later step changes."""
+        """Summarises final keys that earlier steps have written."""
         if self.final is None or self.sees_all(layer):
             return
         keys = blocks.read_keys(layer, self.final.keys)
@@ -139,23 +139,22 @@ class GroupSelection:
             F.pad(vectors, (0, dim - vectors.shape[2])).to(keys.dtype)
             for vectors in self.selection.summarise(keys, lens)
         )
-        blocks.write_keys(layer, slots, first)
-        blocks.write_values(layer, slots, second)
+        blocks.write_plain(layer, slots, first, second)
 
     # -- choosing --------------------------------------------------------------------------
 
     def visible(self, queries: ResponseQueries) -> VisibleUnits:
-        """What the responses read of the prompts"""
+        """Units of the prompts that the responses read; chosen once per layer"""
         if self._visible is None or self._visible[0] != queries.layer:
             self._visible = queries.layer, self._chosen(queries)
         return self._visible[1]
 
     def visible_in(self, layer: int) -> VisibleUnits | None:
-        """The choice of this layer, if it is the last one that was made"""
+        """The choice of this layer, if it is the last one"""
         return None if self._visible is None or self._visible[0] != layer else self._visible[1]
 
     def units(self, visible: VisibleUnits) -> torch.Tensor:
-        """-> [C, Hkv, K] all visible units, those after the prompt included"""
+        """-> [C, Hkv, K] all visible units, including those after the prompt"""
         return listed(visible.units, self.lengths, self.selection.unit, visible.rows, self.free, self.tail)
 
     @property
@@ -175,7 +174,7 @@ class GroupSelection:
         return VisibleUnits(units[..., : max(own.units.kept for own in self.keys)], self.slots)
 
     def asked(self, queries: ResponseQueries) -> ChoiceQuery:
-        """What the selection chooses by"""
+        """Input of the selection's `choose`"""
         choosers, cache, rows, dim = self.choosers, queries.cache, queries.rows, queries.q.shape[2]
         assert choosers is not None
         for own, count in zip(self.keys, rows.counts, strict=True):
@@ -197,11 +196,12 @@ class GroupSelection:
         else:
             found = rows.once("choosers", lambda index: torch.searchsorted(index, choosers.bounds), choosers.bounds)
             starts, ends = found.unbind()
-        summaries = Summaries(cache[..., :first], cache[..., dim : dim + second])
+        plain = queries.blocks.layers[queries.layer]
+        summaries = Summaries(plain[..., :first], plain[..., dim : dim + second])
         most = min(choosers.most, max(rows.counts))
         return ChoiceQuery(queries.q, starts, ends, most, summaries, choosers.summaries, choosers.described, prompts)
 
-    def _held(self, layer: int, cache: torch.Tensor, choosers: Choosers) -> StoredChoices | None:
+    def _held(self, layer: int, cache: torch.Tensor | PackedCache, choosers: Choosers) -> StoredChoices | None:
         if not self.keys[0].remembers:
             return None
         units, memo = self.keys[0].pool.tensors(layer, cache.shape[1], cache.device)
@@ -222,8 +222,8 @@ class GroupSelection:
     def delta(
         self, queries: ResponseQueries, moved: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What `moved` values [S, Hkv, D] add to contexts over visible keys; `places` [C, longest stream]: index of the
-        moved value of a position, -1: none"""
+        """Change of contexts over visible keys caused by changed values. `moved` [S, Hkv, D]: by how much; `places` [C,
+        longest stream]: index of a position in `moved`, -1: unchanged"""
         visible, unit = self.visible(queries), self.selection.unit
         self._count(queries)
         starts, ends = self._spans(queries.rows)

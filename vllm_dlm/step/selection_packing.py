@@ -1,4 +1,4 @@
-"""Packs what the selection of a group needs on the device, before the forward and in the transfer of its batch."""
+"""Packs the data of a group's selection before the forward, for the same transfer as the batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,8 +15,8 @@ Upload = Callable[[np.ndarray], torch.Tensor]
 def group_selection(
     keys: list[SelectedKeys], live: Sequence[int], prompts: Sequence[int], whole: bool, upload: Upload
 ) -> GroupSelection:
-    """`live` rows of each stream in this step, of which the first `prompts` are before its response. `whole`: every row
-    of every stream is recomputed, so that no earlier choice is valid"""
+    """`live`: number of live rows of each stream; `prompts`: number of these before the response; `whole`: every row of
+    every stream is recomputed, so that no earlier choice is valid"""
     prompts = list(prompts)
     responses = [rows - before for rows, before in zip(live, prompts, strict=True)]
     ends = np.cumsum(live, dtype=np.int64)
@@ -54,7 +54,7 @@ def group_selection(
 def new_keys(keys: list[SelectedKeys], live: Sequence[int], upload: Upload) -> NewKeys:
     lens = [own.units.candidates for own in keys]
     starts = np.cumsum([0, *live[:-1]])
-    rows: slice | torch.Tensor = slice(0, lens[0])  # one stream: nothing has to be gathered
+    rows: slice | torch.Tensor = slice(0, lens[0])  # a single stream needs no gather
     if len(keys) > 1:
         rows = upload(np.concatenate([start + np.arange(n) for start, n in zip(starts, lens, strict=True)]))
     return NewKeys(rows, lens, summary_slots(keys, upload))

@@ -1,8 +1,8 @@
-"""What one step sends to the device: arrays that the host knows, in one transfer.
+"""Sends all host arrays of a step to the device in one transfer.
 
-An array gets its tensor at once, before its contents are on the way; `send`
-brings them all. Nothing is uploaded after that until the step is over, so the
-device never waits for the host between two kernels.
+Each array immediately gets its device tensor, which `send` fills. Nothing else
+is uploaded until the step is over, so the device never waits for the host
+between two kernels.
 """
 
 from functools import cached_property
@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-#: Bytes. Every array starts at a multiple of it, which kernels rely on.
+#: bytes; every array starts at a multiple, on which kernels rely
 ALIGNMENT = 16
 FIRST_CAPACITY = 1 << 16
 
@@ -23,11 +23,11 @@ DTYPES = {
 
 
 class Upload:
-    """Staging memory on the host and its copy on a device, used again in every step."""
+    """Staging memory on the host and its copy on the device, reused by every step."""
 
     def __init__(self, device: torch.device, stays: int = 0):
-        """`stays`: bytes of memory that keeps its place, on the CPU, too, for captured steps; each step starts with
-        `begin`. Otherwise the memory grows to what the largest step sent."""
+        """`stays`: size in bytes of memory with a fixed address (on the CPU, too) for captured steps, each of which
+        starts with `begin`. 0: the memory grows as needed."""
         self.device = device
         self._capacity, self._used = 0, 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that were too small for this step
@@ -36,6 +36,8 @@ class Upload:
         if device.type != "cpu" or stays:
             self._host, self._there = self._buffers(stays or FIRST_CAPACITY)
         self.stays = stays > 0
+        #: arrays of a captured step by name: address in the memory, shape and dtype
+        self.layout: dict[str, tuple] = {}
 
     def _buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._capacity, self._used = capacity, 0
@@ -48,32 +50,36 @@ class Upload:
 
     @cached_property
     def nowhere(self) -> torch.Tensor:
-        """[] a number that is no block's"""
+        """[] block number -1: no block"""
         return torch.full((), -1, dtype=torch.int64, device=self.device)
 
-    def __call__(self, array: np.ndarray) -> torch.Tensor:
-        """Its tensor on the device, filled by the next `send`. On the CPU it is the array itself."""
+    def __call__(self, array: np.ndarray, name: str | None = None) -> torch.Tensor:
+        """The array's tensor on the device, filled by the next `send`. On the CPU, the tensor shares the array's
+        memory. `name`: required with a fixed address"""
         if self._host is None:
             return torch.from_numpy(array)
         if self._sent is not None:
-            self._sent.synchronize()  # no wait as a rule: a step ends with what it reads back
+            self._sent.synchronize()  # rarely waits, because a step ends with a transfer back to the host
             self._sent = None
         size = array.nbytes
         if self._used + size > self._capacity:
             if self.stays:
-                raise MemoryError(f"a captured step sends more than {self._capacity} bytes")
+                raise MemoryError(f"the tables of a captured step exceed {self._capacity} bytes with {name}")
             self._pending.append((self._host[: self._used], self._there[: self._used]))
             self._host, self._there = self._buffers(max(2 * self._capacity, size + ALIGNMENT))
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         array = np.ascontiguousarray(array)
+        if self.stays:
+            assert name is not None and name not in self.layout, "each table of a captured step has its own name"
+            self.layout[name] = start, array.shape, array.dtype
         self._bytes[start : start + size] = array.reshape(-1).view(np.uint8)
         strides = [stride // array.itemsize for stride in array.strides]
         return self._typed[array.dtype].as_strided(array.shape, strides, start // array.itemsize)
 
     def begin(self) -> None:
-        """Drops what has not been sent."""
+        """Drops arrays that were not sent."""
         self._pending.clear()
-        self._used = 0
+        self._used, self.layout = 0, {}
 
     def send(self) -> None:
         if self._host is None:

@@ -1,1 +1,2 @@
-"""Seeing a canvas fill: from the engine's steps to frames of a stream, a page and a terminal; see docs/view.md."""
+"""Live view of canvases: reports of the engine's steps as frames of a stream, on a page and in a terminal
+(docs/view.md)."""

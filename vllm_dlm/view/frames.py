@@ -1,10 +1,10 @@
-"""Frames: what one step, or several, did to a canvas, as differences. docs/view.md describes their fields.
+"""Frames: changes of a canvas by one or more steps. docs/view.md describes their fields.
 
-The scheduler and the front-end each keep a `History` of a canvas, with sums over its steps. A reader remembers the
-`Moment` up to which it has read. The history makes one frame of all that came after, when the reader asks for it:
-readers that do not read cost nothing, and readers at the same moment share a frame.
+The scheduler and the front-end each keep a `History` of a canvas, with sums over its steps. A reader keeps the `Moment`
+up to which it has read. When it reads, the history creates one frame with all later changes. A reader that does not
+read costs nothing, and readers at the same moment share a frame.
 
-Positions count from the first one of the prompt here, and from the first one of the answer in JSON.
+Positions count from the start of the prompt, and from the start of the answer in JSON.
 """
 
 from collections.abc import Iterator
@@ -14,31 +14,31 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-#: seconds between two frames of a request, at least
+#: minimum seconds between two frames of a request
 INTERVAL = 0.03
-#: entries that are written to JSON at once: the event loop runs in between
+#: number of entries that are written to JSON at a time; the event loop runs in between
 SLICE = 512
-#: numbers of a frame that are sums over its steps
+#: fields of a frame that are sums over its steps
 SUMS = ("steps", "ms", "live", "recomputed", "dense", "read", "of")
-#: what happened to a position; none is in two of them
+#: changes of positions; each position is in at most one list
 CHANGES = ("set", "unset", "edited")
-#: tokens other than the proposed one that a guess names, at most
+#: maximum number of tokens of a guess in addition to the proposed one
 OTHERS = 3
 
 
 @dataclass
 class Guesses:
-    """Masks that the last step read, C of them, and the most probable tokens there."""
+    """C masks that the last step read, and the most probable tokens there."""
 
     at: np.ndarray  # [C]
-    token: np.ndarray  # [C] that the decoding proposed
+    token: np.ndarray  # [C] proposed tokens
     p: np.ndarray  # [C]
     likely: np.ndarray  # [n, C] tokens, the most probable ones
-    shares: np.ndarray  # [n, C] how probable they are
+    shares: np.ndarray  # [n, C] their probabilities
 
     @classmethod
     def build(cls, at: np.ndarray, token: np.ndarray, p: np.ndarray, best: np.ndarray | None) -> "Guesses":
-        """`best` [2, n, C]: likely tokens and their probabilities, if they are known"""
+        """`best` [2, n, C]: likely tokens and their probabilities; None: not known"""
         likely, shares = np.zeros((2, 0, len(at))) if best is None else best
         short = np.int32, np.int32, np.float32, np.int32, np.float32
         return cls(*(x.astype(dtype) for x, dtype in zip((at, token, p, likely, shares), short, strict=True)))
@@ -68,23 +68,23 @@ NO_GUESSES = Guesses.build(np.zeros(0), np.zeros(0), np.zeros(0), None)
 
 @dataclass
 class Frame:
-    """What happened to a canvas of N positions between two moments; A positions changed."""
+    """Changes of a canvas of N positions between two moments; A positions changed."""
 
-    step: int  # the last one
+    step: int  # the last step
     requests: int
     block: int
     at: np.ndarray  # [A]
-    was: np.ndarray  # [A] filled before
-    filled: np.ndarray  # [A] filled now
+    was: np.ndarray  # [A] bool: filled before
+    filled: np.ndarray  # [A] bool: filled now
     token: np.ndarray  # [A]
     p: np.ndarray  # [A]
-    changed_in: np.ndarray  # [A] the step
+    changed_in: np.ndarray  # [A] step of the change
     sums: np.ndarray  # see SUMS
-    shares: np.ndarray  # [2, N] of rows and of pages, summed over the steps
+    shares: np.ndarray  # [2, N] shares of rows and of pages, summed over the steps
     guesses: Guesses = field(default_factory=lambda: NO_GUESSES)
 
     def head(self, prompt: int) -> dict[str, Any]:
-        """As JSON has it, without the parts that carry text"""
+        """Fields for JSON, without those that contain text"""
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         mean = self.shares / max(sums["steps"], 1)
         taken = self.was & ~self.filled
@@ -114,13 +114,13 @@ class Frame:
 
     @property
     def tokens(self) -> list[int]:
-        """All of which the text is needed"""
+        """Tokens whose text is needed"""
         return np.union1d(self.token[self.filled], self.guesses.tokens).tolist()
 
     # -- between processes -----------------------------------------------------------------
 
     def pack(self) -> bytes:
-        """Shares are run-length encoded: most neighbours have equal ones."""
+        """Encodes the frame. Shares are run-length encoded, because most neighbours have equal shares."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         del arrays["shares"]
         turns = [np.flatnonzero(np.diff(row, prepend=np.nan)) for row in self.shares]
@@ -152,19 +152,19 @@ class Frame:
 
 
 class Moment(NamedTuple):
-    """What a reader has to remember to be given only what is new"""
+    """State of a canvas up to which a reader has read"""
 
-    number: int  # frames before it
+    number: int  # number of frames before it
     filled: np.ndarray  # [N]
     sums: np.ndarray
     shares: np.ndarray  # [2, N]
 
 
 class History:
-    """A canvas of N positions as its frames describe it."""
+    """State of a canvas of N positions, accumulated from its frames."""
 
     def __init__(self, filled: np.ndarray):
-        """`filled` [N]: positions that were not masked at first"""
+        """`filled` [N] bool: positions that are not masked at the start"""
         length = len(filled)
         self.count = 0
         self.filled = filled.copy()
@@ -190,8 +190,8 @@ class History:
         return self._now
 
     def since(self, moment: Moment) -> Frame:
-        """All that came after, as one frame. A position that was filled and masked again is not in it."""
-        assert self.last is not None, "nothing came yet"
+        """One frame with all changes after a moment. Positions that were filled and masked again are left out."""
+        assert self.last is not None, "no frame was added yet"
         at = np.flatnonzero(self.changed > moment.number)
         at = at[moment.filled[at] | self.filled[at]]
         return Frame(
@@ -214,12 +214,12 @@ class History:
 
 
 def number(value: float) -> float | None:
-    """As JSON can say it"""
+    """Rounded; None for values that JSON cannot express"""
     return round(value, 4) if -np.inf < value < np.inf else None
 
 
 def runs(shares: np.ndarray, start: int = 0) -> list[list]:
-    """Positions from `start` on -> [first, last, share] of runs of equal share, without those of share 0"""
+    """Shares of positions from `start` on -> [first, last, share] of runs of equal share, except share 0"""
     shares = np.round(shares, 4)
     if not len(shares):
         return []
@@ -231,7 +231,7 @@ def runs(shares: np.ndarray, start: int = 0) -> list[list]:
 
 
 def json_slices(frame: Frame, prompt: int, text: dict[int, str]) -> Iterator[bytes]:
-    """A frame as JSON, in pieces that each take little time to make."""
+    """A frame as JSON, in small pieces."""
     yield msgspec.json.encode(frame.head(prompt))[:-1]
     for kind in ("set", "edited"):
         which = frame.written(kind)
@@ -247,16 +247,16 @@ def json_slices(frame: Frame, prompt: int, text: dict[int, str]) -> Iterator[byt
 
 
 def json_entries(entries: list, first: bool) -> bytes:
-    """A piece of a JSON list, between its brackets"""
+    """A piece of a JSON list without its brackets"""
     return (b"" if first else b",") + msgspec.json.encode(entries)[1:-1]
 
 
 class Replay:
-    """A canvas as the frames of a stream describe it, in JSON's terms: for terminals and tests."""
+    """State of a canvas, accumulated from the JSON frames of a stream, for terminals and tests."""
 
     def __init__(self, canvas: int):
         self.canvas = canvas
-        self.filled: dict[int, list] = {}  # position -> its entry of `set` or `edited`
+        self.filled: dict[int, list] = {}  # position -> entry of `set` or `edited`
         self.last: dict[str, Any] | None = None
 
     def apply(self, frame: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The hub of the live view in the front-end: admitted requests, and the connections that follow them.
+"""The hub of the live view in the front-end: admitted requests, and connections that follow them.
 
-Requests are known by vLLM's internal id. A client may give several requests the same X-Request-Id, at the same time
-and with different numbers of choices; internal ids are unique.
+Requests are identified by vLLM's unique internal id. Clients may use the same X-Request-Id for several requests at the
+same time, even with different numbers of choices.
 """
 
 import asyncio
@@ -12,26 +12,26 @@ from http import HTTPStatus
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_dlm.client_cache import ClientCache
-from vllm_dlm.limits import Limits
+from vllm_dlm.options.limits import Limits
 from vllm_dlm.refusal import refuse
 from vllm_dlm.view.frames import INTERVAL
 from vllm_dlm.view.observed import Canvas, Cursor, ObservedRequest
 
-#: positions of canvases that are sent every INTERVAL seconds, all followers together: with more, frames are rarer
+#: maximum number of canvas positions per INTERVAL for all followers; with more positions, frames are less frequent
 POSITIONS = 4096
-#: seconds after which a follower with unread frames may be dropped in favour of another
+#: seconds after which a follower with unread frames may be replaced by another
 PATIENCE = 60.0
 
 
 class TooManyOnlookers(GracefulHTTPError):
-    """HTTP 503: another client's request or connection has to end first."""
+    """HTTP 503: another request or connection must end first."""
 
     def __init__(self, message: str):
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Follower:
-    """A connection that reads frames of some canvases. It costs nothing until it reads."""
+    """A connection that reads frames of canvases. It costs nothing until it reads."""
 
     def __init__(self) -> None:
         self.cursors: dict[Canvas, Cursor] = {}
@@ -50,7 +50,7 @@ class Follower:
         return self.unread_since is not None and time.monotonic() - self.unread_since > PATIENCE
 
     def follow(self, canvas: Canvas) -> None:
-        """All that happened before comes in one frame."""
+        """Starts to follow a canvas. All earlier changes are sent in one frame."""
         self.cursors[canvas] = Cursor()
         if canvas.final is None:
             canvas.followers.append(self)
@@ -58,7 +58,7 @@ class Follower:
             self.notify()
 
     def notify(self, at_once: bool = False) -> None:
-        """Something can be read: at once, or a while after the last time."""
+        """Makes new messages readable, immediately or HUB.interval() after the last read."""
         if self.unread_since is None:
             self.unread_since = time.monotonic()
         if self.ready.is_set() or (self._timer is not None and not at_once):
@@ -79,10 +79,10 @@ class Follower:
             self._timer = None
 
     async def take(self) -> list[tuple[int, bytes]]:
-        """(choice, JSON of a message), in order"""
+        """New messages as (choice, JSON), in order"""
         self.ready.clear()
         self.unread_since = None
-        HUB.followers.get(self)  # it reads: others are dropped first
+        HUB.followers.get(self)  # marks it as recently used
         found = []
         for canvas, cursor in list(self.cursors.items()):
             while (message := await canvas.next(cursor)) is not None:
@@ -94,7 +94,7 @@ class Follower:
         return found
 
     def drop(self) -> None:
-        """Ends what it follows: it does not read, and others wait."""
+        """Disconnects a follower that does not read, in favour of another."""
         self.dropped = True
         self.close()
         self.ready.set()
@@ -111,14 +111,14 @@ class Follower:
 class Hub:
     def __init__(self) -> None:
         self.admitted: set[ObservedRequest] = set()
-        self.requests: dict[str, ObservedRequest] = {}  # of those, the ones with an id
+        self.requests: dict[str, ObservedRequest] = {}  # admitted requests with an internal id, by id
         self.followers: ClientCache[Follower, Follower] = ClientCache("followers", lambda follower: follower.drop())
 
     def __bool__(self) -> bool:
         return bool(self.admitted)
 
     def interval(self) -> float:
-        """Seconds between two frames for the same follower"""
+        """Minimum seconds between two frames of a follower"""
         return INTERVAL * max(1.0, sum(follower.positions for follower in self.followers.values()) / POSITIONS)
 
     # -- bounds ----------------------------------------------------------------------------
@@ -126,17 +126,21 @@ class Hub:
     def admit(
         self, request: ObservedRequest, limits: Limits, running: Callable[[str], bool] = lambda name: True
     ) -> None:
-        """`running`: whether vLLM still knows a request. A client that does not read keeps its request from ending
-        here."""
+        """Admits a request or raises an error. `running`: whether vLLM still runs a request; a request of a client that
+        does not read may have ended without being removed here."""
         if request.options.observed:
             if request.choices > limits.observed:
-                refuse("n", request.choices, f"this server shows {limits.observed} choices (limits.observed)")
+                refuse(
+                    "n",
+                    request.choices,
+                    f"at most {limits.observed} choices can be observed (--dlm-config limits.observed)",
+                )
             if self._observed() + request.choices > limits.observed:
                 self.remove([each for name, each in self.requests.items() if not running(name)])
             if self._observed() + request.choices > limits.observed:
                 raise TooManyOnlookers(
-                    f"dlm_frames, dlm_watch: {limits.observed} choices are observed, the limit of this server "
-                    "(--dlm-config limits.observed); try again later or leave the option out"
+                    f"dlm_frames, dlm_watch: this server already observes {limits.observed} choices, its limit "
+                    "(--dlm-config limits.observed); try again later or without the option"
                 )
         if request.own is not None:
             self.admit_follower(request.own, limits)
@@ -147,7 +151,7 @@ class Hub:
         return sum(each.choices for each in self.admitted if each.options.observed)
 
     def admit_follower(self, follower: Follower, limits: Limits) -> None:
-        """When all places are taken, a follower that has not read for PATIENCE seconds makes room."""
+        """Admits a follower. At the limit, it replaces a follower that has not read for PATIENCE seconds."""
         if follower in self.followers:
             return
         self.followers.bound = limits.followers
@@ -155,7 +159,7 @@ class Hub:
             stale = next((each for each in self.followers.values() if each.stale), None)
             if stale is None:
                 raise TooManyOnlookers(
-                    f"{limits.followers} connections follow requests, the limit of this server "
+                    f"this server already has {limits.followers} connections that follow requests, its limit "
                     "(--dlm-config limits.followers); try again later"
                 )
             self.followers.evict(stale)
@@ -164,12 +168,12 @@ class Hub:
     # -- requests --------------------------------------------------------------------------
 
     def bind(self, request: ObservedRequest) -> None:
-        if request.name in self.requests:  # VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
+        if request.name in self.requests:  # possible with VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
             raise ValueError(f"another request with the internal id {request.name!r} is running")
         self.requests[request.name] = request
 
     def remove(self, requests: Iterable[ObservedRequest]) -> None:
-        """They have ended, however they did."""
+        """Removes requests that have ended for any reason."""
         for request in requests:
             self.admitted.discard(request)
             if self.requests.get(request.name) is request:

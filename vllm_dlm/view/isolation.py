@@ -1,7 +1,7 @@
-"""Isolation of the live view from serving: a fault in the view ends what onlookers see of a request, nothing else.
+"""Isolation of the live view from serving: an error in the view only ends the view of a request.
 
-Serving enters the view through `isolated` methods only. An exception in one of them is logged, once for each object,
-and the object does nothing from then on. Its `fail` says what the onlookers are sent instead of frames.
+Serving calls only `isolated` methods of the view. An exception in one of them is logged once per object and disables
+the object. Its `fail` method determines what is sent instead of frames.
 """
 
 import functools
@@ -17,18 +17,18 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers under its ow
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-#: "module:Class.method" -> the method, for all isolated methods; tests make each of them raise
+#: "module:Class.method" -> method, for all isolated methods; tests make each of them raise
 ENTRY_POINTS: dict[str, Any] = {}
 
 
 class Isolated:
-    """An object that serves onlookers. `fault` is why it stopped."""
+    """An object of the view. `fault`: why it is disabled."""
 
     fault: str | None = None
 
     @property
     def subject(self) -> str:
-        """What the log line names"""
+        """Name of the object in log messages"""
         raise NotImplementedError
 
     def fail(self, error: Exception) -> None:
@@ -37,15 +37,15 @@ class Isolated:
 
 def log_fault(subject: str, error: Exception) -> str:
     fault = describe(error)
-    logger.error("The view of %s ends, serving goes on: %s", subject, fault)
+    logger.error("The view of %s failed; serving continues: %s", subject, fault)
     return fault
 
 
 def isolated(method: Method) -> Method:
-    """A method of an Isolated that serving calls: it never raises, and returns None after a fault."""
+    """Decorator for methods of Isolated that serving calls. They never raise, and return None after an error."""
 
     def handle(self: Isolated, error: Exception) -> None:
-        if poisons(error):  # no step can follow on this device, whatever caused it
+        if poisons(error):  # the device can run no further step
             raise error
         self.fail(error)
 
@@ -73,5 +73,5 @@ def isolated(method: Method) -> Method:
 
 
 def error_message(fault: str) -> dict:
-    """What onlookers get in the place of further frames"""
-    return {"error": {"message": f"The view of this request ended, its answer is not affected: {fault}"}}
+    """Message that is sent instead of further frames"""
+    return {"error": {"message": f"The view of this request failed; its answer is not affected: {fault}"}}

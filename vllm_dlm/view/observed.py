@@ -1,8 +1,8 @@
-"""Observed requests in the front-end: what their engine reported, and what a reader is sent of it.
+"""Observed requests in the front-end: collects reports of their engine and encodes messages for followers.
 
-An engine's messages (traces.py) are added to the history of their canvas. Nothing else is done with a frame until a
-follower reads it: it then gets its text and its JSON, once for all followers that have read equally far. All of it
-runs in the thread of the server's event loop, in pieces of SLICE tokens.
+An engine's messages (traces.py) are added to the history of their canvas. A frame gets its text and JSON only when a
+follower reads it, once for all followers that have read equally far. This runs in the thread of the server's event
+loop, in pieces of SLICE tokens.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from vllm_dlm.view.isolation import Isolated, error_message, isolated, log_fault
 if TYPE_CHECKING:
     from vllm_dlm.view.hub import Follower, Hub
 
-#: tokens; the text of a longer prompt is not sent
+#: maximum number of tokens of a prompt whose text is sent
 LONGEST_PROMPT = 8192
 Text = Callable[[int], str]
 
@@ -56,30 +56,30 @@ async def texts(text: Text, tokens: list[int]) -> dict[int, str]:
 
 @dataclass(eq=False)
 class Cursor:
-    """How far a follower has read a canvas. `moment` None: it has not been sent `begin`."""
+    """Position of a follower in the history of a canvas. `moment` None: `begin` was not sent yet."""
 
     moment: Moment | None = None
 
 
 class Canvas(Isolated):
-    """One choice of an observed request: its history, and who follows it."""
+    """One choice of an observed request: its history and its followers."""
 
     def __init__(self, request: "ObservedRequest", index: int):
         self.request, self.index = request, index
         self.started = time.monotonic()
         self.begin: dict[str, Any] | None = None
-        self.length = 0  # of the canvas, with its prompt
+        self.length = 0  # positions of the canvas, including its prompt
         self.followers: list[Follower] = []
         self.filled: list[int] = []  # the step of each delivered token
         self.final: bytes | None = None  # the last message: its end, or an error
         self.text: Text = str  # until the first message
         self._lock = asyncio.Lock()
-        self._json: dict[tuple[int, int], tuple[bytes, Moment]] = {}  # frames by where they begin and end
+        self._json: dict[tuple[int, int], tuple[bytes, Moment]] = {}  # encoded frames by first and last moment
         self._begin_json: bytes | None = None
 
     @property
     def choice(self) -> int:
-        """Its number in the response"""
+        """Index in the response"""
         return self.request.first_choice + self.index
 
     @property
@@ -90,7 +90,7 @@ class Canvas(Isolated):
         self.stop(self.request.log(error))
 
     def stop(self, fault: str) -> None:
-        """Onlookers get an error instead of further frames and of the trajectory."""
+        """Sends an error instead of further frames and the trajectory."""
         self.fault, message = fault, error_message(fault)
         self._finish(message)
         if self.request.channel is not None and self.request.options.trajectory:
@@ -98,10 +98,10 @@ class Canvas(Isolated):
 
     @isolated
     def take(self, message: bytes, tokenizer) -> None:
-        """A message of the engine"""
+        """Takes a message of the engine."""
         content = msgspec.msgpack.decode(message)
         self.text = texts_of(tokenizer)
-        if "error" in content:  # which the engine logged
+        if "error" in content:  # already logged by the engine
             self.stop(content["error"])
         elif "begin" in content:
             begin = content["begin"]
@@ -150,7 +150,7 @@ class Canvas(Isolated):
 
     @isolated
     async def next(self, cursor: Cursor) -> bytes | None:
-        """JSON of `begin`, or of one frame with all that is new to the cursor; None: it has read everything"""
+        """JSON of `begin`, or of one frame with all changes after the cursor; None: nothing new"""
         if self.begin is None:
             return None
         async with self._lock:
@@ -187,7 +187,7 @@ class Canvas(Isolated):
         return b"".join(parts)
 
     def listed(self) -> dict[str, Any]:
-        """As /dlm/requests has it"""
+        """Entry of /dlm/requests"""
         begin = self.begin or {}
         return {
             "request": self.request.name,
@@ -202,17 +202,17 @@ class Canvas(Isolated):
 
 
 class ObservedRequest(Isolated):
-    """A request with dlm_frames, dlm_watch or dlm_trajectory, from its check until it has ended."""
+    """A request with dlm_frames, dlm_watch or dlm_trajectory, from its check to its end."""
 
     def __init__(self, name: str, model: str, choices: int, options, channel=None):
-        self.name = name  # the client's, until vLLM gives the request its internal id
+        self.name = name  # the client's id, until vLLM assigns the internal id
         self.model, self.choices, self.options, self.channel = model, choices, options, channel
         self.own: Follower | None = channel.follower if channel is not None and options.frames else None
         self.first_choice = 0 if channel is None else channel.open(choices)
         self.prompt: list[int] = []
-        self.hub: Hub  # that admitted it
+        self.hub: Hub  # set on admission
         self.canvases = [Canvas(self, index) for index in range(choices)]
-        self.tokens: Counter[int] = Counter()  # delivered, by choice
+        self.tokens: Counter[int] = Counter()  # number of delivered tokens by choice
         self._ending: list[tuple[Canvas, str]] = []
         self._logged: str | None = None
         if self.own is not None:
@@ -224,7 +224,7 @@ class ObservedRequest(Isolated):
         return f"request {self.name}"
 
     def log(self, error: Exception) -> str:
-        """One line for each request, whichever of its choices is concerned"""
+        """Logs an error once per request, for all of its choices."""
         self._logged = self._logged or log_fault(self.subject, error)
         return self._logged
 
@@ -235,7 +235,7 @@ class ObservedRequest(Isolated):
 
     @isolated
     def bind(self, name: str, prompt: list[int]) -> None:
-        """vLLM gave the request its internal id."""
+        """Called when vLLM has assigned the internal id."""
         self.name, self.prompt = name, prompt
         self.hub.bind(self)
 
@@ -245,7 +245,7 @@ class ObservedRequest(Isolated):
 
     @isolated
     def fill(self, index: int, steps: list[int], fault: str | None = None) -> None:
-        """`steps` that filled the next tokens of a choice, or the `fault` for which they are not known"""
+        """`steps`: steps that filled the next tokens of a choice; `fault`: why they are not available"""
         if fault is None:
             self.canvases[index].filled += steps
         else:
@@ -253,7 +253,7 @@ class ObservedRequest(Isolated):
 
     @isolated
     def note(self, output, deltas: bool) -> None:
-        """An output on its way to the client. `deltas`: it has new tokens only"""
+        """Takes an output before it is sent to the client. `deltas`: it only has new tokens"""
         for completion in output.outputs:
             canvas, count = self.canvases[completion.index], len(completion.token_ids)
             self.tokens[canvas.index] = count + self.tokens[canvas.index] * deltas
@@ -267,7 +267,7 @@ class ObservedRequest(Isolated):
 
     @isolated
     def end_choices(self) -> None:
-        """The client has been sent the end of these choices."""
+        """Called after the client has received the end of choices."""
         for canvas, reason in self._ending:
             canvas.end(reason, self.tokens[canvas.index])
         self._ending = []

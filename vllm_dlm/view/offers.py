@@ -1,4 +1,4 @@
-"""What the page lets people choose: the methods that this server takes, and what it does unasked."""
+"""Options that the page offers: methods that this server accepts, and its default methods."""
 
 from dataclasses import fields
 from typing import Any
@@ -8,7 +8,7 @@ from vllm_dlm.options import METHOD_KEYS, OptionError, Options, request_options
 
 
 def offers(server: Options) -> dict[str, Any]:
-    """kind -> names and name/preset that a request to this server may give; `server` -> its own methods and fields."""
+    """kind -> names and name/preset that this server accepts in requests; "server" -> its own methods and fields."""
     keys = {kind: key for key, kind in METHOD_KEYS.items()}
     taken: dict[str, Any] = {
         kind: [name for name in _names(kind) if _takes(server, keys[kind], name)] for kind in KINDS
@@ -17,7 +17,7 @@ def offers(server: Options) -> dict[str, Any]:
 
 
 def _names(kind: str) -> list[str]:
-    """Each method before its presets"""
+    """Names of methods, each followed by its presets"""
     known = methods(kind)
     return [
         name for method in known for name in (method, *(f"{method}/{p}" for p in getattr(known[method], "presets", {})))

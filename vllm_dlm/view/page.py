@@ -1,8 +1,8 @@
-"""The page as one file: `page.html` with the style sheet and the scripts written into it.
+"""The page as a single file: `page.html` with embedded style sheet and scripts.
 
-Nothing is fetched from anywhere, so an exported page is complete, too. Its Content-Security-Policy names this one
-script by its hash: whatever a model writes, nothing else on the page can run. An exported file has the policy in its
-text; a server sends it as a header as well, with what only a header can say.
+The page loads nothing else, so an exported page is complete, too. Its Content-Security-Policy allows only this script,
+by its hash, so text of a model cannot run as a script. An exported file contains the policy. A server also sends it as
+a header, with directives that are only valid there.
 """
 
 import base64
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-#: in the order in which they stand in the page; each uses those before it, `page.js` starts
+#: in the order of the page; each script uses earlier ones, and `page.js` starts the page
 SCRIPTS = (
     "run.js",
     "colours.js",
@@ -28,7 +28,7 @@ SCRIPTS = (
 @cache
 def script() -> str:
     scripts = "".join((FOLDER / name).read_text() for name in SCRIPTS)
-    # The page's own names stay its own; the line ends are part of what is hashed.
+    # The function keeps names local. Line ends are part of the hash.
     return f'"use strict";\n(() => {{\n{scripts}}})();\n'
 
 
@@ -42,7 +42,7 @@ def policy() -> str:
 
 
 def headers() -> dict[str, str]:
-    """Of the page: no site may show it in a frame, where it could be made to send requests in a user's name."""
+    """Headers of the page. They forbid frames, in which other sites could make it send requests on behalf of a user."""
     return {
         "Content-Security-Policy": f"{policy()}; frame-ancestors 'none'",
         "X-Frame-Options": "DENY",

@@ -1,7 +1,7 @@
-"""Routes of a server that was started with `--dlm-view`: the page, the requests that may be watched, and one of them.
+"""Routes of a server with `--dlm-view`: the page, the list of requests that can be watched, and a watched request.
 
-The page is a file without data and open to all. The others need a key of `--api-key` if the server has one, as vLLM's
-routes under /v1 do. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py,
+The page contains no data and needs no key. The other routes require a key of `--api-key` if the server has one, like
+vLLM's routes under /v1. Read in vLLM 0.32 and 0.33: entrypoints/serve/middleware/{register,authenticate}.py,
 plugins/endpoint_plugins/interface.py.
 """
 
@@ -17,7 +17,7 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vllm_dlm.configuration import is_diffusion_lm, resolved_options
+from vllm_dlm.configuration import is_diffusion_lm, server_options_of
 from vllm_dlm.shown import shown
 from vllm_dlm.view.hub import HUB, Follower, TooManyOnlookers
 from vllm_dlm.view.isolation import error_message
@@ -37,7 +37,7 @@ class ViewPlugin:
             app.include_router(router_of(app.state.args))
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Routes look requests up where frames pass."""
+        """A no-op, because routes find requests in the hub."""
 
 
 def router_of(args) -> APIRouter:
@@ -61,11 +61,11 @@ async def show_page() -> HTMLResponse:
 
 
 async def list_offers(request: Request) -> Response:
-    """A server's options do not change: they are made once."""
+    """Encoded once, because a server's options do not change."""
     state = request.app.state
     if not hasattr(state, "dlm_offers"):
-        config = state.engine_client.vllm_config
-        found = offers(resolved_options(config)) if is_diffusion_lm(config.model_config) else {}
+        model_config = state.engine_client.model_config
+        found = offers(server_options_of(model_config)) if is_diffusion_lm(model_config) else {}
         state.dlm_offers = msgspec.json.encode(found)
     return Response(state.dlm_offers, media_type="application/json", headers=NO_SNIFFING)
 
@@ -77,9 +77,7 @@ async def list_requests() -> Response:
 
 async def watch(name: str, choice: int = 0) -> StreamingResponse:
     if (canvas := HUB.find(name, choice)) is None:
-        raise HTTPException(
-            404, f"request {shown(name)}, choice {choice}: no such request that may be watched (dlm_watch 1) is running"
-        )
+        raise HTTPException(404, f"request {shown(name)}, choice {choice}: no such request with dlm_watch is running")
     follower = Follower()
     try:
         HUB.admit_follower(follower, canvas.request.options.limits)
@@ -91,8 +89,8 @@ async def watch(name: str, choice: int = 0) -> StreamingResponse:
 
 
 class Events:
-    """Server-sent events of what a follower reads. The follower's place is free again when this object goes, even if
-    the client left before the first event."""
+    """Server-sent events of a follower. The follower is closed when this object is deleted, even if the client
+    disconnects before the first event."""
 
     def __init__(self, follower: Follower):
         self.follower = follower

@@ -1,7 +1,6 @@
-"""One canvas in a terminal: masks, grey guesses, tokens coloured by the step that filled them, and a line of numbers.
+"""A canvas in a terminal: masks, grey guesses, tokens coloured by the step that filled them, and a line of numbers.
 
-If the output is not a terminal, lines of plain text instead of a picture. Everything a server sends goes through
-`printable` before it is shown.
+Without a terminal, it prints lines of plain text. Text from the server is passed through `printable`.
 """
 
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from vllm_dlm.shown import printable
 from vllm_dlm.view.frames import Replay
 
 MASK, SPECIAL = "░", "∙"
-#: of the steps, in turn
+#: colours of successive steps, repeated
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
-#: without a terminal a line is written for so large a part of the canvas
+#: share of the canvas that is filled between two lines, without a terminal
 PART = 0.2
 
 
@@ -30,11 +29,11 @@ class Screen:
         self.replay = Replay(0)
         self.sums = {"recomputed": 0, "dense": 0, "read": 0, "of": 0}
         self.end: dict | None = None
-        self.fault: str | None = None  # why there are no more frames
+        self.fault: str | None = None  # error message that replaces further frames
         self._shown = 0.0
 
     def take(self, message: dict) -> None:
-        """The `dlm` object of a chunk"""
+        """Takes the `dlm` object of a chunk."""
         if "begin" in message:
             self.begin, self.begun = message["begin"], monotonic()
             self.replay = Replay(self.begin["canvas"])
@@ -71,7 +70,7 @@ class Screen:
         with Live(get_renderable=self.picture, console=self.console, refresh_per_second=20):
             yield
 
-    # -- what is seen ----------------------------------------------------------------------
+    # -- rendering -------------------------------------------------------------------------
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""What a worker records of the steps of observed requests"""
+"""Records of steps of observed requests, in a worker"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,27 +14,29 @@ from vllm_dlm.step.counts import Counts
 
 @dataclass
 class StepRecord:
-    """One step of one request. Rows are those of its canvas."""
+    """One step of one request. N rows of its canvas."""
 
     ms: float = 0.0
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [C] proposed where the commit read
-    best: np.ndarray | None = None  # [2, BEST, C] the most probable tokens there, and how probable
-    live: int = 0  # rows carried through layers, in all of them
-    recomputed: int = 0  # rows through the feed-forward, in all layers
+    tokens: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # [C] tokens proposed at the positions that the commit read
+    best: np.ndarray | None = None  # [2, BEST, C] the most probable tokens there, and their probabilities
+    live: int = 0  # live rows, summed over layers
+    recomputed: int = 0  # rows that pass the feed-forward, summed over layers
     keys_read: int = 0
     keys_there: int = 0
-    rows: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] in which share of the layers recomputed
-    pages: np.ndarray | None = None  # [units] in which share of layers and key heads shown
-    unit: int = 1  # positions of one
-    fault: str | None = None  # why nothing more is known of this request
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] share of layers that recompute a row
+    pages: np.ndarray | None = None  # [units] share of layers and key heads that read a unit
+    unit: int = 1  # positions per unit
+    fault: str | None = None  # why the view of this request failed
 
 
-#: arguments: the counts, then of each canvas of a group the number of queries, of keys read, and of keys there are
+#: arguments: the counts, then for each canvas of a group the number of queries, of keys read, and of all keys
 KeyCounter = Callable[["CanvasCounts", list[int], list[int], list[int]], None]
 
 
 class CanvasCounts(Counts):
-    """Counts of a group's attention, in sum and for each of its canvases."""
+    """Counts of a group's attention, in total and for each canvas."""
 
     def __init__(self, canvases: int, count_keys: KeyCounter):
         super().__init__()
@@ -52,19 +54,21 @@ class CanvasCounts(Counts):
 
 
 class GroupRecord:
-    """What the layers did to the rows of a group: T rows, C canvases"""
+    """Record of a group in all layers: T rows, C canvases"""
 
     def __init__(self, group: Group, streams: Sequence[Stream]):
         canvases = len(group.kv_lens)
         self.group, self.streams = group, streams
-        self.queried: Rows | None = None  # rows that attended last
-        self.everywhere = 0  # layers that recomputed every row
-        self.recomputed: torch.Tensor | None = None  # [T] the others that recomputed it, on the device
-        self.through = np.zeros(canvases, np.int64)  # rows through the feed-forward
+        self.queried: Rows | None = None  # rows of the last attention
+        self.everywhere = 0  # number of layers that recomputed every row
+        self.recomputed: torch.Tensor | None = None  # [T] number of other layers that recomputed a row, on the device
+        self.through = np.zeros(canvases, np.int64)  # rows that passed the feed-forward
         self.read, self.there = np.zeros(canvases, np.int64), np.zeros(canvases, np.int64)
-        self.shown: torch.Tensor | None = None  # [C, 1 + units] how often each was, on the device; the first is padding
-        self.unseen = 0  # layers without a selection
-        self.noted = -1  # the layer whose choice is counted
+        self.shown: torch.Tensor | None = (
+            None  # [C, 1 + units] number of reads of each unit, on the device; column 0 is padding
+        )
+        self.unseen = 0  # minus the number of layers with a selection
+        self.noted = -1  # the last layer with a counted choice
         self.copies: list[torch.Tensor | None] = [None, None]
 
     def asked(self, ask: Ask) -> None:
@@ -74,7 +78,7 @@ class GroupRecord:
             self._count_fed(self._fed(ask))
 
     def _fed(self, ask: FeedForward) -> Rows:
-        """Rows that pass the feed-forward: those that are picked, else the ones that attended, or all"""
+        """Rows that pass the feed-forward: picked rows, otherwise those of the last attention, or all rows"""
         if ask.picked is not None:
             return ask.picked.rows
         return self.group.all if self.queried is None or len(self.queried) != len(ask.x) else self.queried
@@ -111,7 +115,7 @@ class GroupRecord:
         self.unseen -= 1
 
     def bring(self) -> None:
-        """Starts the copies to the host. They are complete when the output of the head is."""
+        """Starts the copies to the host. They are complete once the output of the head is."""
         self.copies = [on_the_way(own) for own in (self.recomputed, self.shown)]
 
     def tell(self, steps: dict[str, StepRecord], layers: int) -> None:
@@ -133,7 +137,7 @@ class GroupRecord:
 
 
 def add(seen: StepRecord, stream: Stream, layers: int, counted: Sequence, shares: np.ndarray, pages=None) -> None:
-    """One stream more; `shares` [its live rows]"""
+    """Adds a stream to a record. `shares`: share of layers that recompute each live row"""
     through, read, there = map(int, counted)
     seen.live += stream.num_rows * layers
     seen.recomputed += through

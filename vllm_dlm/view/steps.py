@@ -1,11 +1,11 @@
-"""What a worker records of the steps of observed requests, beyond what it commits: an observer of the denoiser.
+"""Records steps of observed requests in a worker, in addition to commits: an observer of the denoiser.
 
-It is attached while there are such requests. A forward with an observed canvas gets a `ForwardObserver`, which follows
-its layers and records on the device which rows went through the feed-forward and which keys a selection showed. The
-records reach the host with what the head reads. A replayed CUDA graph runs as it was captured, so its record is made on
-the host: the rows that the plan fixes, and for a policy with a budget the mean share of the others.
+It is attached while requests are observed. A forward with an observed canvas gets a `ForwardObserver`, which records on
+the device which rows pass the feed-forward and which keys a selection reads. The records are copied to the host
+together with the output of the head. A replayed CUDA graph cannot be observed, so its record is derived on the host:
+the rows that the plan fixes, and for a policy with a budget the mean share of the other rows.
 
-A fault ends the view of the observed requests of its step. The step itself goes on (see isolation.py).
+An error ends the view of the observed requests of its step, and the step continues (see isolation.py).
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ from vllm_dlm.step.head import most_probable
 from vllm_dlm.view.isolation import Isolated, isolated
 from vllm_dlm.view.seen import CanvasCounts, GroupRecord, StepRecord, add
 
-#: of a guess so many tokens are told, the one that is proposed among them or not
+#: number of most probable tokens that are reported for a guess
 BEST = 4
 
 
 class ForwardObserver:
-    """Reports to `seeing` what the layers of a forward do to the groups of observed canvases. A LayerObserver"""
+    """A LayerObserver that reports groups with observed canvases to `seeing`"""
 
     def __init__(self, seeing: "StepRecorder", seen: dict[int, GroupRecord]):
-        self.seeing, self.seen = seeing, seen  # by the group's number
+        self.seeing, self.seen = seeing, seen  # `seen`: by index of the group
 
     def asked(self, asks: dict[int, Ask]) -> None:
         self.seeing.asked(self.seen, asks)
@@ -52,7 +52,7 @@ class StepRecorder(Observer, Isolated):
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.attached = denoiser, False
         self.layers = len(denoiser.model.model.layers)
-        self.observed: set[str] = set()  # of the runner
+        self.observed: set[str] = set()  # observed requests of the runner
         self.current: list[str] = []  # requests of this step
         self.steps: dict[str, StepRecord] = {}
         self.groups: list[GroupRecord] = []
@@ -63,7 +63,7 @@ class StepRecorder(Observer, Isolated):
         return f"requests {', '.join(self.steps)}"
 
     def attach(self, observed: set[str], current: list[str]) -> None:
-        """Called before a step. `observed`: requests with onlookers; `current`: requests of this step"""
+        """Called before a step. `observed`: observed requests; `current`: requests of this step"""
         self.observed, self.current = observed, current
         self._attach()
 
@@ -75,13 +75,13 @@ class StepRecorder(Observer, Isolated):
             (self.denoiser.observers.append if wanted else self.denoiser.observers.remove)(self)
 
     def take(self) -> dict[str, StepRecord]:
-        """Called after a step -> what was seen of each observed request"""
+        """Called after a step -> record of each observed request"""
         taken, self.steps, self.fault = self.steps, {}, None
         self.groups, self.replayed, self.denoiser.head.best = [], None, None
         return taken
 
     def fail(self, error: Exception) -> None:
-        """Ends the view of the observed requests of this step. `take` restores what a step expects."""
+        """Ends the view of the observed requests of this step. `take` resets the recorder for the next step."""
         self.steps = {name: StepRecord() for name in self.current if name in self.observed}
         super().fail(error)
         for seen in self.steps.values():
@@ -146,7 +146,7 @@ class StepRecorder(Observer, Isolated):
             group.bring()
 
     def best(self, logits_RV: torch.Tensor) -> torch.Tensor:
-        """-> [2 * BEST, R] see `most_probable`; after a fault zeros, since the head joins several of them"""
+        """-> [2 * BEST, R], see `most_probable`; zeros after an error, because the head concatenates several results"""
         found = self._most_probable(logits_RV)
         return logits_RV.new_zeros(2 * BEST, len(logits_RV), dtype=torch.float64) if found is None else found
 
@@ -158,7 +158,7 @@ class StepRecorder(Observer, Isolated):
     def step_ended(self, readings: Sequence[Reading], counts: Counts) -> None:
         self.denoiser.head.best = None
         if self.denoiser.device.type == "cuda" and self.groups:
-            torch.cuda.current_stream().synchronize()  # over, unless the head had nothing to read
+            torch.cuda.current_stream().synchronize()  # usually already done by the head
         for group in self.groups:
             group.tell(self.steps, self.layers)
         if self.replayed is not None:

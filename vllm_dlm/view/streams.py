@@ -1,4 +1,4 @@
-"""A stream of a chat or completion with frames between its chunks, and a response with its trajectories."""
+"""Adds frames between the chunks of a streamed chat or completion, and trajectories to a response."""
 
 import asyncio
 import json
@@ -14,20 +14,20 @@ from vllm_dlm.view.hub import Follower
 from vllm_dlm.view.isolation import Isolated, error_message, isolated
 
 DATA, DONE = "data: ", "data: [DONE]"
-DROPPED = "its client did not read for long, and others waited to follow"
+DROPPED = "its client did not read for a long time while others were waiting"
 
 
 class Channel(Isolated):
-    """What the engine requests of one HTTP request have to show its client."""
+    """Frames and trajectories of all engine requests of one HTTP request."""
 
     def __init__(self, stream: bool, kind: str, empty: dict, model: str):
-        """`kind` of object a chunk is, and `empty`: the choice of one that says nothing"""
+        """`kind`: the chunks' "object" field; `empty`: fields of a choice without content"""
         self.stream, self.kind, self.empty, self.model = stream, kind, empty, model
         self.created = int(time.time())
         self.name: str | None = None
         self.choices = 0
         self.follower = Follower()
-        self.trajectories: dict[int, dict] = {}  # of choices that have ended: {"trajectory": …} or {"error": …}
+        self.trajectories: dict[int, dict] = {}  # choices that have ended -> {"trajectory": …} or {"error": …}
         self._error_sent = False
 
     @property
@@ -40,7 +40,7 @@ class Channel(Isolated):
         self.follower.ready.set()
 
     def open(self, choices: int) -> int:
-        """An engine request with this number of choices begins -> the number of its first"""
+        """Adds an engine request with this number of choices -> index of its first choice"""
         first, self.choices = self.choices, self.choices + choices
         return first
 
@@ -51,12 +51,12 @@ class Channel(Isolated):
         return f'{DATA}{json.dumps(head)[:-1]}, "dlm": {own.decode()}}}\n\n'
 
     async def news(self) -> list[str]:
-        """Chunks with all that is new"""
+        """Chunks with all new messages"""
         found = await self._news() or []
         fault = DROPPED if self.follower.dropped else self.fault
         if fault is not None and not self._error_sent:
             self._error_sent = True
-            with suppress(Exception):  # the fault may be in making chunks
+            with suppress(Exception):  # creating chunks may be what failed
                 found.append(self.chunk(0, msgspec.json.encode(error_message(fault))))
         return found
 
@@ -69,7 +69,7 @@ class Channel(Isolated):
 
     @isolated
     def with_trajectory(self, line: str) -> str:
-        """The last chunk of a choice says which step filled its tokens."""
+        """Adds the trajectory of a choice to its last chunk."""
         if line.startswith(DONE) or not line.startswith(DATA):
             return line
         chunk: dict[str, Any] = json.loads(line.removeprefix(DATA))
@@ -80,7 +80,7 @@ class Channel(Isolated):
         return line
 
     def with_trajectories(self, response: Any) -> Any:
-        """A response that is complete. One that is an error has no trajectories."""
+        """Adds trajectories to a complete response. Error responses have none."""
         if hasattr(response, "choices"):
             found = self._found_trajectories()
             if self.fault is not None:
@@ -95,12 +95,12 @@ class Channel(Isolated):
         return found[0] if self.choices == 1 and found else found
 
 
-#: of the HTTP request that is being answered
+#: channel of the current HTTP request
 CHANNEL: ContextVar[Channel | None] = ContextVar("CHANNEL", default=None)
 
 
 async def with_frames(theirs: AsyncIterator[str], channel: Channel) -> AsyncGenerator[str, None]:
-    """Their lines, and frames as they come. What ends a stream comes last."""
+    """Yields vLLM's lines, and frames as they arrive. The end of the stream comes last."""
     ready = channel.follower.ready
     line = asyncio.ensure_future(anext(theirs))
     news = asyncio.ensure_future(ready.wait())

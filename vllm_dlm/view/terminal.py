@@ -1,4 +1,4 @@
-"""Sends a prompt to a server and shows the canvas of its answer filling in."""
+"""Sends a prompt to a server and shows how the canvas of its answer is filled."""
 
 import argparse
 import os
@@ -16,13 +16,18 @@ from vllm_dlm.view.screen import Screen
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vllm_dlm watch", description=__doc__)
-    parser.add_argument("url", help="of a server, as http://127.0.0.1:8000")
+    parser.add_argument("url", help="URL of a server, for example http://127.0.0.1:8000")
     parser.add_argument("prompt")
-    parser.add_argument("--model", help="default: the first the server has")
+    parser.add_argument("--model", help="default: the server's first model")
     parser.add_argument("--max-tokens", type=int, default=64, help="length of the canvas")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument(
-        "--set", action="append", default=[], type=option, metavar="dlm_OPTION=VALUE", help="of the request, repeatable"
+        "--set",
+        action="append",
+        default=[],
+        type=option,
+        metavar="dlm_OPTION=VALUE",
+        help="option of the request, repeatable",
     )
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"))
     args = parser.parse_args(arguments)
@@ -65,7 +70,7 @@ def follow(
     temperature: float = 0.0,
     key: str = "none",
 ) -> Screen:
-    """A chat -> the screen as it was at the end"""
+    """Sends a chat and shows its canvas -> the final screen"""
     screen, text = Screen(console), ""
     try:
         with connect(url).with_options(api_key=key) as client, screen.live():
@@ -85,11 +90,11 @@ def follow(
     except openai.APIStatusError as error:
         raise RequestError(f"HTTP {error.status_code}: {message(error)}") from None
     except (openai.APIConnectionError, httpx.TransportError) as error:
-        raise RequestError(f"the server broke off: {error}") from None
+        raise RequestError(f"connection lost: {error}") from None
     except openai.APIError as error:
         raise RequestError(message(error)) from None
     if screen.end is None and screen.fault is None:
-        raise RequestError("the server sent no frames: it needs vllm_dlm and a diffusion model")
+        raise RequestError("the server sent no frames; it requires vllm_dlm and a diffusion model")
     console.print(printable(text.strip()), markup=False, highlight=False, emoji=False, soft_wrap=True)
     if screen.fault is not None:
         raise RequestError(screen.fault)

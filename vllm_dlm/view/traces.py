@@ -1,10 +1,10 @@
-"""What the scheduler reports of observed requests: frames of their canvases, and which step filled each token.
+"""Reports of observed requests from the scheduler: frames of their canvases, and the step that filled each token.
 
-Both travel in envelopes (envelope.py), in outputs of their own that come before vLLM's outputs of the same step. Frames
-carry token ids; the front-end adds their text.
+Both are sent in envelopes (envelope.py), in separate outputs before vLLM's outputs of the same step. Frames contain
+token ids; the front-end adds their text.
 
-Changes are found by comparing the canvas with its state after the previous step. So it makes no difference what changed
-it: a decoding that fills, revokes or edits, a speculative canvas, or a preemption.
+Changes are found by comparing the canvas with its state after the previous step. This covers all causes: filled,
+revoked and edited tokens, speculation, and preemption.
 """
 
 import math
@@ -24,7 +24,7 @@ from vllm_dlm.view.seen import StepRecord
 
 
 class Trace(Isolated):
-    """The steps of one request, while it runs."""
+    """Reports of one running request."""
 
     def __init__(self, request_id: str, client_index: int):
         self.request_id, self.client_index = request_id, client_index
@@ -40,11 +40,11 @@ class Trace(Isolated):
 
     @isolated
     def begins(self, canvas: Canvas, layers: int, stop: bool) -> None:
-        """`stop`: its text may end the request, which only the front-end sees"""
+        """`stop`: the request has stop strings, which only the front-end can check"""
         self.layers, self.stop = layers, stop
         self.options, self.prompt_len, self.mask_id = canvas.options, canvas.prompt_len, canvas.mask_id
         self.tokens = canvas.tokens.copy()  # after the previous step
-        self.steps = np.zeros(len(canvas), np.int64)  # that filled each position; 0: none
+        self.steps = np.zeros(len(canvas), np.int64)  # step that filled each position; 0: none
         self.delivered = 0
         if not self.options.observed:
             return
@@ -74,7 +74,7 @@ class Trace(Isolated):
 
     @isolated
     def stepped(self, canvas: Canvas, commit: Commit, seen: StepRecord | None, requests: int) -> None:
-        """The canvas has applied the commit."""
+        """Called after the canvas has applied the commit."""
         if seen is not None and seen.fault is not None:  # logged by the worker
             self.fault, self.error_is_due = seen.fault, True
             return
@@ -109,22 +109,20 @@ class Trace(Isolated):
         return Guesses.build(commit.read[left], seen.tokens[left] if known else left, commit.confidence[left], best)
 
     def _shares(self, canvas: Canvas, seen: StepRecord) -> np.ndarray:
-        """[2, N] of layers that recomputed a row, and that read a key"""
+        """[2, N] share of layers that recomputed a row, and that read a key"""
         shares, rows = np.zeros((2, len(canvas))), len(seen.rows)
         if rows:
-            shares[0, : rows - 1], shares[0, canvas.last] = (
-                seen.rows[:-1],
-                seen.rows[-1],
-            )  # which may stand for a later one
+            # the last row may represent a later position
+            shares[0, : rows - 1], shares[0, canvas.last] = seen.rows[:-1], seen.rows[-1]
         if seen.pages is not None:
             shares[1, :rows] = np.repeat(seen.pages, seen.unit)[:rows]
         return shares
 
-    # -- on the way to the front-end -------------------------------------------------------
+    # -- to the front-end ------------------------------------------------------------------
 
     @isolated
     def report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Adds what is due to a step's outputs. Frames come first: a request may end with its output."""
+        """Adds due reports to a step's outputs. Frames come before vLLM's output, with which a request may end."""
         own = self.own(outputs)
         tokens, finished = sum(len(one.new_token_ids) for one in own), any(one.finished for one in own)
         found = self._due(finished or (tokens > 0 and self.stop)) if self.options.observed else []
@@ -148,7 +146,7 @@ class Trace(Isolated):
         return [Envelope(view=msgspec.msgpack.encode(message)) for message in found]
 
     def _deliver(self, tokens: int) -> list[int]:
-        """The steps of the tokens that come next"""
+        """The steps that filled the next tokens"""
         start = self.prompt_len + self.delivered
         self.delivered += tokens
         return self.steps[start : start + tokens].tolist()
@@ -165,7 +163,7 @@ def report(traces: Iterable[Trace], outputs: dict[int, EngineCoreOutputs]) -> No
         trace.report(outputs)
         if trace.fault is None:
             continue
-        found = [Envelope(fault=trace.fault) for _ in trace.own(outputs)]  # instead of the steps of its tokens
+        found = [Envelope(fault=trace.fault) for _ in trace.own(outputs)]  # instead of the steps of each token
         if trace.error_is_due:
             trace.error_is_due = False
             found.insert(0, Envelope(view=msgspec.msgpack.encode({"error": trace.fault})))

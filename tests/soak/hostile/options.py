@@ -14,8 +14,8 @@ from typing import Any
 from tests.soak.hostile.rows import ANSWERED, AT_ONCE, LEGAL, REFUSED, Row, Target, completion, with_options
 from tests.soak.requests import names
 from vllm_dlm.methods import methods
-from vllm_dlm.option_types import LARGEST
 from vllm_dlm.options import METHOD_KEYS, REQUEST_FIELDS, WINDOW, OptionError, Options, request_options
+from vllm_dlm.options.types import LARGEST
 
 #: other options without which some fields accept no value
 COMPANIONS: tuple[dict, ...] = ({}, {"dlm_threshold": 1.0}, {"dlm_threshold": "none"})

@@ -14,7 +14,12 @@ FAMILY = Family(
             "decoding": {"name": "low_confidence", "block_length": 32, "threshold": 0.9},
             "reuse": {"name": "fast_dllm", "cache": "dual"},
             "extent": {"name": "window", "window": 96},
-        }
+        },
+        "dllm-var": {
+            "decoding": {"name": "low_confidence", "block_length": 64, "threshold": 0.9},
+            "reuse": {"name": "frozen"},
+            "extent": {"name": "block"},
+        },
     },
     canvas=256,  # from the paper's evaluations with short answers
     rope_full_precision=True,

@@ -2,15 +2,23 @@
 
 from collections.abc import Iterator
 
+from vllm_dlm.families.config import PlainRopeConfig
 from vllm_dlm.families.sdar.config import SDARConfig
 from vllm_dlm.families.sdar_moe import FAMILY
 
 
-class SDARMoeConfig(SDARConfig):
-    family = FAMILY
-    model_type = FAMILY.model_type
-    sizes = (*SDARConfig.sizes, "moe_intermediate_size", "num_experts", "num_experts_per_tok")
-    implemented = SDARConfig.implemented | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+class Qwen3MoeConfig(PlainRopeConfig):
+    """Qwen3-MoE's fields"""
+
+    sizes = (*PlainRopeConfig.sizes, "moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    implemented = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_type": "default",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
     dense_layers, grouped_experts = 0, False
 
     @property
@@ -23,3 +31,9 @@ class SDARMoeConfig(SDARConfig):
         yield "num_experts_per_tok", chosen <= experts, f"at most num_experts={experts}"
         normalised = getattr(self, "norm_topk_prob", False)
         yield "norm_topk_prob", normalised in (True, False, None), "true or false"
+
+
+class SDARMoeConfig(Qwen3MoeConfig, SDARConfig):
+    family = FAMILY
+    model_type = FAMILY.model_type
+    implemented = SDARConfig.implemented | Qwen3MoeConfig.implemented

@@ -10,7 +10,7 @@ from vllm_dlm.canvas.canvas import Canvas
 class CanvasMemory:
     def __init__(self, manager: KVCacheManager, shape: BlockShape):
         self.manager, self.shape = manager, shape
-        # A guided request has two canvases and policies keep features: more blocks than its tokens fill.
+        # Guidance doubles the blocks and policies store features, so a canvas may use more blocks than its tokens fill.
         manager.max_model_len = 1 << 40
 
     @property
@@ -18,20 +18,21 @@ class CanvasMemory:
         return self.manager.block_pool.get_num_free_blocks()
 
     def blocks(self, canvas: Canvas, rows: int | None = None) -> int:
-        """Blocks of a canvas with this number of rows (None: those that it has by now)"""
+        """Number of blocks of a canvas with `rows` rows; None: its current rows"""
         rows = canvas.rows if rows is None else rows
         return self.shape.tokens(canvas.options, canvas.prompt_len, len(canvas), rows) // self.shape.block_size
 
     def check_size(self, canvas: Canvas) -> None:
-        """The front-end refuses what cannot fit, but of unequal replicas it knows the average only."""
+        """Raises if the canvas can never fit. The front-end has checked this only against the average of all
+        replicas."""
         needed, room = self.blocks(canvas, len(canvas)), self.manager.block_pool.num_gpu_blocks - 1
         if needed > room:
-            raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, and this replica has {room}")
+            raise MemoryError(f"the canvas takes {needed} blocks of the KV cache, but this replica has {room}")
 
     def fits(self, canvas: Canvas, shared: KVCacheBlocks, others_run: bool) -> bool:
-        """Whether there are blocks for a request that starts, in addition to those of its cached prefix"""
+        """Whether enough blocks are free for a request that starts with this cached prefix"""
         kept_free = self.manager.watermark_blocks if others_run else 0
-        # cached blocks that no request holds are among the free ones
+        # cached blocks that no request holds count as free
         held = sum(block.ref_cnt > 0 for group in shared.blocks for block in group)
         return self.blocks(canvas) - held + kept_free <= self.free
 
@@ -48,11 +49,11 @@ class CanvasMemory:
         assert blocks is not None, "free blocks were counted before"
 
     def missing(self, request: Request, canvas: Canvas) -> int:
-        """Blocks that a running request needs for its next step and does not have"""
+        """Number of additional blocks that a running request needs for its next step"""
         return self.blocks(canvas) - len(self.manager.get_block_ids(request.request_id)[0])
 
     def grow(self, request: Request, canvas: Canvas) -> tuple[list[int], ...]:
-        """Takes the missing blocks -> their ids"""
+        """Allocates the missing blocks -> their ids"""
         tokens = self.blocks(canvas) * self.shape.block_size - request.num_computed_tokens
         blocks = self.manager.allocate_slots(request, tokens, delay_cache_blocks=True)
         assert blocks is not None, "free blocks were counted before"

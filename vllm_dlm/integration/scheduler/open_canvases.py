@@ -1,45 +1,42 @@
-"""Canvases of an engine's requests, from when a request is first in line until it ends."""
+"""Canvases of an engine's requests, from the first scheduling attempt to the end of a request."""
 
 from collections.abc import Mapping
 
 from vllm.v1.request import Request
 
 from vllm_dlm.canvas.canvas import Canvas, Commit
+from vllm_dlm.configuration import server_options_of
 from vllm_dlm.integration.outputs import CanvasData
-from vllm_dlm.options import Options
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST, CanvasRequest
-from vllm_dlm.step.counts import ModelShape
 from vllm_dlm.view.seen import StepRecord
 from vllm_dlm.view.traces import Trace
 
 
 class OpenCanvases(dict[str, Canvas]):
-    """request id -> canvas. Those whose steps are reported have a trace."""
+    """request id -> canvas. Canvases with reported steps have a trace."""
 
     def __init__(self, vllm_config):
         super().__init__()
-        self.hf_config = vllm_config.model_config.hf_config
-        self.layers = ModelShape.from_config(self.hf_config).layers
+        self.model_config = vllm_config.model_config
         self.traces: dict[str, Trace] = {}
 
-    def open(self, request: Request, server: Options) -> Canvas:
-        """The canvas of a request, made at the first call. `server`: the server's options"""
+    def open(self, request: Request) -> Canvas:
+        """The canvas of a request, created by the first call"""
         if canvas := self.get(request.request_id):
             return canvas
-        params, config = request.sampling_params, self.hf_config
-        asked = CanvasRequest.from_wire(
-            params.extra_args[CANVAS_REQUEST], server, request.prompt_token_ids, request.max_tokens
-        )
+        params, config = request.sampling_params, self.model_config.hf_config
+        server, wire = server_options_of(self.model_config), params.extra_args[CANVAS_REQUEST]
+        asked = CanvasRequest.from_wire(wire, server, request.prompt_token_ids, request.max_tokens)
         mask_id, shift = config.mask_token_id, config.logits_shift
         canvas = Canvas(asked.options, mask_id, shift, asked.prompt_ids, asked.length, asked.layout)
         self[request.request_id] = canvas
         if asked.options.observed or asked.options.trajectory:
             trace = self.traces[request.request_id] = Trace(request.request_id, request.client_index)
-            trace.begins(canvas, self.layers, bool(params.stop))
+            trace.begins(canvas, config.num_hidden_layers, bool(params.stop))
         return canvas
 
     def starting(self, request: Request, block_ids: tuple[list[int], ...]) -> CanvasData:
-        """What a worker gets of a request that starts"""
+        """Data for the worker about a request that starts"""
         data = CanvasData.from_request(request, block_ids)
         data.canvas = self[request.request_id]
         return data
@@ -49,7 +46,8 @@ class OpenCanvases(dict[str, Canvas]):
         self.traces.pop(request_id, None)
 
     def traced(self, commits: Mapping[str, Commit], seen: Mapping[str, StepRecord]) -> list[Trace]:
-        """Traces with something to report. They look at canvases before requests can end, and report afterwards."""
+        """Updates and returns the traces of requests in this step. Called before requests can end; their reports follow
+        later."""
         found = [(name, trace) for name, trace in self.traces.items() if name in commits and name in self]
         for name, trace in found:
             trace.stepped(self[name], commits[name], seen.get(name), len(commits))

@@ -1,14 +1,14 @@
 """vLLM's prefix cache for models whose finished blocks never change.
 
-vLLM hashes a KV block when it allocates the block, since the same step fills
-it. A canvas is filled later, and masked positions are not final. So a block is
-hashed here, after the step that wrote all of its positions for good
-(`Canvas.written`): for a prompt as it is read step by step, for an answer when
-the step after a canvas block has read that block again. Both are the same
-function of the tokens before them.
+vLLM hashes a KV block when it allocates the block, because the same step fills
+it. A canvas is filled later, and masked positions are not final. Here a block is
+hashed after the step that wrote the final keys and values of all its positions
+(`Canvas.written`). For a prompt these are the steps that read it, for an answer
+the step after a canvas block is finished. Both are the same function of the
+tokens before them.
 
-Keys also depend on the width of canvas blocks, which vLLM's hashes do not
-include: the front-end adds it to the salt (integration/requests.py). Read in vLLM 0.32 and 0.33:
+Keys also depend on the canvas block length, which vLLM's hashes do not include.
+The front-end adds it to the salt (integration/requests.py). Read in vLLM 0.32 and 0.33:
 v1/core/kv_cache_manager.py, v1/core/kv_cache_utils.py.
 """
 
@@ -20,41 +20,42 @@ from vllm_dlm.canvas.canvas import Canvas
 
 
 class Prefixes:
-    """Finds and keeps the cached prefixes of canvases."""
+    """Finds and stores cached prefixes of canvases."""
 
     def __init__(self, manager: KVCacheManager, block_size: int):
         self.manager, self.block_size = manager, block_size
 
     def shares(self, canvas: Canvas) -> bool:
-        """Whether the text up to the end of a KV block, which is what vLLM hashes, determines its content. Not if
-        canvas blocks extend beyond the KV block, if a guidance stream has another text, if summaries of a selection lie
-        between the keys, or if masks of the prompt were filled."""
+        """Whether the text up to the end of a KV block, which vLLM hashes, determines its content. It does not if
+        canvas blocks extend beyond the KV block, if an unconditional stream has another text, if KV blocks include
+        summaries of a selection, or if masks of the prompt were filled."""
         masks = canvas.mask_id in canvas.tokens[: canvas.prompt_len]
         alone = canvas.streams == 1 and not canvas.options.selection.sparse
-        # caching is off for other models, whose canvas blocks may have no width
+        # caching is disabled for other models, which may have no canvas block length
         shareable = self.manager.enable_caching and alone and not masks
         return shareable and self.block_size % canvas.options.decoding.block_length == 0
 
     def find(self, request: Request, canvas: Canvas) -> KVCacheBlocks:
-        """The cached blocks of the canvas's first positions. The canvas begins after them."""
+        """The cached blocks of the canvas's first positions. Sets the canvas to start after them."""
         found, written = self.manager.empty_kv_cache_blocks, 0
         if self.shares(canvas) and self.manager.prefix_cache_lookup_enabled(request):
-            final = block_causal.final(canvas)
+            # The last of these rows may have to predict the position behind them.
+            final = max(block_causal.final(canvas) - canvas.shift, 0)
             blocks, written, _ = self.manager.coordinator.find_longest_cache_hit(request.block_hashes, final)
             found = self.manager.create_kv_cache_blocks(blocks)
-        canvas.begin_behind(written)
+        canvas.start_after(written)
         return found
 
     def admitted(self, request: Request, canvas: Canvas) -> None:
-        """For vLLM's metrics"""
+        """Records the hit for vLLM's metrics."""
         if self.shares(canvas):
             self.manager.record_prefix_cache_stats(request, canvas.written)
 
     def keep(self, request: Request, canvas: Canvas) -> None:
-        """Hashes the blocks that are final by now."""
+        """Hashes the blocks that are final after this step."""
         if self.shares(canvas):
             self.manager.cache_blocks(request, canvas.written)
 
     def forget(self, request_id: str) -> None:
-        """The request failed, so its blocks must not be found."""
+        """Removes the blocks of a failed request from the cache."""
         self.manager.evict_blocks({block for group in self.manager.get_block_ids(request_id) for block in group})

@@ -1,11 +1,11 @@
-"""The denoising scheduler decides whose step runs now.
+"""The denoising scheduler, which selects the requests of each step.
 
-A causal request advances a frontier; a diffusion request recomputes rows of a
-canvas of fixed length until nothing in it is masked. So `schedule` is written
-again here, and everything else (queues, KV blocks, stop checks, finishing,
-streaming) is inherited. Managers hold the canvases (`OpenCanvases`), their
-memory (`CanvasMemory`), cached prefixes (`Prefixes`), the order of refreshes
-(`RefreshStagger`) and of the queue (`Overtakes`). Read in vLLM 0.32: v1/core/sched/scheduler.py.
+A causal request appends tokens; a diffusion request recomputes rows of a canvas
+of fixed length until no mask is left. `schedule` is therefore replaced, while
+queues, KV blocks, stop checks, finishing and streaming are inherited. Managers
+hold the canvases (`OpenCanvases`), their memory (`CanvasMemory`), cached
+prefixes (`Prefixes`), the order of refreshes (`RefreshStagger`) and of the queue
+(`Overtakes`). Read in vLLM 0.32: v1/core/sched/scheduler.py.
 """
 
 import time
@@ -22,7 +22,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import Canvas
-from vllm_dlm.configuration import resolved_options
 from vllm_dlm.envelope import Envelope, with_envelope
 from vllm_dlm.integration.outputs import DenoisingSchedule
 from vllm_dlm.integration.scheduler.canvas_memory import CanvasMemory
@@ -31,14 +30,13 @@ from vllm_dlm.integration.scheduler.overtakes import OVERTAKES, Overtakes
 from vllm_dlm.integration.scheduler.prefixes import Prefixes
 from vllm_dlm.integration.scheduler.stagger import RefreshStagger
 from vllm_dlm.integration.scheduler.step_counting import count_delivery, count_step, count_work
-from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.counts import ModelShape, StepCounts
 from vllm_dlm.step.failures import Failures
-from vllm_dlm.step_counts import StepCounts
 from vllm_dlm.view.traces import report
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: rows up to which a step takes hardly longer than with a few, so that speculative canvases may have them
+#: number of rows up to which a step takes hardly longer than with a few, available to speculative canvases
 FULL = 256
 
 
@@ -48,15 +46,14 @@ class DenoisingScheduler(Scheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_shape = ModelShape.from_config(self.vllm_config.model_config.hf_config)
-        self.dlm_options = resolved_options(self.vllm_config)
         self.canvases = OpenCanvases(self.vllm_config)
         self.traces = self.canvases.traces
         self.memory = CanvasMemory(self.kv_cache_manager, BlockShape.of(self.vllm_config))
         self.prefixes = Prefixes(self.kv_cache_manager, self.memory.shape.block_size)
         self.stagger = RefreshStagger()
         self.overtaken = Overtakes()
-        self.more_blocks: dict[str, tuple[list[int], ...]] = {}  # that running requests were given in this step
-        self.failed = Failures()  # requests that end with an error when this step's output comes back
+        self.more_blocks: dict[str, tuple[list[int], ...]] = {}  # new blocks of running requests in this step
+        self.failed = Failures()  # requests that end with an error when this step's output arrives
         self.counts = StepCounts()
 
     def schedule(self, throttle_prefills: bool = False) -> DenoisingSchedule:
@@ -68,9 +65,9 @@ class DenoisingScheduler(Scheduler):
         old: list[Request] = []
         if self._pause_state != PauseState.PAUSED_ALL:
             old, held, skipped = self._take_running(rows, now)
-            # A request without room is first in line in the next step, and no new one is admitted before.
+            # Requests that do not fit are first in line in the next step, and no new request is admitted before them.
             failing = [request for request in self.running if request.request_id in self.failed]
-            self.running = skipped + held + old + failing  # without those that gave up their blocks
+            self.running = skipped + held + old + failing  # without preempted requests
             if not skipped and self._pause_state == PauseState.UNPAUSED:
                 new = self._admit_waiting(rows, now)
         output = DenoisingSchedule(
@@ -97,7 +94,7 @@ class DenoisingScheduler(Scheduler):
         )
         self._update_after_schedule(output)
         for request_id in rows:
-            # To the inherited code the whole known text is computed. It does not know of masks.
+            # The inherited code has no masks, so for it all known tokens are computed.
             request = self.requests[request_id]
             request.num_computed_tokens = request.num_tokens
             request.is_prefill_chunk = False
@@ -106,7 +103,7 @@ class DenoisingScheduler(Scheduler):
     # -- running requests ------------------------------------------------------------------
 
     def _take_running(self, rows: dict[str, int], now: float) -> tuple[list[Request], list[Request], list[Request]]:
-        """-> requests that run, those whose refresh is held back, and those without room"""
+        """-> requests that run, requests with a refresh that is held back, and requests that do not fit"""
         taken, held, skipped = [], [], []
         by_priority = sorted(self.running, key=self._priority)
         planned = [(request, canvas) for request in by_priority if (canvas := self._planned(request))]
@@ -114,7 +111,7 @@ class DenoisingScheduler(Scheduler):
         for request, canvas in planned:
             name = request.request_id
             if request.status != RequestStatus.RUNNING:
-                continue  # it was preempted for another one
+                continue  # preempted for another request
             if self.stagger.holds_back(name, canvas):
                 held.append(request)
             elif self._fits(canvas, rows) and self._grow(request, canvas, rows, now):
@@ -131,20 +128,20 @@ class DenoisingScheduler(Scheduler):
     def _planned(self, request: Request) -> Canvas | None:
         """Its canvas, with the next step planned; None: the plan raised an error, so the request fails."""
         with self.failed.catch(request.request_id):
-            canvas = self.canvases.open(request, self.dlm_options)
-            canvas.plan  # noqa: B018 - is made now and kept, or fails the request now
+            canvas = self.canvases.open(request)
+            canvas.make_plan()
             return canvas
         return None
 
     def _fits(self, canvas: Canvas, rows: dict[str, int]) -> bool:
-        """Whether this step has room for the request's next step. A request alone always runs: with guidance it may
-        exceed the budget."""
+        """Whether the request's next step fits into the budget. A single request always runs, although it may exceed
+        the budget with guidance."""
         return not rows or sum(rows.values()) + canvas.weight <= self.max_num_scheduled_tokens
 
     def _grow(self, request: Request, canvas: Canvas, rows: dict[str, int], now: float) -> bool:
-        """Whether the request has the KV blocks of its next step. If too few are free, the requests of the lowest
-        priority that do not run in this step are preempted, the last one to arrive first. They restart their canvas
-        block later. None that runs in this step has a lower priority, see _take_running."""
+        """Allocates the KV blocks of the request's next step -> whether it has them. If too few are free, requests of
+        the lowest priority that do not run in this step are preempted, the last one to arrive first. They restart
+        their canvas block later. Requests that run in this step have no lower priority, see _take_running."""
         if not canvas.grown:
             return True
         missing = self.memory.missing(request, canvas)
@@ -160,8 +157,7 @@ class DenoisingScheduler(Scheduler):
         return True
 
     def _speculative_canvases(self, running: list[Request], rows: dict[str, int]) -> dict[str, int]:
-        """-> number of canvases of each request that speculates. Rows that hardly prolong the step are shared out
-        evenly."""
+        """-> number of streams of each request that speculates. Shares the rows that hardly prolong the step evenly."""
         drafting = {
             request.request_id: canvas
             for request in running
@@ -204,17 +200,18 @@ class DenoisingScheduler(Scheduler):
         return admitted
 
     def _next_waiting(self) -> tuple[Request, Canvas, KVCacheBlocks] | None:
-        """The first waiting request with its cached prefix. If there is no memory for it, the first one of the same
-        priority for which there is, unless one before it was overtaken too often."""
+        """The first waiting request that fits into memory, with its cached prefix. It may overtake requests of the same
+        priority that do not fit, unless one of them was overtaken too often."""
         first: int | None = None
         for request in islice(self.waiting, 1 + OVERTAKES):
             if (priority := self._priority(request)) > (first := priority if first is None else first):
                 break
             with self.failed.catch(request.request_id):
-                canvas = self.canvases.open(request, self.dlm_options)
+                canvas = self.canvases.open(request)
                 self.memory.check_size(canvas)
                 shared = self.prefixes.find(request, canvas)
-                if self.memory.fits(canvas, shared, others_run=bool(self.running)) and canvas.plan:
+                if self.memory.fits(canvas, shared, others_run=bool(self.running)):
+                    canvas.make_plan()
                     return request, canvas, shared
                 if self.overtaken.exhausted(request.request_id):
                     break
@@ -246,14 +243,14 @@ class DenoisingScheduler(Scheduler):
         if traces:
             report(traces, outputs)
         for request_id, commit in commits.items():
-            if canvas := self.canvases.get(request_id):  # the request goes on
+            if canvas := self.canvases.get(request_id):  # the request continues
                 canvas.hand_out(commit.left)
         for output, client in ended:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         return outputs
 
     def _end_failed(self, model_runner_output) -> list[tuple[EngineCoreOutput, int]]:
-        """Ends requests that failed here or in the worker -> an output for each, and its client. Others go on."""
+        """Ends requests that failed here or in the worker -> output and client of each."""
         failed = self.failed | getattr(model_runner_output, "failed", {})
         self.failed.clear()
         for request_id in failed:
@@ -279,7 +276,8 @@ class DenoisingScheduler(Scheduler):
         return tokens, stopped
 
     def _free_request_blocks(self, request: Request) -> None:
-        """The request is finished, aborted or preempted. A preempted one goes on from the end of its last block."""
+        """Called if the request is finished, aborted or preempted. A preempted request continues after its last
+        finished block."""
         self.stagger.forget(request.request_id)
         if request.is_finished():
             self.canvases.close(request.request_id)

@@ -1,13 +1,12 @@
-"""Adds what a step did to the counters that an engine reports."""
+"""Adds steps to the counters that an engine reports."""
 
 from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.client_cache import CacheUsage
-from vllm_dlm.step.counts import Counts, ModelShape
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import Counts, ModelShape, StepCounts
 
 
 def count_step(counts: StepCounts, canvas: Canvas, pressure: float) -> None:
-    """A step of the canvas has been made, whose commit is not applied yet."""
+    """Counts a step of the canvas, before its commit is applied."""
     counts.denoising_steps += 1
     counts.canvas_positions += canvas.block_width
     counts.rows_live += canvas.streams * len(canvas.plan.live)
@@ -17,15 +16,15 @@ def count_step(counts: StepCounts, canvas: Canvas, pressure: float) -> None:
 
 
 def count_delivery(counts: StepCounts, canvas: Canvas, tokens: int) -> None:
-    """Tokens are delivered. vLLM counts the pass that commits a block as one more step of that block, and its benchmark
-    takes those passes off again."""
+    """Counts delivered tokens. vLLM counts the pass that commits a block as an additional step of that block, and its
+    benchmark subtracts these passes."""
     counts.denoising_steps += 1
     counts.canvas_positions += canvas.block_width
     counts.committed_tokens += tokens
 
 
 def count_work(counts: StepCounts, work: Counts, caches: dict[str, CacheUsage], shape: ModelShape) -> None:
-    """`work`: of the worker in one step; `caches`: of its process"""
+    """Counts the worker's work in one step. `caches`: caches of its process"""
     counts.rows_recomputed += work.rows["feed_forward"] // shape.layers
     counts.kv_bytes_read += shape.kv_bytes(work.keys_read)
     counts.kv_bytes_dense += shape.kv_bytes(work.keys_dense)

@@ -1,1 +1,1 @@
-"""vLLM's workers with the denoising runner in them, or with summaries of pages."""
+"""vLLM's workers with the denoising runner, or with page summaries."""

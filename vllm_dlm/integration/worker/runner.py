@@ -1,7 +1,7 @@
 """The denoising runner, which a vLLM worker calls instead of vLLM's own model runner.
 
-It keeps the requests and turns scheduled steps into outputs; the step itself
-is in step/denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
+It keeps the requests and turns scheduled steps into outputs. The step itself is
+in step/denoiser.py. Read in vLLM 0.32: v1/worker/gpu_model_runner.py for the
 methods a worker calls, forward_context.py, v1/worker/workspace.py.
 """
 
@@ -27,11 +27,13 @@ from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Reading, Sampling, plain_stream
-from vllm_dlm.configuration import resolved_options
-from vllm_dlm.families import FAMILIES
+from vllm_dlm.configuration import server_options_of
+from vllm_dlm.families import record_of
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
+from vllm_dlm.kernels.packed_attention import layout_for
 from vllm_dlm.models.feed_forward import has_experts
+from vllm_dlm.models.quantization import refuse_unsupported
 from vllm_dlm.options import request_options
 from vllm_dlm.step.attention import installed
 from vllm_dlm.step.buckets import Costs
@@ -57,8 +59,8 @@ class DenoisingRunner:
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.max_model_len = self.model_config.max_model_len
         self.requests: dict[str, Denoising] = {}
-        self.tables: dict[str, np.ndarray] = {}  # block ids of each request, as vLLM handed them out
-        self.observed: set[str] = set()  # requests whose steps are reported
+        self.tables: dict[str, np.ndarray] = {}  # block ids of each request, in vLLM's order
+        self.observed: set[str] = set()  # requests with reported steps
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
 
@@ -74,7 +76,8 @@ class DenoisingRunner:
         if memory is not None:
             self.model_memory_usage = memory.consumed_memory
             logger.info("Model weights take %s GiB", format_gib(self.model_memory_usage))
-        if self.device.type != "cpu" and self.vllm_config.quant_config is None:
+        refuse_unsupported(self.model, self.model_config.architecture)
+        if self.device.type != "cpu":
             self.model.join_projections()
         head = Head(self.model.compute_logits, self.model_config.hf_config, max_logits(self.device))
         shape = BlockShape.of(self.vllm_config)
@@ -82,7 +85,7 @@ class DenoisingRunner:
         self.seeing = StepRecorder(self.denoiser)
 
     def forwards(self) -> AbstractContextManager:
-        """Context of forwards: vLLM's experts find each other in it."""
+        """Context of forwards, which vLLM's expert layers require."""
         alone = not has_experts(self.model_config.hf_config)
         return nullcontext() if alone else set_forward_context(None, self.vllm_config)
 
@@ -93,8 +96,8 @@ class DenoisingRunner:
             num_kv_heads=config.num_key_value_heads // get_tensor_model_parallel_world_size(),
             head_size=config.head_dim,
             dtype=self.model_config.dtype,
-            # a prompt's keys depend on what comes after it: vLLM caches no prefixes
-            non_causal=FAMILIES[self.model_config.architecture].attention == "full",
+            # keys of a prompt depend on later tokens, so vLLM must not cache prefixes
+            non_causal=record_of(self.model_config).attention == "full",
         )
         return {f"model.layers.{i}.self_attn": spec for i in range(config.num_hidden_layers)}
 
@@ -108,16 +111,18 @@ class DenoisingRunner:
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
-        self.denoiser.blocks = KVBlocks(self.kv_caches)
+        config, size = self.model_config.hf_config, self.vllm_config.cache_config.block_size
+        layout = layout_for(self.device, self.model_config.dtype, size, config.head_dim)
+        self.denoiser.blocks = KVBlocks(self.kv_caches, layout)
 
     @torch.inference_mode()
     def profile_run(self, **_) -> None:
-        """Runs the largest possible step: all rows of the budget, and a full piece of logits being sampled."""
+        """Runs the largest possible step: all rows of the budget, and sampling of a full piece of logits."""
         parts = np.array_split(np.arange(self.max_rows), -(-self.max_rows // self.max_model_len))
-        # every row as a head row: then no row is dropped in the last layer
+        # all rows are head rows, so that the last layer drops none
         streams = [plain_stream(np.zeros(len(part), np.int64), np.arange(len(part))) for part in parts]
         hidden = self.denoiser.forward(streams, Counts())
-        options = request_options(resolved_options(self.vllm_config), {"dlm_cfg_scale": 1.0})
+        options = request_options(server_options_of(self.model_config), {"dlm_cfg_scale": 1.0})
         sampling = Sampling(temperature=1.0, top_p=0.9, top_k=0, seed=0, stop_ids=frozenset(), num_logprobs=0)
         count = min(len(hidden), self.denoiser.head.max_rows)
         canvas = Canvas(options, 0, 0, [], options.canvas_length(0, count, 2 * self.max_rows))
@@ -128,8 +133,8 @@ class DenoisingRunner:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured as CUDA graphs. Only FlashAttention reads lengths on the device, and several ranks
-        would have to capture together."""
+        """Whether steps are captured as CUDA graphs. This requires FlashAttention, which reads lengths on the device,
+        and a single rank, because several would have to capture together."""
         model = self.model_config
         half = model.dtype in (torch.float16, torch.bfloat16)
         alone = get_tensor_model_parallel_world_size() == 1
@@ -143,12 +148,12 @@ class DenoisingRunner:
         )
 
     def captured_memory(self) -> int:
-        """Bytes that are kept free of the KV cache for captured steps"""
+        """Bytes that are reserved for captured steps"""
         return self.captured_costs.room(self.max_model_len) if self.captures else 0
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compiles kernels, and captures steps unless `enforce_eager` says otherwise."""
+        """Compiles kernels, and captures steps unless `enforce_eager` is set."""
         config, denoiser = self.model_config.hf_config, self.denoiser
         if self.captures:
             costs, longest = self.captured_costs, self.max_model_len
@@ -164,13 +169,13 @@ class DenoisingRunner:
                 device_works,
             )
         most = self.vllm_config.scheduler_config.max_num_seqs
-        warm_up(self.denoiser, resolved_options(self.vllm_config), config, self.max_model_len, most)
+        warm_up(self.denoiser, server_options_of(self.model_config), config, self.max_model_len, most)
         if self.captures and is_workspace_manager_initialized():
-            # Graphs keep the address of the experts' workspace. No step has more rows than `profile_run`.
+            # Graphs contain the address of the experts' workspace. `profile_run` had the maximum number of rows.
             lock_workspace()
 
     def _dummy_run(self, num_tokens: int, **_) -> None:
-        """A forward whose output is not read, so that data-parallel peers stay in step"""
+        """Runs a forward without using its output, to keep data-parallel ranks in step"""
         length = max(1, min(num_tokens, self.max_model_len))
         with torch.inference_mode():
             self.denoiser.forward([plain_stream(np.zeros(length, np.int64), np.zeros(1, np.int64))], Counts())
@@ -210,7 +215,7 @@ class DenoisingRunner:
         return make_output(outputs, commits, counts, failed, self.seeing.take())
 
     def _start(self, data: CanvasData) -> Denoising:
-        assert data.canvas is not None, "the scheduler's requests all have one"
+        assert data.canvas is not None, "the scheduler sends a canvas with every new request"
         params, canvas = data.sampling_params, data.canvas.copy()
         stop_ids = set(params.stop_token_ids or [])
         if params.eos_token_id is not None:

@@ -1,4 +1,4 @@
-"""vLLM's workers with summaries of pages next to the KV cache.
+"""vLLM's workers with page summaries next to the KV cache.
 
 Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py, v1/worker/gpu_model_runner.py
 and v1/worker/gpu/model_runner.py (`attn_groups`, the batch's prompt lengths),
@@ -24,7 +24,7 @@ logger = init_logger("vllm." + __name__)
 
 
 class PageSelectionMixin(WorkerBase):
-    """Adds summaries of pages to a worker of vLLM's."""
+    """Adds page summaries to a worker of vLLM."""
 
     def load_model(self, *args, **kwargs) -> None:
         layer_backends.install()

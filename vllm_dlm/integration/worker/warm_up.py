@@ -1,10 +1,9 @@
-"""Steps of dummy requests before the first real one: compiles kernels and captures steps, so that no client waits.
+"""Runs steps of dummy requests at start to compile kernels and capture steps, so that no client waits for it.
 
-A kernel has a variant for each of its tile sizes, but none for a number of
-requests or for a place in what a step uploads. Every reuse policy that a
-request may name runs with one canvas, a few and many, at and between
-refreshes. So does every decoding that has shadow streams. All blocks are
-vLLM's null block, so nothing is kept.
+A kernel has one variant per tile size, independent of the number of requests and
+of addresses. Every reuse policy that a request can select runs with one, a few
+and many canvases, at and between refreshes, and so does every decoding with
+shadow streams. All blocks are vLLM's null block, so nothing is kept.
 """
 
 from collections import Counter
@@ -18,8 +17,8 @@ from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.canvas.denoising import Denoising
 from vllm_dlm.canvas.stream import Sampling, Stream
 from vllm_dlm.methods import methods
-from vllm_dlm.option_types import OptionError
 from vllm_dlm.options import METHOD_KEYS, Options, request_options
+from vllm_dlm.options.types import OptionError
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 from vllm_dlm.step.buckets import bucket_of
 from vllm_dlm.step.counts import Counts
@@ -31,19 +30,19 @@ logger = init_logger(f"vllm.{__name__}")
 CANVASES = (1, 2, 5, 16, 24, 40)
 STEPS = 6
 PROMPT, RESPONSE = 96, 64
-#: Steps of the schedule that is searched for its most common step: longer than the intervals of refreshes
+#: length of the schedule that is searched for its most common step; longer than refresh intervals
 SCHEDULE = 256
 
 
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, most: int) -> None:
-    """`most`: requests that a step may have"""
+    """`most`: maximum number of requests in a step"""
     decodings: dict[str, Any] = methods("decoding")
     revoking = [name for name in sorted(decodings) if issubclass(decodings[name], RevokingDecoding)]
     named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_decoding", name) for name in revoking]
     for key, name in named:
         try:
             options = request_options(server, {key: name})
-        except OptionError:  # no request may name it on this server
+        except OptionError:  # not supported by this server
             continue
         for count in sorted({min(count, most) for count in CANVASES}):
             states = [_state(f"{name} {i}", options, config, max_model_len) for i in range(count)]
@@ -61,7 +60,7 @@ def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, mos
 
 
 def _run(denoiser: Denoiser, states: list[Denoising]) -> Failures:
-    """One canvas runs to its end, which has rare kinds of steps; several run for some steps."""
+    """Runs a single canvas to its end, to include rare kinds of steps, and several canvases for some steps."""
     failed = Failures(get_tensor_model_parallel_world_size())
     tables = {state.req_id: _table(denoiser, state) for state in states}
     for _ in range(STEPS if len(states) > 1 else RESPONSE):
@@ -69,15 +68,14 @@ def _run(denoiser: Denoiser, states: list[Denoising]) -> Failures:
             break
         for reading in denoiser.step(states, tables, Counts(), failed):
             reading.state.commit(reading)
-            reading.state.memory = reading.state.options.decoding.memory()  # an empty one lets the next step judge
+            reading.state.memory = reading.state.options.decoding.memory()  # with empty memory the next step judges
             reading.state.take_output()
     return failed
 
 
 def steady_stream(denoiser: Denoiser, options: Options, config, max_model_len: int) -> Stream | None:
-    """The most common partial step of a canvas with these options; None: all its steps are whole, or are launched.
-    Nothing is computed: the canvas is filled one position a step, so the result does not depend on what a model is
-    sure of."""
+    """The most common partial step of a canvas with these options; None: it has no partial step that is captured.
+    The model is not run: each step fills one position, so the result does not depend on the model."""
     response = min(SCHEDULE, max(max_model_len - PROMPT, max_model_len // 2))
     state = _state("steady", options, config, max_model_len, response)
     canvas, table = state.canvas, _table(denoiser, state)
@@ -105,7 +103,7 @@ def _state(name: str, options: Options, config, max_model_len: int, response: in
 
 
 def _table(denoiser: Denoiser, state: Denoising) -> np.ndarray:
-    """The null block, as often as the canvas has blocks"""
+    """Null blocks for all blocks of the canvas"""
     canvas = state.canvas
     tokens = denoiser.shape.tokens(state.options, canvas.prompt_len, len(canvas))
     return np.zeros(tokens // denoiser.shape.block_size, np.int64)

@@ -1,4 +1,4 @@
-"""vLLM's workers with the denoising runner in them. Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py."""
+"""vLLM's workers with the denoising runner. Read in vLLM 0.32: v1/worker/{cpu,gpu}_worker.py."""
 
 import os
 import time
@@ -16,8 +16,8 @@ from vllm_dlm.integration.worker.runner import DenoisingRunner
 
 logger = init_logger(f"vllm.{__name__}")
 
-#: vLLM's kernels for experts leave the precision of float32 products to Triton, which rounds operands to ten bits of
-#: mantissa: a model in float32 would choose other tokens than the published code.
+#: vLLM's expert kernels use Triton's default precision for float32 products, which rounds operands to 10 mantissa bits.
+#: A float32 model would choose other tokens than the published code.
 FLOAT32 = "TRITON_F32_DEFAULT", "ieee"
 
 
@@ -40,14 +40,16 @@ class DiffusionGPUWorker(Worker):
         if self.model_runner.captures:
             taken = before - torch.accelerator.get_memory_info()[0]
             left = self.model_runner.captured_memory()
-            logger.info("Captured steps take %s GiB; %s GiB were left for them", format_gib(taken), format_gib(left))
+            logger.info(
+                "Captured steps take %s GiB of the %s GiB reserved for them", format_gib(taken), format_gib(left)
+            )
         set_random_seed(self.model_config.seed)
-        enable_gpu_sync_check()  # of VLLM_GPU_SYNC_CHECK
+        enable_gpu_sync_check()  # for VLLM_GPU_SYNC_CHECK
         return CompilationTimes(language_model=time.perf_counter() - begin, encoder=0.0)
 
 
-#: oneDNN caches its matrix products by shape, 1,024 of them by default. The number of rows of packed batches varies
-#: without limit, which adds up to gigabytes on a CPU. 128 take a few hundred megabytes, and no step is slower.
+#: capacity of oneDNN's cache of matrix products by shape, 1,024 by default. The number of rows of packed batches varies
+#: without limit, so that cache would grow to gigabytes. 128 entries take a few hundred MB, and no step is slower.
 ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
 
 
@@ -57,12 +59,12 @@ if current_platform.is_cpu():
 
     class DiffusionCPUWorker(cpu_worker.CPUWorker):
         def __init__(self, *args, **kwargs):
-            os.environ.setdefault(*ONEDNN)  # read when the first product is made
+            os.environ.setdefault(*ONEDNN)  # read at the first matrix product
             super().__init__(*args, **kwargs)
             self.use_v2_model_runner = False
 
         def init_device(self) -> None:
-            # The CPU worker builds its runner inline; during this call it finds ours. See WRITES in patches.py.
+            # The CPU worker creates its runner inline, so replace the class during this call. See WRITES in patches.py.
             theirs, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, DenoisingRunner
             try:
                 super().init_device()
