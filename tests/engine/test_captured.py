@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.engine.capture import capturing
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
@@ -18,6 +19,7 @@ from tests.tiers import first_of_each, in_turn
 from vllm_dlm.methods import methods
 from vllm_dlm.step.buckets import ROWS
 
+__all__ = ["capturing"]  # a fixture
 REUSES = sorted(name for name, reuse in methods("reuse").items() if reuse.caches)
 
 

@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from benchmarks.suites.costs import predict
 from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
+from tests.tiers import in_turn
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import NOTHING
 from vllm_dlm.canvas.stream import Stream
@@ -62,8 +63,7 @@ def record(llm, request):
     return got, steps
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("checkpoint, exact", in_turn(CHECKPOINTS, list(EXACT)))
 def test_exact_settings(engines, checkpoint, exact):
     plain, cached = engines(checkpoint), engine(engines, checkpoint, EXACT[exact])
     assert tokens(cached, list(requests())) == tokens(plain, list(requests()))
