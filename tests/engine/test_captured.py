@@ -32,7 +32,7 @@ def some(reuse: str, count: int, guided: bool = False):
         params = SamplingParams(
             temperature=0.5 * (index % 4 == 3),
             seed=index,
-            max_tokens=rng.randint(8, 40),
+            max_tokens=rng.randint(8, 24),
             ignore_eos=True,
             detokenize=False,
             extra_args=extra,
@@ -121,7 +121,7 @@ def test_every_boundary_is_crossed(engines, capturing):
         max_tokens=40,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40},
+        extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40, "dlm_steps": 5},
     )
     given = [({"prompt_token_ids": [7 + index] * (3 + index)}, params) for index in range(33)]
     alone = [tokens(llm, [request])[0] for request in given]
