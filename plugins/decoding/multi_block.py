@@ -34,6 +34,10 @@ class OpenBlocks(Memory):
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         if self.origin is None:
             self.origin = int(positions[0])
+        if before := max(-(-(self.origin - int(positions[0])) // self.width), 0):  # blocks without rows until now
+            self.origin -= before * self.width
+            self.sizes = np.pad(self.sizes, (before, 0))
+            self.active = [True] * before + self.active
         block = (positions - self.origin) // self.width
         left = np.bincount(block, minlength=len(self.sizes))
         # the first steps may read only part of the masks

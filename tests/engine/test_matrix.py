@@ -73,7 +73,7 @@ def test_whoever_loses_its_caches_begins_its_block_again(engines, checkpoint):
 def test_little_memory(engines, checkpoint):
     """Requests wait for others. (test_extent.py and test_block_selection.py have those that give up their memory.)"""
     llm = engines(checkpoint)
-    given = drawn(llm, 24, checkpoint, dlm_extent="full", dlm_window=None)
+    given = drawn(llm, 24, checkpoint, dlm_extent="full", dlm_window=None, dlm_selection="none")  # blocks of 32
     wanted, tight = answers(llm, given), engines(checkpoint, **TIGHT)
     assert answers(tight, given) == wanted
     assert all_blocks_are_free(tight)

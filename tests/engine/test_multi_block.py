@@ -12,7 +12,7 @@ from tests.conftest import GOLDEN
 from tests.engine.running import tokens
 from tests.engine.test_rules_golden import Canvases
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
-from vllm_dlm.plugins.decoding.multi_block import CLOSED, MultiBlock
+from vllm_dlm.plugins.decoding.multi_block import CLOSED, FIRST, OPEN, MultiBlock
 
 RUNS = json.loads((GOLDEN / "rules2/runs.json").read_text())["runs"]
 RUNS = {name: run for name, run in RUNS.items() if run["method"] == "multi_block"}
@@ -79,3 +79,12 @@ def test_rule_of_recorded_entropies(name):
         after = canvases[forward + 1] if forward + 1 < len(canvases) else np.r_[canvas[:start], arrays["final"].numpy()]
         assert (masked[filled] == masked[after[masked] != mask]).all(), forward
         assert (best[filled] == after[masked[filled]]).all()
+
+
+def test_positions_before_the_first_ones_are_blocks_too():
+    """A step may read masks of the prompt that the steps before it had no rows for."""
+    memory = MultiBlock(open_length=4, add_at=1, activate_at=1).memory()
+    late, early = np.arange(20, 30), np.array([13, 18])
+    assert memory.columns(late, late)["state"][:, 0].tolist() == [FIRST] * 4 + [CLOSED] * 6
+    both = np.concatenate([early, late])
+    assert memory.columns(both, both)["state"][:, 0].tolist() == [FIRST, OPEN] + [OPEN] * 4 + [CLOSED] * 6

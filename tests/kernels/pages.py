@@ -42,5 +42,6 @@ class PagedBatch:
 
 def scored(function, q, starts, statistics, table, counts, forced_from, sinks, lam, reduce, ends=None, *more):
     """Scores of pages. `ends`: None where the next request's queries start; `more`: voters and sharpness"""
-    starts, ends = (starts[:-1], starts[1:]) if ends is None else (starts, ends)
+    if ends is None:  # `narrow`, because tensors of `fake_gpu` cannot be sliced
+        starts, ends = starts.narrow(0, 0, len(starts) - 1), starts.narrow(0, 1, len(starts) - 1)
     return function(ScoringQueries(q, starts, ends, lam, reduce, *more), statistics, table, counts, forced_from, sinks)
