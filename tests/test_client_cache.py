@@ -38,6 +38,8 @@ NOT_KEYED_BY_CLIENTS = {
     "kernels/triton_utils.py:processors": "devices of the machine",
     "step/attention.py:_version": "nothing",
     "step/head.py:numeric_fields": "the registered decodings",
+    "kernels/packed_attention/vllm.py:layout": "the shapes of the server's caches",
+    "models/quantization.py:int8_products_are_exact": "nothing",
 }
 
 
