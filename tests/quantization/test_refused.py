@@ -163,6 +163,11 @@ def test_a_layer_is_left_as_it_is_under_the_names_of_the_checkpoint(engines, cop
         path.rmdir()
 
 
+def test_experts_that_no_kernel_of_a_cpu_takes(refused, copy):
+    line = refused(copy("lladamoe-tiny", "packed"), "bfloat16")
+    assert line.startswith("LLaDAMoEModelLM: quantization compressed-tensors: No WNA16 MoE backend supports")
+
+
 def test_a_shape_that_no_kernel_takes(refused, copy):
     """Groups that do not divide the inputs"""
 
