@@ -87,6 +87,8 @@ def test_int8_on_a_cpu_whose_products_overflow(refused, copy, monkeypatch):
         (LLADA, "gptq", f"{PROJECTION}.scales"),
         (LLADA, "awq", f"{PROJECTION}.qzeros"),
         (LLADA, "packed", f"{PROJECTION}.weight_packed"),
+        (LLADA, "int8", "model.transformer.blocks.2.attn_norm.weight"),
+        ("dream-tiny", "int8", "model.layers.2.self_attn.q_proj.bias"),
         (LLADA2, "int8", "model.layers.1.attention.query_key_value.weight_scale"),
         (LLADA2, "int8", "model.layers.2.mlp.experts.3.up_proj.weight_scale"),
     ],
