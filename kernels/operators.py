@@ -2,7 +2,7 @@
 
 An operator supports fake tensors, appears under one name in dispatch modes and
 profilers, and is opaque to compilers. It is registered without
-`torch.library.custom_op`, whose calls cost 29 microseconds of host time instead
+`torch.library.custom_op`, because its calls cost 29 microseconds of host time instead
 of 4 (with an empty body), and a denoising step makes hundreds of calls.
 """
 

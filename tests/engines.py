@@ -17,6 +17,10 @@ def start_engine(checkpoint: str, **kwargs):
     import torch
     from vllm import LLM
 
+    from vllm_dlm.integration.worker import runner
+
+    # The same layout of caches on every CPU; tests/engine/test_cache_layouts.py is about the other one.
+    runner.layout_for = lambda *shape: None
     settings = {
         "dtype": "float32",
         "max_model_len": 256,

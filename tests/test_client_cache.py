@@ -16,7 +16,7 @@ import vllm_dlm
 from vllm_dlm.client_cache import CLIENT_CACHES, ENGINE, FRONT_END, CacheUsage, ClientCache, usage
 from vllm_dlm.envelope import Envelope, EnvelopeOutputs, with_envelope
 from vllm_dlm.metrics import ENGINE_CACHES, CachesProm
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 ROOT = Path(vllm_dlm.__file__).parent
 #: path within the package -> syntax tree; `plugins` and `kernels` are links, which `os.walk` follows on request

@@ -27,7 +27,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from vllm_dlm.configuration import is_diffusion_lm, selection_of
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 
 class Envelope(msgspec.Struct, omit_defaults=True):

@@ -21,7 +21,7 @@ from vllm_dlm.client_cache import CLIENT_CACHES, FRONT_END, CacheUsage, usage
 from vllm_dlm.configuration import is_diffusion_lm, selection_of
 from vllm_dlm.envelope import envelope_in
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 logger = init_logger("vllm." + __name__)
 
@@ -46,11 +46,22 @@ OWN_COUNTERS = {
 }
 
 
+LABELS = ["model_name", "engine"]
+
+
+def counters(logger: PrometheusStatLogger, table: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """field -> engine -> counter, from a table of names and descriptions"""
+    return {
+        field: create_metric_per_engine(logger._counter_cls(*described, LABELS), logger.per_engine_labelvalues)
+        for field, described in table.items()
+    }
+
+
 class CachesProm:
     """Entries and evictions of every bounded cache. Caches of the front-end have the engine label "front-end"."""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels = ["model_name", "engine", "cache"]
+        labels = [*LABELS, "cache"]
         self.entries = logger._gauge_cls(
             "vllm:diffusion_cache_entries", "Entries of a bounded cache.", labels, multiprocess_mode="mostrecent"
         )
@@ -80,12 +91,8 @@ class DiffusionProm:
     """Counters of denoising: vLLM's own diffusion counters, and ours"""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
-        self.vllm = logger._spec_decoding_cls(None, labels, values, is_diffusion=True)
-        self.own = {
-            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
-            for field, (name, documentation) in OWN_COUNTERS.items()
-        }
+        self.vllm = logger._spec_decoding_cls(None, LABELS, logger.per_engine_labelvalues, is_diffusion=True)
+        self.own = counters(logger, OWN_COUNTERS)
         self.caches = CachesProm(logger)
 
     def observe(self, counts: StepCounts, engine_idx: int) -> None:
@@ -108,11 +115,7 @@ class PagesProm:
     """Counters of page-sparse attention"""
 
     def __init__(self, logger: PrometheusStatLogger):
-        labels, values = ["model_name", "engine"], logger.per_engine_labelvalues
-        self.counters = {
-            field: create_metric_per_engine(logger._counter_cls(name, documentation, labels), values)
-            for field, (name, documentation) in PAGE_COUNTERS.items()
-        }
+        self.counters = counters(logger, PAGE_COUNTERS)
 
     def observe(self, counts: PageCounts, engine_idx: int) -> None:
         for name, count in asdict(counts).items():

@@ -1,8 +1,9 @@
-"""Dispatches to Triton on a GPU and to torch elsewhere."""
+"""Dispatches to Triton on GPUs, and to vLLM's kernel on CPUs if there is one, otherwise to torch."""
 
 import torch
 
 from vllm_dlm.kernels.add_norm import torch as plain
+from vllm_dlm.kernels.add_norm import vllm as on_cpu
 from vllm_dlm.kernels.operators import operator
 
 _add_norm = operator(
@@ -16,4 +17,6 @@ def add_norm(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: fl
     """x and added [n, E], weight [E] -> [2, n, E]: the normalized sum, and the sum"""
     if x.is_cuda:
         return _add_norm(x, added, weight, eps)
+    if on_cpu.runs(x, weight):
+        return on_cpu.add_norm(x, added, weight, eps)
     return plain.add_norm(x, added, weight, eps)

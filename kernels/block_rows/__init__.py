@@ -6,6 +6,6 @@ Without `index`, row i is live row i. A row whose index or block is below 0 has
 no place in the cache: reads return zeros and writes are skipped.
 """
 
-from vllm_dlm.kernels.block_rows.dispatch import read_rows, read_values, write_rows
+from vllm_dlm.kernels.block_rows.dispatch import read_keys, read_rows, read_values, write_rows
 
-__all__ = ["read_rows", "read_values", "write_rows"]
+__all__ = ["read_keys", "read_rows", "read_values", "write_rows"]

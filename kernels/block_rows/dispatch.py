@@ -4,6 +4,7 @@ import torch
 
 from vllm_dlm.kernels.block_rows import torch as plain
 from vllm_dlm.kernels.operators import operator
+from vllm_dlm.kernels.packed_attention import PackedCache
 
 
 def _count(block, index):
@@ -53,7 +54,7 @@ def write_rows(
 
 
 def read_values(
-    cache: torch.Tensor,  # [blocks, Hkv, block_size, 2 * D], any strides
+    cache: torch.Tensor | PackedCache,  # [blocks, Hkv, block_size, 2 * D], any strides
     block: torch.Tensor,  # [T]
     offset: torch.Tensor,  # [T] position within the block
     index: torch.Tensor | None,
@@ -62,3 +63,8 @@ def read_values(
     if cache.is_cuda:
         return _read_values(cache, block, offset, index)
     return plain.read_values(cache, block, offset, index)
+
+
+def read_keys(cache: torch.Tensor | PackedCache, block: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Keys of n positions with slots -> [n, Hkv, D]"""
+    return plain.read_keys(cache, block, offset)

@@ -1,5 +1,7 @@
 """Advanced indexing. Rows without a place are masked when reading and skipped when writing."""
 
+from vllm_dlm.kernels.packed_attention.cache import PackedCache
+
 
 def placed(block, offset, index):
     """-> block, offset and whether the row has a place, [n] each"""
@@ -33,7 +35,16 @@ def write_rows(cache, block, offset, values, index):
 def read_values(cache, block, offset, index):
     """See dispatch.py"""
     block, offset, there = placed(block, offset, index)
+    if isinstance(cache, PackedCache):
+        return kept(cache.read_values(block.clamp_min(0), offset), there)
     return kept(cache.transpose(1, 2)[block.clamp_min(0), offset, :, cache.shape[3] // 2 :], there)
+
+
+def read_keys(cache, block, offset):
+    """See dispatch.py"""
+    if isinstance(cache, PackedCache):
+        return cache.read_keys(block, offset)
+    return cache.transpose(1, 2)[block, offset, :, : cache.shape[3] // 2]
 
 
 def kept(values, there):

@@ -82,19 +82,8 @@ def _copy_rows(cache, block, offset, values, index, writes):
         raise ValueError(f"each block of the cache must be contiguous, but its strides are {cache.stride()[1:]}")
     tile = min(padded(width, 128), TILE)
     if count:
-        _rows_kernel[count, triton.cdiv(width, tile)](
-            cache,
-            block,
-            offset,
-            values,
-            index,
-            width,
-            cache.stride(0),
-            values.stride(0),
-            WRITES=writes,
-            TILE=tile,
-            num_warps=4,
-        )
+        inputs, strides = (cache, block, offset, values, index), (cache.stride(0), values.stride(0))
+        _rows_kernel[count, triton.cdiv(width, tile)](*inputs, width, *strides, WRITES=writes, TILE=tile, num_warps=4)
 
 
 def read_values(cache, block, offset, index):
@@ -104,17 +93,7 @@ def read_values(cache, block, offset, index):
     out = torch.empty(count, kv_heads, dim, dtype=cache.dtype, device=cache.device)
     heads = min(padded(kv_heads), max(TILE // padded(dim), 1))
     if count:
-        _values_kernel[count, triton.cdiv(kv_heads, heads)](
-            cache,
-            block,
-            offset,
-            out,
-            index,
-            kv_heads,
-            *cache.stride()[:3],
-            HEADS=heads,
-            DIM=dim,
-            DIM_PAD=padded(dim),
-            num_warps=4,
-        )
+        inputs, sizes = (cache, block, offset, out, index), (kv_heads, *cache.stride()[:3])
+        shape = {"HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim)}
+        _values_kernel[count, triton.cdiv(kv_heads, heads)](*inputs, *sizes, **shape, num_warps=4)
     return out

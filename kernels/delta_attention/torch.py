@@ -1,4 +1,4 @@
-"""A fused attention computes the normalizer, then only the changed columns are multiplied.
+"""A fused attention over all keys computes the normalizer, then only the changed columns are multiplied.
 
 The attention matrix is never materialized. The fused kernel returns each
 query's log-sum-exp over all keys. The weights of the changed keys follow from
@@ -6,6 +6,9 @@ it and from their own scores.
 """
 
 import torch
+
+from vllm_dlm.kernels.packed_attention import read_key_runs
+from vllm_dlm.kernels.varlen_attention.torch import grouped_attention
 
 #: queries per head scored at once
 CHUNK = 256
@@ -42,14 +45,19 @@ def log_sum_exp(packed: torch.Tensor, key: torch.Tensor, scale: float) -> torch.
 
 
 def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale):
-    """See dispatch.py"""
-    out, block_size, dim = torch.empty_like(q), cache.shape[2], q.shape[2]
-    starts = q_starts.tolist()
+    """See dispatch.py. If few of many keys have changed, one fused attention over all keys is fastest, with the
+    changes and zeros as values."""
+    out, (_, kv_heads, size, _) = torch.empty_like(q), cache.shape
+    starts, head = q_starts.tolist(), torch.arange(kv_heads)[:, None]
     for c, length in enumerate(kv_lens.tolist()):
         rows = slice(starts[c], starts[c + 1])
-        table = tables[c, : -(-length // block_size)].long()
-        key = cache[table, :, :, :dim].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, N, D]
         changed = (place[c, :length] >= 0).nonzero()[:, 0]
-        delta = moved[place[c, changed].long()]
-        out[rows] = delta_attention(q[rows], key, key[:, changed], delta, scale)
+        if not len(changed) or rows.start == rows.stop:
+            out[rows] = 0
+            continue
+        index = (tables[c, : -(-length // size)].long() * kv_heads + head).flatten()
+        key = read_key_runs(cache, index, size).reshape(kv_heads, -1, q.shape[2])[:, :length]
+        value = torch.zeros(key.shape, dtype=key.dtype)
+        value[:, changed] = moved[place[c, changed].long()].transpose(0, 1)
+        out[rows] = grouped_attention(q[rows], key, value, scale)
     return out

@@ -2,8 +2,8 @@
 
 With Haar, the low-pass band at scale b is the mean of 2^b neighbours (times
 2^(b/2)). By Parseval, the squared detail coefficients below it add up to their
-variance (times 2^b). WaveFilter descends the tree of means. UNIQUE needs mean
-and spread of whole pages, which are the same pyramid cut at another level.
+variance (times 2^b). WaveFilter descends the tree of means. UNIQUE needs the
+mean and spread of whole pages, the same pyramid at another level.
 
 cache [blocks, Hkv, block_size, 2 * D], keys before values. A page is
 `page_size` consecutive positions of a block. `page_size` is a power of two that

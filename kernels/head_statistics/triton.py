@@ -132,24 +132,9 @@ def head_statistics(logits, mask_id, eos_id, eot_id, suppress_eos, unlikely_ends
         splits = 1 << max(wanted, 1).bit_length() - 1
         parts = torch.empty(rows, 4, splits, dtype=torch.float32, device=device)
         tokens = torch.empty(rows, splits, dtype=torch.int32, device=device)
-        _share_kernel[rows, splits](
-            logits,
-            suppress_eos,
-            unlikely_ends,
-            parts,
-            tokens,
-            vocabulary,
-            triton.cdiv(tiles, splits) * TILE,
-            logits.stride(0),
-            mask_id,
-            eos_id,
-            eot_id,
-            TILE=TILE,
-            SPLITS=splits,
-            num_warps=4,
-        )
-        _row_kernel[rows,](
-            logits, suppress_eos, unlikely_ends, parts, tokens, token, prob, margin, lse, sums, vocabulary,
-            logits.stride(0), eos_id, eot_id, TILE=TILE, SPLITS=splits, ENTROPY=entropy, num_warps=8,
-        )  # fmt: skip
+        inputs, share = (logits, suppress_eos, unlikely_ends, parts, tokens), triton.cdiv(tiles, splits) * TILE
+        stride, ends, shape = logits.stride(0), (eos_id, eot_id), {"TILE": TILE, "SPLITS": splits}
+        _share_kernel[rows, splits](*inputs, vocabulary, share, stride, mask_id, *ends, **shape, num_warps=4)
+        outputs = token, prob, margin, lse, sums
+        _row_kernel[rows,](*inputs, *outputs, vocabulary, stride, *ends, **shape, ENTROPY=entropy, num_warps=8)
     return token, prob, margin, lse, sums

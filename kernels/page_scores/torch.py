@@ -8,6 +8,7 @@ import torch
 
 from vllm_dlm.kernels.haar_pyramid.statistics import GROUPS
 from vllm_dlm.kernels.haar_pyramid.torch import pyramid
+from vllm_dlm.kernels.packed_attention import read_key_runs
 from vllm_dlm.kernels.page_scores.naive import FORCED, LOWEST
 
 
@@ -98,12 +99,11 @@ def half_scores(queries, cache, block_table, runs, size, forced_from, sinks):
 
 def keys_of(cache, table, runs, size):
     """Runs [Hkv, n] of `size` consecutive keys -> their keys [Hkv, n, size, D]"""
-    _, kv_heads, block_size, width = cache.shape
+    _, kv_heads, block_size, _ = cache.shape
     per_block = block_size // size
     block = table.index_select(0, (runs // per_block).flatten()).view(runs.shape)
     row = (block * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + runs % per_block
-    found = cache.view(-1, size * width).index_select(0, row.flatten())
-    return found.view(*runs.shape, size, width)[..., : width // 2]
+    return read_key_runs(cache, row.flatten(), size).unflatten(0, runs.shape)
 
 
 def describe(keys, size, spread):

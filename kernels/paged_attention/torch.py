@@ -5,15 +5,16 @@ Consecutive sequences may share one table object: they read prefixes of differen
 
 import torch
 
+from vllm_dlm.kernels.packed_attention import read_runs
 from vllm_dlm.kernels.varlen_attention.torch import grouped_attention
 
 
 def gather(cache, table, kv_len):
     """See dispatch.py. The gather is head-major, so each block of a head is copied as one contiguous piece."""
-    blocks, kv_heads, size, width = cache.shape
+    _, kv_heads, size, width = cache.shape
     head = torch.arange(kv_heads, device=table.device)
     index = (table[None, :] * kv_heads + head[:, None]).flatten()  # (head, block) order
-    kv = cache.view(blocks * kv_heads, size, width).index_select(0, index).view(kv_heads, -1, width)[:, :kv_len]
+    kv = read_runs(cache, index, size).view(kv_heads, -1, width)[:, :kv_len]
     return kv.chunk(2, -1)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from vllm_dlm.kernels.operators import operator
+from vllm_dlm.kernels.packed_attention import PackedCache
 from vllm_dlm.kernels.rotary_write import torch as plain
 
 _rotary_write = operator(
@@ -21,7 +22,7 @@ def rotary_write(
     positions: torch.Tensor,  # [T] position of each live row
     block: torch.Tensor | None,  # [T] cache block of each live row; below 0: not cached
     offset: torch.Tensor | None,  # [T] position within the block
-    cache: torch.Tensor | None,  # [blocks, Hkv, block_size, 2 * D], keys before values; None: nothing is written
+    cache: torch.Tensor | PackedCache | None,  # [blocks, Hkv, block_size, 2 * D], keys before values; None: no write
     index: torch.Tensor | None,  # [n] live row of each row, below 0 for padding, whose output is unspecified but finite
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """-> rotated q and k, contiguous. Writes rotated keys and values to the cache. q, k and v may each be None."""

@@ -17,7 +17,7 @@ from vllm_dlm.kernels.soft_page_attention.torch import (
 
 @dataclass
 class Binding:
-    """Sums over queries of all layers and heads; `shares` is what is reported."""
+    """Sums over queries of all layers and heads; `shares` is reported."""
 
     rows: float = 0.0  # query heads with a choice
     pages: float = 0.0  # whole pages that queries see, per key head

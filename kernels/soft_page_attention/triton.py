@@ -101,23 +101,9 @@ def forward(q, k, v, log_mask, gate, scale, rows):
     batch, kv_heads, count, _ = q.shape
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     chosen = layout("forward", q, gate, rows, group)
-    _forward[triton.cdiv(count, chosen["BLOCK_R"]), batch * kv_heads](
-        q,
-        k,
-        v,
-        log_mask,
-        out,
-        lse,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        kv_heads,
-        count,
-        k.shape[2],
-        log_mask.shape[3],
-        rows.start,
-        scale,
-        **chosen,
-    )
+    sizes = (*k.stride()[:3], *v.stride()[:3], kv_heads, count, k.shape[2], log_mask.shape[3], rows.start, scale)
+    grid = triton.cdiv(count, chosen["BLOCK_R"]), batch * kv_heads
+    _forward[grid](q, k, v, log_mask, out, lse, *sizes, **chosen)
     return from_rows(out, group), lse
 
 

@@ -3,7 +3,9 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_dlm.kernels.block_rows import read_keys
 from vllm_dlm.kernels.delta_attention.torch import delta_attention
+from vllm_dlm.kernels.packed_attention import read_runs
 from vllm_dlm.kernels.top_pages import physical_pages
 
 #: query rows per key head up to which plain matrix products are faster than the fused kernel
@@ -60,7 +62,7 @@ def sparse_delta(
         seen = torch.zeros(len(units), -(-length // page_size), dtype=torch.bool).scatter_(1, units.long(), True)
         values = moved[places[b][changed].long()] * seen[:, changed // page_size].T[..., None]
         block = page_table[b][changed // (page_size * table_pages)]
-        columns = cache[block, :, changed % cache.shape[2], :dim].transpose(0, 1)
+        columns = read_keys(cache, block, changed % cache.shape[2]).transpose(0, 1)
         out[start:end] = delta_attention(q[start:end], keys, columns, values, scale)
     return out
 
@@ -104,8 +106,7 @@ def _gathered(cache, page_table, pages, page_size, table_pages):
     else:
         page = physical_pages(page_table, pages // table_pages) * table_pages + pages % table_pages
     row = ((page // per_block) * kv_heads + torch.arange(kv_heads)[:, None]) * per_block + page % per_block
-    kv = cache.view(-1, page_size * width).index_select(0, row.flatten())
-    return kv.view(*pages.shape[:2], -1, width)
+    return read_runs(cache, row.flatten(), page_size).view(*pages.shape[:2], -1, width)
 
 
 def _alike(q, count, page_table, chosen, kv_lens, cache, table_pages, page_size, scale, causal):

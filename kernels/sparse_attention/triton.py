@@ -291,15 +291,5 @@ def sparse_attention_into(
         **tiles,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[queries * heads,](
-            partial,
-            lse,
-            out,
-            q_starts,
-            q_ends,
-            batch,
-            heads,
-            SPLITS=splits,
-            DIM=dim,
-            DIM_PAD=padded(dim, 16),
-        )
+        inputs, shape = (partial, lse, out, q_starts, q_ends, batch, heads), {"DIM": dim, "DIM_PAD": padded(dim, 16)}
+        _merge_kernel[queries * heads,](*inputs, SPLITS=splits, **shape)

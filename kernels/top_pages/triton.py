@@ -128,23 +128,10 @@ def store_top_pages(out, rows, scores, k, kept, names):
     batch, heads, width = scores.shape
     room_for, tile = out.shape[2], min(padded(width, 128), TILE)
     if batch and room_for:
-        _top_kernel[batch * heads,](
-            scores.contiguous(),
-            kept,
-            names,
-            out,
-            rows,
-            width,
-            k,
-            room_for,
-            heads,
-            *out.stride()[:2],
-            TILE=tile,
-            ONE_TILE=width <= tile,
-            SLOTS=min(padded(room_for, 128), TILE),
-            # a single warp needs no synchronization, which is faster while its registers hold the row
-            num_warps=1 if tile <= 512 else 4 if tile < TILE else 8,
-        )
+        inputs, sizes = (scores.contiguous(), kept, names, out, rows), (width, k, room_for, heads, *out.stride()[:2])
+        shape = {"TILE": tile, "ONE_TILE": width <= tile, "SLOTS": min(padded(room_for, 128), TILE)}
+        # a single warp needs no synchronization, which is faster while its registers hold the row
+        _top_kernel[batch * heads,](*inputs, *sizes, **shape, num_warps=1 if tile <= 512 else 4 if tile < TILE else 8)
 
 
 @triton.jit(do_not_specialize=["number", "most"], do_not_specialize_on_alignment=["rows", "known"])
@@ -216,33 +203,12 @@ def unless_alike(pages, before, rows, known, share):
     found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=pages.device)
     left = torch.empty(pages.shape, dtype=torch.int32, device=pages.device)
     strides, tile = (*pages.stride()[:2], *before.stride()[:2]), min(padded(k, 128), 1024)
-    known = known.view(torch.int8)
-    _overlap_kernel[batch, kv_heads](
-        pages,
-        before,
-        rows,
-        known,
-        found,
-        batch * kv_heads,
-        most,
-        *strides,
-        K=k,
-        STEPS=most.bit_length() + 1,
-        TILE=tile,
+    grid, inputs, sizes = (
+        (batch, kv_heads),
+        (pages, before, rows, known.view(torch.int8), found),
+        (found[0].numel(), most),
     )
-    _unless_kernel[batch, kv_heads](
-        pages,
-        before,
-        rows,
-        known,
-        found,
-        left,
-        batch * kv_heads,
-        most,
-        float(share),
-        *strides,
-        K=k,
-        TILE=tile,
-        HEADS_PAD=padded(kv_heads),
-    )
+    _overlap_kernel[grid](*inputs, *sizes, *strides, K=k, STEPS=most.bit_length() + 1, TILE=tile)
+    heads = padded(kv_heads)
+    _unless_kernel[grid](*inputs, left, *sizes, float(share), *strides, K=k, TILE=tile, HEADS_PAD=heads)
     return left

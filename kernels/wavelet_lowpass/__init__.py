@@ -5,6 +5,6 @@ The Haar wavelet does not need this kernel: its bands are means of runs
 sequence are left out, the rest must be transformed again.
 """
 
-from vllm_dlm.kernels.wavelet_lowpass.dispatch import lowpass
+from vllm_dlm.kernels.wavelet_lowpass.torch import lowpass
 
 __all__ = ["lowpass"]

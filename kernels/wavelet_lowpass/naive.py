@@ -4,7 +4,7 @@ import torch
 
 
 def lowpass(keys, taps, levels, counts=None):
-    """See dispatch.py"""
+    """See torch.py"""
     if counts is not None:
         out = keys.new_full((*keys.shape[:-2], keys.shape[-2] >> levels, keys.shape[-1]), torch.nan).double()
         for own, given, count in zip(out, keys, counts.tolist(), strict=True):

@@ -3,8 +3,13 @@
 import torch
 
 
-def lowpass(keys, taps, levels, counts=None):
-    """See dispatch.py"""
+def lowpass(
+    keys: torch.Tensor,  # [..., N, D], N divisible by 2^levels
+    taps: tuple[float, ...],  # taps of the wavelet's decomposition filter
+    levels: int,
+    counts: torch.Tensor | None = None,  # [B] number of valid keys in keys [B, ..., N, D], also divisible by 2^levels
+) -> torch.Tensor:
+    """-> [..., N / 2^levels, D] float32"""
     low = keys.float()
     for level in range(levels):
         start = torch.arange(0, low.shape[-2], 2, device=keys.device) + len(taps) // 2

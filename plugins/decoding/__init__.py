@@ -1,4 +1,4 @@
-"""Decodings: which masked positions does a step fill, and with which tokens?"""
+"""Decodings choose the masked positions that a step fills, and their tokens."""
 
 from vllm_dlm.plugins.decoding.base import Decoding
 

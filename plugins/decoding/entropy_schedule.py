@@ -1,9 +1,10 @@
-"""RND1's order: positions of the lowest entropy first, as many as keep the rest of the masks at the schedule's share.
+"""RND1's order: positions with the lowest entropy first, at a linear schedule.
 
 https://github.com/RadicalNumerics/RND1, sampling.py. After step n of N, the share
-1 - n/N of the masks is left, computed in float32 as there. With `eb_gamma` a step
-fills the longest run of the most probable tokens whose entropies, the largest
-left out, add up to so much at most: https://arxiv.org/abs/2505.24857.
+1 - n/N of the masks is left, computed in float32 as in the reference. With
+`eb_gamma`, a step fills the longest run of most probable tokens for which the sum
+of entropies without the largest one is at most `eb_gamma`
+(https://arxiv.org/abs/2505.24857).
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class EntropySchedule(Entropy):
     name: ClassVar[str] = "entropy_schedule"
     statistic: ClassVar[str | None] = "entropy"
 
-    order_temperature: float = 1.0  # of the distributions whose entropy is taken at temperature 0
+    order_temperature: float = 1.0  # temperature of the entropy if the request's is 0
     eb_gamma: float | None = None  # in nats
 
     def __post_init__(self):
@@ -33,7 +34,7 @@ class EntropySchedule(Entropy):
         if self.thresholded:
             return super().quotas(masks, steps)
         if self.eb_gamma is not None:
-            return [1] * steps  # a step may fill more; the quotas only count the steps
+            return [1] * steps  # a step may fill more; only the number of steps is used
         shares = np.arange(steps - 1, -1, -1, dtype=np.float64) / steps
         kept = (np.float32(masks) * shares.astype(np.float32)).astype(np.int64)  # [steps] masks left after each step
         quotas = -np.diff(kept, prepend=masks)

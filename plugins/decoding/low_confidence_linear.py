@@ -1,9 +1,9 @@
-"""dLLM's schedule for A2D models: low-confidence remasking whose steps follow a linear diffusion time.
+"""dLLM's schedule for A2D models: low-confidence remasking with steps of a linear diffusion time.
 
-https://github.com/ZHZisZZ/dllm, core/schedulers/alpha.py and core/samplers. Where
-the steps divide the masks it deals as LLaDA does. Elsewhere halves are rounded to
-even, in float32 as the published code computes them: 8 masks in 3 steps are 3, 2
-and 3.
+https://github.com/ZHZisZZ/dllm, core/schedulers/alpha.py and core/samplers. If the
+number of steps divides the number of masks, the schedule is LLaDA's. Otherwise
+halves are rounded to even, in float32 as in the reference: 8 masks in 3 steps
+become 3, 2 and 3.
 """
 
 from dataclasses import dataclass

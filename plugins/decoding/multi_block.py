@@ -1,11 +1,10 @@
-"""d3LLM's decoding: several blocks of the response are open at once, and a step fills tokens of low entropy in all.
+"""d3LLM's decoding: fills tokens with low entropy in several open blocks of the response.
 
-https://arxiv.org/abs/2601.07568. Each step may open one block more, once a share
-`add_at` of the last open one is filled. A block is active once a share
-`activate_at` of the block before it is filled: the first active block with masks
-gets a token in every step. Blocks are counted within the canvas block, which is
-the whole response unless `block_length` says otherwise. With `add_at` and
-`activate_at` of 1 one block follows the other.
+https://arxiv.org/abs/2601.07568. A step opens another block if the share `add_at`
+of the last open one is filled. A block is active if the share `activate_at` of the
+previous one is filled. The first active block with masks gets a token in every
+step. Blocks are counted from the start of the canvas block, by default the whole
+response. With `add_at` and `activate_at` of 1, blocks are filled one after another.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +15,13 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, check
 from vllm_dlm.plugins.decoding.entropy import Entropy
+from vllm_dlm.plugins.decoding.roles import EndStopDecoding
 
-CLOSED, OPEN, FIRST = 0, 1, 2  # FIRST: of the first active block with masks
+CLOSED, OPEN, FIRST = 0, 1, 2  # FIRST: in the first active block with masks
 
 
 class OpenBlocks(Memory):
-    """Which blocks are open and active. It is asked once before each step."""
+    """Open and active blocks, updated once before each step"""
 
     noted: ClassVar[int] = 1
 
@@ -29,14 +29,14 @@ class OpenBlocks(Memory):
         self.width, self.add_at, self.activate_at = width, add_at, activate_at
         self.origin: int | None = None  # first position of the first block
         self.sizes = np.zeros(0, np.int64)  # masks of each block at the start
-        self.active = [True]  # of the open blocks
+        self.active = [True]  # of each open block
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         if self.origin is None:
             self.origin = int(positions[0])
         block = (positions - self.origin) // self.width
         left = np.bincount(block, minlength=len(self.sizes))
-        # A policy may read a part of the masks in a first step.
+        # the first steps may read only part of the masks
         self.sizes = np.maximum(np.pad(self.sizes, (0, len(left) - len(self.sizes))), left)
         self._advance(1 - left / np.maximum(self.sizes, 1))
         first = next((index for index, active in enumerate(self.active) if active and left[index]), None)
@@ -44,7 +44,7 @@ class OpenBlocks(Memory):
         return {"state": np.where(block == first, FIRST, state)[:, None]}
 
     def _advance(self, filled: np.ndarray) -> None:
-        """`filled`: share of each block"""
+        """`filled`: filled share of each block"""
         for block in range(1, len(self.active)):
             self.active[block] |= bool(filled[block - 1] >= self.activate_at)
         last = filled[len(self.active) - 1]
@@ -53,7 +53,7 @@ class OpenBlocks(Memory):
 
 
 @dataclass(frozen=True)
-class MultiBlock(Entropy):
+class MultiBlock(EndStopDecoding, Entropy):
     name: ClassVar[str] = "multi_block"
     statistic: ClassVar[str | None] = "entropy"
     presets: ClassVar[dict[str, dict]] = {
@@ -65,14 +65,15 @@ class MultiBlock(Entropy):
     }
 
     open_length: int = 32  # positions of a block
-    max_entropy: float = 0.5  # of a token that is filled, in nats
+    max_entropy: float = 0.5  # positions with at most this entropy are filled; in nats
     add_at: float = 0.1
     activate_at: float = 0.95
-    always_one: bool = True  # the open position of the lowest entropy is filled in any case
+    always_one: bool = True  # at least the open position with the lowest entropy is filled
+    end_stop: bool = True  # behind the first end token, everything becomes that token
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.steps is None, "steps", self.steps, "unset: multi_block fills what has little entropy")
+        check(self.steps is None, "steps", self.steps, "unset: multi_block fills positions with low entropy")
         check(self.open_length >= 1, "open_length", self.open_length, "a whole number of at least 1")
         check(self.max_entropy >= 0, "max_entropy", self.max_entropy, "at least 0")
         for field in ("add_at", "activate_at"):

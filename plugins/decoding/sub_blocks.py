@@ -1,8 +1,8 @@
-"""Fast-dLLM v2's sub-blocks: in a canvas block, the masks of the first few positions are filled before later ones.
+"""Fast-dLLM v2's sub-blocks: fills the parts of a canvas block from left to right.
 
-https://arxiv.org/abs/2509.26328. A step fills the tokens of the first sub-block
-with masks that are more probable than the threshold, and the most probable one.
-Sub-blocks lie at multiples of their width.
+https://arxiv.org/abs/2509.26328. In the first sub-block with masks, a step
+fills the most probable token and all tokens above the threshold. Sub-blocks begin
+at multiples of their width.
 """
 
 from dataclasses import dataclass

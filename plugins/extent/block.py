@@ -1,7 +1,7 @@
-"""dLLM-Var's extent: behind the current canvas block nothing exists, and the canvas grows by one block at a time.
+"""dLLM-Var's extent: the canvas ends with the current block and grows by one block at a time.
 
-https://arxiv.org/abs/2510.24605. Models must be trained for it: the end of the
-answer is known only when the model writes it.
+https://arxiv.org/abs/2510.24605. Models must be trained for it, because they do
+not know the length of the answer in advance.
 """
 
 from dataclasses import dataclass

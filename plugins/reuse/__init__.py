@@ -1,4 +1,4 @@
-"""Reuse policies: which rows are recomputed in which layer, and which come from earlier steps?"""
+"""Reuse policies choose the rows that each layer recomputes. The others come from earlier steps."""
 
 from vllm_dlm.plugins.reuse.base import Reuse
 

@@ -33,8 +33,8 @@ class Progress:
     confidence: np.ndarray
     changed: np.ndarray  # positions that the last step filled or masked again, ascending
     written: int = 0  # length of the prefix whose keys and values are cached for good, see canvas/block_causal.py
-    grown: bool = False  # rows without cached state are those that came in with this block, no others
-    block_before: int = 0  # start of the canvas block before this one; of the first block its own start
+    grown: bool = False  # only the rows that this block added have no cached state
+    block_before: int = 0  # start of the previous canvas block; in the first block, its own start
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
 
     @property
@@ -80,7 +80,7 @@ def span(start: int, end: int) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     live: np.ndarray  # [T] rows carried from the embedding to the head, as ascending positions
-    forced: np.ndarray  # live rows that are recomputed in every layer, whatever the flow selects; ascending
+    forced: np.ndarray  # live rows that are recomputed in every layer, regardless of the flow's selection; ascending
     budget: int | None  # number of other rows that are recomputed; None: the flow decides
     rows: int  # rows recomputed, as the scheduler counts them
     refresh: bool  # an expensive step of a policy that also has inexpensive ones
@@ -121,10 +121,6 @@ class Reuse:
     #: contexts are kept and updated, which requires that they attend to the same keys; a selection's choice is
     #: therefore kept until the prompt is refreshed
     keeps_contexts: ClassVar[bool] = False
-    #: a request that is preempted gets the tokens that it gets undisturbed
-    begins_again: ClassVar[bool] = True
-    #: goes with attention that knows canvas blocks, where it chooses rows of the current block
-    block_causal: ClassVar[bool] = False
 
     @property
     def block_alone(self) -> bool:
@@ -139,11 +135,6 @@ class Reuse:
 
     # -- on the host -----------------------------------------------------------------------
 
-    def inside(self, at: Progress) -> tuple[int, int] | None:
-        """Of policies with `block_causal`: [start, end) of the rows of the canvas block that a step recomputes once
-        the others are cached; None: all of them"""
-        return None
-
     def plan(self, at: Progress) -> StepPlan:
         return StepPlan.dense(span(0, at.length))
 
@@ -157,7 +148,7 @@ class Reuse:
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
         """The only candidates that this step reads, because no later step of the block can read them. They are all
-        filled, whatever the decoding chooses. None: the step reads all candidates and the decoding chooses.
+        filled, regardless of the decoding's choice. None: the step reads all candidates and the decoding chooses.
         `positions`: all candidates"""
         return None
 

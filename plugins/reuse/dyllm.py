@@ -99,7 +99,7 @@ class DyLLM(Reuse):
         before = at.cached_values(changed.rows)
         q, _, v = yield from heads(at, rows, changed.rows)
         old, ffn = at.features(rows).split([q.shape[1] * q.shape[2], at.x.shape[1]], 1)
-        context = old + (yield AttendMoved(q, rows, changed.rows, v - before))
+        context = old + (yield AttendMoved(q, rows, changed.rows, v - before, exact))
         context = exact.set(context, (yield Attend(exact.gather(q), exact.rows)))
 
         salient_T = rows.set(salient_T, at.similarity(context, old) < rows.gather(limit_T))

@@ -7,7 +7,7 @@ numbers each:
     q, k, v = yield QueryKeyValue(h, rows)      # [n, H, D] rotated, [n, Hkv, D] rotated, [n, Hkv, D]
     context = yield Attend(q, rows)             # [n, H * D]
     output = yield Output(context)              # [n, E]
-    x, ffn = yield FeedForward(x, output)       # x + output and what the FFN makes of it, [n, E] each
+    x, ffn = yield FeedForward(x, output)       # x + output, and the FFN's output for it, [n, E] each
     return rows, x, ffn
 
 Queries, keys and values can be computed together or separately, for the same
@@ -140,6 +140,7 @@ class AttendMoved:
     rows: Rows  # [n] rows of the queries
     changed: Rows  # [S] rows whose values changed
     moved: torch.Tensor  # [S, Hkv, D] by how much
+    unused: PickedRows | None = None  # rows among the n with unused results, which must be finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +185,7 @@ LayerResult = tuple[Rows, torch.Tensor, torch.Tensor]
 Flow = Generator[Ask, Any, LayerResult]
 
 
-# -- what a flow sees ----------------------------------------------------------------------------
+# -- input of a flow -----------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""dLLM-Var's cache: the keys and values of a finished canvas block are those of the step after it, and never change.
+"""dLLM-Var's cache: keeps the keys and values of a finished canvas block from the step after it.
 
-https://arxiv.org/abs/2510.24605. A block's first step recomputes the block before,
-which then stays as it is, and the new block; later steps recompute the block
-alone. Prompt rows are computed once, with the first block. With `extent: block`
-nothing behind the block exists, as published.
+https://arxiv.org/abs/2510.24605. The first step of a block recomputes the new block
+and the previous one, which never changes again. Later steps only recompute the
+current block. Prompt rows are computed once, with the first block. The reference
+uses `extent: block`.
 """
 
 from collections.abc import Hashable
@@ -18,7 +18,8 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 @dataclass(frozen=True)
 class Frozen(Reuse):
     name: ClassVar[str] = "frozen"
-    begins_again: ClassVar[bool] = False  # its keys come from steps that are not made again
+    #: a preempted request may return other tokens: its cached keys come from steps that cannot be repeated
+    begins_again: ClassVar[bool] = False
 
     @property
     def layer_key(self) -> Hashable:

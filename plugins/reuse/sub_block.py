@@ -1,9 +1,9 @@
-"""Fast-dLLM v2's block cache: in a canvas block, rows outside the sub-block that is being filled stay as they were.
+"""Fast-dLLM v2's block cache: only recomputes the current sub-block of a canvas block.
 
-https://arxiv.org/abs/2509.26328. The block is recomputed whole when it begins and
-while the first position of the sub-block is a mask; else the sub-block alone. In
-models whose attention sees the whole canvas a block begins with a full forward,
-as with `fast_dllm`. Sub-blocks lie at multiples of their width.
+https://arxiv.org/abs/2509.26328. The whole block is recomputed in its first step and
+while the first position of the sub-block is a mask, otherwise only the sub-block.
+In models with full attention, a block begins with a full forward, as in
+`fast_dllm`. Sub-blocks begin at multiples of their width.
 """
 
 from collections.abc import Hashable
@@ -13,15 +13,14 @@ from typing import ClassVar
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan, span
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 
 @dataclass(frozen=True)
-class SubBlock(FastDLLM):
+class SubBlock(WithinBlocks, FastDLLM):
     name: ClassVar[str] = "sub_block"
     presets: ClassVar[dict[str, dict]] = {}
-    block_causal: ClassVar[bool] = True
-
-    cache: ClassVar[str] = "dual"
+    cache: ClassVar[str] = "dual"  # type: ignore[misc]  # not an option here
     length: int = 8
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Selections: which cached keys may a query read?"""
+"""Selections choose the cached keys that a query reads."""
 
 from vllm_dlm.plugins.selection.base import Selection
 

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vllm_dlm.kernels.packed_attention import PackedCache, read_key_runs
 from vllm_dlm.kernels.page_scores import ScoringQueries
 
 
@@ -64,7 +65,7 @@ class Choice:
 class CachedPrompts:
     """Data about canvases beyond their summaries."""
 
-    cache: torch.Tensor  # [blocks, Hkv, block_size, 2 * D], keys before values
+    cache: torch.Tensor | PackedCache  # [blocks, Hkv, block_size, 2 * D], keys before values
     table: torch.Tensor  # [B, N] blocks of each canvas
     prompt_lens: list[int]
     lengths: list[int]  # prompt and response
@@ -76,13 +77,12 @@ class CachedPrompts:
     def keys(self, runs: torch.Tensor, size: int) -> torch.Tensor:
         """Keys [B, Hkv, n, size, D] of runs [B, Hkv, n] of `size` positions, which do not cross blocks. Keys of run -1
         are undefined."""
-        _, kv_heads, block_size, width = self.cache.shape
+        _, kv_heads, block_size, _ = self.cache.shape
         per_block, runs = block_size // size, runs.clamp_min(0).long()
         block = self.table[:, None].expand(-1, kv_heads, -1).gather(2, (runs // per_block).flatten(2)).view(runs.shape)
         head = torch.arange(kv_heads, device=runs.device)[:, None]
         row = (block * kv_heads + head) * per_block + runs % per_block
-        found = self.cache.view(-1, size * width).index_select(0, row.flatten())
-        return found.view(*runs.shape, size, width)[..., : width // 2]
+        return read_key_runs(self.cache, row.flatten(), size).unflatten(0, runs.shape)
 
 
 @dataclass
@@ -122,7 +122,7 @@ class ChoiceQuery:
 
 
 class PromptUnits(NamedTuple):
-    """What a selection chooses from the prompt of a canvas."""
+    """The units of a canvas's prompt from which a selection chooses."""
 
     candidates: int  # first tokens of the prompt that may be left out, a multiple of `Selection.unit`
     summaries: int  # number of summaries
@@ -171,7 +171,7 @@ class Selection:
         raise NotImplementedError
 
     def prompt_units(self, prompt_len: int) -> PromptUnits:
-        """What is chosen from a prompt of this length."""
+        """Units and number of chosen units for a prompt of this length."""
         raise NotImplementedError
 
     def keeps(self, steps: int) -> bool:

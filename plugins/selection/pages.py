@@ -48,7 +48,7 @@ class PageSelection(Selection):
             f"at least {least}: the sink and recent pages and one to choose",
         )
 
-    # -- what a method implements ----------------------------------------------------------
+    # -- methods implement these -----------------------------------------------------------
 
     def describe(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys of whole pages [n, Hkv, P, D] -> summaries [n, Hkv, W1], [n, Hkv, W2] (see `vectors`)"""

@@ -9,7 +9,7 @@ The coarsest scale is stored with the KV cache and recomputed when the prompt is
 refreshed. Finer scales are means of the remaining keys.
 
 Extensions beyond the paper, off in preset "paper":
-- `detail_lambda`: a bound on what a mean hides, from the energy of the details
+- `detail_lambda`: adds a bound on the difference between a mean and its keys, from the energy of the details
 - `token_stage`: a last scale of single tokens
 - `reselect`: choices that are used for more than one step
 - `keep_sink`, `keep_tail`: first and last tokens that are always kept
@@ -163,7 +163,7 @@ class WaveFilter(Selection):
     def prompt_units(self, prompt_len: int) -> PromptUnits:
         runs = prompt_len // 2**self.levels
         kept = self.kept(runs)
-        # with one scale there is no descent that a kept choice would save
+        # with one scale there is no descent to save by keeping a choice
         memo = kept[0] if self._reselect[0] == "drift" and self.stages > 1 else 0
         return PromptUnits(runs * 2**self.levels, runs, kept[-1], self._numbers(prompt_len, runs, kept), memo)
 

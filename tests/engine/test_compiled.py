@@ -12,7 +12,6 @@ from tests.engine.running import runner_of
 from tests.tiers import slow
 from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.methods import methods
-from vllm_dlm.step import attention
 from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
 
 pytest.importorskip("triton")
@@ -37,7 +36,6 @@ def pretending(monkeypatch):
         monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
         monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
-        monkeypatch.setattr(attention, "by_tables", lambda q: True)
         return catch_launches(monkeypatch)
 
     return start

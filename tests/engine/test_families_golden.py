@@ -1,6 +1,7 @@
 """Families that came later: recorded runs of their official code, token for token and step for step."""
 
 import json
+from itertools import groupby
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.running import tokens
+from tests.engine.drawn import answers, drawn
+from tests.engine.running import all_blocks_are_free, poison, tokens
 from tests.engine.test_block_causal import Blocks
 from tests.engine.test_rules_golden import Canvases
 from tests.engine.worker_calls import block_causal_logits_of, logits_of
+from vllm_dlm.families import FAMILIES
 
 RUNS = json.loads((GOLDEN / "families/runs.json").read_text())
 #: by start of the runs' names: options with which the rule is that of the official code
@@ -43,7 +46,7 @@ def asked(name: str, run: dict, prompt: list[int], length: int, **extra):
         ignore_eos=True,
         detokenize=False,
         extra_args=DECODING[name.partition("-")[0].partition(".")[0]] | extra,
-        stop_token_ids=[run["eos"]] if run.get("stopped") else None,
+        stop_token_ids=[run["eos"]] if run["attention"] == "block_causal" else None,
     )
     return {"prompt_token_ids": prompt}, params
 
@@ -73,7 +76,7 @@ def test_block_by_block(engines, name):
     llm = engine(engines, run["ckpt"], "block_causal")
     with Blocks(llm) as fed:
         (got,) = tokens(llm, [asked(name, run, arrays["prompt"].tolist(), run["G"], **options)])
-    end = answer.index(run["eos"]) + 1 if run.get("stopped") else run["G"]
+    end = answer.index(run["eos"]) + 1 if run["eos"] in answer else run["G"]
     assert list(got) == answer[:end]
     steps = [[(p, t) for p, t in enumerate(step) if t >= 0][-width:] for step in arrays[f"canvas{whole}"].tolist()]
     assert fed.steps == [(step[0][0], [t for _, t in step]) for step in steps][: len(fed.steps)]
@@ -94,7 +97,8 @@ def test_rnd1(engines, name):
         (got,) = tokens(llm, [asked(name, run, arrays["prompt"].tolist(), run["masks"], **options)])
     assert list(got) == answer
     texts = [step[len(behind) :] + step[: len(behind)] for step in canvases.steps]  # rows of a suffix come first
-    assert texts == arrays["canvas"].tolist()
+    # the official code makes a forward where its schedule fills nothing, too
+    assert texts == [canvas for canvas, _ in groupby(arrays["canvas"].tolist())]
 
 
 @pytest.mark.parametrize("length", [1, 17, 64])
@@ -122,3 +126,45 @@ def test_logits_of_blocks(engines, family, width, name, length):
     llm = engine(engines, f"{family}-tiny", "full")
     (got,) = llm.collective_rpc(block_causal_logits_of, args=(arrays["ids"].tolist(), width))
     torch.testing.assert_close(got, arrays[name], atol=1e-4, rtol=1e-5)
+
+
+# -- every family that is registered -------------------------------------------------------------
+
+#: architecture -> a tiny checkpoint
+TINY = {
+    architecture: path.parent.name
+    for path in sorted((GOLDEN / "checkpoints").glob("*/config.json"), reverse=True)
+    for architecture in json.loads(path.read_text())["architectures"]
+}
+#: their requests are drawn in test_matrix.py and test_block_causal.py
+ELSEWHERE = {"LLaDAModelLM", "DreamModel", "SDARForCausalLM", "LLaDA2MoeModelLM", "SDARMoeForCausalLM"}
+EACH = [
+    (family.architecture, attention)
+    for family in {family.architecture: family for family in FAMILIES.values()}.values()
+    if family.architecture not in ELSEWHERE
+    for attention in dict.fromkeys((family.attention, family.with_block_size.get("attention", family.attention)))
+]
+
+
+@pytest.mark.parametrize("architecture, attention", EACH)
+def test_drawn_requests_are_answered_as_alone(engines, architecture, attention):
+    """Of every decoding, and of what else a request may ask for; in either order, and with poisoned memory"""
+    llm = engine(engines, TINY[architecture], attention)
+    given = drawn(llm, 10, f"{architecture} {attention}")
+    together = answers(llm, given)
+    assert answers(llm, given[::-1]) == together[::-1]
+    poison(llm)
+    assert [answers(llm, [one]) for one in given] == [[want] for want in together]
+    assert all_blocks_are_free(llm)
+
+
+@pytest.mark.parametrize("architecture, attention", EACH)
+def test_a_question_in_words_is_answered(engines, architecture, attention):
+    llm = engine(engines, TINY[architecture], attention)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    if llm.get_tokenizer().chat_template is None:  # of a base model
+        (answer,) = llm.generate(["Why?"], params, use_tqdm=False)
+    else:
+        (answer,) = llm.chat([{"role": "user", "content": "Why?"}], params, use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 9 and answer.outputs[0].finish_reason == "length"
+    assert isinstance(answer.outputs[0].text, str) and len(answer.prompt_token_ids) > 1

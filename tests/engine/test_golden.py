@@ -62,9 +62,13 @@ def requests_of(name: str, run: dict):
 
 @pytest.mark.parametrize(("checkpoint", "names"), CASES, ids=[case[0] for case in CASES])
 def test_greedy_runs_token_for_token(engines, golden_runs, checkpoint, names):
+    assert_greedy_runs(engines(checkpoint), golden_runs, names)
+
+
+def assert_greedy_runs(llm, golden_runs, names: list[str]) -> None:
     """All runs of a checkpoint share one batch: lengths, steps, blocks and algorithms mixed."""
     rows = [(name, *row) for name in names for row in requests_of(name, golden_runs[name])]
-    outputs = engines(checkpoint).generate([r[1] for r in rows], [r[2] for r in rows], use_tqdm=False)
+    outputs = llm.generate([r[1] for r in rows], [r[2] for r in rows], use_tqdm=False)
     for (name, _, _, expected), output in zip(rows, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == expected, name
 

@@ -97,8 +97,7 @@ class Canvases:
             kv, where = torch.randn(n, KV_HEADS, 2 * DIM, generator=own), torch.arange(n)
             kv += 2 * torch.randn(n // 8 + 1, KV_HEADS, 2 * DIM, generator=own).repeat_interleave(8, 0)[:n]
             slots = Slots(table[where // BLOCK], where % BLOCK)
-            self.cache.write_keys(0, slots, kv[..., :DIM])
-            self.cache.write_values(0, slots, kv[..., DIM:])
+            self.cache.write_plain(0, slots, *kv.split(DIM, -1))
             keys.append(kv[..., :DIM])
         whole = group_selection(self.views, lengths, prompt_lens, True, torch.from_numpy)
         whole.refresh(0, self.cache, torch.cat(keys), Counts())

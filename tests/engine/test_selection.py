@@ -104,8 +104,7 @@ def view_of(selection: Selection, prompt_len=200, length=231, kv_heads=2, dim=32
     view = SelectedKeys(selection, prompt_len, length, block_size, *tables, frozen, ChoicePool())
     position = torch.arange(length)
     slots = Slots(order[position // block_size], position % block_size)
-    pages.write_keys(0, slots, kv[..., :dim])
-    pages.write_values(0, slots, kv[..., dim:])
+    pages.write_plain(0, slots, *kv.split(dim, -1))
     refresh(view, pages, kv)
     q = torch.randn(3, 2 * kv_heads, dim, generator=generator)
     return view, pages, kv, q

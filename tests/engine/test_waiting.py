@@ -7,7 +7,7 @@ from vllm import SamplingParams
 
 from tests.engine.running import core_of, tokens
 from vllm_dlm.integration.scheduler.scheduler import OVERTAKES
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 BLOCKS = 9  # of 32 tokens, beside the one vLLM keeps for itself
 TIGHT = {"block_size": 32, "num_gpu_blocks_override": BLOCKS + 1, "max_num_batched_tokens": 512}

@@ -7,7 +7,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_dlm.envelope import Envelope, EnvelopeOutputs, envelope_in, envelope_output, with_envelope
 from vllm_dlm.page_sparse.page_counts import PageCounts
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import StepCounts
 
 TOKENS = EngineCoreOutput("a", [3, 4], finish_reason=FinishReason.LENGTH, trace_headers={"b": "c"})
 

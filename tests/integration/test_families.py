@@ -1,6 +1,7 @@
 """A family is its record: another one takes part without a line changed elsewhere."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.conftest import GOLDEN
+from tests.docs.pages import PAGES, words
 from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.config import DiffusionConfig
@@ -59,6 +64,22 @@ def test_each_record_names_what_there_is():
         assert architecture in family.architectures and config.family is family
         assert config.model_type == family.model_type
         assert imported(family.model).hf_to_vllm_mapper is not None
+
+
+START_LINES = sorted(
+    {line for page in PAGES for line in re.findall(r"`(vllm serve [^`]+)`", page.read_text()) if "…" not in line}
+)
+
+
+def test_start_lines_of_the_pages():
+    """vLLM's parser takes them, and the model's options are valid for its family."""
+    load_general_plugins()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    assert len(START_LINES) >= len({family.model for family in FAMILIES.values()})
+    for line in START_LINES:
+        args = parser.parse_args(words(line)[2:])
+        assert args.model_tag.count("/") == 1, line
+        assert not args.hf_overrides or set(args.hf_overrides) == {"block_size"}, line
 
 
 def test_families_of_one_model_type_are_told_apart_by_their_architecture(normed):

@@ -5,11 +5,17 @@ import inspect
 import pytest
 
 from vllm_dlm.methods import KINDS, _package
-from vllm_dlm.plugins.decoding import roles
+from vllm_dlm.plugins.decoding import roles as decoding_roles
+from vllm_dlm.plugins.reuse import roles as reuse_roles
 
 MOST_MEMBERS = 12
 BASES = [each for kind in KINDS for each in inspect.getmro(_package(kind).BASE) if each is not object]
-ROLES = [each for each in vars(roles).values() if inspect.isclass(each) and each.__module__ == roles.__name__]
+ROLES = [
+    each
+    for roles in (decoding_roles, reuse_roles)
+    for each in vars(roles).values()
+    if inspect.isclass(each) and each.__module__ == roles.__name__
+]
 
 
 def members(base: type) -> set[str]:

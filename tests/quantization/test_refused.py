@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.test_bad_tensors import load
+from tests.integration.loading import load
 from tests.quantization.checkpoints import METHODS, pair
 from vllm_dlm.models import quantization
 

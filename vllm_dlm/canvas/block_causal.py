@@ -7,7 +7,7 @@ to the end of its own block, so a step has one stream per block, as if the canva
 prompt is computed in several steps that fill nothing.
 
 If logits predict the next position, the last row of a final block predicts the first position of the block after it.
-The step that recomputes the final block then reads that position alone, and leaves the new block to the next step.
+The step that recomputes the final block then reads only that position. The next step begins the new block.
 
 With a selection, the current block attends to part of the final positions (`_keys`).
 """
@@ -27,6 +27,7 @@ from vllm_dlm.options import Options
 from vllm_dlm.plugins.extent.base import Extent
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 if TYPE_CHECKING:
     from vllm_dlm.canvas.canvas import Canvas
@@ -43,7 +44,7 @@ class BlockCausal(Reuse):
     name: ClassVar[str] = "none"
 
     width: int = 0  # canvas block length
-    policy: Reuse = field(default_factory=Reuse)  # which rows of the current block are recomputed
+    policy: Reuse = field(default_factory=Reuse)  # selects the recomputed rows of the current block
 
     @property
     def layer_key(self) -> Hashable:
@@ -62,7 +63,7 @@ class BlockCausal(Reuse):
         return self.written(at) == self.final(at)
 
     def predicted_before(self, at: Progress) -> bool:
-        """Whether the first position of the block is a mask that a row of the block before predicts"""
+        """Whether the first position of the block is a mask that a row of the previous block predicts"""
         start = at.block[0]
         return bool(at.shift) and start == self.final(at) and at.tokens[start] == at.mask_id
 
@@ -72,16 +73,16 @@ class BlockCausal(Reuse):
     def plan(self, at: Progress) -> StepPlan:
         if not self.reads(at) or self.predicted_before(at):
             return StepPlan.dense(span(at.written, self.written(at)))
-        seeded = bool(at.shift) and at.block[0] == self.final(at)  # by a step without rows of the block
+        seeded = bool(at.shift) and at.block[0] == self.final(at)  # the previous step had no rows of the block
         begun = at.written == self.final(at) and at.block_step > seeded
-        rows = self.policy.inside(at) if begun else None
+        rows = self.policy.inside(at) if begun and isinstance(self.policy, WithinBlocks) else None
         return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
 
     def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """Live rows of each block, and the end of the block. These rows attend to all positions before the end."""
         start, last = int(live[0]), int(live[-1]) + 1
         if start > at.written:
-            return [(live, at.block[1])]  # rows inside of the current block
+            return [(live, at.block[1])]  # rows of the current block
         ends = [*range(start + self.width, last, self.width), last]
         return [(span(*each), at.block[1] if each[1] > at.block[0] else each[1]) for each in pairwise([start, *ends])]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_dlm.canvas.automaton import MASKED, Automaton
 
-#: a class that neither a token nor a mask has
+#: not the class of any token or of a mask
 NO_CLASS = -3
 
 

@@ -17,7 +17,7 @@ from vllm_dlm.shown import printable
 from vllm_dlm.view.terminal import follow
 
 CANVAS = 32
-#: small canvas blocks, which are streamed one by one and so show how the answers fill in
+#: small canvas blocks, streamed one by one, show how the answers fill in
 OPTIONS = {"dlm_block_length": 8}
 PASSES: dict[str, dict] = {
     "one token per step": OPTIONS,

@@ -35,7 +35,7 @@ class DiffusionConfig(PretrainedConfig):
         "max_position_embeddings",
     )
     tied = "tie_word_embeddings"
-    #: mask token of the published checkpoints, if config.json has none: that of the tokenizer files comes first
+    #: mask token of the published checkpoints, used if neither config.json nor the tokenizer files have one
     usual_mask: ClassVar[int | None] = None
     #: field -> the only value that is implemented
     implemented: ClassVar[dict[str, Any]] = {}
@@ -47,7 +47,7 @@ class DiffusionConfig(PretrainedConfig):
             cls.__init__ = lambda self, **fields: super(cls, self).__init__(**fields)  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
 
-    def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, **kwargs):
+    def __init__(self, vocab_size=None, dtype=None, torch_dtype=None, head_dim=None, layer_types=None, **kwargs):
         dtype = torch_dtype if dtype is None else dtype
         known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
         super().__init__(dtype=dtype if known else None, **kwargs)
@@ -56,6 +56,7 @@ class DiffusionConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.head_dim = head_dim  # if missing, derived once width and heads are checked
         self.logits_shift = self.family.logits_shift
+        self.layer_types = layer_types  # not passed on: transformers would compare their number before it is checked
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -161,6 +162,9 @@ def _fields(config) -> Iterator[tuple[str, bool, str]]:
     yield config.tied, value(config.tied) in (True, False, None), "true or false"
     dtype = isinstance(value("dtype"), torch.dtype | None)
     yield "dtype", dtype, "the name of a dtype of torch, such as 'bfloat16'"
+    kinds = value("layer_types")
+    alike = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
+    yield "layer_types", alike, "'full_attention' for every layer, or left out"
     yield "unique", isinstance(value("unique"), dict | None), "an object with the fields of that selection"
     yield from config.own_fields()
 

@@ -30,7 +30,7 @@ class Family:
     rope_full_precision: bool = False  # True: rotate in float32; False: with tables in the model's dtype
     tokenizer: str | None = None  # set if transformers lacks the tokenizer class that checkpoints name
     aliases: tuple[str, ...] = ()  # other names of the architecture in config.json
-    #: model_type in config.json if it belongs to other models; such checkpoints are told apart by their architecture
+    #: model_type in config.json if it belongs to other models; such checkpoints are recognised by their architecture
     written_model_type: str | None = None
     #: fields of the record that differ if config.json or `--hf-overrides` has a `block_size`: for architectures whose
     #: config.json does not say which attention the checkpoint was trained with

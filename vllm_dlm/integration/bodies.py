@@ -69,7 +69,7 @@ def take_suffix(request, model_config) -> None:
 
 
 def set_template_defaults(request, serving) -> None:
-    """The family's defaults of a chat template's variables, after those of the request and of the server"""
+    """Sets the family's defaults for variables of the chat template that neither the request nor the server sets."""
     if not hasattr(request, "chat_template_kwargs") or not is_diffusion_lm(serving.model_config):
         return
     if usual := record_of(serving.model_config).template_kwargs:

@@ -1,7 +1,7 @@
-"""Checkpoints whose config.json has the model_type of other models, such as Llama's: their architecture tells.
+"""Recognises checkpoints with another model's model_type in config.json, such as Llama's, by their architecture.
 
-Nothing is registered for such a model_type, so its other models are read as without this plugin: on their own, as the
-text part of another model, or as a draft model. Read in vLLM 0.32 and 0.33: transformers_utils/config.py
+No config class is registered for such a model_type, so other models with it are read as without this plugin: alone, as
+the text part of another model, or as a draft model. Read in vLLM 0.32 and 0.33: transformers_utils/config.py
 (`HFConfigParser`), where each config.json is read first.
 """
 
@@ -20,7 +20,7 @@ def parse(theirs):
         try:
             fields = get_hf_file_to_dict("config.json", model, revision) or {}
         except ValueError:
-            fields = {}  # no JSON, which vLLM reports
+            fields = {}  # not JSON; vLLM reports it
         family = family_of(fields, overrides if isinstance(overrides, dict) else {})
         if family is None:
             return theirs(self, model, trust_remote_code, revision=revision, code_revision=code_revision, **kwargs)
@@ -31,7 +31,7 @@ def parse(theirs):
 
 
 def family_of(fields: dict[str, Any], overrides: dict[str, Any]) -> Family | None:
-    """The family whose checkpoint this config.json describes, if its model_type belongs to other models"""
+    """The family of a checkpoint with another model's model_type"""
     named = overrides.get("architectures", fields.get("architectures"))
     for name in named if isinstance(named, list) else ():
         family = FAMILIES.get(name) if isinstance(name, str) else None

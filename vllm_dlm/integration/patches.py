@@ -51,7 +51,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.transformers_utils.config:HFConfigParser", "parse", dispatch.parse,
-        "vLLM reads a config.json by its model_type, and some diffusion models have that of autoregressive ones.",
+        "vLLM reads config.json by its model_type. Some diffusion models have an autoregressive model's.",
         ("(self, model, trust_remote_code, revision=, code_revision=, **kwargs)",),
     ),
     Patch(
@@ -231,7 +231,7 @@ WRITES = (
     ),
     Write(
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest", ("chat_template_kwargs",),
-        "integration/bodies.py", "Defaults of a family for its chat template.",
+        "integration/bodies.py", "A family's defaults for its chat template.",
     ),
     Write(
         "vllm.v1.engine:EngineCoreRequest", ("prompt_token_ids", "cache_salt"), "integration/requests.py",

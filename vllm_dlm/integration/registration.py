@@ -128,8 +128,8 @@ class DiffusionConfigHook:
             model.max_model_len = family.context
         if family.with_block_size and family.attention == "full":
             logger.info_once(
-                "%s: config.json does not say which attention the model was trained with. A row attends to the whole "
-                "canvas; of a model that was trained block by block say its block's width: --hf-overrides "
+                "%s: config.json does not say which attention the model was trained with, so full attention is used. "
+                "For a block-causal model, set the width of its blocks: --hf-overrides "
                 """'{"block_size": 32}'""",
                 model.architecture,
             )

@@ -146,8 +146,7 @@ def carried(params: Any, prompt: Any, max_tokens: int | None) -> CheckedRequest 
 
 
 def carrying(params: Any, checked: CheckedRequest | None) -> Any:
-    """The parameters with the checked request. A context variable would not do, as `process_inputs` may run in another
-    context"""
+    """The parameters with the checked request, because `process_inputs` may run in another context"""
     if checked is None:
         return params
     params = copy.copy(params)

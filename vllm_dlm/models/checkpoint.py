@@ -29,7 +29,7 @@ logger = init_logger(__name__)
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
 NAMED = 4  # maximum number of tensors named in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: weights of quantized layers that have an element for each number, so that their shape is known
+#: weights of quantized layers with one element per number, so their shapes are known
 MATRICES, ONE_EACH = ("weight", "w13_weight", "w2_weight"), (*FLOATS, torch.int8, torch.float8_e4m3fn)
 #: tensors of quantized layers that no kernel reads
 UNREAD = ("weight_shape", "g_idx")
@@ -152,7 +152,7 @@ class Checkpoint:
             raise ValueError(f"{self.architecture}: {count} missing from the checkpoint: {first}")
 
     def refused_by_loader(self, error: Exception) -> ValueError:
-        """vLLM's loaders of quantized tensors check shapes by assertions."""
+        """The error for a failed assertion of vLLM's loaders, which check shapes of quantized tensors by assertions"""
         assert self.read is not None, "no tensor is being loaded"
         name, shape = self.read
         reason = str(error).splitlines()
@@ -199,7 +199,7 @@ class Checkpoint:
 
 
 def unmarked(name: str) -> str:
-    """Name of the tensor or module that the checkpoint has instead of "module[part].name"."""
+    """Name in the checkpoint of the tensor or module that contains "module[part].name"."""
     return re.sub(r"\[\w+\]", "", name)
 
 

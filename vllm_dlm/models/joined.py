@@ -1,8 +1,8 @@
-"""Queries, keys and values of one layer as one product.
+"""Computes queries, keys and values of a layer in one matrix product.
 
-Reuse policies compute them for different rows, so each stays a linear layer of its own, and all weights are slices of
-one. Read in vLLM 0.32: kernels/linear/scaled_mm (cutlass.py, pytorch.py), whose weights are [in, out] with consecutive
-inputs and whose scales are [out, 1]; layers/quantization/online/fp8.py (`Fp8PtpcOnlineLinearMethod`) and
+Reuse policies may compute them for different rows, so each remains a linear layer. Their weights are slices of one
+tensor. Read in vLLM 0.32: kernels/linear/scaled_mm (cutlass.py, pytorch.py) with weights [in, out] (inputs consecutive)
+and scales [out, 1]; layers/quantization/online/fp8.py (`Fp8PtpcOnlineLinearMethod`) and
 compressed_tensors/compressed_tensors.py (`CompressedTensorsLinearMethod`), which hold them.
 """
 
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_dlm.models.quantization import kernels_of
 
-#: kernels that quantize each row alone and have one scale per output channel, so channels of layers can be joined
+#: kernels with one scale per row and per output channel, so channels of layers can be joined
 JOINABLE = (
     ChannelWiseTorchFP8ScaledMMLinearKernel,
     CutlassFP8ScaledMMLinearKernel,
@@ -35,7 +35,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class JoinedProjections:
-    """`widths`: output channels of each projection; `products`: of each run of consecutive projections"""
+    """`widths`: output channels of each projection; `products`: for each run of consecutive projections"""
 
     widths: dict[str, int]
     products: dict[str, Product]
@@ -47,7 +47,7 @@ class JoinedProjections:
 
     @classmethod
     def of(cls, projections: dict[str, nn.Module]) -> "JoinedProjections | None":
-        """None: these weights cannot be joined."""
+        """Returns None if these weights cannot be joined."""
         layers = list(projections.values())
         if all(isinstance(layer.quant_method, UnquantizedLinearMethod) for layer in layers):
             made = _plain
@@ -125,7 +125,7 @@ def with_own_kernel(layer: nn.Module, width: int) -> nn.Module:
 
 
 def _joined_bias(layers: list[nn.Module]) -> torch.Tensor | None:
-    """[out], of which the layers' biases become slices"""
+    """[out]; the layers' biases become slices of it"""
     if layers[0].bias is None:
         return None
     bias = torch.cat([layer.bias.data for layer in layers])

@@ -1,6 +1,6 @@
-"""Quantized weights: which methods are refused, and how a fused projection is split in each checkpoint layout.
+"""Quantized weights: rejects unsupported methods, and splits fused projections in each checkpoint layout.
 
-vLLM's own methods quantize and multiply. Read in vLLM 0.32: model_executor/layers/quantization (auto_awq.py,
+Quantization and products are vLLM's. Read in vLLM 0.32: model_executor/layers/quantization (auto_awq.py,
 auto_gptq.py, fp8.py, compressed_tensors/), model_executor/kernels/linear (`ScaledMMLinearKernel`, `MPLinearKernel`),
 model_executor/layers/fused_moe/config.py (`FusedMoEQuantConfig`).
 """
@@ -29,8 +29,8 @@ SHARED_SCALE = (
     "would change with the requests next to it; quantize activations per token, per group or with static scales"
 )
 NO_INT8 = (
-    "this CPU has no VNNI instructions, without which oneDNN adds pairs of int8 products in 16 bits, which overflow: "
-    "answers would be wrong; serve bfloat16 or float32 weights here"
+    "this CPU has no VNNI instructions, so oneDNN would add pairs of int8 products in 16 bits and overflow; "
+    "use bfloat16 or float32 weights on this CPU"
 )
 NO_INT4 = (
     "int4 weights with 16-bit activations need vLLM's operator cpu_gemm_wna16, which its build for this CPU does not "
@@ -41,7 +41,7 @@ LISTS = ("ignore", "target_scheme_map", "ignored_layers", "modules_to_not_conver
 
 
 def spelled_out(config: QuantizationConfig, fused: dict[str, list[str]]) -> None:
-    """Replaces each module of the checkpoint that this model splits by its parts."""
+    """Replaces names of fused modules by the names of their parts."""
     for attribute in LISTS:
         names = getattr(config, attribute, None) or []
         for whole, parts in fused.items():
@@ -55,7 +55,7 @@ def spelled_out(config: QuantizationConfig, fused: dict[str, list[str]]) -> None
 
 @contextmanager
 def named_errors(architecture: str, config: QuantizationConfig | None) -> Iterator[None]:
-    """Errors in one line while quantized layers are made; vLLM's do not name the method."""
+    """Converts vLLM's errors about quantized layers to one line that names the method."""
     try:
         yield
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -66,16 +66,16 @@ def named_errors(architecture: str, config: QuantizationConfig | None) -> Iterat
 
 
 def kernels_of(module: nn.Module) -> Iterator[Any]:
-    """vLLM's kernels of a linear layer, which its method or its compressed-tensors scheme holds"""
+    """vLLM's kernels of a linear layer, from its method or its compressed-tensors scheme"""
     for holder in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
         if holder is not None:
             yield from (value for value in vars(holder).values() if isinstance(value, KERNELS))
 
 
 def refuse_unsupported(model: nn.Module, architecture: str) -> None:
-    """Raises an error that names the first module whose method would give wrong answers or fail in the first step.
+    """Raises an error for the first module with a method that would give wrong answers or fail in the first step.
 
-    Linear layers have their kernels when the model is built, experts only after loading."""
+    Linear layers have kernels when the model is built, experts only after loading."""
     for name, module in model.named_modules():
         if reason := _reason(module):
             raise ValueError(f"{architecture}: {name} cannot be served with these quantized weights: {reason}")
@@ -105,7 +105,7 @@ def has_operator(name: str) -> bool:
 
 @functools.cache
 def int8_products_are_exact() -> bool:
-    """Multiplies the largest int8 numbers with vLLM's kernel for CPUs. Its sums of 32 bits hold them."""
+    """Whether vLLM's CPU kernel adds products of int8 numbers without overflow, tested with the largest numbers"""
     if torch.cpu._is_amx_tile_supported():
         return True
     size = 64
@@ -126,7 +126,7 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 @dataclass(frozen=True)
 class FusedChannels:
-    """Output channels of a fused projection: the checkpoint's channels that each part takes, in the part's order."""
+    """Output channels of a fused projection: the indices of each part's channels, in its order"""
 
     parts: tuple[torch.Tensor, ...]
     awq: bool = False
@@ -137,7 +137,7 @@ class FusedChannels:
 
     def split(self, leaf: str, tensor: torch.Tensor) -> list[torch.Tensor]:
         """`leaf`: name of the tensor without its module -> the tensor of each part"""
-        if leaf == "weight_shape":  # of compressed-tensors: [output channels, input channels]
+        if leaf == "weight_shape":  # compressed-tensors: [output channels, input channels]
             return [torch.stack([tensor.new_tensor(len(part)), tensor[1]]) for part in self.parts]
         if tensor.numel() == 1:  # one scale for the whole projection
             return [tensor] * len(self.parts)
@@ -171,7 +171,7 @@ class FusedChannels:
         return found
 
     def _blocks(self, leaf: str, size: int) -> Iterator[torch.Tensor]:
-        """The blocks of `size` channels that each part takes, if it takes whole blocks"""
+        """Indices of each part's blocks of `size` channels. Parts must consist of whole blocks."""
         for part in self.parts:
             blocks = (part // size).unflatten(0, (-1, size)) if len(part) % size == 0 else None
             if blocks is None or (blocks != blocks[:, :1]).any():
@@ -183,8 +183,8 @@ class FusedChannels:
 
 
 def neutral(leaf: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor that its module has no parameter for changes nothing: an activation order that is the order of
-    the inputs, or zero points and biases of 0."""
+    """Whether a tensor without a parameter has no effect: an activation order equal to the input order, or zero points
+    and biases of 0."""
     if leaf.endswith("g_idx"):
         return not (tensor.diff() < 0).any()
     return not tensor.float().any()

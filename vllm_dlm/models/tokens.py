@@ -11,7 +11,7 @@ def token_id(content: str, folder: str, revision: str | None) -> int | None:
 
 
 def mask_token_id(folder: str, revision: str | None) -> int | None:
-    """The id of the token that the tokenizer calls its mask"""
+    """The id of the tokenizer's mask token"""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         mask = (get_hf_file_to_dict(name, folder, revision) or {}).get("mask_token")
         if mask is not None:

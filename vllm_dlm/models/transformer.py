@@ -73,7 +73,7 @@ class DiffusionLayer(nn.Module):
         self.joined: JoinedProjections | None = None
 
     def join_projections(self) -> None:
-        """Makes several projections of the same rows one product, if their weights allow that."""
+        """Joins the projections of queries, keys and values into one product, if their weights allow it."""
         self.joined = JoinedProjections.of({name: self.self_attn[f"{name}_proj"] for name in "qkv"})
 
     def heads(self, names: str, h_TE: torch.Tensor) -> list[torch.Tensor]:
@@ -121,10 +121,7 @@ class DiffusionLayer(nn.Module):
 
 
 def normed_sum(x_TE: torch.Tensor, added_TE: torch.Tensor, norm: RMSNorm) -> Normed:
-    if x_TE.is_cuda:
-        return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
-    x_TE = x_TE + added_TE
-    return norm(x_TE), x_TE
+    return add_norm(x_TE, added_TE, norm.weight.data, norm.variance_epsilon)
 
 
 class DiffusionModel(nn.Module):
@@ -180,19 +177,19 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
     def _maybe_apply_model_mapping(self) -> None:
-        """vLLM's hook that renames the modules which a quantization config lists, in place"""
+        """vLLM's hook that renames modules in the quantization config"""
         if self.quant_config is not None and not hasattr(self.quant_config, "dlm_renamed"):
             spelled_out(self.quant_config, self.fused_modules)
             super()._maybe_apply_model_mapping()
-            self.quant_config.dlm_renamed = True  # a second model of this configuration finds the new names
+            self.quant_config.dlm_renamed = True  # for a second model with this configuration
 
     @property
     def packs_like_awq(self) -> bool:
         return self.quant_config is not None and "awq" in self.quant_config.get_name()
 
     def join_projections(self) -> None:
-        """Joins queries, keys and values of every layer whose weights allow that. Not possible on CPUs, whose kernels
-        repack weights."""
+        """Joins queries, keys and values of every layer if its weights allow it. CPU kernels repack weights, so this is
+        not possible there."""
         for layer in self.model.layers:
             layer.join_projections()
 

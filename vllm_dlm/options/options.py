@@ -8,6 +8,7 @@ from vllm_dlm.options.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.options.texts import NO_TEXTS, CanvasTexts
 from vllm_dlm.options.types import OptionError, reject
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecoding
+from vllm_dlm.plugins.reuse.roles import WithinBlocks
 from vllm_dlm.shown import shown
 
 
@@ -105,7 +106,7 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
     }
     for kind, only in (("reuse", "none"), ("extent", "full")):
         method = getattr(options, kind)
-        if (name := method.name) != only and not getattr(method, "block_causal", False):
+        if (name := method.name) != only and not isinstance(method, WithinBlocks):
             raise OptionError(f"{prefix}{kind}", f"{prefix}{kind}: {name!r} {reasons[kind]}")
     decoding = options.decoding
     if decoding.block_length is None:

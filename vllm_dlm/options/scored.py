@@ -79,7 +79,7 @@ class Scored(Decoding):
         return self.start + len(self.answer)
 
     def misfit(self, prompt: int, max_tokens: int, length: int, vocabulary: int, mask_id: int) -> str | None:
-        """Why a request with this prompt cannot be scored; None: it can. `length`: positions of its canvas"""
+        """The reason why a request with this prompt cannot be scored, or None. `length`: positions of its canvas"""
         if (prompt, max_tokens) != (self.start, len(self.answer)):
             described = f"it describes {self.start} and {len(self.answer)} tokens"
             return f"{described}, but the prompt has {prompt} and max_tokens is {max_tokens}"

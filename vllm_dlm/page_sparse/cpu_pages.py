@@ -16,6 +16,8 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_dlm.kernels.packed_attention.vllm import layout
+
 
 @dataclass(frozen=True)
 class PackedPages:
@@ -33,22 +35,8 @@ class PackedPages:
 
     @functools.cached_property
     def order(self) -> torch.Tensor:
-        """[P * D] place of each key element within a page and head.
-
-        The kernels pack keys for the instruction set. The packing is found by writing known numbers and reading where
-        they are, as two digits that any dtype represents exactly."""
-        number = torch.arange(self.page_size * self.dim)
-        seen = torch.zeros_like(number)
-        for weight, digit in ((1, number % 128), (128, number // 128)):
-            page = torch.empty(1, 1, self.page_size, 2 * self.dim, dtype=self.dtype)
-            keys = digit.view(self.page_size, 1, self.dim).to(self.dtype)
-            self.write(keys, keys, page, torch.arange(self.page_size))
-            seen += weight * self._halves(page, 1)[0].flatten().long()
-        if not torch.equal(seen.sort()[0], number):
-            raise RuntimeError(
-                f"vLLM's CPU attention ({self.isa}) does not store keys unchanged, as that of vLLM 0.32 does"
-            )
-        return seen.argsort()
+        """[P * D] place of each key element within a page and head"""
+        return layout(self.isa, self.dtype, self.page_size, self.dim).keys.flatten()
 
     def _halves(self, kv_cache: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
         """Keys and values [pages, Hkv, P, D]; within a page and head, all keys come before all values."""

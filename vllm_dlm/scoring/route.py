@@ -173,7 +173,7 @@ router = APIRouter()
 
 
 async def score_request(raw_request: Request) -> ScoreRequest:
-    """Parses the body of a request; FastAPI would do so on the event loop."""
+    """Parses the body of a request in a thread; FastAPI would use the event loop."""
     return await raw_request.app.state.dlm_scores.request(raw_request)
 
 

@@ -6,17 +6,19 @@ vllm_flash_attn/flash_attn_interface.py, v1/attention/backends/fa_utils.py.
 """
 
 import functools
+from typing import Any
 
 import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
-from vllm_dlm.kernels.delta_attention import delta_attention, delta_over_pages
-from vllm_dlm.kernels.paged_attention import gather, paged_attention
+from vllm_dlm.kernels.delta_attention import delta_over_pages
+from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
-from vllm_dlm.plugins.reuse.flow import Rows
+from vllm_dlm.plugins.reuse.flow import PickedRows, Rows
 from vllm_dlm.step.batch import Group
 from vllm_dlm.step.counts import Counts
+from vllm_dlm.step.packed import PackedCanvases
 from vllm_dlm.step.selection import ResponseQueries
 
 _LIBRARY = torch.library.Library("vllm_dlm", "FRAGMENT")
@@ -89,10 +91,12 @@ torch.library.register_fake("vllm_dlm::flash_attention", lambda q, *rest: q.new_
 
 
 class CanvasAttention:
-    """Queries of a group's rows, over all keys of their canvases."""
+    """Queries of a group's rows in one layer, over all keys of their canvases."""
 
-    def __init__(self, group: Group, scale: float):
+    def __init__(self, group: Group, blocks: KVBlocks, layer: int, scale: float):
         self.group, self.scale = group, scale
+        self.pages: Any = blocks.caches[layer] if blocks.caches else None
+        self.packed = None if blocks.layout is None else PackedCanvases(group, blocks, layer, scale)
 
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [n, H, D]; k and v [T, Hkv, D] of every row of the canvases -> context [n, H * D]"""
@@ -100,13 +104,15 @@ class CanvasAttention:
         if has_flash(q):
             ends = group.key_starts
             context = flash_attention(q, k, v, starts(rows, q), ends, None, None, group.max_q, group.max_kv, self.scale)
+        elif self.packed is not None:
+            context = self.packed.over_new(q, rows, k, v)
         else:
             context = varlen_attention(q, k, v, rows.counts, group.kv_lens, self.scale)
         return context.flatten(1)
 
-    def over_pages(self, q: torch.Tensor, rows: Rows, pages: torch.Tensor) -> torch.Tensor:
+    def over_pages(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """q [n, H, D] over the cached keys of each canvas -> context [n, H * D]"""
-        group = self.group
+        group, pages = self.group, self.pages
         if has_flash(q):
             keys, values = pages.transpose(1, 2).chunk(2, -1)  # [blocks, block_size, Hkv, D]
             context = flash_attention(
@@ -121,45 +127,39 @@ class CanvasAttention:
                 group.max_kv,
                 self.scale,
             )
+        elif self.packed is not None:
+            context = self.packed.over_cached(q, rows)
         else:
             context = paged_attention(q, pages, group.tables, rows.counts, group.kv_lens, self.scale)
         return context.flatten(1)
 
     def delta_over_pages(
-        self, q: torch.Tensor, rows: Rows, pages: torch.Tensor, changed: Rows, moved: torch.Tensor
+        self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor, unused: PickedRows | None = None
     ) -> torch.Tensor:
         """What the `moved` values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
         group = self.group
+        if unused is not None and unused.place is not None and not q.is_cuda:  # there it would cost more than it saves
+            used = torch.ones(len(q), dtype=torch.bool).index_fill_(0, unused.place, False).nonzero()[:, 0]
+            counts = [all_ - few for all_, few in zip(rows.counts, unused.rows.counts, strict=True)]
+            added = self.delta_over_pages(q[used], Rows(used, counts), changed, moved)
+            return added.new_zeros(len(q), added.shape[1]).index_copy_(0, used, added)
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
-        if by_tables(q):
-            added = delta_over_pages(
-                q,
-                starts(rows, q),
-                pages,
-                group.table,
-                group.key_counts,
-                self.places(changed),
-                moved,
-                self.scale,
-                group.max_q,
-                group.max_kv,
-            )
-            return added.flatten(1)
-        positions = changed.gather(group.row_places)
-        parts = zip(
-            q.split(rows.counts),
-            group.tables,
-            group.kv_lens,
-            positions.split(changed.counts),
-            moved.split(changed.counts),
-            strict=True,
+        if self.packed is not None and self.packed.apart:
+            return self.packed.delta(q, rows, changed, moved).flatten(1)
+        added = delta_over_pages(
+            q,
+            starts(rows, q),
+            self.pages,
+            group.table,
+            group.key_counts,
+            self.places(changed),
+            moved,
+            self.scale,
+            group.max_q,
+            group.max_kv,
         )
-        added = []
-        for query, table, length, where, values in parts:
-            keys = gather(pages, table, length)[0]
-            added.append(delta_attention(query, keys, keys[:, where], values, self.scale))
-        return torch.cat(added).flatten(1)
+        return added.flatten(1)
 
     def places(self, changed: Rows) -> torch.Tensor:
         """[C, longest stream] int32: index of a position among the changed rows, -1: none"""
@@ -174,11 +174,6 @@ class CanvasAttention:
         return places
 
 
-def by_tables(q: torch.Tensor) -> bool:
-    """Kernels read lengths and tables on the device. Otherwise the host loops over lists of them."""
-    return q.is_cuda
-
-
 def starts(rows: Rows, q: torch.Tensor) -> torch.Tensor:
     """[C + 1] int32"""
     if rows.starts is not None:
@@ -191,6 +186,7 @@ class GroupAttention:
         self.layer, self.group, self.blocks, self.scale, self.counts = layer, group, blocks, scale, counts
         #: in this layer, the group's responses attend to part of their canvas
         self.selects = group.selection is not None and not group.selection.sees_all(layer)
+        self.canvases = CanvasAttention(group, blocks, layer, scale)
 
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Queries [n, H, D] over this step's keys and values of every row of their canvas -> [n, H * D]"""
@@ -202,7 +198,7 @@ class GroupAttention:
         if group.filtered and self.selects:
             return self._over_selected(q, rows)
         self.counts.attended(rows.counts, group.kv_lens, read=False)
-        return CanvasAttention(group, self.scale).over_new(q, rows, k, v)
+        return self.canvases.over_new(q, rows, k, v)
 
     def _of_shadow(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor, hidden: int) -> torch.Tensor:
         """Shadow rows over the cached keys of their canvas and over each other"""
@@ -215,7 +211,7 @@ class GroupAttention:
             k,
             v,
             starts(group.all, q),
-            self.blocks.layers[self.layer],
+            self.blocks.caches[self.layer],
             group.table,
             group.key_counts,
             self.scale,
@@ -232,21 +228,23 @@ class GroupAttention:
             self.group.selection.summarise_final(self.layer, self.blocks, self.counts)
             return self._over_selected(q, rows)
         self.counts.attended(rows.counts, self.group.kv_lens, read=True)
-        return CanvasAttention(self.group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer])
+        return self.canvases.over_pages(q, rows)
 
-    def moved(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
-        """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]"""
-        group, pages, selection = self.group, self.blocks.layers[self.layer], self.group.selection
+    def moved(
+        self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor, unused: PickedRows | None
+    ) -> torch.Tensor:
+        """What the moved values [S, Hkv, D] of the changed rows add to each query's context -> [n, H * D]. On a CPU
+        unused rows are left out, but counted."""
+        group, selection, out = self.group, self.group.selection, None
         if selection is None or not self.selects:
             self.counts.attended(rows.counts, group.kv_lens, read=True)
-            return CanvasAttention(group, self.scale).delta_over_pages(q, rows, pages, changed, moved)
-        out, over = None, CanvasAttention(group, self.scale)
+            return self.canvases.delta_over_pages(q, rows, changed, moved, unused)
         if any(read := selection.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
-            out = over.delta_over_pages(q, rows, pages, changed, moved).view_as(q)
+            out = self.canvases.delta_over_pages(q, rows, changed, moved).view_as(q)
         if changed.mask is not None:
             moved = moved * changed.mask[:, None, None]
-        return selection.delta(self._queries(q, rows), moved, over.places(changed), out).flatten(1)
+        return selection.delta(self._queries(q, rows), moved, self.canvases.places(changed), out).flatten(1)
 
     def _over_selected(self, q: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of the response attend to selected keys, rows of the prompt to all keys. If prompt rows are live, all
@@ -255,7 +253,7 @@ class GroupAttention:
         assert selection is not None
         if any(read := selection.prompts_of(rows)):
             self.counts.attended(read, group.kv_lens, read=True)
-            out = CanvasAttention(group, self.scale).over_pages(q, rows, self.blocks.layers[self.layer]).view_as(q)
+            out = self.canvases.over_pages(q, rows).view_as(q)
         return selection.attend(self._queries(q, rows), out).flatten(1)
 
     def _queries(self, q: torch.Tensor, rows: Rows) -> ResponseQueries:

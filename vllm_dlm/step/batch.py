@@ -4,7 +4,7 @@ Rows (queries), positions of a canvas (keys) and streams are three index spaces:
 position and has cache slots. Streams of one kind (same policy and same kind of step) form a group of consecutive rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -112,10 +112,12 @@ class Group:
     max_q: int  # upper bound on rows per stream
     max_kv: int  # upper bound on keys per stream
     places: torch.Tensor | None = None  # [C, longest stream] int32: live row of each position, set on first use
+    packed: dict[Any, Any] = field(default_factory=dict)  # see packed.py
 
     def begin(self) -> None:
         """Discards state of an earlier forward."""
         self.columns.carried.clear()
+        self.packed.clear()
         self.places = None
 
     def where(self, mask_T: torch.Tensor, rows: Rows) -> PickedRows:

@@ -184,7 +184,7 @@ class LayerStep:
         if q is None and k is None and not keeps:
             return {}
         positions, slots, index = self._whose([ask.rows for ask in asks], groups)
-        cache = self.blocks.layers[self.index] if keeps else None
+        cache = self.blocks.caches[self.index] if keeps else None
         q, k = rotary_write(q, k, v, self.table, positions, slots.block, slots.offset, cache, index)
         return {name: x for name, x in (("q", q), ("k", k)) if x is not None}
 
@@ -237,7 +237,7 @@ class LayerStep:
         group = self.parts[number].group
         attention = GroupAttention(self.index, group, self.blocks, self.layer.head_dim**-0.5, counts)
         if isinstance(ask, AttendMoved):
-            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved)
+            return attention.moved(ask.q, ask.rows, ask.changed, ask.moved, ask.unused)
         assert isinstance(ask, Attend)
         if ask.k is None or ask.v is None:
             return attention.over_blocks(ask.q, ask.rows)

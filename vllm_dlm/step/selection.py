@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from vllm_dlm.cache.blocks import KVBlocks, Slots
 from vllm_dlm.canvas.selected_keys import SelectedKeys
+from vllm_dlm.kernels.packed_attention import PackedCache
 from vllm_dlm.kernels.sparse_attention import listed, sparse_attention, sparse_delta
 from vllm_dlm.plugins.reuse.flow import Rows
 from vllm_dlm.plugins.selection.base import CachedPrompts, ChoiceQuery, Selection, StoredChoices, Summaries
@@ -71,9 +72,9 @@ class ResponseQueries(NamedTuple):
     counts: Counts
 
     @property
-    def cache(self) -> torch.Tensor:
+    def cache(self) -> torch.Tensor | PackedCache:
         """[blocks, Hkv, block_size, 2 * D], keys before values"""
-        return self.blocks.layers[self.layer]
+        return self.blocks.caches[self.layer]
 
 
 @dataclass
@@ -138,8 +139,7 @@ class GroupSelection:
             F.pad(vectors, (0, dim - vectors.shape[2])).to(keys.dtype)
             for vectors in self.selection.summarise(keys, lens)
         )
-        blocks.write_keys(layer, slots, first)
-        blocks.write_values(layer, slots, second)
+        blocks.write_plain(layer, slots, first, second)
 
     # -- choosing --------------------------------------------------------------------------
 
@@ -196,11 +196,12 @@ class GroupSelection:
         else:
             found = rows.once("choosers", lambda index: torch.searchsorted(index, choosers.bounds), choosers.bounds)
             starts, ends = found.unbind()
-        summaries = Summaries(cache[..., :first], cache[..., dim : dim + second])
+        plain = queries.blocks.layers[queries.layer]
+        summaries = Summaries(plain[..., :first], plain[..., dim : dim + second])
         most = min(choosers.most, max(rows.counts))
         return ChoiceQuery(queries.q, starts, ends, most, summaries, choosers.summaries, choosers.described, prompts)
 
-    def _held(self, layer: int, cache: torch.Tensor, choosers: Choosers) -> StoredChoices | None:
+    def _held(self, layer: int, cache: torch.Tensor | PackedCache, choosers: Choosers) -> StoredChoices | None:
         if not self.keys[0].remembers:
             return None
         units, memo = self.keys[0].pool.tensors(layer, cache.shape[1], cache.device)

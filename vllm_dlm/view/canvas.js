@@ -1,6 +1,6 @@
-// A canvas as text. Whatever a model wrote reaches the page by textContent alone.
+// Shows a canvas as text. Model output is only added to the page through textContent.
 
-/** An element with a class, text and attributes, inside of `parent`. */
+/** Creates an element with a class, text and attributes, and appends it to `parent`. */
 function make(parent, tag, name = "", text = "", attributes = {}) {
   const element = document.createElement(tag);
   if (name) element.className = name;
@@ -10,24 +10,24 @@ function make(parent, tag, name = "", text = "", attributes = {}) {
   return element;
 }
 
-/** Masks behind this many positions from what is filled are summed up: a canvas may be a bound of thousands. */
+/** Canvases can have thousands of positions: masks after this many positions are only counted. */
 const MOST_MASKS = 512;
-/** Marks of a tokenizer, not of a language that has words in angle brackets, too. */
+/** Special tokens. Other words in angle brackets, such as HTML tags, do not match. */
 const SPECIAL = /^<([|｜][^<>|｜]{1,40}[|｜]|\/?s|eos|bos|pad|unk|mask)>$/;
 
-/** A digit more where whole ones would all be alike. */
+/** Close to 0 % and 100 %, one decimal is shown. */
 function percent(share) {
   if (!Number.isFinite(share)) return "?";
   const fine = (share > 0 && share < 0.0995) || (share > 0.9949 && share < 1);
   return `${(100 * share).toFixed(fine ? 1 : 0)} %`;
 }
 
-/** Token as it can be read where spaces would not be seen. */
+/** A token in quotation marks, which show its spaces. */
 function quoted(text) {
   return `“${(text ?? "").replaceAll("\n", "↵")}”`;
 }
 
-/** The text of a run inside of `host`, and below it what is known of one token. */
+/** Shows the text of a run in `host`, and the details of one token below it. */
 class CanvasView {
   constructor(host, name) {
     this.text = make(host, "div", "canvas", "", {
@@ -60,7 +60,7 @@ class CanvasView {
     if (this.told !== undefined) this.tell(this.told);
   }
 
-  /** Nothing is touched that has not changed. */
+  /** Updates the element of a cell if the cell has changed. */
   drawCell(cell, index, steps, marked) {
     const element = this.text.children[index] ?? make(this.text, "span", "", "", { role: "option", id: `${this.id}-${index}` });
     const guess = cell.kind === "mask" && cell.fresh ? cell.guess : null;
@@ -85,7 +85,7 @@ class CanvasView {
     element.setAttribute("aria-selected", String(index === this.chosen));
   }
 
-  /** Hovered: told of; clicked: kept. */
+  /** Shows the details of the token at the pointer; a click selects the token. */
   look(event, keep) {
     const index = [...this.text.children].indexOf(event.target.closest(".cell"));
     if (index < 0) return;
@@ -116,7 +116,7 @@ class CanvasView {
     this.text.children[this.chosen]?.scrollIntoView({ block: "nearest" });
   }
 
-  /** Below the canvas: what is known of the token. */
+  /** Shows the details of a token below the canvas. */
   tell(index) {
     this.told = index;
     const cell = index === null ? null : this.cells[index];
@@ -125,7 +125,7 @@ class CanvasView {
     this.said = said;
     this.token.replaceChildren();
     if (!cell) {
-      make(this.token, "span", "hint", "Point at a token, or go to the canvas with Tab and arrow keys, to see what is known of it.");
+      make(this.token, "span", "hint", "Point at a token, or go to the canvas with Tab and arrow keys, to see its details.");
       return;
     }
     const [what, ...facts] = describe(cell);
@@ -142,10 +142,10 @@ class CanvasView {
   }
 }
 
-/** What a cell is, its position, step and probability, and what it was before. */
+/** The token of a cell, its position, step and probability, and its previous token. */
 function describe(cell) {
   const place = `position ${cell.position}`;
-  if (cell.kind === "given") return [quoted(cell.text), place, "given, not to be filled"];
+  if (cell.kind === "given") return [quoted(cell.text), place, "given"];
   const said = [];
   if (cell.kind === "set") {
     said.push(quoted(cell.text), place, `step ${cell.step}`);
@@ -153,12 +153,12 @@ function describe(cell) {
     if (cell.edited) said.push(`was ${quoted(cell.edited.text)} from step ${cell.edited.step}`);
   } else if (cell.fresh) said.push(`guess ${quoted(cell.guess.text)}`, place, percent(cell.guess.probability));
   else said.push("mask", place);
-  if (cell.beyond) said.push("behind the end of the answer");
+  if (cell.beyond) said.push("after the end of the answer");
   if (cell.taken) said.push(`${cell.taken.text ? `${quoted(cell.taken.text)} ` : ""}taken back in step ${cell.taken.step}`);
   return said;
 }
 
-/** The best others of the last step that looked at the position. */
+/** The most probable other tokens in the last step that computed the position. */
 function alternativesOf(cell) {
   if (cell.kind === "given" || !cell.guess || (cell.kind === "mask" && !cell.fresh)) return [];
   const best = [[cell.guess.text, cell.guess.probability], ...cell.guess.alternatives];

@@ -1,5 +1,5 @@
-// Colours of steps and shares. Lightness changes evenly and always in one direction (OKLCH), and the hue goes from
-// yellow to blue, which people who do not see red or green apart tell as well.
+// Colours for steps and shares. Lightness changes evenly in one direction (OKLCH), and the hue goes from yellow to blue,
+// which people with red-green colour blindness can distinguish.
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -12,7 +12,7 @@ const SHARE_ENDS = {
   dark: { from: [0.26, 0.02, 262], to: [0.76, 0.1, 250], dull: 0 },
 };
 
-/** `dull`: how much less colourful the middle is than the ends. */
+/** `dull`: reduction of chroma in the middle, as a share. */
 function between({ from, to, dull }, share) {
   const [lightness, chroma, hue] = from.map((start, index) => start + (to[index] - start) * share);
   const muted = chroma * (1 - dull * Math.sin(Math.PI * share));
@@ -23,17 +23,17 @@ function scheme(ends) {
   return dark.matches ? ends.dark : ends.light;
 }
 
-/** Of a token that was filled in `step` of `steps`. */
+/** Colour of a token that was filled in `step` of `steps`. */
 function stepColour(step, steps) {
   return between(scheme(STEP_ENDS), steps > 1 ? Math.min(1, Math.max(0, (step - 1) / (steps - 1))) : 0);
 }
 
-/** Of a share from 0 to 1. */
+/** Colour of a share between 0 and 1. */
 function shareColour(share) {
   return between(scheme(SHARE_ENDS), Math.min(1, Math.max(0, share)));
 }
 
-/** As a strip for legends. */
+/** CSS gradient of a colour function for legends. */
 function strip(colour) {
   return `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(colour).join(", ")})`;
 }

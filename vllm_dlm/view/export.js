@@ -1,15 +1,15 @@
-// The page as a file of its own: this page as it was before it did anything, with what it shows written into it.
+// Exports the page as one file: its original HTML with the record that it shows.
 
 const PRISTINE = `<!doctype html>\n${document.documentElement.outerHTML}`;
 
-/** Cannot end the element it stands in, whatever a model wrote. */
+/** JSON in which no model output can close the script element. */
 function embeddable(data) {
   return JSON.stringify(data).replace(/[<>&\u2028\u2029]/g, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
 function exported(record) {
   const empty = '<script type="application/json" id="record"></' + "script>";
-  const at = PRISTINE.lastIndexOf(empty) + empty.indexOf("</"); // the last one is the element, see page.html
+  const at = PRISTINE.lastIndexOf(empty) + empty.indexOf("</"); // the last match is the element, see page.html
   return PRISTINE.slice(0, at) + embeddable(record) + PRISTINE.slice(at);
 }
 
@@ -20,7 +20,7 @@ function download(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** What the file holds that this page was opened from, if it was exported. */
+/** The record of an exported page. */
 function recorded() {
   const text = document.getElementById("record").textContent;
   return text ? JSON.parse(text) : null;

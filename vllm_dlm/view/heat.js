@@ -1,10 +1,10 @@
-// Heat maps: steps downwards, positions across.
+// Heat maps with steps as rows and positions as columns.
 
 const GUTTER = { left: 38, right: 10, top: 18, bottom: 20 };
-/** The prompt takes this share of the width at most; a longer one is drawn narrower than the answer. */
+/** Largest share of the width for the prompt; positions of longer prompts are drawn narrower. */
 const PROMPT_SHARE = 0.45;
 
-/** Where positions lie between `left` and `left + width`. */
+/** Maps positions to x between `left` and `left + width`, and back. */
 function across(prompt, canvas, left, width) {
   const share = prompt ? Math.min(prompt / (prompt + canvas), PROMPT_SHARE) : 0;
   const border = left + width * share;
@@ -17,7 +17,7 @@ function across(prompt, canvas, left, width) {
   };
 }
 
-/** Round distances between ticks, so that `most` of them fit. */
+/** Smallest round distance with at most `most` ticks. */
 function tickDistance(length, most) {
   const least = Math.max(1, length / Math.max(1, most));
   const power = 10 ** Math.floor(Math.log10(least));
@@ -25,7 +25,7 @@ function tickDistance(length, most) {
 }
 
 class HeatView {
-  /** `kind`: "rows" or "pages" of a frame's heat; `words`: what a share of a position says; `short`: beside the scale. */
+  /** `kind`: "rows" or "pages" of a frame's heat; `words`: unit of a position's share; `short`: unit in the legend. */
   constructor(host, kind, title, words, short = words) {
     this.kind = kind;
     this.words = words;
@@ -75,7 +75,7 @@ class HeatView {
     this.picture.setAttribute("aria-label", this.summary(run, count));
   }
 
-  /** All frames there are, on a sheet of their own; those that are on it already stay. */
+  /** Draws new frames on a separate canvas that keeps the previous ones. */
   drawFrames(run, { top, row, width, ratio, across: { x } }) {
     const { width: wide, height: high } = this.picture;
     const shape = JSON.stringify([wide, high, ratio, row, dark.matches, run.begin.canvas]);
@@ -85,7 +85,7 @@ class HeatView {
     }
     const pen = this.sheet.getContext("2d");
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const whole = (length) => Math.round(length * ratio) / ratio; // pixels: halves of two would show as stripes
+    const whole = (length) => Math.round(length * ratio) / ratio; // whole pixels: no gaps between cells
     for (const frame of run.frames.slice(this.sheetFrames)) {
       const steps = Math.max(1, frame.steps || 1);
       const y = whole(top + (frame.step - steps) * row);
@@ -101,7 +101,7 @@ class HeatView {
     this.sheetFrames = run.frames.length;
   }
 
-  /** What was until now, and palely what comes. */
+  /** Draws the steps until now, and later ones pale. */
   show(pen, now, { top, row, ratio }) {
     const { width, height } = this.sheet;
     const border = Math.round((top + now * row) * ratio);
@@ -150,7 +150,7 @@ class HeatView {
     pen.stroke();
   }
 
-  /** What lies under the pointer. */
+  /** Shows the share at the pointer. */
   read(event) {
     const { top, row, across: places } = this.plot;
     const { run } = this.drawn;

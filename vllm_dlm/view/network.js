@@ -1,9 +1,9 @@
-// Talks to the server the page came from, and to nobody else.
+// Requests to the server that served the page. The page contacts no other server.
 
-/** Kept here alone: neither stored nor exported. */
+/** API key, neither stored nor exported. */
 let key = "";
 
-/** What to tell people when the server did not do what was asked. */
+/** An error with a message for the user. */
 class Refused extends Error {}
 
 async function send(path, body, signal) {
@@ -20,13 +20,13 @@ async function send(path, body, signal) {
       throw new Refused("The server cannot be reached.");
     }
     if (answer.ok) return answer;
-    // A late refusal of a key that has been replaced meanwhile asks nobody again.
+    // If the key has changed since the request was sent, try again without another dialog.
     if (answer.status === 401 && (key !== used || (await askForKey()))) continue;
     throw new Refused(await reason(answer));
   }
 }
 
-/** vLLM's message if there is one. */
+/** vLLM's error message, or the status. */
 async function reason(answer) {
   const text = await answer.text().catch(() => "");
   try {
@@ -40,7 +40,7 @@ async function reason(answer) {
 
 let asking = null;
 
-/** True once there is a key to try; one dialog for all who ask at once. */
+/** Asks for a key in one dialog for concurrent requests. Returns false if it was cancelled. */
 function askForKey() {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key-dialog");
@@ -57,7 +57,7 @@ function askForKey() {
   return asking;
 }
 
-/** Data of server-sent events, parsed, until the stream ends. */
+/** Parsed data of server-sent events until the stream ends. */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -75,7 +75,7 @@ async function* events(answer) {
   }
 }
 
-/** Sends a chat; `told(frame)` is called with each frame of its canvas. */
+/** Sends a chat request and calls `told(frame)` with each frame of its canvas. */
 async function ask(body, signal, told) {
   const answer = await send("v1/chat/completions", body, signal);
   let frames = 0;
@@ -90,7 +90,7 @@ async function ask(body, signal, told) {
   if (!frames) throw new Refused("The server sent no frames: is it one of vllm_dlm with a diffusion model, started with --dlm-view?");
 }
 
-/** Follows one choice of another client's request. */
+/** Watches one choice of another client's request. */
 async function watch({ request, choice }, signal, told) {
   const answer = await send(`dlm/watch/${encodeURIComponent(request)}?choice=${choice ?? 0}`, null, signal);
   for await (const frame of events(answer)) {
@@ -108,7 +108,7 @@ async function watched() {
   return Array.isArray(list) ? list : list.requests ?? [];
 }
 
-/** What the server lets people choose; nothing where it does not say. */
+/** Policies that the server offers; empty if it has no such route. */
 async function offered() {
   try {
     return await (await send("dlm/options")).json();

@@ -1,4 +1,4 @@
-// The form: what people may choose of a policy, and what of it a request says.
+// The form for policies and the options of a request that it sets.
 
 const KINDS = [
   { kind: "decoding", name: "Decoding", key: "dlm_decoding" },
@@ -11,10 +11,10 @@ const NUMBERS = [
   { name: "Threshold", key: "dlm_threshold", field: "threshold", step: "any", min: "0", max: "1" },
 ];
 
-/** Something that was typed cannot be sent. */
+/** Invalid input in a field. */
 class Unreadable extends Error {}
 
-/** One set of fields; left alone, the server's own options hold. */
+/** The fields of one policy; empty ones use the server's options. */
 class PolicyFields {
   constructor(host, name) {
     this.name = name;
@@ -38,7 +38,7 @@ class PolicyFields {
     return make(label, tag, "", "", { "data-option": name });
   }
 
-  /** Fills the fields with what the server takes. */
+  /** Fills the fields with the policies that the server offers. */
   offer(offers) {
     for (const { kind, key } of KINDS) {
       const select = this.fields[key];
@@ -56,7 +56,7 @@ class PolicyFields {
     }
   }
 
-  /** What a request says in `vllm_xargs`. */
+  /** The request's `vllm_xargs`. */
   chosen() {
     const said = {};
     for (const { key } of KINDS) if (this.fields[key].value) said[key] = this.fields[key].value;
@@ -78,7 +78,7 @@ class PolicyFields {
       return this.refuse(this.further, `Further vllm_xargs: not JSON (${error.message})`);
     }
     if (given === null || typeof given !== "object" || Array.isArray(given)) {
-      return this.refuse(this.further, 'Further vllm_xargs: an object is wanted, as {"dlm_steps": 32}');
+      return this.refuse(this.further, 'Further vllm_xargs: must be an object such as {"dlm_steps": 32}');
     }
     return given;
   }
@@ -89,7 +89,7 @@ class PolicyFields {
   }
 }
 
-/** A name for a policy that tells it from another one. */
+/** A short name of a policy. */
 function policyName(asked, begin) {
   const parts = [];
   if (asked.dlm_decoding) parts.push(asked.dlm_decoding);
@@ -102,7 +102,7 @@ function policyName(asked, begin) {
   return parts.join(" + ");
 }
 
-/** The rest of it in small letters. */
+/** The policy's other options, in small print. */
 function policyFacts(asked, begin) {
   const facts = [];
   if (begin?.decoding && begin.decoding !== asked.dlm_decoding) facts.push(begin.decoding);

@@ -1,4 +1,4 @@
-// Puts it together: the form, the keyboard, and what is said to people.
+// Connects the form, the keyboard, the runs and messages to the user.
 
 const part = (id) => document.getElementById(id);
 const stage = new Stage();
@@ -9,7 +9,7 @@ function trouble(text) {
   part("trouble").hidden = !text;
 }
 
-/** For those who listen: at the beginning and at the end, not with every step. */
+/** Tells screen readers when runs start and end. */
 function say(text) {
   part("said").textContent = text;
 }
@@ -20,7 +20,7 @@ function busy(on) {
   part("export").disabled = on;
 }
 
-/** Runs of a record one after the other, so that none slows another down. */
+/** Follows the runs of a record one after another, so that their times are comparable. */
 async function follow(record, follows) {
   running?.abort();
   const mine = (running = new AbortController());
@@ -51,7 +51,7 @@ async function followOne(run, follows, mine) {
       take(run, frame);
       stage.came();
     });
-    if (!run.end) run.failed = "The stream ended before its end.";
+    if (!run.end) run.failed = "The stream ended early.";
   } catch (error) {
     run.failed = error.name === "AbortError" ? "stopped" : error.message;
     if (!(error instanceof Refused) && error.name !== "AbortError") run.failed = `The stream ended early: ${error.message}`;
@@ -69,7 +69,7 @@ function calm() {
   return window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 }
 
-// -- asking ------------------------------------------------------------------------------------------
+// -- requests ----------------------------------------------------------------------------------------
 
 async function start(policies) {
   const prompt = part("prompt").value;
@@ -106,7 +106,7 @@ async function lookForWatched() {
     return trouble(error.message);
   }
   list.replaceChildren();
-  if (!requests.length) make(list, "li", "note", "None runs now.");
+  if (!requests.length) make(list, "li", "note", "No request is running.");
   for (const one of requests) {
     const choice = requests.filter((other) => other.request === one.request).length > 1 && `choice ${one.choice}`;
     const facts = [choice, `${one.canvas} positions`, one.reuse, one.selection].filter((fact) => fact && fact !== "none");
@@ -121,7 +121,7 @@ async function lookForWatched() {
 
 // -- keyboard ----------------------------------------------------------------------------------------
 
-/** Space plays and pauses, arrows step, wherever a key has no other meaning. */
+/** Space plays and pauses, arrows go one step, except in controls that use these keys. */
 function pressed(event) {
   if (event.ctrlKey || event.altKey || event.metaKey || part("key-dialog").open || part("stage").hidden) return;
   const on = event.target;
@@ -134,7 +134,7 @@ function pressed(event) {
   event.preventDefault();
 }
 
-// -- the beginning -----------------------------------------------------------------------------------
+// -- start -------------------------------------------------------------------------------------------
 
 function begin() {
   document.addEventListener("keydown", pressed);

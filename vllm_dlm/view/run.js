@@ -1,19 +1,19 @@
-// A run is what was asked and the frames that came; what is on the screen is computed from these and a moment.
+// A run is a request and the frames of its answer. The page shows its state after some of them.
 
 function newRun(name, asked) {
   return { name, asked, begin: null, frames: [], end: null, failed: null };
 }
 
-/** One frame of the stream; it may begin, go on and end a run at once. */
+/** Adds one frame of the stream, which may contain the begin, steps and end of a run. */
 function take(run, frame) {
-  if (frame.choice) return; // the first of several answers to one request
+  if (frame.choice) return; // only the first of several choices is shown
   if (frame.begin) run.begin = frame.begin;
   if (typeof frame.step === "number") run.frames.push(...apart(frame));
   if (frame.end) run.end = frame.end;
 }
 
-/** A frame that was merged of several steps as one for each: entries say their step, sums are shared out evenly, and
- * guesses are those of the last. */
+/** Splits a frame of several merged steps into one per step: entries have a step, sums are divided evenly, and guesses
+ * belong to the last one. */
 function apart(frame) {
   const steps = Math.max(1, frame.steps || 1);
   if (steps === 1) return [frame];
@@ -37,13 +37,13 @@ function lastStep(run) {
   return run.frames.length ? run.frames.at(-1).step : 0;
 }
 
-/** Steps that axes and colours make room for: more than there are while a run goes on, so that they seldom change. */
+/** Number of steps for axes and colours: a power of two during a run, so that they rarely change. */
 function stepsShown(runs) {
   const steps = Math.max(1, ...runs.map(lastStep));
   return runs.every(isOver) ? steps : Math.max(8, 2 ** Math.ceil(Math.log2(steps)));
 }
 
-/** The moments a replay stops at, first to last: `at` in steps or milliseconds, and how many frames of each run. */
+/** Stops of a replay in order: `at` in steps or milliseconds, and the number of frames of each run. */
 function stopsOf(runs, unit) {
   const times = runs.map((run) => {
     let sum = 0;
@@ -60,7 +60,7 @@ function stopsOf(runs, unit) {
   return stops;
 }
 
-/** What was computed of a run, to go on from; it is not part of the run. */
+/** State of each run after its last drawn frame, so that later frames continue from it. */
 const known = new WeakMap();
 
 function knownOf(run) {
@@ -68,7 +68,7 @@ function knownOf(run) {
   return known.get(run);
 }
 
-/** Positions of the prompt that were masks: those that any frame speaks of. */
+/** Positions of masks in the prompt: those with entries in any frame. */
 function holesOf(run) {
   const own = knownOf(run);
   for (; own.looked < run.frames.length; own.looked += 1) {
@@ -80,7 +80,7 @@ function holesOf(run) {
   return own.holes;
 }
 
-/** Cells of the canvas after `count` frames. Those of the prompt come first if it has holes to fill. */
+/** Cells of the canvas after `count` frames, after those of the prompt if it has masks. */
 function cellsAt(run, count) {
   const own = knownOf(run);
   const before = run.begin.prompt && holesOf(run).size ? run.begin.prompt.length : 0;
@@ -108,7 +108,7 @@ function cellsAt(run, count) {
   return cells;
 }
 
-/** Masks, and what was there from the beginning. */
+/** Masks and given tokens. */
 function cellsAtFirst(run, before) {
   const { canvas = 0, prompt, given } = run.begin;
   const holes = holesOf(run);
@@ -123,7 +123,7 @@ function cellsAtFirst(run, before) {
   return cells;
 }
 
-/** What a frame did to positions, in the order of its steps: frames may have been merged. */
+/** Changes of positions by a frame, in the order of its steps if several were merged. */
 function eventsOf(frame) {
   const events = [];
   for (const [position, step] of frame.unset || []) events.push({ kind: "unset", position, step });
@@ -145,7 +145,7 @@ function happen(cell, event) {
   Object.assign(cell, { kind: "set", token, text, probability, step });
 }
 
-/** What a run had done after `count` frames: sums for the figures. */
+/** Sums over the first `count` frames for the figures. */
 function sumsAt(run, count) {
   const sums = { steps: 0, seconds: 0, recomputed: 0, dense: 0, read: 0, of: 0 };
   for (const frame of run.frames.slice(0, count)) {
@@ -159,7 +159,7 @@ function sumsAt(run, count) {
   return sums;
 }
 
-/** Positions at which two canvases hold different tokens; where one has a mask, nothing can be said yet. */
+/** Positions at which two canvases have different tokens and neither has a mask. */
 function differing(one, other) {
   const found = new Set();
   const there = new Map(other.map((cell) => [cell.position, cell]));

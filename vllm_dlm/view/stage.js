@@ -1,4 +1,4 @@
-// What is seen of runs: one column each, one legend and one replay for all of them.
+// Shows runs: one column for each, with a common legend and replay.
 
 const FIGURES = [
   ["speed", "tokens/s"],
@@ -7,10 +7,10 @@ const FIGURES = [
   ["keys", "KV read"],
 ];
 
-/** A prompt of more signs is shown by its beginning and its end. */
+/** Only the beginning and end of prompts with more characters are shown. */
 const LONG = 240;
 
-/** A column: figures, canvas, heat maps. */
+/** A column with figures, canvas and heat maps. */
 class RunView {
   constructor(host, letter) {
     this.article = make(host, "article", "run");
@@ -79,7 +79,7 @@ class Stage {
     dark.addEventListener("change", () => this.redraw());
   }
 
-  /** Shows a record from its beginning; `live`: more of it is to come. */
+  /** Shows a record from its beginning; `live` if its runs have not ended. */
   show(record, live) {
     this.pause();
     Object.assign(this, { record, live, place: 0, held: false });
@@ -91,7 +91,7 @@ class Stage {
     this.redraw();
   }
 
-  /** Frames have come; they are drawn once per picture of the screen. */
+  /** Draws new frames at the browser's next repaint. */
   came() {
     if (this.due) return;
     this.due = true;
@@ -102,7 +102,7 @@ class Stage {
   }
 
   over() {
-    if (!this.held) this.place = Infinity; // to the end, also of frames that were not drawn yet
+    if (!this.held) this.place = Infinity; // the end, including frames that have not been drawn
     this.live = false;
     this.redraw();
   }
@@ -111,7 +111,7 @@ class Stage {
     if (!this.record) return;
     const { runs } = this.record;
     this.stops = stopsOf(runs, this.unit.value);
-    // Of somebody else's request the prompt is known by its tokens.
+    // The prompt of another client's request is only known as tokens.
     this.drawQuestion(this.record.prompt || [runs[0].begin?.prompt ?? []].flat(2).join(""));
     const last = this.stops.length - 1;
     if (this.live && !this.held) this.place = last;
@@ -125,7 +125,7 @@ class Stage {
     this.drawReplay(at, last);
   }
 
-  /** A long prompt in a line or two, as most of them ask at the end; all of it is there for those who open it. */
+  /** Shows beginning and end of a long prompt, which often ends with the question; it can be opened. */
   drawQuestion(prompt) {
     if (prompt === this.asked) return;
     this.asked = prompt;
@@ -152,7 +152,7 @@ class Stage {
   drawLegend(steps, differ, runs) {
     const kinds = new Set(runs.flatMap((run) => run.frames.flatMap((frame) => Object.keys(frame).filter((key) => frame[key]?.length))));
     const given = runs.some((run) => run.begin?.given?.length || holesOf(run).size);
-    const signs = [["mask", "", "mask"], ["guess", "word", "guess, the line says how sure"]];
+    const signs = [["mask", "", "mask"], ["guess", "word", "guess, the line shows its probability"]];
     if (given) signs.push(["given", "word", "given"]);
     if (kinds.has("edited")) signs.push(["set edited", "word", "edited"]);
     if (kinds.has("unset")) signs.push(["mask taken", "", "taken back"]);
@@ -181,7 +181,7 @@ class Stage {
     this.redraw();
   }
 
-  /** By steps of the slider; stops the replay, as a hand on it would. */
+  /** Moves by stops and pauses the replay. */
   step(by) {
     if (!this.record) return;
     this.pause();
@@ -198,13 +198,13 @@ class Stage {
     this.next();
   }
 
-  /** When a stop is due, in milliseconds from the first one. */
+  /** Time of a stop in milliseconds since the first one. */
   dueAt(place) {
     const pace = Math.min(160, Math.max(30, 8000 / (this.stops.length - 1)));
     return this.unit.value === "time" ? this.stops[place].at : place * pace;
   }
 
-  /** Goes to the stop that is due, which may be further than the next one: drawing takes its time, too. */
+  /** Goes to the stop that is due, which may skip some if drawing is slow. */
   next(from = this.dueAt(this.place)) {
     const last = this.stops.length - 1;
     if (this.place >= last) return void this.pause();
@@ -226,7 +226,7 @@ class Stage {
     this.redraw();
   }
 
-  /** The same moment of the first run in the other unit, as near as there is one. */
+  /** Keeps the first run's frame when the unit of the replay changes. */
   changeUnit() {
     const [count] = this.stops[this.place].counts;
     const end = this.place === this.stops.length - 1;

@@ -1,4 +1,4 @@
-"""A2D over Llama, whose code dLLM publishes without a checkpoint (https://github.com/ZHZisZZ/dllm)."""
+"""A2D over Llama: dLLM's code without published checkpoints (https://github.com/ZHZisZZ/dllm)."""
 
 from dataclasses import replace
 

@@ -7,5 +7,5 @@ from vllm_dlm.families.a2d_qwen3.config import A2DQwen3Config
 class A2DLlamaConfig(A2DQwen3Config):
     family = FAMILY
     model_type = FAMILY.model_type
-    usual_mask = 128256  # as the tokenizer of Llama 3 numbers a token that is added
+    usual_mask = 128256  # the first token added to Llama 3's tokenizer
     implemented = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default"}

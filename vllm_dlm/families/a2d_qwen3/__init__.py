@@ -1,7 +1,7 @@
 """A2D over Qwen3: Tiny-A2D 0.6B of dLLM, OPDLM 4B and 8B (https://github.com/ZHZisZZ/dllm).
 
-An autoregressive model that was trained on to fill masks, either with attention over the whole canvas (mdlm) or block
-by block (bd3lm). config.json is the same for both.
+Autoregressive models with further training to fill masks, with full attention (mdlm) or block-causal attention
+(bd3lm). config.json is the same for both.
 """
 
 from vllm_dlm.families.family import Family
@@ -27,5 +27,5 @@ FAMILY = Family(
         "decoding": "low_confidence_static",
         "presets": {"serve": {"decoding": {"name": "low_confidence_dynamic"}}},
     },
-    template_kwargs={"enable_thinking": False},  # the models were trained on prompts without a thought
+    template_kwargs={"enable_thinking": False},  # the models were trained without thinking
 )

@@ -8,7 +8,7 @@ from vllm_dlm.models.transformer import MaskedDiffusionLM
 class LLaDAModelLM(MaskedDiffusionLM):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={
-            # without dots at the end, since quantization_config names modules;
+            # without dots at the end, because quantization_config names modules;
             # the head must come first, because each block also has an ff_out, the down projection
             "model.transformer.ff_out": "lm_head",
             "model.transformer.wte": "model.embed_tokens",

@@ -4,7 +4,7 @@ from vllm_dlm.families.family import Family
 
 FAMILY = Family(
     architecture="RND1",
-    aliases=("RND1LM",),  # as the published code writes it
+    aliases=("RND1LM",),  # name in the published code
     model_type="rnd1",
     model="vllm_dlm.families.sdar_moe.model:SDARMoeForCausalLM",
     config="vllm_dlm.families.rnd1.config:RND1Config",

@@ -1,6 +1,6 @@
 """Stable-DiffCoder: 8B Base, Instruct (https://huggingface.co/ByteDance-Seed/Stable-DiffCoder-8B-Instruct).
 
-config.json has Llama's model_type, which stays that of autoregressive models: the architecture tells them apart.
+config.json has Llama's model_type, so checkpoints are recognised by their architecture.
 """
 
 from vllm_dlm.families.family import Family

@@ -1,4 +1,4 @@
-"""Config class for Stable-DiffCoder checkpoints from the hub: Llama's fields. The rest is in tokenizer and code."""
+"""Config class for Stable-DiffCoder checkpoints: Llama's fields. Other values are in tokenizer and code."""
 
 from collections.abc import Iterator
 

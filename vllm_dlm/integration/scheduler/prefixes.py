@@ -39,7 +39,8 @@ class Prefixes:
         """The cached blocks of the canvas's first positions. Sets the canvas to start after them."""
         found, written = self.manager.empty_kv_cache_blocks, 0
         if self.shares(canvas) and self.manager.prefix_cache_lookup_enabled(request):
-            final = block_causal.final(canvas) - canvas.shift  # the last row may have to predict the next position
+            # The last of these rows may have to predict the position behind them.
+            final = max(block_causal.final(canvas) - canvas.shift, 0)
             blocks, written, _ = self.manager.coordinator.find_longest_cache_hit(request.block_hashes, final)
             found = self.manager.create_kv_cache_blocks(blocks)
         canvas.start_after(written)

@@ -30,9 +30,8 @@ from vllm_dlm.integration.scheduler.overtakes import OVERTAKES, Overtakes
 from vllm_dlm.integration.scheduler.prefixes import Prefixes
 from vllm_dlm.integration.scheduler.stagger import RefreshStagger
 from vllm_dlm.integration.scheduler.step_counting import count_delivery, count_step, count_work
-from vllm_dlm.step.counts import ModelShape
+from vllm_dlm.step.counts import ModelShape, StepCounts
 from vllm_dlm.step.failures import Failures
-from vllm_dlm.step_counts import StepCounts
 from vllm_dlm.view.traces import report
 
 logger = init_logger(f"vllm.{__name__}")

@@ -2,8 +2,7 @@
 
 from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.client_cache import CacheUsage
-from vllm_dlm.step.counts import Counts, ModelShape
-from vllm_dlm.step_counts import StepCounts
+from vllm_dlm.step.counts import Counts, ModelShape, StepCounts
 
 
 def count_step(counts: StepCounts, canvas: Canvas, pressure: float) -> None:

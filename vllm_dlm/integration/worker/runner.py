@@ -31,6 +31,7 @@ from vllm_dlm.configuration import server_options_of
 from vllm_dlm.families import record_of
 from vllm_dlm.integration.outputs import CanvasData, make_output
 from vllm_dlm.integration.worker.warm_up import warm_up
+from vllm_dlm.kernels.packed_attention import layout_for
 from vllm_dlm.models.feed_forward import has_experts
 from vllm_dlm.models.quantization import refuse_unsupported
 from vllm_dlm.options import request_options
@@ -110,7 +111,9 @@ class DenoisingRunner:
                 )
                 for spec in self.get_kv_cache_spec().values()
             ]  # per layer [blocks, Hkv, block_size, 2 * D], keys before values
-        self.denoiser.blocks = KVBlocks(self.kv_caches)
+        config, size = self.model_config.hf_config, self.vllm_config.cache_config.block_size
+        layout = layout_for(self.device, self.model_config.dtype, size, config.head_dim)
+        self.denoiser.blocks = KVBlocks(self.kv_caches, layout)
 
     @torch.inference_mode()
     def profile_run(self, **_) -> None:
