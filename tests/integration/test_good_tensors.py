@@ -1,4 +1,4 @@
-"""What a checkpoint may hold, and may leave out: tied heads, unused tensors, quantised layers."""
+"""What a checkpoint may hold, and may leave out: tied heads, unused tensors."""
 
 import pytest
 import torch
@@ -62,51 +62,3 @@ def test_dummy_weights_and_what_replaces_them_piece_by_piece(tmp_path, loaded):
     assert loaded(path, load_format="dummy", updates=pieces)[0] is None
     wrong = [[("model.transformer.ln_f.weight", torch.ones(3))]]
     assert "model.transformer.ln_f.weight" in loaded(path, load_format="dummy", updates=wrong)[0]
-
-
-INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-QUANTISED = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head", "model.transformer.ff_out"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": INT8 | {"strategy": "channel", "dynamic": False},
-            "input_activations": INT8 | {"strategy": "token", "dynamic": True},
-        }
-    },
-}
-
-
-def quantised(tensors):
-    """Every linear layer as integers with one scale per channel."""
-    for key in [k for k in tensors if ("blocks." in k or "layers." in k) and tensors[k].ndim == 2]:
-        weight = tensors.pop(key)
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        tensors[key], tensors[f"{key}_scale"] = (weight / scale).round().to(torch.int8), scale
-
-
-@pytest.mark.parametrize("name", [LLADA, DREAM])
-def test_a_quantised_checkpoint(tmp_path, loaded, name):
-    error, warned, _ = loaded(copied(name, tmp_path, {"quantization_config": QUANTISED}, quantised))
-    assert error is None and not warned.called
-
-
-@pytest.mark.parametrize(
-    "name, module",
-    [
-        (LLADA, "model.transformer.blocks.2.up_proj."),
-        (LLADA, "model.transformer.blocks.2.attn_norm."),
-        (DREAM, "model.layers.2.self_attn.q_proj."),
-        (DREAM, "model.layers.2.self_attn.q_proj.bias"),
-    ],
-)
-def test_a_module_of_a_quantised_checkpoint_is_missing(tmp_path, refused, name, module):
-    def without(tensors):
-        quantised(tensors)
-        for key in [key for key in tensors if key.startswith(module)]:
-            del tensors[key]
-
-    refused(copied(name, tmp_path, {"quantization_config": QUANTISED}, without), name, module)

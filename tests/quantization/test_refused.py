@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.test_bad_tensors import load
+from tests.integration.loading import load
 from tests.quantization.checkpoints import METHODS, pair
 from vllm_dlm.models import quantization
 
@@ -87,6 +87,8 @@ def test_int8_on_a_cpu_whose_products_overflow(refused, copy, monkeypatch):
         (LLADA, "gptq", f"{PROJECTION}.scales"),
         (LLADA, "awq", f"{PROJECTION}.qzeros"),
         (LLADA, "packed", f"{PROJECTION}.weight_packed"),
+        (LLADA, "int8", "model.transformer.blocks.2.attn_norm.weight"),
+        ("dream-tiny", "int8", "model.layers.2.self_attn.q_proj.bias"),
         (LLADA2, "int8", "model.layers.1.attention.query_key_value.weight_scale"),
         (LLADA2, "int8", "model.layers.2.mlp.experts.3.up_proj.weight_scale"),
     ],
@@ -161,6 +163,11 @@ def test_a_layer_is_left_as_it_is_under_the_names_of_the_checkpoint(engines, cop
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
+
+
+def test_experts_that_no_kernel_of_a_cpu_takes(refused, copy):
+    line = refused(copy("lladamoe-tiny", "packed"), "bfloat16")
+    assert line.startswith("LLaDAMoEModelLM: quantization compressed-tensors: No WNA16 MoE backend supports")
 
 
 def test_a_shape_that_no_kernel_takes(refused, copy):

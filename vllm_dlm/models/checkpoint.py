@@ -94,6 +94,8 @@ class Checkpoint:
         for name, parameter in parameters.items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
+            if isinstance(module, RoutedExperts) and leaf.endswith("bias") and not module.moe_config.has_bias:
+                continue  # GPTQ's method makes them for models that have some
             method = getattr(module, "quant_method", None)
             plain = method is None or isinstance(method, PLAIN) or leaf == "bias"
             shaped = plain or (leaf in MATRICES and parameter.dtype in ONE_EACH)
