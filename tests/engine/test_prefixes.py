@@ -74,19 +74,19 @@ def test_one_after_the_other(engines, checkpoint, order):
 )
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
-    given = list(mixed(48, 2))
+    given = list(mixed(24, 2))
     wanted = tokens(without(engines, checkpoint), given)
     monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     llm = caching(engines, checkpoint)
     first, found = outputs(llm, given)
     assert first == wanted and found[0] == 0
     again, found = outputs(llm, given[::-1])
-    assert again == wanted[::-1] and sum(hit > 0 for hit in found) > 20
-    rest, _ = outputs(llm, list(mixed(48, 3)))
-    assert rest == tokens(without(engines, checkpoint), list(mixed(48, 3)))
+    assert again == wanted[::-1] and sum(hit > 0 for hit in found) > 10
+    rest, _ = outputs(llm, list(mixed(24, 3)))
+    assert rest == tokens(without(engines, checkpoint), list(mixed(24, 3)))
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS[:1], *slow(*CHECKPOINTS[1:])])
 def test_little_memory(engines, checkpoint):
     """Requests wait, give up their blocks and find them again, or somebody else has them by then."""
     given = list(mixed(32, 4))
