@@ -83,8 +83,8 @@ def test_whoever_loses_its_caches_begins_its_block_again(engines, checkpoint):
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_little_memory(engines, checkpoint):
     """Requests wait for others. (test_extent.py and test_block_selection.py have those that give up their memory.)"""
-    llm = engines(checkpoint)
-    given = drawn(llm, 24, checkpoint, dlm_extent="full", dlm_window=None)
-    wanted, tight = answers(llm, given), engines(checkpoint, **TIGHT)
-    assert answers(tight, given) == wanted
+    tight = engines(checkpoint, **TIGHT)
+    given = drawn(tight, 24, checkpoint, dlm_extent="full", dlm_window=None)  # of what fits into it alone
+    waiting = answers(tight, given)
     assert all_blocks_are_free(tight)
+    assert waiting == answers(engines(checkpoint), given)
