@@ -19,14 +19,18 @@ SERVERS = {
 FIRST = (
     "server",
     "tests/engine/test_matrix.py",
-    "tests/kernels/test_triton_compile.py",
     "tests/kernels/test_triton_interpreter.py",
-    "tests/pretended_gpu/test_pretended_gpu.py",
     "viewed",
-    "tests/engine/test_soak.py",
     "tests/engine/test_captured.py",
-    "tests/engine/test_block_causal.py",
+    "tests/kernels/test_triton_compile.py",
+    "tests/pretended_gpu/test_pretended_gpu.py",
+    "tests/engine/test_soak.py",
+    "tests/engine/test_view.py",
     "tests/engine/test_prefixes.py",
+    "tests/external/test_quest.py",
+    "tests/engine/test_block_selection.py",
+    "tests/engine/test_block_causal.py",
+    "tests/engine/test_scoring.py",
 )
 #: When slow tests are no longer begun, in seconds since the epoch: see .ci/run
 DEADLINE = "TEST_DEADLINE"

@@ -26,16 +26,17 @@ def pairs(presets: bool):
                 yield decoding, name, turn + place
 
 
-def combinations(selection: str, presets: bool = False):
+def combinations(selection: str, presets: bool = False, half: int | None = None):
     """A request of each pair: prompts of 40 to 90 tokens, canvases of 4 to 12, greedy and sampled, guided and not, the
-    extents in turn."""
+    extents in turn. Either half, 0 or 1, has every decoding and every reuse policy."""
     rng = random.Random(selection)
     extents = sorted(methods("extent"))
-    for index, (decoding, reuse, turn) in enumerate(pairs(presets)):
+    wanted = [pair for pair in pairs(presets) if half is None or pair[2] % 2 == half]
+    for index, (decoding, reuse, turn) in enumerate(wanted):
         length = rng.randint(4, 12)
         chosen = "none" if index % 5 == 4 else selection
         extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 6}
-        extent = small("extent", extents[turn % len(extents)])
+        extent = small("extent", extents[turn // 2 % len(extents)])
         extra["dlm_extent"] = extent["name"]
         if "window" in extent:
             extra["dlm_window"] = extent["window"]

@@ -132,7 +132,7 @@ def mixed(count: int, most: int = 40):
         )
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 30])
+@pytest.mark.parametrize("chunk", [16, *slow(1, 30)])
 def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     """Which fill nothing, and count as none of the first block's; whoever else takes part."""
     llm, given = engines(SDAR), list(mixed(30, 12))
@@ -217,7 +217,7 @@ def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
     tokens that there is room for, and with the tokens it gets alone."""
     llm, given = engines(checkpoint, max_model_len=101), []
     for index, (width, prompt) in enumerate(
-        [(width, prompt) for width in (32, 24, 7, 5, 4) for prompt in (100, 99, 90, 64, 33)]
+        [(width, prompt) for width in (32, 24, 7, 5, 4) for prompt in (100, 99, 90, 64)]
     ):
         extra = {"dlm_block_length": width} | ({"dlm_cfg_scale": 0.5} if guided else {})
         room = 101 - prompt

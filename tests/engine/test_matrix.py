@@ -1,5 +1,7 @@
 """Every decoding with every reuse with every selection, from the registry: a method joins by being registered."""
 
+from itertools import product
+
 import pytest
 
 from tests.engine.drawn import drawn
@@ -20,14 +22,21 @@ def selecting(engines, checkpoint, selection, **settings):
     return engines(checkpoint, additional_config={"dlm": dlm}, **settings)
 
 
-@pytest.mark.parametrize("presets", [False, *slow(True)], ids=["policies", "presets"])
+@pytest.mark.parametrize("checkpoint, selection", in_turn(CHECKPOINTS, SPARSE))
+def test_answers_are_those_alone(engines, checkpoint, selection):
+    """Each checkpoint has half of the pairs."""
+    llm = selecting(engines, checkpoint, selection)
+    assert_answers_are_those_alone(llm, list(combinations(selection, half=CHECKPOINTS.index(checkpoint))))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checkpoint, selection",
-    [*in_turn(CHECKPOINTS, SPARSE), *slow(("lladamoe-tiny", "none"), ("lladamoe-tiny", "unique"))],
+    [*product(CHECKPOINTS, SPARSE), ("lladamoe-tiny", "none"), ("lladamoe-tiny", "unique")],
 )
-def test_answers_are_those_alone(engines, checkpoint, selection, presets):
+def test_answers_of_every_preset_are_those_alone(engines, checkpoint, selection):
     llm = selecting(engines, checkpoint, selection)
-    assert_answers_are_those_alone(llm, list(combinations(selection, presets)))
+    assert_answers_are_those_alone(llm, list(combinations(selection, presets=True)))
 
 
 @pytest.mark.parametrize("count", [16, *slow(64)])
@@ -48,13 +57,15 @@ def test_answers_are_those_alone_behind_masks_of_a_prompt(engines, checkpoint, p
     mask = llm.model_config.hf_config.mask_token_id
     given = [
         ({"prompt_token_ids": [mask] * 5 + prompt["prompt_token_ids"][:9]}, params)
-        for prompt, params in combinations("none", presets)
+        for prompt, params in combinations("none", presets, half=None if presets else 0)
     ]
     assert_answers_are_those_alone(llm, given)
 
 
-@pytest.mark.parametrize("reuse", sorted(name for name, cls in methods("reuse").items() if cls.exact is not None))
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+EXACT = sorted(name for name, cls in methods("reuse").items() if cls.exact is not None)
+
+
+@pytest.mark.parametrize("checkpoint, reuse", in_turn(CHECKPOINTS, EXACT))
 def test_exact_reuse_is_none(engines, checkpoint, reuse):
     assert_exact(engines, checkpoint, reuse)
 
@@ -72,8 +83,8 @@ def test_whoever_loses_its_caches_begins_its_block_again(engines, checkpoint):
 @pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_little_memory(engines, checkpoint):
     """Requests wait for others. (test_extent.py and test_block_selection.py have those that give up their memory.)"""
-    llm = engines(checkpoint)
-    given = drawn(llm, 24, checkpoint, dlm_extent="full", dlm_window=None, dlm_selection="none")  # blocks of 32
-    wanted, tight = answers(llm, given), engines(checkpoint, **TIGHT)
-    assert answers(tight, given) == wanted
+    tight = engines(checkpoint, **TIGHT)
+    given = drawn(tight, 24, checkpoint, dlm_extent="full", dlm_window=None)  # of what fits into it alone
+    waiting = answers(tight, given)
     assert all_blocks_are_free(tight)
+    assert waiting == answers(engines(checkpoint), given)

@@ -58,7 +58,7 @@ def counted(llm) -> dict[str, float]:
 @pytest.mark.parametrize("checkpoint, order", [*in_turn(CHECKPOINTS, [1, -1]), (SHIFTED, 1), *slow((SHIFTED, -1))])
 def test_one_after_the_other(engines, checkpoint, order):
     """Hits are those that the texts say, and change no token."""
-    given = list(mixed(48))[::order]
+    given = list(mixed(24))[::order]
     wanted = tokens(without(engines, checkpoint), given)
     llm, known, found = caching(engines, checkpoint), Known(USUAL[checkpoint], int(checkpoint == SHIFTED)), []
     for request, want in zip(given, wanted, strict=True):
@@ -66,7 +66,7 @@ def test_one_after_the_other(engines, checkpoint, order):
         assert got == [want], request
         assert hit == known.hit(*request, want), request
         found.append(hit)
-    assert sum(hit > 0 for hit in found) > 10 and 0 in found
+    assert sum(hit > 0 for hit in found) > 5 and 0 in found
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_one_after_the_other(engines, checkpoint, order):
 )
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
-    given = list(mixed(48, 2))
+    given = list(mixed(24, 2))
     wanted = tokens(without(engines, checkpoint), given)
     monkeypatch.setattr("vllm_dlm.canvas.block_causal.CHUNK", chunk)
     llm = caching(engines, checkpoint)
     first, found = outputs(llm, given)
     assert first == wanted and found[0] == 0
     again, found = outputs(llm, given[::-1])
-    assert again == wanted[::-1] and sum(hit > 0 for hit in found) > 20
-    rest, _ = outputs(llm, list(mixed(48, 3)))
-    assert rest == tokens(without(engines, checkpoint), list(mixed(48, 3)))
+    assert again == wanted[::-1] and sum(hit > 0 for hit in found) > 10
+    rest, _ = outputs(llm, list(mixed(24, 3)))
+    assert rest == tokens(without(engines, checkpoint), list(mixed(24, 3)))
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS[:1], *slow(*CHECKPOINTS[1:])])
 def test_little_memory(engines, checkpoint):
     """Requests wait, give up their blocks and find them again, or somebody else has them by then."""
     given = list(mixed(32, 4))

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from tests.engine.pretended_gpu import GPU, Step, pretended, states
 from tests.engine.running import Recorder, runner_of
+from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.integration.worker.warm_up import STEPS
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
@@ -52,7 +53,13 @@ def test_a_wait_would_be_found(monkeypatch, added, error, words):
         Step(states(2, {"dlm_reuse": "dyllm"})).run()
 
 
-def test_every_policy_is_warmed_up(engines):
+@pytest.fixture
+def few_canvases(monkeypatch):
+    """Those that a server is warmed up with are more, and take half a minute."""
+    monkeypatch.setattr(warm_up, "CANVASES", (1, 3))
+
+
+def test_every_policy_is_warmed_up(engines, few_canvases):
     """Two steps that refresh nothing, of one canvas and of many; and nobody's blocks are written to."""
     llm = engines("llada-tiny")
     runner = runner_of(llm)
@@ -67,7 +74,7 @@ def test_every_policy_is_warmed_up(engines):
     assert all((cache[1:] == 7).all() for cache in runner.kv_caches)
 
 
-def test_a_policy_that_cannot_run_is_told_at_the_start(engines, monkeypatch):
+def test_a_policy_that_cannot_run_is_told_at_the_start(engines, few_canvases, monkeypatch):
     def broken(self, at):
         raise NotImplementedError("no kernel")
         yield

@@ -147,13 +147,13 @@ def test_whom_a_reset_sends_back_is_in_front_again(engines, run, steps_before):
 
 def test_nobody_starves(engines, run):
     rng = random.Random(0)
-    waiting = [request(rng.choice([1, 1, 1, 1, 2, 4, 8]), seed) for seed in range(120)]
+    waiting = [request(rng.choice([1, 1, 1, 1, 2, 4, 8]), seed) for seed in range(60)]
     while waiting or run.engine.has_unfinished_requests():
         while waiting and rng.random() < 0.8:
             run.add(waiting.pop())
         run.step()
-    assert sorted(run.started) == list(range(120))
-    passed = [run.passed(i) for i in range(120)]
+    assert sorted(run.started) == list(range(60))
+    passed = [run.passed(i) for i in range(60)]
     assert 0 < max(passed) <= OVERTAKES
     run.as_with_room(engines("llada-tiny"))
 

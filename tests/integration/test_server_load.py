@@ -65,6 +65,7 @@ def test_counters_agree_with_what_was_delivered(server, ask, counted):
     assert counts["canvas_positions"] < counts["rows_recomputed"] <= counts["rows_dense"]
 
 
+@pytest.mark.slow
 def test_vllms_benchmark_reports_diffusion(server, tmp_path):
     prompts, tokens = 12, 32
     command = vllm_command(

@@ -1,5 +1,6 @@
 """Intercepts kernel launches before they reach a GPU, and derives what Triton would compile for each."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,14 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def catch_launches(monkeypatch) -> list[Launch]:
-    caught: list[Launch] = []
+def catch_launches(monkeypatch, kept: Callable[[Launch], Any] = lambda launch: launch) -> list:
+    """What is `kept` of each launch. A launch itself keeps its tensors, which are gigabytes where there are many."""
+    caught: list = []
 
     def run(kernel, *args, grid, warmup, **kwargs):
         assert all(0 < extent < limit for extent, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        caught.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+        caught.append(kept(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options)))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     return caught
