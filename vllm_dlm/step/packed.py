@@ -19,7 +19,7 @@ class PackedCanvases:
         self.group, self.blocks, self.layer, self.scale = group, blocks, layer, scale
 
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See CanvasAttention; keys that are cached are already in their places."""
+        """See CanvasAttention. If the streams have blocks, the new keys and values are there already."""
         if self.group.cached:
             return self.over_cached(q, rows)
         cache, table, block, offset = self._own()
@@ -31,7 +31,7 @@ class PackedCanvases:
         return self._attended(q, rows, cache, cache, self.group.table)
 
     def delta(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
-        """The same with values that are zero except for those that have changed, by how much"""
+        """Attention whose values are `moved` for the changed rows and zero for all others"""
         if not len(changed):
             return torch.zeros_like(q)
         keys, values, (block, offset) = self.blocks.caches[self.layer], self.blocks.moved, self._slots(changed)
@@ -45,7 +45,7 @@ class PackedCanvases:
 
     @property
     def apart(self) -> bool:
-        """No block belongs to two streams, so a changed value is that of one stream."""
+        """Whether no block belongs to two streams: `delta` changes a value for every stream that reads its block."""
         known = self.group.packed
         if "apart" not in known:
             streams = zip(self.group.tables, self.group.kv_lens, strict=True)
@@ -77,7 +77,7 @@ class PackedCanvases:
         return group.table[rows.gather(group.stream), place // self._size].long(), place % self._size
 
     def _own(self) -> tuple[PackedCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For streams without blocks: a cache of this step, table, and the slot of each row."""
+        """For streams without blocks: a cache for this step, its table, and block and offset of each row"""
         known, group = self.group.packed, self.group
         if "own" not in known:
             counts = [-(-n // self._size) for n in group.kv_lens]
@@ -92,7 +92,7 @@ class PackedCanvases:
         return known["own"]
 
     def _clean(self) -> PackedCache:
-        """The layer's cache, with finite values after the end of each stream: the kernel multiplies them by 0."""
+        """The layer's cache. Values right after the end of a stream are finite: the kernel multiplies them by 0."""
         cache, known = self.blocks.caches[self.layer], self.group.packed
         assert isinstance(cache, PackedCache)
         if "tails" not in known:
@@ -108,11 +108,12 @@ class PackedCanvases:
         return cache
 
     def _tails(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots after the end of a stream that the kernel reads with its last keys: it reads 16 or 32 at once."""
+        """Slots after the end of a stream that the kernel reads together with its last keys, 16 or 32 at once"""
         run = 32 if self._size % 32 == 0 else 16
-        blocks, offsets = [], []
+        blocks: list[int] = []
+        offsets: list[int] = []
         for table, length in zip(self.group.tables, self.group.kv_lens, strict=True):
-            for place in range(length, -(-length // run) * run):
-                blocks.append(int(table[length // self._size]))
-                offsets.append(place % self._size)
+            if count := -length % run:
+                blocks += [int(table[length // self._size])] * count
+                offsets += range(length % self._size, length % self._size + count)
         return torch.tensor(blocks, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64)
