@@ -40,6 +40,14 @@ def engines():
     return ENGINES[-1]
 
 
+def pytest_collection_finish():
+    """vLLM inspects each model class in a process of its own, so that this one does not initialise CUDA. Here each of
+    those would only cost the time in which vLLM is imported."""
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    if registry is not None:
+        registry._run_in_subprocess = lambda inspect: inspect()
+
+
 #: Engines take minutes of garbage collection if they are shut down one by one. They end with the process instead.
 ENGINES: list[Engines] = []
 USED: list[str | None] = []  # a line of each test process

@@ -1,7 +1,7 @@
 """Which cases of a test `make test` runs. The rest are marked `slow` and run in `make test-slow`."""
 
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 
@@ -17,6 +17,19 @@ def in_turn(first: list, second: list, most: int | None = None) -> list:
     """Each of the second, or the first ones of them, with one of the first in turn; the other pairs are slow."""
     kept = [(first[index % len(first)], value) for index, value in enumerate(second)][:most]
     return [*kept, *slow(*(pair for pair in product(first, second) if pair not in kept))]
+
+
+def pairwise(*axes: list) -> list:
+    """Cases of several parameters in which each value meets each value of every other one; the rest are slow."""
+    cases = list(product(*(range(len(axis)) for axis in axes)))
+    pairs = {case: set(combinations(enumerate(case), 2)) for case in cases}
+    left, kept = set().union(*pairs.values()), set()
+    while left:
+        best = max(cases, key=lambda case: len(pairs[case] & left))
+        left -= pairs[best]
+        kept.add(best)
+    made = {case: tuple(axis[index] for axis, index in zip(axes, case, strict=True)) for case in cases}
+    return [value for case, own in made.items() for value in ([own] if case in kept else slow(own))]
 
 
 def first_of_each(kind: Callable, cases: Iterable[tuple[str, object]]) -> list:

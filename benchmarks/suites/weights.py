@@ -2,6 +2,8 @@
 
 import argparse
 
+import torch
+
 from benchmarks.lib.models import SHAPES, Shape
 from benchmarks.lib.report import columns
 from benchmarks.lib.suite import Cell, Part, Table
@@ -61,10 +63,16 @@ def parts(options: argparse.Namespace) -> list[Part]:
     for name, cells in cells_of(options).items():
         shape = SHAPES[name]
         cases = tuple(Case(POLICY, prompt, count, new, ragged=count > 1) for prompt, count, new in cells)
-        for method in METHODS[options.device]:
+        for method in methods(options.device):
             own = tuple(Cell(f"{method} {speed.cell_name(shape, case)}", minutes(shape, case), case) for case in cases)
             made.append(Part("weights", table, f"{name}, {method}", own, 0.5, EngineSpec(name, cases, weights=method)))
     return made
+
+
+def methods(device: str) -> tuple[str, ...]:
+    """int8 is refused on CPUs without VNNI, where vLLM's products overflow."""
+    int8 = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    return METHODS[device] if device == "cuda" or int8 else METHODS[device][:1]
 
 
 def minutes(shape: Shape, case: Case) -> float:

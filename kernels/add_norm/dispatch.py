@@ -1,4 +1,4 @@
-"""Dispatches to Triton on a GPU, to vLLM's kernel on a CPU, and to torch where there is none."""
+"""Dispatches to Triton on GPUs, and to vLLM's kernel on CPUs if there is one, otherwise to torch."""
 
 import torch
 

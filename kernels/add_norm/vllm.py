@@ -1,10 +1,10 @@
-"""vLLM's RMS normalization for CPUs, one pass over the sum, in float32."""
+"""vLLM's RMS normalization for CPUs, in one pass over the sum, in float32."""
 
 import torch
 
 
 def runs(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """A vLLM for CPUs is imported, and its kernel takes whole vectors of one dtype."""
+    """Whether vLLM for CPUs is imported and its kernel supports these rows: one dtype, whole vectors"""
     there = hasattr(torch.ops._C, "rms_norm") and torch._C._dispatch_has_kernel_for_dispatch_key("_C::rms_norm", "CPU")
     return there and x.dtype == weight.dtype and x.shape[-1] % 16 == 0
 

@@ -66,5 +66,5 @@ def read_values(
 
 
 def read_keys(cache: torch.Tensor | PackedCache, block: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The keys of n positions, which all have a slot -> [n, Hkv, D]"""
+    """Keys of n positions with slots -> [n, Hkv, D]"""
     return plain.read_keys(cache, block, offset)

@@ -1,4 +1,4 @@
-"""Over keys of one tensor, a fused attention computes the normalizer, then only the changed columns are multiplied.
+"""A fused attention over all keys computes the normalizer, then only the changed columns are multiplied.
 
 The attention matrix is never materialized. The fused kernel returns each
 query's log-sum-exp over all keys. The weights of the changed keys follow from
@@ -45,8 +45,8 @@ def log_sum_exp(packed: torch.Tensor, key: torch.Tensor, scale: float) -> torch.
 
 
 def delta_over_pages(q, q_starts, cache, tables, kv_lens, place, moved, scale):
-    """See dispatch.py. If many keys are attended to with few changed ones, the fused attention itself is the fastest
-    way: its values are the changes, and zeros."""
+    """See dispatch.py. If few of many keys have changed, one fused attention over all keys is fastest, with the
+    changes and zeros as values."""
     out, (_, kv_heads, size, _) = torch.empty_like(q), cache.shape
     starts, head = q_starts.tolist(), torch.arange(kv_heads)[:, None]
     for c, length in enumerate(kv_lens.tolist()):

@@ -1,8 +1,8 @@
-"""Bidirectional attention over a KV cache that is stored as vLLM's CPU attention reads it.
+"""Bidirectional attention over a KV cache in the layout of vLLM's CPU attention.
 
-The kernels of an instruction set read the keys and values of a block and head in an order of their own.
-`Layout` is that order, `PackedCache` a layer's cache in it, with the reads and writes that policies and
-selections need. Where `layout_for` finds none, caches stay plain and attention is torch's.
+The order of keys and values within a block and head depends on the instruction set. `Layout` is that order, and
+`PackedCache` is a layer's cache in it, with reads and writes for policies and selections. If `layout_for` returns
+None, caches are plain and attention uses torch.
 """
 
 from vllm_dlm.kernels.packed_attention.cache import Layout, PackedCache, read_key_runs, read_runs

@@ -1,8 +1,8 @@
-"""A KV cache in the layout of an instruction set: where each number of a key or value is.
+"""A KV cache in the layout of an instruction set, and the place of each number of a key or value in it.
 
 A block of one head is 2 * size * D numbers, the half of the keys before the half of the values. Within a half the
 order depends on the instruction set. Two orders are read without an index per number: keys as [D, size] and values as
-[size, D], those of the kernels for general vector instructions.
+[size, D], the layout for general vector instructions.
 """
 
 from dataclasses import dataclass
@@ -47,20 +47,19 @@ def read_key_runs(cache: "torch.Tensor | PackedCache", row: torch.Tensor, length
 
 
 class PackedCache:
-    """The keys and values of one layer. `block` and `offset` [n] are the slots of n positions; those with block -1
-    have none."""
+    """The keys and values of one layer. `block` and `offset` [n] are the slots of n positions; block -1: no slot"""
 
     is_cuda = False
 
     def __init__(self, memory: torch.Tensor, layout: Layout):
-        self.memory = memory  # [blocks, Hkv, size, 2 * D], contiguous; the shape says nothing about its order
+        self.memory = memory  # [blocks, Hkv, size, 2 * D], contiguous; the order of its numbers is the layout's
         self.layout, self.shape, self.dtype, self.device = layout, memory.shape, memory.dtype, memory.device
         self.blocks, self.kv_heads, self.size, width = memory.shape
         self.dim = width // 2
         self._halves = memory.view(self.blocks * self.kv_heads * 2, -1)  # [blocks * Hkv * 2, size * D]
 
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as the kernels are given them, [blocks, Hkv, size, D] each"""
+        """Keys and values in the kernels' shapes, [blocks, Hkv, size, D] each"""
         both = self.memory.view(self.blocks, self.kv_heads, 2 * self.size, self.dim)
         return both[:, :, : self.size], both[:, :, self.size :]
 
@@ -82,7 +81,7 @@ class PackedCache:
         return self._halves[half[..., None], self.layout.values[offset][:, None]]
 
     def write(self, k: torch.Tensor | None, v: torch.Tensor | None, block: torch.Tensor, offset: torch.Tensor) -> None:
-        """k and v [n, Hkv, D]; None: stays as it is"""
+        """k and v [n, Hkv, D]; None: not changed"""
         from vllm_dlm.kernels.packed_attention.vllm import write
 
         if not len(block):

@@ -1,4 +1,4 @@
-"""Decides where attention on a CPU is vLLM's, and calls it."""
+"""Decides whether attention on a CPU uses vLLM's kernel, and calls it."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ HEAD_SIZES = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
 
 def layout_for(device: torch.device, dtype: torch.dtype, size: int, dim: int) -> Layout | None:
-    """The layout of a cache with blocks of `size` positions; None: a plain one, attention is torch's. vLLM's kernel is
-    the faster one with vectors of 512 bits or with matrix units. With shorter vectors it takes twice as long."""
+    """The layout of a cache with blocks of `size` positions; None: plain, with torch's attention. With vectors of 512
+    bits or matrix units, vLLM's kernel is faster. With shorter vectors, it takes twice as long."""
     if device.type != "cpu" or not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
         return None
     return layout_of(dtype, size, dim)
 
 
 def layout_of(dtype: torch.dtype, size: int, dim: int) -> Layout | None:
-    """The layout of vLLM's kernel, wherever it runs"""
+    """The layout of vLLM's kernel on any CPU"""
     if dim not in HEAD_SIZES or size % 16 or not importlib.util.find_spec("vllm"):
         return None
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -38,14 +38,14 @@ class Plan(NamedTuple):
     starts: torch.Tensor  # [tiles + 1] int32: index of the first query row of each tile
     lens: torch.Tensor  # [tiles] int32: number of keys
     table: torch.Tensor  # [tiles, blocks] int32
-    schedule: torch.Tensor  # of vLLM's kernel: which thread computes what
+    schedule: torch.Tensor  # vLLM's schedule of threads
 
 
 def plan(
     cache: PackedCache,
     heads: int,  # H, of the queries
     q_lens: Sequence[int],  # queries of each sequence
-    kv_lens: Sequence[int],  # and its keys
+    kv_lens: Sequence[int],  # keys of each sequence
     table: torch.Tensor,  # [sequences, blocks] int32, any block beyond a sequence
 ) -> Plan:
     from vllm_dlm.kernels.packed_attention import vllm as kernel
@@ -67,7 +67,7 @@ def plan(
 def packed_attention(
     q: torch.Tensor,  # [n, H, D], queries packed sequence by sequence
     keys: PackedCache,
-    values: PackedCache,  # of the same shape as `keys`, which may be the same cache
+    values: PackedCache,  # in the shape of `keys`; may be the same cache
     plan: Plan,
     scale: float,
 ) -> torch.Tensor:

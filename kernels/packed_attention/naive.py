@@ -1,4 +1,4 @@
-"""The definition: keys and values read number by number, then a softmax over all keys of each sequence."""
+"""Reference: reads keys and values number by number, then computes a softmax over all keys of each sequence."""
 
 import torch
 

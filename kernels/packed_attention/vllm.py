@@ -1,11 +1,11 @@
-"""vLLM's CPU attention. Every query row is computed alike, whatever else is in the call and on any number of threads.
+"""Calls vLLM's CPU attention so that the result of a row depends neither on other rows nor on the number of threads.
 
-The kernel divides the queries of a request into tiles, and the length of a tile decides how the keys are divided. Tiles
-of `TILE` rows, the most that the kernel computes at once, are never divided and read all keys in one piece, or in
-pieces that depend on the number of keys only. So each tile is passed as a request of its own. A request's keys are not
+The kernel divides the queries of a request into tiles, and divides the keys by the length of the tile. Tiles of `TILE`
+rows, the maximum that the kernel computes at once, are never divided and read all keys in one piece, or in pieces that
+only depend on the number of keys. So each tile is passed as a separate request. A request's keys are not
 split among threads either.
 
-Query heads that share a key head become queries of that head, as the mask does not depend on a query's position.
+Query heads that share a key head become queries of that head, because the mask does not depend on positions.
 
 Read in vLLM 0.32: v1/attention/backends/cpu_attn.py, _custom_ops.py (`cpu_attn_*`).
 """
@@ -17,13 +17,13 @@ from vllm import _custom_ops as ops
 
 from vllm_dlm.kernels.packed_attention.cache import Layout
 
-#: query rows of a head that the kernel of an instruction set computes at once (`MaxQHeadNumPerIteration`)
+#: number of query rows of a head that the kernel of an instruction set computes at once (`MaxQHeadNumPerIteration`)
 TILE = {"amx": 32, "vec": 8, "vec16": 16}
 
 
 @functools.cache
 def layout(isa: str, dtype: torch.dtype, size: int, dim: int) -> Layout:
-    """Found by writing known numbers and reading where they are, as three digits that any dtype represents exactly"""
+    """Writes known numbers and finds their places. Numbers have three digits, which any dtype represents exactly."""
     number = torch.arange(size * dim)
     keys, values = torch.zeros_like(number), torch.zeros_like(number)
     for weight in (1, 128, 128**2):
@@ -36,7 +36,7 @@ def layout(isa: str, dtype: torch.dtype, size: int, dim: int) -> Layout:
     for seen in (keys, values):
         if not torch.equal(seen.sort()[0], number):
             raise RuntimeError(
-                f"vLLM's CPU attention ({isa}) does not store keys and values unchanged, as that of vLLM 0.32 does"
+                f"vLLM's CPU attention ({isa}) does not store keys and values unchanged, unlike that of vLLM 0.32"
             )
     return Layout.of(isa, keys.argsort().view(size, dim), values.argsort().view(size, dim))
 

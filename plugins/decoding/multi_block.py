@@ -15,6 +15,7 @@ import torch
 
 from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, check
 from vllm_dlm.plugins.decoding.entropy import Entropy
+from vllm_dlm.plugins.decoding.roles import EndStopDecoding
 
 CLOSED, OPEN, FIRST = 0, 1, 2  # FIRST: in the first active block with masks
 
@@ -52,7 +53,7 @@ class OpenBlocks(Memory):
 
 
 @dataclass(frozen=True)
-class MultiBlock(Entropy):
+class MultiBlock(EndStopDecoding, Entropy):
     name: ClassVar[str] = "multi_block"
     statistic: ClassVar[str | None] = "entropy"
     presets: ClassVar[dict[str, dict]] = {
@@ -68,6 +69,7 @@ class MultiBlock(Entropy):
     add_at: float = 0.1
     activate_at: float = 0.95
     always_one: bool = True  # at least the open position with the lowest entropy is filled
+    end_stop: bool = True  # behind the first end token, everything becomes that token
 
     def __post_init__(self):
         super().__post_init__()

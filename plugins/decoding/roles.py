@@ -45,6 +45,12 @@ class EditingDecoding:
         raise NotImplementedError
 
 
+class EndStopDecoding:
+    """May fill all later positions of a canvas block with its first end token, see canvas/end_stop.py."""
+
+    end_stop: bool
+
+
 class RandomOrder:
     """Fills positions in random order, so thresholds on the score do not apply."""
 

@@ -140,7 +140,7 @@ class AttendMoved:
     rows: Rows  # [n] rows of the queries
     changed: Rows  # [S] rows whose values changed
     moved: torch.Tensor  # [S, Hkv, D] by how much
-    unused: PickedRows | None = None  # some of the n rows, whose results may be anything finite
+    unused: PickedRows | None = None  # rows among the n with unused results, which must be finite
 
 
 @dataclass(frozen=True, eq=False)

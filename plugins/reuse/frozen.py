@@ -18,7 +18,7 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 @dataclass(frozen=True)
 class Frozen(Reuse):
     name: ClassVar[str] = "frozen"
-    #: a request that is preempted may get other tokens: its keys come from steps that are not made again
+    #: a preempted request may return other tokens: its cached keys come from steps that cannot be repeated
     begins_again: ClassVar[bool] = False
 
     @property

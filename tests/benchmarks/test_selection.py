@@ -64,6 +64,7 @@ def engine():
     return start(320)
 
 
+@pytest.mark.slow
 def test_grades_on_the_demo_checkpoint(engine):
     samples = recall_questions(6, 256, 47, 11)
     dense = grade(engine, None, samples)

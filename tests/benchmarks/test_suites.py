@@ -183,6 +183,7 @@ def exact_flops(shape, rows: int, steps: int, block: int = 32) -> int:
     return steps * per_step + sum(block - step for step in range(steps)) * per_head_row
 
 
+@pytest.mark.slow
 def test_a_cell_of_each_table(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
     only = (

@@ -1,13 +1,12 @@
 """What every decoding with every reuse with every selection is held to, from what is registered at the time."""
 
 import random
-from itertools import product
 
 from vllm import SamplingParams
 
 from tests.engine.batches import with_presets
-from tests.engine.running import core_of, free_blocks, poison, tokens
-from tests.engine.test_lifecycle import add, finish
+from tests.engine.drawn import drawn
+from tests.engine.running import all_blocks_are_free, answers, poison
 from tests.soak.requests import SMALL
 from vllm_dlm.methods import methods
 
@@ -17,17 +16,26 @@ def small(kind: str, name: str) -> dict:
     return {"name": name} | {field: SMALL[field] for field in SMALL if hasattr(methods(kind)[name], field)}
 
 
-def combinations(selection: str):
-    """A request of each: prompts of 40 to 90 tokens, canvases of 4 to 12, greedy and sampled, guided and not, the
+def pairs(presets: bool):
+    """(decoding, reuse, a number) of every decoding with every reuse policy. The presets of a policy come in turn, or
+    each of them with every decoding."""
+    for turn, decoding in enumerate(sorted(methods("decoding"))):
+        for place, policy in enumerate(sorted(methods("reuse"))):
+            names = with_presets(policy)
+            for name in names if presets else [names[turn % len(names)]]:
+                yield decoding, name, turn + place
+
+
+def combinations(selection: str, presets: bool = False):
+    """A request of each pair: prompts of 40 to 90 tokens, canvases of 4 to 12, greedy and sampled, guided and not, the
     extents in turn."""
     rng = random.Random(selection)
-    reuses = [name for method in sorted(methods("reuse")) for name in with_presets(method)]
     extents = sorted(methods("extent"))
-    for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), reuses)):
+    for index, (decoding, reuse, turn) in enumerate(pairs(presets)):
         length = rng.randint(4, 12)
         chosen = "none" if index % 5 == 4 else selection
         extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_selection": chosen, "dlm_block_length": 6}
-        extent = small("extent", extents[index % len(extents)])
+        extent = small("extent", extents[turn % len(extents)])
         extra["dlm_extent"] = extent["name"]
         if "window" in extent:
             extra["dlm_window"] = extent["window"]
@@ -44,33 +52,19 @@ def combinations(selection: str):
         yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 90))]}, params
 
 
-def assert_tokens_are_those_alone(llm, given) -> None:
+def assert_answers_are_those_alone(llm, given) -> None:
     """Whoever shares the batch, in either order; and caches of freed requests leak into nobody (all memory is NaN)."""
-    together = tokens(llm, given)
-    assert tokens(llm, given[::-3]) == together[::-3]  # the other way round, among others
+    together = answers(llm, given)
+    assert answers(llm, given[::-3]) == together[::-3]  # the other way round, among others
     poison(llm)
     for request, want in zip(given, together, strict=True):
-        assert tokens(llm, [request]) == [want], request[1].extra_args
-    assert free_blocks(core_of(llm)) == core_of(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        assert answers(llm, [request]) == [want], request
+    assert all_blocks_are_free(llm)
 
 
 def assert_exact(engines, checkpoint, reuse: str) -> None:
     """With the field values it names itself, a reuse policy changes nothing."""
+    plain, exact = engines(checkpoint), {"name": reuse} | methods("reuse")[reuse].exact
     given = [request for request in combinations("none") if request[1].extra_args.pop("dlm_reuse") == "none"]
-    exact = {"name": reuse} | methods("reuse")[reuse].exact
-    assert tokens(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given) == tokens(
-        engines(checkpoint), given
-    )
-
-
-def assert_blocks_begin_again(llm, given, after: tuple[int, ...]) -> None:
-    """Preempted after so many steps, requests give the tokens they give undisturbed."""
-    undisturbed = tokens(llm, given)
-    for steps in after:
-        add(llm, given)
-        done = {}
-        for _ in range(steps):
-            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
-        assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done |= finish(llm)
-        assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
+    given += drawn(plain, 12, checkpoint, dlm_reuse=None, dlm_selection=None)
+    assert answers(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given) == answers(plain, given)

@@ -12,7 +12,7 @@ from vllm_dlm.canvas.selected_keys import SelectedKeys
 def requests(count=24, longest=120):
     rng = random.Random(3)
     for index in range(count):
-        length = rng.randint(8, 40)
+        length = rng.randint(8, 16)
         extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
         if index % 6 == 2:
             extra["dlm_cfg_scale"] = 0.5

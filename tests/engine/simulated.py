@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tests.engine.test_holes import EOS, MASK, SIZE
+from tests.engine.holes import EOS, MASK, SIZE
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas import block_causal
 from vllm_dlm.canvas.caches import StreamCaches

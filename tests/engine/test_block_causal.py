@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.matrix import assert_tokens_are_those_alone
-from tests.engine.running import Rows, Watching, core_of, free_blocks, poison, runner_of, tokens
+from tests.engine.matrix import assert_answers_are_those_alone
+from tests.engine.running import Rows, Watching, core_of, poison, tokens
 from tests.tiers import slow
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.methods import methods
@@ -133,28 +132,6 @@ def mixed(count: int, most: int = 40):
         )
 
 
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
-def test_tokens_are_those_alone(engines, checkpoint):
-    given = list(mixed(30))
-    assert_tokens_are_those_alone(engines(checkpoint), given)
-    assert [len(got) for got in tokens(engines(checkpoint), given)] == [params.max_tokens for _, params in given]
-
-
-def test_little_memory(engines):
-    """Requests give up their blocks to those that came before, and are read again from the start."""
-    given = list(mixed(16, 60))
-    llm = engines(SDAR, block_size=16, num_gpu_blocks_override=20, max_num_batched_tokens=256)
-    scheduler, preempted = core_of(llm).scheduler, []
-    preempt = scheduler._preempt_request
-    scheduler._preempt_request = lambda request, now: (preempted.append(request), preempt(request, now))
-    try:
-        assert tokens(llm, given) == tokens(engines(SDAR), given)
-    finally:
-        del scheduler._preempt_request
-    assert preempted and free_blocks(core_of(llm)) == 19
-
-
 @pytest.mark.parametrize("chunk", [1, 16, 30])
 def test_long_prompts_are_read_in_several_steps(engines, monkeypatch, chunk):
     """Which fill nothing, and count as none of the first block's; whoever else takes part."""
@@ -256,7 +233,7 @@ def test_the_model_s_length_ends_in_a_block(engines, checkpoint, guided):
     outputs = [output.outputs[0] for output in llm.generate(list(prompts), list(params), use_tqdm=False)]
     assert {output.finish_reason for output in outputs} == {"length"}
     assert [len(output.token_ids) for output in outputs] == [asked.max_tokens for asked in params]
-    assert_tokens_are_those_alone(llm, given)
+    assert_answers_are_those_alone(llm, given)
 
 
 @pytest.mark.parametrize("checkpoint", [SDAR, LLADA2])
@@ -294,31 +271,6 @@ def test_a_share_counts_from_the_width():
     assert chosen(0, steps=None) == [1, 3] and chosen(0, steps=None, threshold=None) == [3]
 
 
-def test_experts_of_each_row(engines):
-    """In float64, one row at a time: groups by their two best, experts by score and bias, weights by scores alone."""
-    llm, prefix = engines(LLADA2), "model.layers.2.mlp"
-    weights = {k: v.double() for k, v in load_file(GOLDEN / "checkpoints" / LLADA2 / "model.safetensors").items()}
-    runner = runner_of(llm)
-    rows = torch.randn(23, 128, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode(), runner.forwards():
-        got = runner.model.model.layers[2].feed_forward(rows.to(runner.device, copy=True)).cpu()
-
-    def expert(name: str, row: torch.Tensor) -> torch.Tensor:
-        gate, up, down = (weights[f"{prefix}.{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-        return down @ (F.silu(gate @ row) * (up @ row))
-
-    for row, mine in zip(rows.double(), got, strict=True):
-        score = (weights[f"{prefix}.gate.weight"] @ row).sigmoid()
-        ranked = score + weights[f"{prefix}.gate.expert_bias"]
-        groups = sorted(range(4), key=lambda g: -sum(sorted(ranked[4 * g : 4 * g + 4].tolist())[-2:]))[:2]
-        inside = [number for number in range(16) if number // 4 in groups]
-        best = sorted(inside, key=lambda number: -ranked[number])[:4]
-        wanted = expert("shared_experts", row)
-        for number in best:
-            wanted = wanted + 2.5 * score[number] / score[best].sum() * expert(f"experts.{number}", row)
-        torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=1e-5)
-
-
 def test_channels_are_turned_where_they_stand():
     """Half of a head's channels, in another order than the checkpoint has them: the products of queries and keys are
     those of the definition."""
@@ -337,50 +289,3 @@ def test_channels_are_turned_where_they_stand():
     wanted = [stated(x) for x in (q, k)]
     products = [torch.einsum("ihd,jhd->hij", *pair) for pair in (mine, wanted)]
     torch.testing.assert_close(*products, atol=1e-5, rtol=1e-5)
-
-
-# -- SDAR with experts, of which there is no recorded run ------------------------------------------
-
-
-def with_experts(folder, normalised: bool):
-    """SDAR's tiny checkpoint with experts in the place of its FFNs"""
-    path, g = GOLDEN / "checkpoints" / SDAR, torch.Generator().manual_seed(7)
-    weights = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if ".mlp." not in name}
-    for layer in range(4):
-        prefix = f"model.layers.{layer}.mlp"
-        weights[f"{prefix}.gate.weight"] = torch.randn(8, 128, generator=g) * 0.2
-        for expert in range(8):
-            for part, shape in (("gate", (64, 128)), ("up", (64, 128)), ("down", (128, 64))):
-                weights[f"{prefix}.experts.{expert}.{part}_proj.weight"] = torch.randn(*shape, generator=g) * 0.12
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text()) | {
-        "architectures": ["SDARMoeForCausalLM"],
-        "model_type": "sdar_moe",
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": normalised,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return weights
-
-
-def test_sdar_with_experts(engines, tmp_path_factory):
-    """Layer by layer against the definition, and requests together as alone."""
-    folder = tmp_path_factory.mktemp("sdar-moe")
-    weights = {name: tensor.double() for name, tensor in with_experts(folder, True).items()}
-    llm, prefix = engines(str(folder)), "model.layers.1.mlp"
-    runner, rows = runner_of(llm), torch.randn(11, 128, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode(), runner.forwards():
-        got = runner.model.model.layers[1].feed_forward(rows.to(runner.device, copy=True)).cpu()
-    for row, mine in zip(rows.double(), got, strict=True):
-        prob = (weights[f"{prefix}.gate.weight"] @ row).softmax(0)
-        best, wanted = prob.argsort(descending=True)[:3].tolist(), torch.zeros(128, dtype=torch.float64)
-        for number in best:
-            parts = (weights[f"{prefix}.experts.{number}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-            gate, up, down = parts
-            wanted += prob[number] / prob[best].sum() * (down @ (F.silu(gate @ row) * (up @ row)))
-        torch.testing.assert_close(mine.double(), wanted, atol=1e-5, rtol=1e-5)
-    assert_tokens_are_those_alone(llm, list(mixed(12, 20)))

@@ -37,7 +37,7 @@ def mixed(count: int, seed: int = 4):
         params = SamplingParams(
             temperature=0.8 * (index % 4 == 0),
             seed=index,
-            max_tokens=rng.choice([5, 30, 60]),
+            max_tokens=rng.choice([5, 20, 40]),
             ignore_eos=True,
             detokenize=False,
             extra_args=extra,

@@ -5,88 +5,22 @@ again, over the memory and with the sizes it was captured with.
 """
 
 import random
-from itertools import pairwise
 
 import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.conftest import GOLDEN
+from tests.engine.capture import capturing
 from tests.engine.running import Counted, runner_of, tokens
 from tests.engine.test_block_causal import mixed as blocks
 from tests.engine.test_drafts import given as drafting
 from tests.engine.test_reuse_golden import FAST, OFFICIAL, assert_fast_run, assert_official_outputs, fast, official
 from tests.tiers import first_of_each, in_turn
-from vllm_dlm.configuration import resolved_options
-from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
-from vllm_dlm.kernels.varlen_attention.torch import varlen_attention
 from vllm_dlm.methods import methods
-from vllm_dlm.options import request_options, server_options
-from vllm_dlm.step import attention
-from vllm_dlm.step.buckets import ROWS, bucket_of, has_budget
-from vllm_dlm.step.captured import CapturedSteps
-from vllm_dlm.step.cuda_graphs import repeated
-from vllm_dlm.step.denoiser import denoise_live
+from vllm_dlm.step.buckets import ROWS
 
+__all__ = ["capturing"]  # a fixture
 REUSES = sorted(name for name, reuse in methods("reuse").items() if reuse.caches)
-
-
-class Capturing(CapturedSteps):
-    """Notes what it is asked for."""
-
-    def __init__(self, llm, room: int | None = None):
-        runner = runner_of(llm)
-        self.denoiser = denoiser = runner.denoiser
-        longest, costs = runner.max_model_len, runner.captured_costs
-        super().__init__(
-            lambda packed, counts: denoise_live(denoiser.model, packed, denoiser.blocks, counts),
-            repeated,
-            denoiser.shape,
-            denoiser.device,
-            longest,
-            runner.max_rows,
-            costs.room(longest) if room is None else room,
-            costs,
-        )
-        self.met = []
-        self.partial_alone = False
-
-    def pad(self, streams):
-        self.met.append(bucket_of(streams))
-        return None if self.partial_alone and streams[0].whole else super().pad(streams)
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """An engine whose steps are captured while the test runs, with attention that reads lengths and tables where a
-    GPU's would: in the memory that stays."""
-    monkeypatch.setattr(attention, "has_flash", lambda q: True)
-    monkeypatch.setattr(attention, "flash_attention", over_tables)
-
-    def start(llm, room=None):
-        captured = Capturing(llm, room)
-        monkeypatch.setattr(captured.denoiser, "captured", captured)
-        return captured
-
-    return start
-
-
-def over_tables(q, k, v, q_starts, k_starts, kv_lens, table, max_q, max_kv, scale):
-    """See vllm_dlm/step/attention.py; rows behind the last start are not numbers."""
-    out = torch.full_like(q, torch.nan)
-    ends = q_starts.tolist()
-    for canvas, (start, end) in enumerate(pairwise(ends)):
-        assert end - start <= max_q
-        if k_starts is not None:
-            first, last = k_starts[canvas : canvas + 2].tolist()
-            keys, values = k[first:last], v[first:last]
-        else:
-            length = int(kv_lens[canvas])
-            assert length <= max_kv
-            keys, values = (part[table[canvas].long()].flatten(0, 1)[:length] for part in (k, v))
-        if end > start:
-            out[start:end] = varlen_attention(q[start:end], keys, values, [end - start], [len(keys)], scale)
-    return out
 
 
 def some(reuse: str, count: int, guided: bool = False):
@@ -98,7 +32,7 @@ def some(reuse: str, count: int, guided: bool = False):
         params = SamplingParams(
             temperature=0.5 * (index % 4 == 3),
             seed=index,
-            max_tokens=rng.randint(8, 40),
+            max_tokens=rng.randint(8, 24),
             ignore_eos=True,
             detokenize=False,
             extra_args=extra,
@@ -153,71 +87,6 @@ def test_blocks_are_replayed(engines, capturing):
         assert sum(bucket in captured.steps for bucket in captured.met) > len(captured.met) / 3
 
 
-@pytest.mark.parametrize("checkpoint", sorted(path.name for path in (GOLDEN / "checkpoints").iterdir()))
-def test_steps_of_a_server_are_captured_when_it_starts(engines, capturing, checkpoint):
-    llm = engines(
-        checkpoint, additional_config={"dlm": {"reuse": {"name": "fast_dllm"}}} if bidirectional(checkpoint) else {}
-    )
-    captured, runner = capturing(llm), runner_of(llm)
-    start(llm, resolved_options(runner.vllm_config))
-    assert len(captured.pinned) > 5
-
-
-def start(llm, options, most: int = 1) -> None:
-    runner = runner_of(llm)
-    with torch.inference_mode():
-        warm_up(runner.denoiser, options, runner.model_config.hf_config, runner.max_model_len, most)
-
-
-def test_a_block_may_be_longer_than_the_responses_of_the_start(engines, capturing):
-    llm = engines("sdar-tiny")
-    captured = capturing(llm)
-    start(llm, request_options(resolved_options(runner_of(llm).vllm_config), {"dlm_block_length": 96}))
-    assert captured.pinned
-
-
-@pytest.mark.parametrize("block", [8, 32])
-def test_what_is_captured_at_start_does_not_depend_on_confidence(engines, capturing, block):
-    """Every block is filled in one step: the sixth step opens a block, or the canvas is full before."""
-    llm, reuse = engines("llada-tiny"), {"name": "fast_dllm"}
-    confident = {"name": "low_confidence", "threshold": 0.0, "block_length": block}
-    captured = capturing(llm)
-    start(llm, server_options({"reuse": reuse, "decoding": confident}, "low_confidence"))
-    assert captured.pinned and not any(bucket.whole for bucket in captured.pinned)
-    sure, captured = set(captured.pinned), capturing(llm)
-    start(llm, server_options({"reuse": reuse}, "low_confidence"))
-    assert set(captured.pinned) == sure
-
-
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
-@pytest.mark.parametrize(
-    "reuse",
-    [
-        {"name": "dllm_cache"},
-        {"name": "dllm_cache", "response_interval": 1},
-        {"name": "dllm_cache", "prompt_interval": 2},
-        {"name": "dyllm", "full_steps": 40},
-        {"name": "dyllm", "whole_interval": 2},
-        {"name": "fast_dllm/prefix"},
-        {"name": "none"},
-    ],
-    ids=str,
-)
-def test_the_most_common_partial_step(engines, checkpoint, reuse):
-    runner = runner_of(engines(checkpoint))
-    options = server_options({"reuse": reuse}, "low_confidence")
-    stream = steady_stream(runner.denoiser, options, runner.model_config.hf_config, runner.max_model_len)
-    if reuse["name"] == "none":
-        assert stream is None
-    else:
-        assert not stream.whole and bucket_of([stream]) is not None
-        assert not has_budget(stream) or options.reuse.response_interval > 1
-
-
-def bidirectional(checkpoint: str) -> bool:
-    return not checkpoint.startswith(("sdar", "llada2"))
-
-
 def path_of(run: dict) -> tuple:
     """How a recorded run recomputes rows: method, share of them by similarity, and whether there are two canvases."""
     return run["method"], run.get("rho"), "+" in run["file"]
@@ -252,7 +121,7 @@ def test_every_boundary_is_crossed(engines, capturing):
         max_tokens=40,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40},
+        extra_args={"dlm_reuse": "fast_dllm", "dlm_block_length": 40, "dlm_steps": 5},
     )
     given = [({"prompt_token_ids": [7 + index] * (3 + index)}, params) for index in range(33)]
     alone = [tokens(llm, [request])[0] for request in given]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.capture import capturing  # noqa: F401
 from tests.engine.running import Watching, runner_of, tokens
 from tests.engine.selecting import engine
-from tests.engine.test_captured import capturing  # noqa: F401
 from tests.engine.test_failures import PLACES, ask, outputs, poisoned
 from tests.engine.test_selection import SMALL
 from vllm_dlm.cache.budget import BlockShape

@@ -6,14 +6,10 @@ import re
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first, probabilities
-from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
 from tests.engine.running import core_of, tokens
-from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
-SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
 
 
 def request(prompt, draft, length: int, **options):
@@ -62,51 +58,6 @@ def test_a_draft_is_edited(engines):
     prompt, draft = ([rng.randrange(390) for _ in range(count)] for count in (9, 12))
     edited = request(prompt, draft, 12, dlm_remask=0, dlm_decoding="token_editing", dlm_editing_threshold=0.0)
     assert tokens(llm, [edited]) != [tuple(draft)]
-
-
-def mixed(selection: str):
-    """Every decoding and every policy in turn, drafts beside ordinary requests, with suffixes and with neither"""
-    rng = random.Random(selection)
-    decodings = sorted(methods("decoding"))
-    for index in range(max(len(decodings), len(POLICIES)) + 4):
-        extra = {
-            "dlm_decoding": decodings[index % len(decodings)],
-            "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection,
-            "dlm_block_length": 6,
-        }
-        length = rng.randint(4, 14)
-        if index % 3:
-            draft = [rng.randrange(390) for _ in range(rng.randint(1, length))]
-            extra |= {"dlm_start": draft, "dlm_remask": rng.choice([0, 0.3, 0.7, 1])}
-        if index % 4 == 1:
-            extra["dlm_suffix"] = [rng.randrange(390) for _ in range(9)]
-        if index % 7 == 3:
-            extra["dlm_cfg_scale"] = 0.5
-        params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0),
-            seed=index,
-            max_tokens=length,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra,
-        )
-        yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(40, 70))]}, params
-
-
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint, selection):
-    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
-    assert_tokens_are_those_alone(llm, list(mixed(selection)))
-
-
-def test_preempted_ones_begin_their_block_again(engines):
-    llm, given = engines("dream-tiny"), list(mixed("none"))
-    for _, params in given:
-        del params.extra_args["dlm_reuse"]
-    assert_blocks_begin_again(llm, given, (1, 6))
 
 
 def test_logprobs_of_what_stays(engines):

@@ -5,9 +5,8 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.running import Watching, core_of, runner_of, tokens
+from tests.engine.running import Watching, interrupted, runner_of, tokens
 from tests.engine.test_extent import SCARCE
-from tests.engine.test_lifecycle import add, finish
 from vllm_dlm.canvas.speculation import Speculation
 from vllm_dlm.integration.scheduler.scheduler import FULL
 
@@ -93,15 +92,8 @@ def test_preemption(engines):
     wanted = tokens(engines("llada-tiny"), list(given(10, 1, new=48, dlm_window=4)))
     llm = engines("llada-tiny", **SCARCE)
     requests = list(given(10, 4, new=48, dlm_window=4))
-    for reset in (False, True):
-        add(llm, requests)
-        done = {}
-        for _ in range(7 * reset):
-            done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
-        if reset:
-            core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done |= finish(llm)
-        assert [done[f"r{index}"] for index in range(10)] == wanted
+    assert tokens(llm, requests) == wanted
+    assert [tokens_of for ((tokens_of, *_),) in interrupted(llm, requests, 7)] == wanted
 
 
 def test_what_drafts_take_is_refused_by_name(engines):

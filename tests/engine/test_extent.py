@@ -7,8 +7,8 @@ from vllm import SamplingParams
 
 from benchmarks.lib.models import DEMO as CHECKPOINT
 from benchmarks.suites.quality import questions
-from tests.engine.running import Watching, core_of, free_blocks, runner_of, tokens
-from tests.engine.test_lifecycle import add, finish
+from tests.engine.running import Watching, all_blocks_are_free, preempted, runner_of, tokens
+from tests.tiers import slow
 from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
@@ -57,41 +57,14 @@ def test_a_window_as_long_as_the_canvas_is_the_canvas(engines, checkpoint):
     assert tokens(llm, wide) == tokens(llm, full)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_neighbours_and_freed_memory_change_nothing(engines, checkpoint):
-    llm = engines(checkpoint)
-    given = list(growing(12))
-    together = tokens(llm, given)
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(float("nan"))
-    assert [tokens(llm, [request])[0] for request in given] == together
-
-
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", *slow("dream-tiny")])
 def test_who_has_no_memory_to_grow_begins_its_block_again(engines, checkpoint):
-    given = list(growing(16, reuses=BEGIN_AGAIN))
+    given = list(growing(16, new=40, reuses=BEGIN_AGAIN))
     wanted = tokens(engines(checkpoint), given)
     llm = engines(checkpoint, **SCARCE)
-    core = core_of(llm)
-    add(llm, given)
-    requests = dict(core.scheduler.requests)
-    done = finish(llm)
-    assert [done[f"r{index}"] for index in range(16)] == wanted
-    assert sum(request.num_preemptions for request in requests.values()) > 0
-    assert free_blocks(core) == SCARCE["num_gpu_blocks_override"] - 1
-
-
-def test_preemption_by_cache_reset(engines):
-    llm = engines("llada-tiny")
-    given = list(growing(8))
-    undisturbed = tokens(llm, given)
-    for steps_before in (3, 30):
-        add(llm, given)
-        for _ in range(steps_before):
-            llm.llm_engine.step()
-        core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-        done = finish(llm)
-        assert [done[f"r{index}"] for index in range(8)] == undisturbed
+    with preempted(llm) as found:
+        assert tokens(llm, given) == wanted
+    assert found and all_blocks_are_free(llm)
 
 
 def test_short_answers_to_a_large_bound_take_little_memory(engines):
@@ -100,7 +73,12 @@ def test_short_answers_to_a_large_bound_take_little_memory(engines):
     params = {"temperature": 0, "detokenize": False, "max_tokens": 200}
     prompt = {"prompt_token_ids": [7, 8, 9]}
     extra = {"dlm_reuse": "fast_dllm", "dlm_block_length": 8}
-    (first,) = tokens(llm, [(prompt, SamplingParams(ignore_eos=True, extra_args=extra | {"dlm_window": 8}, **params))])
+    whole = SamplingParams(ignore_eos=True, extra_args=extra | {"dlm_window": 8}, **params)
+    name = llm.llm_engine.add_request("first", prompt, whole)
+    while not (begun := llm.llm_engine.step()):
+        pass
+    llm.llm_engine.abort_request([name], internal=True)
+    first = begun[0].outputs[0].token_ids  # a canvas block
     running = {}
     for name, more in (("window", {"dlm_window": 8}), ("full", {"dlm_extent": "full"})):
         stop = SamplingParams(ignore_eos=True, extra_args=extra | more, stop_token_ids=list(first[4:8]), **params)
@@ -165,4 +143,4 @@ def test_64_requests_run_where_8_canvases_of_4_096_fit(engines):
     with Most(llm) as most:
         got = tokens(llm, [({"prompt_token_ids": prompt}, own) for prompt, own in zip(prompts, params, strict=True)])
     assert most.requests == 64 and most.rows < 600 and max(map(len, got)) < 100
-    assert free_blocks(core_of(llm)) == blocks
+    assert all_blocks_are_free(llm)

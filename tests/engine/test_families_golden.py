@@ -156,3 +156,15 @@ def test_drawn_requests_are_answered_as_alone(engines, architecture, attention):
     poison(llm)
     assert [answers(llm, [one]) for one in given] == [[want] for want in together]
     assert all_blocks_are_free(llm)
+
+
+@pytest.mark.parametrize("architecture, attention", EACH)
+def test_a_question_in_words_is_answered(engines, architecture, attention):
+    llm = engine(engines, TINY[architecture], attention)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    if llm.get_tokenizer().chat_template is None:  # of a base model
+        (answer,) = llm.generate(["Why?"], params, use_tqdm=False)
+    else:
+        (answer,) = llm.chat([{"role": "user", "content": "Why?"}], params, use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 9 and answer.outputs[0].finish_reason == "length"
+    assert isinstance(answer.outputs[0].text, str) and len(answer.prompt_token_ids) > 1

@@ -1,54 +1,19 @@
 """A hole is valid in whatever order, however many positions at once and with whatever proposals it is filled."""
 
 import itertools
-import json
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
 
+from tests.engine.holes import EOS, IDS, KINDS, MASK, SIZE, TEXTS, TOKENS, allowed
 from tests.engine.naive_holes import NaiveAutomaton, NaiveHole
 from vllm_dlm.canvas.automaton import MASKED, NEVER, Automaton
 from vllm_dlm.canvas.holes import Holes
-from vllm_dlm.canvas.infill import AUTOMATA, allowed_tokens, automaton_from_plain, rule_out_others
+from vllm_dlm.canvas.infill import allowed_tokens, rule_out_others
 from vllm_dlm.request import hole_automata as automaton
 from vllm_dlm.request.hole_automata import TokenTexts
-from vllm_dlm.request.template import Hole, Part, TemplateBounds, TemplateError, parse
-
-TEXTS = [
-    None, None, "a", "b", "ab", "red", "re", "d", "green", "gr", "een", '"', "\\", "\\n", '\\"', "\n", "\\u00e9", "\\u",
-    "0", "1", "12", "00", "-", "-1", "1e", "e5", ".", ".5", "+3", "E", "e", " ", " 1", "é", '","', "true", "",
-]  # fmt: skip
-EOS, MASK = 0, 1
-SIZE = len(TEXTS) + 3  # the model has more tokens than the tokenizer
-TEXTS += [None] * 3
-TOKENS = TokenTexts(TEXTS)
-IDS = TOKENS.ids_of
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-COLOURS = ("red", "green", "a", "ab", "redab")
-
-
-def of_pieces(text: str) -> list[int]:
-    pieces = re.findall("red|ab|a|b|green", text)
-    assert "".join(pieces) == text
-    return [IDS[piece][0] for piece in pieces]
-
-
-KINDS = {
-    "free": (automaton.free(SIZE, [EOS], MASK), lambda text: True),
-    "string": (automaton.string(TEXTS, [EOS]), lambda text: isinstance(json.loads(f'"{text}"'), str)),
-    "number": (automaton.number(TEXTS, [EOS]), lambda text: NUMBER.fullmatch(text) and json.loads(text) is not None),
-    "one of": (automaton.one_of(COLOURS, TOKENS, of_pieces, [EOS]).automaton, lambda text: text in COLOURS),
-}
-
-
-def allowed(holes: Holes, position: int) -> list[int]:
-    """Tokens, ascending, as the head gets them"""
-    rows, which = allowed_tokens([(holes, np.array([position]))], SIZE)
-    bits = np.unpackbits(rows[which[0]].view(np.uint8), count=SIZE, bitorder="little")
-    return np.flatnonzero(bits).tolist()
 
 
 def class_of(made: Automaton, token: int) -> int:
@@ -257,115 +222,3 @@ def test_an_automaton_of_alternatives_is_their_texts(seed):
         for of in found.automaton.classes_of(np.array(sequence)).tolist():
             states = found.automaton.after(states, of)
         assert bool(states & found.automaton.ending) == want, (alternatives, sequence)
-
-
-# -- what it costs -------------------------------------------------------------------------------
-
-LONG = 512
-
-
-class Reads:
-    """Counts how often a set of states is moved by a token, which is what a step of a hole consists of."""
-
-    def __init__(self, monkeypatch):
-        self.count = 0
-        for name in ("after", "before"):
-            monkeypatch.setattr(Automaton, name, self._counting(getattr(Automaton, name)))
-
-    def _counting(self, move):
-        def counted(automaton, states, of):
-            self.count += 1
-            return move(automaton, states, of)
-
-        return counted
-
-
-LONG_ONES = {name: made for name, (made, _) in KINDS.items()}
-for name, text in (("letters", "".join(random.Random(0).choices("ab", k=LONG))), ("one letter", "a" * LONG)):
-    LONG_ONES[name] = automaton.one_of([text], TOKENS, lambda text: [], [EOS]).automaton
-
-
-@pytest.mark.parametrize("made", LONG_ONES.values(), ids=LONG_ONES)
-def test_all_positions_of_a_long_hole_at_once(made, monkeypatch):
-    """Each position is looked at some times, however many tokens are accepted; it was once for each of them."""
-    canvas, rng = np.full(LONG, MASK), random.Random(0)
-    holes, tokens = Holes([(0, LONG, made)], canvas, MASK, EOS), np.full(LONG, EOS)
-    order = rng.sample(range(LONG), LONG)
-    for index in order:  # a hole that is filled one by one
-        if holes.holes[0].classes[index] == MASKED:
-            tokens[index] = rng.choice(allowed(holes, index))
-            holes.put([index], tokens[index])
-            holes.over()
-    holes, reads = Holes([(0, LONG, made)], canvas, MASK, EOS), Reads(monkeypatch)
-    assert len(holes.accepted(np.arange(LONG), tokens, order)) == LONG
-    assert reads.count <= 4 * LONG
-    assert [each for each in holes.holes[0].classes if each != made.end_class] == [
-        each for each in made.classes_of(tokens).tolist() if each != made.end_class
-    ]
-
-
-@pytest.mark.parametrize("made", LONG_ONES.values(), ids=LONG_ONES)
-def test_proposals_that_contradict_each_other(made, monkeypatch):
-    rng, reads = random.Random(0), Reads(monkeypatch)
-    for ends in (0, 1, LONG // 2):
-        holes = Holes([(0, LONG, made)], np.full(LONG, MASK), MASK, EOS)
-        rows, which = allowed_tokens([(holes, np.arange(LONG))], SIZE)
-        bits = np.unpackbits(rows[which].view(np.uint8), axis=1, count=SIZE, bitorder="little")
-        tokens = np.array([rng.choice(np.flatnonzero(each).tolist()) for each in bits])
-        tokens[rng.sample(range(LONG), ends)] = EOS
-        reads.count, order = 0, rng.sample(range(LONG), LONG)
-        taken = holes.accepted(np.arange(LONG), tokens, order)
-        assert (order[0] in taken) == bits[order[0], tokens[order[0]]] and reads.count <= LONG * LONG / 8
-
-
-def test_requests_with_equal_holes_share_one_automaton():
-    made, _ = KINDS["one of"]
-    first, second = (automaton_from_plain(made.plain()) for _ in range(2))
-    assert first is second and automaton_from_plain(KINDS["string"][0].plain()) is not first
-    assert first.tokens.nbytes + first.own.nbytes <= 16 * len(IDS)  # nothing as long as the vocabulary
-    for bound in range(AUTOMATA.bound + 5):
-        automaton_from_plain(automaton.one_of(["a" * (bound + 1)], TOKENS, lambda text: [], [EOS]).automaton.plain())
-    assert len(AUTOMATA) == AUTOMATA.bound
-
-
-BOUNDS = TemplateBounds(hole=100, holes=100, automata=100)
-
-PARSED = {
-    "a[[3]]b": [Part("a"), Hole(3), Part("b")],
-    "[[12:number]]": [Hole(12, "number")],
-    '{"a": [[[2:string]]], "b": [[[[1, 2]]]]}[[1]]': [
-        Part('{"a": ['),
-        Hole(2, "string"),
-        Part('], "b": [[1, 2]]]]}'),
-        Hole(1),
-    ],
-    '[[4:one of "a" | "]]\\"b"|"a"]]': [Hole(4, "one of", ("a", ']]"b'))],
-    "[[2]][[3]]": [Hole(2), Hole(3)],
-    "[[[[[[2]]": [Part("[["), Hole(2)],
-    "[[[[[[[2]]": [Part("[[["), Hole(2)],
-}
-
-
-@pytest.mark.parametrize("template", PARSED)
-def test_parsed(template):
-    assert parse(template, BOUNDS) == PARSED[template]
-
-
-WRONG = {
-    "no hole": "it has no hole", "[[[[3]]": "it has no hole", "": "it has no hole",
-    "a [[x]]": "at character 2", "[[3": "is not a hole", "[[3:words]]": "is not a hole", "[[3:string": "is not a hole",
-    "[[0]]": "between 1 and 100", "[[101]]": "between 1 and 100", f"[[{'9' * 5000}]]": "between 1 and 100",
-    "[[-1]]": "is not a hole", "[[1.5]]": "is not a hole", "[[3:one of]]": "JSON strings",
-    '[[3:one of "a]]': "JSON strings",
-    '[[3:one of "a"|]]': "JSON strings", "[[3:one of 3]]": "is not a text", '[[3:one of "a" "b"]]': "is not a hole",
-    '[[3:one of "\\ud800"]]': "is not a text",
-    f'[[3:one of {"|".join(json.dumps(str(n)) for n in range(65))}]]': "at most 64",
-    f'[[3:one of {json.dumps("a" * 600)}]]': "512 characters", f'[[3:one of {"[" * 100_000}]]': "JSON strings",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("template", WRONG, ids=range(len(WRONG)))
-def test_what_is_no_template(template):
-    with pytest.raises(TemplateError) as error:
-        parse(template, BOUNDS)
-    assert WRONG[template] in str(error.value) and len(str(error.value)) < 400

@@ -7,16 +7,11 @@ import pytest
 from vllm import SamplingParams
 
 from tests.conftest import golden_tensors
-from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
-from tests.engine.matrix import assert_tokens_are_those_alone, small
-from tests.engine.running import core_of, tokens
+from tests.engine.running import tokens
 from tests.engine.test_golden import OPTION
-from tests.engine.test_lifecycle import add, finish
-from vllm_dlm.methods import methods
 
 CHECKPOINTS = ["llada-tiny", "dream-tiny"]
-SPARSE = sorted(name for name, selection in methods("selection").items() if selection.sparse)
 
 
 def request(prompt, suffix, length: int, **options):
@@ -63,71 +58,6 @@ def test_as_by_hand(engines, checkpoint, behind):
 
 def vars_of(params) -> dict:
     return {name: getattr(params, name) for name in ("temperature", "max_tokens", "ignore_eos", "detokenize")}
-
-
-def mixed(selection: str):
-    """Every decoding and every reuse policy in turn, guided, sampled and windowed ones among them; every third
-    request has no suffix."""
-    rng = random.Random(selection)
-    decodings, extents = sorted(methods("decoding")), sorted(methods("extent"))
-    for index in range(max(len(decodings), 2 * len(POLICIES))):
-        extra = {
-            "dlm_decoding": decodings[index % len(decodings)],
-            "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection,
-            "dlm_block_length": 6,
-            "dlm_extent": extents[index // 2 % len(extents)],
-        }
-        if "window" in small("extent", extra["dlm_extent"]):
-            extra["dlm_window"] = small("extent", extra["dlm_extent"])["window"]
-        if index % 7 == 3:
-            extra["dlm_cfg_scale"] = 0.5
-        if index % 3:
-            extra["dlm_suffix"] = [rng.randrange(390) for _ in range(rng.randint(1, 40))]
-        params = SamplingParams(
-            temperature=0.8 * (index % 4 == 0),
-            seed=index,
-            max_tokens=rng.randint(4, 12),
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra,
-        )
-        yield {"prompt_token_ids": [rng.randrange(390) for _ in range(rng.randint(20, 70))]}, params
-
-
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint, selection):
-    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
-    assert_tokens_are_those_alone(llm, list(mixed(selection)))
-
-
-@pytest.mark.parametrize("reuse", sorted(name for name, cls in methods("reuse").items() if cls.exact is not None))
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_exact_reuse_is_none(engines, checkpoint, reuse):
-    given = list(mixed("none"))
-    for _, params in given:
-        params.extra_args.pop("dlm_reuse")
-    exact = {"name": reuse} | methods("reuse")[reuse].exact
-    assert tokens(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given) == tokens(
-        engines(checkpoint), given
-    )
-
-
-def test_preempted_ones_begin_their_block_again(engines):
-    llm = engines("dream-tiny")
-    given = list(mixed("none"))
-    for _, params in given:
-        del params.extra_args["dlm_reuse"]  # of the others a canvas block that begins again is another one
-    undisturbed = tokens(llm, given)
-    add(llm, given)
-    done = {}
-    for _ in range(9):
-        done |= {out.request_id: tuple(out.outputs[0].token_ids) for out in llm.llm_engine.step() if out.finished}
-    assert core_of(llm).scheduler.reset_prefix_cache(reset_running_requests=True)
-    done |= finish(llm)
-    assert [done[f"r{index}"] for index in range(len(given))] == undisturbed
 
 
 def test_what_is_counted(engines):

@@ -2,52 +2,16 @@
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 
-from tests.engine.batches import mixed_requests
-from tests.engine.running import free_blocks, tokens
+from tests.engine.drawn import drawn
+from tests.engine.running import all_blocks_are_free, answers, core_of, interrupted, stepped
 
 CHECKPOINT = "llada-tiny"
 
 
-@pytest.fixture(scope="module")
-def core(engines):
-    return engines(CHECKPOINT).llm_engine.engine_core.engine_core
-
-
-def add(llm, requests) -> list[str]:
-    for index, (prompt, params) in enumerate(requests):
-        llm.llm_engine.add_request(f"r{index}", prompt, params)
-
-
-def finish(llm) -> dict[str, tuple[int, ...]]:
-    done = {}
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            if output.finished:
-                done[output.request_id] = tuple(output.outputs[0].token_ids)
-    return done
-
-
-@pytest.mark.parametrize("steps_before", [1, 5, 11])
-def test_preemption_by_cache_reset(engines, core, steps_before):
-    """Preempted requests restart their unfinished block and end with the tokens of an undisturbed run."""
-    llm = engines(CHECKPOINT)
-    requests = list(mixed_requests(12))
-    undisturbed = tokens(llm, requests)
-    add(llm, requests)
-    done = {}
-    for _ in range(steps_before):
-        done |= {o.request_id: tuple(o.outputs[0].token_ids) for o in llm.llm_engine.step() if o.finished}
-    running = len(core.scheduler.running)
-    assert running > 0
-    assert core.scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert len(core.scheduler.running) == 0
-    done |= finish(llm)
-    assert [done[f"r{index}"] for index in range(12)] == undisturbed
-
-
 @pytest.mark.parametrize("algorithm", ["low_confidence", "entropy"])
-def test_preemption_keeps_what_filled_the_masks_of_the_prompt(engines, core, algorithm):
+def test_preemption_keeps_what_filled_the_masks_of_the_prompt(engines, algorithm):
     """They are filled while the first block is; later ones read them, and vLLM hands back the prompt as it came."""
     llm, prompt = engines(CHECKPOINT), [5, 392, 7, 8, 392, 392, 9]
     params = SamplingParams(
@@ -58,61 +22,46 @@ def test_preemption_keeps_what_filled_the_masks_of_the_prompt(engines, core, alg
         extra_args={"dlm_decoding": algorithm, "dlm_block_length": 4},
     )
     request = ({"prompt_token_ids": prompt}, params)
-    (undisturbed,) = tokens(llm, [request])
-    for steps_before in (9, 15):
-        add(llm, [request])
-        for _ in range(steps_before):
-            llm.llm_engine.step()
-        assert core.scheduler.running[0].num_output_tokens >= 4
-        core.scheduler.reset_prefix_cache(reset_running_requests=True)
-        assert finish(llm) == {"r0": undisturbed}
+    undisturbed = answers(llm, [request])
+    for steps in (9, 15):
+        assert interrupted(llm, [request], steps) == undisturbed
 
 
-def test_abort_frees_and_spares_the_others(engines, core):
+def test_abort_frees_and_spares_the_others(engines):
     llm = engines(CHECKPOINT)
-    requests = list(mixed_requests(12))
-    alone = tokens(llm, requests)
-    before = free_blocks(core)
-    add(llm, requests)
-    for _ in range(3):
-        llm.llm_engine.step()
-    llm.llm_engine.abort_request([f"r{index}" for index in range(0, 12, 2)])
-    done = finish(llm)
-    for index in range(1, 12, 2):
-        if f"r{index}" in done:  # the shortest may have finished within the three steps
-            assert done[f"r{index}"] == alone[index]
-    assert len(done) >= 4
-    assert free_blocks(core) == before
+    requests = drawn(llm, 12, "abort")
+    alone = answers(llm, requests)
+
+    def abort(step):
+        if step == 3:
+            llm.llm_engine.abort_request([str(index) for index in range(0, 12, 2)])
+
+    done = stepped(llm, requests, abort)
+    assert 6 <= len(done) < 12  # the shortest may have finished within the three steps
+    assert all(answer == alone[index] for index, answer in done.items())
+    assert all_blocks_are_free(llm)
 
 
-def test_pause_and_resume(engines, core):
-    from vllm.v1.core.sched.interface import PauseState
-
+def test_pause_and_resume(engines):
     llm = engines(CHECKPOINT)
-    requests = list(mixed_requests(6))
-    undisturbed = tokens(llm, requests)
-    add(llm, requests)
-    done = {o.request_id: tuple(o.outputs[0].token_ids) for o in llm.llm_engine.step() if o.finished}
-    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-    for _ in range(3):
-        assert not llm.llm_engine.step()
-    core.scheduler.set_pause_state(PauseState.UNPAUSED)
-    done |= finish(llm)
-    assert [done[f"r{index}"] for index in range(6)] == undisturbed
+    requests, scheduler = drawn(llm, 6, "pause"), core_of(llm).scheduler
+    undisturbed = answers(llm, requests)
+
+    def pause(step):
+        if step == 1:
+            scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            assert not any(llm.llm_engine.step() for _ in range(3))
+            scheduler.set_pause_state(PauseState.UNPAUSED)
+
+    assert stepped(llm, requests, pause) == dict(enumerate(undisturbed))
 
 
-def test_dummy_batches_change_nothing(engines, core):
+def test_dummy_batches_change_nothing(engines):
     """vLLM runs them on idle data-parallel ranks of mixtures of experts."""
     llm = engines(CHECKPOINT)
-    requests = list(mixed_requests(6))
-    undisturbed = tokens(llm, requests)
-    core.execute_dummy_batch()
-    add(llm, requests)
-    done = {}
-    while llm.llm_engine.has_unfinished_requests():
-        done |= {o.request_id: tuple(o.outputs[0].token_ids) for o in llm.llm_engine.step() if o.finished}
-        core.execute_dummy_batch()
-    assert [done[f"r{index}"] for index in range(6)] == undisturbed
+    requests = drawn(llm, 6, "dummies")
+    undisturbed = answers(llm, requests)
+    assert stepped(llm, requests, lambda step: core_of(llm).execute_dummy_batch()) == dict(enumerate(undisturbed))
 
 
 def test_end_token_gives_the_tail_back(engines):

@@ -9,9 +9,9 @@ import torch
 from vllm import SamplingParams
 
 from benchmarks.suites.costs import predict
-from tests.engine.batches import CHECKPOINTS, POLICIES
+from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
-from tests.tiers import slow
+from tests.tiers import in_turn
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas.canvas import NOTHING
 from vllm_dlm.canvas.stream import Stream
@@ -63,8 +63,7 @@ def record(llm, request):
     return got, steps
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("checkpoint, exact", in_turn(CHECKPOINTS, list(EXACT)))
 def test_exact_settings(engines, checkpoint, exact):
     plain, cached = engines(checkpoint), engine(engines, checkpoint, EXACT[exact])
     assert tokens(cached, list(requests())) == tokens(plain, list(requests()))
@@ -101,41 +100,6 @@ def test_threshold_zero_fills_a_block_per_forward(engines):
     )
     _, steps = record(llm, (prompt, params))
     assert len(steps) == 4
-
-
-def mixed(count: int = 24):
-    rng = random.Random(11)
-    for index in range(count):
-        length = rng.randint(4, 40)
-        extra = {"dlm_reuse": POLICIES[index % len(POLICIES)], "dlm_block_length": rng.choice([4, 8, length])}
-        if index % 5 == 1:
-            extra["dlm_threshold"] = 0.05
-        if index % 6 == 2:
-            extra["dlm_cfg_scale"] = 0.5
-        params = SamplingParams(
-            temperature=0.5 * (index % 3 == 0),
-            seed=index,
-            max_tokens=length,
-            ignore_eos=index % 2 == 0,
-            detokenize=False,
-            extra_args=extra,
-        )
-        yield {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 100))]}, params
-
-
-@pytest.mark.parametrize("checkpoint", ["llada-tiny-gqa", *slow("dream-tiny")])
-def test_mixed_batch_invariance(engines, checkpoint):
-    """24 requests over all policies, parameters and phases give the tokens they give alone; caches and features
-    of freed requests leak into nobody (all memory is NaN before)."""
-    llm, given = engines(checkpoint), list(mixed())
-    together = tokens(llm, given)
-    for cache in runner_of(llm).kv_caches:
-        cache.fill_(torch.nan)
-    assert [tokens(llm, [request])[0] for request in given] == together
-    tight = engines(checkpoint, block_size=32, num_gpu_blocks_override=24, max_num_batched_tokens=256)
-    assert tokens(tight, given) == together
-    pool = tight.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == 23
 
 
 @pytest.mark.parametrize("name", ["dllm_cache", "dyllm", "fast_dllm"])

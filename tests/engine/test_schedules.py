@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.holes import EOS, KINDS, MASK, SIZE
 from tests.engine.simulated import CONFIDENCE, Case, Run
-from tests.engine.test_holes import EOS, KINDS, MASK, SIZE
+from tests.tiers import in_turn, slow
 from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
 from vllm_dlm.options.texts import NO_LAYOUT, Layout
@@ -15,7 +16,8 @@ from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 
 #: The same examples in every run, so that a run cannot fail by chance
-FIXED = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+FIXED = settings(derandomize=True, deadline=None, database=None)
+EXAMPLES = [10, *slow(50)]
 SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 #: Fields of decodings, and values that change what a step fills. Others keep their defaults.
 FIELDS = {
@@ -165,9 +167,10 @@ def check(case: Case, data) -> None:
             assert None not in again.records[:longest]
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", DECODINGS)
-def test_full_attention(name):
-    @FIXED
+def test_full_attention(name, examples):
+    @settings(FIXED, max_examples=examples)
     @given(case=full_cases(name), data=st.data())
     def holds(case, data):
         check(case, data)
@@ -175,11 +178,12 @@ def test_full_attention(name):
     holds()
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize(
     "name", [name for name in DECODINGS if not issubclass(methods("decoding")[name], RevokingDecoding)]
 )
-def test_block_causal(name):
-    @FIXED
+def test_block_causal(name, examples):
+    @settings(FIXED, max_examples=examples)
     @given(case=block_causal_cases(name), data=st.data())
     def holds(case, data):
         check(case, data)
@@ -187,8 +191,7 @@ def test_block_causal(name):
     holds()
 
 
-@pytest.mark.parametrize("name", ["entropy", "low_confidence", "credit", "random"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name, seed", in_turn(["entropy", "low_confidence", "credit", "random"], list(range(4))))
 def test_holes_that_end_early_take_no_steps(name, seed):
     """Each step fills one position, and positions after the end of a hole take no step."""
     (string,) = [index for index, kind in enumerate(KINDS) if kind == "string"]

@@ -10,11 +10,10 @@ from vllm import SamplingParams
 
 import vllm_dlm
 from tests.conftest import GOLDEN
-from tests.engine.batches import mixed_requests
+from tests.engine.drawn import drawn
 from tests.engine.running import core_of, free_blocks, runner_of, tokens
 from tests.engine.stated import stated
-from tests.engine.test_block_causal import mixed
-from tests.tiers import in_turn
+from tests.tiers import in_turn, pairwise
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.options import OptionError, request_options, server_options
 from vllm_dlm.options.limits import DEFAULT_LIMITS
@@ -50,9 +49,7 @@ def test_monte_carlo(engines, checkpoint, cfg_scale):
         assert abs(score.logprob - stated(checkpoint).monte_carlo(context, answer, masks, cfg_scale)) < 2e-3
 
 
-@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
-@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
-@pytest.mark.parametrize("checkpoint", [*FULL, BLOCKWISE])
+@pytest.mark.parametrize("checkpoint, steps, cfg_scale", pairwise([*FULL, BLOCKWISE], [1, 2, 3, 1000], [0.0, 0.5]))
 def test_blocks(engines, checkpoint, steps, cfg_scale):
     contexts, answers = pairs(4, seed=1)
     got = vllm_dlm.score(engines(checkpoint), contexts, answers, method="blocks", steps=steps, cfg_scale=cfg_scale)
@@ -97,7 +94,7 @@ def test_beside_requests_that_generate(engines, checkpoint, settings):
     method = resolved(how, attention)
     scores = [PairScore(Pair(context, answer), method) for context, answer in zip(contexts, answers, strict=True)]
     asked = [({"prompt_token_ids": score.pair.context}, params) for score, _, params in jobs(scores)]
-    writing = list(mixed(16) if checkpoint == BLOCKWISE else mixed_requests(16))
+    writing = drawn(llm, 10, checkpoint, dlm_reuse="none", dlm_template=None)
     both = [*writing, *asked]
     random.Random(4).shuffle(both)
     alone = [scored(llm, [request])[0] for request in both]
@@ -111,13 +108,14 @@ def test_beside_requests_that_generate(engines, checkpoint, settings):
 
 
 def scored(llm, given):
-    """(tokens, log-probabilities of those that have some) of each request"""
+    """(tokens of each sample, log-probabilities if there are some) of each request"""
     prompts, params = zip(*given, strict=True)
     found = []
     for output in llm.generate(list(prompts), list(params), use_tqdm=False):
-        (one,) = output.outputs
-        values = [next(iter(each.values())).logprob for each in one.logprobs or ()]
-        found.append((tuple(one.token_ids), [value for value in values if np.isfinite(value)]))
+        records = [record for sample in output.outputs for record in sample.logprobs or ()]
+        values = [next(iter(record.values())).logprob for record in records]
+        tokens = [tuple(sample.token_ids) for sample in output.outputs]
+        found.append((tokens, [value for value in values if np.isfinite(value)]))
     return found
 
 

@@ -9,10 +9,10 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.batches import POLICIES
-from tests.engine.matrix import assert_tokens_are_those_alone
+from tests.engine.capture import capturing  # noqa: F401 - a fixture
+from tests.engine.matrix import assert_answers_are_those_alone
 from tests.engine.pretended_gpu import Step, pretended, states
 from tests.engine.running import Watching, runner_of, tokens
-from tests.engine.test_captured import capturing  # noqa: F401 - a fixture
 from tests.soak.requests import SMALL
 from tests.tiers import slow
 from vllm_dlm.canvas.revision import Revocation
@@ -69,7 +69,7 @@ def test_every_policy_extent_and_selection_in_one_batch(engines, checkpoint):
             for name in ("dlm_tau1", "dlm_tau2"):
                 params.extra_args.pop(name, None)
     with Commits(llm) as commits:
-        assert_tokens_are_those_alone(llm, given)
+        assert_answers_are_those_alone(llm, given)
     assert commits.shadows and commits.revoked
 
 

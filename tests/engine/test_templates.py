@@ -3,14 +3,12 @@
 import json
 import random
 import re
-from itertools import product
 
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.batches import POLICIES
 from tests.engine.by_hand import most_probable_first
-from tests.engine.matrix import assert_blocks_begin_again, assert_tokens_are_those_alone, small
+from tests.engine.matrix import pairs, small
 from tests.engine.running import Watching
 from tests.integration.serving import CHECKPOINT, chat_text
 from tests.tiers import slow
@@ -61,15 +59,16 @@ def test_two_hundred_objects(engines):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "selection"), [(DREAM, "none"), *slow(*((DEMO, selection) for selection in ["none", *SPARSE]))]
+    ("checkpoint", "selection", "presets"),
+    [(DREAM, "none", False), *slow(*((DEMO, selection, True) for selection in ["none", *SPARSE]))],
 )
-def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
+def test_every_decoding_with_every_reuse(engines, checkpoint, selection, presets):
     config = {"dlm": {"selection": small("selection", selection)}}
     llm, given = engines(checkpoint, additional_config=config), []
     extents = sorted(methods("extent"))
-    for index, (decoding, reuse) in enumerate(product(sorted(methods("decoding")), POLICIES)):
-        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 2 else 32}
-        extra["dlm_extent"] = extents[index % len(extents)]
+    for index, (decoding, reuse, turn) in enumerate(pairs(presets)):
+        extra = {"dlm_decoding": decoding, "dlm_reuse": reuse, "dlm_block_length": 6 if index % 3 else 32}
+        extra["dlm_extent"] = extents[turn % len(extents)]
         if index % 7 == 3:
             extra["dlm_cfg_scale"] = 0.5
         given.append(("Copy: a b " * 4, params(PERSON, temperature=index % 3 / 2, seed=index, extra=extra)))
@@ -78,40 +77,6 @@ def test_every_decoding_with_every_reuse(engines, checkpoint, selection):
             person(text)
         except Exception as error:
             raise AssertionError(sampling.extra_args, text) from error
-
-
-def mixed(selection: str):
-    """Every decoding and every policy in turn, templates beside ordinary requests"""
-    rng = random.Random(selection)
-    decodings = sorted(methods("decoding"))
-    for index in range(max(len(decodings), len(POLICIES)) + 4):
-        extra = {
-            "dlm_decoding": decodings[index % len(decodings)],
-            "dlm_reuse": POLICIES[index % len(POLICIES)],
-            "dlm_selection": "none" if index % 5 == 4 else selection,
-            "dlm_block_length": 6,
-        }
-        prompt = {"prompt_token_ids": [rng.randrange(6, 390) for _ in range(rng.randint(40, 70))]}
-        sampled = {"temperature": 0.8 * (index % 4 == 0), "seed": index}
-        if index % 3:
-            yield prompt, params(rng.choice([PERSON, "a[[8]]b[[3:number]]c"]), extra=extra, **sampled)
-        else:
-            yield prompt, SamplingParams(max_tokens=9, ignore_eos=True, extra_args=extra, **sampled)
-
-
-@pytest.mark.slow  # test_matrix.py draws such requests, too
-@pytest.mark.parametrize("selection", SPARSE)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_tokens_are_those_alone(engines, checkpoint, selection):
-    llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", selection)}})
-    assert_tokens_are_those_alone(llm, list(mixed(selection)))
-
-
-def test_preempted_ones_begin_their_block_again(engines):
-    llm, given = engines(DREAM), list(mixed("none"))
-    for _, sampling in given:
-        del sampling.extra_args["dlm_reuse"]
-    assert_blocks_begin_again(llm, given, (3, 9))
 
 
 def test_as_by_hand(engines):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.engine.capture import capturing  # noqa: F401
 from tests.engine.matrix import combinations, small
 from tests.engine.running import Counted, core_of, runner_of, tokens
 from tests.engine.test_block_causal import LLADA2, SDAR
 from tests.engine.test_block_causal import mixed as blocks_of_known_width
-from tests.engine.test_captured import REUSES, capturing, some  # noqa: F401
+from tests.engine.test_captured import REUSES, some
 from tests.engine.viewing import assert_told, finish, generate, start, telling
 from tests.tiers import in_turn
 from vllm_dlm.methods import methods

@@ -4,7 +4,7 @@ the matrix that the package's own methods pass, next to those and with each othe
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.matrix import assert_exact, assert_tokens_are_those_alone, combinations, small
+from tests.engine.matrix import assert_answers_are_those_alone, assert_exact, combinations, small
 from tests.engine.running import Counted, Recorder, tokens
 from tests.external.distribution import installed
 from tests.tiers import slow
@@ -22,11 +22,11 @@ def environment(tmp_path_factory):
 
 @pytest.mark.parametrize("wanted", [{"delayed_cache", "calibrated"}, *slow(set())], ids=["each", "all"])
 @pytest.mark.parametrize("checkpoint", ["dream-tiny", *slow("llada-tiny")])
-def test_tokens_are_those_alone(engines, checkpoint, wanted):
+def test_answers_are_those_alone(engines, checkpoint, wanted):
     llm = engines(checkpoint, additional_config={"dlm": {"selection": small("selection", "quest")}})
     given = [request for request in combinations("quest") if not wanted or wanted & names_in(request)]
     assert {"quest", "delayed_cache", "calibrated"} <= set().union(*map(names_in, given))
-    assert_tokens_are_those_alone(llm, given)
+    assert_answers_are_those_alone(llm, given)
 
 
 def names_in(request) -> set:

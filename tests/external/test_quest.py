@@ -123,8 +123,8 @@ def test_chosen_pages_of_a_decoder_are_the_reference(decoder, checkpoints, model
 
 def test_texts_of_a_batch_are_what_they_are_alone(decoder):
     llm = decoder("llama", QUEST | {"dense_layers": [0]}, enable_prefix_caching=False, max_num_batched_tokens=2048)
-    together = tokens(decode(llm, ASKED, new=40))
-    assert [tokens(decode(llm, [ids], new=40))[0] for ids in ASKED] == together
+    together = tokens(decode(llm, ASKED))
+    assert [tokens(decode(llm, [ids]))[0] for ids in ASKED] == together
 
 
 SCRIPT = """

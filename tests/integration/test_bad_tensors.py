@@ -1,21 +1,22 @@
 """Tensors that are missing or wrong are refused in one line by the process that loads them: here the worker of the
 session's engine, which reads the wrong checkpoint in addition to its own model."""
 
+import copy
 import json
-from contextlib import nullcontext
-from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.config import set_current_vllm_config
 
 from tests.conftest import GOLDEN
-from tests.integration.bad_checkpoints import ARCHITECTURE, DREAM, LLADA, LLADA2, MOE, SDAR, copied, refused_config
+from tests.integration.bad_checkpoints import ARCHITECTURE, DREAM, LLADA, copied, refused_config
+from tests.integration.loading import configured, loaded, refused
+from tests.tiers import first_of_each
 from vllm_dlm.models import checkpoint
+
+__all__ = ["loaded", "refused"]  # fixtures
 
 
 def names(name: str) -> list[str]:
@@ -28,60 +29,49 @@ def names(name: str) -> list[str]:
 TENSORS = [(name, tensor) for name in ARCHITECTURE for tensor in names(name)]
 
 
-CONFIGURED: dict[tuple, VllmConfig] = {}
+MODELS: dict[str, torch.nn.Module] = {}
 
 
-def configured(path: str, **settings) -> VllmConfig:
-    """vLLM's configuration of this checkpoint. Checkpoints that differ in other tensors alone share it."""
-    settings = {"max_model_len": 128, "dtype": "float32"} | settings
-    weights = Path(path, "model.safetensors")
-    with safe_open(weights, "pt") if weights.exists() else nullcontext() as file:
-        head = file is not None and "lm_head.weight" in file.keys()  # noqa: SIM118 - whether a head is tied depends on it
-    key = Path(path, "config.json").read_text(), head, *settings.items()
-    if key not in CONFIGURED:
-        CONFIGURED[key] = AsyncEngineArgs(path, **settings).create_engine_config()
-    CONFIGURED[key].model_config.model = path
-    CONFIGURED[key].compilation_config.static_forward_context.clear()  # the layers of the model before
-    return CONFIGURED[key]
-
-
-def load(worker, path: str, updates=(), **settings):
-    """Loads a checkpoint as a worker does -> (error, warnings, the names it must have)."""
+def decide(worker, name: str, tensors: dict[str, torch.Tensor]) -> str:
+    """How these tensors are refused: the decision alone, by a model that has been loaded with the right ones."""
     from vllm.model_executor.model_loader import get_model
 
-    config = configured(path, **settings)
-    with patch.object(checkpoint.logger, "warning") as warned, set_current_vllm_config(config):
-        try:
-            model = get_model(vllm_config=config)
-            for update in updates:
-                model.load_weights(update)
-        except ValueError as error:
-            return str(error), warned, None
-    return None, warned, model.checkpoint.wanted
+    if name not in MODELS:
+        config = configured(str(GOLDEN / "checkpoints" / name))
+        with set_current_vllm_config(config):
+            MODELS[name] = get_model(vllm_config=config)
+    described = copy.copy(MODELS[name].checkpoint)
+    described.came = set()
+    with pytest.raises(ValueError) as refused:
+        list(described.checked(tensors.items()))
+        described.refuse_missing()
+    return str(refused.value)
 
 
 @pytest.fixture
-def loaded(engines):
-    def loaded(path, **settings):
-        (outcome,) = engines(LLADA).collective_rpc(load, args=(str(path),), kwargs=settings)
-        return outcome
+def decided(engines):
+    def decided(name: str, change) -> str:
+        tensors = load_file(GOLDEN / "checkpoints" / name / "model.safetensors")
+        change(tensors)
+        (line,) = engines(LLADA).collective_rpc(decide, args=(name, tensors))
+        assert line.startswith(f"{ARCHITECTURE[name]}: ") and "\n" not in line
+        return line
 
-    return loaded
+    return decided
 
 
-@pytest.fixture
-def refused(loaded):
-    def refused(path, name: str, tensor: str, **settings) -> str:
-        error, _, _ = loaded(path, **settings)
-        assert error is not None and "\n" not in error
-        assert error.startswith(f"{ARCHITECTURE[name]}: ") and tensor in error
-        return error
-
-    return refused
+#: one tensor of each checkpoint in `make test`, all of them in `make test-slow`
+AT_START = first_of_each(lambda case: case[0], ((f"{name}-{tensor}", (name, tensor)) for name, tensor in TENSORS))
 
 
 @pytest.mark.parametrize("name, tensor", TENSORS)
-def test_a_tensor_is_missing(tmp_path, refused, name, tensor):
+def test_a_tensor_is_missing(decided, name, tensor):
+    assert decided(name, lambda t: t.pop(tensor)).endswith(f": 1 tensor missing from the checkpoint: {tensor}")
+
+
+@pytest.mark.parametrize("case", AT_START)
+def test_a_tensor_is_missing_at_the_start(tmp_path, refused, case):
+    name, tensor = case
     line = refused(copied(name, tmp_path, tensors=lambda t: t.pop(tensor)), name, tensor)
     assert line.endswith(f": 1 tensor missing from the checkpoint: {tensor}")
 
@@ -96,16 +86,29 @@ def test_many_tensors_are_missing(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name, tensor", TENSORS)
-def test_a_tensor_has_another_shape(tmp_path, refused, name, tensor):
-    found, expected = [], []
+def test_a_tensor_has_another_shape(decided, name, tensor):
+    line = decided(name, cut := Cut(tensor))
+    assert f"{tensor} in the checkpoint is {cut.found}" in line and line.endswith(str(cut.expected))
 
-    def cut(tensors):
-        expected.extend(tensors[tensor].shape)
-        tensors[tensor] = tensors[tensor][: expected[0] // 2].clone()
-        found.extend(tensors[tensor].shape)
 
-    line = refused(copied(name, tmp_path, tensors=cut), name, tensor)
-    assert f"{tensor} in the checkpoint is {found}" in line and line.endswith(str(expected))
+@pytest.mark.parametrize("case", AT_START)
+def test_a_tensor_has_another_shape_at_the_start(tmp_path, refused, case):
+    name, tensor = case
+    line = refused(copied(name, tmp_path, tensors=(cut := Cut(tensor))), name, tensor)
+    assert f"{tensor} in the checkpoint is {cut.found}" in line and line.endswith(str(cut.expected))
+
+
+class Cut:
+    """Halves a tensor."""
+
+    def __init__(self, tensor: str):
+        self.tensor = tensor
+
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> None:
+        whole = tensors[self.tensor]
+        self.expected = list(whole.shape)
+        tensors[self.tensor] = whole[: len(whole) // 2].clone()
+        self.found = list(tensors[self.tensor].shape)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -184,107 +187,3 @@ def test_one_of_two_files_is_missing(tmp_path, loaded, refused):
 def test_a_width_that_is_not_the_tensors(tmp_path, refused):
     line = refused(copied(LLADA, tmp_path, {"mlp_hidden_size": 512}), LLADA, "model.transformer.blocks.0.ff_")
     assert line.endswith(("is [256, 128], and by config.json it must be [512, 128]", "must be [128, 512]"))
-
-
-# -- what is right ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [LLADA, "llada-tiny-gqa", DREAM, MOE, SDAR, LLADA2])
-def test_the_names_follow_from_the_model(loaded, name):
-    path = GOLDEN / "checkpoints" / name
-    error, warned, wanted = loaded(path)
-    assert error is None and not warned.called
-    assert {key: list(tensor.shape) for key, tensor in wanted.items()} == {
-        key: list(tensor.shape) for key, tensor in load_file(path / "model.safetensors").items()
-    }
-
-
-@pytest.mark.parametrize("stored", [True, False], ids=["stored twice", "stored once"])
-@pytest.mark.parametrize(
-    "name, field, head",
-    [(LLADA, "weight_tying", "model.transformer.ff_out.weight"), (DREAM, "tie_word_embeddings", "lm_head.weight")],
-)
-def test_a_tied_head(tmp_path, loaded, name, field, head, stored):
-    tensors = None if stored else (lambda tensors: tensors.pop(head))
-    error, warned, wanted = loaded(copied(name, tmp_path, {field: True}, tensors))
-    assert error is None and not warned.called
-    # vLLM takes a model for untied whose checkpoint has a head of that name
-    assert (head in wanted) == (stored and head == "lm_head.weight")
-
-
-def test_a_tied_head_does_not_stand_for_its_embedding(tmp_path, refused):
-    embedding = "model.transformer.wte.weight"
-    refused(copied(LLADA, tmp_path, {"weight_tying": True}, lambda tensors: tensors.pop(embedding)), LLADA, embedding)
-
-
-def test_tensors_nobody_uses_are_named_in_one_warning(tmp_path, loaded):
-    extra = {
-        "model.transformer.blocks.0.q_norm.weight": torch.ones(32),
-        "model.transformer.blocks.0.q_proj.bias": torch.ones(128),
-        "vision.weight": torch.full((2,), float("nan")),
-        "model.transformer.blocks.0.rotary_emb.inv_freq": torch.ones(16),  # derived: dropped in silence, as by vLLM
-    }
-    error, warned, _ = loaded(copied(LLADA, tmp_path, tensors=lambda tensors: tensors.update(extra)))
-    assert error is None
-    ((line, *values),) = [call.args for call in warned.call_args_list]
-    assert "3 tensors" in line % tuple(values)
-    assert [key in line % tuple(values) for key in extra] == [True, True, True, False]
-
-
-def test_dummy_weights_and_what_replaces_them_piece_by_piece(tmp_path, loaded):
-    path = copied(LLADA, tmp_path)
-    tensors = load_file(path / "model.safetensors").items()
-    # (vLLM's CPU workers replace matrices by packed ones, which cannot be loaded again.)
-    pieces = [[(key, tensor)] for key, tensor in tensors if tensor.ndim == 1]
-    (path / "model.safetensors").unlink()
-    assert loaded(path, load_format="dummy", updates=pieces)[0] is None
-    wrong = [[("model.transformer.ln_f.weight", torch.ones(3))]]
-    assert "model.transformer.ln_f.weight" in loaded(path, load_format="dummy", updates=wrong)[0]
-
-
-INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-QUANTISED = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head", "model.transformer.ff_out"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": INT8 | {"strategy": "channel", "dynamic": False},
-            "input_activations": INT8 | {"strategy": "token", "dynamic": True},
-        }
-    },
-}
-
-
-def quantised(tensors):
-    """Every linear layer as integers with one scale per channel."""
-    for key in [k for k in tensors if ("blocks." in k or "layers." in k) and tensors[k].ndim == 2]:
-        weight = tensors.pop(key)
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        tensors[key], tensors[f"{key}_scale"] = (weight / scale).round().to(torch.int8), scale
-
-
-@pytest.mark.parametrize("name", [LLADA, DREAM])
-def test_a_quantised_checkpoint(tmp_path, loaded, name):
-    error, warned, _ = loaded(copied(name, tmp_path, {"quantization_config": QUANTISED}, quantised))
-    assert error is None and not warned.called
-
-
-@pytest.mark.parametrize(
-    "name, module",
-    [
-        (LLADA, "model.transformer.blocks.2.up_proj."),
-        (LLADA, "model.transformer.blocks.2.attn_norm."),
-        (DREAM, "model.layers.2.self_attn.q_proj."),
-        (DREAM, "model.layers.2.self_attn.q_proj.bias"),
-    ],
-)
-def test_a_module_of_a_quantised_checkpoint_is_missing(tmp_path, refused, name, module):
-    def without(tensors):
-        quantised(tensors)
-        for key in [key for key in tensors if key.startswith(module)]:
-            del tensors[key]
-
-    refused(copied(name, tmp_path, {"quantization_config": QUANTISED}, without), name, module)

@@ -1,6 +1,7 @@
 """A diffusion model whose config.json has Llama's model_type, and the Llamas beside it, which stay vLLM's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.page_sparse.models import write
 from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES, record_of
 from vllm_dlm.families.stable_diffcoder.config import StableDiffcoderConfig
+from vllm_dlm.integration.bodies import set_template_defaults
 
 SHARED = {family.written_model_type for family in FAMILIES.values()} - {None}
 
@@ -106,3 +108,24 @@ def test_both_names_of_an_architecture(tmp_path):
     for name in FAMILIES["RND1"].architectures:
         model = configured(copied("rnd1-tiny", tmp_path / name, {"architectures": [name]})).model_config
         assert is_diffusion_lm(model) and record_of(model).logits_shift == 1
+
+
+# -- a chat template's variables ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "served", "asked", "wanted"),
+    [
+        ("a2d-qwen3-tiny", None, None, {"enable_thinking": False}),
+        ("a2d-qwen3-tiny", None, {"enable_thinking": True, "own": 1}, {"enable_thinking": True, "own": 1}),
+        ("a2d-qwen3-tiny", {"enable_thinking": True}, None, {"enable_thinking": True}),
+        ("a2d-qwen3-tiny", {"enable_thinking": True}, {"enable_thinking": False}, {"enable_thinking": False}),
+        ("a2d-qwen2-tiny", None, None, None),
+    ],
+)
+def test_a_family_has_defaults_of_its_chat_template(checkpoint, served, asked, wanted):
+    """After those of the request and of the server"""
+    model = configured(GOLDEN / "checkpoints" / checkpoint).model_config
+    request = SimpleNamespace(chat_template_kwargs=asked)
+    set_template_defaults(request, SimpleNamespace(model_config=model, default_chat_template_kwargs=served))
+    assert request.chat_template_kwargs == wanted

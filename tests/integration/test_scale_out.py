@@ -211,7 +211,7 @@ class TestOtherStarts:
     def test_answers_and_the_end(self, server, start):
         other = start()
         greedy = [body for body in mixed() if body["temperature"] == 0]
-        # Ranks add up in another order, which samples may show; test_invariance.py has them in float32.
+        # Ranks add up in another order, which samples may show; test_ranks.py has them in float32.
         asked = greedy if start.name == "tp" else list(mixed())
         assert answers(other, asked) == answers(server, asked)
         streams = Streams(other, 8)

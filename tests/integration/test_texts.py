@@ -4,7 +4,6 @@ refused."""
 import asyncio
 import copy
 import re
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -15,12 +14,10 @@ from vllm.v1.request import Request
 from tests.engine.running import core_of
 from vllm_dlm.integration import bodies, requests
 from vllm_dlm.integration.scheduler.open_canvases import OpenCanvases
-from vllm_dlm.options.limits import Limits
 from vllm_dlm.request import hole_automata as automaton
 from vllm_dlm.request import parsing, texts
 from vllm_dlm.request.canvas_request import CANVAS_REQUEST
 from vllm_dlm.request.served_model import served_model
-from vllm_dlm.request.template import TemplateBounds, TemplateError, parse
 from vllm_dlm.request.vocabulary import Vocabulary, vocabulary_of
 from vllm_dlm.shown import shown
 
@@ -95,54 +92,10 @@ def test_long_texts_are_refused_unread(llm, encoded, monkeypatch, field, value, 
     assert not encoded
 
 
-MANY = {
-    "holes": ("[[1]]" * 9, "it has more than 8 holes (--dlm-config limits.template_holes)"),
-    "alternatives": (
-        "".join(f'[[3:one of "a{n}"]]' for n in range(5)),
-        "it has more than 4 distinct `one of` holes",
-    ),
-}
-
-
-@pytest.mark.parametrize(("template", "says"), MANY.values(), ids=MANY)
-def test_holes_and_automata_are_bounded(template, says):
-    with pytest.raises(TemplateError, match=re.escape(says)):
-        parse(template, TemplateBounds(100, 8, 4))
-    assert parse("[[1]]" * 8 + '[[3:one of "a"]]' * 0, TemplateBounds(100, 8, 4))
-
-
 def test_the_same_alternatives_are_one_automaton(processor):
     model = served_model(processor)
     made = texts.template_layout('[[3:one of "a"|"b"]] [[4:one of "a"|"b"]] [[2:number]]', model.options, model)
     assert len(made.layout.automata) == 2 and [of for _, _, of in made.layout.holes] == [0, 0, 1]
-
-
-def lines_run(template: str) -> int:
-    """Lines of Python that parsing it runs, without those of callbacks of the garbage collector"""
-    count = 0
-
-    def tracer(frame, event, argument):
-        nonlocal count
-        if frame.f_code.co_filename != parse.__code__.co_filename:
-            return None
-        count += event == "line"
-        return tracer
-
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        parse(template, TemplateBounds(100, 1 << 20, 1 << 20))
-    finally:
-        sys.settrace(before)
-    return count
-
-
-def test_parsing_is_linear():
-    """Text costs no line of Python for a character, and holes cost the same each."""
-    short, long = (lines_run("y" * length + "[[[[" + "z" * length + "[[2]]") for length in (10, 50_000))
-    assert short == long
-    first, second, third = (lines_run("y[[2]]" * count) for count in (100, 200, 300))
-    assert second - first == third - second
 
 
 def test_values_are_shortened_before_they_are_rendered():
@@ -305,10 +258,3 @@ def test_a_template_ends_without_the_tokenizers_end(llm, processor, monkeypatch)
     (answer,) = output.outputs
     assert answer.text == "abc" and answer.finish_reason == "stop"
     assert len(answer.token_ids) == 4 and len(set(answer.token_ids)) == 4  # with the end
-
-
-def test_limits_name_themselves():
-    assert Limits().template_characters == 1 << 16
-    for field in ("template_characters", "template_holes", "template_automata"):
-        with pytest.raises(ValueError, match=f"^{field}: 0 is not valid, it must be at least 1"):
-            Limits(**{field: 0})

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import slow
+
 pytest.importorskip("triton")
 CASES = [
     Path(__file__).with_name(name)
@@ -22,8 +24,9 @@ CASES = [
 ]
 
 
-def test_cases_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *map(str, CASES)]
+@pytest.mark.parametrize("tier", ["not slow", *slow("slow")])
+def test_cases_under_the_interpreter(tier):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, *map(str, CASES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=CASES[0].parents[2], capture_output=True, text=True)
     # pytest exits with a separate error code if it collects nothing

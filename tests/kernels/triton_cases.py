@@ -7,6 +7,7 @@ import torch
 from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
 from tests.kernels.pages import PagedBatch, scored
+from tests.tiers import in_turn, slow
 from vllm_dlm.kernels.haar_pyramid import (
     INVALID,
     STD_KINDS,
@@ -109,8 +110,7 @@ def compare_scores(batch, statistics, reduce, tolerance):
     return got
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("std_kind", STD_KINDS)
+@pytest.mark.parametrize("reduce, std_kind", in_turn(list(REDUCTIONS), list(STD_KINDS)))
 def test_scores(std_kind, reduce, monkeypatch):
     """Ragged requests, groups of three heads, more rows than a tile holds, several tiles of pages."""
     monkeypatch.setattr(scores_of, "PAGES", 16)
@@ -126,7 +126,7 @@ def test_normalisers_of_few_long_and_many_short_runs(processors, monkeypatch):
     compare_scores(batch, batch.statistics("l2"), "softmax_sum", 1e-5)
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("reduce", [*REDUCTIONS[:1], *slow(*REDUCTIONS[1:])])
 @pytest.mark.parametrize(
     "dtype, std_kind, dim, tolerance", [(torch.bfloat16, "vector", 128, 3e-2), (torch.float16, "l2", 80, 4e-3)]
 )
@@ -202,7 +202,7 @@ def compare_attention(batch, chosen, causal, tolerance=2e-5):
     return got
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [True, *slow(False)])
 @pytest.mark.parametrize(
     "kv_lens, q_lens, heads, kv_heads, dim, page_size, per_block, k",
     [

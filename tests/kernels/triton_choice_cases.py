@@ -8,6 +8,7 @@ from tests.kernels.devices import on_gpu
 from tests.kernels.interpreted import *  # noqa: F403
 from tests.kernels.pages import PagedBatch, scored
 from tests.kernels.triton_cases import choose
+from tests.tiers import in_turn, pairwise, slow
 from vllm_dlm.kernels.page_scores import REDUCTIONS, ScoringQueries, half_scores, page_scores
 from vllm_dlm.kernels.page_scores import naive as naive_scores
 from vllm_dlm.kernels.page_scores import triton as scores_of
@@ -35,8 +36,7 @@ def blocks_of(batch, per_block):
     return table.masked_fill(beyond, 1 << 40)
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("std_kind", ["l2", "none"])
+@pytest.mark.parametrize("std_kind, reduce", in_turn(["l2", "none"], list(REDUCTIONS)))
 def test_scores_of_some_queries(reduce, std_kind):
     """Some queries belong to no request, and some do not vote. The third request has no voters, so all queries do."""
     batch, starts, ends = ragged(heads=6)
@@ -63,9 +63,7 @@ def test_scores_of_some_queries(reduce, std_kind):
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("size, lam, reduce", pairwise([1, 2, 8], [0.0, 0.5], list(REDUCTIONS)))
 def test_halves_of_runs(size, lam, reduce, monkeypatch):
     monkeypatch.setattr(scores_of, "PAGES", 16)
     batch, starts, ends = ragged(page_size=16, per_block=2)
@@ -95,7 +93,7 @@ def test_each_asker_keeps_as_many_as_it_may_by_their_names():
         assert torch.equal(top_pages(put(scores), 9, kept.clamp_max(9), names), want)
 
 
-@pytest.mark.parametrize("k, m", [(5, 9), (30, 40), (300, 300), (1, 7)])
+@pytest.mark.parametrize("k, m", [(5, 9), (1, 7), *slow((30, 40), (300, 300))])
 def test_what_two_choices_share(k, m):
     def pages(count, seed):
         g = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ batch does the same every time and its parts can be left out one by one.
 
 from dataclasses import asdict, dataclass, field
 
-from tests.engine.running import core_of, free_blocks, poison, runner_of
+from tests.engine.running import answer_of, core_of, free_blocks, poison, runner_of
 from tests.soak.engines import Pair
 from tests.soak.fork import Found
 from tests.soak.requests import Given, most_forwards
@@ -100,19 +100,6 @@ def _step(engine, ran: Ran) -> None:
 def entry_of(request_id: str) -> int:
     """vLLM appends random characters and puts the number of the sample before the name."""
     return int(request_id.rsplit("-", 1)[0].rpartition("_")[2])
-
-
-def answer_of(output) -> tuple:
-    """(tokens, why it ended, tokens whose log-probabilities were given), of each sample"""
-    return tuple(
-        (
-            tuple(sample.token_ids),
-            sample.finish_reason,
-            sample.stop_reason,
-            sample.logprobs and tuple(tuple(sorted(position)) for position in sample.logprobs),
-        )
-        for sample in output.outputs
-    )
 
 
 def most_steps(batch: Batch, model, server) -> int:

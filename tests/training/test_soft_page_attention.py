@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tiers import in_turn, pairwise, slow
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 from vllm_dlm.kernels.page_scores import REDUCTIONS
 from vllm_dlm.kernels.soft_page_attention import Gate, measure, naive, soft_page_attention
@@ -27,6 +28,9 @@ CASES = {
     "response, cached": (replace(BIDIRECTIONAL, query_block=4, sink_pages=0), 2, 1, 6, 43, 32),
     "bidirectional": (replace(BIDIRECTIONAL, budget_pages=5), 2, 2, 43, 43, 0),
 }
+
+
+MOVING = ["causal", "causal, prompt", "response", "bidirectional"]
 
 
 def tensors(case, batch=2, dim=8, dtype=torch.float64):
@@ -60,17 +64,14 @@ def test_pieces_are_naive(case, temperature):
     compare_with_gradients(replace(gate, temperature=temperature), *rest)
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("std_kind", STD_KINDS)
-@pytest.mark.parametrize("case", ["causal", "response"])
+@pytest.mark.parametrize("case, std_kind, reduce", pairwise(["causal", "response"], STD_KINDS, REDUCTIONS))
 def test_every_score(case, std_kind, reduce):
     gate, *rest = tensors(case)
     # softmax_sum scores are between 0 and the number of rows
     compare_with_gradients(replace(gate, std_kind=std_kind, reduce=reduce, lam=0.3), *rest)
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("case", ["causal", "causal, prompt", "response", "bidirectional"])
+@pytest.mark.parametrize("reduce, case", in_turn(list(REDUCTIONS), MOVING))
 def test_the_size_of_the_pieces_does_not_matter(case, reduce, monkeypatch):
     monkeypatch.setattr(gates, "ROWS", 3)
     monkeypatch.setattr(plain, "ROWS", 3)
@@ -78,7 +79,7 @@ def test_the_size_of_the_pieces_does_not_matter(case, reduce, monkeypatch):
     compare_with_gradients(replace(gate, reduce=reduce), *rest)
 
 
-@pytest.mark.parametrize("case", ["causal", "response"])
+@pytest.mark.parametrize("case", ["causal", *slow("response")])
 def test_gradcheck(case, monkeypatch):
     """Against finite differences with fixed thresholds, as autograd treats them."""
     gate, q, k, v, prompt_len = tensors(case, batch=1, dim=2)
@@ -97,17 +98,17 @@ def test_gradcheck(case, monkeypatch):
     assert torch.autograd.gradcheck(lambda *x: soft_page_attention(*x, gate, SCALE, prompt_len), (q, k, v), atol=1e-6)
 
 
-MOVING = ["causal", "causal, prompt", "response", "bidirectional"]
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.parametrize("reduce, case", in_turn(list(REDUCTIONS), MOVING))
 def test_a_threshold_that_moves(case, reduce):
     gate, *rest = tensors(case)
     compare_with_gradients(replace(gate, reduce=reduce, stop_threshold=False), *rest)
 
 
-@pytest.mark.parametrize(("case", "reduce"), zip(MOVING, (*REDUCTIONS, REDUCTIONS[0]), strict=True))
+#: the kind that takes least time; the gradients of all of them are compared with those of the definition above
+CHECKED = list(zip(MOVING, (*REDUCTIONS, REDUCTIONS[0]), strict=True))
+
+
+@pytest.mark.parametrize(("case", "reduce"), [CHECKED[0], *slow(*CHECKED[1:])])
 def test_gradcheck_of_a_threshold_that_moves(case, reduce):
     """Against finite differences without fixed thresholds."""
     gate, q, k, v, prompt_len = tensors(case, batch=1, dim=2)

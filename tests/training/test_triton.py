@@ -24,8 +24,19 @@ __all__ = ["launches", "triton_cache"]  # fixtures
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_cases_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/training/triton_cases.py"]
+@pytest.mark.parametrize("tier", ["not slow", *slow("slow")])
+def test_cases_under_the_interpreter(tier):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        tier,
+        "tests/training/triton_cases.py",
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr

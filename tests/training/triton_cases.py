@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.triton_cases import garbage  # noqa: F401
+from tests.tiers import in_turn, slow
 from vllm_dlm.kernels.soft_page_attention import Gate, naive, triton
 from vllm_dlm.kernels.triton_utils import UPCAST
 
@@ -41,8 +42,7 @@ def tensors(case, dtype=torch.float32, batch=1):
     return gate, *made, prompt_len
 
 
-@pytest.mark.parametrize("temperature", [0.7, 0.0])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("temperature, case", in_turn([0.7, 0.0], list(CASES)))
 def test_it_is_the_definition(case, temperature):
     gate, q, k, v, prompt_len = tensors(case, batch=2 if case == "causal" else 1)
     gate = replace(gate, temperature=temperature)
@@ -56,7 +56,7 @@ def test_it_is_the_definition(case, temperature):
         torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), *slow((torch.float16, 5e-3))])
 def test_half_precision(dtype, tolerance):
     gate, q, k, v, prompt_len = tensors("causal", dtype)
     got = triton.soft_page_attention(q, k, v, gate, SCALE, prompt_len)
@@ -70,6 +70,7 @@ def test_half_precision(dtype, tolerance):
         torch.testing.assert_close(mine.double(), theirs, atol=3 * tolerance, rtol=3 * tolerance)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_pieces_does_not_matter(monkeypatch):
     for case in ("causal", "response"):
         gate, q, k, v, prompt_len = tensors(case)

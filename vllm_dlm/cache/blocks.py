@@ -43,14 +43,14 @@ class Slots:
 class KVBlocks:
     def __init__(self, layers: list[torch.Tensor], layout: Layout | None = None):
         self.layers, self.layout = layers, layout
-        #: what kernels read keys and values from
+        #: the layers, as kernels read them
         self.caches = layers if layout is None else [PackedCache(layer, layout) for layer in layers]
         self.head_dim = layers[0].shape[-1] // 2 if layers else 0
 
     @functools.cached_property
     def moved(self) -> PackedCache:
-        """Zeros, in which a layer with a packed layout has changes of values for the time of one call. Memory that is
-        only read stays without pages of its own."""
+        """Zeros. During a call, they hold a layer's changes of values in the packed layout. Memory that is only read
+        takes no pages."""
         assert self.layout is not None
         like = self.layers[0]
         return PackedCache(zeros(tuple(like.shape), like.dtype, like.device, mmap.MAP_PRIVATE), self.layout)

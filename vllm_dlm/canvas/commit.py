@@ -1,6 +1,6 @@
 """A commit: the changes of one step to a canvas. The worker creates it and the scheduler applies it to its own copy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,3 +26,17 @@ class Commit:
     def changed(self) -> np.ndarray:
         """Positions whose token changes, ascending"""
         return np.union1d(self.positions, self.revoked) if len(self.revoked) else self.positions
+
+    def with_token(self, positions: np.ndarray, token: int) -> "Commit":
+        """This commit, and a token that is certain at more positions, ascending"""
+        if not len(positions):
+            return self
+        read = np.union1d(self.read, positions)
+        confidence = np.ones(len(read), np.float32)
+        confidence[np.searchsorted(read, self.read)] = self.confidence
+        confidence[np.searchsorted(read, positions)] = 1.0
+        filled = np.union1d(self.positions, positions)
+        tokens = np.full(len(filled), token, np.int64)
+        own = ~np.isin(self.positions, positions)
+        tokens[np.searchsorted(filled, self.positions[own])] = self.tokens[own]
+        return replace(self, read=read, confidence=confidence, filled=np.searchsorted(read, filled), tokens=tokens)

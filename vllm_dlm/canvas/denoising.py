@@ -14,6 +14,7 @@ from vllm_dlm.canvas.block_causal import BlockCausalAttention
 from vllm_dlm.canvas.caches import Blocks, StreamCaches
 from vllm_dlm.canvas.canvas import Canvas
 from vllm_dlm.canvas.commit import NOTHING, Commit
+from vllm_dlm.canvas.end_stop import EndStop
 from vllm_dlm.canvas.feature import Feature, Output, Room
 from vllm_dlm.canvas.guidance import Guidance
 from vllm_dlm.canvas.infill import StartingText, Template
@@ -35,6 +36,7 @@ FEATURES: tuple[type[Feature], ...] = (
     Template,
     Speculation,
     Revocation,
+    EndStop,
 )
 
 

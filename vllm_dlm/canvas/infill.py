@@ -152,18 +152,7 @@ class Template(Feature):
         """Fills the remaining positions of holes that end with this commit, even after the current canvas block."""
         over = self.holes.over()
         self.holes.put(commit.revoked.tolist(), None)
-        if not len(over):
-            return commit
-        read = np.union1d(commit.read, over)
-        confidence = np.ones(len(read), np.float32)
-        confidence[np.searchsorted(read, commit.read)] = commit.confidence
-        confidence[np.searchsorted(read, over)] = 1.0
-        tokens = dict(zip(commit.positions.tolist(), commit.tokens.tolist(), strict=True))
-        tokens |= dict.fromkeys(over.tolist(), self.holes.end_token)
-        positions = np.array(sorted(tokens), np.int64)
-        values = np.array([tokens[position] for position in positions.tolist()], np.int64)
-        filled = np.searchsorted(read, positions)
-        return replace(commit, read=read, confidence=confidence, filled=filled, tokens=values)
+        return commit.with_token(over, self.holes.end_token)
 
     def output(self, state: "Denoising") -> Output | None:
         """Finished canvas blocks without the end tokens of holes; after the last block, the end token of the answer."""

@@ -29,8 +29,8 @@ SHARED_SCALE = (
     "would change with the requests next to it; quantize activations per token, per group or with static scales"
 )
 NO_INT8 = (
-    "this CPU has no VNNI instructions, without which oneDNN adds pairs of int8 products in 16 bits, which overflow: "
-    "answers would be wrong; serve bfloat16 or float32 weights here"
+    "this CPU has no VNNI instructions, so oneDNN would add pairs of int8 products in 16 bits and overflow; "
+    "use bfloat16 or float32 weights on this CPU"
 )
 NO_INT4 = (
     "int4 weights with 16-bit activations need vLLM's operator cpu_gemm_wna16, which its build for this CPU does not "
@@ -105,7 +105,7 @@ def has_operator(name: str) -> bool:
 
 @functools.cache
 def int8_products_are_exact() -> bool:
-    """Multiplies the largest int8 numbers with vLLM's kernel for CPUs. Its sums of 32 bits hold them."""
+    """Whether vLLM's CPU kernel adds products of int8 numbers without overflow, tested with the largest numbers"""
     if torch.cpu._is_amx_tile_supported():
         return True
     size = 64

@@ -177,11 +177,11 @@ class MaskedDiffusionLM(nn.Module, SupportsQuant):
         self.starts_whole = vllm_config.load_config.load_format != "dummy"
 
     def _maybe_apply_model_mapping(self) -> None:
-        """vLLM's hook that renames the modules which a quantization config lists, in place"""
+        """vLLM's hook that renames modules in the quantization config"""
         if self.quant_config is not None and not hasattr(self.quant_config, "dlm_renamed"):
             spelled_out(self.quant_config, self.fused_modules)
             super()._maybe_apply_model_mapping()
-            self.quant_config.dlm_renamed = True  # a second model of this configuration finds the new names
+            self.quant_config.dlm_renamed = True  # for a second model with this configuration
 
     @property
     def packs_like_awq(self) -> bool:

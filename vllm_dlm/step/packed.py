@@ -1,7 +1,7 @@
 """Attention over all keys of canvases whose cache is in the layout of vLLM's CPU kernel.
 
-What a call needs beyond rows and keys follows from the number of rows of each stream, so it is made once for all
-layers with the same numbers (`Group.packed`).
+The other arguments of a call only depend on the number of rows of each stream, so layers with the same numbers share
+them (`Group.packed`).
 """
 
 import torch
@@ -31,7 +31,7 @@ class PackedCanvases:
         return self._attended(q, rows, cache, cache, self.group.table)
 
     def delta(self, q: torch.Tensor, rows: Rows, changed: Rows, moved: torch.Tensor) -> torch.Tensor:
-        """Attention whose values are `moved` for the changed rows and zero for all others"""
+        """Attention over the changes of values, which are zero at unchanged positions"""
         if not len(changed):
             return torch.zeros_like(q)
         keys, values, (block, offset) = self.blocks.caches[self.layer], self.blocks.moved, self._slots(changed)
@@ -45,7 +45,7 @@ class PackedCanvases:
 
     @property
     def apart(self) -> bool:
-        """Whether no block belongs to two streams: `delta` changes a value for every stream that reads its block."""
+        """Whether no two streams share a block, so that each changed value belongs to one stream"""
         known = self.group.packed
         if "apart" not in known:
             streams = zip(self.group.tables, self.group.kv_lens, strict=True)
@@ -53,7 +53,7 @@ class PackedCanvases:
             known["apart"] = len(used.unique()) == len(used)
         return known["apart"]
 
-    # -- what layers share -----------------------------------------------------------------
+    # -- shared by layers ------------------------------------------------------------------
 
     @property
     def _size(self) -> int:
@@ -77,7 +77,7 @@ class PackedCanvases:
         return group.table[rows.gather(group.stream), place // self._size].long(), place % self._size
 
     def _own(self) -> tuple[PackedCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For streams without blocks: a cache for this step, its table, and block and offset of each row"""
+        """For streams without blocks: a cache for this step, its table, and the slot of each row"""
         known, group = self.group.packed, self.group
         if "own" not in known:
             counts = [-(-n // self._size) for n in group.kv_lens]
@@ -108,7 +108,7 @@ class PackedCanvases:
         return cache
 
     def _tails(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots after the end of a stream that the kernel reads together with its last keys, 16 or 32 at once"""
+        """Slots after the end of a stream that the kernel reads with the last keys, 16 or 32 at once"""
         run = 32 if self._size % 32 == 0 else 16
         blocks: list[int] = []
         offsets: list[int] = []
