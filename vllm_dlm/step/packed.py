@@ -19,7 +19,7 @@ class PackedCanvases:
         self.group, self.blocks, self.layer, self.scale = group, blocks, layer, scale
 
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See CanvasAttention; keys that are cached are already in their places."""
+        """See CanvasAttention. If the streams have blocks, the new keys and values are there already."""
         if self.group.cached:
             return self.over_cached(q, rows)
         cache, table, block, offset = self._own()
@@ -92,7 +92,7 @@ class PackedCanvases:
         return known["own"]
 
     def _clean(self) -> PackedCache:
-        """The layer's cache, with finite values after the end of each stream: the kernel multiplies them by 0."""
+        """The layer's cache. Values right after the end of a stream are finite: the kernel multiplies them by 0."""
         cache, known = self.blocks.caches[self.layer], self.group.packed
         assert isinstance(cache, PackedCache)
         if "tails" not in known:
@@ -110,9 +110,10 @@ class PackedCanvases:
     def _tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots after the end of a stream that the kernel reads with the last keys, 16 or 32 at once"""
         run = 32 if self._size % 32 == 0 else 16
-        blocks, offsets = [], []
+        blocks: list[int] = []
+        offsets: list[int] = []
         for table, length in zip(self.group.tables, self.group.kv_lens, strict=True):
-            for place in range(length, -(-length // run) * run):
-                blocks.append(int(table[length // self._size]))
-                offsets.append(place % self._size)
+            if count := -length % run:
+                blocks += [int(table[length // self._size])] * count
+                offsets += range(length % self._size, length % self._size + count)
         return torch.tensor(blocks, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64)
