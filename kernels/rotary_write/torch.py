@@ -23,12 +23,10 @@ def rotary_write(q, k, v, table, positions, block, offset, cache, index):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the halves of x [T, H, D] by cosines and sines [T, 1, D / 2], in the precision of the table."""
     first, second = x.to(cos.dtype).chunk(2, -1)
-    if cos.dtype != torch.float32 or x.is_cuda:
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-    out = torch.empty(x.shape, dtype=cos.dtype)  # fewer passes: each product is added where it belongs
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)  # instead of `cat`, which copies both halves again
     left, right = out.chunk(2, -1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    torch.mul(first, cos, out=left).sub_(second * sin)
+    torch.mul(second, cos, out=right).add_(first * sin)
     return out.to(x.dtype)
 
 
