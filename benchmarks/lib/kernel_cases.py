@@ -11,11 +11,14 @@ from benchmarks.lib.step_cases import OF_STEP
 from vllm_dlm.kernels.haar_pyramid import STD_KINDS
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+#: runs on some CPUs only, where tests/kernels/test_packed_attention.py compares it
+ON_CPUS_ONLY = "packed_attention"
 
 
 def folders() -> list[str]:
-    """Every operation, and vLLM's attention as the engine calls it"""
-    return sorted([*(path.parent.name for path in KERNELS.glob("*/dispatch.py")), "flash_attention"])
+    """Every operation of GPUs, and vLLM's attention as the engine calls it"""
+    operations = {path.parent.name for path in KERNELS.glob("*/dispatch.py")} - {ON_CPUS_ONLY}
+    return sorted([*operations, "flash_attention"])
 
 
 def implementation(kernel: str, here: torch.device) -> str:
