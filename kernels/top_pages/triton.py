@@ -203,11 +203,8 @@ def unless_alike(pages, before, rows, known, share):
     found = torch.empty(2, batch, kv_heads, dtype=torch.int32, device=pages.device)
     left = torch.empty(pages.shape, dtype=torch.int32, device=pages.device)
     strides, tile = (*pages.stride()[:2], *before.stride()[:2]), min(padded(k, 128), 1024)
-    grid, inputs, sizes = (
-        (batch, kv_heads),
-        (pages, before, rows, known.view(torch.int8), found),
-        (found[0].numel(), most),
-    )
+    grid, sizes = (batch, kv_heads), (batch * kv_heads, most)
+    inputs = pages, before, rows, known.view(torch.int8), found
     _overlap_kernel[grid](*inputs, *sizes, *strides, K=k, STEPS=most.bit_length() + 1, TILE=tile)
     heads = padded(kv_heads)
     _unless_kernel[grid](*inputs, left, *sizes, float(share), *strides, K=k, TILE=tile, HEADS_PAD=heads)

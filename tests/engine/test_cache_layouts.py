@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.engine.matrix import assert_tokens_are_those_alone, combinations, small
+from tests.engine.matrix import assert_answers_are_those_alone, combinations, small
 from tests.engine.running import poison, runner_of
 from tests.engine.test_block_causal import RUNS as BLOCK_RUNS
 from tests.engine.test_block_causal import assert_recorded_run
@@ -66,4 +66,4 @@ def test_runs_of_block_causal_models(engines, name):
 def test_tokens_are_those_alone(engines, selection):
     options = {"dlm": {"selection": small("selection", selection)}}
     with packed(engines("llada-tiny-gqa", additional_config=options)) as llm:
-        assert_tokens_are_those_alone(llm, list(combinations(selection))[::3])
+        assert_answers_are_those_alone(llm, list(combinations(selection))[::3])

@@ -13,11 +13,11 @@ from vllm import SamplingParams
 from vllm.model_executor.layers.linear import LinearBase
 
 from tests.conftest import GOLDEN
-from tests.engine.batches import mixed_requests
-from tests.engine.matrix import assert_tokens_are_those_alone, combinations, small
+from tests.engine.capture import Capturing, capturing
+from tests.engine.matrix import assert_answers_are_those_alone, combinations, small
 from tests.engine.running import Watching, runner_of, tokens
-from tests.engine.test_captured import Capturing, capturing, some
-from tests.engine.test_invariance import two_rank_environment
+from tests.engine.test_captured import some
+from tests.engine.test_ranks import mixed_requests, two_rank_environment
 from tests.quantization.checkpoints import METHODS, pair, rounded_fp8, rounded_int8
 from tests.tiers import slow
 from vllm_dlm.families import FAMILIES
@@ -41,7 +41,8 @@ SPARSE = sorted(name for name, selection in methods("selection").items() if sele
 #: its linear layers as the method does. Experts also round between their two products, int4 ones to int8.
 #: A value that lies between two roundings may fall either way, so the copies drift apart by single steps.
 ERROR = {"int8": 0.05, "fp8": 0.25, "packed": 0.03, "gptq": 0.03, "awq": 0.03}
-OF_EXPERTS = 0.12
+#: The median of the requests. A router may choose another expert for one of them, whose logits then move.
+OF_EXPERTS = 0.06
 #: Share of tokens. One that rounding changes changes those after it, and a router may choose another expert.
 AGREEING, AGREEING_OF_EXPERTS = 0.35, 0.25
 #: what a method does to a row of activations
@@ -132,7 +133,7 @@ def test_answers_are_those_of_the_values(engines, copies, checkpoint, method):
     print(f"{checkpoint} {method}: {agreeing:.1%} of the tokens, error of logits {np.mean(error):.4f}")
     of_experts = checkpoint in EXPERTS
     assert agreeing >= (AGREEING_OF_EXPERTS if of_experts else AGREEING)
-    assert max(error) < (OF_EXPERTS if of_experts else ERROR[method])
+    assert np.median(error) < OF_EXPERTS if of_experts else max(error) < ERROR[method]
     if method == "int8" and not of_experts:
         assert min(error) < 1e-5, "sums of whole numbers are exact"
     assert [tokens(engines(quantized, dtype=dtype), [request])[0] for request in given] == mine
@@ -188,7 +189,7 @@ def test_every_policy_and_selection_answers_as_alone(engines, copies, checkpoint
     for selection in selections:
         options = {"dlm": {"selection": small("selection", selection)}}
         llm = engines(quantized, dtype=dtype, additional_config=options)
-        assert_tokens_are_those_alone(llm, list(combinations(selection)))
+        assert_answers_are_those_alone(llm, list(combinations(selection)))
 
 
 @pytest.mark.parametrize("method", ["int8", *slow("gptq")])
