@@ -20,9 +20,12 @@ __all__ = ["loaded", "refused"]  # fixtures
 
 
 def names(name: str) -> list[str]:
-    """A checkpoint's own names of its tensors, of one layer and one expert of many."""
-    with safe_open(GOLDEN / "checkpoints" / name / "model.safetensors", "pt") as file:
-        keys = file.keys()
+    """A checkpoint's own names of its tensors, of one layer and one expert of many; without a tied head, which need not
+    be there."""
+    folder = GOLDEN / "checkpoints" / name
+    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        keys = set(file.keys()) - ({"lm_head.weight"} if tied else set())
         return sorted(key for key in keys if not {"0", "1", "3", *map(str, range(4, 16))} & set(key.split(".")))
 
 

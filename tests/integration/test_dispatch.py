@@ -63,11 +63,15 @@ def test_the_architecture_tells(tmp_path):
     assert is_diffusion_lm(model) and type(model.hf_config) is StableDiffcoderConfig
 
 
+LLAMAS: list = []  # kept: an engine that is collected ends the groups of its process, which others use
+
+
 def test_both_start_and_answer(engines, llama):
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (first,) = tokens(engines(DIFFCODER), [({"prompt_token_ids": [7, 8, 9]}, params)])
     prompt = list(range(5, 25))
-    (got,) = tokens(start_engine(str(llama), max_model_len=128), [({"prompt_token_ids": prompt}, params)])
+    LLAMAS.append(start_engine(str(llama), max_model_len=128))
+    (got,) = tokens(LLAMAS[-1], [({"prompt_token_ids": prompt}, params)])
     reference = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     wanted = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     assert list(got) == wanted.tolist()

@@ -45,8 +45,8 @@ class CanvasRequest:
 
 
 def chosen_kinds(options: Options) -> tuple[str, ...]:
-    """Kinds of methods that a request chooses. For block-causal models, `suited` derives reuse and extent."""
-    return KINDS if options.attention == "full" else ("decoding", "selection")
+    """Kinds of methods that a request chooses. A block-causal model has one extent."""
+    return KINDS if options.attention == "full" else ("decoding", "reuse", "selection")
 
 
 def method_to_wire(method: Any) -> tuple[str, dict[str, Any]]:
