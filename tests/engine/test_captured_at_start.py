@@ -1,5 +1,7 @@
 """What a server captures when it starts, by one step of each kind that it will need."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.conftest import GOLDEN
 from tests.engine.capture import capturing
 from tests.engine.running import runner_of
 from vllm_dlm.configuration import resolved_options
+from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
 from vllm_dlm.options import request_options, server_options
 from vllm_dlm.step.buckets import bucket_of, has_budget
@@ -76,4 +79,5 @@ def test_the_most_common_partial_step(engines, checkpoint, reuse):
 
 
 def bidirectional(checkpoint: str) -> bool:
-    return not checkpoint.startswith(("sdar", "llada2"))
+    (architecture,) = json.loads((GOLDEN / "checkpoints" / checkpoint / "config.json").read_text())["architectures"]
+    return FAMILIES[architecture].attention == "full"
