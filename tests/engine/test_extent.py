@@ -109,7 +109,7 @@ def test_without_max_tokens_there_is_room_to_the_end(engines):
         ({"dlm_extent": "full", "dlm_window": 3}, "dlm_window: extent 'full' has no window"),
         ({"dlm_window": -1}, "dlm_window: -1 is not valid, it must be at least 0"),
         ({"dlm_window": "a"}, "^dlm_window: 'a' is not valid, it must be int"),
-        ({"dlm_extent": "wide"}, "dlm_extent: 'wide' is unknown, valid names are full, window"),
+        ({"dlm_extent": "wide"}, "dlm_extent: 'wide' is unknown, valid names are block, full, window"),
         ({"dlm_threshold_decay": 0.3}, "dlm_threshold_decay: 0.3 is not valid, it must be 0 without a threshold"),
     ],
 )

@@ -96,9 +96,9 @@ def test_the_export_of_a_run_that_failed(visit, exported, server):
     server.ends_early = True
     page = visit()
     run(page, tokens=CANVAS)
-    assert "ended before" in page.text("#trouble")
+    assert "ended early" in page.text("#trouble")
     there = visit(exported(page).as_uri())
     assert cells(there)[0][0] == "cell mask"
     slide(there, 999)
     assert cells(there) == cells(page)
-    assert "ended before" in there.text(".failure")
+    assert "ended early" in there.text(".failure")
