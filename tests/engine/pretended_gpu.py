@@ -103,7 +103,7 @@ class Upload:
 
     device = GPU
 
-    def __call__(self, array: np.ndarray, name: str) -> torch.Tensor:
+    def __call__(self, array: np.ndarray, name: str = "") -> torch.Tensor:
         return tensor(*array.shape, dtype=DTYPES[array.dtype])
 
     @property
