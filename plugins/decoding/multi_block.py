@@ -29,7 +29,7 @@ class OpenBlocks(Memory):
         self.width, self.add_at, self.activate_at = width, add_at, activate_at
         self.origin: int | None = None  # first position of the first block
         self.sizes = np.zeros(0, np.int64)  # masks of each block at the start
-        self.active = [True]  # of each open block
+        self.active = [True]  # for each open block
 
     def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         if self.origin is None:
@@ -73,7 +73,7 @@ class MultiBlock(EndStopDecoding, Entropy):
     add_at: float = 0.1
     activate_at: float = 0.95
     always_one: bool = True  # at least the open position with the lowest entropy is filled
-    end_stop: bool = True  # behind the first end token, everything becomes that token
+    end_stop: bool = True  # all positions after the first end token become that token
 
     def __post_init__(self):
         super().__post_init__()

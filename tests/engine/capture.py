@@ -56,7 +56,7 @@ def capturing(monkeypatch):
 
 
 def over_tables(q, k, v, q_starts, k_starts, kv_lens, table, max_q, max_kv, scale):
-    """See vllm_dlm/step/attention.py; rows behind the last start are not numbers."""
+    """See vllm_dlm/step/attention.py; rows after the last start are NaN."""
     out = torch.full_like(q, torch.nan)
     ends = q_starts.tolist()
     for canvas, (start, end) in enumerate(pairwise(ends)):

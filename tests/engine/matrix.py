@@ -63,11 +63,11 @@ def assert_answers_are_those_alone(llm, given) -> None:
     assert all_blocks_are_free(llm)
 
 
-def assert_exact(engines, checkpoint, reuse: str, others: int = 12) -> None:
-    """With the field values it names itself, a reuse policy changes nothing. `others`: number of drawn requests"""
+def assert_exact(engines, checkpoint, reuse: str) -> None:
+    """With the field values it names itself, a reuse policy changes nothing."""
     plain, exact = engines(checkpoint), {"name": reuse} | methods("reuse")[reuse].exact
     given = [request for request in combinations("none") if request[1].extra_args.pop("dlm_reuse") == "none"]
-    given += drawn(plain, others, checkpoint, dlm_reuse=None, dlm_selection=None)
+    given += drawn(plain, 12, checkpoint, dlm_reuse=None, dlm_selection=None)
     found = answers(engines(checkpoint, additional_config={"dlm": {"reuse": exact}}), given)
     for request, own, wanted in zip(given, found, answers(plain, given), strict=True):
         assert own == wanted, request

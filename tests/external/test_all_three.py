@@ -35,7 +35,7 @@ def names_in(request) -> set:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_the_policy_is_exact_where_it_says_so(engines, checkpoint):
-    assert_exact(engines, checkpoint, "delayed_cache", others=0)  # it does not claim so for masks in a prompt
+    assert_exact(engines, checkpoint, "delayed_cache")
 
 
 def asked(**extra):

@@ -212,13 +212,10 @@ class LayerStep:
         return self._divide(product(self.layer.attention_output, joined), contexts)
 
     def _feed_forward(self, asks: list[FeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        residual, output = [ask.x for ask in asks], [ask.output for ask in asks]
-        if all(part is None for part in output):
-            x = self.joined(residual)
-            h = self.layer.post_attention_layernorm(x)
-        else:
-            added = [torch.zeros_like(ask.x) if ask.output is None else ask.output for ask in asks]
-            h, x = self.layer.add_and_norm(self.joined(residual), self.joined(added))
+        residual = [ask.x for ask in asks]
+        # One kernel whoever shares the step: a norm without the sum would round differently.
+        added = [torch.zeros_like(ask.x) if ask.output is None else ask.output for ask in asks]
+        h, x = self.layer.add_and_norm(self.joined(residual), self.joined(added))
         xs, hs = self._divide(x, residual), self._divide(h, residual)
         passed = [h if ask.picked is None else ask.picked.gather(h) for ask, h in zip(asks, hs, strict=True)]
         joined = self.joined(passed)
