@@ -73,6 +73,21 @@ def sparse_attention(here):
         yield KernelCase(name, case.attend(chosen).cpu(), want, tolerance)
 
 
+def haar_pyramid(here):
+    from vllm_dlm.kernels.haar_pyramid import PageStatistics, naive, spread_of, store_statistics
+
+    for dtype, tolerance in DTYPES.items():
+        for std_kind, page_size, dim in zip(STD_KINDS, (16, 64, 128, 32), (64, 128, 80, 64), strict=True):
+            cache, ids = torch.randn(5, 2, 128, 2 * dim).to(dtype), torch.tensor([3, -1, 0, 4])
+            kept = PageStatistics.empty(cache.to(here), page_size, std_kind)
+            store_statistics(cache.to(here), ids.to(here), kept)
+            own = ids[ids >= 0]
+            ((mean, variance),) = naive.haar_pyramid(cache, own, page_size, [page_size.bit_length() - 1])
+            got = torch.cat([kept.mean.cpu()[own].double(), kept.spread.cpu()[own].double()], -1)
+            want = torch.cat([mean, spread_of(variance, std_kind)], -1)
+            yield KernelCase(f"pages of {page_size}, {dim} channels, {std_kind}, {word(dtype)}", got, want, tolerance)
+
+
 def varlen_attention(here):
     from vllm_dlm.kernels.varlen_attention import naive, varlen_attention
 
@@ -146,8 +161,8 @@ def soft_page_attention(here):
 CASES = {
     function.__name__: function
     for function in (
-        *(page_scores, top_pages, sparse_attention, varlen_attention, paged_attention, delta_attention),
-        *(shadow_attention, wavelet_lowpass, soft_page_attention),
+        *(page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention),
+        *(delta_attention, shadow_attention, wavelet_lowpass, soft_page_attention),
         *OF_STEP,
     )
 }

@@ -14,8 +14,9 @@ from tests.engine.holes import EOS, MASK, SIZE
 from vllm_dlm.cache.budget import BlockShape
 from vllm_dlm.canvas import block_causal
 from vllm_dlm.canvas.caches import StreamCaches
-from vllm_dlm.canvas.canvas import NOTHING, Canvas, Commit
+from vllm_dlm.canvas.canvas import Canvas, Commit
 from vllm_dlm.canvas.denoising import Denoising
+from vllm_dlm.canvas.end_stop import EndStop
 from vllm_dlm.canvas.infill import Template
 from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling
 from vllm_dlm.options import Options
@@ -112,7 +113,8 @@ class Run:
         state, canvas = self.state, self.state.canvas
         assert np.array_equal(canvas.plan.live, self.canvas.plan.live)
         blocks = SHAPE.tokens(self.case.options, canvas.prompt_len, len(canvas), canvas.rows) // SHAPE.block_size
-        streams = state.streams(self.caches, np.arange(blocks), self.case.canvases)
+        canvases = min(self.case.canvases, self.case.options.canvases)
+        streams = state.streams(self.caches, np.arange(blocks), canvases)
         (reading, *_) = (stream.reading for stream in streams if stream.reading is not None)
         for one in reading.all:
             (tokens, *_) = (stream.token_ids for stream in streams if stream.reading is one)
@@ -120,7 +122,8 @@ class Run:
         empty = self._may_fill_nothing(reading)
         settled, emitted, masks = state.settled, canvas.emitted, canvas.candidates()
         commit = state.commit(reading)
-        assert np.isin(commit.positions, np.union1d(reading.positions, NOTHING)).all() or self.case.layout.holes
+        beyond = self.case.layout.holes or state.feature(EndStop)  # they also change positions that are not read
+        assert beyond or np.isin(commit.positions, reading.positions).all()
         tokens, records = state.take_output()
         self._apply(replace(commit, left=canvas.emitted - emitted))
         self.tokens += tokens
@@ -143,8 +146,8 @@ class Run:
             return False
         if isinstance(options.decoding, EditingDecoding):
             return True
-        # The first step of a block under fast_dllm can fill one position of models that read at the row before.
-        return canvas.shift == 1 and canvas.block_step == 0 and options.reuse.name == "fast_dllm"
+        # Some policies only fill one position in the first step of a block if logits predict the next position.
+        return options.reuse.due(canvas.candidates(), canvas.progress) is not None
 
     def _propose(self, reading: Reading, tokens: np.ndarray) -> None:
         canvas, case, template = self.state.canvas, self.case, self.state.feature(Template)

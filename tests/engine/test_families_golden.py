@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.conftest import GOLDEN
-from tests.engine.drawn import answers, drawn
-from tests.engine.running import all_blocks_are_free, poison, tokens
+from tests.engine.drawn import drawn
+from tests.engine.running import all_blocks_are_free, answers, poison, tokens
 from tests.engine.test_block_causal import Blocks
 from tests.engine.test_rules_golden import Canvases
 from tests.engine.worker_calls import block_causal_logits_of, logits_of

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 from tests.engine.holes import EOS, KINDS, MASK, SIZE
 from tests.engine.simulated import CONFIDENCE, Case, Run
@@ -15,8 +16,7 @@ from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
 
-#: The same examples in every run, so that a run cannot fail by chance
-#: the same examples each time, however busy the machine is
+#: The same examples in every run, however busy the machine is, so that a run cannot fail by chance
 FIXED = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 EXAMPLES = [10, *slow(50)]
 SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
@@ -41,6 +41,12 @@ FIELDS = {
     "beta": SHARES,
 }
 DECODINGS = sorted(methods("decoding"))
+
+
+@pytest.fixture(autouse=True)
+def no_constants_of_loaded_modules(monkeypatch):
+    """Hypothesis also draws constants from the source of loaded modules, and those differ with the tests before."""
+    monkeypatch.setattr(providers.HypothesisProvider, "_local_constants", providers.Constants())
 
 
 @st.composite
