@@ -51,8 +51,12 @@ class Case:
     share: float | None = None
 
 
-def page_rules() -> dict:
-    """Name -> class and fields"""
+def named(kind, **fields) -> str:
+    return ", ".join([kind.name, *(f"{key} {value}" for key, value in fields.items())])
+
+
+def page_rules() -> dict[str, tuple]:
+    """Name -> class and fields: selections at their defaults, and baselines"""
     from benchmarks.lib.page_rules import Exact, Quest, Recency
     from vllm_dlm.plugins.selection.second_look import SecondLook
     from vllm_dlm.plugins.selection.unique import Unique
@@ -60,41 +64,44 @@ def page_rules() -> dict:
     return {
         "unique": (Unique, {}),
         "second_look": (SecondLook, {}),
-        "unique, max, l2": (Unique, {"reduce": "max", "std_kind": "l2", "lam": 0.5}),
-        "mean only": (Unique, {"lam": 0.0}),
         "quest": (Quest, {}),
         "recent only": (Recency, {}),
         "exact best pages": (Exact, {}),
+        "mean only": (Unique, {"lam": 0.0}),
     }
+
+
+def variants() -> dict[str, tuple]:
+    """Fields of the project's selections, a few at a time"""
+    from vllm_dlm.plugins.selection.second_look import SecondLook
+    from vllm_dlm.plugins.selection.unique import Unique
+
+    fields = [
+        {"reduce": reduce, "std_kind": kind, "lam": lam}
+        for reduce in ("max", "softmax_sum")
+        for kind, lam in (("l2", 0.5), ("vector", 0.5), ("vector", 1.0), ("l2", 0.25), ("l2", 1.0), ("diag2", 0.5))
+    ]
+    fields += [{"reduce": "mean", "std_kind": "l2", "lam": 0.5}]
+    found = {named(Unique, **own): (Unique, own) for own in fields}
+    found |= {named(SecondLook, candidates=count): (SecondLook, {"candidates": count}) for count in (3, 4)}
+    return found
 
 
 def block_rules(share: float, prompt: int) -> dict:
     """Name -> selection that reads this share of a prompt"""
-    from benchmarks.lib.page_rules import Exact, Quest, Recency
-    from vllm_dlm.plugins.selection.second_look import SecondLook
-    from vllm_dlm.plugins.selection.unique import Unique
     from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
     fields = {"budget_tokens": round(share * prompt), "min_context": 0, "dense_layers": (), "page_size": 16}
     serve = {name: value for name, value in WaveFilter.presets["serve"].items() if name != "proportions"}
     paper = {"proportions": (0.4, 0.4)} if share == 0.16 else {"budget": share}
     shares = {"proportions": WaveFilter.presets["serve"]["proportions"]} if share == 0.16 else {"budget": share}
-    return {
-        "unique": Unique(**fields),
-        "second_look": SecondLook(**fields),
-        "unique, max, l2": Unique(**fields, reduce="max", std_kind="l2", lam=0.5),
-        "unique, max, l2, pages of 32": Unique(**fields | {"page_size": 32}, reduce="max", std_kind="l2", lam=0.5),
-        "mean only": Unique(**fields, lam=0.0),
-        "quest": Quest(**fields),
-        "wavefilter/paper": WaveFilter(**paper),
-        "wavefilter/serve": WaveFilter(**serve | shares),
-        "recent only": Recency(**fields),
-        "exact best pages": Exact(**fields),
-    }
+    waves = {"wavefilter/paper": WaveFilter(**paper), "wavefilter/serve": WaveFilter(**serve | shares)}
+    pages = page_rules() | {name: own for name, own in variants().items() if "l2, lam 0.5" in name or "candi" in name}
+    return {name: kind(**fields, **own) for name, (kind, own) in pages.items()} | waves
 
 
 def decoding_case(rule: str, length: int, budget: int, size: int) -> Case | None:
-    kind, fields = page_rules()[rule]
+    kind, fields = (page_rules() | variants())[rule]
     if budget < 4 * size:  # the pages that are always read, and one to choose
         return None
     return Case(rule, length, kind(budget_tokens=budget, page_size=size, min_context=0, **fields), budget)
@@ -107,7 +114,9 @@ def decoding_cases(toy: bool) -> list[Case]:
     if toy:
         grid = [(1024, 128, 16)]
     wanted = [Case("dense", length) for length in dict.fromkeys(length for length, _, _ in grid)]
-    wanted += [decoding_case(rule, *at) for at in grid for rule in page_rules()]
+    first = [*page_rules()] if toy else [*page_rules(), *variants()]
+    wanted += [decoding_case(rule, *grid[0]) for rule in first]
+    wanted += [decoding_case(rule, *at) for at in grid[1:] for rule in page_rules()]
     return [case for case in wanted if case is not None]
 
 
@@ -219,33 +228,32 @@ def plot(figure, rows: list[dict]) -> None:
 
 
 def plot_budgets(figure, rows: list[dict]) -> None:
-    rows = [row for row in rows if row["length"] == max(rows, key=lambda r: r["texts"])["length"]]
-    left, right = figure.subplots(1, 2, sharey=True)
-    panels = (left, "budget", [row for row in rows if row["page"] == 16]), (right, "page", at_middle(rows))
-    for axes, key, own in panels:
-        for rule in dict.fromkeys(row["rule"] for row in own):
-            points = sorted((row[key], row["added"], row["low"], row["high"]) for row in own if row["rule"] == rule)
-            x, y, low, high = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=plots.colour(rule), label=rule, ms=4, lw=1.3)
-            axes.fill_between(x, low, high, color=plots.colour(rule), alpha=0.12, lw=0)
-        ticks = sorted({row[key] for row in own})
-        axes.set(xscale="log")
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="#e5e5e5", lw=0.6)
-    left.set_xlabel("budget, pages of 16")
-    right.set_xlabel("page size, budget of 512")
-    left.set_ylabel("nats added to the loss")
-    plots.legend(figure, left)
-
-
-def at_middle(rows: list[dict]) -> list[dict]:
-    budgets = sorted({row["budget"] for row in rows})
-    return [row for row in rows if row["budget"] == budgets[len(budgets) // 2]]
+    """A line per rule over budgets, and next to it everything that was measured at the first budget"""
+    figure.set_size_inches(11, 6)
+    rows = [row for row in rows if row["length"] == rows[0]["length"] and row["page"] == 16]
+    budgets, first = sorted({row["budget"] for row in rows}), rows[0]["budget"]
+    left, right = figure.subplots(1, 2)
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["budget"])
+        if len(own) == 1 < len(budgets):
+            continue
+        x, y, low, high = ([row[key] for row in own] for key in ("budget", "added", "low", "high"))
+        left.plot(x, y, "o-", color=plots.colour(rule), label=rule, ms=4, lw=1.3)
+        left.fill_between(x, low, high, color=plots.colour(rule), alpha=0.12, lw=0)
+    left.set(xscale="log", xlabel="budget in tokens, pages of 16", ylabel="nats added to the loss")
+    left.set_xticks(budgets, [f"{tick:,}" for tick in budgets])
+    left.minorticks_off()
+    left.grid(axis="y", color="#e5e5e5", lw=0.6)
+    left.legend(frameon=False, fontsize=8)
+    some = [row for row in rows if row["budget"] == first]
+    names, values = [row["rule"] for row in some], [row["added"] for row in some]
+    ends = [(row["low"], row["high"]) for row in some]
+    plots.dots(right, names, values, f"nats added, budget of {first}", "{:.3f}", spread=ends)
 
 
 def plot_shares(figure, rows: list[dict]) -> None:
     shares = sorted({row["share"] for row in rows}, reverse=True)
+    figure.set_size_inches(11, 6)
     for axes, share in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares, strict=True):
         own = [row for row in rows if row["share"] == share]
         ends = [(row["low"], row["high"]) for row in own]
