@@ -20,6 +20,7 @@ from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.plugins.reuse.sub_block import SubBlock
 from vllm_dlm.step.counts import ModelShape
 from vllm_dlm.step.packing import pack
 from vllm_dlm.step.upload import Upload
@@ -136,6 +137,19 @@ def progress(block, block_step, step, cold, shift=0) -> Progress:
     tokens, confidence = np.full(72, 392), np.full(72, np.nan, np.float32)
     tokens[:40] = 1
     return Progress(40, 72, block, block_step, step, cold, shift, 392, tokens, confidence, np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize("length", [3, 5, 24])
+def test_sub_blocks_begin_inside_of_a_canvas_block_that_they_do_not_divide(length):
+    block, found = (56, 64), []
+    for masked in range(*block):
+        at = progress(block, 1, 9, cold=False)
+        at.tokens[:masked] = 1
+        if (rows := SubBlock(length=length).inside(at)) is not None:
+            start, end = rows
+            assert block[0] <= start <= masked < end <= block[1]
+            found.append(start)
+    assert block[0] in found
 
 
 def test_cold_plans_are_full():
