@@ -38,7 +38,7 @@ class SubBlock(WithinBlocks, BlockCache):
     def inside(self, at: Progress) -> tuple[int, int] | None:
         start, end = at.block
         masked = at.masked[at.masked >= start]
-        first = max(int(masked[0]) // self.length * self.length, start) if len(masked) else start
+        first = int(masked[0]) // self.length * self.length if len(masked) else start
         if not len(masked) or at.tokens[first] == at.mask_id:
             return None
         return first, min(first + self.length, end)

@@ -76,7 +76,9 @@ class BlockCausal(Reuse):
         seeded = bool(at.shift) and at.block[0] == self.final(at)  # the previous step had no rows of the block
         begun = at.written == self.final(at) and at.block_step > seeded
         rows = self.policy.inside(at) if begun and isinstance(self.policy, WithinBlocks) else None
-        return StepPlan.dense(span(*rows) if rows else span(at.written, at.block[1]))
+        if rows is None:
+            return StepPlan.dense(span(at.written, at.block[1]))
+        return StepPlan.dense(span(max(rows[0], at.written), rows[1]))  # final rows are not computed again
 
     def parts(self, at: Progress, live: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """Live rows of each block, and the end of the block. These rows attend to all positions before the end."""
