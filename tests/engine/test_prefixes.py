@@ -5,6 +5,7 @@ import torch
 
 from tests.engine.prefixes import (
     CHECKPOINTS,
+    OTHERS,
     SHIFTED,
     SIZE,
     TIGHT,
@@ -70,7 +71,8 @@ def test_one_after_the_other(engines, checkpoint, order):
 
 
 @pytest.mark.parametrize(
-    "checkpoint, chunk", [*in_turn(CHECKPOINTS, [1024, 16]), *slow((SHIFTED, 1024), (SHIFTED, 16))]
+    "checkpoint, chunk",
+    [*in_turn(CHECKPOINTS, [1024, 16]), *slow((SHIFTED, 1024), *((name, 16) for name in (SHIFTED, *OTHERS)))],
 )
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
@@ -86,7 +88,7 @@ def test_together(engines, monkeypatch, checkpoint, chunk):
     assert rest == tokens(without(engines, checkpoint), list(mixed(24, 3)))
 
 
-@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS[:1], *slow(*CHECKPOINTS[1:])])
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS[:1], *slow(*CHECKPOINTS[1:], *OTHERS)])
 def test_little_memory(engines, checkpoint):
     """Requests wait, give up their blocks and find them again, or somebody else has them by then."""
     given = list(mixed(32, 4))

@@ -13,6 +13,7 @@ from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from tests.tiers import in_turn
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.block_causal import BlockCausal
 from vllm_dlm.canvas.canvas import NOTHING
 from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
@@ -140,16 +141,16 @@ def progress(block, block_step, step, cold, shift=0) -> Progress:
 
 
 @pytest.mark.parametrize("length", [3, 5, 24])
-def test_sub_blocks_begin_inside_of_a_canvas_block_that_they_do_not_divide(length):
-    block, found = (56, 64), []
-    for masked in range(*block):
-        at = progress(block, 1, 9, cold=False)
+def test_sub_blocks_that_do_not_divide_a_block_lie_inside_of_it(length):
+    """In a block-causal model, where all rows before the block are final"""
+    block, firsts = (56, 64), set()
+    for masked in range(block[0] + 1, block[1]):
+        at = replace(progress(block, 1, 9, cold=False), written=block[0])
         at.tokens[:masked] = 1
-        if (rows := SubBlock(length=length).inside(at)) is not None:
-            start, end = rows
-            assert block[0] <= start <= masked < end <= block[1]
-            found.append(start)
-    assert block[0] in found
+        live = BlockCausal(8, SubBlock(length=length)).plan(at).live
+        assert block[0] <= live[0] <= masked <= live[-1] < block[1]
+        firsts.add(int(live[0]))
+    assert block[0] in firsts and (length > 8 or len(firsts) > 1)
 
 
 def test_cold_plans_are_full():
