@@ -7,7 +7,7 @@ step that freezes it recomputes the rows from its start on, later ones those fro
 end on.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,16 +56,17 @@ class Delayed(Reuse):
             return StepPlan.dense(span(0, at.length), refresh=True)
         return StepPlan.dense(span(max(frozen - at.shift, 0), at.length))
 
-    def _finished(self, at: Progress) -> Iterator[tuple[int, int]]:
+    def _finished(self, at: Progress) -> list[tuple[int, int]]:
         """End of each finished block before the first unfinished one, and the step that freezes it, counted from 1"""
-        start, end, clock = 0, at.prompt_len, 0
+        found, start, end, clock = [], 0, at.prompt_len, 0
         while start < at.length and not (at.tokens[start:end] == at.mask_id).any():
             last = int(at.filled_at[start:end].max(initial=0))
             clock = max(clock, last + 1 if last else 0)
-            yield end, clock + self.delay
+            found.append((end, clock + self.delay))
             if self.in_turn:
                 clock += self.delay
             start, end = end, min(end + self.length, at.length)
+        return found
 
     def layer(self, at: Layer) -> Flow:
         return dense(at) if at.whole else cached(at)
