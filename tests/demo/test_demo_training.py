@@ -16,6 +16,7 @@ WORD_IDS = [tok.encode(f" {word}")[0] for word in WALK_WORDS] + [tok.EOT, tok.en
 TINY = Recipe(steps=40, decay_steps=20, recall_tokens=200, small_tokens=150, warm_up=2)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped():
     through = Training(TINY)
     for _ in range(3):

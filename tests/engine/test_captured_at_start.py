@@ -8,6 +8,7 @@ import torch
 from tests.conftest import GOLDEN
 from tests.engine.capture import capturing
 from tests.engine.running import runner_of
+from tests.tiers import first_of_each, slow
 from vllm_dlm.configuration import resolved_options
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.integration.worker.warm_up import steady_stream, warm_up
@@ -16,8 +17,15 @@ from vllm_dlm.step.buckets import bucket_of, has_budget
 
 __all__ = ["capturing"]  # a fixture
 
+CHECKPOINTS = sorted(path.name for path in (GOLDEN / "checkpoints").iterdir())
 
-@pytest.mark.parametrize("checkpoint", sorted(path.name for path in (GOLDEN / "checkpoints").iterdir()))
+
+def bidirectional(checkpoint: str) -> bool:
+    (architecture,) = json.loads((GOLDEN / "checkpoints" / checkpoint / "config.json").read_text())["architectures"]
+    return FAMILIES[architecture].attention == "full"
+
+
+@pytest.mark.parametrize("checkpoint", first_of_each(bidirectional, [(name, name) for name in CHECKPOINTS]))
 def test_steps_of_a_server_are_captured_when_it_starts(engines, capturing, checkpoint):
     llm = engines(
         checkpoint, additional_config={"dlm": {"reuse": {"name": "fast_dllm"}}} if bidirectional(checkpoint) else {}
@@ -40,7 +48,7 @@ def test_a_block_may_be_longer_than_the_responses_of_the_start(engines, capturin
     assert captured.pinned
 
 
-@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("block", [32, *slow(8)])
 def test_what_is_captured_at_start_does_not_depend_on_confidence(engines, capturing, block):
     """Every block is filled in one step: the sixth step opens a block, or the canvas is full before."""
     llm, reuse = engines("llada-tiny"), {"name": "fast_dllm"}
@@ -76,8 +84,3 @@ def test_the_most_common_partial_step(engines, checkpoint, reuse):
     else:
         assert not stream.whole and bucket_of([stream]) is not None
         assert not has_budget(stream) or options.reuse.response_interval > 1
-
-
-def bidirectional(checkpoint: str) -> bool:
-    (architecture,) = json.loads((GOLDEN / "checkpoints" / checkpoint / "config.json").read_text())["architectures"]
-    return FAMILIES[architecture].attention == "full"

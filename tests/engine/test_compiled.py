@@ -9,7 +9,6 @@ import torch
 
 from tests.engine.matrix import small
 from tests.engine.running import runner_of
-from tests.tiers import slow
 from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.methods import methods
 from vllm_dlm.step.upload import FIRST_CAPACITY, Upload
@@ -41,7 +40,8 @@ def pretending(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("selection", [*SPARSE[:1], *slow("none", *SPARSE[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["none", *SPARSE])
 def test_nothing_is_compiled_behind_the_start(engines, pretending, monkeypatch, selection):
     chosen = {} if selection == "none" else {"additional_config": {"dlm": {"selection": small("selection", selection)}}}
     llm = engines("llada-tiny", dtype="bfloat16", **chosen)

@@ -208,6 +208,7 @@ def test_a_request_that_fails_leaves_no_nan_behind(engines, reuse):
 # -- vLLM's workspace ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_workspace_is_locked_once_graphs_have_its_address(engines, capturing, monkeypatch):  # noqa: F811
     from vllm.v1.worker.workspace import (
         current_workspace_manager,

@@ -1,5 +1,7 @@
 """Prefixes in vLLM's cache: what is found there changes no token, and is not computed again."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -21,6 +23,9 @@ from tests.engine.prefixes import (
 from tests.engine.running import Rows, Watching, core_of, poison, runner_of, tokens
 from tests.tiers import in_turn, slow
 from vllm_dlm.families import FAMILIES
+
+#: checkpoint, order of requests
+ORDERS = [(CHECKPOINTS[0], 1), *slow(*list(product([*CHECKPOINTS, SHIFTED], [1, -1]))[1:])]
 
 
 def test_checkpoints_of_all_such_families():
@@ -56,7 +61,10 @@ def counted(llm) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
-@pytest.mark.parametrize("checkpoint, order", [*in_turn(CHECKPOINTS, [1, -1]), (SHIFTED, 1), *slow((SHIFTED, -1))])
+@pytest.mark.parametrize(
+    "checkpoint, order",
+    ORDERS,
+)
 def test_one_after_the_other(engines, checkpoint, order):
     """Hits are those that the texts say, and change no token."""
     given = list(mixed(48))[::order]
@@ -72,7 +80,7 @@ def test_one_after_the_other(engines, checkpoint, order):
 
 @pytest.mark.parametrize(
     "checkpoint, chunk",
-    [*in_turn(CHECKPOINTS, [1024, 16]), *slow((SHIFTED, 1024), *((name, 16) for name in (SHIFTED, *OTHERS)))],
+    [(SHIFTED, 16), *slow(*product(CHECKPOINTS, [1024, 16]), (SHIFTED, 1024), *((name, 16) for name in OTHERS))],
 )
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
@@ -88,7 +96,8 @@ def test_together(engines, monkeypatch, checkpoint, chunk):
     assert rest == tokens(without(engines, checkpoint), list(mixed(24, 3)))
 
 
-@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS[:1], *slow(*CHECKPOINTS[1:], *OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *OTHERS])
 def test_little_memory(engines, checkpoint):
     """Requests wait, give up their blocks and find them again, or somebody else has them by then."""
     given = list(mixed(32, 4))

@@ -13,6 +13,9 @@ import pytest
 from tests.integration.serving import BLOCK, COPY, Server, chat_text, needle, options, serving
 from vllm_dlm.methods import methods
 
+#: these start several servers of several processes each
+pytestmark = pytest.mark.slow
+
 REUSES = [*sorted(methods("reuse")), "fast_dllm/prefix"]
 BLOCKS = 6  # of 128 tokens: a replica has five for its canvases, both together have eleven
 SERVED = (
@@ -190,7 +193,6 @@ def test_a_server_with_open_streams_ends(replicas):
         assert end.endswith("data: [DONE] "), end
 
 
-@pytest.mark.slow
 class TestOtherStarts:
     """One process, replicas with as many front-ends (vLLM's default), ranks of one replica."""
 

@@ -99,6 +99,7 @@ def denoised(complete, counted):
     return denoised
 
 
+@pytest.mark.slow
 def test_no_two_algorithms_denoise_alike(denoised):
     # Defaults of these may leave the order of one token a step as it is.
     more = {

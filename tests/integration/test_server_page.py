@@ -78,7 +78,7 @@ def test_a_request_of_somebody_else_is_watched(page, ask):
 
     def keep_asking() -> None:
         while not over.is_set():
-            ask(COPY, max_tokens=192, extra=options(dlm_watch=1) | {"ignore_eos": True})
+            ask(COPY, max_tokens=64, extra=options(dlm_watch=1) | {"ignore_eos": True})
 
     asking = threading.Thread(target=keep_asking)
     asking.start()
@@ -97,6 +97,6 @@ def test_a_request_of_somebody_else_is_watched(page, ask):
     finally:
         over.set()
         asking.join()
-    assert page.text("#said").startswith("192 tokens in 192 steps")
+    assert page.text("#said").startswith("64 tokens in 64 steps")
     assert text(page).startswith(COPIED)
     assert COPY in page.text("#question")

@@ -104,12 +104,12 @@ def test_a_stop_string_ends_the_frames_too(viewed):
 
 def test_tokens_never_wait_for_who_does_not_read_and_frames_are_merged(viewed):
     """A stream that is read late has fewer frames, and the same tokens."""
-    extra = options(dlm_frames=1, dlm_block_length=256) | {"ignore_eos": True}
-    stream = create(viewed, "completion", max_tokens=256, extra_body=extra)
+    extra = options(dlm_frames=1, dlm_block_length=64) | {"ignore_eos": True}
+    stream = create(viewed, "completion", max_tokens=64, extra_body=extra)
     _, told, _ = read(stream)
     frames = [message for message in told if "step" in message]
-    assert sum(frame["steps"] for frame in frames) == frames[-1]["step"] == 256
-    assert len(replayed(told)) == 256
+    assert sum(frame["steps"] for frame in frames) == frames[-1]["step"] == 64
+    assert len(replayed(told)) == 64
 
 
 def test_others_may_watch(viewed):
@@ -117,11 +117,11 @@ def test_others_may_watch(viewed):
     answers = []
     body = {"ignore_eos": True} | options(dlm_watch=1, dlm_frames=1)
     asking = threading.Thread(
-        target=lambda: answers.append(read(create(viewed, "chat", max_tokens=400, extra_body=body)))
+        target=lambda: answers.append(read(create(viewed, "chat", max_tokens=96, extra_body=body)))
     )
     asking.start()
     listed = wait_for(lambda: [one for one in get(viewed, "/dlm/requests").json() if one["canvas"]])
-    assert listed[0]["canvas"] == 400 and listed[0]["reuse"] == "none" and listed[0]["prompt_tokens"] > 4
+    assert listed[0]["canvas"] == 96 and listed[0]["reuse"] == "none" and listed[0]["prompt_tokens"] > 4
     told = []
     with httpx.stream(
         "GET", f"{viewed.url}/dlm/watch/{listed[0]['request']}", headers=HEADERS, timeout=60, trust_env=False
@@ -132,7 +132,7 @@ def test_others_may_watch(viewed):
     asking.join()
     ((texts, own, _),) = answers
     assert "begin" in told[0] and "end" in told[-1] and told[-1]["end"]["finish_reason"] == "length"
-    assert replayed(told) == replayed(own) and len(replayed(told)) == 400
+    assert replayed(told) == replayed(own) and len(replayed(told)) == 96
     assert get(viewed, "/dlm/requests").json() == []
     assert get(viewed, f"/dlm/watch/{listed[0]['request']}").status_code == 404
     assert texts[0]
@@ -163,7 +163,7 @@ def test_requests_that_share_an_id_see_their_own_frames(viewed):
         )
         answers[prompt] = read(stream)
 
-    for turn in range(20):
+    for turn in range(6):
         answers: dict = {}
         choices = (3, 1) if turn % 2 else (2, 2)
         asking = [threading.Thread(target=ask, args=(*each, answers)) for each in zip(prompts, choices, strict=True)]

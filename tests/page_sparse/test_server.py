@@ -10,6 +10,8 @@ from tests.page_sparse.conftest import SPARSE, decode, prompts, tokens
 from tests.page_sparse.models import SHAPE
 from tests.word_tokenizer import write_tokenizer
 
+pytestmark = pytest.mark.slow  # a server of its own
+
 ASKED = prompts(300, 77, 180, seed=1)
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 

@@ -54,12 +54,12 @@ EXPERTS = ("llada2-tiny", "lladamoe-tiny", "rnd1-tiny")
 
 
 def cases() -> list:
-    """Each model class with int8 and one method of int4 in turn; the rest is slow."""
-    models, int4 = checkpoints(), [method for method in METHODS if method not in ("int8", "fp8")]
+    """Each method with a model class in turn; the rest is slow."""
+    models = checkpoints()
     assert {models[name] for name in FIRST} == set(models.values()) and len(FIRST) == len(set(models.values()))
-    kept = [(name, "int8") for name in FIRST]
-    kept += [(name, "gptq" if name in EXPERTS else int4[index % len(int4)]) for index, name in enumerate(FIRST)]
-    kept.append(("llada-tiny", "fp8"))
+    kept = [("llada-tiny", "fp8"), ("dream-tiny", "packed"), ("sdar-tiny", "awq"), ("llada2-tiny", "int8")]
+    kept.append(("lladamoe-tiny", "gptq"))
+    assert {method for _, method in kept} == set(METHODS)
     rest = [(name, method) for name in models for method in METHODS if (name, method) not in kept]
     no_kernel = {(name, method) for name in EXPERTS for method in ("fp8", "packed")}  # of experts on a CPU
     return [*kept, *slow(*(case for case in rest if case not in no_kernel))]
