@@ -25,7 +25,13 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "sdar": ("SDARForCausalLM", "sdar"),
     "llada2": ("LLaDA2MoeModelLM", "llada2_moe"),
+    "a2d": ("A2DQwen3LMHeadModel", "a2d-qwen3"),
+    "diffcoder": ("StableDiffcoderForCausalLM", "llama"),
+    "fast-dllm-v2": ("Fast_dLLM_QwenForCausalLM", "Fast_dLLM_Qwen"),
+    "rnd1": ("RND1", "rnd1"),
 }
+#: families with block-causal attention
+BLOCK_CAUSAL = ("sdar", "llada2", "a2d", "diffcoder", "fast-dllm-v2")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Shape:
 
     def one_token_per_step(self, new: int) -> dict:
         """Options of a request"""
-        if self.family in ("sdar", "llada2"):
+        if self.family in BLOCK_CAUSAL:
             block = {"dlm_block_length": self.block, "dlm_steps": self.block}
             return block | {"dlm_decoding": "low_confidence_dynamic", "dlm_threshold": "none"}
         return {"dlm_block_length": self.block, "dlm_steps": new}
@@ -103,7 +109,7 @@ class Shape:
             config |= {"hidden_size": own.hidden, "num_hidden_layers": own.layers, "num_attention_heads": own.heads}
             config |= {"num_key_value_heads": own.kv_heads, "intermediate_size": own.ffn, "hidden_act": "silu"}
             config |= {"max_position_embeddings": context, "tie_word_embeddings": False}
-        if self.family in ("llada", "dream", "sdar", "llada2"):
+        if self.family in ("llada", "dream", "rnd1", *BLOCK_CAUSAL):
             config |= {"mask_token_id": self.mask_id, "pad_token_id": self.eos_id}
         if self.family in ("dream", "qwen2"):
             config |= {"use_sliding_window": False}
@@ -155,6 +161,14 @@ EXPERTS = {
     "rope_theta": 600000.0,
 }
 SDAR = {"block_size": 4, "attention_bias": False, "rope_theta": 1e6, "initializer_range": 0.05}
+RND1 = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 FEW_EXPERTS = EXPERTS | {"num_experts": 16, "moe_intermediate_size": 32}
 LONG = 131072 + 256
 
@@ -165,6 +179,11 @@ SHAPES = {
         Shape("llada-8b", "llada", ModelShape(32, 4096, 32, 32, 128, 12288, 126464), 4096 + 64),
         Shape("dream-7b", "dream", ModelShape(28, 3584, 28, 4, 128, 18944, 152064), 131072, {"rope_scaling": None}),
         Shape("sdar-8b", "sdar", ModelShape(36, 4096, 32, 8, 128, 12288, 151936), 32768, SDAR, 4),
+        Shape("opdlm-8b", "a2d", ModelShape(36, 4096, 32, 8, 128, 12288, 151936), 32768, {"block_size": 4}, 4),
+        Shape("stable-diffcoder-8b", "diffcoder", ModelShape(32, 4096, 32, 8, 128, 14336, 155136), 8192, block=4),
+        Shape("fast-dllm-v2-7b", "fast-dllm-v2", ModelShape(28, 3584, 28, 4, 128, 18944, 152064), 32768),
+        # the FFN's width is that of the 8 experts of 768 which a row passes
+        Shape("rnd1-30b-a3b", "rnd1", ModelShape(48, 2048, 32, 4, 128, 6144, 151936), 32768, RND1),
         Shape("llama-3-8b", "llama", ModelShape(32, 4096, 32, 8, 128, 14336, 128256), LONG),
         Shape("qwen2.5-7b", "qwen2", ModelShape(28, 3584, 28, 4, 128, 18944, 152064), LONG),
         # small enough for a CPU

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.lib.models import SHAPES
+from benchmarks.lib.models import ARCHITECTURES, SHAPES
 from benchmarks.lib.report import columns
 from benchmarks.lib.suite import Cell, Part, Table
+from vllm_dlm.families import FAMILIES
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan
+from vllm_dlm.plugins.reuse.delayed import Delayed
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.dyllm import DyLLM
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
 from vllm_dlm.step.counts import Counts, ModelShape
 
-NAMES = {"LLaDA-8B": "llada-8b", "Dream-7B": "dream-7b"}
+NAMES = {"LLaDA-8B": "llada-8b", "Dream-7B": "dream-7b", "RND1-30B-A3B": "rnd1-30b-a3b"}
+MASK = -1
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Case:
     def shape(self) -> ModelShape:
         return SHAPES[NAMES[self.model]].model
 
+    @property
+    def family(self) -> str:
+        return SHAPES[NAMES[self.model]].family
+
 
 LONG = DLLMCache(prompt_interval=100, response_interval=8)
 CASES = [
@@ -44,7 +51,9 @@ CASES = [
     Case("GSM8K 4-shot", "LLaDA-8B", 893, 256, 8, DLLMCache()),
     Case("GSM8K 4-shot", "LLaDA-8B", 893, 256, 8, DyLLM(), "7.0x tokens/s (DyLLM)"),
     Case("GSM8K 4-shot", "LLaDA-8B", 893, 256, 32, FastDLLM()),
+    Case("GSM8K 4-shot, d3LLM", "LLaDA-8B", 893, 256, 256, Delayed()),
     Case("GSM8K 8-shot", "Dream-7B", 893, 256, 256, DLLMCache(prompt_interval=25, response_interval=2)),
+    Case("GSM8K 4-shot", "RND1-30B-A3B", 893, 256, 32, FastDLLM()),
 ]
 COLUMNS = columns(
     """
@@ -107,10 +116,14 @@ def label(reuse: Reuse) -> str:
 
 def macs(case: Case, reuse: Reuse) -> int:
     """Multiply-accumulate operations of a whole response at one token per step"""
-    length, total, shift = case.prompt + case.new, 0, int(case.model.startswith("Dream"))
-    nothing = np.zeros(0, np.int64)  # these policies go by the step number
-    state = {"mask_id": 0, "tokens": nothing, "confidence": nothing, "changed": nothing}
+    length, total, shift = case.prompt + case.new, 0, FAMILIES[ARCHITECTURES[case.family][0]].logits_shift
+    nothing = np.zeros(0, np.int64)
+    tokens, filled_at = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    tokens[case.prompt :] = MASK
+    state = {"mask_id": MASK, "tokens": tokens, "filled_at": filled_at, "confidence": nothing, "changed": nothing}
     for step in range(case.new):
+        if step:  # from left to right
+            tokens[case.prompt + step - 1], filled_at[case.prompt + step - 1] = 0, step
         start = case.prompt + step // case.block * case.block
         block = start, min(start + case.block, length)
         at = Progress(case.prompt, length, block, step % case.block, step, step == 0, shift, **state)

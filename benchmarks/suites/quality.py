@@ -25,6 +25,8 @@ CURVES = [
     *(f"dyllm:threshold={tau}" for tau in (0.9, 0.98, 0.99, 0.999)),
     *(f"dyllm:whole_interval={n}" for n in (0, 4, 16)),
     *(f"dyllm:refresh_interval={n}" for n in (4, 8, 16)),
+    "frozen",
+    *(f"delayed:length={BLOCK},delay={n}" for n in (1, 4)),
 ]
 COLUMNS = columns(
     """

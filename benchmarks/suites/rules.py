@@ -84,6 +84,10 @@ def methods(requests: int) -> list[Method]:
         base, full = {"dlm_reuse": f"fast_dllm/{cache}", "dlm_threshold": THRESHOLD}, f"threshold, {cache}"
         found.append(Method(full, base))
         found += [Method(f"{full}, window {n}", base | {"dlm_window": n}, full) for n in (96, 32)]
+    # open blocks are parts of one canvas block, which is the response
+    several = {"dlm_decoding": "multi_block", "dlm_block_length": "none", "dlm_end_stop": False}
+    for name, reuse in (("every row", "none"), ("delayed", "delayed")):
+        found.append(Method(f"several open blocks, {name}", several | {"dlm_reuse": reuse}, "threshold, dual"))
     return [method for method in found if requests == 1 or "threshold" in method.label]
 
 

@@ -62,10 +62,14 @@ class MultiBlock(EndStopDecoding, Entropy):
     statistic: ClassVar[str | None] = "entropy"
     presets: ClassVar[dict[str, dict]] = {
         "llada": {},
+        "llada-humaneval": {"add_at": 1.0, "activate_at": 1.0},
         "llada-mbpp": {"max_entropy": 0.4},
         "dream": {"max_entropy": 0.4, "always_one": False},
+        "dream-gsm8k": {"max_entropy": 0.45, "always_one": False},
         "dream-humaneval": {"max_entropy": 0.5, "always_one": False},
         "dream-mbpp": {"max_entropy": 0.45, "always_one": False},
+        # https://arxiv.org/abs/2509.26488: the same rule, one canvas block after the other
+        "dparallel": {"add_at": 1.0, "activate_at": 1.0, "end_stop": False, "block_length": 32},
     }
 
     open_length: int = 32  # positions of a block

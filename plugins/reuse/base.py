@@ -7,7 +7,7 @@ transformer layer written as a generator of requests to the engine, see flow.py.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -36,6 +36,8 @@ class Progress:
     grown: bool = False  # only the rows that this block added have no cached state
     block_before: int = 0  # start of the previous canvas block; in the first block, its own start
     first: int = 0  # length of the suffix text, whose rows come before the prompt's, see Canvas.positions
+    # [N] int64: number of forwards of this request when the position got its token; 0: it was given
+    filled_at: np.ndarray = field(default_factory=lambda: span(0, 0))
 
     @property
     def response(self) -> tuple[int, int]:

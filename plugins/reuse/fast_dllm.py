@@ -16,26 +16,15 @@ from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 
 
 @dataclass(frozen=True)
-class FastDLLM(Reuse):
-    name: ClassVar[str] = "fast_dllm"
-    presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
+class BlockCache(Reuse):
+    """Each block starts with a full forward, later steps only recompute the block."""
 
-    cache: Literal["prefix", "dual"] = "dual"
     stagger: bool = True  # spread refreshes of different requests over the steps
-
-    @property
-    def block_alone(self) -> bool:
-        return self.cache == "dual"
-
-    @property
-    def layer_key(self) -> Hashable:
-        return FastDLLM
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold or at.block_step == 0:
             return StepPlan.dense(span(0, at.length), refresh=True)
-        start, end = at.block
-        return StepPlan.dense(span(start, end if self.cache == "dual" else at.length))
+        return StepPlan.dense(span(*at.block))
 
     def due(self, positions: np.ndarray, at: Progress) -> np.ndarray | None:
         if at.shift and at.block_step == 0:
@@ -46,3 +35,25 @@ class FastDLLM(Reuse):
 
     def layer(self, at: Layer) -> Flow:
         return dense(at) if at.whole else cached(at)
+
+
+@dataclass(frozen=True)
+class FastDLLM(BlockCache):
+    name: ClassVar[str] = "fast_dllm"
+    presets: ClassVar[dict[str, dict]] = {"prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
+
+    cache: Literal["prefix", "dual"] = "dual"
+
+    @property
+    def block_alone(self) -> bool:
+        return self.cache == "dual"
+
+    @property
+    def layer_key(self) -> Hashable:
+        return BlockCache
+
+    def plan(self, at: Progress) -> StepPlan:
+        plan = super().plan(at)
+        if plan.refresh or self.cache == "dual":
+            return plan
+        return StepPlan.dense(span(at.block[0], at.length))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_dlm.plugins.reuse.base import Progress, Reuse, StepPlan, span
-from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.fast_dllm import BlockCache
 from vllm_dlm.plugins.reuse.flow import Flow, Layer, cached, dense
 
 
@@ -23,7 +23,7 @@ class Frozen(Reuse):
 
     @property
     def layer_key(self) -> Hashable:
-        return FastDLLM
+        return BlockCache
 
     def plan(self, at: Progress) -> StepPlan:
         if at.cold and not at.grown:

@@ -12,27 +12,22 @@ from typing import ClassVar
 
 from vllm_dlm.plugins.decoding.base import check
 from vllm_dlm.plugins.reuse.base import Progress, StepPlan, span
-from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
+from vllm_dlm.plugins.reuse.fast_dllm import BlockCache
 from vllm_dlm.plugins.reuse.roles import WithinBlocks
 
 
 @dataclass(frozen=True)
-class SubBlock(WithinBlocks, FastDLLM):
+class SubBlock(WithinBlocks, BlockCache):
     name: ClassVar[str] = "sub_block"
-    presets: ClassVar[dict[str, dict]] = {}
-    cache: ClassVar[str] = "dual"  # type: ignore[misc]  # not an option here
+
     length: int = 8
 
     def __post_init__(self):
         check(self.length >= 1, "length", self.length, "at least 1")
 
     @property
-    def block_alone(self) -> bool:
-        return False
-
-    @property
     def layer_key(self) -> Hashable:
-        return FastDLLM
+        return BlockCache
 
     def plan(self, at: Progress) -> StepPlan:
         whole = super().plan(at)

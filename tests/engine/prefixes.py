@@ -5,25 +5,36 @@ import random
 from vllm import SamplingParams
 
 from tests.engine.running import core_of, free_blocks, poison
+from tests.engine.tiny import SERVED, overrides
 from vllm_dlm.methods import methods
 from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 SHIFTED = "fast-dllm-v2-tiny"  # logits predict the next position
+#: of the other families, which differ in their layers alone
+OTHERS = [
+    checkpoint
+    for checkpoint, attention in SERVED
+    if attention == "block_causal" and checkpoint not in (*CHECKPOINTS, SHIFTED)
+]
 SIZE = 32  # of vLLM's blocks
 USUAL = {"sdar-tiny": 4, "llada2-tiny": 32, SHIFTED: 32}  # width of canvas blocks
 LONG = {"max_model_len": 2048, "hf_overrides": {"max_position_embeddings": 2048}}
 TIGHT = {"max_model_len": 480, "num_gpu_blocks_override": 16, "max_num_batched_tokens": 2048}
 
 
+def long(checkpoint: str) -> dict:
+    return LONG | {"hf_overrides": LONG["hf_overrides"] | overrides(checkpoint, "block_causal")}
+
+
 def caching(engines, checkpoint, **settings):
-    llm = engines(checkpoint, block_size=SIZE, disable_log_stats=False, **(LONG | settings))
+    llm = engines(checkpoint, block_size=SIZE, disable_log_stats=False, **(long(checkpoint) | settings))
     poison(llm)
     return llm
 
 
 def without(engines, checkpoint):
-    return engines(checkpoint, block_size=SIZE, enable_prefix_caching=False, **LONG)
+    return engines(checkpoint, block_size=SIZE, enable_prefix_caching=False, **long(checkpoint))
 
 
 def outputs(llm, given):

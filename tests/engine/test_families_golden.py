@@ -13,8 +13,8 @@ from tests.engine.drawn import drawn
 from tests.engine.running import all_blocks_are_free, answers, poison, tokens
 from tests.engine.test_block_causal import Blocks
 from tests.engine.test_rules_golden import Canvases
+from tests.engine.tiny import SERVED, TINY, engine
 from tests.engine.worker_calls import block_causal_logits_of, logits_of
-from vllm_dlm.families import FAMILIES
 
 RUNS = json.loads((GOLDEN / "families/runs.json").read_text())
 #: by start of the runs' names: options with which the rule is that of the official code
@@ -31,12 +31,6 @@ def recorded(name: str) -> dict[str, torch.Tensor]:
 
 def named(attention: str, *families: str) -> list[str]:
     return [name for name, run in RUNS.items() if name.startswith(families) and run["attention"] == attention]
-
-
-def engine(engines, checkpoint: str, attention: str):
-    """A2D's config.json does not say how wide its blocks are, or whether there are any."""
-    says = attention == "block_causal" and checkpoint.startswith("a2d")
-    return engines(checkpoint, **({"hf_overrides": {"block_size": 4}} if says else {}))
 
 
 def asked(name: str, run: dict, prompt: list[int], length: int, **extra):
@@ -130,27 +124,16 @@ def test_logits_of_blocks(engines, family, width, name, length):
 
 # -- every family that is registered -------------------------------------------------------------
 
-#: architecture -> a tiny checkpoint
-TINY = {
-    architecture: path.parent.name
-    for path in sorted((GOLDEN / "checkpoints").glob("*/config.json"), reverse=True)
-    for architecture in json.loads(path.read_text())["architectures"]
-}
 #: their requests are drawn in test_matrix.py and test_block_causal.py
 ELSEWHERE = {"LLaDAModelLM", "DreamModel", "SDARForCausalLM", "LLaDA2MoeModelLM", "SDARMoeForCausalLM"}
-EACH = [
-    (family.architecture, attention)
-    for family in {family.architecture: family for family in FAMILIES.values()}.values()
-    if family.architecture not in ELSEWHERE
-    for attention in dict.fromkeys((family.attention, family.with_block_size.get("attention", family.attention)))
-]
+EACH = [case for case in SERVED if case[0] not in {TINY.get(architecture) for architecture in ELSEWHERE}]
 
 
-@pytest.mark.parametrize("architecture, attention", EACH)
-def test_drawn_requests_are_answered_as_alone(engines, architecture, attention):
+@pytest.mark.parametrize("checkpoint, attention", EACH)
+def test_drawn_requests_are_answered_as_alone(engines, checkpoint, attention):
     """Of every decoding, and of what else a request may ask for; in either order, and with poisoned memory"""
-    llm = engine(engines, TINY[architecture], attention)
-    given = drawn(llm, 10, f"{architecture} {attention}")
+    llm = engine(engines, checkpoint, attention)
+    given = drawn(llm, 10, f"{checkpoint} {attention}")
     together = answers(llm, given)
     assert answers(llm, given[::-1]) == together[::-1]
     poison(llm)
@@ -159,11 +142,11 @@ def test_drawn_requests_are_answered_as_alone(engines, architecture, attention):
 
 
 @pytest.mark.parametrize(
-    "architecture, attention",
-    [case for case in EACH if (GOLDEN / "checkpoints" / TINY[case[0]] / "tokenizer_config.json").exists()],
+    "checkpoint, attention",
+    [case for case in EACH if (GOLDEN / "checkpoints" / case[0] / "tokenizer_config.json").exists()],
 )
-def test_a_question_in_words_is_answered(engines, architecture, attention):
-    llm = engine(engines, TINY[architecture], attention)
+def test_a_question_in_words_is_answered(engines, checkpoint, attention):
+    llm = engine(engines, checkpoint, attention)
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     if llm.get_tokenizer().chat_template is None:  # of a base model
         (answer,) = llm.generate(["Why?"], params, use_tqdm=False)

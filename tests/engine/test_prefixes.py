@@ -7,6 +7,7 @@ import torch
 
 from tests.engine.prefixes import (
     CHECKPOINTS,
+    OTHERS,
     SHIFTED,
     SIZE,
     TIGHT,
@@ -78,7 +79,8 @@ def test_one_after_the_other(engines, checkpoint, order):
 
 
 @pytest.mark.parametrize(
-    "checkpoint, chunk", [(SHIFTED, 16), *slow(*product(CHECKPOINTS, [1024, 16]), (SHIFTED, 1024))]
+    "checkpoint, chunk",
+    [(SHIFTED, 16), *slow(*product(CHECKPOINTS, [1024, 16]), (SHIFTED, 1024), *((name, 16) for name in OTHERS))],
 )
 def test_together(engines, monkeypatch, checkpoint, chunk):
     """Hits, misses, guided ones and those that start alike in the same step; in a second batch nearly all are hits."""
@@ -95,7 +97,7 @@ def test_together(engines, monkeypatch, checkpoint, chunk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *OTHERS])
 def test_little_memory(engines, checkpoint):
     """Requests wait, give up their blocks and find them again, or somebody else has them by then."""
     given = list(mixed(32, 4))

@@ -11,8 +11,9 @@ from vllm import SamplingParams
 
 from tests.conftest import GOLDEN, start_engine
 from tests.engine.running import tokens
+from tests.engine.tiny import SERVED, engine, overrides
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RandomOrder
+from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
 
 ALGORITHMS = sorted(methods("decoding"))
 
@@ -25,14 +26,19 @@ def takes_steps(algorithm: str) -> bool:
     return True
 
 
-def mixed_requests(count: int = 32, seed: int = 0):
+def mixed_requests(count: int = 32, seed: int = 0, attention: str = "full"):
     """Prompts of 1 to 120 tokens, canvases of 3 to 48, every algorithm, greedy and sampled, guided and not."""
     rng = random.Random(seed)
+    algorithms = [
+        name
+        for name in ALGORITHMS
+        if attention == "full" or not issubclass(methods("decoding")[name], RevokingDecoding)
+    ]
     for index in range(count):
         length = rng.randint(3, 48)
         block = rng.choice([4, 8, 16, length])
         blocks = -(-length // block)
-        algorithm = ALGORITHMS[index % len(ALGORITHMS)]
+        algorithm = algorithms[index % len(algorithms)]
         extra = {
             "dlm_decoding": algorithm,
             "dlm_block_length": block,
@@ -58,10 +64,11 @@ def mixed_requests(count: int = 32, seed: int = 0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny", "lladamoe-tiny"])
-def test_two_ranks(engines, checkpoint):
+@pytest.mark.parametrize("checkpoint, attention", SERVED)
+def test_two_ranks(engines, checkpoint, attention):
     """Tensor parallel, in processes of its own."""
-    code = f"from tests.engine.test_ranks import two_ranks\nif __name__ == '__main__': two_ranks({checkpoint!r})"
+    call = f"two_ranks({checkpoint!r}, {attention!r})"
+    code = f"from tests.engine.test_ranks import two_ranks\nif __name__ == '__main__': {call}"
     path = GOLDEN.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=600, env=two_rank_environment()
@@ -69,7 +76,7 @@ def test_two_ranks(engines, checkpoint):
     assert done.returncode == 0, done.stderr[-3000:]
     (*_, line) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
     assert [tuple(given) for given in json.loads(line.removeprefix("TOKENS "))] == tokens(
-        engines(checkpoint), list(mixed_requests())
+        engine(engines, checkpoint, attention), list(mixed_requests(attention=attention))
     )
 
 
@@ -82,6 +89,7 @@ def two_rank_environment() -> dict[str, str]:
     }
 
 
-def two_ranks(checkpoint: str) -> None:
-    llm = start_engine(checkpoint, tensor_parallel_size=2)
-    print("TOKENS", json.dumps(tokens(llm, list(mixed_requests()))), flush=True)
+def two_ranks(checkpoint: str, attention: str) -> None:
+    given = overrides(checkpoint, attention)
+    llm = start_engine(checkpoint, tensor_parallel_size=2, **({"hf_overrides": given} if given else {}))
+    print("TOKENS", json.dumps(tokens(llm, list(mixed_requests(attention=attention)))), flush=True)

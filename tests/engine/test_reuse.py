@@ -13,6 +13,7 @@ from tests.engine.batches import CHECKPOINTS
 from tests.engine.running import Recorder, Watching, core_of, runner_of, tokens
 from tests.tiers import in_turn
 from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.block_causal import BlockCausal
 from vllm_dlm.canvas.canvas import NOTHING
 from vllm_dlm.canvas.stream import Stream
 from vllm_dlm.methods import methods
@@ -20,6 +21,7 @@ from vllm_dlm.plugins.reuse.base import Progress, RowShape, StepPlan
 from vllm_dlm.plugins.reuse.dllm_cache import DLLMCache
 from vllm_dlm.plugins.reuse.fast_dllm import FastDLLM
 from vllm_dlm.plugins.reuse.none import Dense
+from vllm_dlm.plugins.reuse.sub_block import SubBlock
 from vllm_dlm.step.counts import ModelShape
 from vllm_dlm.step.packing import pack
 from vllm_dlm.step.upload import Upload
@@ -136,6 +138,19 @@ def progress(block, block_step, step, cold, shift=0) -> Progress:
     tokens, confidence = np.full(72, 392), np.full(72, np.nan, np.float32)
     tokens[:40] = 1
     return Progress(40, 72, block, block_step, step, cold, shift, 392, tokens, confidence, np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize("length", [3, 5, 24])
+def test_sub_blocks_that_do_not_divide_a_block_lie_inside_of_it(length):
+    """In a block-causal model, where all rows before the block are final"""
+    block, firsts = (56, 64), set()
+    for masked in range(block[0] + 1, block[1]):
+        at = replace(progress(block, 1, 9, cold=False), written=block[0])
+        at.tokens[:masked] = 1
+        live = BlockCausal(8, SubBlock(length=length)).plan(at).live
+        assert block[0] <= live[0] <= masked <= live[-1] < block[1]
+        firsts.add(int(live[0]))
+    assert block[0] in firsts and (length > 8 or len(firsts) > 1)
 
 
 def test_cold_plans_are_full():

@@ -189,6 +189,11 @@ def test_a_field_of_config_json(name, field, config):
     assert_named(refused_by_check(name, config), name, field, config)
 
 
+def test_what_llada2_2_needs_is_named():
+    line = refused_by_check(LLADA2, {"expert_capacity": 48})
+    assert "experts for whole blocks" in line and "delete and split positions" in line
+
+
 #: one case of each family in `make test`, too
 AT_START = [
     case if case[1:] == ("rope_theta", {"rope_theta": None}) else pytest.param(*case, marks=pytest.mark.slow)

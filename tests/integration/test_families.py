@@ -15,7 +15,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.conftest import GOLDEN
-from tests.docs.pages import PAGES, words
+from tests.docs.pages import PAGES, ROOT, words
+from tests.engine.tiny import TINY
 from vllm_dlm.configuration import is_diffusion_lm
 from vllm_dlm.families import FAMILIES
 from vllm_dlm.families.config import DiffusionConfig
@@ -25,6 +26,7 @@ from vllm_dlm.integration.registration import register_models
 from vllm_dlm.kernels.rotary_write import rotate
 from vllm_dlm.models.rope import RotaryTable
 from vllm_dlm.models.transformer import DiffusionLayer
+from vllm_dlm.options import OptionError, server_options
 
 #: says `llada` in its config.json, and the rest of it in Llama's words
 NORMED = Family(
@@ -80,6 +82,56 @@ def test_start_lines_of_the_pages():
         args = parser.parse_args(words(line)[2:])
         assert args.model_tag.count("/") == 1, line
         assert not args.hf_overrides or set(args.hf_overrides) == {"block_size"}, line
+        if args.dlm_config:
+            assert any(valid(args.dlm_config, family) for family in FAMILIES.values()), line
+
+
+def valid(given: dict, family: Family) -> bool:
+    try:
+        return bool(server_options(given, family.decoding, family.presets, family.attention))
+    except OptionError:
+        return False
+
+
+#: model of a start line in the README's table of families -> architecture
+README_MODELS = {
+    "GSAI-ML/LLaDA-8B-Instruct": "LLaDAModelLM",
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": "LLaDAMoEModelLM",
+    "Dream-org/Dream-v0-Instruct-7B": "DreamModel",
+    "inclusionAI/LLaDA2.0-mini": "LLaDA2MoeModelLM",
+    "JetLM/SDAR-8B-Chat": "SDARForCausalLM",
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": "A2DQwen3LMHeadModel",
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": "A2DQwen3LMHeadModel",
+    "radicalnumerics/RND1-Base-0910": "RND1",
+    "ByteDance-Seed/Stable-DiffCoder-8B-Instruct": "StableDiffcoderForCausalLM",
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": "Fast_dLLM_QwenForCausalLM",
+}
+#: rows of the README name these along with another size or base of the same family
+WITH_ANOTHER = {"SDARMoeForCausalLM", "A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"}
+
+
+def readme_lines() -> list[str]:
+    table = (ROOT / "README.md").read_text().partition("| serves |")[2].partition("\n\n")[0]
+    return re.findall(r"`(vllm serve [^`]+)`", table)
+
+
+def test_every_family_has_a_start_line_in_the_readme():
+    assert {words(line)[2] for line in readme_lines()} == set(README_MODELS)
+    named = {family.architecture for family in FAMILIES.values()}
+    assert {FAMILIES[name].architecture for name in README_MODELS.values()} | WITH_ANOTHER == named
+
+
+@pytest.mark.parametrize("line", readme_lines())
+def test_a_start_line_starts_the_tiny_checkpoint(line):
+    """Up to the engine's configuration; that each family answers is in tests/engine/test_families_golden.py"""
+    load_general_plugins()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words(line)[2:])
+    architecture = README_MODELS[args.model_tag]
+    args.model = str(GOLDEN / "checkpoints" / TINY[architecture])
+    args.max_model_len = 128
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert is_diffusion_lm(config.model_config)
+    assert FAMILIES[config.model_config.architecture].architecture == architecture
 
 
 def test_families_of_one_model_type_are_told_apart_by_their_architecture(normed):

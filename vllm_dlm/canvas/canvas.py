@@ -36,6 +36,7 @@ class Canvas:
         if (start := options.decoding.starting_tokens(length - self.prompt_len, mask_id)) is not None:
             self.tokens[self.prompt_len :] = start
         self.confidence = np.full(length, np.nan, dtype=np.float32)  # [N], see Progress
+        self.filled_at = np.zeros(length, dtype=np.int64)  # [N], see Progress
         self.changed = NOTHING  # positions that the last step filled or masked again
         self.blocks = options.blocks(self.prompt_len, length)  # [start, end) within the response
         self.fixed = NOTHING  # positions of a template's fixed text
@@ -96,7 +97,7 @@ class Canvas:
     def copy(self) -> "Canvas":
         twin = copy.copy(self)
         twin.tokens, twin.confidence = self.tokens.copy(), self.confidence.copy()
-        twin._begun = self._begun.copy()
+        twin._begun, twin.filled_at = self._begun.copy(), self.filled_at.copy()
         twin._moved()
         return twin
 
@@ -121,6 +122,7 @@ class Canvas:
             confidence=self.confidence[: self.rows],
             changed=self.changed,
             written=self.written,
+            filled_at=self.filled_at[: self.rows],
         )
 
     @cached_property
@@ -171,6 +173,7 @@ class Canvas:
         self.block_step, self.step = self.block_step + (reads and not self.unread), self.step + 1
         if self.unread:
             self.unread, self._begun, self.logprobs = False, self.tokens.copy(), commit.logprobs
+        self.filled_at[commit.positions] = self.step
         self._moved()
 
     def hand_out(self, count: int) -> None:
@@ -188,4 +191,5 @@ class Canvas:
         self.confidence[self.tokens == self.mask_id] = np.nan
         self.step, self.block_step, self.changed, self.cold = self.step - self.block_step, 0, NOTHING, True
         self.written = 0
+        np.minimum(self.filled_at, self.step, out=self.filled_at)
         self._moved()

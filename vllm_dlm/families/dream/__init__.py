@@ -14,7 +14,12 @@ FAMILY = Family(
             "decoding": {"name": "maskgit_plus", "block_length": 32, "threshold": 0.9},
             "reuse": {"name": "fast_dllm", "cache": "dual"},
             "extent": {"name": "window", "window": 96},
-        }
+        },
+        "d3llm": {
+            "decoding": {"name": "multi_block/dream", "block_length": None},
+            "reuse": {"name": "delayed/dream"},
+        },
+        "dparallel": {"decoding": {"name": "multi_block/dparallel"}},
     },
     canvas=256,  # from the paper's evaluations with short answers
     context=2048,  # config.json has Qwen2's 131,072

@@ -20,6 +20,11 @@ FAMILY = Family(
             "reuse": {"name": "frozen"},
             "extent": {"name": "block"},
         },
+        "d3llm": {
+            "decoding": {"name": "multi_block/llada", "block_length": None},
+            "reuse": {"name": "delayed/llada"},
+        },
+        "dparallel": {"decoding": {"name": "multi_block/dparallel"}},
     },
     canvas=256,  # from the paper's evaluations with short answers
     rope_full_precision=True,
