@@ -92,10 +92,11 @@ def block_rules(share: float, prompt: int) -> dict:
     from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
     fields = {"budget_tokens": round(share * prompt), "min_context": 0, "dense_layers": (), "page_size": 16}
-    serve = {name: value for name, value in WaveFilter.presets["serve"].items() if name != "proportions"}
-    paper = {"proportions": (0.4, 0.4)} if share == 0.16 else {"budget": share}
-    shares = {"proportions": WaveFilter.presets["serve"]["proportions"]} if share == 0.16 else {"budget": share}
-    waves = {"wavefilter/paper": WaveFilter(**paper), "wavefilter/serve": WaveFilter(**serve | shares)}
+    kept = {} if share == 0.16 else {"budget": share}  # the presets keep 16%
+    waves = {
+        "wavefilter/paper": WaveFilter(**kept),
+        "wavefilter/serve": WaveFilter(**WaveFilter.presets["serve"] | kept),
+    }
     pages = page_rules() | {name: own for name, own in variants().items() if "l2, lam 0.5" in name or "candi" in name}
     return {name: kind(**fields, **own) for name, (kind, own) in pages.items()} | waves
 
