@@ -78,7 +78,7 @@ class Llama:
         return F.cross_entropy(logits, torch.tensor(targets), reduction="none")
 
     def _run(self, ids: list[int], prompt: Prompt, visible: Visible | None):
-        x = self.state["model.embed_tokens.weight"][torch.tensor(ids)]  # [R, hidden]
+        x = self.state["model.embed_tokens.weight"][torch.tensor(ids, dtype=torch.long)]  # [R, hidden]
         angle = (prompt.length + torch.arange(len(ids)))[:, None] * self.frequencies
         turn = angle.cos(), angle.sin()  # [R, D / 2]
         keys, values = [], []

@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: folders with texts, and how many pieces of one file are used at most
 FOLDERS = ("/usr/share/perl", "/usr/share/perl5", "/usr/lib/x86_64-linux-gnu/perl", "/usr/share/common-licenses")
 PIECES = 6
-WHOLE = 4096
 #: files that are mostly tables, code or lists of names
 SKIPPED = re.compile(r"perldiag|CoreList|Collate/|unicore|/CPAN/Meta/History")
 
@@ -76,7 +75,7 @@ def prose(text: str) -> str:
     parts = re.findall(r"^=(?:head|pod|over|item|encoding).*?(?:^=cut|\Z)", text, re.MULTILINE | re.DOTALL)
     text = re.sub(r"^=(?:pod|cut|over|back|encoding|begin|end|for)\b.*$", "", "\n".join(parts), flags=re.MULTILINE)
     text = re.sub(r"^=(?:head\d|item)\s*", "", text, flags=re.MULTILINE)
-    for _ in range(2):  # marks may be nested: B<C<text>>
+    for _ in range(2):  # an inner mark, then the one around it
         text = re.sub(r"\b[A-Z]<<?\s*([^<>]*?)\s*>?>", r"\1", text)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -98,27 +97,21 @@ class Evidence:
     model: Llama
     texts: list[list[int]]
     tail: int
-    folder: Path | None = None  # where keys are kept, of `whole` texts
-    whole: list[list[int]] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.whole[0])
+    folder: Path | None = None  # where keys of texts are kept
 
     @classmethod
     def real(cls, length: int, tail: int, count: int) -> "Evidence":
         from transformers import AutoTokenizer
 
-        """Texts shorter than WHOLE are the beginnings of texts of that length, so that their keys serve both"""
-        folder, size = weights(), max(length, WHOLE)
-        kept, lists = cache() / "keys", cache() / f"texts-{size}.json"
+        folder = weights()
+        kept, lists = cache() / "keys", cache() / f"texts-{length}.json"
         kept.mkdir(exist_ok=True)
         if not lists.exists():
-            lists.write_text(json.dumps(texts(AutoTokenizer.from_pretrained(folder), size)))
+            lists.write_text(json.dumps(texts(AutoTokenizer.from_pretrained(folder), length)))
         found = json.loads(lists.read_text())[:count]
         if len(found) < count:
-            raise SystemExit(f"real: {count} texts of {size} tokens are needed, {FOLDERS} have {len(found)}")
-        return cls(Llama.load(folder), [text[:length] for text in found], tail, kept, found)
+            raise SystemExit(f"real: {count} texts of {length} tokens are needed, {FOLDERS} have {len(found)}")
+        return cls(Llama.load(folder), found, tail, kept)
 
     @classmethod
     def random(cls, length: int, tail: int, count: int) -> "Evidence":
@@ -138,13 +131,12 @@ class Evidence:
     def prompt(self, number: int) -> Prompt:
         """Keys of everything before the last `tail` + 1 tokens: the last of all is only a target"""
         text = self.texts[number]
-        if self.folder is None:
+        path = self.folder and self.folder / f"{len(text)}-{number}.pt"
+        if path is None or not path.exists():
             whole = self.model.prompt(text[:-1])
+            if path is not None:
+                torch.save((whole.keys, whole.values), path)
         else:
-            path = self.folder / f"{self.length}-{number}.pt"
-            if not path.exists():
-                made = self.model.prompt(self.whole[number][:-1])
-                torch.save((made.keys, made.values), path)
             whole = Prompt(*torch.load(path, mmap=True))
         before = len(text) - self.tail - 1
         return Prompt(whole.keys[:, :, :before], whole.values[:, :, :before])

@@ -92,10 +92,11 @@ def block_rules(share: float, prompt: int) -> dict:
     from vllm_dlm.plugins.selection.wavefilter import WaveFilter
 
     fields = {"budget_tokens": round(share * prompt), "min_context": 0, "dense_layers": (), "page_size": 16}
-    serve = {name: value for name, value in WaveFilter.presets["serve"].items() if name != "proportions"}
-    paper = {"proportions": (0.4, 0.4)} if share == 0.16 else {"budget": share}
-    shares = {"proportions": WaveFilter.presets["serve"]["proportions"]} if share == 0.16 else {"budget": share}
-    waves = {"wavefilter/paper": WaveFilter(**paper), "wavefilter/serve": WaveFilter(**serve | shares)}
+    kept = {} if share == 0.16 else {"budget": share}  # the presets keep 16%
+    waves = {
+        "wavefilter/paper": WaveFilter(**kept),
+        "wavefilter/serve": WaveFilter(**WaveFilter.presets["serve"] | kept),
+    }
     pages = page_rules() | {name: own for name, own in variants().items() if "l2, lam 0.5" in name or "candi" in name}
     return {name: kind(**fields, **own) for name, (kind, own) in pages.items()} | waves
 
@@ -108,23 +109,27 @@ def decoding_case(rule: str, length: int, budget: int, size: int) -> Case | None
 
 
 def decoding_cases(toy: bool) -> list[Case]:
-    """Budgets at pages of 16, and page sizes at a budget of 512, the most telling first"""
-    grid = [(4096, 512, 16), (4096, 256, 16), (4096, 1024, 16), (4096, 512, 32), (4096, 512, 64), (4096, 2048, 16)]
-    grid += [(4096, 128, 16), (2048, 512, 16), (8192, 512, 16)]
+    """An eighth of a text and fields of the selections first, then other budgets and page sizes"""
+    grid = [(4096, 512, 16), (2048, 256, 16), (4096, 256, 16), (4096, 1024, 16), (4096, 512, 32), (4096, 512, 64)]
+    grid += [(2048, 128, 16), (2048, 512, 16), (2048, 256, 32), (2048, 256, 64)]
+    grid += [(4096, 2048, 16), (4096, 128, 16), (8192, 1024, 16)]
     if toy:
         grid = [(1024, 128, 16)]
     wanted = [Case("dense", length) for length in dict.fromkeys(length for length, _, _ in grid)]
     first = [*page_rules()] if toy else [*page_rules(), *variants()]
-    wanted += [decoding_case(rule, *grid[0]) for rule in first]
-    wanted += [decoding_case(rule, *at) for at in grid[1:] for rule in page_rules()]
+    wanted += [decoding_case(rule, *at) for at in grid[:2] for rule in first]
+    wanted += [decoding_case(rule, *at) for at in grid[2:] for rule in page_rules()]
     return [case for case in wanted if case is not None]
 
 
 def block_cases(toy: bool) -> list[Case]:
-    length = 1024 if toy else 4096
-    rules = [(share, block_rules(share, prompt_of(length, BLOCK))) for share in (SHARES[:1] if toy else SHARES)]
-    made = [Case(name, length, rule, share=share) for share, own in rules for name, rule in own.items()]
-    return [Case("dense", length), *made]
+    made = []
+    for length in (1024,) if toy else (4096, 2048):
+        made.append(Case("dense", length))
+        for share in SHARES[: 1 if toy or length < 4096 else 2]:
+            rules = block_rules(share, prompt_of(length, BLOCK))
+            made += [Case(name, length, rule, share=share) for name, rule in rules.items()]
+    return made
 
 
 def prompt_of(length: int, tail: int) -> int:
@@ -170,7 +175,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
             texts = texts_of(length, options) * length / 4096
             minutes = texts * (0.05 if name == "decoding" else 0.025)
             cells = tuple(Cell(label(case), minutes, case) for case in own)
-            start = 0.2 if options.toy or length == 2048 else 1.5 * texts  # keys of the texts
+            start = 0.2 if options.toy else 1.5 * texts  # keys of the texts
             made.append(Part("real", f"real-{name}", f"{name}, {length} tokens", cells, start, vllm=False))
     return made
 
