@@ -28,6 +28,7 @@ SUITES = {
     "quality": "answers and drift from the exact model under every reuse policy, on the demo checkpoint",
     "answers": "answers under every decoding, reuse and extent, on short and long canvases",
     "selection": "answers and attention kept by selections and other rules, on the demo checkpoint",
+    "real": "loss that page selections add to continuations of real text, on a small real model",
     "weights": "quantized weights against bfloat16 ones",
     "costs": "multiply-adds of the policies on LLaDA-8B and Dream-7B, by the cost model",
     "view": "what the live view costs, watched or not",

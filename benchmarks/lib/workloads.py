@@ -74,6 +74,16 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def paired(values: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Mean of the differences, and its 95% interval by Student's t"""
+    from scipy import stats
+
+    gaps = [value - before for value, before in zip(values, base, strict=True)]
+    mean = sum(gaps) / len(gaps)
+    half = stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps)
+    return mean, float(mean - half), float(mean + half)
+
+
 def recall_questions(count: int, tokens: int, seed: int, filler: int = 7, needles: int = 8, queried: int = 2):
     """Prompts of exactly `tokens` tokens that hide codes, some of them asked for."""
     import numpy as np

@@ -61,6 +61,13 @@ class Choice:
     scored: int  # upper bound on the summaries and keys that were compared with the queries
 
 
+class CachedKeys(NamedTuple):
+    """The keys that units were summarized from."""
+
+    cache: torch.Tensor | PackedCache  # [blocks, Hkv, block_size, 2 * D], keys before values
+    table: torch.Tensor  # [B, N] blocks of each chooser
+
+
 @dataclass
 class CachedPrompts:
     """Data about canvases beyond their summaries."""
@@ -99,6 +106,14 @@ class ChoiceQuery:
     counts: torch.Tensor  # [B] units that each chooser may choose from; for generated positions, all but the last one
     prompts: CachedPrompts | None = None  # canvases only
     recent: torch.Tensor | None = None  # [B] generated positions only: the first unit that must be read as recent
+    keys: CachedKeys | None = None  # generated positions only
+
+    @property
+    def cached(self) -> CachedKeys:
+        if self.prompts is not None:
+            return CachedKeys(self.prompts.cache, self.prompts.table)
+        assert self.keys is not None
+        return self.keys
 
     def voters(self, query_set: str) -> torch.Tensor | None:
         """[Tq] rows to be decided ("masked"), or None for all rows ("active"). Without voters, all rows of a chooser

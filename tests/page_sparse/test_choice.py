@@ -28,10 +28,11 @@ class Unchecked(Unique):
 @pytest.mark.parametrize("keys", [PAGES * PAGE, PAGES * PAGE - 5])
 def test_the_last_page_is_read_however_many_are_forced(sink, recent, budget, read, keys):
     selection = Unchecked(budget_tokens=budget * PAGE, page_size=PAGE, sink_pages=sink, recent_pages=recent)
-    summaries = empty_summaries(torch.zeros(PAGES, 1, PAGE, 16), selection)
+    cache = torch.zeros(PAGES, 1, PAGE, 16)
+    summaries = empty_summaries(cache, selection)
     g = torch.Generator().manual_seed(0)
     selection.put(torch.randn(PAGES, 1, PAGE, 8, generator=g), torch.arange(PAGES), summaries)
     lens = torch.tensor([keys], dtype=torch.int32)
     rows = make_queries(selection, [0], lens, [keys], torch.arange(PAGES)[None], 1)
     q = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1))
-    assert pages_to_read(q, rows, summaries, selection)[0, 0].tolist() == read
+    assert pages_to_read(q, rows, summaries, selection, cache)[0, 0].tolist() == read

@@ -87,7 +87,7 @@ def test_chosen_pages_are_read_and_no_others():
     batch = Batch(STEP)
     out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
-    chosen = pages_to_read(batch.q[rows.rows], rows, impl.summaries, FOUR)
+    chosen = pages_to_read(batch.q[rows.rows], rows, impl.summaries, FOUR, batch.pages)
     for i, row in enumerate(CHOOSING):
         for head in range(KV_HEADS):
             physical = rows.page_table[i, chosen[i, head].long()].long()
@@ -131,7 +131,12 @@ def test_more_forced_pages_than_the_budget():
     batch.full_before = batch.full_before[:0]
     out, impl, meta, _ = run(batch, FOUR)
     ((rows, _),) = meta.sparse
-    assert pages_to_read(batch.q, rows, impl.summaries, FOUR)[0, 0].tolist() == [0, 1, 2, 9]  # ties: the first ones
+    assert pages_to_read(batch.q, rows, impl.summaries, FOUR, batch.pages)[0, 0].tolist() == [
+        0,
+        1,
+        2,
+        9,
+    ]  # ties: the first ones
     table = rows.page_table[0, [0, 1, 2, 9]].long()
     kv = batch.pages.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)[table].transpose(0, 1).flatten(1, 2)
     kv = kv[:, : 48 + 6].double()  # [Hkv, keys, 2 * D]

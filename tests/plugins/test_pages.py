@@ -59,8 +59,8 @@ def test_the_rule_is_that_of_the_kernel():
     assert torch.equal(ours.units, kernel.units) and ours.scored == kernel.scored == 20
     chosen = []
     for selection in (MEANS, UNIQUE):
-        q, rows, summaries, _, _ = generated_positions(selection)
-        chosen.append(chosen_pages(q, rows, summaries, selection))
+        q, rows, summaries, cache, _ = generated_positions(selection)
+        chosen.append(chosen_pages(q, rows, summaries, selection, cache))
     assert torch.equal(*chosen)
 
 

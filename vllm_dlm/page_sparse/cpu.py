@@ -151,7 +151,7 @@ class SelectingCPUImpl(AttentionImpl):
                 output[rows] = context
         for rows, batch in meta.sparse:
             q = query[rows.rows]
-            chosen = pages_to_read(q, rows, self.summaries, selection)
+            chosen = pages_to_read(q, rows, self.summaries, selection, pages.cache(kv_cache))
             physical = physical_pages(rows.page_table, chosen)
             output[rows.rows] = pages.attend_chosen(q, kv_cache, batch, physical, self.scale)
         return output

@@ -16,6 +16,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_dlm.kernels.packed_attention import Layout, PackedCache
 from vllm_dlm.kernels.packed_attention.vllm import layout
 
 
@@ -34,9 +35,13 @@ class PackedPages:
         return _get_attn_isa(self.dtype, self.page_size, self.dim)
 
     @functools.cached_property
+    def layout(self) -> Layout:
+        return layout(self.isa, self.dtype, self.page_size, self.dim)
+
+    @functools.cached_property
     def order(self) -> torch.Tensor:
         """[P * D] place of each key element within a page and head"""
-        return layout(self.isa, self.dtype, self.page_size, self.dim).keys.flatten()
+        return self.layout.keys.flatten()
 
     def _halves(self, kv_cache: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
         """Keys and values [pages, Hkv, P, D]; within a page and head, all keys come before all values."""
@@ -45,6 +50,10 @@ class PackedPages:
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes key and value [T, Hkv, D] to slots [T], page * P + offset each; slots below 0 are skipped"""
         ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv_cache, key.shape[1]), slots, self.isa)
+
+    def cache(self, kv_cache: torch.Tensor) -> PackedCache:
+        """The cache with pages for blocks"""
+        return PackedCache(kv_cache.view(-1, self.kv_heads, self.page_size, 2 * self.dim), self.layout)
 
     def keys(self, kv_cache: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
         """-> [n, Hkv, P, D]"""

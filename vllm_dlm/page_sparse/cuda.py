@@ -184,7 +184,7 @@ class SelectingFlashImpl(FlashAttentionImpl):
             output[meta.dense_rows] = context
         rows = meta.sparse
         q, in_place = query[rows.rows], isinstance(rows.rows, slice)
-        chosen = chosen_pages(q, rows, self.summaries, self.selection)
+        chosen = chosen_pages(q, rows, self.summaries, self.selection, kv_cache)
         context = sparse_attention(
             q,
             rows.q_starts,

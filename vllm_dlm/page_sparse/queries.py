@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dlm.plugins.selection.base import ChoiceQuery, Summaries
+from vllm_dlm.kernels.packed_attention import PackedCache
+from vllm_dlm.plugins.selection.base import CachedKeys, ChoiceQuery, Summaries
 from vllm_dlm.plugins.selection.pages import PageSelection
 
 
@@ -69,18 +70,33 @@ def all_to_device(device: torch.device, *lists: list[int]) -> tuple[torch.Tensor
     return to_device([value for values in lists for value in values], device).split([len(values) for values in lists])
 
 
-def chosen_pages(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
-    """q [B, H, D] -> [B, Hkv, K] pages that each row chooses, ascending, padded with -1. Does not synchronize with the
-    device."""
+def chosen_pages(
+    q: torch.Tensor,
+    rows: Queries,
+    summaries: Summaries,
+    selection: PageSelection,
+    cache: torch.Tensor | PackedCache,
+) -> torch.Tensor:
+    """q [B, H, D], cache [blocks, Hkv, block_size, 2 * D] -> [B, Hkv, K] pages that each row chooses, ascending, padded
+    with -1. Does not synchronize with the device."""
     starts, ends = rows.q_starts[:-1], rows.q_starts[1:]
-    asked = ChoiceQuery(q, starts, ends, 1, summaries, rows.page_table, rows.num_pages, recent=rows.recent)
+    pages_per_block = cache.shape[2] // selection.unit
+    keys = CachedKeys(cache, rows.page_table[:, ::pages_per_block] // pages_per_block)
+    marks = rows.page_table, rows.num_pages
+    asked = ChoiceQuery(q, starts, ends, 1, summaries, *marks, recent=rows.recent, keys=keys)
     chosen = selection.choose(asked).units
     assert chosen is not None  # choices are never kept from one position to the next
     return chosen
 
 
-def pages_to_read(q: torch.Tensor, rows: Queries, summaries: Summaries, selection: PageSelection) -> torch.Tensor:
+def pages_to_read(
+    q: torch.Tensor,
+    rows: Queries,
+    summaries: Summaries,
+    selection: PageSelection,
+    cache: torch.Tensor | PackedCache,
+) -> torch.Tensor:
     """Pages that rows read if all of them choose: the chosen pages and the last page, [B, Hkv, K]"""
-    chosen = chosen_pages(q, rows, summaries, selection)
+    chosen = chosen_pages(q, rows, summaries, selection, cache)
     last = rows.num_pages[:, None, None].expand(-1, chosen.shape[1], -1)
     return torch.cat([chosen, last], -1)
