@@ -136,6 +136,21 @@ def shadow_attention(here):
             yield KernelCase(f"{rows} rows, {word(dtype)}", got.cpu(), naive.shadow_attention(*inputs), tolerance)
 
 
+def draft_attention(here):
+    from vllm_dlm.kernels.draft_attention import draft_attention, naive
+
+    for dtype, tolerance in DTYPES.items():
+        counts, lens = [8, 3], [70, 300]
+        q_counts, rows = [2 * n for n in counts], torch.cat([torch.arange(2 * n) for n in counts])
+        q, k, v = (torch.randn(len(rows), heads, 64).to(dtype) for heads in (8, 2, 2))
+        drafted = [torch.randperm(n)[:count] for count, n in zip(counts, lens, strict=True)]
+        tables = list(torch.randperm(30)[:24].split([5, 19]))
+        inputs = q, q_counts, rows, k, v, drafted, torch.randn(30, 2, 16, 128).to(dtype), tables, lens, 64**-0.5
+        yield compared(
+            f"{counts} drafts, {word(dtype)}", draft_attention, naive.draft_attention, here, tolerance, *inputs
+        )
+
+
 def wavelet_lowpass(here):
     from vllm_dlm.kernels.wavelet_lowpass import lowpass, naive
 
@@ -162,7 +177,7 @@ CASES = {
     function.__name__: function
     for function in (
         *(page_scores, top_pages, sparse_attention, haar_pyramid, varlen_attention, paged_attention),
-        *(delta_attention, shadow_attention, wavelet_lowpass, soft_page_attention),
+        *(delta_attention, shadow_attention, draft_attention, wavelet_lowpass, soft_page_attention),
         *OF_STEP,
     )
 }

@@ -91,7 +91,7 @@ def tables(options: argparse.Namespace | None = None) -> dict[str, Table]:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    cells = [Cell(f"{case.name}, {label(case.reuse)}, {case.prompt}", 0.05, case) for case in CASES]
+    cells = [Cell(f"{case.name}, {case.model}, {label(case.reuse)}, {case.prompt}", 0.05, case) for case in CASES]
     return [Part("costs", "costs", "published settings", tuple(cells), vllm=False)]
 
 

@@ -22,7 +22,26 @@ def without_speculation(decoding: Any) -> Any:
     return replace(decoding, drafts=1) if speculates else decoding
 
 
-class RevokingDecoding:
+class ShadowingDecoding:
+    """Reads shadow rows beside those of its canvas. This requires attention to the whole canvas."""
+
+
+class VerifyingDecoding(ShadowingDecoding):
+    """Proposes tokens that the next step may fill in addition to its own, see canvas/verification.py."""
+
+    most_drafts: int
+
+    def drafts(self, prob: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """Indices of the masks that the next step verifies, in the order in which they depend on each other. `prob`
+        [C]: probability of the token proposed for each mask; `filled`: indices of masks that this step fills"""
+        raise NotImplementedError
+
+    def accepted(self, prob: np.ndarray) -> int:
+        """Number of leading drafts that are filled. `prob`: probability of each draft, given the drafts before it"""
+        raise NotImplementedError
+
+
+class RevokingDecoding(ShadowingDecoding):
     """May turn tokens of the current canvas block back into masks, see canvas/revision.py."""
 
     def judges(self, memory: Memory | None) -> bool:

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 from tests.engine.running import core_of, free_blocks, poison
 from tests.engine.tiny import SERVED, overrides
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, ShadowingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 SHIFTED = "fast-dllm-v2-tiny"  # logits predict the next position
@@ -61,7 +61,7 @@ def mixed(count: int, seed: int = 1):
     """Every decoding of such models; prompts that begin alike, in groups, some of them the beginning of others, and
     widths that divide vLLM's blocks or do not."""
     rng, stems = random.Random(seed), [some(120, stem) for stem in range(3)]
-    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, RevokingDecoding))
+    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, ShadowingDecoding))
     for index in range(count):
         name, width = names[index % len(names)], rng.choice([4, 4, 8, 32, 32, 5, 64])
         extra = {"dlm_decoding": name, "dlm_block_length": width}

@@ -19,7 +19,7 @@ from vllm_dlm.methods import methods
 from vllm_dlm.models.rope import RotaryTable, halves
 from vllm_dlm.options import OptionError, server_options
 from vllm_dlm.plugins.decoding.base import Proposal, Turn
-from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, ShadowingDecoding
 
 RUNS = json.loads((GOLDEN / "block/runs.json").read_text())
 SDAR, LLADA2 = "sdar-tiny", "llada2-tiny"
@@ -103,7 +103,7 @@ def test_recorded_run_with_edits(engines, name):
 
 
 def allowed(name: str) -> bool:
-    return not issubclass(methods("decoding")[name], RevokingDecoding)
+    return not issubclass(methods("decoding")[name], ShadowingDecoding)
 
 
 def mixed(count: int, most: int = 40):

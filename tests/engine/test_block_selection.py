@@ -12,7 +12,7 @@ from tests.tiers import in_turn, slow
 from vllm_dlm.canvas.block_causal import BlockCausalAttention
 from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, ShadowingDecoding
 
 CHECKPOINTS = ["sdar-tiny", "llada2-tiny"]
 
@@ -24,7 +24,7 @@ def engine(engines, checkpoint, selection, **settings):
 def mixed(count: int, seed: int = 4):
     """Every decoding of such models, guided ones and some without a selection; answers long enough to be left out."""
     rng = random.Random(seed)
-    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, RevokingDecoding))
+    names = sorted(name for name, method in methods("decoding").items() if not issubclass(method, ShadowingDecoding))
     for index in range(count):
         name = names[index % len(names)]
         extra = {"dlm_decoding": name, "dlm_block_length": rng.choice([4, 8, 16, 5])}

@@ -7,8 +7,15 @@ import torch
 from safetensors.torch import load_file
 from vllm import SamplingParams
 
+from benchmarks.lib.models import SHAPES
 from tests.conftest import GOLDEN
+from tests.docs.pages import ROOT
 from tests.engine.running import Watching, tokens
+from vllm_dlm.cache.budget import BlockShape
+from vllm_dlm.canvas.canvas import Canvas
+from vllm_dlm.families import FAMILIES
+from vllm_dlm.options import server_options
+from vllm_dlm.plugins.reuse.base import RowShape
 
 RUNS = json.loads((GOLDEN / "rules2/runs.json").read_text())["runs"]
 #: released weights do not support that every token is replaced in every forward, and it is not served
@@ -56,6 +63,24 @@ def test_recorded_run(engines, name):
         for length, count, canvas in zip(lengths, rows, arrays["canvas"].tolist(), strict=True)
     ]
     assert fed.steps == steps[: len(fed.steps)]
+
+
+def test_memory_of_many_long_requests():
+    """64 requests with `max_tokens` 4,096 on LLaDA-8B's shape take the memory of their first canvas blocks; the figures
+    are in docs/families.md."""
+    shape = SHAPES["llada-8b"]
+    own = shape.model
+    blocks = BlockShape(16, own.kv_heads, own.head_dim, RowShape(own.heads * own.head_dim, own.hidden))
+    presets, prompt, new, gib = FAMILIES["LLaDAModelLM"].presets, 128, 4096, []
+    for given in ({"preset": "dllm-var"}, {}):
+        options = server_options(given, "low_confidence", presets)
+        canvas = Canvas(options, shape.mask_id, 0, [1] * prompt, prompt + new)
+        tokens = blocks.tokens(options, prompt, len(canvas), canvas.rows)
+        if given:
+            assert tokens == prompt + 64
+        gib.append(64 * shape.kv_bytes(prompt + new if not given else tokens) / 2**30)
+    said = (ROOT / "docs/families.md").read_text()
+    assert f"{gib[0]:.0f} GiB instead of {gib[1]:.0f} GiB" in said
 
 
 def test_memory_grows_by_blocks(engines):

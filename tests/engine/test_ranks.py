@@ -13,7 +13,7 @@ from tests.conftest import GOLDEN, start_engine
 from tests.engine.running import tokens
 from tests.engine.tiny import SERVED, engine, overrides
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RandomOrder, RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import RandomOrder, ShadowingDecoding
 
 ALGORITHMS = sorted(methods("decoding"))
 
@@ -32,7 +32,7 @@ def mixed_requests(count: int = 32, seed: int = 0, attention: str = "full"):
     algorithms = [
         name
         for name in ALGORITHMS
-        if attention == "full" or not issubclass(methods("decoding")[name], RevokingDecoding)
+        if attention == "full" or not issubclass(methods("decoding")[name], ShadowingDecoding)
     ]
     for index in range(count):
         length = rng.randint(3, 48)

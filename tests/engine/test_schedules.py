@@ -14,7 +14,7 @@ from vllm_dlm.methods import methods
 from vllm_dlm.options import OptionError, Options, request_options, server_options
 from vllm_dlm.options.texts import NO_LAYOUT, Layout
 from vllm_dlm.plugins.decoding.low_confidence_static import LowConfidenceStatic
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding, without_speculation
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding, without_speculation
 
 #: The same examples in every run, however busy the machine is, so that a run cannot fail by chance
 FIXED = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -187,7 +187,7 @@ def test_full_attention(name, examples):
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize(
-    "name", [name for name in DECODINGS if not issubclass(methods("decoding")[name], RevokingDecoding)]
+    "name", [name for name in DECODINGS if not issubclass(methods("decoding")[name], ShadowingDecoding)]
 )
 def test_block_causal(name, examples):
     @settings(FIXED, max_examples=examples)

@@ -9,7 +9,7 @@ from tests.engine.running import Recorder, runner_of
 from vllm_dlm.integration.worker import warm_up
 from vllm_dlm.integration.worker.warm_up import STEPS
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding
 from vllm_dlm.step.layer import GroupLayer
 
 #: launches of a layer between refreshes
@@ -68,7 +68,7 @@ def test_every_policy_is_warmed_up(engines, few_canvases):
     with Recorder(llm) as seen:
         runner.warm_up()
     names = {name.split()[0] for name in seen.steps}
-    revoking = {name for name, decoding in methods("decoding").items() if issubclass(decoding, RevokingDecoding)}
+    revoking = {name for name, decoding in methods("decoding").items() if issubclass(decoding, ShadowingDecoding)}
     assert revoking and names == set(methods("reuse")) | revoking
     assert all(len(steps) >= STEPS for steps in seen.steps.values())
     assert all((cache[1:] == 7).all() for cache in runner.kv_caches)

@@ -17,7 +17,7 @@ from tests.engine.viewing import assert_told, finish, generate, start, telling
 from tests.tiers import in_turn
 from vllm_dlm.methods import methods
 from vllm_dlm.options import request_options
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding
 from vllm_dlm.view import traces
 from vllm_dlm.view.hub import HUB
 
@@ -78,7 +78,7 @@ def test_rows_and_keys_are_those_that_are_counted(engines, checkpoint, selection
     layers = told[0].begun[0]["layers"]
     for (_, params), own in zip(given, told, strict=True):
         options = request_options(llm.model_config.dlm_options, params.extra_args)
-        if options.decoding.cfg_scale or isinstance(options.decoding, RevokingDecoding) or options.canvases > 1:
+        if options.decoding.cfg_scale or isinstance(options.decoding, ShadowingDecoding) or options.canvases > 1:
             continue  # rows beside those of the canvas
         for frame in own.frames[0]:
             shares = sum((last - first + 1) * share for first, last, share in frame["heat"]["rows"])

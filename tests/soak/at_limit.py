@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.soak.fork import in_a_fork
 from tests.soak.process import CHECKPOINTS
 from vllm_dlm.methods import methods
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding
 
 MODELS = ("sdar-tiny", "llada2-tiny")
 MAX_MODEL_LEN = 1000
@@ -53,7 +53,7 @@ def serve(llm, requests: int, seed: int) -> Ends:
     rng, found = random.Random(f"limit {seed}"), Ends()
     longest = llm.llm_engine.model_config.max_model_len
     known = methods("decoding")
-    decodings = [name for name in sorted(known) if not issubclass(known[name], RevokingDecoding)]
+    decodings = [name for name in sorted(known) if not issubclass(known[name], ShadowingDecoding)]
     asked = []
     for number in range(requests):
         width = BLOCKS[number % len(BLOCKS)]

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_dlm.canvas import block_causal, infill, revision
+from vllm_dlm.canvas import block_causal, infill, revision, verification
 from vllm_dlm.canvas.commit import NOTHING, Commit
 from vllm_dlm.options import Options
 from vllm_dlm.options.texts import NO_LAYOUT, Layout
@@ -137,7 +137,7 @@ class Canvas:
     def weight(self) -> int:
         """Cost of the next step in rows, for the scheduler. Live rows that are not recomputed count less."""
         rows = max(self.plan.rows, -(-len(self.plan.live) // LIVE_PER_ROW), 1)
-        return self.streams * (rows + revision.shadow_rows(self))
+        return self.streams * (rows + revision.shadow_rows(self) + verification.shadow_rows(self))
 
     def finished(self) -> tuple[int, int] | None:
         """[start, end) of the current block's tokens that were not output yet, if none is masked"""

@@ -22,6 +22,7 @@ from vllm_dlm.canvas.revision import Editing, Revocation
 from vllm_dlm.canvas.selected_keys import SelectedKeys
 from vllm_dlm.canvas.speculation import Speculation
 from vllm_dlm.canvas.stream import Logprobs, Reading, Sampling, Stream, contained
+from vllm_dlm.canvas.verification import Verification
 from vllm_dlm.options import Options
 from vllm_dlm.plugins.decoding.base import Memory, Proposal, Turn
 
@@ -36,6 +37,7 @@ FEATURES: tuple[type[Feature], ...] = (
     Template,
     Speculation,
     Revocation,
+    Verification,
     EndStop,
 )
 

@@ -1,8 +1,8 @@
 """Interface of features, which extend denoising beyond filling the masks of one canvas. One module each.
 
-guidance.py, speculation.py, revision.py, infill.py and block_causal.py implement it. A feature adds streams to a step
-and changes the commit according to their readings. Features keep no reference to their request, to avoid reference
-cycles.
+guidance.py, speculation.py, revision.py, verification.py, infill.py and block_causal.py implement it. A feature adds
+streams to a step and changes the commit according to their readings. Features keep no reference to their request, to
+avoid reference cycles.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple

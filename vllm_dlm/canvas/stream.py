@@ -130,6 +130,9 @@ class Stream:
     positions: np.ndarray | None = None  # [N] positions that the rows represent; None: their own
     #: shadow streams only: offset from a row to the row of the canvas that it must not attend to
     hidden_row: int | None = None
+    #: [S] streams of drafts only: positions of the drafts, in the order in which they depend on each other. The last
+    #: 2 * S rows are these drafts and as many masks, and the only live ones
+    drafted: np.ndarray | None = None
     request: str = ""  # id of the request
     reading: Reading | None = None  # None: nothing is read at this stream
     guides: bool = False  # the unconditional stream of the canvas that has the same reading
@@ -150,7 +153,12 @@ class Stream:
         # Streams of one policy may differ in having blocks: policy `none` has them only with a selection. Selected keys
         # of a group share one pool and therefore one selection.
         pool = self.selected and self.selected.pool
-        return self.reuse, self.cached, self.whole, self.filtered, pool, self.hidden_row
+        return self.reuse, self.cached, self.whole, self.filtered, pool, self.hidden_row, self.drafted is not None
+
+    @property
+    def num_keys(self) -> int:
+        """Number of cached keys after this step"""
+        return len(self.token_ids) - (0 if self.drafted is None else 2 * len(self.drafted))
 
     @property
     def num_rows(self) -> int:

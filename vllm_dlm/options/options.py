@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from vllm_dlm.options.limits import DEFAULT_LIMITS, Limits
 from vllm_dlm.options.texts import NO_TEXTS, CanvasTexts
 from vllm_dlm.options.types import OptionError, reject
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding, SpeculativeDecoding
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding, SpeculativeDecoding
 from vllm_dlm.plugins.reuse.roles import WithinBlocks
 from vllm_dlm.shown import shown
 
@@ -56,7 +56,7 @@ class Options:
     def caches(self) -> bool:
         """Whether keys and values are written to KV blocks, for later steps or for a selection or shadow of the same
         step."""
-        shadows, kept = isinstance(self.decoding, RevokingDecoding), self.attention != "full"
+        shadows, kept = isinstance(self.decoding, ShadowingDecoding), self.attention != "full"
         return self.reuse.caches or self.selection.sparse or shadows or kept
 
     @property
@@ -114,7 +114,7 @@ def suited(options: Options, prefix: str = "dlm_") -> Options:
             "dlm_block_length",
             "dlm_block_length: None is not valid, this model requires the length of its canvas blocks",
         )
-    if isinstance(decoding, RevokingDecoding):
+    if isinstance(decoding, ShadowingDecoding):
         raise OptionError("dlm_decoding", f"dlm_decoding: {options.decoding.name!r} {whole}")
     if field := options.texts.any:
         why = "this model is block-causal, so a canvas block does not attend to later positions"

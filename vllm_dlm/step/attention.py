@@ -12,6 +12,7 @@ import torch
 
 from vllm_dlm.cache.blocks import KVBlocks
 from vllm_dlm.kernels.delta_attention import delta_over_pages
+from vllm_dlm.kernels.draft_attention import draft_attention
 from vllm_dlm.kernels.paged_attention import paged_attention
 from vllm_dlm.kernels.shadow_attention import shadow_attention
 from vllm_dlm.kernels.varlen_attention import varlen_attention
@@ -191,6 +192,8 @@ class GroupAttention:
     def over_new(self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Queries [n, H, D] over this step's keys and values of every row of their canvas -> [n, H * D]"""
         group = self.group
+        if group.drafted is not None:
+            return self._of_drafts(q, rows, k, v, group.drafted)
         if group.hidden_row is not None:
             return self._of_shadow(q, rows, k, v, group.hidden_row)
         if group.selection is not None:  # all keys are new, so prompts are summarised again
@@ -216,6 +219,27 @@ class GroupAttention:
             group.key_counts,
             self.scale,
             group.max_q,
+        )
+        return context.flatten(1)
+
+    def _of_drafts(
+        self, q: torch.Tensor, rows: Rows, k: torch.Tensor, v: torch.Tensor, drafted: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Drafts and masks over the cached keys of other positions and over each other"""
+        group = self.group
+        self.counts.attended(rows.counts, group.kv_lens, read=True)
+        own = rows.gather(group.row_places - group.key_counts[group.stream])
+        context = draft_attention(
+            q,
+            rows.counts,
+            own,
+            k,
+            v,
+            drafted,
+            self.blocks.caches[self.layer],
+            group.tables,
+            group.kv_lens,
+            self.scale,
         )
         return context.flatten(1)
 

@@ -109,6 +109,7 @@ class Group:
     leading_starts: torch.Tensor  # [C + 1] int32
     masks: bool  # rows selected on the device are computed together with unselected rows, and masked
     hidden_row: int | None  # shadow streams only, see Stream
+    drafted: list[torch.Tensor] | None  # per stream [S], see Stream
     max_q: int  # upper bound on rows per stream
     max_kv: int  # upper bound on keys per stream
     places: torch.Tensor | None = None  # [C, longest stream] int32: live row of each position, set on first use

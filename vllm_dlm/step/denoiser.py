@@ -184,6 +184,9 @@ class Denoiser:
         """`rows` [R]: the hidden states of the stream's head positions"""
         if (reading := stream.reading) is None:
             return
+        if stream.drafted is not None:
+            reading.rows = rows[np.argsort(stream.drafted)]
+            return
         # several positions may be read at one row
         read = reading.state.canvas.progress.rows_reading(reading.positions)
         rows = rows[np.searchsorted(stream.head_positions, read)]

@@ -130,7 +130,7 @@ class GroupPacking:
         return np.stack(RowFlags(self.forced, self.changed, self.response & chooses, self.head))
 
     def group(self, numbers: RowNumbers, flags: RowFlags, upload: Upload, masks: bool, limits: Limits | None) -> Group:
-        first, kv_lens = self.streams[0], [len(stream.token_ids) for stream in self.streams]
+        first, kv_lens = self.streams[0], [stream.num_keys for stream in self.streams]
         # The last layer's features of prompt rows are only read by prompt rows.
         wanted = self.head | (self.response & self.kept)
         sets = np.stack([np.ones(len(self.live), np.bool_), self.forced, self.response, wanted, self.head])  # [5, T]
@@ -147,6 +147,7 @@ class GroupPacking:
         ]
         selection = group_selection(keys, self.sizes, before[0], first.whole, upload) if keys else None
         blocks, tables = self._tables(upload, limits)
+        drafted = [upload(stream.drafted) for stream in self.streams if stream.drafted is not None]
         return Group(
             reuse=self.reuse,
             whole=first.whole,
@@ -176,6 +177,7 @@ class GroupPacking:
             leading_starts=starts.leading,
             masks=masks,
             hidden_row=first.hidden_row,
+            drafted=drafted if first.drafted is not None else None,
             max_q=limits.max_q if limits else max(self.sizes),
             max_kv=limits.max_kv if limits else max(kv_lens),
         )

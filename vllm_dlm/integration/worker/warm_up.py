@@ -19,7 +19,7 @@ from vllm_dlm.canvas.stream import Sampling, Stream
 from vllm_dlm.methods import methods
 from vllm_dlm.options import METHOD_KEYS, Options, request_options
 from vllm_dlm.options.types import OptionError
-from vllm_dlm.plugins.decoding.roles import RevokingDecoding
+from vllm_dlm.plugins.decoding.roles import ShadowingDecoding
 from vllm_dlm.step.buckets import bucket_of
 from vllm_dlm.step.counts import Counts
 from vllm_dlm.step.denoiser import Denoiser
@@ -37,8 +37,8 @@ SCHEDULE = 256
 def warm_up(denoiser: Denoiser, server: Options, config, max_model_len: int, most: int) -> None:
     """`most`: maximum number of requests in a step"""
     decodings: dict[str, Any] = methods("decoding")
-    revoking = [name for name in sorted(decodings) if issubclass(decodings[name], RevokingDecoding)]
-    named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_decoding", name) for name in revoking]
+    shadowing = [name for name in sorted(decodings) if issubclass(decodings[name], ShadowingDecoding)]
+    named = [("dlm_reuse", name) for name in sorted(methods("reuse"))] + [("dlm_decoding", name) for name in shadowing]
     for key, name in named:
         try:
             options = request_options(server, {key: name})
