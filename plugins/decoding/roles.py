@@ -29,7 +29,10 @@ class ShadowingDecoding:
 class VerifyingDecoding(ShadowingDecoding):
     """Proposes tokens that the next step may fill in addition to its own, see canvas/verification.py."""
 
-    most_drafts: int
+    @property
+    def most_drafts(self) -> int:
+        """Maximum number of drafts of a step"""
+        raise NotImplementedError
 
     def drafts(self, prob: np.ndarray, filled: np.ndarray) -> np.ndarray:
         """Indices of the masks that the next step verifies, in the order in which they depend on each other. `prob`
