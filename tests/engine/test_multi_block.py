@@ -127,3 +127,18 @@ def test_positions_before_the_first_ones_are_blocks_too():
     assert memory.columns(late, late)["state"][:, 0].tolist() == [FIRST] * 4 + [CLOSED] * 6
     both = np.concatenate([early, late])
     assert memory.columns(both, both)["state"][:, 0].tolist() == [FIRST, OPEN] + [OPEN] * 4 + [CLOSED] * 6
+
+
+def test_the_mask_token_ends_nothing(engines):
+    """A request may name it as a stop token."""
+    llm = engines("llada-tiny")
+    mask = llm.model_config.hf_config.mask_token_id
+
+    def answer(*stops: int) -> list[int]:
+        options = {"dlm_decoding": "multi_block"}
+        params = SamplingParams(
+            temperature=0, max_tokens=20, detokenize=False, extra_args=options, stop_token_ids=list(stops)
+        )
+        return tokens(llm, [({"prompt_token_ids": list(range(5, 30))}, params)])
+
+    assert answer(mask) == answer()

@@ -28,7 +28,8 @@ class EndStop(Feature):
         canvas = state.canvas
         tokens = canvas.tokens[: canvas.end].copy()
         tokens[commit.positions] = commit.tokens
-        ends = np.isin(tokens[canvas.prompt_len :], list(state.sampling.stop_ids))
+        # a request may name the mask token as a stop token, but masks end nothing
+        ends = np.isin(tokens[canvas.prompt_len :], list(state.sampling.stop_ids - {canvas.mask_id}))
         if not ends.any():
             return commit
         first = canvas.prompt_len + int(ends.argmax())
