@@ -59,7 +59,7 @@ def mixed_requests(count: int = 32, seed: int = 0, attention: str = "full"):
             extra_args=extra,
             detokenize=False,
         )
-        prompt = {"prompt_token_ids": [rng.randint(0, 389) for _ in range(rng.randint(1, 120))]}
+        prompt = {"prompt_token_ids": [rng.randint(6, 389) for _ in range(rng.randint(1, 120))]}
         yield prompt, params
 
 
