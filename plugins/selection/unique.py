@@ -36,9 +36,8 @@ class Unique(PageSelection):
 
     lam: float = 0.5  # weight of the spread
     std_kind: StdKind = "l2"
-    # over the query heads of a key head and the queries of a step. The paper names none; on real text a sum of
-    # softmaxes adds less loss than the max (benchmarks/results/real-blocks.md).
-    reduce: Reduction = "softmax_sum"
+    # over the query heads of a key head and the queries of a step
+    reduce: Reduction = "max"
 
     def __post_init__(self):
         super().__post_init__()

@@ -240,7 +240,7 @@ def test_memory_of_summaries_is_asked_for(engines):
 
 def test_units_must_fit_into_blocks(engines):
     with pytest.raises(ValueError, match="block_size: 32 is not a multiple of the 64 tokens"):
-        engine(engines, "llada-tiny", {"name": "unique", "page_size": 64}, block_size=32)
+        engine(engines, "llada-tiny", {"name": "unique"}, block_size=32)
     llm = engines("llada-tiny", block_size=32)
     with pytest.raises(ValueError, match="dlm_selection"):
         tokens(llm, [({"prompt_token_ids": [1, 2, 3]}, SamplingParams(extra_args={"dlm_selection": "unique"}))])

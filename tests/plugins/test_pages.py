@@ -33,7 +33,7 @@ class Means(PageSelection):
         return q @ first.mT
 
 
-MEANS, UNIQUE = Means(**FIELDS), Unique(lam=0.0, reduce="max", **FIELDS)
+MEANS, UNIQUE = Means(**FIELDS), Unique(lam=0.0, **FIELDS)
 
 
 def generated_positions(selection, keys=(190, 333, 147)):
@@ -79,7 +79,7 @@ def test_first_last_and_undescribed_pages_are_read(selection):
     assert (scores[2, :, 1] == LOWEST).all()
 
 
-@pytest.mark.parametrize("selection", [MEANS, UNIQUE, Unique(std_kind="vector", reduce="max", **FIELDS)])
+@pytest.mark.parametrize("selection", [MEANS, UNIQUE, Unique(std_kind="vector", **FIELDS)])
 def test_pages_are_described_alike_from_a_cache_and_by_hand(selection):
     _, _, summaries, cache, pages = generated_positions(selection)
     by_hand = empty_summaries(cache, selection)

@@ -10,7 +10,7 @@ from vllm_dlm.kernels.page_scores import naive
 from vllm_dlm.plugins.selection.unique import Unique
 
 KV_HEADS, DIM, PAGES = 2, 16, 20
-SELECTION = Unique(page_size=16, budget_tokens=96, min_context=0, dense_layers=(), reduce="max")
+SELECTION = Unique(page_size=16, budget_tokens=96, min_context=0, dense_layers=())
 
 
 @pytest.fixture
