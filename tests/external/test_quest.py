@@ -94,9 +94,6 @@ def test_a_request_asks_for_it_by_name(engines):
 
 
 class QuestReference(Reference):
-    def reduced(self, scores):
-        return scores.amax(1)
-
     def score(self, queries, page):
         return bound(queries, page)
 

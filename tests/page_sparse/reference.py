@@ -84,10 +84,10 @@ class Reference:
         """queries [G, D] that share the keys [N, D] -> which keys they see, [N]"""
         size, options = self.selection["page_size"], self.selection
         pages = keys.split(size)
-        budget, free = options["budget_tokens"] // size, slice(options["sink_pages"], -options["recent_pages"])
-        scores = [torch.inf] * len(pages)
-        if pages[free]:
-            scores[free] = self.reduced(torch.stack([self.score(queries, page) for page in pages[free]])).tolist()
+        budget, scores = options["budget_tokens"] // size, []
+        for index, page in enumerate(pages):
+            forced = index < options["sink_pages"] or index >= len(pages) - options["recent_pages"]
+            scores.append(torch.inf if forced else float(self.score(queries, page).max()))
         ranking = sorted(range(len(pages)), key=lambda i: -scores[i])
         best = ranking[:budget]
         if len(best) < len(pages):
@@ -96,10 +96,6 @@ class Reference:
             gap = float((scores[best[-1]] - scores[ranking[budget]]) / spread)
             self.page_margin = min(self.page_margin, gap)
         return torch.isin(torch.arange(len(keys)) // size, torch.tensor(best))
-
-    def reduced(self, scores):
-        """One score per page from those of the queries [pages, G]: the sum of their softmaxes"""
-        return (scores / self.head_dim**0.5).softmax(0).sum(1)
 
     def score(self, queries, page):
         """UNIQUE's score of a page with keys [P, D] for each of the queries [G, D]"""
