@@ -9,7 +9,7 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, YELLOW, GREY = "#56B4E9", "#CC79A7", "#C8B400", "#777777"
 #: colour -> beginnings of labels; the longest beginning that fits decides
 LABELS = {
-    "#444444": "loop; oracle; dense, SDPA",
+    "#444444": "loop; oracle; exact best; dense, SDPA",
     GREY: "none; dense; by bytes alone",
     ORANGE: "fast_dllm; mean only; block mean; hard mask",
     GREEN: "dllm_cache; wavefilter/serve, every step; quest",
@@ -18,7 +18,8 @@ LABELS = {
     PINK: "fast_dllm/dual+unique; score, select and attend; unique; sparse-dllm; vLLM's kernel attends; dense, eager",
     YELLOW: "fast_dllm/prefix; unique, all rows",
     RED: "fast_dllm/dual, eager; unique, dense_layers []; unique, vector; block mean + spread; dense, SDPA with",
-    "#BBBBBB": "random",
+    "#7B3294": "second_look",
+    "#BBBBBB": "random; recent only",
     "#AAAAAA": "dense, SDPA, gradient",
 }
 COLOURS = {label: colour for colour, labels in LABELS.items() for label in labels.split("; ")}

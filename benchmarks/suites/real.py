@@ -239,23 +239,28 @@ def plot_budgets(figure, rows: list[dict]) -> None:
     figure.set_size_inches(11, 6)
     rows = [row for row in rows if row["length"] == rows[0]["length"] and row["page"] == 16]
     budgets, first = sorted({row["budget"] for row in rows}), rows[0]["budget"]
-    left, right = figure.subplots(1, 2)
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["budget"])
-        if len(own) == 1 < len(budgets):
-            continue
-        x, y, low, high = ([row[key] for row in own] for key in ("budget", "added", "low", "high"))
-        left.plot(x, y, "o-", color=plots.colour(rule), label=rule, ms=4, lw=1.3)
-        left.fill_between(x, low, high, color=plots.colour(rule), alpha=0.12, lw=0)
-    left.set(xscale="log", xlabel="budget in tokens, pages of 16", ylabel="nats added to the loss")
-    left.set_xticks(budgets, [f"{tick:,}" for tick in budgets])
-    left.minorticks_off()
-    left.grid(axis="y", color="#e5e5e5", lw=0.6)
-    left.legend(frameon=False, fontsize=8)
+    left, right = figure.subplots(1, 2) if len(budgets) > 1 else (None, figure.subplots())
+    if left is not None:
+        draw_lines(left, rows, budgets)
     some = [row for row in rows if row["budget"] == first]
     names, values = [row["rule"] for row in some], [row["added"] for row in some]
     ends = [(row["low"], row["high"]) for row in some]
     plots.dots(right, names, values, f"nats added, budget of {first}", "{:.3f}", spread=ends)
+
+
+def draw_lines(axes, rows: list[dict], budgets: list[int]) -> None:
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["budget"])
+        if len(own) == 1:
+            continue
+        x, y, low, high = ([row[key] for row in own] for key in ("budget", "added", "low", "high"))
+        axes.plot(x, y, "o-", color=plots.colour(rule), label=rule, ms=4, lw=1.3)
+        axes.fill_between(x, low, high, color=plots.colour(rule), alpha=0.12, lw=0)
+    axes.set(xscale="log", xlabel="budget in tokens, pages of 16", ylabel="nats added to the loss")
+    axes.set_xticks(budgets, [f"{tick:,}" for tick in budgets])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#e5e5e5", lw=0.6)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def plot_shares(figure, rows: list[dict]) -> None:
