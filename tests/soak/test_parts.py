@@ -65,7 +65,12 @@ def test_servers_select_at_small_lengths(selection):
 
 
 def test_servers_begin_with_the_defaults_of_each_checkpoint():
-    made = [server for server, _ in zip(process.servers(0, "float32", ["a", "b"]), range(8), strict=False)]
+    made = [
+        server
+        for server, _ in zip(
+            process.servers(0, "float32", ["a", "b"]), range(2 + 8 * len(methods("selection"))), strict=False
+        )
+    ]
     assert [(server.label, server.dlm) for server in made[:2]] == [("a", {}), ("b", {})]
     assert {server.dlm["selection"]["name"] for server in made[2:]} == set(methods("selection"))
 
