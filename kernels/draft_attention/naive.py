@@ -1,4 +1,4 @@
-"""The definition: a softmax over the cached keys of other positions, drafts before a row and masks behind it."""
+"""The definition: a softmax over the cached keys of other positions, the drafts before a row and the masks after it."""
 
 import torch
 

@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_dlm.kernels.head_statistics import head_statistics
-from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, at_token, best, check, rule_out
+from vllm_dlm.plugins.decoding.base import LogitRows, Memory, Proposal, Random, Turn, best, check
+from vllm_dlm.plugins.decoding.held import HeldTokens, held_probability
 from vllm_dlm.plugins.decoding.low_confidence import LowConfidence
 from vllm_dlm.plugins.decoding.roles import RevokingDecoding
 
@@ -52,12 +52,8 @@ class Wino(RevokingDecoding, LowConfidence):
 
     @classmethod
     def propose(cls, logits_RV: torch.Tensor, rows: LogitRows) -> Proposal:
-        held_R = rows.memory["held"].squeeze(1)
-        rule_out(rows.eos_id, logits_RV, rows.options["suppress_eos"])
-        on_gpu = logits_RV.is_cuda
-        total_R = head_statistics(logits_RV, rows.mask_id).logsumexp if on_gpu else logits_RV.logsumexp(-1)
-        prob_R = (at_token(logits_RV, held_R) - total_R).exp_()
-        return replace(super().propose(logits_RV, rows), noted=prob_R.double().unsqueeze(0))
+        noted = held_probability(logits_RV, rows)
+        return replace(super().propose(logits_RV, rows), noted=noted)
 
     def choose(self, proposal: Proposal, turn: Turn, rng: Random) -> np.ndarray:
         masks = len(proposal.prob)
@@ -84,11 +80,6 @@ class Wino(RevokingDecoding, LowConfidence):
         return doubtful[best(-prob[doubtful], max(most, 0))]
 
 
-class Accepted(Memory):
-    noted: ClassVar[int] = 1  # the probability of the token that the position holds
-
+class Accepted(HeldTokens):
     def __init__(self):
         self.last = AT_FIRST  # number of positions that the block's last forward filled
-
-    def columns(self, positions: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {"held": tokens.reshape(-1, 1)}

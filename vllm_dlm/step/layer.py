@@ -213,7 +213,7 @@ class LayerStep:
 
     def _feed_forward(self, asks: list[FeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         residual = [ask.x for ask in asks]
-        # One kernel whoever shares the step: a norm without the sum would round differently.
+        # The same kernel for every batch, because a norm without the sum rounds differently.
         added = [torch.zeros_like(ask.x) if ask.output is None else ask.output for ask in asks]
         h, x = self.layer.add_and_norm(self.joined(residual), self.joined(added))
         xs, hs = self._divide(x, residual), self._divide(h, residual)
